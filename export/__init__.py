@@ -1,0 +1,1 @@
+"""The export stage: plan, corrections and checkpoint in, verified artifact directories out."""

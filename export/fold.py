@@ -1,0 +1,151 @@
+"""The streaming fold: read a tensor, drop or rename or multiply it, write it. No model is instantiated.
+
+Removed layers are dropped and later ones renumbered; W' is multiplied onto its down projection in float64 and
+rounded once to the target dtype (GradMAP, Eq. 13). Memory: one tensor and the corrections; speed: the disk's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from export.safetensors_stream import DTYPES, TensorSpec, write_safetensors
+from gradmap.architectures import Architecture
+from gradmap.checkpoint import INDEX_NAME, Checkpoint
+from gradmap.console import progress
+from gradmap.errors import UserError
+from gradmap.files import write_json
+
+
+@dataclass(frozen=True)
+class FoldedTensor:
+    """One tensor to write: where it comes from, and W' (d, d) float64 if it is corrected."""
+
+    source_file: Path
+    source_name: str
+    spec: TensorSpec
+    matrix: Tensor | None = None
+    transposed: bool = False
+
+
+def plan_fold(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    removed: Sequence[int],
+    matrices: dict[int, Tensor],
+    dtype: torch.dtype | None,
+) -> list[FoldedTensor]:
+    """Decides, from the checkpoint's headers alone, what becomes of every tensor.
+
+    matrices: original layer index -> W'. dtype: of the floating-point tensors; None keeps each tensor's own.
+    Raises UserError if a layer or a down projection to correct is not in the checkpoint.
+    """
+    kept = [index for index in range(checkpoint.config[architecture.layer_count_key]) if index not in set(removed)]
+    new_index = {index: position for position, index in enumerate(kept)}
+    folded: list[FoldedTensor] = []
+    for file, stored in _stored_tensors(checkpoint):
+        place = architecture.parse_tensor_name(stored.name)
+        target_dtype = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+        if place is None:
+            folded.append(FoldedTensor(file, stored.name, TensorSpec(stored.name, target_dtype, stored.shape)))
+            continue
+        prefix, index, suffix = place
+        if index not in new_index:
+            continue
+        corrected = suffix == f"{architecture.down_projection}.weight"
+        folded.append(
+            FoldedTensor(
+                file,
+                stored.name,
+                TensorSpec(f"{prefix}.{new_index[index]}.{suffix}", target_dtype, stored.shape),
+                matrix=matrices.get(index) if corrected else None,
+                transposed=architecture.transposed_linear,
+            )
+        )
+    _require_complete(checkpoint, architecture, kept, matrices, folded)
+    return folded
+
+
+def fold_weight(weight: Tensor, matrix: Tensor, transposed: bool) -> Tensor:
+    """Eq. 13 in float64: W' W_down, (d, d) (d, k) -> (d, k); stored transposed (k, d), it is W_down^T W'^T."""
+    return weight.double() @ matrix.mT if transposed else matrix @ weight.double()
+
+
+def split_shards(folded: Sequence[FoldedTensor], shard_bytes: int) -> list[list[FoldedTensor]]:
+    """Cuts the tensors, in order, into shards of at most `shard_bytes` (a larger tensor gets its own)."""
+    shards: list[list[FoldedTensor]] = [[]]
+    size = 0
+    for tensor in folded:
+        if shards[-1] and size + tensor.spec.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.spec.bytes
+    return shards
+
+
+def write_folded(directory: Path, folded: Sequence[FoldedTensor], shard_bytes: int) -> dict[str, str]:
+    """Writes the shards (and their index, if several). Returns file name -> SHA-256 of the shards."""
+    shards = split_shards(folded, shard_bytes)
+    hashes: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    with progress("Writing tensors", len(folded)) as advance:
+        for number, shard in enumerate(shards, start=1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = _folded_values(shard, advance)
+            hashes[name] = write_safetensors(directory / name, [tensor.spec for tensor in shard], tensors)
+            weight_map |= {tensor.spec.name: name for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.spec.bytes for tensor in folded)
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return hashes
+
+
+def count_parameters(folded: Sequence[FoldedTensor]) -> int:
+    return sum(prod(tensor.spec.shape) for tensor in folded if tensor.spec.dtype.is_floating_point)
+
+
+def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    with ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+        for tensor in shard:
+            if tensor.source_file not in opened:
+                opened[tensor.source_file] = stack.enter_context(safe_open(tensor.source_file, framework="pt"))
+            value = opened[tensor.source_file].get_tensor(tensor.source_name)
+            if tensor.matrix is not None:
+                value = fold_weight(value, tensor.matrix, tensor.transposed)
+            yield value.to(tensor.spec.dtype)
+            advance(1)
+
+
+def _stored_tensors(checkpoint: Checkpoint) -> Iterator[tuple[Path, TensorSpec]]:
+    for path in checkpoint.weight_files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not iterable
+                view = file.get_slice(name)
+                if view.get_dtype() not in DTYPES:
+                    raise UserError(f"{name} in {path} has dtype {view.get_dtype()}, which cannot be exported.")
+                yield path, TensorSpec(name, DTYPES[view.get_dtype()], tuple(view.get_shape()))
+
+
+def _require_complete(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    kept: Sequence[int],
+    matrices: dict[int, Tensor],
+    folded: Sequence[FoldedTensor],
+) -> None:
+    places = [architecture.parse_tensor_name(tensor.spec.name) for tensor in folded]
+    present = {place[1] for place in places if place is not None}
+    if present != set(range(len(kept))):
+        raise UserError(f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it again.")
+    if sum(tensor.matrix is not None for tensor in folded) != len(matrices):
+        raise UserError(f"{checkpoint.name} lacks a down projection ({architecture.down_projection}) to correct.")

@@ -1,0 +1,1 @@
+"""The pruning stage: checkpoint and calibration text in, plan and corrections out."""

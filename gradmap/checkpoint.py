@@ -1,0 +1,208 @@
+"""Opens and checks what the user names as a model: a directory, a GGUF file in it, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradmap.architectures import architecture_of
+from gradmap.console import say
+from gradmap.errors import UserError
+from gradmap.files import atomic_directory, read_json, sha256_file
+
+INDEX_NAME = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint on disk: safetensors only, of a supported causal language model.
+
+    name: what the user typed (with the GGUF file, if any).
+    config: the contents of config.json.
+    weight_files: the safetensors files, in order.
+    """
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    weight_files: tuple[Path, ...]
+
+    def file_hashes(self) -> dict[str, str]:
+        """Returns the SHA-256 of config.json and of every weight file, by file name."""
+        return {path.name: sha256_file(path) for path in (self.directory / "config.json", *self.weight_files)}
+
+
+def cache_directory() -> Path:
+    """`$GRADMAP_CACHE`, or ~/.cache/gradmap."""
+    return Path(os.environ.get("GRADMAP_CACHE") or Path.home() / ".cache" / "gradmap")
+
+
+def open_checkpoint(model: str, gguf_file: str | None = None) -> Checkpoint:
+    """Finds a model and checks that it can be pruned, without loading weights.
+
+    A GGUF file is dequantised once to float32 safetensors in the cache directory.
+    Raises UserError for: a missing model, an adapter, a quantised or encoder model, an unsupported family,
+    remote code, pickled weights, a missing or truncated weight file.
+    """
+    directory = _find_directory(model)
+    if gguf_file is not None:
+        directory = _dequantise_gguf(directory, gguf_file)
+    config = _read_config(directory, model)
+    _refuse_unsuitable(config, model)
+    weight_files = _weight_files(directory)
+    for path in weight_files:
+        check_safetensors(path)
+    name = model if gguf_file is None else f"{model}/{gguf_file}"
+    return Checkpoint(name, directory, config, weight_files)
+
+
+def load_model(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto") -> Any:
+    """Loads the model for inference: no parameter requires a gradient."""
+    from transformers import AutoModelForCausalLM
+
+    device = _resolve_device(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory,
+        dtype=_resolve_dtype(dtype, device, checkpoint),
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint.directory} has no usable tokenizer: {_first_line(error)}") from None
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises UserError if a safetensors file is not exactly as long as its header says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(header_size, size)))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    except (struct.error, ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is not a safetensors file, or is cut short; copy it again.") from None
+    if size != 8 + header_size + end:
+        raise UserError(f"{path} has {size} bytes where its header says {8 + header_size + end}; copy it again.")
+
+
+def _find_directory(model: str) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{model} is a file; name its directory (for a GGUF: --model DIRECTORY --gguf-file NAME).")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"Model {model} does not exist; give a directory or a hub id such as org/name.")
+    return _download(model)
+
+
+def _download(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"Model {model_id} is no local directory and could not be fetched from the hub: {_first_line(error)}"
+        ) from None
+
+
+def _dequantise_gguf(directory: Path, gguf_file: str) -> Path:
+    """Returns a cached float32 checkpoint with the GGUF's weights, config and tokenizer."""
+    source = directory / gguf_file
+    if not source.is_file():
+        raise UserError(f"{source} does not exist; check --gguf-file.")
+    target = cache_directory() / "dequantised" / sha256_file(source)[:16]
+    if (target / "config.json").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    say(f"Dequantising {source} to float32 in {target} (once)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{source} cannot be read as a GGUF model: {_first_line(error)}") from None
+    with atomic_directory(target, marker="config.json") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target
+
+
+def _read_config(directory: Path, model: str) -> dict[str, Any]:
+    if (directory / "adapter_config.json").exists():
+        raise UserError(f"{model} is an adapter; merge it into its base model first (peft: merge_and_unload).")
+    if not (directory / "config.json").exists():
+        ggufs = sorted(path.name for path in directory.glob("*.gguf"))
+        cure = f"add --gguf-file {ggufs[0]}" if ggufs else "name a Hugging Face model directory"
+        raise UserError(f"{model} has no config.json; {cure}.")
+    config: dict[str, Any] = read_json(directory / "config.json")
+    return config
+
+
+def _refuse_unsuitable(config: dict[str, Any], model: str) -> None:
+    if config.get("quantization_config"):
+        raise UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
+    if config.get("auto_map"):
+        raise UserError(f"{model} needs remote code, which is not run; use a model that transformers itself supports.")
+    architectures = config.get("architectures") or []
+    if config.get("is_encoder_decoder") or not any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures
+    ):
+        raise UserError(f"{model} is not a causal language model (architectures: {architectures or 'none'}).")
+    architecture_of(config)
+
+
+def _weight_files(directory: Path) -> tuple[Path, ...]:
+    if (directory / INDEX_NAME).exists():
+        names = sorted(set(read_json(directory / INDEX_NAME)["weight_map"].values()))
+        paths = tuple(directory / name for name in names)
+    else:
+        paths = (directory / "model.safetensors",)
+    missing = [path.name for path in paths if not path.exists()]
+    if missing and any(directory.glob("*.bin")):
+        raise UserError(f"{directory} has pickled weights only, which can run code; convert them to safetensors first.")
+    if missing:
+        raise UserError(f"{directory} lacks the weight file {missing[0]}; fetch the checkpoint again.")
+    return paths
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _resolve_device(device: str) -> str:
+    """`auto` is the GPU if there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device} was asked for, but torch sees no GPU here; use --device cpu.")
+    return device
+
+
+def _resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` is float32 on a CPU and the checkpoint's own dtype on a GPU."""
+    if dtype == "auto":
+        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        dtype = "float32" if device == "cpu" else str(stored)
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

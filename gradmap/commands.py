@@ -1,0 +1,103 @@
+"""`gradmap prune` and `gradmap eval`. Heavy imports wait until a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradmap.console import print_json_line, print_table
+
+ModelOption = Annotated[str, typer.Option("--model", help="Model directory, or hub id such as org/name.")]
+GgufOption = Annotated[str | None, typer.Option(help="A GGUF file inside the model directory; it is dequantised.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def prune(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="The plan directory to write.")],
+    gguf_file: GgufOption = None,
+    remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
+    selector: Annotated[str, typer.Option(help="How layers are chosen: gradient (GradMAP).")] = "gradient",
+    compensator: Annotated[str, typer.Option(help="How the loss is repaired: projection (GradMAP), none.")] = "projection",
+    one_shot: Annotated[bool, typer.Option("--one-shot", help="Score once instead of after every removal.")] = False,
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")] = "wikipedia",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
+    seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 42,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    json_line: JsonOption = False,
+) -> None:
+    """Choose which layers to remove, compute the corrections, and write a plan."""
+    from gradmap.checkpoint import open_checkpoint
+    from gradmap.prune import PruneSettings, layers_to_remove, summarise
+    from gradmap.prune import prune as make_plan
+
+    checkpoint = open_checkpoint(model, gguf_file)
+    settings = PruneSettings(
+        remove=layers_to_remove(checkpoint, remove, ratio),
+        calibration=calibration,
+        selector=selector,
+        compensator=compensator,
+        one_shot=one_shot,
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    plan = make_plan(checkpoint, settings, out)
+    print_table(f"Plan {out}", ("", "value"), summarise(plan))
+    if json_line:
+        print_json_line({"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s})
+
+
+def evaluate(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    perplexity: Annotated[list[str], typer.Option(help="[NAME=]SPEC of a text; may be given several times.")],
+    gguf_file: GgufOption = None,
+    plan: Annotated[Path | None, typer.Option(help="Also evaluate the model pruned by this plan.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many segments of each text.")] = None,
+    seed: Annotated[int, typer.Option(help="Order of the documents that segments are cut from.")] = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    json_line: JsonOption = False,
+) -> None:
+    """Measure the perplexity of a model and, with --plan, of the same model pruned."""
+    from gradmap.checkpoint import open_checkpoint
+    from gradmap.evaluation import EvaluationSettings
+    from gradmap.evaluation import evaluate as measure
+    from gradmap.files import write_json
+
+    settings = EvaluationSettings(_named_sources(perplexity), limit, seed, dtype, device)
+    result = measure(open_checkpoint(model, gguf_file), settings, plan)
+    write_json(out, result)
+    _print_perplexities(result)
+    if json_line:
+        print_json_line(result)
+
+
+def _named_sources(specs: list[str]) -> dict[str, str]:
+    """`squad=file:a.jsonl` is named squad; a SPEC without a name is its own name."""
+    named: dict[str, str] = {}
+    for spec in specs:
+        name, equals, source = spec.partition("=")
+        if not equals or ":" in name:
+            name, source = spec, spec
+        named[name] = source
+    return named
+
+
+def _print_perplexities(result: dict[str, Any]) -> None:
+    labels = [label for label in ("dense", "pruned") if label in result]
+    rows = []
+    for name in result["texts"]:
+        estimates = [result[label]["perplexity"][name] for label in labels]
+        rows.append((name, *(f"{estimate['value']:.2f} ± {estimate['stderr']:.2f}" for estimate in estimates)))
+    print_table("Perplexity ± standard error", ("text", *labels), rows)

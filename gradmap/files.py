@@ -1,0 +1,123 @@
+"""Files that are either whole or absent: hashes, atomic JSON, atomic directories."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gradmap.errors import UserError
+
+CHUNK_BYTES = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises UserError if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be truncated, write it again.") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically: readers see the old file or the whole new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically (temporary sibling, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_foreign_directory(path: Path, marker: str) -> None:
+    """Raises UserError if `path` holds something that is not an earlier result (recognised by its `marker` file)."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a directory for the output.")
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+        raise UserError(
+            f"{path} is not empty and holds no {marker}, so it will not be overwritten; name another directory."
+        )
+
+
+@contextmanager
+def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
+    """Yields a temporary sibling directory that becomes `path` when the block ends without an error.
+
+    An earlier result at `path` (it holds a file named `marker`) is replaced only then; on any error the
+    temporary directory is removed and the earlier result stays.
+    """
+    refuse_foreign_directory(path, marker)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_debris(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        _sync_tree(partial)
+        _replace_directory(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_debris(path: Path) -> None:
+    """Removes what killed runs left beside `path`."""
+    for debris in path.parent.glob(f".{path.name}.partial-*"):
+        if not psutil.pid_exists(int(debris.name.rpartition("-")[2])):
+            shutil.rmtree(debris, ignore_errors=True)
+    retired = path.with_name(f".{path.name}.retired")
+    if retired.exists():
+        if path.exists():
+            shutil.rmtree(retired)
+        else:  # killed between the two renames of _replace_directory: the earlier result comes back
+            retired.rename(path)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in [directory, *directory.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    retired = path.with_name(f".{path.name}.retired")
+    path.rename(retired)
+    new.rename(path)
+    shutil.rmtree(retired)

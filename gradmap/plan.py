@@ -1,0 +1,160 @@
+"""The plan: what pruning decided, as files (`plan.json`, `corrections.safetensors`, `calibration.safetensors`).
+
+A plan is megabytes for any model; with the base checkpoint it is all that export needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gradmap.calibration import hash_token_ids
+from gradmap.checkpoint import Checkpoint
+from gradmap.errors import UserError
+from gradmap.files import atomic_directory, read_json, write_json
+
+SCHEMA_VERSION = 1
+PLAN_FILE = "plan.json"
+CORRECTIONS_FILE = "corrections.safetensors"
+CALIBRATION_FILE = "calibration.safetensors"
+
+
+class _Strict(BaseModel):
+    """Part of a file format: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelIdentity(_Strict):
+    """Which checkpoint a plan belongs to. files: name -> SHA-256."""
+
+    name: str
+    model_type: str
+    layers: int
+    files: dict[str, str]
+
+
+class CalibrationRecord(_Strict):
+    """Where the calibration samples came from; the token ids are in `calibration.safetensors` (`input_ids`, (N, T))."""
+
+    source: str
+    seed: int
+    samples: int
+    tokens: int
+    held_out_samples: int
+    sha256: str
+
+
+class StepRecord(_Strict):
+    """One decision: the score of every layer alive before it, and what it removed. Original layer indices."""
+
+    scores: dict[int, float]
+    removed: list[int]
+
+
+class CorrectionRecord(_Strict):
+    """One correction; its matrix W' (d, d) is in `corrections.safetensors` under `name` if it was accepted.
+
+    `lambda` is Eq. 12's, relative_lambda the same over the mean diagonal of A A^T. Losses are nats per token.
+    """
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    layer: int
+    target: str
+    lam: float = Field(alias="lambda")
+    relative_lambda: float
+    held_out_loss_before: float
+    held_out_loss_after: float
+    accepted: bool
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.target}"
+
+
+class Plan(_Strict):
+    """The contents of plan.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    base_model: BaseModelIdentity
+    recipe: dict[str, Any]
+    calibration: CalibrationRecord
+    removal_order: list[int]
+    steps: list[StepRecord]
+    drift: dict[int, float]
+    corrections: list[CorrectionRecord]
+    environment: dict[str, str]
+    timings_s: dict[str, float]
+
+    @property
+    def kept_layers(self) -> list[int]:
+        return [index for index in range(self.base_model.layers) if index not in set(self.removal_order)]
+
+
+def save_plan(directory: Path, plan: Plan, matrices: dict[str, Tensor], input_ids: Tensor) -> None:
+    """Writes a plan directory atomically. matrices: correction name -> W' (d, d); input_ids: (N, T)."""
+    with atomic_directory(directory, marker=PLAN_FILE) as partial:
+        save_file({name: matrix.contiguous() for name, matrix in matrices.items()}, partial / CORRECTIONS_FILE)
+        save_file({"input_ids": input_ids.contiguous()}, partial / CALIBRATION_FILE)
+        write_json(partial / PLAN_FILE, plan.model_dump(mode="json"))
+
+
+def load_plan(directory: Path) -> Plan:
+    """Reads and checks plan.json; raises UserError if it is missing, of another schema, or contradicts itself."""
+    contents = read_json(directory / PLAN_FILE)
+    version = contents.get("schema_version") if isinstance(contents, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{directory} has plan schema {version}, this version reads {SCHEMA_VERSION}; prune again.")
+    try:
+        plan = Plan.model_validate(contents)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{directory / PLAN_FILE} is not a plan: {place}: {first['msg']}.") from None
+    removed = [layer for step in plan.steps for layer in step.removed]
+    if removed != plan.removal_order or not set(removed) <= set(range(plan.base_model.layers)):
+        raise UserError(f"{directory / PLAN_FILE} contradicts itself: removal_order is not what its steps removed.")
+    return plan
+
+
+def load_corrections(directory: Path, plan: Plan) -> dict[int, Tensor]:
+    """Returns W' (d, d) float64 of every accepted correction, by original layer index."""
+    stored = _load_tensors(directory / CORRECTIONS_FILE)
+    accepted = [correction for correction in plan.corrections if correction.accepted]
+    missing = [correction.name for correction in accepted if correction.name not in stored]
+    if missing:
+        raise UserError(f"{directory / CORRECTIONS_FILE} lacks {missing[0]}, which plan.json names; prune again.")
+    return {correction.layer: stored[correction.name].double() for correction in accepted}
+
+
+def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:
+    """Returns the calibration token ids (N, T) after checking them against the plan's hash."""
+    input_ids = _load_tensors(directory / CALIBRATION_FILE).get("input_ids")
+    if input_ids is None or hash_token_ids(input_ids) != plan.calibration.sha256:
+        raise UserError(f"{directory / CALIBRATION_FILE} is not what plan.json was made with; prune again.")
+    return input_ids
+
+
+def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made for."""
+    hashes = checkpoint.file_hashes()
+    for name in sorted(plan.base_model.files.keys() | hashes.keys()):
+        if plan.base_model.files.get(name) != hashes.get(name):
+            raise UserError(
+                f"The plan was made for another model ({plan.base_model.name}): {name} differs from {checkpoint.name}'s."
+            )
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; prune again.") from None
+    except SafetensorError:
+        raise UserError(f"{path} is damaged; prune again.") from None

@@ -1,0 +1,171 @@
+"""Stages 1 and 2 together: a checkpoint becomes a plan directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradmap.architectures import architecture_of, layer_count
+from gradmap.calibration import Calibration, build_calibration
+from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer
+from gradmap.compensation import COMPENSATORS, Compensation, Correction
+from gradmap.environment import describe_environment
+from gradmap.errors import UserError
+from gradmap.files import refuse_foreign_directory
+from gradmap.plan import (
+    PLAN_FILE,
+    BaseModelIdentity,
+    CalibrationRecord,
+    CorrectionRecord,
+    Plan,
+    StepRecord,
+    save_plan,
+)
+from gradmap.selection import SELECTORS, Selection
+
+BATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set."""
+
+    remove: int
+    calibration: str
+    selector: str = "gradient"
+    compensator: str = "projection"
+    one_shot: bool = False
+    samples: int = 128
+    tokens: int = 128
+    seed: int = 42
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path) -> Plan:
+    """Scores, removes, corrects, and writes the plan directory `out`. Raises UserError on bad input."""
+    check_settings(checkpoint, settings)
+    refuse_foreign_directory(out, PLAN_FILE)
+    architecture = architecture_of(checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint)
+    calibration = build_calibration(
+        tokenizer, settings.calibration, settings.samples, settings.tokens, settings.seed
+    )
+    model = load_model(checkpoint, settings.dtype, settings.device)
+    timings_s: dict[str, float] = {}
+    with _timed(timings_s, "select"):
+        selection = SELECTORS[settings.selector](
+            model,
+            architecture,
+            calibration.input_ids,
+            settings.remove,
+            one_shot=settings.one_shot,
+            batch_size=BATCH_SIZE,
+        )
+    with _timed(timings_s, "compensate"):
+        compensation = COMPENSATORS[settings.compensator](
+            model, architecture, calibration, selection.removal_order, batch_size=BATCH_SIZE
+        )
+    plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, timings_s)
+    accepted = [correction for correction in compensation.corrections if correction.accepted]
+    matrices = {_describe_correction(checkpoint, correction).name: correction.matrix for correction in accepted}
+    save_plan(out, plan, matrices, calibration.input_ids)
+    return plan
+
+
+def layers_to_remove(checkpoint: Checkpoint, remove: int | None, ratio: float | None) -> int:
+    """Returns K from --remove, or from --ratio rounded to whole layers. Exactly one of the two must be given."""
+    if (remove is None) == (ratio is None):
+        raise UserError("Give either --remove K or --ratio R.")
+    if remove is not None:
+        return remove
+    assert ratio is not None
+    if not 0 < ratio < 1:
+        raise UserError(f"--ratio is {ratio}; give a share between 0 and 1, such as 0.25.")
+    return max(1, round(ratio * layer_count(checkpoint.config)))
+
+
+def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
+    """Raises UserError if the settings do not fit the model."""
+    layers = layer_count(checkpoint.config)
+    if not 1 <= settings.remove < layers:
+        raise UserError(
+            f"Cannot remove {settings.remove} of {layers} layers of {checkpoint.name}; remove between 1 and {layers - 1}."
+        )
+    for kind, name, known in (
+        ("selector", settings.selector, SELECTORS),
+        ("compensator", settings.compensator, COMPENSATORS),
+    ):
+        if name not in known:
+            raise UserError(f"Unknown {kind} {name!r}; known are {', '.join(known)}.")
+
+
+@contextmanager
+def _timed(timings_s: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    timings_s[stage] = round(time.monotonic() - started, 3)
+
+
+def _describe_plan(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    calibration: Calibration,
+    selection: Selection,
+    compensation: Compensation,
+    timings_s: dict[str, float],
+) -> Plan:
+    samples, tokens = calibration.input_ids.shape
+    return Plan(
+        base_model=BaseModelIdentity(
+            name=checkpoint.name,
+            model_type=checkpoint.config["model_type"],
+            layers=layer_count(checkpoint.config),
+            files=checkpoint.file_hashes(),
+        ),
+        recipe=asdict(settings),
+        calibration=CalibrationRecord(
+            source=calibration.source,
+            seed=calibration.seed,
+            samples=samples,
+            tokens=tokens,
+            held_out_samples=calibration.held_out_samples,
+            sha256=calibration.sha256,
+        ),
+        removal_order=list(selection.removal_order),
+        steps=[StepRecord(scores=step.scores, removed=list(step.removed)) for step in selection.steps],
+        drift=compensation.drift,
+        corrections=[_describe_correction(checkpoint, correction) for correction in compensation.corrections],
+        environment=describe_environment(),
+        timings_s=timings_s,
+    )
+
+
+def _describe_correction(checkpoint: Checkpoint, correction: Correction) -> CorrectionRecord:
+    return CorrectionRecord(
+        layer=correction.layer,
+        target=architecture_of(checkpoint.config).down_projection,
+        lam=correction.lam,
+        relative_lambda=correction.relative_lambda,
+        held_out_loss_before=correction.held_out_loss_before,
+        held_out_loss_after=correction.held_out_loss_after,
+        accepted=correction.accepted,
+    )
+
+
+def summarise(plan: Plan) -> list[tuple[str, Any]]:
+    """Rows of the table that `gradmap prune` prints."""
+    rows: list[tuple[str, Any]] = [
+        ("layers", f"{plan.base_model.layers} -> {len(plan.kept_layers)}"),
+        ("removed, in order", ", ".join(map(str, plan.removal_order))),
+    ]
+    for correction in plan.corrections:
+        change = f"{correction.held_out_loss_before:.3f} -> {correction.held_out_loss_after:.3f} nats/token"
+        verdict = "accepted" if correction.accepted else "left out, it does not help"
+        rows.append((f"correction of layer {correction.layer}", f"held-out loss {change}, {verdict}"))
+    rows += [(f"{stage} time", f"{seconds:.1f} s") for stage, seconds in plan.timings_s.items()]
+    return rows

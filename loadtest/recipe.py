@@ -1,0 +1,84 @@
+"""The recipe: everything `gradmap run` does, in one YAML file. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gradmap.errors import UserError
+
+
+class _Section(BaseModel):
+    """A section's fields are named as the options of the command it is for, and left out where that decides."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PruneSection(_Section):
+    calibration: str
+    remove: int | None = None
+    ratio: float | None = None
+    selector: str = "gradient"
+    compensator: str = "projection"
+    one_shot: bool = False
+    samples: int = 128
+    tokens: int = 128
+    seed: int = 42
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class ExportSection(_Section):
+    formats: list[str] = Field(default=["hf", "vllm"])
+
+    @model_validator(mode="after")
+    def _serves(self) -> Self:
+        if "vllm" not in self.formats:
+            raise ValueError("formats must include vllm, which the load test serves")
+        return self
+
+
+class EvalSection(_Section):
+    perplexity: dict[str, str] = Field(min_length=1)
+    limit: int | None = None
+    seed: int = 0
+
+
+class LoadTestSection(_Section):
+    quick: bool = False
+    require_speedup: float = 1.0
+    pairs: int | None = None
+    concurrency: list[int] = Field(default=[1, 8])
+    requests: int = 8
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+    seed: int = 0
+    vllm_flag: list[str] = Field(default=[])
+
+
+class Recipe(_Section):
+    model: str
+    gguf_file: str | None = None
+    prune: PruneSection
+    export: ExportSection = ExportSection()
+    eval: EvalSection
+    loadtest: LoadTestSection = LoadTestSection()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe; raises UserError that names the key at fault."""
+    try:
+        contents = yaml.safe_load(path.read_text())
+        return Recipe.model_validate(contents)
+    except FileNotFoundError:
+        raise UserError(f"Recipe {path} does not exist; check the path.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"Recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the recipe"
+        problem = "is no key of a recipe; check its spelling" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"Recipe {path}: {key}: {problem}.") from None

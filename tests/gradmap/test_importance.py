@@ -1,0 +1,61 @@
+"""Eq. 7 by activations equals Eq. 7 as written."""
+
+import pytest
+import torch
+from tests.conftest import BOOLQ
+
+from gradmap.architectures import without_layers
+from gradmap.calibration import build_calibration
+from gradmap.checkpoint import load_model, load_tokenizer
+from gradmap.errors import UserError
+from gradmap.importance import layer_scores, layer_scores_reference, squared_weight_norm
+
+
+def test_scores_equal_the_per_sample_reference(pico, input_ids):
+    model = pico.load()
+    expected = layer_scores_reference(model, pico.architecture, input_ids)
+    actual = layer_scores(model, pico.architecture, input_ids, batch_size=2)
+    # float64 throughout; the squares of a ghost norm cancel at most a few digits: half the mantissa remains
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+
+
+def test_scores_after_a_removal_are_those_of_the_smaller_model(pico, input_ids):
+    model = pico.load()
+    with without_layers(model, pico.architecture, [1, 3]):
+        actual = layer_scores(model, pico.architecture, input_ids, batch_size=5)
+        expected = layer_scores_reference(model, pico.architecture, input_ids)
+    assert actual.shape == (3,)
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [2, 200])  # below and above the break-even length of the ghost product
+def test_weight_norm_equals_the_norm_of_the_explicit_gradient(tokens):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, tokens, 16, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(3, tokens, 12, generator=generator, dtype=torch.float64)
+    expected = [(gradient[j].mT @ inputs[j]).square().sum() for j in range(3)]
+    torch.testing.assert_close(squared_weight_norm(inputs, gradient), torch.stack(expected))
+
+
+def test_a_nan_loss_names_the_sample(picos, input_ids):
+    pico = picos["llama"]
+    model = pico.load(torch.float32)
+    poisoned = int(input_ids[3, 0])
+    model.get_input_embeddings().weight[poisoned] = float("nan")
+    ids = torch.where(input_ids == poisoned, poisoned + 1, input_ids)
+    ids[3, 0] = poisoned
+    with pytest.raises(UserError, match="sample 3"):
+        layer_scores(model, pico.architecture, ids, batch_size=2)
+
+
+def test_float32_scores_on_smollm2(smollm2):
+    calibration = build_calibration(load_tokenizer(smollm2), BOOLQ, samples=4, tokens=128, seed=42)
+    model = load_model(smollm2, "float32")
+    from gradmap.architectures import architecture_of
+
+    architecture = architecture_of(smollm2.config)
+    actual = layer_scores(model, architecture, calibration.input_ids, batch_size=4)
+    expected = layer_scores_reference(model, architecture, calibration.input_ids)
+    # float32 rounding of about 1e-7 per product, over 128 x 128 products of mixed sign in a ghost norm
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
+    assert actual.argsort().tolist() == expected.argsort().tolist()
