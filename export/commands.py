@@ -15,10 +15,16 @@ def export(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Each format is written to a subdirectory of its name.")],
     format_names: Annotated[list[str], typer.Option("--format", help="hf or vllm; may be given several times.")],
-    plan: Annotated[Path | None, typer.Option(help="The plan to apply; without one the dense model is exported.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="The plan to apply; without one the dense model is exported.")
+    ] = None,
     gguf_file: GgufOption = None,
-    dtype: Annotated[str | None, typer.Option(help="keep, float32, float16, bfloat16; default: hf keeps, vllm bfloat16.")] = None,
-    shard_size_gb: Annotated[float, typer.Option(min=0.001, help="Largest size of a weight file, in 10^9 bytes.")] = 5.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="keep, float32, float16, bfloat16; default: hf keeps, vllm bfloat16.")
+    ] = None,
+    shard_size_gb: Annotated[
+        float, typer.Option(min=0.001, help="Largest size of a weight file, in 10^9 bytes.")
+    ] = 5.0,
     json_line: JsonOption = False,
 ) -> None:
     """Fold a plan into a stock checkpoint and prove that it is right."""

@@ -60,7 +60,7 @@ def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable
         write(_encode_header(specs))
         for spec, tensor in zip(specs, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
-            write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

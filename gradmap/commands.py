@@ -23,7 +23,9 @@ def prune(
     remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
     selector: Annotated[str, typer.Option(help="How layers are chosen: gradient (GradMAP).")] = "gradient",
-    compensator: Annotated[str, typer.Option(help="How the loss is repaired: projection (GradMAP), none.")] = "projection",
+    compensator: Annotated[
+        str, typer.Option(help="How the loss is repaired: projection (GradMAP), none.")
+    ] = "projection",
     one_shot: Annotated[bool, typer.Option("--one-shot", help="Score once instead of after every removal.")] = False,
     calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,

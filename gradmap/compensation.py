@@ -126,7 +126,8 @@ def accumulate_gram(
 def solve_projection(gram: Tensor, cross: Tensor, lam: float) -> Tensor:
     """Minimises Eq. 11 + Eq. 12 exactly: W' = I + D A^T (A A^T + lam I)^-1. All (d, d) float64."""
     identity = torch.eye(len(gram), dtype=gram.dtype)
-    return identity + torch.linalg.solve(gram + lam * identity, cross, left=False)
+    matrix: Tensor = identity + torch.linalg.solve(gram + lam * identity, cross, left=False)
+    return matrix
 
 
 def solve_projection_reference(added: Tensor, target: Tensor, lam: float) -> Tensor:
@@ -135,7 +136,8 @@ def solve_projection_reference(added: Tensor, target: Tensor, lam: float) -> Ten
     added: (n, d), target T: (n, d), rows are tokens.
     """
     root = lam**0.5 * torch.eye(added.shape[1], dtype=added.dtype)
-    return torch.linalg.lstsq(torch.cat([added, root]), torch.cat([target, root])).solution.mT
+    solution: Tensor = torch.linalg.lstsq(torch.cat([added, root]), torch.cat([target, root])).solution
+    return solution.mT
 
 
 def choose_lambda(

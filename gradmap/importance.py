@@ -61,8 +61,9 @@ def layer_scores_reference(model: Any, architecture: Architecture, input_ids: Te
         batch = sample[None].to(model.device)
         sample_losses(model(input_ids=batch, use_cache=False).logits, batch).sum().backward()
         for index, layer in enumerate(layers):
-            norms = [parameter.grad.double().norm().cpu() for parameter in layer.parameters()]
-            totals[index] += torch.stack(norms).sum()
+            for parameter in layer.parameters():
+                assert parameter.grad is not None
+                totals[index] += parameter.grad.double().norm().cpu()
         layers.zero_grad()
         layers.requires_grad_(False)
     return totals / len(input_ids)
@@ -149,8 +150,9 @@ def _squared_norms_by_vjp(module: nn.Module, inputs: Tensor, gradient: Tensor) -
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
 
     def sample_gradients(sample: Tensor, sample_gradient: Tensor) -> dict[str, Tensor]:
-        _, pull_back = vjp(lambda values: functional_call(module, values, (sample,)), parameters)
-        return pull_back(sample_gradient)[0]  # type: ignore[no-any-return]
+        pull_back = vjp(lambda values: functional_call(module, values, (sample,)), parameters)[1]
+        gradients: dict[str, Tensor] = pull_back(sample_gradient)[0]
+        return gradients
 
-    gradients = vmap(sample_gradients)(inputs, gradient)
-    return {name: value.flatten(start_dim=1).square().sum(dim=1) for name, value in gradients.items()}
+    per_sample = vmap(sample_gradients)(inputs, gradient)
+    return {name: value.flatten(start_dim=1).square().sum(dim=1) for name, value in per_sample.items()}

@@ -147,7 +147,7 @@ def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
     for name in sorted(plan.base_model.files.keys() | hashes.keys()):
         if plan.base_model.files.get(name) != hashes.get(name):
             raise UserError(
-                f"The plan was made for another model ({plan.base_model.name}): {name} differs from {checkpoint.name}'s."
+                f"The plan was made for another model, {plan.base_model.name}: {name} is not that of {checkpoint.name}."
             )
 
 

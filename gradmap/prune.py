@@ -52,9 +52,7 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path) -> Plan:
     refuse_foreign_directory(out, PLAN_FILE)
     architecture = architecture_of(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint)
-    calibration = build_calibration(
-        tokenizer, settings.calibration, settings.samples, settings.tokens, settings.seed
-    )
+    calibration = build_calibration(tokenizer, settings.calibration, settings.samples, settings.tokens, settings.seed)
     model = load_model(checkpoint, settings.dtype, settings.device)
     timings_s: dict[str, float] = {}
     with _timed(timings_s, "select"):
@@ -94,7 +92,8 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     layers = layer_count(checkpoint.config)
     if not 1 <= settings.remove < layers:
         raise UserError(
-            f"Cannot remove {settings.remove} of {layers} layers of {checkpoint.name}; remove between 1 and {layers - 1}."
+            f"Cannot remove {settings.remove} of the {layers} layers of {checkpoint.name}; "
+            f"remove between 1 and {layers - 1}."
         )
     for kind, name, known in (
         ("selector", settings.selector, SELECTORS),

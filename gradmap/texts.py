@@ -1,9 +1,9 @@
 """Text sources: a SPEC on the command line or in a recipe becomes a list of documents.
 
-    wikipedia, wikitext2, c4, ptb, stackexchange, bookcorpus     a preset (the paper's Table 7)
-    hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]                           a data set on the hub
-    file:PATH[#FIELD]                                            txt, jsonl, jsonl.gz or parquet
-    disk:DIR:COLUMN                                              a directory written by `datasets.save_to_disk`
+wikipedia, wikitext2, c4, ptb, stackexchange, bookcorpus     a preset (the paper's Table 7)
+hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]                           a data set on the hub
+file:PATH[#FIELD]                                            txt, jsonl, jsonl.gz or parquet
+disk:DIR:COLUMN                                              a directory written by `datasets.save_to_disk`
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def _read_file(rest: str) -> Iterator[Any]:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Any]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 value = json.loads(line)
@@ -108,7 +107,7 @@ def _read_disk(rest: str) -> Iterator[Any]:
 def _read_hub(rest: str, seed: int) -> Iterator[Any]:
     from datasets import load_dataset
 
-    name, config, split, column = (rest.split(":") + ["", "", ""])[:4]
+    name, config, split, column = [*rest.split(":"), "", "", ""][:4]
     column = column or "text"
     try:
         stream = load_dataset(name, config or None, split=split or "train", streaming=True)

@@ -17,20 +17,26 @@ def loadtest(
     dense: Annotated[str, typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server.")],
     pruned: Annotated[str, typer.Option(help="The pruned model: a vLLM-ready directory, or the URL of a server.")],
     out: Annotated[Path, typer.Option(help="Directory for records.jsonl and report.json.")],
-    quick: Annotated[bool, typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS.")
+    ] = False,
     require_speedup: Annotated[float, typer.Option(help="TPOT speed-up that the verdict asks for.")] = 1.0,
     pairs: Annotated[int | None, typer.Option(help="Pairs of dense and pruned blocks (6, with --quick 3).")] = None,
-    concurrency: Annotated[list[int] | None, typer.Option(help="Requests in flight; may be given several times (1 and 8).")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Requests in flight; may be given several times (1 and 8).")
+    ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests per block and concurrency, at least.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Random token ids per prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
     seed: Annotated[int, typer.Option(help="Draws the prompts and the order of the blocks.")] = 0,
     vocabulary: Annotated[int | None, typer.Option(help="Token ids the models know; needed for two URLs.")] = None,
-    vllm_flag: Annotated[list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")] = None,
+    vllm_flag: Annotated[
+        list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")
+    ] = None,
     json_line: JsonOption = False,
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
-    from loadtest.loadtest import run_load_test
+    from loadtest.outcome import run_load_test
     from loadtest.session import LoadTestSettings
     from loadtest.statistics import EXIT_CODES, Verdict
 

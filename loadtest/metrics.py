@@ -1,10 +1,10 @@
 """Metrics from raw records, by the field's definitions. Pure functions.
 
-    TTFT  time to first token        t_1 - t_send
-    E2EL  end-to-end latency         t_n - t_send
-    TPOT  time per output token      (E2EL - TTFT) / (n - 1), for n >= 2
-    ITL   inter-token latency        the pooled gaps between arrivals
-    output throughput                tokens that arrived / length of the window
+TTFT  time to first token        t_1 - t_send
+E2EL  end-to-end latency         t_n - t_send
+TPOT  time per output token      (E2EL - TTFT) / (n - 1), for n >= 2
+ITL   inter-token latency        the pooled gaps between arrivals
+output throughput                tokens that arrived / length of the window
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,7 +21,8 @@ from loadtest.records import RequestRecord, read_records, to_json_line
 from loadtest.workload import random_requests, save_requests
 from serving.server import Server, ServerSettings, authorization, free_port
 
-LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+# In a folder of its own: Locust puts the folder of its file first on sys.path.
+LOCUSTFILE = Path(__file__).parent / "driver" / "locustfile.py"
 ARMS = ("dense", "pruned")
 WARM_UP_REQUESTS = 4
 # No block may run longer than this, whatever the server does.
@@ -182,9 +183,7 @@ def _run_load(
 ) -> list[RequestRecord]:
     """Lets Locust send `count` requests at one concurrency; prompts depend on pair and concurrency, not on the arm."""
     prefix = f"{block.pair}-{concurrency}"
-    requests = random_requests(
-        prefix, count, vocabulary, settings.prompt_tokens, settings.output_tokens, settings.seed
-    )
+    requests = random_requests(prefix, count, vocabulary, settings.prompt_tokens, settings.output_tokens, settings.seed)
     requests_file, records_file = out / ".requests.json", out / ".records.jsonl"
     save_requests(requests_file, requests)
     records_file.write_text("")
@@ -217,10 +216,8 @@ def _run_locust(command: list[str], records_file: Path, advance: Callable[[int],
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=os.environ)
         try:
             while process.poll() is None:
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)
-                except subprocess.TimeoutExpired:
-                    pass
                 lines = records_file.read_text().count("\n")
                 advance(lines - seen)
                 seen = lines

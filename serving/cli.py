@@ -16,7 +16,7 @@ from gradmap.console import say
 SAY_EVERY_S = 15.0
 
 
-class Terminated(Exception):
+class Terminated(BaseException):
     """SIGTERM arrived."""
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -27,7 +28,7 @@ KILL_AFTER_S = DRAIN_S + 10
 LOG_LINES_SEARCHED = 400
 
 
-class ServerFailed(UserError):
+class ServerError(UserError):
     """vLLM ended, or did not get ready, without being asked to."""
 
 
@@ -77,13 +78,15 @@ class Server:
         )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
         if self._log_file is not None:
             self._log_file.close()
 
     def wait_until_ready(self, on_poll: Callable[[float], None] = lambda elapsed_s: None) -> str:
-        """Returns the served model's name once it has completed a request. Raises ServerFailed if it does not."""
+        """Returns the served model's name once it has completed a request. Raises ServerError if it does not."""
         started = time.monotonic()
         with httpx.Client(base_url=self.settings.url, headers=authorization(), timeout=60.0) as client:
             while (elapsed_s := time.monotonic() - started) < self.settings.ready_timeout_s:
@@ -92,10 +95,12 @@ class Server:
                     return model
                 on_poll(elapsed_s)
                 time.sleep(POLL_INTERVAL_S)
-        raise ServerFailed(f"vLLM did not complete a request within {self.settings.ready_timeout_s:.0f} s{self._see_log()}.")
+        raise ServerError(
+            f"vLLM did not complete a request within {self.settings.ready_timeout_s:.0f} s{self._see_log()}."
+        )
 
     def wait(self) -> None:
-        """Blocks until vLLM ends by itself, which is a failure whatever its exit code. Raises ServerFailed."""
+        """Blocks until vLLM ends by itself, which is a failure whatever its exit code. Raises ServerError."""
         assert self._process is not None
         self._process.wait()
         self._require_running()
@@ -107,10 +112,8 @@ class Server:
             return
         if process.poll() is None:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_AFTER_S)
-            except subprocess.TimeoutExpired:
-                pass
         kill_group(process.pid)
         process.wait()
         self._process = None
@@ -119,7 +122,7 @@ class Server:
         assert self._process is not None
         code = self._process.poll()
         if code is not None:
-            raise ServerFailed(f"vLLM ended with code {code}{self._last_error()}{self._see_log()}.")
+            raise ServerError(f"vLLM ended with code {code}{self._last_error()}{self._see_log()}.")
 
     def _last_error(self) -> str:
         if self.log is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Pico:
 
 
 def make_pico(family: str, directory: Path) -> Pico:
-    """Writes a pico model with a word-level tokenizer. Norm weights and biases are random too, unlike HF's initial ones."""
+    """Writes a pico model with a word-level tokenizer. Norms and biases are random too."""
     torch.manual_seed(7)
     config = AutoConfig.for_model(family, **PICO_CONFIGS[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -120,7 +121,8 @@ def word_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(3)
     path = tmp_path_factory.mktemp("text") / "words.jsonl"
     rows = torch.randint(3, VOCABULARY, (60, 40), generator=generator).tolist()
-    path.write_text("".join('{"text": "%s"}\n' % " ".join(f"w{index}" for index in row) for row in rows))
+    lines = [json.dumps({"text": " ".join(f"w{index}" for index in row)}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 

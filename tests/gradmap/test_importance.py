@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.conftest import BOOLQ
 
 from gradmap.architectures import without_layers
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.errors import UserError
 from gradmap.importance import layer_scores, layer_scores_reference, squared_weight_norm
+from tests.conftest import BOOLQ
 
 
 def test_scores_equal_the_per_sample_reference(pico, input_ids):

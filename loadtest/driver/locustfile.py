@@ -1,6 +1,6 @@
 """The Locust user: streams completions and writes down when every token arrived.
 
-    locust -f loadtest/locustfile.py --headless --users 8 --spawn-rate 8 --host http://127.0.0.1:8000 \
+    locust -f loadtest/driver/locustfile.py --headless --users 8 --spawn-rate 8 --host http://127.0.0.1:8000 \
         --requests requests.json --records records.jsonl --model NAME
 
 A closed loop: each user sends the next request of the file as soon as its last one has ended, until none is left.
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import gevent
 from geventhttpclient import HTTPClient
 from locust import User, constant, events, task
 from locust.exception import StopUser
@@ -47,7 +48,7 @@ class Block:
         self.users = users
         self.waiting = deque(load_requests(Path(options.requests)))
         self.unfinished = len(self.waiting)
-        self.file: IO[str] = Path(options.records).open("w")
+        self.file: IO[str] = Path(options.records).open("w")  # noqa: SIM115 - closed by close_block
 
     def write(self, record: RequestRecord) -> None:
         self.file.write(to_json_line(record))
@@ -86,7 +87,7 @@ class CompletionUser(User):
         block.write(record)
         _report_to_locust(self.environment, record)
         if block.unfinished == 0:
-            self.environment.runner.quit()
+            gevent.spawn(self.environment.runner.quit)  # from outside: quitting waits for all users, so for this one
 
     def _complete(self, block: Block, request: Request) -> RequestRecord:
         arrivals: list[tuple[float, int]] = []

