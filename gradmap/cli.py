@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from importlib.metadata import entry_points
 
 import click
@@ -14,6 +15,7 @@ from gradmap.console import say
 from gradmap.errors import UserError
 
 EXIT_USAGE = 2
+EXIT_BUG = 70  # EX_SOFTWARE: never to be mistaken for a gate's verdict
 EXIT_INTERRUPTED = 130
 
 
@@ -42,10 +44,14 @@ def run_app(app: typer.Typer) -> int:
         say("Interrupted.")
         return EXIT_INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        say(f"Error: {error.filename or 'the output'} cannot be written: {os.strerror(error.errno)}.")
-        return EXIT_USAGE
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            say(f"Error: {error.filename or 'the output'} cannot be written: {os.strerror(error.errno)}.")
+            return EXIT_USAGE
+        traceback.print_exc()
+        return EXIT_BUG
+    except Exception:
+        traceback.print_exc()
+        return EXIT_BUG
 
 
 def quiet_libraries() -> None:
