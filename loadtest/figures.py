@@ -43,7 +43,6 @@ def draw_importance(plan: Plan) -> str:
         figure, axes = _new_figure(width=9.0)
         colors = [PRUNED_COLOR if layer in plan.removal_order else KEPT_COLOR for layer in scores]
         axes.bar(list(scores), list(scores.values()), color=colors)
-        axes.set_yscale("log")
         for rank, layer in enumerate(plan.removal_order, start=1):
             axes.annotate(f"{rank}.", (layer, scores[layer]), ha="center", va="bottom", fontsize=9)
         axes.set_xlabel("layer (original index); red: removed, with its place in the order of removal")
