@@ -97,11 +97,12 @@ def _read_disk(rest: str) -> Iterator[Any]:
 
     directory, _, column = rest.rpartition(":")
     try:
-        return iter(load_from_disk(directory)[column])
+        dataset = load_from_disk(directory)
     except FileNotFoundError:
         raise UserError(f"{directory} is no directory written by datasets.save_to_disk; check the path.") from None
-    except KeyError:
-        raise UserError(f"The data set in {directory} has no column {column!r}.") from None
+    if column not in dataset.column_names:
+        raise UserError(f"The data set in {directory} has no column {column!r}.")
+    return iter(dataset[column])
 
 
 def _read_hub(rest: str, seed: int) -> Iterator[Any]:

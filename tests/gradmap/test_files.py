@@ -1,0 +1,56 @@
+"""A result is whole or absent, and the earlier one survives a failure."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gradmap.errors import UserError
+from gradmap.files import atomic_directory
+
+
+def write_result(path, text):
+    with atomic_directory(path, marker="result") as partial:
+        (partial / "result").write_text(text)
+
+
+def test_a_failure_leaves_the_earlier_result_and_no_debris(tmp_path):
+    target = tmp_path / "out"
+    write_result(target, "old")
+    with pytest.raises(RuntimeError), atomic_directory(target, marker="result") as partial:
+        (partial / "result").write_text("half")
+        raise RuntimeError
+    assert (target / "result").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write_result(target, "new")
+    assert (target / "result").read_text() == "new"
+
+
+def test_foreign_files_are_never_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="will not be overwritten"):
+        write_result(tmp_path, "new")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path):
+    script = (
+        "import os, signal, sys; from pathlib import Path; from gradmap.files import atomic_directory\n"
+        "with atomic_directory(Path(sys.argv[1]), marker='result') as partial:\n"
+        "    (partial / 'result').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    target = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
+    assert killed.returncode == -9
+    assert not target.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    write_result(target, "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    (tmp_path / ".out.retired").mkdir()
+    (tmp_path / ".out.retired" / "result").write_text("old")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", marker="result"):
+        raise RuntimeError
+    assert (tmp_path / "out" / "result").read_text() == "old"

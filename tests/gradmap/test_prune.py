@@ -1,0 +1,134 @@
+"""`gradmap prune` and `gradmap eval` on the command line: plans that can be recomputed, and refusals."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gradmap.architectures import without_layers
+from gradmap.errors import UserError
+from gradmap.importance import layer_scores_reference, sample_losses
+from gradmap.plan import load_calibration_ids, load_corrections, load_plan, require_same_model
+from tests.conftest import LAYERS
+
+
+def gradmap(*arguments):
+    command = [sys.executable, "-m", "gradmap", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def prune_arguments(pico, word_file, out, remove=2):
+    source = ("--calibration", f"file:{word_file}", "--samples", 12, "--tokens", 16)
+    return ("prune", "--model", pico.directory, "--remove", remove, *source, "--dtype", "float64", "--out", out)
+
+
+@pytest.fixture(scope="module")
+def planned(picos, word_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prune") / "plan"
+    finished = gradmap(*prune_arguments(picos["llama"], word_file, out), "--json")
+    assert finished.returncode == 0, finished.stderr
+    return picos["llama"], out, finished
+
+
+def test_the_plan_can_be_recomputed_from_its_own_files(planned):
+    pico, out, finished = planned
+    plan = load_plan(out)
+    input_ids = load_calibration_ids(out, plan)
+    model = pico.load()
+    assert json.loads(finished.stdout.splitlines()[-1])["removal_order"] == plan.removal_order
+    assert len(plan.removal_order) == len(set(plan.removal_order)) == 2
+    for number, step in enumerate(plan.steps):
+        removed = plan.removal_order[:number]
+        with without_layers(model, pico.architecture, removed):
+            expected = layer_scores_reference(model, pico.architecture, input_ids)
+        alive = [layer for layer in range(LAYERS) if layer not in removed]
+        assert list(step.scores) == alive
+        torch.testing.assert_close(
+            torch.tensor(list(step.scores.values()), dtype=torch.float64), expected, rtol=1e-7, atol=0
+        )
+        assert step.removed == [alive[int(expected.argmin())]]
+
+
+def test_plan_json_keeps_the_agreed_names(planned):
+    contents = json.loads((planned[1] / "plan.json").read_text())
+    assert {"removal_order", "steps", "corrections", "calibration", "recipe", "base_model"} <= contents.keys()
+    assert {"layer", "target", "lambda", "held_out_loss_before", "held_out_loss_after"} <= contents["corrections"][
+        0
+    ].keys()
+
+
+def test_eval_measures_dense_and_pruned(planned, tmp_path):
+    pico, plan, _ = planned
+    (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(400)))
+    out = tmp_path / "eval.json"
+    finished = gradmap(
+        *("eval", "--model", pico.directory, "--plan", plan, "--perplexity", f"own=file:{tmp_path}/other.txt"),
+        *("--dtype", "float64", "--out", out),
+    )
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(out.read_text())
+    assert (result["dense"]["layers"], result["pruned"]["layers"]) == (LAYERS, LAYERS - 2)
+    ids = torch.tensor([[3 + (7 * index) % 190 for index in range(384)]]).reshape(3, 128)
+    losses = sample_losses(pico.load()(input_ids=ids).logits, ids) / 127
+    estimate = result["dense"]["perplexity"]["own"]
+    assert estimate["value"] == pytest.approx(losses.mean().exp().item(), rel=1e-9)
+    assert estimate["stderr"] == pytest.approx(estimate["value"] * losses.std().item() / math.sqrt(3), rel=1e-9)
+
+
+def test_evaluating_on_the_calibration_text_is_refused(planned, word_file, tmp_path):
+    pico, plan, _ = planned
+    text = ("--perplexity", f"file:{word_file}", "--out", tmp_path / "eval.json")
+    finished = gradmap("eval", "--model", pico.directory, "--plan", plan, *text)
+    assert finished.returncode == 2
+    assert "used for calibration" in finished.stderr
+    assert not (tmp_path / "eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--remove": LAYERS}, f"Cannot remove {LAYERS} of the {LAYERS} layers"),
+        ({"--remove": 0}, "remove between 1 and"),
+        ({"--model": "./nowhere"}, "does not exist"),
+        ({"--samples": 5000}, "too short"),
+        ({"--selector": "magic"}, "Unknown selector"),
+        ({"--dtype": "int3"}, "Unknown dtype"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(picos, word_file, tmp_path, changes, message):
+    arguments = list(prune_arguments(picos["llama"], word_file, tmp_path / "plan"))
+    for option, value in changes.items():
+        arguments += [option, value]  # the last one counts
+    finished = gradmap(*arguments)
+    assert finished.returncode == 2
+    assert message in finished.stderr
+    assert finished.stderr.count("\n") == 1, finished.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_is_refused_for_another_model(planned, picos):
+    with pytest.raises(UserError, match="made for another model"):
+        require_same_model(load_plan(planned[1]), picos["mistral"].checkpoint)
+
+
+def test_a_tampered_plan_is_refused(planned, tmp_path):
+    contents = json.loads((planned[1] / "plan.json").read_text())
+    for key, value, message in (
+        ("schema_version", 99, "schema 99"),
+        ("removal_order", contents["removal_order"][::-1], "contradicts itself"),
+        ("surprise", 1, "surprise"),
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps(contents | {key: value}))
+        with pytest.raises(UserError, match=message):
+            load_plan(tmp_path)
+
+
+def test_a_rejected_correction_is_not_loaded(planned):
+    plan = load_plan(planned[1])
+    rejected = plan.model_copy(
+        update={"corrections": [one.model_copy(update={"accepted": False}) for one in plan.corrections]}
+    )
+    assert load_corrections(planned[1], rejected) == {}

@@ -1,0 +1,75 @@
+"""An OpenAI-compatible server with known behaviour, for tests of what the load test measures."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class FakeServer:
+    """gap_s: pause before each token. fault: what goes wrong with a request, by its first prompt token.
+
+    sent_s: monotonic times at which tokens were written, by the prompt's first token.
+    """
+
+    gap_s: float = 0.0
+    faults: dict[int, str] = field(default_factory=dict)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    sent_s: dict[int, list[float]] = field(default_factory=dict)
+    url: str = ""
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        key = body["prompt"][0]
+        self.bodies.append(body)
+        self.sent_s[key] = []
+        fault = self.faults.get(key)
+        if fault == "http 500":
+            handler.send_error(500)
+            return
+        tokens = body["max_tokens"] - (fault == "too few tokens")
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.end_headers()
+        for count in range(1, tokens + 1):
+            time.sleep(self.gap_s)
+            if fault == "cut short" and count == 2:
+                return
+            text = "" if count == 1 else "x"  # the first token decodes to nothing yet
+            event = {"choices": [{"text": text}], "usage": {"completion_tokens": count}}
+            self.sent_s[key].append(time.monotonic())
+            handler.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        handler.wfile.write(b"data: [DONE]\n\n")
+
+
+@contextmanager
+def running(fake: FakeServer) -> Iterator[FakeServer]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            fake.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def do_GET(self) -> None:
+            payload = json.dumps({"data": [{"id": "fake"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,82 @@
+"""Recipes are strict, and a stage runs again exactly when something it depends on has changed."""
+
+from pathlib import Path
+
+import pytest
+
+from gradmap.cli import build_app
+from gradmap.errors import UserError
+from loadtest.pipeline import plan_stages, run_recipe, stage_key
+from loadtest.recipe import load_recipe
+from tests.conftest import ROOT
+
+MINIMAL = """
+model: {model}
+prune: {{remove: 2, calibration: "file:{text}"}}
+eval: {{perplexity: {{a: "file:{text}"}}}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path, picos, word_file):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL.format(model=picos["llama"].directory, text=word_file))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("prunes: {}", "prunes: is no key of a recipe"),
+        ("loadtest: {speed: 2}", r"loadtest\.speed: is no key of a recipe"),
+        ("loadtest: {pairs: many}", r"loadtest\.pairs: .*integer"),
+        ("export: {formats: [hf]}", "formats must include vllm"),
+        ("model: [", "not valid YAML"),
+    ],
+)
+def test_recipes_with_mistakes_are_refused(recipe_file, tmp_path, extra, message):
+    recipe_file.write_text(recipe_file.read_text() + extra)
+    with pytest.raises(UserError, match=message):
+        run_recipe(recipe_file, tmp_path / "out", None, False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_stage_or_a_missing_recipe_is_refused(recipe_file, tmp_path):
+    with pytest.raises(UserError, match="Unknown stage 'bake'"):
+        run_recipe(recipe_file, tmp_path / "out", "bake", False)
+    with pytest.raises(UserError, match="does not exist"):
+        run_recipe(tmp_path / "none.yaml", tmp_path / "out", None, False)
+
+
+def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
+    """Every option a recipe turns into a flag exists, so that a recipe cannot fail late on one."""
+    import typer
+
+    commands = typer.main.get_command(build_app()).commands
+    recipes = [load_recipe(recipe_file), load_recipe(ROOT / "recipes" / "smollm2.yaml")]
+    for stage in [stage for recipe in recipes for stage in plan_stages(recipe, tmp_path)]:
+        name, *arguments = stage.arguments
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {argument.partition("=")[0] for argument in arguments if argument.startswith("--")} <= known
+
+
+def test_a_stage_depends_on_its_command_and_its_inputs(tmp_path):
+    (tmp_path / "text").write_text("a")
+    recipe = """
+model: m
+prune: {remove: 2, calibration: "file:%s"}
+eval: {perplexity: {a: "file:b"}}
+"""
+    path = tmp_path / "recipe.yaml"
+
+    def key() -> str:
+        path.write_text(recipe % (tmp_path / "text#field"))
+        return stage_key(plan_stages(load_recipe(path), Path("out"))[0])
+
+    first = key()
+    assert key() == first
+    (tmp_path / "text").write_text("b")
+    changed_input = key()
+    assert changed_input != first
+    recipe = recipe.replace("remove: 2", "remove: 3")
+    assert key() != changed_input

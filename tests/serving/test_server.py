@@ -1,0 +1,79 @@
+"""Starting and stopping a server process, without the minutes that a real one takes (see test_end_to_end)."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from gradmap.errors import UserError
+from serving import server
+from serving.server import Server, ServerError, ServerSettings, build_command, check_servable, free_port
+
+
+@pytest.fixture
+def settings(picos):
+    return ServerSettings(picos["llama"].directory, port=free_port(), ready_timeout_s=30)
+
+
+def test_flags_of_the_user_come_last(picos, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "vllm.yaml").write_text("dtype: bfloat16\n")
+    command = build_command(ServerSettings(tmp_path, port=1234, vllm_flags=("--max-model-len", "64")))
+    assert command[-2:] == ["--max-model-len", "64"]
+    assert command[command.index("--config") + 1] == str(tmp_path / "vllm.yaml")
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+
+
+def test_a_taken_port_is_refused_on_the_command_line(picos):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-c", "from serving.cli import main; main()", str(picos["llama"].directory)]
+        finished = subprocess.run([*command, "--port", str(port)], capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert f"Cannot listen on 127.0.0.1:{port} (Address already in use)" in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no model directory"):
+        check_servable(ServerSettings(tmp_path))
+
+
+def use_script(monkeypatch, script):
+    monkeypatch.setattr(server, "build_command", lambda settings: [sys.executable, "-c", script])
+
+
+def test_a_server_that_ends_is_a_failure_even_with_code_0(settings, monkeypatch, tmp_path):
+    use_script(monkeypatch, "print('(EngineCore pid=1) ValueError: no room', flush=True)")
+    message = r"ended with code 0: ValueError: no room \(log: "
+    with pytest.raises(ServerError, match=message), Server(settings, tmp_path / "log") as running:
+        running.wait_until_ready()
+
+
+def test_stopping_ends_children_that_ignore_sigterm(settings, monkeypatch, tmp_path):
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    use_script(
+        monkeypatch,
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+        "print(p.pid, flush=True); time.sleep(600)",
+    )
+    log = tmp_path / "log"
+    with Server(settings, log):
+        while not log.read_text().strip():
+            time.sleep(0.1)
+    pid = int(log.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_key_goes_into_the_header_and_not_into_argv(settings, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "hidden")
+    assert server.authorization() == {"Authorization": "Bearer hidden"}
+    assert "hidden" not in " ".join(build_command(settings))
+    assert server.server_environment()["VLLM_API_KEY"] == "hidden"
+    assert os.environ["VLLM_API_KEY"] == "hidden"

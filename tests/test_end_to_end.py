@@ -1,0 +1,127 @@
+"""The whole product on the real model with small budgets: prune, export, evaluate, serve, load-test, report."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from openai import OpenAI
+
+from serving.server import free_port
+from tests.conftest import ASSETS, BOOLQ, SMOLLM2, SMOLLM2_GGUF, SQUAD
+from tests.export.test_export import WITHOUT_US
+
+REMOVED = 8
+RECIPE = f"""
+model: {SMOLLM2}
+gguf_file: {SMOLLM2_GGUF}
+prune: {{remove: {REMOVED}, one_shot: true, calibration: "{BOOLQ}", samples: 8, tokens: 64}}
+eval: {{perplexity: {{squad: "{SQUAD}"}}, limit: 8}}
+loadtest:
+  quick: true
+  pairs: 2
+  concurrency: [1]
+  requests: 4
+  prompt_tokens: 64
+  output_tokens: 24
+  vllm_flag: [--enforce-eager, --max-model-len=512]
+"""
+GENERATE_IN_VLLM = (
+    WITHOUT_US
+    + """
+import os
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=256)
+    out = llm.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    print("GENERATED", len(out[0].outputs[0].token_ids))
+"""
+)
+
+
+def gradmap_run(directory):
+    command = [sys.executable, "-m", "gradmap", "run", str(directory / "recipe.yaml"), "--out", str(directory / "out")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    assert ASSETS.exists(), "run `make assets`"
+    directory = tmp_path_factory.mktemp("end_to_end")
+    (directory / "recipe.yaml").write_text(RECIPE)
+    finished = gradmap_run(directory)
+    assert finished.returncode in (0, 1, 3), finished.stderr
+    return directory, finished
+
+
+def test_the_result_directory_is_as_agreed(finished_run):
+    directory, finished = finished_run
+    out = directory / "out"
+    for name in ("plan/plan.json", "hf/config.json", "vllm/vllm.yaml", "eval.json", "loadtest/records.jsonl",
+                 "loadtest/report.json", "report.html", "report.md", "result.json"):  # fmt: skip
+        assert (out / name).is_file(), name
+    result = json.loads((out / "result.json").read_text())
+    assert result["pruned"]["layers"] == result["dense"]["layers"] - REMOVED
+    assert result["pruned"]["parameters"] < result["dense"]["parameters"]
+    assert result["pruned"]["bytes"] < result["dense"]["bytes"]
+    for arm in ("dense", "pruned"):
+        assert result[arm]["perplexity"]["squad"]["stderr"] > 0
+    assert 20 < result["dense"]["perplexity"]["squad"]["value"] < 80  # of 8 segments; 100 segments give 38
+    assert result["loadtest"]["verdict"] in ("FAIL", "INCONCLUSIVE")  # 2 pairs cannot pass
+    assert {"value", "low", "high"} <= result["loadtest"]["speedup"]["tpot"].keys()
+    assert "Dense against pruned" in finished.stdout
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(finished_run):
+    page = (finished_run[0] / "out" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?https?:|@import|<script|<link", page)
+
+
+def test_a_second_run_repeats_nothing(finished_run):
+    directory, _ = finished_run
+    before = (directory / "out" / "loadtest" / "records.jsonl").stat().st_mtime_ns
+    again = gradmap_run(directory)
+    assert again.stderr.count("done before, inputs unchanged") == 5
+    assert (directory / "out" / "loadtest" / "records.jsonl").stat().st_mtime_ns == before
+    assert again.returncode == finished_run[1].returncode
+
+
+def test_stock_vllm_generates_from_the_artifact_without_our_packages(finished_run, tmp_path):
+    script = tmp_path / "generate.py"
+    script.write_text(GENERATE_IN_VLLM)
+    command = [sys.executable, str(script), str(finished_run[0] / "out" / "vllm")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "GENERATED 8" in finished.stdout, finished.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_the_served_model_answers_openai_clients_and_stops_whole(finished_run, tmp_path, signal_number, exit_code):
+    port = free_port()
+    command = [sys.executable, "-c", "from serving.cli import main; main()", str(finished_run[0] / "out" / "vllm")]
+    flags = ["--port", str(port), "--", "--enforce-eager", "--max-model-len", "512"]
+    log = tmp_path / "serve.log"
+    with log.open("w") as file:
+        server = subprocess.Popen([*command, *flags], stdout=file, stderr=file, env=os.environ)
+    try:
+        while "Ready after" not in log.read_text():
+            assert server.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.5)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused")
+        model = client.models.list().data[0].id
+        assert model == f"SmolLM2-135M-Instruct.Q4_1-minus-{REMOVED}"
+        messages = [{"role": "user", "content": "Hello"}]
+        answer = client.chat.completions.create(model=model, messages=messages, max_tokens=4)
+        assert 1 <= answer.usage.completion_tokens <= 4
+        family = psutil.Process(server.pid).children(recursive=True)
+        assert len(family) >= 2  # the API server and the engine
+    finally:
+        server.send_signal(signal_number)
+    assert server.wait(60) == exit_code
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
