@@ -12,7 +12,7 @@ from gradmap.errors import UserError
 
 
 class _Section(BaseModel):
-    """A section's fields are named as the options of the command it is for, and left out where that decides."""
+    """A section's fields are named as the options of the command it is for; None leaves the command its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,14 +21,14 @@ class PruneSection(_Section):
     calibration: str
     remove: int | None = None
     ratio: float | None = None
-    selector: str = "gradient"
-    compensator: str = "projection"
-    one_shot: bool = False
-    samples: int = 128
-    tokens: int = 128
-    seed: int = 42
-    dtype: str = "auto"
-    device: str = "auto"
+    selector: str | None = None
+    compensator: str | None = None
+    one_shot: bool | None = None
+    samples: int | None = None
+    tokens: int | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    device: str | None = None
 
 
 class ExportSection(_Section):
@@ -44,19 +44,21 @@ class ExportSection(_Section):
 class EvalSection(_Section):
     perplexity: dict[str, str] = Field(min_length=1)
     limit: int | None = None
-    seed: int = 0
+    seed: int | None = None
+    dtype: str | None = None
+    device: str | None = None
 
 
 class LoadTestSection(_Section):
-    quick: bool = False
-    require_speedup: float = 1.0
+    quick: bool | None = None
+    require_speedup: float | None = None
     pairs: int | None = None
-    concurrency: list[int] = Field(default=[1, 8])
-    requests: int = 8
-    prompt_tokens: int = 128
-    output_tokens: int = 64
-    seed: int = 0
-    vllm_flag: list[str] = Field(default=[])
+    concurrency: list[int] | None = None
+    requests: int | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    seed: int | None = None
+    vllm_flag: list[str] | None = None
 
 
 class Recipe(_Section):
