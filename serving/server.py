@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import IO, Self
 
 import httpx
+import psutil
 
 from gradmap.errors import UserError
 
@@ -25,6 +26,7 @@ POLL_INTERVAL_S = 0.5
 # After SIGTERM vLLM finishes the streams in flight for this long; then the whole group is killed.
 DRAIN_S = 20
 KILL_AFTER_S = DRAIN_S + 10
+EXIT_WAIT_S = 5
 LOG_LINES_SEARCHED = 400
 
 
@@ -184,11 +186,18 @@ def authorization() -> dict[str, str]:
 
 
 def kill_group(process_group: int) -> None:
-    """Sends SIGKILL to a process group; one that is gone already is fine."""
-    try:
+    """Kills what is left of a process group and waits until it has ended; a group that is gone already is fine."""
+    members = [process for process in psutil.process_iter() if _group_of(process.pid) == process_group]
+    with suppress(ProcessLookupError):
         os.killpg(process_group, signal.SIGKILL)
+    psutil.wait_procs(members, timeout=EXIT_WAIT_S)
+
+
+def _group_of(process_id: int) -> int | None:
+    try:
+        return os.getpgid(process_id)
     except ProcessLookupError:
-        return
+        return None
 
 
 def _try_completion(client: httpx.Client) -> str | None:

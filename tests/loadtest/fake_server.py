@@ -16,20 +16,20 @@ from typing import Any
 class FakeServer:
     """gap_s: pause before each token. fault: what goes wrong with a request, by its first prompt token.
 
-    sent_s: monotonic times at which tokens were written, by the prompt's first token.
+    sent_s: for each request, the monotonic times at which its tokens were written.
     """
 
     gap_s: float = 0.0
     faults: dict[int, str] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    sent_s: dict[int, list[float]] = field(default_factory=dict)
+    sent_s: list[list[float]] = field(default_factory=list)
     url: str = ""
 
     def answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        key = body["prompt"][0]
+        sent_s: list[float] = []
         self.bodies.append(body)
-        self.sent_s[key] = []
-        fault = self.faults.get(key)
+        self.sent_s.append(sent_s)
+        fault = self.faults.get(body["prompt"][0])
         if fault == "http 500":
             handler.send_error(500)
             return
@@ -43,7 +43,7 @@ class FakeServer:
                 return
             text = "" if count == 1 else "x"  # the first token decodes to nothing yet
             event = {"choices": [{"text": text}], "usage": {"completion_tokens": count}}
-            self.sent_s[key].append(time.monotonic())
+            sent_s.append(time.monotonic())
             handler.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
         handler.wfile.write(b"data: [DONE]\n\n")
 
