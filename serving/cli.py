@@ -32,6 +32,7 @@ def serve(
 
     settings = ServerSettings(directory, host, port, tuple(vllm_flags or ()), ready_timeout_s)
     signal.signal(signal.SIGTERM, _raise_terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     started = time.monotonic()
     try:
         with Server(settings) as server:

@@ -39,7 +39,9 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_C
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=256)
-    out = llm.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    # its progress bar divides by zero where TQDM_DISABLE is set
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    out = llm.generate(["The capital of France is"], sampling, use_tqdm=False)
     print("GENERATED", len(out[0].outputs[0].token_ids))
 """
 )
