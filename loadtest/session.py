@@ -117,12 +117,12 @@ def check_settings(settings: LoadTestSettings) -> None:
     for arm in ARMS:
         target = getattr(settings, arm)
         if _is_url(target):
-            _require_loopback_or_http(target)
+            _require_host(target)
         elif not Path(target, "config.json").is_file():
             raise UserError(f"--{arm} {target} is neither a URL nor a model directory; export one first.")
 
 
-def _require_loopback_or_http(url: str) -> None:
+def _require_host(url: str) -> None:
     if urlsplit(url).hostname is None:
         raise UserError(f"{url} is no URL of a server; write it as http://HOST:PORT.")
 
