@@ -123,7 +123,8 @@ def test_the_served_model_answers_openai_clients_and_stops_whole(finished_run, t
         assert 1 <= answer.usage.completion_tokens <= 4
         family = psutil.Process(server.pid).children(recursive=True)
         assert len(family) >= 2  # the API server and the engine
-    finally:
         server.send_signal(signal_number)
-    assert server.wait(60) == exit_code
+        assert server.wait(60) == exit_code
+    finally:
+        server.kill()
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
