@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from export import VLLM_CONFIG_FILE
 from export.card import render_card
 from export.fold import FoldedTensor, count_parameters, plan_fold, write_folded
 from export.verification import (
@@ -33,7 +34,6 @@ from gradmap.files import atomic_directory, refuse_foreign_directory, sha256_fil
 from gradmap.plan import PLAN_FILE, Plan, load_calibration_ids, load_corrections, load_plan, require_same_model
 
 ARTIFACT_FILE = "gradmap.json"
-VLLM_CONFIG_FILE = "vllm.yaml"
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
 COPIED_PATTERNS = (
     "tokenizer*",
@@ -198,7 +198,7 @@ def _describe(
         "layers": layers,
         "parameters": count_parameters(folded),
         "weight_bytes": sum(tensor.spec.bytes for tensor in folded),
-        "base_model": {"name": source.checkpoint.name, "files": source.checkpoint.file_hashes()},
+        "base_model": {"name": source.checkpoint.name, "files": source.checkpoint.file_hashes},
         "plan": None
         if plan is None
         else {

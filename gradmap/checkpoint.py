@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ class Checkpoint:
     config: dict[str, Any]
     weight_files: tuple[Path, ...]
 
+    @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """Returns the SHA-256 of config.json and of every weight file, by file name."""
+        """SHA-256 of config.json and of every weight file, by file name; read once, for weights can be large."""
         return {path.name: sha256_file(path) for path in (self.directory / "config.json", *self.weight_files)}
 
 

@@ -143,7 +143,7 @@ def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:
 
 def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
     """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made for."""
-    hashes = checkpoint.file_hashes()
+    hashes = checkpoint.file_hashes
     for name in sorted(plan.base_model.files.keys() | hashes.keys()):
         if plan.base_model.files.get(name) != hashes.get(name):
             raise UserError(

@@ -124,7 +124,7 @@ def _describe_plan(
             name=checkpoint.name,
             model_type=checkpoint.config["model_type"],
             layers=layer_count(checkpoint.config),
-            files=checkpoint.file_hashes(),
+            files=checkpoint.file_hashes,
         ),
         recipe=asdict(settings),
         calibration=CalibrationRecord(

@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from gradmap.console import print_table, say
 from gradmap.errors import UserError
 from gradmap.files import read_json, refuse_foreign_directory, sha256_file, sha256_json, write_json
@@ -152,10 +150,10 @@ def _source_files(source: str) -> tuple[Path, ...]:
     return (Path(rest.rpartition(":")[0]),) if kind == "disk" else ()
 
 
-def _flags(values: dict[str, Any] | BaseModel) -> list[str]:
+def _flags(values: dict[str, Any]) -> list[str]:
     """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2]} -> --one-shot --remove=8 --x=1 --x=2."""
     flags: list[str] = []
-    for name, value in dict(values).items():
+    for name, value in values.items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             flags += [option] if value else []

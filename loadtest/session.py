@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,7 +18,7 @@ from gradmap.errors import UserError
 from gradmap.files import read_json
 from loadtest.records import RequestRecord, read_records, to_json_line
 from loadtest.workload import random_requests, save_requests
-from serving.server import Server, ServerSettings, authorization, free_port
+from serving.server import Server, ServerSettings, authorization, free_port, served_model
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
 LOCUSTFILE = Path(__file__).parent / "driver" / "locustfile.py"
@@ -155,19 +154,20 @@ def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[
     """Yields a ready endpoint; a server that was started for it is stopped afterwards."""
     target = getattr(settings, arm)
     if _is_url(target):
-        yield Endpoint(target.rstrip("/"), _served_model(target.rstrip("/")))
+        url = target.rstrip("/")
+        yield Endpoint(url, _require_model(url))
         return
     server_settings = ServerSettings(Path(target), port=free_port(), vllm_flags=settings.vllm_flags)
-    with ExitStack() as stack:
-        say(f"Starting vLLM for the {arm} model (log: {out / f'server-{arm}.log'})")
-        server = stack.enter_context(Server(server_settings, out / f"server-{arm}.log"))
+    log = out / f"server-{arm}.log"
+    say(f"Starting vLLM for the {arm} model (log: {log})")
+    with Server(server_settings, log) as server:
         yield Endpoint(server_settings.url, server.wait_until_ready())
 
 
-def _served_model(url: str) -> str:
+def _require_model(url: str) -> str:
     try:
-        response = httpx.get(f"{url}/v1/models", headers=authorization(), timeout=30.0).raise_for_status()
-        return str(response.json()["data"][0]["id"])
+        with httpx.Client(base_url=url, headers=authorization(), timeout=30.0) as client:
+            return served_model(client)
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise UserError(f"{url} does not answer as an OpenAI-compatible server: {error}.") from None
 
@@ -213,7 +213,7 @@ def _locust_command(
 def _run_locust(command: list[str], records_file: Path, advance: Callable[[int], None], log: Path) -> None:
     seen = 0
     with log.open("ab") as log_file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=os.environ)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
         try:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):

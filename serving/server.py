@@ -19,9 +19,9 @@ from typing import IO, Self
 import httpx
 import psutil
 
+from export import VLLM_CONFIG_FILE
 from gradmap.errors import UserError
 
-VLLM_CONFIG_FILE = "vllm.yaml"
 POLL_INTERVAL_S = 0.5
 # After SIGTERM vLLM finishes the streams in flight for this long; then the whole group is killed.
 DRAIN_S = 20
@@ -200,10 +200,15 @@ def _group_of(process_id: int) -> int | None:
         return None
 
 
+def served_model(client: httpx.Client) -> str:
+    """Returns the name of the (first) model a server offers. Raises httpx.HTTPError, KeyError or ValueError if none."""
+    return str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
+
+
 def _try_completion(client: httpx.Client) -> str | None:
     """Returns the model's name if the server completes one token now. /health alone would say 200 too early."""
     try:
-        model: str = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        model = served_model(client)
         request = {"model": model, "prompt": [1], "max_tokens": 1, "ignore_eos": True}
         client.post("/v1/completions", json=request).raise_for_status()
         return model

@@ -11,7 +11,6 @@ buffers, so both stamp tokens too late; this one reads line by line from the soc
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from locust.exception import StopUser
 from loadtest.metrics import RequestMetrics, measure
 from loadtest.records import RequestRecord, to_json_line
 from loadtest.workload import Request, load_requests
+from serving.server import authorization
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -92,9 +92,10 @@ class CompletionUser(User):
     def _complete(self, block: Block, request: Request) -> RequestRecord:
         arrivals: list[tuple[float, int]] = []
         body = _request_body(block.options.served_model, request)
+        headers = {"Content-Type": "application/json", **authorization()}
         sent_s = time.monotonic()
         try:
-            response = self.http.request("POST", "/v1/completions", body=body, headers=_headers())
+            response = self.http.request("POST", "/v1/completions", body=body, headers=headers)
             for event in _server_sent_events(response):
                 _note_arrival(arrivals, event)
             error = _what_went_wrong(response.status_code, arrivals, request)
@@ -114,13 +115,6 @@ class CompletionUser(User):
             completion_tokens=arrivals[-1][1] if arrivals else 0,
             error=error,
         )
-
-
-def _headers() -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("VLLM_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    return headers
 
 
 def _request_body(model: str, request: Request) -> bytes:

@@ -35,7 +35,7 @@ def make_source(pico) -> Source:
     checkpoint = pico.checkpoint
     plan = Plan(
         base_model=BaseModelIdentity(
-            name=checkpoint.name, model_type=pico.family, layers=LAYERS, files=checkpoint.file_hashes()
+            name=checkpoint.name, model_type=pico.family, layers=LAYERS, files=checkpoint.file_hashes
         ),
         recipe={},
         calibration=CalibrationRecord(source="-", seed=0, samples=1, tokens=1, held_out_samples=1, sha256="-"),
