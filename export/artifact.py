@@ -1,79 +1,93 @@
-"""The artifact directory: a stock Hugging Face checkpoint plus a model card and `gradmap.json`."""
+"""The artifact directory: written beside its place, reloaded, compared, and only then put into place."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import Tensor
 
-from export import VLLM_CONFIG_FILE
 from export.card import render_card
-from export.fold import FoldedTensor, count_parameters, plan_fold, write_folded
-from export.verification import (
+from export.fold import count_parameters
+from export.reference import (
+    PROBE_FILE,
     PROBE_SAMPLES,
     PROBE_TOKENS,
     Reference,
-    Verification,
-    compute_reference,
-    logit_tolerance,
+    compute_references,
+    load_probe,
     random_probe,
-    verify_artifact,
+    save_probe,
 )
-from gradmap.architectures import architecture_of, prune_config
+from export.verification import (
+    LINEAR_MAPS_PER_LAYER,
+    Bounds,
+    Comparison,
+    compare,
+    logit_tolerance,
+    require_faithful,
+    run_artifact,
+)
+from export.writers import Source, Target, Writer, Written, write_checkpoint, write_genai, write_onnx, write_vllm
+from gradmap.architectures import architecture_of
 from gradmap.checkpoint import DTYPES, Checkpoint
 from gradmap.console import say
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import atomic_directory, refuse_foreign_directory, sha256_file, write_json, write_text
-from gradmap.plan import PLAN_FILE, Plan, load_calibration_ids, load_corrections, load_plan, require_same_model
+from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
+from gradmap.plan import PLAN_FILE, load_calibration_ids, load_corrections, load_plan, require_same_model
 
 ARTIFACT_FILE = "gradmap.json"
-# Everything else that a checkpoint's users need; weights, config and model card are written anew.
-COPIED_PATTERNS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-    "LICENSE*",
-    "NOTICE*",
-)
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of artifact. dtype: of its weights by default; None keeps the checkpoint's."""
+    """One kind of artifact.
+
+    dtypes: what its weights may be stored in, the default first. quantisations: likewise, besides none.
+    runners: the programs (export.runners) that must reproduce the reference with it.
+    """
 
     name: str
-    dtype: str | None
-    vllm_config: bool
+    write: Writer
+    dtypes: tuple[str, ...]
+    quantisations: tuple[str, ...]
+    runners: tuple[str, ...]
 
 
-FORMATS = {"hf": Format("hf", None, False), "vllm": Format("vllm", "bfloat16", True)}
+_ANY_DTYPE = ("float32", "float16", "bfloat16", "float64")
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("hf", write_checkpoint, ("keep", *_ANY_DTYPE), (), ("run_transformers",)),
+        Format("vllm", write_vllm, ("bfloat16", "float16", "float32", "keep"), (), ("run_transformers", "run_vllm")),
+        Format("onnx", write_onnx, ("float32", "float16"), ("int8",), ("run_onnxruntime",)),
+        Format("onnx-genai", write_genai, ("float32", "float16"), ("int8",), ("run_genai",)),
+    )
+}
+# The package that a runner, or a writer, needs besides ours, and the dtype that the runtime computes in.
+RUNTIME_PACKAGES = {"run_vllm": "vllm", "run_onnxruntime": "onnxruntime", "run_genai": "onnxruntime_genai"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is exported: a checkpoint with a plan applied (or, without one, the dense model)."""
+class ExportSettings:
+    """What to export. dtype: None for each format's default. min_agreement: see Bounds.
 
-    checkpoint: Checkpoint
-    plan: Plan | None
-    plan_hash: str | None
-    matrices: dict[int, Tensor]
-    probe_ids: Tensor
+    check_vllm: whether vLLM itself has to reproduce the reference (where it is installed).
+    quality: evaluation results (the contents of eval.json) for the model card.
+    """
 
-    @property
-    def removed(self) -> tuple[int, ...]:
-        return () if self.plan is None else tuple(self.plan.removal_order)
+    formats: Sequence[str]
+    dtype: str | None = None
+    quantise: str | None = None
+    shard_bytes: int = 5 * 10**9
+    min_agreement: float = 0.9
+    check_vllm: bool = True
+    quality: dict[str, Any] = field(default_factory=dict)
 
 
 def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
@@ -88,116 +102,143 @@ def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
     return Source(checkpoint, plan, sha256_file(plan_directory / PLAN_FILE), matrices, probe_ids)
 
 
-def export_artifacts(
-    source: Source, formats: Sequence[str], out: Path, dtype: str | None, shard_bytes: int
-) -> dict[str, dict[str, Any]]:
+def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dict[str, dict[str, Any]]:
     """Writes and verifies `out`/FORMAT for every format; returns their gradmap.json contents by format.
 
-    dtype: overrides the formats' own; "keep" is the checkpoint's. Raises UserError on bad input or if an
-    artifact does not reproduce the reference; then nothing of it is left behind.
+    Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing of it is left.
     """
-    chosen = [_find_format(name) for name in formats]
-    if dtype is not None and dtype != "keep" and dtype not in DTYPES:
-        raise UserError(f"Unknown dtype {dtype!r}; use keep, {', '.join(DTYPES)}.")
-    for wanted in chosen:
-        refuse_foreign_directory(out / wanted.name, ARTIFACT_FILE)
+    targets = {name: choose_target(name, settings) for name in settings.formats}
+    for name in targets:
+        refuse_foreign_directory(out / name, ARTIFACT_FILE)
     say("Computing reference logits")
-    reference = compute_reference(source.checkpoint, source.removed, source.matrices, source.probe_ids)
-    return {wanted.name: _export_one(source, wanted, reference, out, dtype, shard_bytes) for wanted in chosen}
+    dtypes = {target.rounding for target in targets.values()}
+    references = compute_references(source.checkpoint, source.removed, source.matrices, source.probe_ids, dtypes)
+    return {
+        name: _export_one(source, FORMATS[name], target, references[target.rounding], settings, out / name)
+        for name, target in targets.items()
+    }
 
 
-def _find_format(name: str) -> Format:
+def choose_target(name: str, settings: ExportSettings) -> Target:
+    """Settles how a format's weights are stored; raises UserError if it cannot store them so."""
     if name not in FORMATS:
         raise UserError(f"Unknown format {name!r}; known are {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    form = FORMATS[name]
+    dtype = settings.dtype or form.dtypes[0]
+    if dtype not in form.dtypes:
+        raise UserError(f"Format {name} cannot store dtype {dtype!r}; it can store {', '.join(form.dtypes)}.")
+    if settings.quantise is not None and settings.quantise not in form.quantisations:
+        known = ", ".join(form.quantisations) or "none"
+        raise UserError(f"Format {name} has no quantisation {settings.quantise!r}; it has: {known}.")
+    for runner in form.runners:
+        package = RUNTIME_PACKAGES.get(runner)
+        if package not in (None, "vllm") and find_spec(package) is None:
+            raise UserError(
+                f"Format {name} needs the package {package}; install the extra gradmap[cpu] or gradmap[gpu]."
+            )
+    return Target(dtype, settings.quantise, settings.shard_bytes)
+
+
+def read_quality(path: Path, source: Source) -> dict[str, Any]:
+    """Reads what `gradmap eval` found about the model that is exported. Raises UserError if it evaluated another."""
+    evaluation = read_json(path)
+    same_plan = source.plan is None or evaluation.get("plan_sha256") == source.plan_hash
+    if evaluation.get("model") != source.checkpoint.name or not same_plan:
+        raise UserError(f"{path} evaluates another model or plan than the one that is exported; evaluate this one.")
+    quality: dict[str, Any] = evaluation["dense" if source.plan is None else "pruned"]
+    return quality
+
+
+def verify_directory(directory: Path) -> dict[str, Any]:
+    """Checks an artifact as it was received: every file's hash, and the logits of its stored probe.
+
+    Returns what was compared; raises UserError if a file is missing, changed or foreign, or if the logits differ.
+    """
+    record = read_json(directory / ARTIFACT_FILE)
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{directory / ARTIFACT_FILE} is of another version of gradmap; export the artifact again.")
+    require_files(directory, record["files"])
+    reference = load_probe(directory / PROBE_FILE)
+    runner = FORMATS[record["format"]].runners[0]
+    stored = record["verification"][_label(runner)]
+    say(f"Running {directory} in a fresh process")
+    outcome = run_artifact(runner, directory, reference.input_ids, len(reference.greedy_ids))
+    comparison = compare(reference, outcome, Bounds(stored["tolerance"], stored["min_agreement"]))
+    require_faithful(comparison)
+    return {"name": record["name"], "files": len(record["files"]), "verification": {_label(runner): asdict(comparison)}}
+
+
+def require_files(directory: Path, hashes: dict[str, str]) -> None:
+    """Raises UserError unless the directory holds exactly the files of `hashes` (hidden ones aside), unchanged."""
+    present = {path.name for path in directory.iterdir() if not path.name.startswith(".")} - {ARTIFACT_FILE}
+    for name, expected in hashes.items():
+        if name not in present:
+            raise UserError(f"{directory} lacks {name}; fetch the artifact again.")
+        if sha256_file(directory / name) != expected:
+            raise UserError(f"{directory / name} is not what was exported (its SHA-256 differs); fetch it again.")
+    if foreign := sorted(present - hashes.keys()):
+        raise UserError(f"{directory / foreign[0]} is not part of the artifact; remove it.")
 
 
 def _export_one(
-    source: Source, wanted: Format, reference: Reference, out: Path, dtype: str | None, shard_bytes: int
+    source: Source, form: Format, target: Target, reference: Reference, settings: ExportSettings, path: Path
 ) -> dict[str, Any]:
-    dtype_name = dtype or wanted.dtype or "keep"
-    target_dtype = None if dtype_name == "keep" else DTYPES[dtype_name]
-    architecture = architecture_of(source.checkpoint.config)
-    folded = plan_fold(source.checkpoint, architecture, source.removed, source.matrices, target_dtype)
-    config = artifact_config(source.checkpoint.config, source.removed, dtype_name)
-    with atomic_directory(out / wanted.name, marker=ARTIFACT_FILE) as partial:
-        hashes = write_folded(partial, folded, shard_bytes)
-        write_json(partial / "config.json", config)
-        _copy_companions(source.checkpoint.directory, partial)
-        if wanted.vllm_config:
-            _write_vllm_config(partial, source, dtype_name)
-        say(f"Verifying {out / wanted.name} in a fresh process")
-        layers = config[architecture.layer_count_key]
-        widest_rounding = max((tensor.spec.dtype for tensor in folded), key=_rounding)
-        tolerance = logit_tolerance(widest_rounding, layers, _hidden_size(config))
-        verification = verify_artifact(partial, reference, tolerance)
-        record = _describe(source, wanted, folded, layers, dtype_name, verification)
-        write_text(partial / "README.md", render_card(source.plan, record))
-        record["files"] = hashes | _hash_missing(partial, hashes)
+    with atomic_directory(path, marker=ARTIFACT_FILE) as partial:
+        written = form.write(partial, source, target)
+        save_probe(partial / PROBE_FILE, reference)
+        comparisons = {}
+        for runner in form.runners:
+            if runner == "run_vllm" and not (settings.check_vllm and find_spec("vllm")):
+                continue
+            say(f"Verifying {path}: {_label(runner)} in a fresh process")
+            bounds = _bounds(source, target, written, reference, runner, settings.min_agreement)
+            outcome = run_artifact(runner, partial, source.probe_ids, len(reference.greedy_ids))
+            comparisons[runner] = compare(reference, outcome, bounds)
+            require_faithful(comparisons[runner])
+        record = _describe(source, form, target, written, comparisons)
+        write_text(partial / "README.md", render_card(source.plan, record, settings.quality))
+        record["files"] = written.hashes | _hash_missing(partial, written.hashes)
         write_json(partial / ARTIFACT_FILE, record)
     return record
 
 
-def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: str) -> dict[str, Any]:
-    """Returns the config.json of an artifact: per-layer fields follow the removal, the dtype is what was written."""
-    pruned = prune_config(config, removed)
-    pruned.pop("_name_or_path", None)
-    pruned.pop("_model_name_or_path", None)
-    if dtype_name != "keep":
-        pruned.pop("torch_dtype", None)
-        pruned["dtype"] = dtype_name
-    return pruned
+def _bounds(
+    source: Source, target: Target, written: Written, reference: Reference, runner: str, min_agreement: float
+) -> Bounds:
+    if target.quantise is not None:
+        return Bounds(min_agreement=min_agreement)
+    config = written.config
+    layers = int(config[architecture_of(config).layer_count_key])
+    stored = {tensor.spec.dtype for tensor in written.folded if tensor.spec.dtype.is_floating_point}
+    widest = max(stored, key=lambda dtype: torch.finfo(dtype).eps)
+    served = DTYPES.get(str(config.get("dtype")), widest)
+    compute = torch.float32 if runner == "run_transformers" else served
+    rounded_maps = len(source.matrices) if reference.exact else LINEAR_MAPS_PER_LAYER * layers
+    hidden_size = int(config.get("hidden_size") or config["n_embd"])
+    return Bounds(tolerance=logit_tolerance(layers, hidden_size, compute, rounded_maps, widest))
 
 
-def served_name(source: Source) -> str:
-    """`SmolLM2-135M-Instruct-minus-8` for a model of which 8 layers were removed."""
-    name = Path(source.checkpoint.name).name
-    base = name.removesuffix(".gguf")
-    return base if source.plan is None else f"{base}-minus-{len(source.plan.removal_order)}"
-
-
-def _write_vllm_config(directory: Path, source: Source, dtype_name: str) -> None:
-    settings = {"served-model-name": served_name(source), "dtype": "auto" if dtype_name == "keep" else dtype_name}
-    header = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"
-    write_text(directory / VLLM_CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False))
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for pattern in COPIED_PATTERNS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, target / path.name)
+def _label(runner: str) -> str:
+    return runner.removeprefix("run_")
 
 
 def _hash_missing(directory: Path, known: dict[str, str]) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name not in known}
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def _hidden_size(config: dict[str, Any]) -> int:
-    return int(config.get("hidden_size") or config["n_embd"])
-
-
 def _describe(
-    source: Source,
-    wanted: Format,
-    folded: Sequence[FoldedTensor],
-    layers: int,
-    dtype_name: str,
-    verification: Verification,
+    source: Source, form: Format, target: Target, written: Written, comparisons: dict[str, Comparison]
 ) -> dict[str, Any]:
     plan = source.plan
     return {
-        "schema_version": 1,
-        "name": served_name(source),
-        "format": wanted.name,
-        "dtype": dtype_name,
-        "layers": layers,
-        "parameters": count_parameters(folded),
-        "weight_bytes": sum(tensor.spec.bytes for tensor in folded),
+        "schema_version": SCHEMA_VERSION,
+        "name": source.served_name,
+        "format": form.name,
+        "dtype": target.dtype,
+        "quantise": target.quantise,
+        "layers": written.config[architecture_of(written.config).layer_count_key],
+        "parameters": count_parameters(written.folded),
+        "weight_bytes": written.weight_bytes,
         "base_model": {"name": source.checkpoint.name, "files": source.checkpoint.file_hashes},
         "plan": None
         if plan is None
@@ -207,6 +248,6 @@ def _describe(
             "corrected_layers": sorted(source.matrices),
             "calibration": plan.calibration.model_dump(),
         },
-        "verification": asdict(verification),
+        "verification": {_label(runner): asdict(comparison) for runner, comparison in comparisons.items()},
         "environment": describe_environment(),
     }

@@ -1,4 +1,4 @@
-"""`gradmap export`."""
+"""`gradmap export` and `gradmap verify`."""
 
 from __future__ import annotations
 
@@ -7,46 +7,111 @@ from typing import Annotated, Any
 
 import typer
 
-from gradmap.commands import GgufOption, JsonOption, ModelOption
-from gradmap.console import print_json_line, print_table
+from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
+from gradmap.console import print_json_line, print_table, say
+
+# Differences of logits are relative; "same" counts most likely tokens, and generated tokens before the first other one.
+CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
 
 
 def export(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Each format is written to a subdirectory of its name.")],
-    format_names: Annotated[list[str], typer.Option("--format", help="hf or vllm; may be given several times.")],
+    format_names: Annotated[
+        list[str], typer.Option("--format", help="hf, vllm, onnx or onnx-genai; may be given several times.")
+    ],
     plan: Annotated[
         Path | None, typer.Option(help="The plan to apply; without one the dense model is exported.")
     ] = None,
     gguf_file: GgufOption = None,
+    allow_pickle: AllowPickleOption = False,
     dtype: Annotated[
-        str | None, typer.Option(help="keep, float32, float16, bfloat16; default: hf keeps, vllm bfloat16.")
+        str | None,
+        typer.Option(help="keep, float32, float16, bfloat16; default: hf keeps, vllm bfloat16, onnx float32."),
     ] = None,
+    quantise: Annotated[str | None, typer.Option(help="int8: weights as 8-bit integers (onnx, onnx-genai).")] = None,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Refuse a quantised model whose best token agrees more rarely.")
+    ] = 0.9,
     shard_size_gb: Annotated[
         float, typer.Option(min=0.001, help="Largest size of a weight file, in 10^9 bytes.")
     ] = 5.0,
+    check_vllm: Annotated[
+        bool, typer.Option(help="Let vLLM itself reproduce the reference, where it is installed.")
+    ] = True,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="Results of `gradmap eval` for the model card.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Also upload the artifact to this repository (owner/name); the token is HF_TOKEN."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     json_line: JsonOption = False,
 ) -> None:
-    """Fold a plan into a stock checkpoint and prove that it is right."""
-    from export.artifact import export_artifacts, open_source
+    """Fold a plan into a stock checkpoint, or an ONNX graph, and prove that it is right."""
+    from export.artifact import ExportSettings, export_artifacts, open_source, read_quality
+    from export.hub import check_hub_access, push
     from gradmap.checkpoint import open_checkpoint
+    from gradmap.errors import UserError
 
-    source = open_source(open_checkpoint(model, gguf_file), plan)
-    records = export_artifacts(source, format_names, out, dtype, int(shard_size_gb * 1e9))
-    print_table(f"Exported to {out}", ("", *records), _summary_rows(list(records.values())))
+    if push_to_hub is not None:
+        if len(format_names) != 1:
+            raise UserError("A repository holds one artifact; give one --format with --push-to-hub.")
+        check_hub_access(push_to_hub)
+    source = open_source(open_checkpoint(model, gguf_file, allow_pickle), plan)
+    settings = ExportSettings(
+        formats=tuple(dict.fromkeys(format_names)),
+        dtype=dtype,
+        quantise=quantise,
+        shard_bytes=int(shard_size_gb * 1e9),
+        min_agreement=min_agreement,
+        check_vllm=check_vllm,
+        quality={} if evaluation is None else read_quality(evaluation, source),
+    )
+    records = export_artifacts(source, settings, out)
+    rows = [row for record in records.values() for row in _summary_rows(record)]
+    print_table(f"Exported to {out}", ("", "layers", "parameters", "weights", *CHECK_COLUMNS), rows)
+    if push_to_hub is not None:
+        say(f"Uploaded: {push(out / format_names[0], push_to_hub, private=not public)}")
     if json_line:
         print_json_line(records)
 
 
-def _summary_rows(records: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    checks = [record["verification"] for record in records]
-    return [
-        ("layers", *(str(record["layers"]) for record in records)),
-        ("parameters", *(f"{record['parameters'] / 1e6:.1f} M" for record in records)),
-        ("weights", *(f"{record['weight_bytes'] / 1e6:.0f} MB" for record in records)),
-        ("dtype", *(record["dtype"] for record in records)),
-        ("logit difference (relative)", *(f"{check['relative_difference']:.1e}" for check in checks)),
-        ("… through the KV cache", *(f"{check['cached_difference']:.1e}" for check in checks)),
-        ("tolerance", *(f"{check['tolerance']:.1e}" for check in checks)),
-        ("same most likely token", *(f"{check['argmax_agreement']:.1%}" for check in checks)),
-    ]
+def verify(
+    directory: Annotated[Path, typer.Argument(help="An artifact, as it was received.")],
+    json_line: JsonOption = False,
+) -> None:
+    """Check an artifact: every file's hash, and its logits against the probe stored in it."""
+    from export.artifact import verify_directory
+
+    result = verify_directory(directory)
+    rows = [(runner, *_check_cells(check)) for runner, check in result["verification"].items()]
+    print_table(f"{directory} is {result['name']}, whole and faithful", ("", *CHECK_COLUMNS), rows)
+    if json_line:
+        print_json_line(result)
+
+
+def _summary_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row for every runtime that checked the artifact; what it is stands in the first."""
+    stored = f"{record['weight_bytes'] / 1e6:.0f} MB {record['quantise'] or record['dtype']}"
+    facts = (str(record["layers"]), f"{record['parameters'] / 1e6:.1f} M", stored)
+    rows = []
+    for check in record["verification"].values():
+        rows.append((f"{record['format']} in {check['runtime'].split()[0]}", *facts, *_check_cells(check)))
+        facts = ("", "", "")
+    return rows
+
+
+def _check_cells(check: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        _number(check["relative_difference"]),
+        _number(check["cached_difference"]),
+        _number(check["tolerance"]),
+        f"{check['argmax_agreement']:.1%}",
+        f"{check['greedy_identical']}/{check['greedy_tokens']}",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"

@@ -122,8 +122,17 @@ def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]
             value = opened[tensor.source_file].get_tensor(tensor.source_name)
             if tensor.matrix is not None:
                 value = fold_weight(value, tensor.matrix, tensor.transposed)
-            yield value.to(tensor.spec.dtype)
+            yield _cast(value, tensor)
             advance(1)
+
+
+def _cast(value: Tensor, tensor: FoldedTensor) -> Tensor:
+    """To the dtype to write; raises UserError where that is no number: float16 ends at 65504."""
+    cast = value.to(tensor.spec.dtype)
+    if cast is not value and not cast.isfinite().all():
+        cause = "holds NaN or infinity" if not value.isfinite().all() else f"does not fit in {tensor.spec.dtype}"
+        raise UserError(f"{tensor.source_name} in {tensor.source_file} {cause}; export with --dtype bfloat16 or keep.")
+    return cast
 
 
 def _stored_tensors(checkpoint: Checkpoint) -> Iterator[tuple[Path, TensorSpec]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -51,11 +52,12 @@ def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable
     Memory: one tensor.
     """
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as pool:
 
         def write(data: bytes | memoryview) -> None:
+            hashing = pool.submit(digest.update, data)  # beside the writing: both leave Python's lock
             file.write(data)
-            digest.update(data)
+            hashing.result()
 
         write(_encode_header(specs))
         for spec, tensor in zip(specs, tensors, strict=True):

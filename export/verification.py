@@ -1,7 +1,4 @@
-"""Nothing is reported as exported before a fresh process has loaded it and its logits were compared.
-
-The reference is the base model with the plan applied in memory: layers left out, W' multiplied unfolded.
-"""
+"""Nothing is reported as exported before a fresh process has loaded it and its logits were compared."""
 
 from __future__ import annotations
 
@@ -13,112 +10,192 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gradmap.architectures import architecture_of
-from gradmap.checkpoint import Checkpoint, load_model
-from gradmap.compensation import pruned_and_corrected
+from export.reference import Reference
 from gradmap.errors import UserError
 
-PROBE_SAMPLES = 4
-PROBE_TOKENS = 64
 # Room for the constants. A structural error (a lost layer, a lost W') changed SmolLM2's logits by 0.3 to 1.0.
 SAFETY_FACTOR = 3.0
+# Two linear maps in a row on each of a layer's two updates; and the tensors that each update rounds on its way.
+LINEAR_MAPS_PER_LAYER = 4
+ROUNDED_TENSORS_PER_LAYER = 12
+# Two logits that err by sigma each may swap places if their distance is below a few times sqrt(2) sigma.
+SWAP_FACTOR = 6.0
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The probe `input_ids` (B, T) and the logits (B, T, V) float32 that an artifact has to reproduce."""
+class Outcome:
+    """What a runtime computed (see export.runners): logits, or log-probabilities of some tokens where it hides them."""
 
-    input_ids: Tensor
-    logits: Tensor
+    runtime: str
+    greedy_ids: Tensor
+    logits: Tensor | None = None
+    cached_logits: Tensor | None = None
+    logprob_ids: Tensor | None = None
+    logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Verification:
-    """How an artifact's logits compare with the reference. Differences are root mean squares over those of the logits.
+class Bounds:
+    """What an artifact must keep: `tolerance` on relative differences, or `min_agreement` if it is quantised."""
+
+    tolerance: float | None = None
+    min_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How an artifact compares with the reference. Relative differences are root mean squares over that of the logits.
 
     cached_difference: the same for the last position, reached through the KV cache.
     argmax_agreement: share of positions with the same most likely token.
+    greedy_identical: how many of `greedy_tokens` generated tokens are the reference's before the first other one.
+    greedy_margin: by how much the reference preferred its own token there (in logits, relative); None if none differs.
+    worst: where the largest difference is, in words.
     """
 
+    runtime: str
     relative_difference: float
-    cached_difference: float
-    tolerance: float
+    cached_difference: float | None
     max_absolute_difference: float
     argmax_agreement: float
-    probe_samples: int
-    probe_tokens: int
+    greedy_tokens: int
+    greedy_identical: int
+    greedy_margin: float | None
+    worst: str
+    tolerance: float | None
+    min_agreement: float | None
 
 
-@torch.inference_mode()
-def compute_reference(
-    checkpoint: Checkpoint, removed: tuple[int, ...], matrices: dict[int, Tensor], input_ids: Tensor
-) -> Reference:
-    """Runs the unfolded compensated model in float32 on the CPU, as the reloaded artifact will be."""
-    model = load_model(checkpoint, "float32", "cpu")
-    with pruned_and_corrected(model, architecture_of(checkpoint.config), removed, matrices):
-        return Reference(input_ids, model(input_ids=input_ids, use_cache=False).logits)
-
-
-def random_probe(vocabulary: int) -> Tensor:
-    """Token ids (B, T) for a model without calibration samples."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (PROBE_SAMPLES, PROBE_TOKENS), generator=generator)
-
-
-def logit_tolerance(dtype: torch.dtype, layers: int, hidden_size: int) -> float:
+def logit_tolerance(
+    layers: int, hidden_size: int, compute: torch.dtype, rounded_maps: int, stored: torch.dtype
+) -> float:
     """Largest relative root-mean-square difference of logits that rounding can explain.
 
-    Rounding a weight to `dtype` errs by at most u, uniformly, so by u / sqrt(3) on average; a float32 dot product
-    of d terms by about sqrt(d) u_32. Each layer adds two updates, each through two linear maps in a row, so 4 L
-    such errors reach the logits, and independent errors add up by the square root of their number.
+    A float32 dot product of d terms errs by about sqrt(d) u_32. Rounding a tensor to a coarser dtype errs by at most
+    u, uniformly, so by u / sqrt(3) on average: the activations if the runtime computes in one (`compute`), and
+    `rounded_maps` weights that the artifact stores in `stored` and the reference did not round. Each such error
+    reaches the logits, and independent errors add up by the square root of their number.
     """
-    rounding = torch.finfo(dtype).eps / 2 / 3**0.5
-    arithmetic = hidden_size**0.5 * torch.finfo(torch.float32).eps / 2
-    return float(SAFETY_FACTOR * (4 * layers) ** 0.5 * (rounding + arithmetic))
+    arithmetic = LINEAR_MAPS_PER_LAYER * layers * hidden_size * _unit_roundoff(torch.float32) ** 2
+    activations = ROUNDED_TENSORS_PER_LAYER * layers * _unit_roundoff(compute) ** 2 / 3
+    weights = rounded_maps * _unit_roundoff(stored) ** 2 / 3
+    return float(SAFETY_FACTOR * (arithmetic + activations + weights) ** 0.5)
 
 
-def verify_artifact(directory: Path, reference: Reference, tolerance: float) -> Verification:
-    """Reloads an artifact in a fresh process and compares. Raises UserError if it differs by more than `tolerance`."""
-    reloaded = _reload(directory, reference.input_ids)
-    verification = compare_logits(reference, reloaded["logits"], reloaded["cached_logits"], tolerance)
-    worst = max(verification.relative_difference, verification.cached_difference)
-    if not worst <= tolerance:  # not: a NaN must fail
-        raise UserError(
-            f"The exported model's logits differ from the reference by {worst:.2g} (relative), where rounding explains "
-            f"{tolerance:.2g}; nothing was written. Export with another dtype, or report this as a bug."
-        )
-    return verification
+def run_artifact(runner: str, directory: Path, input_ids: Tensor, greedy_tokens: int) -> Outcome:
+    """Runs `export.runners.RUNNER` in a fresh process. Raises UserError with its last line if it fails."""
+    with tempfile.TemporaryDirectory() as temporary:
+        probe, out = Path(temporary, "probe.safetensors"), Path(temporary, "outcome.safetensors")
+        save_file({"input_ids": input_ids.contiguous(), "greedy_tokens": torch.tensor(greedy_tokens)}, probe)
+        command = [sys.executable, "-m", f"export.runners.{runner}", str(directory.resolve()), str(probe), str(out)]
+        run_child(command, f"The exported model does not run ({runner.removeprefix('run_')})")
+        with safe_open(out, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
+            return Outcome(file.metadata()["runtime"], **tensors)
 
 
-def compare_logits(reference: Reference, logits: Tensor, cached_logits: Tensor, tolerance: float) -> Verification:
-    expected = reference.logits
-    samples, tokens = reference.input_ids.shape
-    return Verification(
-        relative_difference=_relative_rms(logits, expected),
-        cached_difference=_relative_rms(cached_logits, expected[:, -1]),
-        tolerance=tolerance,
-        max_absolute_difference=(logits - expected).abs().max().item(),
-        argmax_agreement=(logits.argmax(-1) == expected.argmax(-1)).double().mean().item(),
-        probe_samples=samples,
-        probe_tokens=tokens,
+def run_child(command: list[str], problem: str) -> None:
+    """Runs a program in a fresh process, offline; raises UserError(problem: what it said last) if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise UserError(f"{problem}: {_find_reason(finished.stderr)}")
+
+
+def _find_reason(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines)[-1]
+
+
+def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> Comparison:
+    """Measures the distance of an outcome from the reference; `require_faithful` judges it."""
+    difference, best = _differences(reference, outcome)
+    cached = None
+    if outcome.cached_logits is not None:
+        actual = reference.at_known_tokens(outcome.cached_logits[:, None])
+        cached = _rms(actual - reference.logits[:, -1:]) / reference.scale
+    compared = best.shape[1]
+    identical, margin = _compare_greedy(reference, outcome.greedy_ids)
+    return Comparison(
+        runtime=outcome.runtime,
+        relative_difference=_rms(difference) / reference.scale,
+        cached_difference=cached,
+        max_absolute_difference=difference.abs().max().item(),
+        argmax_agreement=(best == reference.best_ids[:, :compared]).double().mean().item(),
+        greedy_tokens=len(outcome.greedy_ids),
+        greedy_identical=identical,
+        greedy_margin=margin,
+        worst=_describe_worst(difference),
+        tolerance=bounds.tolerance,
+        min_agreement=bounds.min_agreement,
     )
 
 
-def _relative_rms(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).double().norm() / expected.double().norm())
+def require_faithful(comparison: Comparison) -> None:
+    """Raises UserError that says what differs, if the comparison is outside its bounds."""
+    problem = find_problem(comparison)
+    if problem is not None:
+        raise UserError(f"In {comparison.runtime}, {problem}; nothing was written.")
 
 
-def _reload(directory: Path, input_ids: Tensor) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as temporary:
-        probe, out = Path(temporary, "probe.safetensors"), Path(temporary, "logits.safetensors")
-        save_file({"input_ids": input_ids.contiguous()}, probe)
-        command = [sys.executable, "-m", "export.reload", str(directory.resolve()), str(probe), str(out)]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode != 0:
-            last_line = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"The exported model does not load in stock transformers: {last_line}")
-        return load_file(out)
+def find_problem(comparison: Comparison) -> str | None:
+    """Says in words why an artifact is not faithful; None if it is."""
+    tolerance, floor = comparison.tolerance, comparison.min_agreement
+    if floor is not None and not comparison.argmax_agreement >= floor:  # not: a NaN must fail
+        return (
+            f"the quantised model's most likely token is the reference's at {comparison.argmax_agreement:.1%} of "
+            f"positions, where {floor:.1%} are asked for; quantise less or lower --min-agreement"
+        )
+    if tolerance is None:
+        return None
+    for place, difference in (
+        ("", comparison.relative_difference),
+        (" through the KV cache", comparison.cached_difference),
+    ):
+        if difference is not None and not difference <= tolerance:
+            return (
+                f"the exported model's logits{place} differ from the reference by {difference:.2g} (relative), where "
+                f"rounding explains {tolerance:.2g}; most at {comparison.worst}"
+            )
+    if comparison.greedy_margin is not None and comparison.greedy_margin > SWAP_FACTOR * tolerance:
+        return (
+            f"the exported model generates another text from token {comparison.greedy_identical + 1} on, where the "
+            f"reference's choice leads by {comparison.greedy_margin:.2g} (relative), more than rounding explains"
+        )
+    return None
+
+
+def _differences(reference: Reference, outcome: Outcome) -> tuple[Tensor, Tensor]:
+    """Differences at the compared tokens (B, T', k), and the outcome's most likely tokens (B, T')."""
+    if outcome.logits is not None:
+        return reference.at_known_tokens(outcome.logits) - reference.logits, outcome.logits.argmax(-1)
+    assert outcome.logprob_ids is not None and outcome.logprobs is not None and reference.token_ids is None
+    compared = outcome.logprobs.shape[1]
+    expected = reference.logits[:, :compared].log_softmax(-1).gather(-1, outcome.logprob_ids)
+    return outcome.logprobs - expected, outcome.logprob_ids[..., 0]
+
+
+def _compare_greedy(reference: Reference, greedy_ids: Tensor) -> tuple[int, float | None]:
+    same = greedy_ids == reference.greedy_ids[: len(greedy_ids)]
+    identical = int(same.long().cumprod(0).sum())
+    if identical == len(greedy_ids):
+        return identical, None
+    return identical, reference.greedy_margins[identical].item() / reference.scale
+
+
+def _describe_worst(difference: Tensor) -> str:
+    sample, position, _ = map(int, torch.unravel_index(difference.abs().argmax(), difference.shape))
+    return f"sample {sample}, position {position}"
+
+
+def _rms(difference: Tensor) -> float:
+    return float(difference.double().square().mean().sqrt())
+
+
+def _unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2

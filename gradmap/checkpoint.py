@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from gradmap.architectures import architecture_of
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.files import atomic_directory, read_json, sha256_file
+from gradmap.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
+COMPANION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+PICKLED_WEIGHTS = "pytorch_model*.bin"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,18 +51,21 @@ def cache_directory() -> Path:
     return Path(os.environ.get("GRADMAP_CACHE") or Path.home() / ".cache" / "gradmap")
 
 
-def open_checkpoint(model: str, gguf_file: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Checkpoint:
     """Finds a model and checks that it can be pruned, without loading weights.
 
-    A GGUF file is dequantised once to float32 safetensors in the cache directory.
+    A GGUF file is dequantised once to float32 safetensors in the cache directory; with `allow_pickle`, legacy `.bin`
+    weights are converted there too.
     Raises UserError for: a missing model, an adapter, a quantised or encoder model, an unsupported family,
-    remote code, pickled weights, a missing or truncated weight file.
+    pickled weights, a missing or truncated weight file.
     """
-    directory = _find_directory(model)
+    directory = _find_directory(model, allow_pickle)
     if gguf_file is not None:
         directory = _dequantise_gguf(directory, gguf_file)
     config = _read_config(directory, model)
     _refuse_unsuitable(config, model)
+    if allow_pickle and not _safetensors_names(directory):
+        directory = _convert_pickled(directory)
     weight_files = _weight_files(directory)
     for path in weight_files:
         check_safetensors(path)
@@ -65,8 +73,11 @@ def open_checkpoint(model: str, gguf_file: str | None = None) -> Checkpoint:
     return Checkpoint(name, directory, config, weight_files)
 
 
-def load_model(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto") -> Any:
-    """Loads the model for inference: no parameter requires a gradient."""
+def load_model(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto", **placement: Any) -> Any:
+    """Loads the model for inference: no parameter requires a gradient.
+
+    placement: for a model larger than memory, `from_pretrained`'s arguments that say where weights stay.
+    """
     from transformers import AutoModelForCausalLM
 
     device = _resolve_device(device)
@@ -75,8 +86,9 @@ def load_model(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto"
         dtype=_resolve_dtype(dtype, device, checkpoint),
         use_safetensors=True,
         trust_remote_code=False,
+        **placement,
     )
-    return model.to(device).eval().requires_grad_(False)
+    return (model if placement else model.to(device)).eval().requires_grad_(False)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -102,7 +114,7 @@ def check_safetensors(path: Path) -> None:
         raise UserError(f"{path} has {size} bytes where its header says {8 + header_size + end}; copy it again.")
 
 
-def _find_directory(model: str) -> Path:
+def _find_directory(model: str, allow_pickle: bool) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
@@ -110,17 +122,15 @@ def _find_directory(model: str) -> Path:
         raise UserError(f"{model} is a file; name its directory (for a GGUF: --model DIRECTORY --gguf-file NAME).")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"Model {model} does not exist; give a directory or a hub id such as org/name.")
-    return _download(model)
+    return _download(model, [*COMPANION_PATTERNS, "*.safetensors", *([PICKLED_WEIGHTS] if allow_pickle else [])])
 
 
-def _download(model_id: str) -> Path:
+def _download(model_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(model_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"Model {model_id} is no local directory and could not be fetched from the hub: {_first_line(error)}"
@@ -151,6 +161,41 @@ def _dequantise_gguf(directory: Path, gguf_file: str) -> Path:
     return target
 
 
+def _convert_pickled(directory: Path) -> Path:
+    """Returns a cached checkpoint with the weights of `.bin` files as safetensors, file for file.
+
+    torch.load(weights_only=True) builds tensors and plain containers only; it calls no code of the file.
+    """
+    sources = sorted(directory.glob(PICKLED_WEIGHTS))
+    if not sources:
+        return directory  # nothing to convert: the missing weight file is reported as such
+    target = cache_directory() / "unpickled" / sha256_json([sha256_file(path) for path in sources])[:16]
+    if (target / "config.json").exists():
+        return target
+    say(f"Converting {len(sources)} pickled weight file(s) of {directory} to safetensors in {target} (once)")
+    with atomic_directory(target, marker="config.json") as partial:
+        weight_map: dict[str, str] = {}
+        for number, source in enumerate(sources, start=1):
+            name = f"model-{number:05}-of-{len(sources):05}.safetensors"
+            tensors = _read_pickled(source)
+            save_file(tensors, partial / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        write_json(partial / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
+        for pattern in COMPANION_PATTERNS:
+            for companion in directory.glob(pattern):
+                shutil.copy(companion, partial / companion.name)
+    return target
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is not a file of plain tensors, or is damaged: {_first_line(error)}") from None
+    # a copy each: tied weights share memory, which safetensors does not store
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+
+
 def _read_config(directory: Path, model: str) -> dict[str, Any]:
     if (directory / "adapter_config.json").exists():
         raise UserError(f"{model} is an adapter; merge it into its base model first (peft: merge_and_unload).")
@@ -165,9 +210,9 @@ def _read_config(directory: Path, model: str) -> dict[str, Any]:
 def _refuse_unsuitable(config: dict[str, Any], model: str) -> None:
     if config.get("quantization_config"):
         raise UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
-    if config.get("auto_map"):
-        raise UserError(f"{model} needs remote code, which is not run; use a model that transformers itself supports.")
     architectures = config.get("architectures") or []
+    if config.get("auto_map") and not _is_native(config.get("model_type"), architectures):
+        raise UserError(f"{model} needs remote code, which is not run; use a model that transformers itself supports.")
     if config.get("is_encoder_decoder") or not any(
         name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures
     ):
@@ -175,15 +220,29 @@ def _refuse_unsuitable(config: dict[str, Any], model: str) -> None:
     architecture_of(config)
 
 
-def _weight_files(directory: Path) -> tuple[Path, ...]:
+def _is_native(model_type: str | None, architectures: list[str]) -> bool:
+    """Whether transformers itself has the class. Some checkpoints (Phi-3) carry code from before it did."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) in architectures
+
+
+def _safetensors_names(directory: Path) -> list[str]:
+    """The weight files that the directory's index names, or its single one; empty if it has neither."""
     if (directory / INDEX_NAME).exists():
-        names = sorted(set(read_json(directory / INDEX_NAME)["weight_map"].values()))
-        paths = tuple(directory / name for name in names)
-    else:
-        paths = (directory / "model.safetensors",)
+        return sorted(set(read_json(directory / INDEX_NAME)["weight_map"].values()))
+    return ["model.safetensors"] if (directory / "model.safetensors").exists() else []
+
+
+def _weight_files(directory: Path) -> tuple[Path, ...]:
+    names = _safetensors_names(directory)
+    if not names and any(directory.glob(PICKLED_WEIGHTS)):
+        raise UserError(
+            f"{directory} has pickled weights only, and a pickle can run code when it is read; with --allow-pickle "
+            "they are converted to safetensors by torch's restricted reader (plain tensors only)."
+        )
+    paths = tuple(directory / name for name in names or ["model.safetensors"])
     missing = [path.name for path in paths if not path.exists()]
-    if missing and any(directory.glob("*.bin")):
-        raise UserError(f"{directory} has pickled weights only, which can run code; convert them to safetensors first.")
     if missing:
         raise UserError(f"{directory} lacks the weight file {missing[0]}; fetch the checkpoint again.")
     return paths

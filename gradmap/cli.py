@@ -44,7 +44,7 @@ def run_app(app: typer.Typer) -> int:
         say("Interrupted.")
         return EXIT_INTERRUPTED
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             say(f"Error: {error.filename or 'the output'} cannot be written: {os.strerror(error.errno)}.")
             return EXIT_USAGE
         traceback.print_exc()

@@ -11,6 +11,9 @@ from gradmap.console import print_json_line, print_table
 
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory, or hub id such as org/name.")]
 GgufOption = Annotated[str | None, typer.Option(help="A GGUF file inside the model directory; it is dequantised.")]
+AllowPickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Convert legacy .bin weights to safetensors, with torch's safe reader.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -20,6 +23,7 @@ def prune(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="The plan directory to write.")],
     gguf_file: GgufOption = None,
+    allow_pickle: AllowPickleOption = False,
     remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
     selector: Annotated[str, typer.Option(help="How layers are chosen: gradient (GradMAP).")] = "gradient",
@@ -40,7 +44,7 @@ def prune(
     from gradmap.prune import PruneSettings, layers_to_remove, summarise
     from gradmap.prune import prune as make_plan
 
-    checkpoint = open_checkpoint(model, gguf_file)
+    checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     settings = PruneSettings(
         remove=layers_to_remove(checkpoint, remove, ratio),
         calibration=calibration,
@@ -64,6 +68,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
     perplexity: Annotated[list[str], typer.Option(help="[NAME=]SPEC of a text; may be given several times.")],
     gguf_file: GgufOption = None,
+    allow_pickle: AllowPickleOption = False,
     plan: Annotated[Path | None, typer.Option(help="Also evaluate the model pruned by this plan.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many segments of each text.")] = None,
     seed: Annotated[int, typer.Option(help="Order of the documents that segments are cut from.")] = 0,
@@ -78,7 +83,7 @@ def evaluate(
     from gradmap.files import write_json
 
     settings = EvaluationSettings(_named_sources(perplexity), limit, seed, dtype, device)
-    result = measure(open_checkpoint(model, gguf_file), settings, plan)
+    result = measure(open_checkpoint(model, gguf_file, allow_pickle), settings, plan)
     write_json(out, result)
     _print_perplexities(result)
     if json_line:

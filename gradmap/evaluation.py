@@ -16,8 +16,9 @@ from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer
 from gradmap.compensation import pruned_and_corrected
 from gradmap.console import progress
 from gradmap.errors import UserError
+from gradmap.files import sha256_file
 from gradmap.importance import sample_losses
-from gradmap.plan import Plan, load_calibration_ids, load_corrections, load_plan, require_same_model
+from gradmap.plan import PLAN_FILE, Plan, load_calibration_ids, load_corrections, load_plan, require_same_model
 
 BATCH_SIZE = 4
 SEGMENT_TOKENS = 128
@@ -88,6 +89,7 @@ def evaluate(checkpoint: Checkpoint, settings: EvaluationSettings, plan_director
     result = {"schema_version": 1, "model": checkpoint.name, "texts": _describe_segments(segments)}
     result["dense"] = _describe(model, architecture, segments, "dense")
     if plan_directory is not None and plan is not None:
+        result["plan_sha256"] = sha256_file(plan_directory / PLAN_FILE)
         corrections = load_corrections(plan_directory, plan)
         with pruned_and_corrected(model, architecture, plan.removal_order, corrections):
             result["pruned"] = _describe(model, architecture, segments, "pruned")

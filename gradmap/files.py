@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import psutil
 from gradmap.errors import UserError
 
 CHUNK_BYTES = 1 << 22
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
 def sha256_file(path: Path) -> str:
@@ -114,10 +116,22 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _replace_directory(new: Path, path: Path) -> None:
+    """Readers see the earlier result or the new one. Where the file system cannot exchange names, a reader between
+    two renames sees neither; the earlier result is then kept beside until the new one is in place."""
     if not path.exists():
         new.rename(path)
-        return
-    retired = path.with_name(f".{path.name}.retired")
-    path.rename(retired)
-    new.rename(path)
-    shutil.rmtree(retired)
+    elif _exchange(new, path):
+        shutil.rmtree(new)
+    else:
+        retired = path.with_name(f".{path.name}.retired")
+        path.rename(retired)
+        new.rename(path)
+        shutil.rmtree(retired)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two directories in one step (Linux, renameat2); False where that is not to be had."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0)

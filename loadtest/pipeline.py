@@ -39,9 +39,10 @@ class Stage:
 
 def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     """Turns a recipe into command lines. `baseline` is the dense model, exported as the pruned one is."""
-    model = ("--model", recipe.model, *_flags({"gguf_file": recipe.gguf_file}))
+    model = ("--model", recipe.model, *_flags({"gguf_file": recipe.gguf_file, "allow_pickle": recipe.allow_pickle}))
     model_files = (Path(recipe.model, recipe.gguf_file or ""),)
-    plan, hf_or_vllm = out / "plan", [flag for name in recipe.export.formats for flag in ("--format", name)]
+    plan, evaluation = out / "plan", out / "eval.json"
+    export_flags = [flag for name in recipe.export.formats for flag in ("--format", name)]
     texts = [f"{name}={source}" for name, source in recipe.eval.perplexity.items()]
     text_files = tuple(path for source in recipe.eval.perplexity.values() for path in _source_files(source))
     return [
@@ -52,25 +53,25 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             plan / "plan.json",
         ),
         Stage(
+            "eval",
+            (
+                *("eval", *model, "--plan", str(plan), "--out", str(evaluation)),
+                *_flags(recipe.eval.model_dump() | {"perplexity": texts}),
+            ),
+            (*model_files, plan, *text_files),
+            evaluation,
+        ),
+        Stage(
             "export",
-            ("export", *model, "--plan", str(plan), *hf_or_vllm, "--out", str(out)),
-            (*model_files, plan),
+            ("export", *model, "--plan", str(plan), *export_flags, "--eval", str(evaluation), "--out", str(out)),
+            (*model_files, plan, evaluation),
             out / "vllm" / "gradmap.json",
         ),
         Stage(
             "baseline",
-            ("export", *model, "--format", "vllm", "--out", str(out / "dense")),
-            model_files,
+            ("export", *model, "--format", "vllm", "--eval", str(evaluation), "--out", str(out / "dense")),
+            (*model_files, evaluation),
             out / "dense" / "vllm" / "gradmap.json",
-        ),
-        Stage(
-            "eval",
-            (
-                *("eval", *model, "--plan", str(plan), "--out", str(out / "eval.json")),
-                *_flags(recipe.eval.model_dump() | {"perplexity": texts}),
-            ),
-            (*model_files, plan, *text_files),
-            out / "eval.json",
         ),
         Stage(
             "loadtest",

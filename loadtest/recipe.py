@@ -64,6 +64,7 @@ class LoadTestSection(_Section):
 class Recipe(_Section):
     model: str
     gguf_file: str | None = None
+    allow_pickle: bool | None = None
     prune: PruneSection
     export: ExportSection = ExportSection()
     eval: EvalSection

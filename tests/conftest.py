@@ -30,7 +30,7 @@ VOCABULARY = 200
 
 _COMMON = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 24,
+    "hidden_size": 32,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
@@ -43,13 +43,13 @@ PICO_CONFIGS = {
     "llama": _LLAMA_LIKE,
     "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
     "qwen2": {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    "qwen3": {**_LLAMA_LIKE, "head_dim": 6},
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
     "phi3": _LLAMA_LIKE,
-    "gemma": {**_LLAMA_LIKE, "head_dim": 6},
-    "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 24},
+    "gemma": {**_LLAMA_LIKE, "head_dim": 8},
+    "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 32},
     "gpt2": {
         "vocab_size": VOCABULARY,
-        "n_embd": 24,
+        "n_embd": 32,
         "n_layer": LAYERS,
         "n_head": 4,
         "n_positions": 64,
@@ -80,10 +80,10 @@ class Pico:
         return model.eval().requires_grad_(False)
 
 
-def make_pico(family: str, directory: Path) -> Pico:
-    """Writes a pico model with a word-level tokenizer. Norms and biases are random too."""
+def make_pico(family: str, directory: Path, **changes: int) -> Pico:
+    """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to its config."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model(family, **PICO_CONFIGS[family])
+    config = AutoConfig.for_model(family, **PICO_CONFIGS[family] | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from gradmap import files
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory
 
@@ -24,6 +26,24 @@ def test_a_failure_leaves_the_earlier_result_and_no_debris(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     write_result(target, "new")
     assert (target / "result").read_text() == "new"
+
+
+def test_an_earlier_result_is_replaced_in_one_step(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    write_result(target, "old")
+    monkeypatch.setattr(Path, "rename", None)  # not by two renames, between which there would be nothing
+    write_result(target, "new")
+    assert (target / "result").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_an_exchange_of_names_it_is_replaced_too(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    write_result(target, "old")
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    write_result(target, "new")
+    assert (target / "result").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_foreign_files_are_never_overwritten(tmp_path):

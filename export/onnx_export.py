@@ -1,0 +1,155 @@
+"""Writes a checkpoint as ONNX: `python -m export.onnx_export CHECKPOINT_DIRECTORY OUT_DIRECTORY METADATA [int8]`.
+
+A program of its own, so that its memory (several times the model) is given back, and a crash harms nobody. The graph
+is traced with torch's exporter at opset 23, which has attention's parts (rotary embedding, RMS norm) as operators of
+the standard. Inputs and outputs are named and laid out as optimum does it, so that whatever reads optimum's exports
+reads this: input_ids, attention_mask, position_ids, past_key_values.N.key/.value -> logits, present.N.key/.value.
+METADATA is a JSON object of texts for the model's metadata_props.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from export.onnx_session import ONNX_FILE
+
+OPSET = 23
+EXTERNAL_DATA_FILE = "model.onnx_data"
+# A protobuf message ends at 2 GiB; weights beyond this go to a file beside it.
+EXTERNAL_DATA_FROM_BYTES = 1_500_000_000
+INT8_BLOCK_SIZE = 32
+
+
+class _CausalLMWithCache(nn.Module):
+    """The model as a function of plain tensors: the cache goes in and comes out as pairs of keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(past):
+            cache.update(keys, values, layer)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+@torch.inference_mode()
+def export_onnx(checkpoint: Path, out: Path) -> None:
+    """Writes OUT/model.onnx (with model.onnx_data beside it if large) in the checkpoint's dtype, and checks it."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa").eval().requires_grad_(False)
+    _replace_transposed_linear(model)
+    program = torch.onnx.export(
+        _CausalLMWithCache(model),
+        _example_inputs(model),
+        input_names=["input_ids", "attention_mask", "position_ids", *_cache_names(model, "past_key_values")],
+        output_names=["logits", *_cache_names(model, "present")],
+        dynamic_shapes=_dynamic_shapes(model),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    program.save(out / ONNX_FILE, external_data=weight_bytes > EXTERNAL_DATA_FROM_BYTES)
+
+
+def quantise_int8(directory: Path) -> None:
+    """Replaces the matrix products' weights by 8-bit integers in blocks with a scale each; activations stay float."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(directory / ONNX_FILE), bits=8, block_size=INT8_BLOCK_SIZE, is_symmetric=True
+    )
+    quantizer.process()
+    for path in (directory / ONNX_FILE, directory / EXTERNAL_DATA_FILE):
+        path.unlink(missing_ok=True)
+    quantizer.model.save_model_to_file(str(directory / ONNX_FILE), _needs_external_data(quantizer.model.model))
+
+
+def add_metadata(path: Path, metadata: dict[str, str]) -> None:
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+
+
+def _replace_transposed_linear(model: nn.Module) -> None:
+    """GPT-2's Conv1D would become a Gemm, which the weight quantiser leaves alone; a Linear becomes a MatMul."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                d_in, d_out = child.weight.shape
+                linear = nn.Linear(d_in, d_out)
+                linear.weight, linear.bias = nn.Parameter(child.weight.mT.contiguous()), child.bias
+                setattr(parent, name, linear.requires_grad_(False))
+
+
+def _example_inputs(model: Any) -> tuple[Any, ...]:
+    """Two samples of three new tokens after five cached ones: sizes that cannot be mistaken for one another."""
+    batch, new, past = 2, 3, 5
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def cache() -> Tensor:  # a tensor each: the exporter takes equal objects for one input
+        return torch.zeros(batch, heads, past, head_size, dtype=model.dtype)
+
+    return (
+        torch.ones(batch, new, dtype=torch.int64),
+        torch.ones(batch, past + new, dtype=torch.int64),
+        torch.arange(past, past + new).expand(batch, new),
+        [(cache(), cache()) for _ in range(config.num_hidden_layers)],
+    )
+
+
+def _dynamic_shapes(model: Any) -> tuple[Any, ...]:
+    tokens = {0: "batch_size", 1: "sequence_length"}
+    cache = {0: "batch_size", 2: "past_sequence_length"}
+    return (
+        tokens,
+        {0: "batch_size", 1: "total_sequence_length"},
+        tokens,
+        [(cache, cache) for _ in range(model.config.num_hidden_layers)],
+    )
+
+
+def _cache_names(model: Any, prefix: str) -> list[str]:
+    return [f"{prefix}.{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in ("key", "value")]
+
+
+def _needs_external_data(model: onnx.ModelProto) -> bool:
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_DATA_FROM_BYTES
+
+
+def main(checkpoint: str, out: str, metadata: str, *quantise: str) -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    export_onnx(Path(checkpoint), Path(out))
+    if quantise == ("int8",):
+        quantise_int8(Path(out))
+    add_metadata(Path(out, ONNX_FILE), json.loads(metadata))
+    onnx.checker.check_model(Path(out, ONNX_FILE), full_check=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,43 @@
+"""Loads an artifact in onnxruntime-genai."""
+
+from __future__ import annotations
+
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai
+import torch
+from torch import Tensor
+
+from export.runners.probe_io import decode_greedily, run
+
+
+def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
+    model = onnxruntime_genai.Model(str(directory))
+    limit = input_ids.shape[1] + greedy_tokens
+
+    def append(ids: Tensor, generator: Any) -> tuple[Tensor, Any]:
+        if generator is None:
+            parameters = onnxruntime_genai.GeneratorParams(model)
+            parameters.set_search_options(max_length=limit, do_sample=False)
+            generator = onnxruntime_genai.Generator(model, parameters)
+        generator.append_tokens(ids.int().numpy())
+        return torch.from_numpy(generator.get_output("logits")).float(), generator
+
+    def step(ids: Tensor, generator: Any) -> tuple[Tensor, Any]:
+        logits, generator = append(ids, generator)
+        return logits[:, -1], generator
+
+    samples = [sample[None] for sample in input_ids]
+    tensors = {
+        "logits": torch.cat([append(sample, None)[0] for sample in samples]),
+        "cached_logits": torch.cat([step(sample[:, -1:], step(sample[:, :-1], None)[1])[0] for sample in samples]),
+        "greedy_ids": decode_greedily(step, input_ids[:1], greedy_tokens)[0],
+    }
+    distribution = packages_distributions()["onnxruntime_genai"][0]
+    return tensors, f"{distribution} {version(distribution)}, {model.device_type}"
+
+
+if __name__ == "__main__":
+    run(outcome_of)

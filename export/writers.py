@@ -1,0 +1,213 @@
+"""What is written for each format: a folded checkpoint, alone or as the source of an ONNX graph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from torch import Tensor
+
+from export import VLLM_CONFIG_FILE
+from export.fold import FoldedTensor, plan_fold, write_folded
+from export.verification import run_child
+from gradmap.architectures import architecture_of, prune_config
+from gradmap.checkpoint import DTYPES, Checkpoint
+from gradmap.console import say
+from gradmap.errors import UserError
+from gradmap.files import write_json, write_text
+from gradmap.plan import Plan
+
+# Everything else that a checkpoint's users need; weights, config and model card are written anew.
+COPIED_PATTERNS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "*.py",  # code of the model's author, if its config names any; nothing here runs it
+    "LICENSE*",
+    "NOTICE*",
+)
+# Tracing holds the model, the graph's copy of its weights and the file being written.
+ONNX_MEMORY_FACTOR = 4
+GENAI_PRECISIONS = {"float32": "fp32", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a checkpoint with a plan applied (or, without one, the dense model)."""
+
+    checkpoint: Checkpoint
+    plan: Plan | None
+    plan_hash: str | None
+    matrices: dict[int, Tensor]
+    probe_ids: Tensor
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        return () if self.plan is None else tuple(self.plan.removal_order)
+
+    @property
+    def served_name(self) -> str:
+        """`SmolLM2-135M-Instruct-minus-8` for a model of which 8 layers were removed."""
+        base = Path(self.checkpoint.name).name.removesuffix(".gguf")
+        return base if self.plan is None else f"{base}-minus-{len(self.plan.removal_order)}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """How weights are stored. dtype: a key of DTYPES, or "keep" for the checkpoint's own; quantise: None or "int8"."""
+
+    dtype: str
+    quantise: str | None
+    shard_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None keeps each tensor's own."""
+        return None if self.dtype == "keep" else DTYPES[self.dtype]
+
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """What the weights are rounded to, seen from float32; None if they are not."""
+        return self.torch_dtype if self.dtype in ("float16", "bfloat16") else None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of a directory once it is written.
+
+    folded: the checkpoint's tensors. weight_bytes: size of the weights as they are stored. hashes: SHA-256 of the files
+    that were hashed on the way.
+    """
+
+    config: dict[str, Any]
+    folded: Sequence[FoldedTensor]
+    weight_bytes: int
+    hashes: dict[str, str]
+
+
+Writer = Callable[[Path, Source, Target], Written]
+
+
+def write_checkpoint(directory: Path, source: Source, target: Target) -> Written:
+    """A stock Hugging Face checkpoint: layers dropped, W' folded, the tokenizer and the rest copied."""
+    checkpoint = source.checkpoint
+    architecture = architecture_of(checkpoint.config)
+    folded = plan_fold(checkpoint, architecture, source.removed, source.matrices, target.torch_dtype)
+    weight_bytes = sum(tensor.spec.bytes for tensor in folded)
+    _require_space(directory, weight_bytes)
+    hashes = write_folded(directory, folded, target.shard_bytes)
+    config = artifact_config(checkpoint.config, source.removed, target.dtype)
+    write_json(directory / "config.json", config)
+    _copy_companions(checkpoint.directory, directory)
+    return Written(config, folded, weight_bytes, hashes)
+
+
+def write_vllm(directory: Path, source: Source, target: Target) -> Written:
+    """The same with vllm.yaml, for `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`."""
+    written = write_checkpoint(directory, source, target)
+    settings = {"served-model-name": source.served_name, "dtype": "auto" if target.dtype == "keep" else target.dtype}
+    header = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"
+    write_text(directory / VLLM_CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False))
+    return written
+
+
+def write_onnx(directory: Path, source: Source, target: Target) -> Written:
+    """An ONNX graph of the standard's operators (int8: with ONNX Runtime's MatMulNBits), named as optimum names it."""
+    metadata = {"gradmap.name": source.served_name, "gradmap.plan_sha256": source.plan_hash or "none"}
+    quantise = [target.quantise] if target.quantise else []
+
+    def convert(checkpoint: Path) -> None:
+        say("Tracing the ONNX graph")
+        command = [sys.executable, "-m", "export.onnx_export", str(checkpoint), str(directory), json.dumps(metadata)]
+        run_child([*command, *quantise], "The model cannot be exported to ONNX")
+
+    return _write_through_checkpoint(directory, source, target, convert)
+
+
+def write_genai(directory: Path, source: Source, target: Target) -> Written:
+    """An ONNX graph with ONNX Runtime's own fused operators and genai_config.json, by onnxruntime-genai's builder."""
+    precision = target.quantise or GENAI_PRECISIONS[target.dtype]
+    provider = "cuda" if torch.cuda.is_available() and target.dtype == "float16" else "cpu"
+
+    def convert(checkpoint: Path) -> None:
+        say("Building the onnxruntime-genai graph")
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(checkpoint)]
+        arguments = ["-o", str(directory), "-p", precision, "-e", provider, "-c", str(checkpoint / "cache")]
+        run_child([*command, *arguments], "onnxruntime-genai cannot build this model")
+
+    return _write_through_checkpoint(directory, source, target, convert)
+
+
+def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: str) -> dict[str, Any]:
+    """Returns the config.json of an artifact: per-layer fields follow the removal, the dtype is what was written.
+
+    transformers 5 renamed `torch_dtype` and `rope_theta`/`rope_scaling`; older consumers ignore the new names (and
+    would silently use a theta of 10000), so both are written.
+    """
+    pruned = prune_config(config, removed)
+    pruned.pop("_name_or_path", None)
+    pruned.pop("_model_name_or_path", None)
+    dtype = dtype_name if dtype_name != "keep" else pruned.get("dtype") or pruned.get("torch_dtype")
+    if dtype is not None:
+        pruned |= {"dtype": dtype, "torch_dtype": dtype}
+    rope = pruned.get("rope_parameters")
+    if rope is not None and "rope_theta" in rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        pruned["rope_theta"] = rope["rope_theta"]
+        pruned["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return pruned
+
+
+def _write_through_checkpoint(
+    directory: Path, source: Source, target: Target, convert: Callable[[Path], None]
+) -> Written:
+    """Folds into a directory inside the artifact's, converts that, and leaves of it what an ONNX consumer reads."""
+    checkpoint = directory / ".checkpoint"
+    checkpoint.mkdir()
+    written = write_checkpoint(checkpoint, source, target)
+    _require_memory(written)
+    convert(checkpoint)
+    write_json(directory / "config.json", written.config)
+    _copy_companions(checkpoint, directory)
+    shutil.rmtree(checkpoint)
+    graph_bytes = sum(path.stat().st_size for path in directory.glob("*.onnx*"))
+    return Written(written.config, written.folded, graph_bytes, {})
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in COPIED_PATTERNS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copy(path, target / path.name)
+
+
+def _require_space(directory: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed_bytes > free:
+        raise UserError(
+            f"The disk of {directory.parent} has {free / 1e9:.1f} GB free where {needed_bytes / 1e9:.1f} GB of weights "
+            "are to be written; free some space or name another --out."
+        )
+
+
+def _require_memory(written: Written) -> None:
+    needed = ONNX_MEMORY_FACTOR * written.weight_bytes
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"Exporting this model to ONNX needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are "
+            "free; use a larger machine, or --dtype float16."
+        )
