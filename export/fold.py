@@ -131,7 +131,9 @@ def _cast(value: Tensor, tensor: FoldedTensor) -> Tensor:
     cast = value.to(tensor.spec.dtype)
     if cast is not value and not cast.isfinite().all():
         cause = "holds NaN or infinity" if not value.isfinite().all() else f"does not fit in {tensor.spec.dtype}"
-        raise UserError(f"{tensor.source_name} in {tensor.source_file} {cause}; export with --dtype bfloat16 or keep.")
+        raise UserError(
+            f"{tensor.source_name} in {tensor.source_file} {cause}; export with --dtype bfloat16 or float32."
+        )
     return cast
 
 

@@ -134,9 +134,11 @@ def _run(model: Any, input_ids: Tensor, greedy_tokens: int, exact: bool) -> Refe
 def _round_parameters(model: Any, architecture: Architecture, dtype: torch.dtype, keep: Collection[int]) -> None:
     layers = architecture.layer_list(model)
     kept = {id(architecture.down_projection_of(layers[index]).weight) for index in keep}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if id(parameter) not in kept:
             parameter.copy_(parameter.to(dtype))
+            if not parameter.isfinite().all():
+                raise UserError(f"{name} does not fit in {dtype}; export with --dtype bfloat16 or float32.")
 
 
 def _greedy_tokens(config: dict[str, Any], input_ids: Tensor) -> int:

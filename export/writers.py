@@ -22,7 +22,7 @@ from gradmap.architectures import architecture_of, prune_config
 from gradmap.checkpoint import DTYPES, Checkpoint
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.files import write_json, write_text
+from gradmap.files import read_json, write_json, write_text
 from gradmap.plan import Plan
 
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
@@ -192,6 +192,13 @@ def _copy_companions(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copy(path, target / path.name)
+    _name_tokenizer_class(target / "tokenizer_config.json")
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """transformers 5 calls its fast tokenizer TokenizersBackend, which transformers 4 does not know; 5 knows both."""
+    if path.exists() and (settings := read_json(path)).get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _require_space(directory: Path, needed_bytes: int) -> None:

@@ -38,11 +38,18 @@ _COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_LLAMA_LIKE = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 40}
+# Far from the default of 10000, which a consumer that misses it would take
+_LLAMA_LIKE = {
+    **_COMMON,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+}
+_SCALED_ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}}
 PICO_CONFIGS = {
     "llama": _LLAMA_LIKE,
     "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
-    "qwen2": {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen2": {**_LLAMA_LIKE, **_SCALED_ROPE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
     "phi3": _LLAMA_LIKE,
     "gemma": {**_LLAMA_LIKE, "head_dim": 8},

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from export import writers
-from export.artifact import ExportSettings, export_artifacts
+from export.artifact import ExportSettings, export_artifacts, read_quality, verify_directory
 from export.fold import fold_weight, plan_fold, split_shards
 from export.reference import random_probe
 from export.safetensors_stream import TensorSpec, write_safetensors
@@ -20,16 +23,17 @@ from gradmap.compensation import pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
 from gradmap.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
-from tests.conftest import LAYERS
+from tests.conftest import LAYERS, Pico
 
 REMOVED = (3, 1)
 CORRECTED = 4
 SHARD_BYTES = 30_000
+QUALITY = {"perplexity": {"squad": {"value": 12.5, "stderr": 0.5}}}
 # Stands in for an environment without our packages: importing any of them fails.
 WITHOUT_US = "import sys; sys.modules.update(dict.fromkeys(('gradmap', 'export', 'serving', 'loadtest')));"
 
 
-def make_source(pico) -> Source:
+def make_source(pico, correction=1.0) -> Source:
     """A hand-made plan with a strong correction, so that a lost or misplaced W' cannot hide."""
     width = len(pico.load().get_input_embeddings().weight[0])
     noise = torch.randn(width, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -47,7 +51,7 @@ def make_source(pico) -> Source:
         environment={},
         timings_s={},
     )
-    matrices = {CORRECTED: torch.eye(width, dtype=torch.float64) + 0.5 * noise}
+    matrices = {CORRECTED: correction * (torch.eye(width, dtype=torch.float64) + 0.5 * noise)}
     return Source(checkpoint, plan, "-", matrices, random_probe(200)[:, :20])
 
 
@@ -64,17 +68,22 @@ def unfolded_logits(pico, source, dtype):
 
 def test_artifacts_reproduce_the_unfolded_model(pico, tmp_path):
     source = make_source(pico)
-    records = export(source, tmp_path, "hf", "vllm", shard_bytes=SHARD_BYTES)
+    export(source, tmp_path, "hf", shard_bytes=SHARD_BYTES)
     expected = unfolded_logits(pico, source, torch.float64)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)
     # W' W_down was rounded once to float32 (2^-24); everything else is float64
     difference = (hf(input_ids=source.probe_ids).logits - expected).norm() / expected.norm()
     assert difference < LAYERS * 2**-24
     assert hf.config.num_hidden_layers == LAYERS - 2
-    vllm = load_file(next((tmp_path / "vllm").glob("*.safetensors")))
-    assert {tensor.dtype for tensor in vllm.values() if tensor.is_floating_point()} == {torch.bfloat16}
-    check = records["vllm"]["verification"]["transformers"]
-    assert check["relative_difference"] < check["tolerance"]
+
+
+def test_the_vllm_ready_weights_are_stored_as_they_are_served(picos, tmp_path):
+    source = make_source(picos["qwen2"])
+    check = export(source, tmp_path, "vllm")["vllm"]["verification"]["transformers"]
+    vllm = load_file(tmp_path / "vllm" / "model.safetensors")
+    assert {tensor.dtype for tensor in vllm.values()} == {torch.bfloat16}
+    # only the folded map is rounded otherwise than the reference's
+    assert 1e-5 < check["relative_difference"] < check["tolerance"] < 0.01
 
 
 def test_every_file_is_hashed_and_shards_are_indexed(picos, tmp_path):
@@ -101,6 +110,116 @@ def test_it_generates_in_plain_transformers_without_our_packages(picos, tmp_path
     command = [sys.executable, "-c", script]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=os.environ)
     assert finished.stdout.strip() == "generated", finished.stderr
+
+
+@pytest.fixture(scope="module")
+def artifact(picos, tmp_path_factory):
+    """An hf artifact of the Llama pico, its source and its gradmap.json."""
+    out, source = tmp_path_factory.mktemp("artifact"), make_source(picos["llama"])
+    return out / "hf", source, export(source, out, "hf", quality=QUALITY)["hf"]
+
+
+def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    result = verify_directory(received)
+    assert result["files"] == len(artifact[2]["files"])
+    expected, actual = artifact[2]["verification"]["transformers"], result["verification"]["transformers"]
+    assert actual["argmax_agreement"] == expected["argmax_agreement"]
+    assert actual["relative_difference"] <= actual["tolerance"] == expected["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda directory: (directory / "tokenizer.json").unlink(), r"lacks tokenizer\.json"),
+        (lambda directory: flip_byte(directory / "model.safetensors"), r"model\.safetensors is not what was exported"),
+        (lambda directory: (directory / "modeling_evil.py").touch(), r"modeling_evil\.py is not part of the artifact"),
+        (lambda directory: (directory / "gradmap.json").unlink(), r"gradmap\.json does not exist"),
+    ],
+)
+def test_a_damaged_or_altered_artifact_is_refused(artifact, tmp_path, damage, message):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    damage(received)
+    with pytest.raises(UserError, match=message):
+        verify_directory(received)
+
+
+def test_weights_that_compute_something_else_are_refused_even_if_their_hash_is_right(artifact, tmp_path):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    weights = load_file(received / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, received / "model.safetensors", metadata={"format": "pt"})
+    record = json.loads((received / "gradmap.json").read_text())
+    record["files"]["model.safetensors"] = sha256_file(received / "model.safetensors")
+    (received / "gradmap.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="logits differ from the reference"):
+        verify_directory(received)
+
+
+def flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_model_card_is_what_the_hub_reads(artifact):
+    card = ModelCard.load(artifact[0] / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "layer-pruning" in card.data.tags
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("squad", "perplexity", 12.5)
+    assert "12.5 ± 0.5" in card.text
+
+
+def test_results_of_another_model_do_not_get_into_the_card(artifact, tmp_path):
+    results = tmp_path / "eval.json"
+    results.write_text(json.dumps({"model": artifact[1].checkpoint.name, "plan_sha256": "other", "pruned": QUALITY}))
+    with pytest.raises(UserError, match="evaluates another model or plan"):
+        read_quality(results, artifact[1])
+
+
+def run_export_command(out, *arguments, preamble=""):
+    script = f"import sys; {preamble}\nfrom gradmap.cli import main\nsys.argv[1:1] = ['export']\nmain()"
+    command = [sys.executable, "-c", script, "--format", "hf", "--out", str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_kill_in_the_middle_leaves_the_earlier_artifact_whole(picos, artifact, tmp_path):
+    shutil.copytree(artifact[0], tmp_path / "hf")
+    killer = (
+        "import os, export.artifact as a;"
+        "a.run_artifact = lambda *_: os.kill(os.getpid(), 9)"  # everything is written, nothing is verified yet
+    )
+    killed = run_export_command(tmp_path, "--model", str(picos["qwen2"].directory), preamble=killer)
+    assert killed.returncode == -9, killed.stderr
+    assert verify_directory(tmp_path / "hf")["name"] == "llama-minus-2"
+
+
+def test_a_full_disk_gives_one_sentence_and_no_debris(picos, tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+    failed = run_export_command(tmp_path, "--model", str(picos["llama"].directory), preamble=limit)
+    assert failed.returncode == 2
+    assert "cannot be written: File too large" in failed.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_noticed_before_anything_is_written(artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="free some space"):
+        export(artifact[1], tmp_path, "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("weight", "correction"), [(1e5, 1.0), (1.0, 1e7)])
+def test_a_weight_that_half_precision_cannot_hold_is_named(picos, tmp_path, weight, correction):
+    directory = shutil.copytree(picos["llama"].directory, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.4.mlp.down_proj.weight" if correction > 1 else "model.norm.weight"][0] = weight
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    source = make_source(Pico("llama", directory), correction)
+    with pytest.raises(UserError, match=r"(norm|down_proj)\.weight.* does not fit in torch\.float16"):
+        export(source, tmp_path / "out", "hf", dtype="float16")
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("mistake", ["lost correction", "wrong layer"])

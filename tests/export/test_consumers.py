@@ -1,0 +1,58 @@
+"""Programs that never heard of us, in an environment of their own (`make consumers`), get the reference's logits."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.writers import Target, write_checkpoint
+from tests.conftest import FAMILIES, LAYERS, ROOT
+from tests.export.test_export import SHARD_BYTES, export, make_source, unfolded_logits
+
+PYTHON = ROOT / ".venv-consumers" / "bin" / "python"
+# Of float32 logits after LAYERS layers of two updates, two dot products of at most 40 terms each
+TOLERANCE = 4 * LAYERS * 40 * 2**-24
+
+
+def consume(consumer, out, input_ids, *artifacts):
+    assert PYTHON.exists(), "run `make consumers`"
+    save_file({"input_ids": input_ids.contiguous()}, out / "probe.safetensors")
+    script = Path(__file__).with_name("consumer.py")
+    command = [str(PYTHON), str(script), consumer, str(out), *map(str, artifacts)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return {artifact.name: load_file(out / f"{artifact.name}.safetensors") for artifact in artifacts}
+
+
+def require_same(consumed, expected):
+    difference = (consumed["logits"].double() - expected).abs().max() / expected.abs().max()
+    assert difference < TOLERANCE
+
+
+def test_transformers_4_reads_the_checkpoint_of_every_family(picos, tmp_path):
+    sources = {family: make_source(picos[family]) for family in FAMILIES}
+    for family, source in sources.items():
+        (tmp_path / family).mkdir()
+        write_checkpoint(tmp_path / family, source, Target("keep", None, SHARD_BYTES))
+    probe = sources["llama"].probe_ids
+    consumed = consume("transformers", tmp_path, probe, *(tmp_path / family for family in FAMILIES))
+    for family, source in sources.items():
+        require_same(consumed[family], unfolded_logits(picos[family], source, torch.float64))
+
+
+@pytest.fixture(scope="module")
+def exported(picos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("consumed")
+    source = make_source(picos["llama"])
+    export(source, out, "onnx")
+    return source, out / "onnx"
+
+
+def test_optimum_runs_the_onnx_artifact(picos, exported, tmp_path):
+    source, directory = exported
+    consumed = consume("optimum", tmp_path, source.probe_ids, directory)["onnx"]
+    require_same(consumed, unfolded_logits(picos["llama"], source, torch.float64))
+    expected = load_file(directory / "gradmap.probe")["greedy_ids"]
+    assert torch.equal(consumed["generated"], expected[: len(consumed["generated"])])
