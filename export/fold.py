@@ -7,17 +7,14 @@ rounded once to the target dtype (GradMAP, Eq. 13). Memory: one tensor and the c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from export.safetensors_stream import DTYPES, TensorSpec, write_safetensors
+from export.safetensors_stream import StoredTensor, TensorSpec, list_tensors, read_tensors, write_safetensors
 from gradmap.architectures import Architecture
 from gradmap.checkpoint import INDEX_NAME, Checkpoint
 from gradmap.console import progress
@@ -29,8 +26,7 @@ from gradmap.files import write_json
 class FoldedTensor:
     """One tensor to write: where it comes from, and W' (d, d) float64 if it is corrected."""
 
-    source_file: Path
-    source_name: str
+    source: StoredTensor
     spec: TensorSpec
     matrix: Tensor | None = None
     transposed: bool = False
@@ -51,11 +47,12 @@ def plan_fold(
     kept = [index for index in range(checkpoint.config[architecture.layer_count_key]) if index not in set(removed)]
     new_index = {index: position for position, index in enumerate(kept)}
     folded: list[FoldedTensor] = []
-    for file, stored in _stored_tensors(checkpoint):
+    for source in [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]:
+        stored = source.spec
         place = architecture.parse_tensor_name(stored.name)
         target_dtype = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
         if place is None:
-            folded.append(FoldedTensor(file, stored.name, TensorSpec(stored.name, target_dtype, stored.shape)))
+            folded.append(FoldedTensor(source, TensorSpec(stored.name, target_dtype, stored.shape)))
             continue
         prefix, index, suffix = place
         if index not in new_index:
@@ -63,8 +60,7 @@ def plan_fold(
         corrected = suffix == f"{architecture.down_projection}.weight"
         folded.append(
             FoldedTensor(
-                file,
-                stored.name,
+                source,
                 TensorSpec(f"{prefix}.{new_index[index]}.{suffix}", target_dtype, stored.shape),
                 matrix=matrices.get(index) if corrected else None,
                 transposed=architecture.transposed_linear,
@@ -114,16 +110,10 @@ def count_parameters(folded: Sequence[FoldedTensor]) -> int:
 
 
 def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
-    with ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-        for tensor in shard:
-            if tensor.source_file not in opened:
-                opened[tensor.source_file] = stack.enter_context(safe_open(tensor.source_file, framework="pt"))
-            value = opened[tensor.source_file].get_tensor(tensor.source_name)
-            if tensor.matrix is not None:
-                value = fold_weight(value, tensor.matrix, tensor.transposed)
-            yield _cast(value, tensor)
-            advance(1)
+    for tensor, value in zip(shard, read_tensors([tensor.source for tensor in shard]), strict=True):
+        folded = value if tensor.matrix is None else fold_weight(value, tensor.matrix, tensor.transposed)
+        yield _cast(folded, tensor)
+        advance(1)
 
 
 def _cast(value: Tensor, tensor: FoldedTensor) -> Tensor:
@@ -131,20 +121,9 @@ def _cast(value: Tensor, tensor: FoldedTensor) -> Tensor:
     cast = value.to(tensor.spec.dtype)
     if cast is not value and not cast.isfinite().all():
         cause = "holds NaN or infinity" if not value.isfinite().all() else f"does not fit in {tensor.spec.dtype}"
-        raise UserError(
-            f"{tensor.source_name} in {tensor.source_file} {cause}; export with --dtype bfloat16 or float32."
-        )
+        stored = tensor.source
+        raise UserError(f"{stored.spec.name} in {stored.file} {cause}; export with --dtype bfloat16 or float32.")
     return cast
-
-
-def _stored_tensors(checkpoint: Checkpoint) -> Iterator[tuple[Path, TensorSpec]]:
-    for path in checkpoint.weight_files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not iterable
-                view = file.get_slice(name)
-                if view.get_dtype() not in DTYPES:
-                    raise UserError(f"{name} in {path} has dtype {view.get_dtype()}, which cannot be exported.")
-                yield path, TensorSpec(name, DTYPES[view.get_dtype()], tuple(view.get_shape()))
 
 
 def _require_complete(

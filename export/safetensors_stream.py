@@ -1,22 +1,28 @@
-"""Writes a safetensors file one tensor at a time, hashing as it goes.
+"""Reads and writes safetensors files one tensor at a time, hashing what is written as it goes.
 
-The safetensors library needs all tensors of a file in memory; the format itself does not: eight bytes of header
-length, a JSON header with every tensor's dtype, shape and offsets, then the raw little-endian data in that order.
+The safetensors library writes from tensors that are all in memory, and maps what it reads, so that a process comes to
+hold the file. The format itself needs neither: eight bytes of header length, a JSON header with every tensor's dtype,
+shape and offsets, then the raw little-endian data.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import struct
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from export.direct_file import DirectFile
+from gradmap.checkpoint import read_safetensors_header
+from gradmap.errors import UserError
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -46,24 +52,57 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is: `offset` bytes into `file`."""
+
+    file: Path
+    offset: int
+    spec: TensorSpec
+
+
+def list_tensors(path: Path) -> list[StoredTensor]:
+    """What a file holds, from its header alone. Raises UserError for a dtype that cannot be written."""
+    data_start, entries = read_safetensors_header(path)
+    stored = []
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{name} in {path} has dtype {entry['dtype']}, which cannot be exported.")
+        spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        stored.append(StoredTensor(path, data_start + entry["data_offsets"][0], spec))
+    return stored
+
+
+def read_tensors(stored: Sequence[StoredTensor]) -> Iterator[Tensor]:
+    """Yields the tensors in turn, all in one buffer: each is valid until the next is taken.
+
+    Memory: the largest tensor. The kernel is told of the next one, so that it reads ahead while this one is used.
+    """
+    buffer = torch.empty(max((tensor.spec.bytes for tensor in stored), default=0), dtype=torch.uint8)
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in {tensor.file for tensor in stored}}
+        for tensor, following in zip_longest(stored, stored[1:]):
+            if following is not None:
+                descriptor = files[following.file].fileno()
+                os.posix_fadvise(descriptor, following.offset, following.spec.bytes, os.POSIX_FADV_WILLNEED)
+            raw = buffer[: tensor.spec.bytes]
+            files[tensor.file].seek(tensor.offset)
+            count = files[tensor.file].readinto(raw.numpy().data)
+            assert count == tensor.spec.bytes, tensor  # the file's length was checked when it was opened
+            yield raw.view(tensor.spec.dtype).reshape(tensor.spec.shape)
+
+
 def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> str:
     """Writes `tensors`, which must come in the order of `specs` and be as they say. Returns the file's SHA-256.
 
-    Memory: one tensor.
+    Memory: one tensor and two chunks.
     """
-    digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as pool:
-
-        def write(data: bytes | memoryview) -> None:
-            hashing = pool.submit(digest.update, data)  # beside the writing: both leave Python's lock
-            file.write(data)
-            hashing.result()
-
-        write(_encode_header(specs))
+    with DirectFile(path) as file:
+        file.write(_encode_header(specs))
         for spec, tensor in zip(specs, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
-            write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return file.sha256
 
 
 def _encode_header(specs: Sequence[TensorSpec]) -> bytes:

@@ -102,16 +102,25 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 def check_safetensors(path: Path) -> None:
     """Raises UserError if a safetensors file is not exactly as long as its header says."""
+    data_start, entries = read_safetensors_header(path)
     size = path.stat().st_size
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size != data_start + end:
+        raise UserError(f"{path} has {size} bytes where its header says {data_start + end}; copy it again.")
+
+
+def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Returns where the data starts (bytes) and, by tensor name, its dtype, shape and offsets from there."""
     try:
         with path.open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(header_size, size)))
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    except (struct.error, ValueError, TypeError, KeyError):
+            header = json.loads(file.read(min(header_size, path.stat().st_size)))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            _, _ = entry["data_offsets"]
+        return 8 + header_size, header
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is not a safetensors file, or is cut short; copy it again.") from None
-    if size != 8 + header_size + end:
-        raise UserError(f"{path} has {size} bytes where its header says {8 + header_size + end}; copy it again.")
 
 
 def _find_directory(model: str, allow_pickle: bool) -> Path:

@@ -1,0 +1,147 @@
+"""The streaming fold against `cp` of the same bytes, on a random checkpoint of LLaMA-2-7B's shape (13.5 GB in bf16).
+
+    python -m benchmarks.fold [--directory DIR] [--rounds 3] [--layers 32]
+
+Needs three times the checkpoint's size on the disk of DIR. Each round folds (8 of 32 layers dropped, W' folded into
+one down projection, into shards of 5 GB, hashed, fsynced) and copies the folded files with `cp` and `sync -f`, in turn;
+once with the input dropped from the page cache (cold), once with it in there as far as memory allows (warm).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from export.safetensors_stream import TensorSpec, write_safetensors
+from gradmap.checkpoint import INDEX_NAME
+from gradmap.environment import describe_environment
+from gradmap.files import write_json
+
+SHARD_BYTES = 5 * 10**9
+FOLD = """
+import sys, torch
+from pathlib import Path
+from export.fold import plan_fold, write_folded
+from gradmap.architectures import architecture_of
+from gradmap.checkpoint import open_checkpoint
+checkpoint = open_checkpoint(sys.argv[1])
+layers, width = checkpoint.config["num_hidden_layers"], checkpoint.config["hidden_size"]
+removed = range(layers // 2, layers // 2 + layers // 4)
+matrices = {layers - 2: torch.eye(width, dtype=torch.float64)}
+folded = plan_fold(checkpoint, architecture_of(checkpoint.config), removed, matrices, torch.bfloat16)
+write_folded(Path(sys.argv[2]), folded, int(sys.argv[3]))
+"""
+
+
+def main(
+    directory: Annotated[Path, typer.Option(help="Where to work; it must have the space.")] = Path("out/benchmark"),
+    rounds: int = 3,
+    layers: int = 32,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoint for other experiments.")] = False,
+) -> None:
+    source = directory / f"llama-7b-shape-{layers}"
+    if not (source / "config.json").exists():
+        write_random_checkpoint(source, layers)
+    folded, copied = directory / "folded", directory / "copied"
+    results = []
+    for temperature in ("cold", "warm"):
+        for number in range(rounds):
+            prepare = evict if temperature == "cold" else read_through
+            fold_s = measure(lambda: fold(source, folded), prepare, source, folded)
+            copy_s = measure(lambda: copy(folded, copied), prepare, folded, copied)
+            written = sum(path.stat().st_size for path in folded.iterdir())
+            results.append({"temperature": temperature, "bytes": written, "fold_s": fold_s, "cp_s": copy_s})
+            print(
+                f"{temperature} {number}: fold {written / fold_s / 1e9:.2f} GB/s, cp {written / copy_s / 1e9:.2f} GB/s"
+            )
+    for temperature in ("cold", "warm"):
+        ratios = [row["cp_s"] / row["fold_s"] for row in results if row["temperature"] == temperature]
+        print(f"{temperature}: fold at {statistics.median(ratios):.0%} of cp ({min(ratios):.0%} to {max(ratios):.0%})")
+    peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"peak resident memory of a child: {peak_bytes / 1e9:.2f} GB")
+    write_json(directory / "fold.json", {"results": results, "peak_bytes": peak_bytes, **describe_environment()})
+    for path in (folded, copied) if keep else (folded, copied, source):
+        shutil.rmtree(path)
+
+
+def write_random_checkpoint(directory: Path, layers: int) -> None:
+    """A Llama of 7B's shape in bf16. The same random block fills all weights: only sizes matter here."""
+    config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    with torch.device("meta"):
+        shapes = {
+            name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
+    block = (0.02 * torch.randn(2**24, generator=torch.Generator().manual_seed(0))).bfloat16()
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[list[TensorSpec]] = [[]]
+    for name, shape in shapes.items():
+        if sum(spec.bytes for spec in shards[-1]) > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(TensorSpec(name, torch.bfloat16, shape))
+    weight_map = {}
+    for number, specs in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(directory / name, specs, fill(specs, block))
+        weight_map |= {spec.name: name for spec in specs}
+    write_json(directory / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def fill(specs: list[TensorSpec], block: Tensor) -> Iterator[Tensor]:
+    for spec in specs:
+        count = spec.bytes // block.itemsize
+        repeated = block.repeat(-(-count // len(block)))[:count]
+        yield torch.ones(spec.shape, dtype=block.dtype) if len(spec.shape) == 1 else repeated.reshape(spec.shape)
+
+
+def fold(source: Path, target: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", FOLD, str(source), str(target), str(SHARD_BYTES)], check=True, stderr=subprocess.DEVNULL
+    )
+
+
+def copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", *map(str, source.iterdir()), str(target)], check=True)
+
+
+def measure(work: Callable[[], None], prepare: Callable[[Path], None], source: Path, target: Path) -> float:
+    """Seconds until the written bytes are on the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    os.sync()
+    prepare(source)
+    started = time.perf_counter()
+    work()
+    subprocess.run(["sync", "--file-system", str(target)], check=True)
+    return time.perf_counter() - started
+
+
+def evict(directory: Path) -> None:
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_through(directory: Path) -> None:
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+if __name__ == "__main__":
+    typer.run(main)
