@@ -32,18 +32,23 @@ from gradmap.environment import describe_environment
 from gradmap.files import write_json
 
 SHARD_BYTES = 5 * 10**9
+# Prints the seconds from after Python's imports, which no longer checkpoint makes longer, to the end of the last fsync.
 FOLD = """
-import sys, torch
+import sys, time, torch
 from pathlib import Path
 from export.fold import plan_fold, write_folded
 from gradmap.architectures import architecture_of
 from gradmap.checkpoint import open_checkpoint
+from gradmap.files import atomic_directory
+started = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 layers, width = checkpoint.config["num_hidden_layers"], checkpoint.config["hidden_size"]
 removed = range(layers // 2, layers // 2 + layers // 4)
 matrices = {layers - 2: torch.eye(width, dtype=torch.float64)}
 folded = plan_fold(checkpoint, architecture_of(checkpoint.config), removed, matrices, torch.bfloat16)
-write_folded(Path(sys.argv[2]), folded, int(sys.argv[3]))
+with atomic_directory(Path(sys.argv[2]), "model.safetensors") as directory:
+    write_folded(directory, folded, int(sys.argv[3]))
+print(time.perf_counter() - started)
 """
 
 
@@ -61,8 +66,8 @@ def main(
     for temperature in ("cold", "warm"):
         for number in range(rounds):
             prepare = evict if temperature == "cold" else read_through
-            fold_s = measure(lambda: fold(source, folded), prepare, source, folded)
-            copy_s = measure(lambda: copy(folded, copied), prepare, folded, copied)
+            fold_s = measure(fold, prepare, source, folded)
+            copy_s = measure(copy, prepare, folded, copied)
             written = sum(path.stat().st_size for path in folded.iterdir())
             results.append({"temperature": temperature, "bytes": written, "fold_s": fold_s, "cp_s": copy_s})
             print(
@@ -108,26 +113,25 @@ def fill(specs: list[TensorSpec], block: Tensor) -> Iterator[Tensor]:
         yield torch.ones(spec.shape, dtype=block.dtype) if len(spec.shape) == 1 else repeated.reshape(spec.shape)
 
 
-def fold(source: Path, target: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-c", FOLD, str(source), str(target), str(SHARD_BYTES)], check=True, stderr=subprocess.DEVNULL
-    )
+def fold(source: Path, target: Path) -> float:
+    command = [sys.executable, "-c", FOLD, str(source), str(target), str(SHARD_BYTES)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return float(result.stdout)
 
 
-def copy(source: Path, target: Path) -> None:
-    subprocess.run(["cp", *map(str, source.iterdir()), str(target)], check=True)
-
-
-def measure(work: Callable[[], None], prepare: Callable[[Path], None], source: Path, target: Path) -> float:
-    """Seconds until the written bytes are on the disk."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    os.sync()
-    prepare(source)
+def copy(source: Path, target: Path) -> float:
     started = time.perf_counter()
-    work()
+    subprocess.run(["cp", "--recursive", str(source), str(target)], check=True)
     subprocess.run(["sync", "--file-system", str(target)], check=True)
     return time.perf_counter() - started
+
+
+def measure(work: Callable[[Path, Path], float], prepare: Callable[[Path], None], source: Path, target: Path) -> float:
+    """Seconds until the written bytes are on the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
+    prepare(source)
+    return work(source, target)
 
 
 def evict(directory: Path) -> None:
