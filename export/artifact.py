@@ -64,7 +64,13 @@ FORMATS = {
     form.name: form
     for form in (
         Format("hf", write_checkpoint, ("keep", *_ANY_DTYPE), (), ("run_transformers",)),
-        Format("vllm", write_vllm, ("bfloat16", "float16", "float32", "keep"), (), ("run_transformers", "run_vllm")),
+        Format(
+            "vllm",
+            write_vllm,
+            ("bfloat16", "float16", "float32", "keep"),
+            ("int8",),
+            ("run_transformers", "run_vllm"),
+        ),
         Format("onnx", write_onnx, ("float32", "float16"), ("int8",), ("run_onnxruntime",)),
         Format("onnx-genai", write_genai, ("float32", "float16"), ("int8",), ("run_genai",)),
     )
@@ -130,9 +136,12 @@ def choose_target(name: str, settings: ExportSettings) -> Target:
     if settings.quantise is not None and settings.quantise not in form.quantisations:
         known = ", ".join(form.quantisations) or "none"
         raise UserError(f"Format {name} has no quantisation {settings.quantise!r}; it has: {known}.")
-    for runner in form.runners:
-        package = RUNTIME_PACKAGES.get(runner)
-        if package not in (None, "vllm") and find_spec(package) is None:
+    packages = [RUNTIME_PACKAGES[runner] for runner in form.runners if runner in RUNTIME_PACKAGES]
+    needed = [package for package in packages if package != "vllm"]
+    if name == "vllm" and settings.quantise is not None:
+        needed.append("compressed_tensors")
+    for package in needed:
+        if find_spec(package) is None:
             raise UserError(
                 f"Format {name} needs the package {package}; install the extra gradmap[cpu] or gradmap[gpu]."
             )

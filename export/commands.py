@@ -29,7 +29,9 @@ def export(
         str | None,
         typer.Option(help="keep, float32, float16, bfloat16; default: hf keeps, vllm bfloat16, onnx float32."),
     ] = None,
-    quantise: Annotated[str | None, typer.Option(help="int8: weights as 8-bit integers (onnx, onnx-genai).")] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="int8: the layers' weights as 8-bit integers (vllm, onnx, onnx-genai).")
+    ] = None,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse a quantised model whose best token agrees more rarely.")
     ] = 0.9,

@@ -1,7 +1,8 @@
 """The streaming fold: read a tensor, drop or rename or multiply it, write it. No model is instantiated.
 
 Removed layers are dropped and later ones renumbered; W' is multiplied onto its down projection in float64 and
-rounded once to the target dtype (GradMAP, Eq. 13). Memory: one tensor and the corrections; speed: the disk's.
+rounded once to the target dtype, or to eight bits (GradMAP, Eq. 13). Memory: one tensor and the corrections; speed:
+the disk's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from export.quantisation import quantise_weight, quantised_specs
 from export.safetensors_stream import StoredTensor, TensorSpec, list_tensors, read_tensors, write_safetensors
 from gradmap.architectures import Architecture
 from gradmap.checkpoint import INDEX_NAME, Checkpoint
@@ -24,12 +26,25 @@ from gradmap.files import write_json
 
 @dataclass(frozen=True)
 class FoldedTensor:
-    """One tensor to write: where it comes from, and W' (d, d) float64 if it is corrected."""
+    """One tensor to write: where it comes from, and W' (d, d) float64 if it is corrected.
+
+    spec: what it becomes. quantise: whether that is then stored in eight bits.
+    """
 
     source: StoredTensor
     spec: TensorSpec
     matrix: Tensor | None = None
     transposed: bool = False
+    quantise: bool = False
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """What is written: the tensor, or the quantised tensor and its scales."""
+        return quantised_specs(self.spec) if self.quantise else (self.spec,)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(spec.bytes for spec in self.stored)
 
 
 def plan_fold(
@@ -38,11 +53,13 @@ def plan_fold(
     removed: Sequence[int],
     matrices: dict[int, Tensor],
     dtype: torch.dtype | None,
+    quantise: bool = False,
 ) -> list[FoldedTensor]:
     """Decides, from the checkpoint's headers alone, what becomes of every tensor.
 
     matrices: original layer index -> W'. dtype: of the floating-point tensors; None keeps each tensor's own.
-    Raises UserError if a layer or a down projection to correct is not in the checkpoint.
+    quantise: whether the layers' linear maps are stored in eight bits. Raises UserError if a layer or a down
+    projection to correct is not in the checkpoint.
     """
     kept = [index for index in range(checkpoint.config[architecture.layer_count_key]) if index not in set(removed)]
     new_index = {index: position for position, index in enumerate(kept)}
@@ -64,6 +81,7 @@ def plan_fold(
                 TensorSpec(f"{prefix}.{new_index[index]}.{suffix}", target_dtype, stored.shape),
                 matrix=matrices.get(index) if corrected else None,
                 transposed=architecture.transposed_linear,
+                quantise=quantise and len(stored.shape) == 2,
             )
         )
     _require_complete(checkpoint, architecture, kept, matrices, folded)
@@ -80,11 +98,11 @@ def split_shards(folded: Sequence[FoldedTensor], shard_bytes: int) -> list[list[
     shards: list[list[FoldedTensor]] = [[]]
     size = 0
     for tensor in folded:
-        if shards[-1] and size + tensor.spec.bytes > shard_bytes:
+        if shards[-1] and size + tensor.stored_bytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += tensor.spec.bytes
+        size += tensor.stored_bytes
     return shards
 
 
@@ -97,10 +115,11 @@ def write_folded(directory: Path, folded: Sequence[FoldedTensor], shard_bytes: i
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = _folded_values(shard, advance)
-            hashes[name] = write_safetensors(directory / name, [tensor.spec for tensor in shard], tensors)
-            weight_map |= {tensor.spec.name: name for tensor in shard}
+            specs = [spec for tensor in shard for spec in tensor.stored]
+            hashes[name] = write_safetensors(directory / name, specs, tensors)
+            weight_map |= {spec.name: name for spec in specs}
     if len(shards) > 1:
-        total = sum(tensor.spec.bytes for tensor in folded)
+        total = sum(tensor.stored_bytes for tensor in folded)
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return hashes
 
@@ -112,7 +131,11 @@ def count_parameters(folded: Sequence[FoldedTensor]) -> int:
 def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
     for tensor, value in zip(shard, read_tensors([tensor.source for tensor in shard]), strict=True):
         folded = value if tensor.matrix is None else fold_weight(value, tensor.matrix, tensor.transposed)
-        yield _cast(folded, tensor)
+        if tensor.quantise:
+            _require_finite(folded, tensor)
+            yield from quantise_weight(folded)
+        else:
+            yield _cast(folded, tensor)
         advance(1)
 
 
@@ -120,10 +143,18 @@ def _cast(value: Tensor, tensor: FoldedTensor) -> Tensor:
     """To the dtype to write; raises UserError where that is no number: float16 ends at 65504."""
     cast = value.to(tensor.spec.dtype)
     if cast is not value and not cast.isfinite().all():
-        cause = "holds NaN or infinity" if not value.isfinite().all() else f"does not fit in {tensor.spec.dtype}"
+        _require_finite(value, tensor)
         stored = tensor.source
-        raise UserError(f"{stored.spec.name} in {stored.file} {cause}; export with --dtype bfloat16 or float32.")
+        raise UserError(
+            f"{stored.spec.name} in {stored.file} does not fit in {tensor.spec.dtype}; export with --dtype bfloat16 or "
+            "float32."
+        )
     return cast
+
+
+def _require_finite(value: Tensor, tensor: FoldedTensor) -> None:
+    if not value.isfinite().all():
+        raise UserError(f"{tensor.source.spec.name} in {tensor.source.file} holds NaN or infinity; fetch it again.")
 
 
 def _require_complete(

