@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,16 @@ print(time.perf_counter() - started)
 """
 
 
+@dataclass(frozen=True)
+class Round:
+    """Seconds to write `bytes`, with the input dropped from the page cache (cold) or read before (warm)."""
+
+    temperature: str
+    bytes: int
+    fold_s: float
+    cp_s: float
+
+
 def main(
     directory: Annotated[Path, typer.Option(help="Where to work; it must have the space.")] = Path("out/benchmark"),
     rounds: int = 3,
@@ -69,16 +80,17 @@ def main(
             fold_s = measure(fold, prepare, source, folded)
             copy_s = measure(copy, prepare, folded, copied)
             written = sum(path.stat().st_size for path in folded.iterdir())
-            results.append({"temperature": temperature, "bytes": written, "fold_s": fold_s, "cp_s": copy_s})
+            results.append(Round(temperature, written, fold_s, copy_s))
             print(
                 f"{temperature} {number}: fold {written / fold_s / 1e9:.2f} GB/s, cp {written / copy_s / 1e9:.2f} GB/s"
             )
     for temperature in ("cold", "warm"):
-        ratios = [row["cp_s"] / row["fold_s"] for row in results if row["temperature"] == temperature]
+        ratios = [result.cp_s / result.fold_s for result in results if result.temperature == temperature]
         print(f"{temperature}: fold at {statistics.median(ratios):.0%} of cp ({min(ratios):.0%} to {max(ratios):.0%})")
     peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"peak resident memory of a child: {peak_bytes / 1e9:.2f} GB")
-    write_json(directory / "fold.json", {"results": results, "peak_bytes": peak_bytes, **describe_environment()})
+    rows = [asdict(result) for result in results]
+    write_json(directory / "fold.json", {"results": rows, "peak_bytes": peak_bytes, **describe_environment()})
     for path in (folded, copied) if keep else (folded, copied, source):
         shutil.rmtree(path)
 
@@ -97,7 +109,7 @@ def write_random_checkpoint(directory: Path, layers: int) -> None:
         if sum(spec.bytes for spec in shards[-1]) > SHARD_BYTES:
             shards.append([])
         shards[-1].append(TensorSpec(name, torch.bfloat16, shape))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, specs in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(directory / name, specs, fill(specs, block))

@@ -31,7 +31,18 @@ from export.verification import (
     require_faithful,
     run_artifact,
 )
-from export.writers import Source, Target, Writer, Written, write_checkpoint, write_genai, write_onnx, write_vllm
+from export.writers import (
+    Source,
+    Target,
+    Writer,
+    Written,
+    find_gguf_converter,
+    write_checkpoint,
+    write_genai,
+    write_gguf,
+    write_onnx,
+    write_vllm,
+)
 from gradmap.architectures import architecture_of
 from gradmap.checkpoint import DTYPES, Checkpoint
 from gradmap.console import say
@@ -73,6 +84,7 @@ FORMATS = {
         ),
         Format("onnx", write_onnx, ("float32", "float16"), ("int8",), ("run_onnxruntime",)),
         Format("onnx-genai", write_genai, ("float32", "float16"), ("int8",), ("run_genai",)),
+        Format("gguf", write_gguf, ("float16", "bfloat16", "float32"), ("int8",), ("run_transformers",)),
     )
 }
 # The package that a runner, or a writer, needs besides ours, and the dtype that the runtime computes in.
@@ -145,6 +157,8 @@ def choose_target(name: str, settings: ExportSettings) -> Target:
             raise UserError(
                 f"Format {name} needs the package {package}; install the extra gradmap[cpu] or gradmap[gpu]."
             )
+    if name == "gguf":
+        find_gguf_converter()
     return Target(dtype, settings.quantise, settings.shard_bytes)
 
 

@@ -15,7 +15,9 @@ USE = {
     "vllm": "A stock checkpoint, ready to be served: `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`.",
     "onnx": "ONNX with optimum's names: `ORTModelForCausalLM.from_pretrained(DIRECTORY)`, or any ONNX Runtime session.",
     "onnx-genai": "ONNX for onnxruntime-genai: `onnxruntime_genai.Model(DIRECTORY)`.",
+    "gguf": "One file for llama.cpp and what builds on it: `llama-server -m DIRECTORY/model.gguf`.",
 }
+LIBRARIES = {"hf": "transformers", "vllm": "transformers", "onnx": "onnx", "onnx-genai": "onnx", "gguf": "gguf"}
 
 
 def render_card(plan: Plan | None, record: dict[str, Any], quality: dict[str, Any]) -> str:
@@ -44,7 +46,7 @@ def _metadata(record: dict[str, Any], quality: dict[str, Any]) -> str:
     hub_id = record["base_model"]["name"]
     card = ModelCardData(
         base_model=hub_id if HUB_ID.fullmatch(hub_id) else None,
-        library_name="onnx" if record["format"].startswith("onnx") else "transformers",
+        library_name=LIBRARIES[record["format"]],
         pipeline_tag="text-generation",
         tags=["gradmap"] if record["plan"] is None else ["gradmap", "pruned", "layer-pruning"],
         model_name=record["name"],

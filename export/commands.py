@@ -18,7 +18,7 @@ def export(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Each format is written to a subdirectory of its name.")],
     format_names: Annotated[
-        list[str], typer.Option("--format", help="hf, vllm, onnx or onnx-genai; may be given several times.")
+        list[str], typer.Option("--format", help="hf, vllm, onnx, onnx-genai or gguf; may be given several times.")
     ],
     plan: Annotated[
         Path | None, typer.Option(help="The plan to apply; without one the dense model is exported.")
@@ -27,10 +27,12 @@ def export(
     allow_pickle: AllowPickleOption = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help="keep, float32, float16, bfloat16; default: hf keeps, vllm bfloat16, onnx float32."),
+        typer.Option(
+            help="keep, float32, float16, bfloat16; else hf keeps, vllm takes bfloat16, onnx float32, gguf float16."
+        ),
     ] = None,
     quantise: Annotated[
-        str | None, typer.Option(help="int8: the layers' weights as 8-bit integers (vllm, onnx, onnx-genai).")
+        str | None, typer.Option(help="int8: the layers' weights as 8-bit integers (all but hf).")
     ] = None,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse a quantised model whose best token agrees more rarely.")

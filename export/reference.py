@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from export.runners.probe_io import decode_greedily, placement_for, transformers_step
@@ -104,7 +104,7 @@ def save_probe(path: Path, reference: Reference) -> None:
         "greedy_ids": reference.greedy_ids,
         "greedy_margins": reference.greedy_margins,
     }
-    save_file(tensors, path)
+    path.write_bytes(save(tensors))  # save_file would hide the file from other users
 
 
 def load_probe(path: Path) -> Reference:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from export import VLLM_CONFIG_FILE
+from export import GGUF_FILE, VLLM_CONFIG_FILE
 from export.fold import FoldedTensor, plan_fold, write_folded
 from export.quantisation import quantisation_config
 from export.verification import run_child
@@ -43,6 +43,9 @@ COPIED_PATTERNS = (
 # Tracing holds the model, the graph's copy of its weights and the file being written.
 ONNX_MEMORY_FACTOR = 4
 GENAI_PRECISIONS = {"float32": "fp32", "float16": "fp16"}
+GGUF_CONVERTER = "convert-hf-to-gguf"
+GGUF_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "q8_0"}
+CONVERTED = ("*.onnx*", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def write_onnx(directory: Path, source: Source, target: Target) -> Written:
     quantise = [target.quantise] if target.quantise else []
 
     def convert(checkpoint: Path) -> None:
+        _require_memory(checkpoint)
         say("Tracing the ONNX graph")
         command = [sys.executable, "-m", "export.onnx_export", str(checkpoint), str(directory), json.dumps(metadata)]
         run_child([*command, *quantise], "The model cannot be exported to ONNX")
@@ -142,12 +146,37 @@ def write_genai(directory: Path, source: Source, target: Target) -> Written:
     provider = "cuda" if torch.cuda.is_available() and target.dtype == "float16" else "cpu"
 
     def convert(checkpoint: Path) -> None:
+        _require_memory(checkpoint)
         say("Building the onnxruntime-genai graph")
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(checkpoint)]
         arguments = ["-o", str(directory), "-p", precision, "-e", provider, "-c", str(checkpoint / "cache")]
         run_child([*command, *arguments], "onnxruntime-genai cannot build this model")
 
     return _write_through_checkpoint(directory, source, target, convert)
+
+
+def write_gguf(directory: Path, source: Source, target: Target) -> Written:
+    """One file for llama.cpp and what builds on it, by llama.cpp's own converter."""
+    converter = find_gguf_converter()
+    stored_type = GGUF_TYPES[target.quantise or target.dtype]
+
+    def convert(checkpoint: Path) -> None:
+        say("Converting to GGUF")
+        command = [converter, str(checkpoint), "--outfile", str(directory / GGUF_FILE), "--outtype", stored_type]
+        run_child([*command, "--model-name", source.served_name], "llama.cpp's converter cannot convert this model")
+
+    return _write_through_checkpoint(directory, source, target, convert)
+
+
+def find_gguf_converter() -> str:
+    """The converter's path. It overwrites files of the package gguf, so it has to live in an environment of its own."""
+    converter = shutil.which(GGUF_CONVERTER)
+    if converter is None:
+        raise UserError(
+            f"Format gguf needs llama.cpp's converter as the program {GGUF_CONVERTER}; install it in an environment of "
+            f"its own: pipx install {GGUF_CONVERTER}, or uv tool install {GGUF_CONVERTER}."
+        )
+    return converter
 
 
 def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: str) -> dict[str, Any]:
@@ -188,17 +217,16 @@ def _write_weights(directory: Path, source: Source, target: Target, quantise: bo
 def _write_through_checkpoint(
     directory: Path, source: Source, target: Target, convert: Callable[[Path], None]
 ) -> Written:
-    """Folds into a directory inside the artifact's, converts that, and leaves of it what an ONNX consumer reads."""
+    """Folds into a directory inside the artifact's, converts that, and leaves of it what is read beside the result."""
     checkpoint = directory / ".checkpoint"
     checkpoint.mkdir()
     written = write_checkpoint(checkpoint, source, target)
-    _require_memory(written)
     convert(checkpoint)
     write_json(directory / "config.json", written.config)
     _copy_companions(checkpoint, directory)
     shutil.rmtree(checkpoint)
-    graph_bytes = sum(path.stat().st_size for path in directory.glob("*.onnx*"))
-    return Written(written.config, written.folded, graph_bytes, {})
+    converted_bytes = sum(path.stat().st_size for pattern in CONVERTED for path in directory.glob(pattern))
+    return Written(written.config, written.folded, converted_bytes, {})
 
 
 def _copy_companions(source: Path, target: Path) -> None:
@@ -224,8 +252,8 @@ def _require_space(directory: Path, needed_bytes: int) -> None:
         )
 
 
-def _require_memory(written: Written) -> None:
-    needed = ONNX_MEMORY_FACTOR * written.weight_bytes
+def _require_memory(checkpoint: Path) -> None:
+    needed = ONNX_MEMORY_FACTOR * sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     available = psutil.virtual_memory().available
     if needed > available:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Loads a checkpoint with stock transformers, in float32 on the CPU."""
+"""Loads a checkpoint, or a GGUF file, with stock transformers, in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from export import GGUF_FILE
 from export.runners.probe_io import decode_greedily, placement_for, run, transformers_step
 
 
 @torch.inference_mode()
 def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
-    placement = placement_for(directory)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **placement).eval()
+    source = {"gguf_file": GGUF_FILE} if (directory / GGUF_FILE).exists() else placement_for(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **source).eval()
     step = transformers_step(model)
     _, cache = step(input_ids[:, :-1], None)
     tensors = {

@@ -1,15 +1,19 @@
 """Programs that never heard of us, in an environment of their own (`make consumers`), get the reference's logits."""
 
+import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from export.reference import random_probe
 from export.writers import Target, write_checkpoint
+from gradmap.errors import UserError
 from tests.conftest import FAMILIES, LAYERS, ROOT
-from tests.export.test_export import SHARD_BYTES, export, make_source, unfolded_logits
+from tests.export.test_export import CORRECTED, SHARD_BYTES, export, make_source, unfolded_logits
 
 PYTHON = ROOT / ".venv-consumers" / "bin" / "python"
 # Of float32 logits after LAYERS layers of two updates, two dot products of at most 40 terms each
@@ -56,3 +60,18 @@ def test_optimum_runs_the_onnx_artifact(picos, exported, tmp_path):
     require_same(consumed, unfolded_logits(picos["llama"], source, torch.float64))
     expected = load_file(directory / "gradmap.probe")["greedy_ids"]
     assert torch.equal(consumed["generated"], expected[: len(consumed["generated"])])
+
+
+def test_llama_cpps_converter_makes_one_file_of_the_pruned_model(picos, smollm2, tmp_path, monkeypatch):
+    plan = make_source(picos["llama"])
+    noise = torch.randn(576, 576, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices = {CORRECTED: torch.eye(576, dtype=torch.float64) + 0.02 * noise}
+    source = replace(plan, checkpoint=smollm2, matrices=matrices, probe_ids=random_probe(49152)[:, :20])
+    with pytest.raises(UserError, match="pipx install"):
+        export(source, tmp_path, "gguf")
+    monkeypatch.setenv("PATH", f"{PYTHON.parent}:{os.environ['PATH']}")
+    record = export(source, tmp_path, "gguf")["gguf"]
+    check = record["verification"]["transformers"]
+    assert 1e-5 < check["relative_difference"] < check["tolerance"] < 1e-3  # W' W_down alone is rounded otherwise
+    assert record["layers"] == smollm2.config["num_hidden_layers"] - 2
+    assert {"model.gguf", "tokenizer.json"} <= record["files"].keys()
