@@ -5,7 +5,8 @@
 
 All artifacts stay loaded, each in its own process, and generate in turn, round after round: what disturbs the machine
 disturbs all. Done once with one thread and once with all cores. Ratios are taken within a round; the table has their
-median and range, against the `hf` artifact of the same model, and of a model with fewer layers against the deepest.
+median and range, against the first `hf` artifact of the same model, and of a model with fewer layers against the
+deepest.
 """
 
 from __future__ import annotations
