@@ -29,6 +29,7 @@ EXTERNAL_DATA_FILE = "model.onnx_data"
 # A protobuf message ends at 2 GiB; weights beyond this go to a file beside it.
 EXTERNAL_DATA_FROM_BYTES = 1_500_000_000
 INT8_BLOCK_SIZE = 32
+INT8_COMPUTE = 4  # MatMulNBits' accuracy_level for integer products
 
 
 class _CausalLMWithCache(nn.Module):
@@ -55,10 +56,16 @@ class _CausalLMWithCache(nn.Module):
 
 
 @torch.inference_mode()
-def export_onnx(checkpoint: Path, out: Path) -> None:
-    """Writes OUT/model.onnx (with model.onnx_data beside it if large) in the checkpoint's dtype, and checks it."""
+def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
+    """Writes OUT/model.onnx (with model.onnx_data beside it if large) in the checkpoint's dtype, and checks it.
+
+    untie: give the output layer weights of its own where it shares the embedding's, so that they can be quantised.
+    """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa").eval().requires_grad_(False)
     _replace_transposed_linear(model)
+    if untie:
+        output_layer = model.get_output_embeddings()
+        output_layer.weight = nn.Parameter(output_layer.weight.clone(), requires_grad=False)
     program = torch.onnx.export(
         _CausalLMWithCache(model),
         _example_inputs(model),
@@ -75,11 +82,19 @@ def export_onnx(checkpoint: Path, out: Path) -> None:
 
 
 def quantise_int8(directory: Path) -> None:
-    """Replaces the matrix products' weights by 8-bit integers in blocks with a scale each; activations stay float."""
+    """Replaces the matrix products' weights by 8-bit integers in blocks with a scale each.
+
+    Products are computed in integers: activations are rounded to 8 bits on the way, in the same blocks. In floating
+    point the int8 graph would be slower than the float32 one.
+    """
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        onnx.load(directory / ONNX_FILE), bits=8, block_size=INT8_BLOCK_SIZE, is_symmetric=True
+        onnx.load(directory / ONNX_FILE),
+        bits=8,
+        block_size=INT8_BLOCK_SIZE,
+        is_symmetric=True,
+        accuracy_level=INT8_COMPUTE,
     )
     quantizer.process()
     for path in (directory / ONNX_FILE, directory / EXTERNAL_DATA_FILE):
@@ -144,7 +159,7 @@ def _needs_external_data(model: onnx.ModelProto) -> bool:
 def main(checkpoint: str, out: str, metadata: str, *quantise: str) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    export_onnx(Path(checkpoint), Path(out))
+    export_onnx(Path(checkpoint), Path(out), untie=bool(quantise))
     if quantise == ("int8",):
         quantise_int8(Path(out))
     add_metadata(Path(out, ONNX_FILE), json.loads(metadata))

@@ -49,7 +49,7 @@ def test_the_graph_is_right_for_every_family(pico, graph, input_ids):
     quantise_int8(graph)
     quantised = OnnxCausalLM(graph).step(input_ids.numpy(), None)[0]
     error = np.linalg.norm(quantised - expected) / np.linalg.norm(expected)
-    # every linear map of a layer, in twos in a row, and the head
+    # every linear map of a layer, in twos in a row, and the head; activations are rounded too, which the 3 has room for
     assert 1e-4 < error < 3 * INT8_ERROR * (4 * LAYERS + 1) ** 0.5
     quantised_maps = [node for node in onnx.load(graph / "model.onnx").graph.node if node.op_type == "MatMulNBits"]
     assert len(quantised_maps) >= 4 * LAYERS
@@ -99,11 +99,13 @@ def test_a_half_precision_artifact_keeps_its_cache_in_half_precision_too(picos, 
 
 
 def test_a_quantised_artifact_is_judged_by_agreement(picos, tmp_path):
-    check = export(make_source(picos["llama"]), tmp_path, "onnx", quantise="int8")["onnx"]["verification"][
-        "onnxruntime"
-    ]
+    check = export(make_source(picos["opt"]), tmp_path, "onnx", quantise="int8")["onnx"]["verification"]["onnxruntime"]
     assert check["tolerance"] is None
-    assert check["min_agreement"] == 0.9 <= check["argmax_agreement"] < 1
+    assert check["min_agreement"] == 0.9 <= check["argmax_agreement"]
+    assert check["relative_difference"] > 1e-4
+    nodes = onnx.load(tmp_path / "onnx" / "model.onnx").graph.node
+    widths = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "N"]
+    assert VOCABULARY in widths  # the output layer too, though it shares the embedding's weights
 
 
 def test_a_plain_onnxruntime_session_runs_it_without_our_packages(artifact):
