@@ -265,7 +265,7 @@ def test_shards_keep_order_and_stay_below_the_limit(picos):
 def test_an_unknown_format_or_a_foreign_directory_is_refused(picos, tmp_path):
     source = make_source(picos["llama"])
     with pytest.raises(UserError, match="Unknown format"):
-        export(source, tmp_path, "gguf")
+        export(source, tmp_path, "exl2")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="will not be overwritten"):
