@@ -30,7 +30,12 @@ from tests.export.test_export import make_source
 PICO_SIZES: dict[str, dict[str, int]] = {
     "llama": {"hidden_size": 128, "intermediate_size": 160, "max_position_embeddings": 128},
     # vLLM takes no window on some layers only, as the tests' Qwen2 has
-    "qwen2": {"hidden_size": 128, "intermediate_size": 160, "max_position_embeddings": 128, "use_sliding_window": 0},
+    "qwen2": {
+        "hidden_size": 128,
+        "intermediate_size": 160,
+        "max_position_embeddings": 128,
+        "use_sliding_window": False,
+    },
     "opt": {"hidden_size": 128, "ffn_dim": 160, "word_embed_proj_dim": 128, "max_position_embeddings": 128},
     "gpt2": {"n_embd": 128, "n_positions": 128},
 }
