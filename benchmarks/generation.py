@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from export.artifact import ARTIFACT_FILE
+from export import ARTIFACT_FILE
 from gradmap.console import print_table, progress, say
 from gradmap.environment import describe_environment
 from gradmap.files import read_json, write_json

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from export.runners.probe_io import Step, transformers_step
+from export.runners.run_vllm import ENVIRONMENT
 
 Generate = Callable[[int], None]
 
@@ -51,14 +52,9 @@ def load_transformers(directory: Path, threads: int, prompt: Tensor, new_tokens:
 
 def load_onnx(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -> Generate:
     from export.onnx_session import OnnxCausalLM
+    from export.runners.run_onnxruntime import onnx_step
 
-    model = OnnxCausalLM(directory, threads)
-
-    def step(ids: Tensor, cache: object) -> tuple[Tensor, object]:
-        logits, longer = model.step(ids.numpy(), cache)  # type: ignore[arg-type]
-        return torch.from_numpy(logits[:, -1]), longer
-
-    return repeat(step, prompt)
+    return repeat(onnx_step(OnnxCausalLM(directory, threads)), prompt)
 
 
 def load_genai(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -> Generate:
@@ -80,13 +76,7 @@ def load_genai(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -
 
 
 def load_vllm(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -> Generate:
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    os.environ |= ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
     from vllm import LLM, SamplingParams
 
     length = prompt.shape[1] + new_tokens

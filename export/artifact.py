@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from export import ARTIFACT_FILE
 from export.card import render_card
 from export.fold import count_parameters
 from export.reference import (
@@ -51,7 +52,6 @@ from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_corrections, load_plan, require_same_model
 
-ARTIFACT_FILE = "gradmap.json"
 SCHEMA_VERSION = 2
 
 
@@ -87,7 +87,7 @@ FORMATS = {
         Format("gguf", write_gguf, ("float16", "bfloat16", "float32"), ("int8",), ("run_transformers",)),
     )
 }
-# The package that a runner, or a writer, needs besides ours, and the dtype that the runtime computes in.
+# The package that a runner needs besides ours.
 RUNTIME_PACKAGES = {"run_vllm": "vllm", "run_onnxruntime": "onnxruntime", "run_genai": "onnxruntime_genai"}
 
 

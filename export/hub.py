@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from export import ARTIFACT_FILE
 from export.card import HUB_ID
 from gradmap.errors import UserError
 from gradmap.files import read_json
-
-ARTIFACT_FILE = "gradmap.json"
 
 
 def check_hub_access(repo_id: str) -> None:

@@ -57,7 +57,7 @@ class _CausalLMWithCache(nn.Module):
 
 @torch.inference_mode()
 def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
-    """Writes OUT/model.onnx (with model.onnx_data beside it if large) in the checkpoint's dtype, and checks it.
+    """Writes OUT/model.onnx (with model.onnx_data beside it if large) in the checkpoint's dtype.
 
     untie: give the output layer weights of its own where it shares the embedding's, so that they can be quantised.
     """

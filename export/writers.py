@@ -1,4 +1,4 @@
-"""What is written for each format: a folded checkpoint, alone or as the source of an ONNX graph."""
+"""What is written for each format: a folded checkpoint, alone or as the source of an ONNX graph or a GGUF file."""
 
 from __future__ import annotations
 

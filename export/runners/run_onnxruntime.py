@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from export.onnx_session import OnnxCausalLM
-from export.runners.probe_io import decode_greedily, run
+from export.runners.probe_io import Step, decode_greedily, run
 
 
-def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
-    model = OnnxCausalLM(directory)
-
+def onnx_step(model: OnnxCausalLM) -> Step:
     def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         logits, longer = model.step(ids.numpy(), cache)
         return torch.from_numpy(logits[:, -1]), longer
 
+    return step
+
+
+def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
+    model = OnnxCausalLM(directory)
+    step = onnx_step(model)
     _, cache = step(input_ids[:, :-1].contiguous(), None)
     tensors = {
         "logits": torch.from_numpy(model.step(input_ids.numpy(), None)[0]),
