@@ -74,7 +74,7 @@ def plan_fold(
         prefix, index, suffix = place
         if index not in new_index:
             continue
-        corrected = suffix == f"{architecture.down_projection}.weight"
+        corrected = architecture.is_down_projection(suffix)
         folded.append(
             FoldedTensor(
                 source,
@@ -168,5 +168,8 @@ def _require_complete(
     present = {place[1] for place in places if place is not None}
     if present != set(range(len(kept))):
         raise UserError(f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it again.")
-    if sum(tensor.matrix is not None for tensor in folded) != len(matrices):
+    if architecture.uncorrectable is not None and matrices:
+        raise UserError(f"{checkpoint.name} cannot be corrected: {architecture.uncorrectable}; prune again.")
+    corrected = {place[1] for place, tensor in zip(places, folded, strict=True) if place and tensor.matrix is not None}
+    if len(corrected) != len(matrices):
         raise UserError(f"{checkpoint.name} lacks a down projection ({architecture.down_projection}) to correct.")

@@ -133,7 +133,7 @@ def _run(model: Any, input_ids: Tensor, greedy_tokens: int, exact: bool) -> Refe
 
 def _round_parameters(model: Any, architecture: Architecture, dtype: torch.dtype, keep: Collection[int]) -> None:
     layers = architecture.layer_list(model)
-    kept = {id(architecture.down_projection_of(layers[index]).weight) for index in keep}
+    kept = {id(weight) for index in keep for weight in architecture.down_projection_weights(layers[index])}
     for name, parameter in model.named_parameters():
         if id(parameter) not in kept:
             parameter.copy_(parameter.to(dtype))

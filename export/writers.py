@@ -182,8 +182,8 @@ def find_gguf_converter() -> str:
 def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: str) -> dict[str, Any]:
     """Returns the config.json of an artifact: per-layer fields follow the removal, the dtype is what was written.
 
-    transformers 5 renamed `torch_dtype` and `rope_theta`/`rope_scaling`; older consumers ignore the new names (and
-    would silently use a theta of 10000), so both are written.
+    transformers 5 renamed `torch_dtype`, Qwen3-MoE's `num_experts`, and `rope_theta`/`rope_scaling`; older consumers
+    ignore the new names (and would silently use a theta of 10000), so both are written.
     """
     pruned = prune_config(config, removed)
     pruned.pop("_name_or_path", None)
@@ -191,7 +191,12 @@ def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: 
     dtype = dtype_name if dtype_name != "keep" else pruned.get("dtype") or pruned.get("torch_dtype")
     if dtype is not None:
         pruned |= {"dtype": dtype, "torch_dtype": dtype}
+    if pruned["model_type"] == "qwen3_moe" and "num_local_experts" in pruned:
+        pruned["num_experts"] = pruned["num_local_experts"]
     rope = pruned.get("rope_parameters")
+    if rope is not None and "sliding_attention" in rope:  # Gemma 3: one for each kind of layer
+        pruned["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if rope is not None and "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         pruned["rope_theta"] = rope["rope_theta"]

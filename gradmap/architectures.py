@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from gradmap.errors import UserError
 
@@ -21,15 +22,19 @@ class Architecture:
     """Names of one model family.
 
     layers: dotted path of the layer list inside `...ForCausalLM`.
-    down_projection: dotted path, inside a layer, of the last linear map of the FFN.
+    down_projection: dotted path, inside a layer, of the last linear map of the FFN; of a mixture of experts, of the
+        whole FFN, for every expert's down projection (`expert_down_projections`, a pattern of tensor names) is its last.
     layer_count_key: the config key that holds the number of layers.
     transposed_linear: weights are stored (d_in, d_out), as in GPT-2's Conv1D, and not (d_out, d_in).
+    uncorrectable: why no W' can be folded into the down projection, if that is so.
     """
 
     layers: str
     down_projection: str
+    expert_down_projections: str | None = None
     layer_count_key: str = "num_hidden_layers"
     transposed_linear: bool = False
+    uncorrectable: str | None = None
 
     def layer_list(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -38,6 +43,20 @@ class Architecture:
 
     def down_projection_of(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.down_projection)
+
+    def down_projection_weights(self, layer: nn.Module) -> list[nn.Parameter]:
+        """The weights that W' multiplies, as transformers holds them: those of all experts are one stacked tensor."""
+        module = self.down_projection_of(layer)
+        if self.expert_down_projections is None:
+            return [module.get_parameter("weight")]
+        endings = ("down_proj", "down_proj.weight")
+        return [parameter for name, parameter in module.named_parameters() if name.endswith(endings)]
+
+    def is_down_projection(self, name: str) -> bool:
+        """Whether W' is folded into the tensor of this name (inside a layer)."""
+        if self.expert_down_projections is None:
+            return name == f"{self.down_projection}.weight"
+        return re.fullmatch(self.expert_down_projections, name) is not None
 
     def parse_tensor_name(self, name: str) -> tuple[str, int, str] | None:
         """Splits `model.layers.7.mlp.up_proj.weight` into (`model.layers`, 7, `mlp.up_proj.weight`).
@@ -52,6 +71,14 @@ class Architecture:
 
 
 _LLAMA_LIKE = Architecture(layers="model.layers", down_projection="mlp.down_proj")
+_SANDWICH_NORM = replace(
+    _LLAMA_LIKE, uncorrectable="a norm follows the down projection, so it is no linear map any more"
+)
+_QWEN_MOE = Architecture(
+    layers="model.layers",
+    down_projection="mlp",
+    expert_down_projections=r"mlp\.((experts\.\d+|shared_expert)\.)?down_proj\.weight",
+)
 
 ARCHITECTURES = {
     "llama": _LLAMA_LIKE,
@@ -60,6 +87,15 @@ ARCHITECTURES = {
     "qwen3": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
     "gemma": _LLAMA_LIKE,
+    "gemma2": _SANDWICH_NORM,
+    "gemma3_text": _SANDWICH_NORM,
+    "mixtral": Architecture(
+        layers="model.layers",
+        down_projection="mlp",
+        expert_down_projections=r"block_sparse_moe\.experts\.\d+\.w2\.weight",
+    ),
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3_moe": _QWEN_MOE,
     "opt": Architecture(layers="model.decoder.layers", down_projection="fc2"),
     "gpt2": Architecture(
         layers="transformer.h", down_projection="mlp.c_proj", layer_count_key="n_layer", transposed_linear=True
@@ -68,6 +104,8 @@ ARCHITECTURES = {
 
 # Config keys that hold one entry per layer; every other list of that length is refused as unknown.
 _PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# Lists that may happen to be as long as the model is deep.
+_OTHER_LISTS = ("architectures", "mlp_only_layers", "eos_token_id")
 
 # What makes a layer depend on its own position or on another layer, and why removal would then be wrong.
 _UNSAFE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -96,20 +134,34 @@ def layer_count(config: dict[str, Any]) -> int:
 def prune_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
     """Returns a copy of a config in which every per-layer field has lost the `removed` (original) indices.
 
+    Patterns that follow from a layer's position (every other one slides, every second one is sparse) are spelled out.
     Raises UserError for a list with one entry per layer whose meaning is not known.
     """
     layers = layer_count(config)
     kept = [index for index in range(layers) if index not in set(removed)]
     pruned = dict(config)
     pruned[architecture_of(config).layer_count_key] = len(kept)
-    for key, value in config.items():
+    for key, value in (config | _explicit_layer_types(config)).items():
         if key in _PER_LAYER_KEYS and value is not None:
             pruned[key] = [value[index] for index in kept]
-        elif isinstance(value, list) and len(value) == layers and key != "architectures":
+        elif isinstance(value, list) and len(value) == layers and key not in _OTHER_LISTS:
             raise UserError(f"Config field {key!r} has one entry per layer and is not known; removal is not safe.")
     if config.get("max_window_layers") is not None:  # Qwen: layers below it use full attention
         pruned["max_window_layers"] = sum(index < config["max_window_layers"] for index in kept)
+    if "decoder_sparse_step" in config:  # Qwen-MoE: every n-th layer has experts, but for those listed
+        step, dense = config["decoder_sparse_step"], config.get("mlp_only_layers") or []
+        sparse = [index not in dense and (index + 1) % step == 0 for index in kept]
+        pruned["decoder_sparse_step"] = 1
+        pruned["mlp_only_layers"] = [position for position, is_sparse in enumerate(sparse) if not is_sparse]
     return pruned
+
+
+def _explicit_layer_types(config: dict[str, Any]) -> dict[str, Any]:
+    """The kind of attention of every layer, where transformers derives it from the layer's position."""
+    if config.get("layer_types") is not None or config["model_type"] not in CONFIG_MAPPING:
+        return {}
+    parsed = CONFIG_MAPPING[config["model_type"]](**config)
+    return {"layer_types": parsed.layer_types} if getattr(parsed, "layer_types", None) is not None else {}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gradmap.architectures import Architecture, without_layers
 from gradmap.calibration import Calibration
 from gradmap.console import progress
-from gradmap.importance import sample_losses
+from gradmap.layerwise import sample_losses
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
 RELATIVE_LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -238,4 +238,5 @@ def _kept_layers(model: Any, architecture: Architecture, removed: Sequence[int])
 
 
 def _without_bias(projection: nn.Module, output: Tensor) -> Tensor:
-    return output if projection.bias is None else output - projection.bias  # type: ignore[operator]
+    bias: Tensor | None = getattr(projection, "bias", None)  # a mixture of experts has none
+    return output if bias is None else output - bias

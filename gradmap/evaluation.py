@@ -17,7 +17,7 @@ from gradmap.compensation import pruned_and_corrected
 from gradmap.console import progress
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
-from gradmap.importance import sample_losses
+from gradmap.layerwise import sample_losses
 from gradmap.plan import PLAN_FILE, Plan, load_calibration_ids, load_corrections, load_plan, require_same_model
 
 BATCH_SIZE = 4

@@ -101,6 +101,12 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     ):
         if name not in known:
             raise UserError(f"Unknown {kind} {name!r}; known are {', '.join(known)}.")
+    uncorrectable = architecture_of(checkpoint.config).uncorrectable
+    if uncorrectable is not None and settings.compensator != "none":
+        raise UserError(
+            f"Layers of a {checkpoint.config['model_type']} model can be scored and removed, but not corrected: "
+            f"{uncorrectable}; add --compensator none."
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gradmap.architectures import architecture_of
+from gradmap.architectures import ARCHITECTURES, architecture_of
 from gradmap.checkpoint import Checkpoint, open_checkpoint
 from gradmap.cli import quiet_libraries
 
@@ -46,6 +46,7 @@ _LLAMA_LIKE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
 }
 _SCALED_ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}}
+_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 PICO_CONFIGS = {
     "llama": _LLAMA_LIKE,
     "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
@@ -53,6 +54,19 @@ PICO_CONFIGS = {
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
     "phi3": _LLAMA_LIKE,
     "gemma": {**_LLAMA_LIKE, "head_dim": 8},
+    "gemma2": {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **_LLAMA_LIKE,
+        **{"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_LLAMA_LIKE, **_MOE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    "qwen3_moe": {**_LLAMA_LIKE, **_MOE, "head_dim": 8, "mlp_only_layers": [3]},
     "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 32},
     "gpt2": {
         "vocab_size": VOCABULARY,
@@ -65,6 +79,7 @@ PICO_CONFIGS = {
     },
 }
 FAMILIES = tuple(PICO_CONFIGS)
+CORRECTABLE = tuple(family for family in FAMILIES if ARCHITECTURES[family].uncorrectable is None)
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,8 @@ class Pico:
         return architecture_of(self.checkpoint.config)
 
     def load(self, dtype: torch.dtype = torch.float64):
-        model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=dtype)
+        # float64 is not to be had from the grouped product that mixtures of experts use otherwise
+        model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=dtype, experts_implementation="eager")
         return model.eval().requires_grad_(False)
 
 

@@ -15,9 +15,15 @@ from gradmap.compensation import (
     solve_projection,
     solve_projection_reference,
 )
+from tests.conftest import CORRECTABLE
 
 REMOVED = (1, 3)
 LAYER = 4
+
+
+@pytest.fixture(params=CORRECTABLE)
+def pico(request, picos):
+    return picos[request.param]
 
 
 def activations(pico, model, input_ids):
@@ -28,7 +34,8 @@ def activations(pico, model, input_ids):
     with without_layers(model, pico.architecture, REMOVED):
         pruned, output = run_and_capture(model, [module, projection], input_ids)
     output = output.reshape(pruned.shape)
-    bias = 0 if projection.bias is None else projection.bias
+    bias = getattr(projection, "bias", None)
+    bias = 0 if bias is None else bias
     entering = pruned - output  # X_F: the residual stream that enters the FFN block
     return (output - bias).flatten(end_dim=1), (dense - entering - bias).flatten(end_dim=1)
 
@@ -80,7 +87,8 @@ def test_identity_changes_nothing_and_the_hook_spares_the_bias(pico, input_ids):
     width = len(model.get_input_embeddings().weight[0])
     matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     projection = pico.architecture.down_projection_of(pico.architecture.layer_list(model)[LAYER])
-    bias = 0 if projection.bias is None else projection.bias
+    bias = getattr(projection, "bias", None)
+    bias = 0 if bias is None else bias
     (plain,) = run_and_capture(model, [projection], input_ids)
     with pruned_and_corrected(model, pico.architecture, (), {LAYER: torch.eye(width, dtype=torch.float64)}):
         (same,) = run_and_capture(model, [projection], input_ids)

@@ -7,8 +7,10 @@ from gradmap.architectures import without_layers
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.errors import UserError
-from gradmap.importance import layer_scores, layer_scores_reference, squared_weight_norm
-from tests.conftest import BOOLQ
+from gradmap.gradient_norms import direct_squares, ghost_is_cheaper, ghost_squares
+from gradmap.importance import layer_scores, layer_scores_reference
+from gradmap.layerwise import losses_from, sample_losses
+from tests.conftest import BOOLQ, VOCABULARY
 
 
 def test_scores_equal_the_per_sample_reference(pico, input_ids):
@@ -28,13 +30,46 @@ def test_scores_after_a_removal_are_those_of_the_smaller_model(pico, input_ids):
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("tokens", [2, 200])  # below and above the break-even length of the ghost product
-def test_weight_norm_equals_the_norm_of_the_explicit_gradient(tokens):
+def test_long_samples_take_the_direct_formula(picos):
+    """At 60 tokens, forming the gradient of a pico's weights is cheaper than two Gram matrices."""
+    pico = picos["qwen3_moe"]
+    ids = torch.randint(3, VOCABULARY, (3, 60), generator=torch.Generator().manual_seed(2))
+    model = pico.load()
+    actual = layer_scores(model, pico.architecture, ids, batch_size=3)
+    torch.testing.assert_close(actual, layer_scores_reference(model, pico.architecture, ids), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [2, 200])
+def test_both_formulas_give_the_norm_of_the_explicit_gradient(tokens):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, tokens, 16, generator=generator, dtype=torch.float64)
     gradient = torch.randn(3, tokens, 12, generator=generator, dtype=torch.float64)
-    expected = [(gradient[j].mT @ inputs[j]).square().sum() for j in range(3)]
-    torch.testing.assert_close(squared_weight_norm(inputs, gradient), torch.stack(expected))
+    expected = torch.stack([(gradient[j].mT @ inputs[j]).square().sum() for j in range(3)])
+    torch.testing.assert_close(ghost_squares(inputs @ inputs.mT, gradient), expected)
+    torch.testing.assert_close(direct_squares(inputs, gradient), expected)
+    assert ghost_is_cheaper(tokens, 12, 16) == (tokens == 2)
+
+
+def test_no_parameter_gradient_is_ever_formed(picos, input_ids):
+    pico = picos["mixtral"]
+    model = pico.load()
+    layer_scores(model, pico.architecture, input_ids, batch_size=2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_loss_and_its_gradient_are_those_of_cross_entropy(picos, input_ids):
+    """Also with Gemma 2's capped logits."""
+    pico = picos["gemma2"]
+    model = pico.load()
+    layers = pico.architecture.layer_list(model)
+    hidden = model.base_model(input_ids=input_ids, output_hidden_states=True).hidden_states[-2].requires_grad_()
+    losses = losses_from(model, layers, hidden, input_ids)
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    logits = model.lm_head(model.model.norm(hidden))
+    capped = torch.tanh(logits / model.config.final_logit_softcapping) * model.config.final_logit_softcapping
+    expected = sample_losses(capped, input_ids)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), hidden)[0])
 
 
 def test_a_nan_loss_names_the_sample(picos, input_ids):

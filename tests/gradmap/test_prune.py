@@ -10,7 +10,8 @@ import torch
 
 from gradmap.architectures import without_layers
 from gradmap.errors import UserError
-from gradmap.importance import layer_scores_reference, sample_losses
+from gradmap.importance import layer_scores_reference
+from gradmap.layerwise import sample_losses
 from gradmap.plan import load_calibration_ids, load_corrections, load_plan, require_same_model
 from tests.conftest import LAYERS
 

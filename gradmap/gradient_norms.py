@@ -1,0 +1,199 @@
+"""Per-sample norms of parameter gradients, without the gradients: from what enters and leaves each module.
+
+For a linear map with input A (T, d_in) and output gradient G (T, d_out) the gradient of the weight is G^T A, and
+
+    || G^T A ||_F^2 = sum_{t,u} (A A^T)_{tu} (G G^T)_{tu}
+
+("ghost norm"), cheaper than the gradient itself while samples are short. Parameters never require a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gradmap.errors import UserError
+from gradmap.layerwise import forward_replaced
+
+# From dL/d output: the squared norm of the gradient of each parameter, per sample (B,)
+SquaresOf = Callable[[Tensor], dict[str, Tensor]]
+
+
+@contextmanager
+def gradient_norms(layers: Sequence[nn.Module], samples: int, totals: Tensor) -> Iterator[None]:
+    """Adds to `totals` (L,) float64 what Eq. 7 sums: the norm of every parameter's gradient for every sample.
+
+    Within the block, one batch of `samples` samples goes forward and then backward through the layers.
+    Raises UserError for a module whose parameters are used in a way that is not known.
+    """
+    grams = _GramOfLastInput()
+    squares: list[dict[str, Tensor]] = [{} for _ in layers]
+    with ExitStack() as hooks:
+        for layer, layer_squares in zip(layers, squares, strict=True):
+            for path, module in layer.named_modules():
+                if any(True for _ in module.parameters(recurse=False)):
+                    hooks.enter_context(_watched(module, path, samples, grams, layer_squares))
+        yield
+    for index, layer_squares in enumerate(squares):
+        totals[index] += sum(square.clamp_min(0).sqrt().sum().item() for square in layer_squares.values())
+
+
+@contextmanager
+def _watched(
+    module: nn.Module, path: str, samples: int, grams: _GramOfLastInput, squares: dict[str, Tensor]
+) -> Iterator[None]:
+    """Adds the squared gradient norms of one module's parameters to `squares`: name -> (B,) float64."""
+
+    def add_on_backward(output: Tensor, squares_of: SquaresOf) -> None:
+        def add(gradient: Tensor) -> None:
+            for name, square in squares_of(gradient).items():
+                key = f"{path}.{name}"
+                squares[key] = squares[key] + square.double() if key in squares else square.double()
+
+        output.register_hook(add)
+
+    dimensions = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
+    if set(dimensions.values()) == {3}:
+        with _watched_experts(module, samples, add_on_backward):
+            yield
+        return
+    if dimensions["weight"] != 2 and set(dimensions.values()) != {1}:
+        raise UserError(f"Gradient norms of {path} ({type(module).__name__}) are not known, so it cannot be scored.")
+    make_squares = _linear_squares if dimensions["weight"] == 2 else _affine_squares
+
+    def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        reached = output[0] if isinstance(output, tuple) else output  # a router returns its choice beside its logits
+        if reached.requires_grad:  # not when a norm is called again, below, to see what it does
+            add_on_backward(reached, make_squares(module, args[0].detach(), samples, grams))
+
+    handle = module.register_forward_hook(on_forward)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _GramOfLastInput:
+    """A A^T of the tensor asked for last: the query, key and value projections ask for the same one in a row."""
+
+    def __init__(self) -> None:
+        self._inputs = self._gram = torch.empty(0)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, T)."""
+        # The last tensor is kept alive, so that no other one can be at its address.
+        if inputs.data_ptr() != self._inputs.data_ptr() or inputs.shape != self._inputs.shape:
+            self._inputs, self._gram = inputs, inputs @ inputs.mT
+        return self._gram
+
+
+def _linear_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _GramOfLastInput) -> SquaresOf:
+    """Of nn.Linear, GPT-2's Conv1D and the router of a mixture of experts."""
+    inputs = _per_sample(inputs, samples)
+    ghost = ghost_is_cheaper(inputs.shape[1], *module.weight.shape)
+    kept = grams(inputs) if ghost else inputs
+
+    def squares_of(gradient: Tensor) -> dict[str, Tensor]:
+        gradient = _per_sample(gradient, samples)
+        squares = {"weight": ghost_squares(kept, gradient) if ghost else direct_squares(kept, gradient)}
+        if getattr(module, "bias", None) is not None:
+            squares["bias"] = gradient.sum(dim=1).square().sum(dim=-1)
+        return squares
+
+    return squares_of
+
+
+def _affine_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _GramOfLastInput) -> SquaresOf:
+    """Of a norm: y = w * n(x) + b, where w may stand for 1 + w (Gemma). Its n(x) is what w adds to y per unit."""
+
+    def squares_of(gradient: Tensor) -> dict[str, Tensor]:
+        parameters = dict(module.named_parameters(recurse=False))
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        ones = zeros | {"weight": torch.ones_like(parameters["weight"])}
+        normalised = functional_call(module, ones, (inputs,)) - functional_call(module, zeros, (inputs,))
+        gradients = {"weight": gradient * normalised, "bias": gradient}
+        return {name: _per_sample(gradients[name], samples).sum(dim=1).square().sum(dim=-1) for name in parameters}
+
+    return squares_of
+
+
+def ghost_is_cheaper(tokens: int, d_out: int, d_in: int) -> bool:
+    """Whether two (T, T) Gram matrices cost less than the gradient (d_out, d_in): T (d_in + d_out) < d_in d_out."""
+    return tokens * (d_in + d_out) < d_in * d_out
+
+
+def ghost_squares(gram: Tensor, gradient: Tensor) -> Tensor:
+    """|| G^T A ||_F^2 per sample from A A^T (B, T, T) and G (B, T, d_out): (B,)."""
+    return (gram * (gradient @ gradient.mT)).sum(dim=(1, 2))
+
+
+def direct_squares(inputs: Tensor, gradient: Tensor) -> Tensor:
+    """The same from A (B, T, d_in) and G (B, T, d_out): (B,). Forms each sample's gradient and drops it at once."""
+    return torch.stack([(g.mT @ a).square().sum() for a, g in zip(inputs, gradient, strict=True)])
+
+
+def _per_sample(tensor: Tensor, samples: int) -> Tensor:
+    """(B, ..., d) or, where a family flattens batch and time, (B*T, ..., d) -> (B, T*..., d)."""
+    return tensor.reshape(samples, -1, tensor.shape[-1])
+
+
+@contextmanager
+def _watched_experts(
+    experts: nn.Module, samples: int, add_on_backward: Callable[[Tensor, SquaresOf], None]
+) -> Iterator[None]:
+    """Runs the experts of a mixture one by one, so that the norms of their stacked weights can be taken.
+
+    The weights are `gate_up_proj` (E, 2k, d) and `down_proj` (E, d, k), as transformers stacks them: one tensor each
+    for Eq. 7, whose square is the sum over its experts, each of which sees only the tokens that are routed to it.
+    """
+
+    def watch(name: str, output: Tensor, inputs: Tensor, slots: _SampleSlots) -> Tensor:
+        inputs = inputs.detach()
+
+        def squares_of(gradient: Tensor) -> dict[str, Tensor]:
+            a, g = slots.spread(inputs), slots.spread(gradient)
+            ghost = ghost_is_cheaper(a.shape[1], g.shape[2], a.shape[2])
+            return {name: ghost_squares(a @ a.mT, g) if ghost else direct_squares(a, g)}
+
+        add_on_backward(output, squares_of)
+        return output
+
+    def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """(B*T, d), expert of every token and choice (B*T, c), its weight (B*T, c) -> (B*T, d)."""
+        result = torch.zeros_like(hidden)
+        for expert in chosen.unique().tolist():
+            token, choice = (chosen == expert).nonzero(as_tuple=True)
+            slots = _SampleSlots(token // (len(hidden) // samples), samples)
+            inputs = hidden[token]
+            gate_up = nn.functional.linear(inputs, experts.gate_up_proj[expert])  # type: ignore[index]
+            gate, up = watch("gate_up_proj", gate_up, inputs, slots).chunk(2, dim=-1)
+            inner = experts.act_fn(gate) * up  # type: ignore[operator]
+            down = nn.functional.linear(inner, experts.down_proj[expert])  # type: ignore[index]
+            added = watch("down_proj", down, inner, slots) * weights[token, choice, None]
+            result = result.index_add(0, token, added.to(result.dtype))
+        return result
+
+    with forward_replaced([experts], forward):
+        yield
+
+
+class _SampleSlots:
+    """Sorts the tokens of one expert by sample, padded with zeros, which add nothing to a norm."""
+
+    def __init__(self, sample: Tensor, samples: int) -> None:
+        """sample: (n,), ascending: which sample each token belongs to."""
+        counts = torch.bincount(sample, minlength=samples)
+        self._sample = sample
+        self._slot = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
+        self._shape = (samples, int(counts.max()))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """(n, d) -> (B, longest, d)."""
+        spread = rows.new_zeros(*self._shape, rows.shape[-1])
+        spread[self._sample, self._slot] = rows
+        return spread

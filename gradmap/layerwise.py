@@ -1,0 +1,100 @@
+"""Runs a model layer by layer: what goes into the first layer, every layer's other arguments, and the loss at the end.
+
+transformers builds masks and position embeddings in the model's own forward, each family in its own way. So the
+model itself is run with its layers made to pass their input on, and the arguments it calls them with are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a model gives to one of its layers besides the hidden state: mask, position embeddings, and the like."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        output = layer(hidden, *self.args, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@torch.no_grad()
+def record_layer_calls(model: Any, layers: Sequence[nn.Module], input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """Returns the hidden state that enters the first layer, (B, T, d), and the call of each layer. No layer is run."""
+    entering: list[Tensor] = []
+    calls: list[LayerCall] = []
+
+    def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        entering.append(hidden)
+        calls.append(LayerCall(args, kwargs))
+        return hidden
+
+    with forward_replaced(layers, pass_on):
+        model.base_model(input_ids=input_ids, use_cache=False)
+    return entering[0], calls
+
+
+def losses_from(model: Any, layers: Sequence[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
+    """The loss of Eq. 5 of each sample, given the output of the last layer: (B, T, d), (B, T) -> (B,)."""
+    with forward_replaced(layers, lambda *args, **kwargs: hidden):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    losses: Tensor = _SumOfTokenLosses.apply(logits, input_ids.to(logits.device))
+    return losses
+
+
+def sample_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Cross-entropy of Eq. 5: the sum over next tokens, per sample. (B, T, V), (B, T) -> (B,) float32 or wider."""
+    predictions = _at_least_float32(logits)[:, :-1].flatten(end_dim=1)
+    targets = input_ids[:, 1:].to(logits.device)
+    token_losses = nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
+    return token_losses.reshape(targets.shape).sum(dim=1)
+
+
+class _SumOfTokenLosses(torch.autograd.Function):
+    """`sample_losses` with its gradient made in the buffer of the probabilities, for logits are the largest tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, input_ids: Tensor) -> Tensor:
+        precise = _at_least_float32(logits)
+        highest, at = precise.max(dim=-1, keepdim=True)
+        probabilities = precise.softmax(dim=-1)
+        log_sum = highest - probabilities.gather(-1, at).log()  # of the exponentials: p_max = exp(highest - log_sum)
+        ctx.probabilities, ctx.targets, ctx.dtype = probabilities, input_ids[:, 1:, None], logits.dtype
+        return (log_sum[:, :-1] - precise[:, :-1].gather(-1, ctx.targets)).sum(dim=(1, 2))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        result, ctx.probabilities = ctx.probabilities, None
+        result[:, :-1].scatter_add_(-1, ctx.targets, torch.full_like(ctx.targets, -1, dtype=result.dtype))
+        result[:, -1] = 0  # the last position predicts nothing
+        return result.mul_(gradient[:, None, None]).to(ctx.dtype), None
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def forward_replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Calls `forward` in place of each module's own, and puts what was there back afterwards."""
+    with ExitStack() as stack:
+        for module in modules:
+            if "forward" in vars(module):  # a wrapper that a library (accelerate) put there
+                stack.callback(setattr, module, "forward", module.forward)
+            else:
+                stack.callback(delattr, module, "forward")
+            module.forward = forward  # type: ignore[method-assign]
+        yield
