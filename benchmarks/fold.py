@@ -27,10 +27,11 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from export.safetensors_stream import TensorSpec, write_safetensors
+from export.safetensors_writer import write_safetensors
 from gradmap.checkpoint import INDEX_NAME
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
+from gradmap.safetensors_reader import TensorSpec
 
 SHARD_BYTES = 5 * 10**9
 # Prints the seconds from after Python's imports, which no longer checkpoint makes longer, to the end of the last fsync.

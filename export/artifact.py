@@ -45,12 +45,13 @@ from export.writers import (
     write_vllm,
 )
 from gradmap.architectures import architecture_of
-from gradmap.checkpoint import DTYPES, Checkpoint
+from gradmap.checkpoint import Checkpoint
 from gradmap.console import say
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_corrections, load_plan, require_same_model
+from gradmap.precision import DTYPES
 
 SCHEMA_VERSION = 2
 

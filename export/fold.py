@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from export.quantisation import quantise_weight, quantised_specs
-from export.safetensors_stream import StoredTensor, TensorSpec, list_tensors, read_tensors, write_safetensors
+from export.safetensors_writer import write_safetensors
 from gradmap.architectures import Architecture
 from gradmap.checkpoint import INDEX_NAME, Checkpoint
 from gradmap.console import progress
 from gradmap.errors import UserError
 from gradmap.files import write_json
+from gradmap.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
 
 
 @dataclass(frozen=True)

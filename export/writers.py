@@ -20,11 +20,12 @@ from export.fold import FoldedTensor, plan_fold, write_folded
 from export.quantisation import quantisation_config
 from export.verification import run_child
 from gradmap.architectures import architecture_of, prune_config
-from gradmap.checkpoint import DTYPES, Checkpoint
+from gradmap.checkpoint import Checkpoint
 from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.files import read_json, write_json, write_text
 from gradmap.plan import Plan
+from gradmap.precision import DTYPES
 
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
 COPIED_PATTERNS = (

@@ -23,7 +23,8 @@ class Architecture:
 
     layers: dotted path of the layer list inside `...ForCausalLM`.
     down_projection: dotted path, inside a layer, of the last linear map of the FFN; of a mixture of experts, of the
-        whole FFN, for every expert's down projection (`expert_down_projections`, a pattern of tensor names) is its last.
+        whole FFN, whose last maps are the down projections of all experts.
+    expert_down_projections: of a mixture of experts, the pattern of their tensor names inside a layer.
     layer_count_key: the config key that holds the number of layers.
     transposed_linear: weights are stored (d_in, d_out), as in GPT-2's Conv1D, and not (d_out, d_in).
     uncorrectable: why no W' can be folded into the down projection, if that is so.
@@ -40,6 +41,18 @@ class Architecture:
         layers = model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    @contextmanager
+    def layers_replaced(self, model: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
+        """Gives the model another list of layers while the block runs."""
+        parent_path, _, list_name = self.layers.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        original = self.layer_list(model)
+        try:
+            setattr(parent, list_name, layers)
+            yield
+        finally:
+            setattr(parent, list_name, original)
 
     def down_projection_of(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.down_projection)
@@ -170,20 +183,17 @@ def without_layers(model: Any, architecture: Architecture, removed: Sequence[int
 
     The layer list, every module's `layer_idx` (its KV cache slot) and the config's per-layer fields follow.
     """
-    parent_path, _, list_name = architecture.layers.rpartition(".")
-    parent = model.get_submodule(parent_path)
     original = architecture.layer_list(model)
     original_config = model.config.to_dict()
     pruned_config = prune_config(original_config, removed)
     changed = [key for key, value in pruned_config.items() if value != original_config[key]]
     kept = nn.ModuleList(layer for index, layer in enumerate(original) if index not in set(removed))
     try:
-        setattr(parent, list_name, kept)
         _number_layers(kept)
         _set_config(model, {key: pruned_config[key] for key in changed})
-        yield
+        with architecture.layers_replaced(model, kept):
+            yield
     finally:
-        setattr(parent, list_name, original)
         _number_layers(original)
         _set_config(model, {key: original_config[key] for key in changed})
 

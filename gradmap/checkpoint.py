@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +17,15 @@ from gradmap.architectures import architecture_of
 from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
+from gradmap.precision import AUTOCAST, prepare_for_autocast, weights_dtype
+from gradmap.processes import local_device
+from gradmap.safetensors_reader import check_safetensors
 
 INDEX_NAME = "model.safetensors.index.json"
 COMPANION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 PICKLED_WEIGHTS = "pytorch_model*.bin"
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPREAD = "spread"  # over all GPUs
+DEVICES = ("auto", "cpu", "cuda", SPREAD)
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,47 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
     return Checkpoint(name, directory, config, weight_files)
 
 
-def load_model(checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto", **placement: Any) -> Any:
+def load_model(
+    checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto", *, streamed: bool = False, **placement: Any
+) -> Any:
     """Loads the model for inference: no parameter requires a gradient.
 
-    placement: for a model larger than memory, `from_pretrained`'s arguments that say where weights stay.
+    dtype: a name of gradmap.precision, or auto. device: auto, cpu, cuda, or spread (over all GPUs).
+    streamed: only one layer at a time is in memory. placement: for a model that is larger than memory and only has to
+    run forward, `from_pretrained`'s arguments that say where weights stay. Raises UserError if GPUs cannot hold it.
     """
-    from transformers import AutoModelForCausalLM
-
     device = _resolve_device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory,
-        dtype=_resolve_dtype(dtype, device, checkpoint),
-        use_safetensors=True,
-        trust_remote_code=False,
-        **placement,
-    )
-    return (model if placement else model.to(device)).eval().requires_grad_(False)
+    dtype = resolve_dtype(dtype, device, checkpoint)
+    if device == SPREAD:
+        placement = {"device_map": "auto"}
+    if streamed:
+        model = _load_streamed(checkpoint, dtype, device)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            dtype=weights_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            # float64 is not to be had from the grouped product that mixtures of experts use otherwise
+            **({"experts_implementation": "eager"} if dtype == "float64" else {}),
+            **placement,
+        )
+        model = model if placement else model.to(device)
+    if device == SPREAD and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"{checkpoint.name} does not fit on the GPUs of this machine together; use --stream.")
+    if dtype == AUTOCAST:
+        prepare_for_autocast(model)
+    return model.eval().requires_grad_(False)
+
+
+def _load_streamed(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
+    from gradmap.streaming import load_streamed_model
+
+    if device == SPREAD:
+        raise UserError("--stream reads one layer at a time for one device; leave out --device spread.")
+    return load_streamed_model(checkpoint, weights_dtype(dtype), torch.device(device))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -98,29 +125,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint.directory} has no usable tokenizer: {_first_line(error)}") from None
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises UserError if a safetensors file is not exactly as long as its header says."""
-    data_start, entries = read_safetensors_header(path)
-    size = path.stat().st_size
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size != data_start + end:
-        raise UserError(f"{path} has {size} bytes where its header says {data_start + end}; copy it again.")
-
-
-def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Returns where the data starts (bytes) and, by tensor name, its dtype, shape and offsets from there."""
-    try:
-        with path.open("rb") as file:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(header_size, path.stat().st_size)))
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            _, _ = entry["data_offsets"]
-        return 8 + header_size, header
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file, or is cut short; copy it again.") from None
 
 
 def _find_directory(model: str, allow_pickle: bool) -> Path:
@@ -262,19 +266,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _resolve_device(device: str) -> str:
-    """`auto` is the GPU if there is one."""
+    """`auto` is the GPU if there is one; of several processes, each takes its own."""
+    if device not in DEVICES and not device.startswith("cuda:"):
+        raise UserError(f"Unknown device {device!r}; use {', '.join(DEVICES)}.")
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device} was asked for, but torch sees no GPU here; use --device cpu.")
-    return device
+    return local_device() if device == "cuda" else device
 
 
-def _resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` is float32 on a CPU and the checkpoint's own dtype on a GPU."""
+def resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> str:
+    """`auto` is float32 on a CPU and the checkpoint's own dtype on a GPU. Raises UserError for an unknown one."""
     if dtype == "auto":
         stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
         dtype = "float32" if device == "cpu" else str(stored)
-    if dtype not in DTYPES:
-        raise UserError(f"Unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+    weights_dtype(dtype)
+    return dtype

@@ -38,7 +38,8 @@ def run_app(app: typer.Typer) -> int:
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (UserError, click.ClickException) as error:
-        say(f"Error: {error.format_message() if isinstance(error, click.ClickException) else error}")
+        message = error.format_message() if isinstance(error, click.ClickException) else error
+        print(f"Error: {message}", file=sys.stderr)  # whichever of several processes it happens in
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
         say("Interrupted.")

@@ -15,8 +15,10 @@ AllowPickleOption = Annotated[
     bool, typer.Option("--allow-pickle", help="Convert legacy .bin weights to safetensors, with torch's safe reader.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, float64, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto, float32, float64, bfloat16, float16 or autocast (products in bfloat16).")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or spread (over all GPUs).")]
 
 
 def prune(
@@ -37,16 +39,27 @@ def prune(
     seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 42,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read layers one at a time: for models beyond memory.")
+    ] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--fresh", help="Insist on going on with an interrupted run, or on starting over."),
+    ] = None,
+    from_plan: Annotated[
+        Path | None, typer.Option(help="Take the order of removals from this plan, which removes as many or more.")
+    ] = None,
     json_line: JsonOption = False,
 ) -> None:
     """Choose which layers to remove, compute the corrections, and write a plan."""
     from gradmap.checkpoint import open_checkpoint
-    from gradmap.prune import PruneSettings, layers_to_remove, summarise
+    from gradmap.prune import PruneSettings, layers_to_remove, prune_less, summarise
     from gradmap.prune import prune as make_plan
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
+    count = layers_to_remove(checkpoint, remove, ratio)
     settings = PruneSettings(
-        remove=layers_to_remove(checkpoint, remove, ratio),
+        remove=count,
         calibration=calibration,
         selector=selector,
         compensator=compensator,
@@ -56,8 +69,12 @@ def prune(
         seed=seed,
         dtype=dtype,
         device=device,
+        stream=stream,
     )
-    plan = make_plan(checkpoint, settings, out)
+    if from_plan is None:
+        plan = make_plan(checkpoint, settings, out, resume)
+    else:
+        plan = prune_less(checkpoint, from_plan, count, compensator, device, out)
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
         print_json_line({"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gradmap.architectures import Architecture, without_layers
 from gradmap.calibration import Calibration
 from gradmap.console import progress
+from gradmap.distributed import share_of, summed
 from gradmap.layerwise import sample_losses
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
@@ -111,8 +112,9 @@ def accumulate_gram(
     module = architecture.layer_list(model)[layer]
     projection = architecture.down_projection_of(module)
     gram = cross = torch.zeros((), dtype=torch.float64)
-    with progress("Fitting W' (samples)", len(input_ids)) as advance:
-        for batch in input_ids.split(batch_size):
+    share, _ = share_of(input_ids)
+    with progress("Fitting W' (samples)", len(share)) as advance:
+        for batch in share.split(batch_size):
             (dense,) = run_and_capture(model, [module], batch)
             with without_layers(model, architecture, removed):
                 pruned, added = run_and_capture(model, [module, projection], batch)
@@ -120,7 +122,7 @@ def accumulate_gram(
             d = (dense.double() - pruned.double()).flatten(end_dim=-2)
             gram, cross = gram + (a.mT @ a).cpu(), cross + (d.mT @ a).cpu()
             advance(len(batch))
-    return gram, cross
+    return summed(gram), summed(cross)
 
 
 def solve_projection(gram: Tensor, cross: Tensor, lam: float) -> Tensor:
@@ -176,9 +178,10 @@ def pruned_loss(
     """Mean next-token cross-entropy (nats per token) of the pruned and corrected model on input_ids (N, T)."""
     total = 0.0
     with pruned_and_corrected(model, architecture, removed, matrices):
-        for batch in input_ids.split(batch_size):
+        for batch in share_of(input_ids)[0].split(batch_size):
             batch = batch.to(model.device)
             total += sample_losses(model(input_ids=batch, use_cache=False).logits, batch).double().sum().item()
+    total = summed(torch.tensor(total, dtype=torch.float64)).item()
     return total / (input_ids.shape[0] * (input_ids.shape[1] - 1))
 
 
@@ -225,12 +228,13 @@ def run_and_capture(model: Any, modules: Sequence[nn.Module], input_ids: Tensor)
 def _mean_outputs(model: Any, modules: Sequence[nn.Module], input_ids: Tensor, batch_size: int) -> Tensor:
     """Mean output of each module over samples and positions: (len(modules), d) float64."""
     total = torch.zeros((), dtype=torch.float64)
-    with progress("Measuring drift (samples)", len(input_ids)) as advance:
-        for batch in input_ids.split(batch_size):
+    share, _ = share_of(input_ids)
+    with progress("Measuring drift (samples)", len(share)) as advance:
+        for batch in share.split(batch_size):
             outputs = run_and_capture(model, modules, batch)
             total = total + torch.stack([output.flatten(end_dim=-2).double().sum(dim=0).cpu() for output in outputs])
             advance(len(batch))
-    return total / input_ids.numel()
+    return summed(total) / input_ids.numel()
 
 
 def _kept_layers(model: Any, architecture: Architecture, removed: Sequence[int]) -> list[int]:

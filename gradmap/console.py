@@ -13,18 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gradmap.processes import is_main_process
+
 PLAIN_LINE_INTERVAL_S = 10.0
 
 
 def say(message: str) -> None:
-    """Prints one line to stderr, unwrapped when stderr is not a terminal."""
+    """Prints one line to stderr, unwrapped when stderr is not a terminal. Of several processes, the first one does."""
+    if not is_main_process():
+        return
     Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(message)
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`. A bar with ETA on a terminal; elsewhere a line when it starts, ends, and every 10 s."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and is_main_process():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -62,6 +66,8 @@ class _ProgressLines:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a summary table to stdout; the first column is left-aligned, the others right-aligned."""
+    if not is_main_process():
+        return
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -73,4 +79,5 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_json_line(value: Any) -> None:
     """Prints one JSON object as the last line of stdout (`--json`)."""
-    print(json.dumps(value), flush=True)
+    if is_main_process():
+        print(json.dumps(value), flush=True)

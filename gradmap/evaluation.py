@@ -19,6 +19,7 @@ from gradmap.errors import UserError
 from gradmap.files import sha256_file
 from gradmap.layerwise import sample_losses
 from gradmap.plan import PLAN_FILE, Plan, load_calibration_ids, load_corrections, load_plan, require_same_model
+from gradmap.precision import computing_in
 
 BATCH_SIZE = 4
 SEGMENT_TOKENS = 128
@@ -87,12 +88,13 @@ def evaluate(checkpoint: Checkpoint, settings: EvaluationSettings, plan_director
     architecture = architecture_of(checkpoint.config)
     model = load_model(checkpoint, settings.dtype, settings.device)
     result = {"schema_version": 1, "model": checkpoint.name, "texts": _describe_segments(segments)}
-    result["dense"] = _describe(model, architecture, segments, "dense")
-    if plan_directory is not None and plan is not None:
-        result["plan_sha256"] = sha256_file(plan_directory / PLAN_FILE)
-        corrections = load_corrections(plan_directory, plan)
-        with pruned_and_corrected(model, architecture, plan.removal_order, corrections):
-            result["pruned"] = _describe(model, architecture, segments, "pruned")
+    with computing_in(settings.dtype, model):
+        result["dense"] = _describe(model, architecture, segments, "dense")
+        if plan_directory is not None and plan is not None:
+            result["plan_sha256"] = sha256_file(plan_directory / PLAN_FILE)
+            corrections = load_corrections(plan_directory, plan)
+            with pruned_and_corrected(model, architecture, plan.removal_order, corrections):
+                result["pruned"] = _describe(model, architecture, segments, "pruned")
     return result
 
 

@@ -52,6 +52,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically (temporary sibling, fsync, rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partials(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("w") as file:
@@ -59,6 +60,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -95,9 +97,7 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
 
 def _remove_debris(path: Path) -> None:
     """Removes what killed runs left beside `path`."""
-    for debris in path.parent.glob(f".{path.name}.partial-*"):
-        if not psutil.pid_exists(int(debris.name.rpartition("-")[2])):
-            shutil.rmtree(debris, ignore_errors=True)
+    _remove_partials(path)
     retired = path.with_name(f".{path.name}.retired")
     if retired.exists():
         if path.exists():
@@ -106,13 +106,27 @@ def _remove_debris(path: Path) -> None:
             retired.rename(path)
 
 
+def _remove_partials(path: Path) -> None:
+    for debris in path.parent.glob(f".{path.name}.partial-*"):
+        if psutil.pid_exists(int(debris.name.rpartition("-")[2])):
+            continue
+        if debris.is_dir():
+            shutil.rmtree(debris, ignore_errors=True)
+        else:
+            debris.unlink(missing_ok=True)
+
+
 def _sync_tree(directory: Path) -> None:
     for path in [directory, *directory.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace_directory(new: Path, path: Path) -> None:

@@ -9,7 +9,7 @@ For a linear map with input A (T, d_in) and output gradient G (T, d_out) the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,19 +25,20 @@ SquaresOf = Callable[[Tensor], dict[str, Tensor]]
 
 
 @contextmanager
-def gradient_norms(layers: Sequence[nn.Module], samples: int, totals: Tensor) -> Iterator[None]:
+def gradient_norms(layers: Iterable[nn.Module], samples: int, totals: Tensor) -> Iterator[None]:
     """Adds to `totals` (L,) float64 what Eq. 7 sums: the norm of every parameter's gradient for every sample.
 
     Within the block, one batch of `samples` samples goes forward and then backward through the layers.
     Raises UserError for a module whose parameters are used in a way that is not known.
     """
     grams = _GramOfLastInput()
-    squares: list[dict[str, Tensor]] = [{} for _ in layers]
+    squares: list[dict[str, Tensor]] = []
     with ExitStack() as hooks:
-        for layer, layer_squares in zip(layers, squares, strict=True):
+        for layer in layers:
+            squares.append({})
             for path, module in layer.named_modules():
                 if any(True for _ in module.parameters(recurse=False)):
-                    hooks.enter_context(_watched(module, path, samples, grams, layer_squares))
+                    hooks.enter_context(_watched(module, path, samples, grams, squares[-1]))
         yield
     for index, layer_squares in enumerate(squares):
         totals[index] += sum(square.clamp_min(0).sqrt().sum().item() for square in layer_squares.values())
@@ -95,7 +96,8 @@ class _GramOfLastInput:
 def _linear_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _GramOfLastInput) -> SquaresOf:
     """Of nn.Linear, GPT-2's Conv1D and the router of a mixture of experts."""
     inputs = _per_sample(inputs, samples)
-    ghost = ghost_is_cheaper(inputs.shape[1], *module.weight.shape)
+    d_out, d_in = module.get_parameter("weight").shape  # the other way round in Conv1D, which changes no norm
+    ghost = ghost_is_cheaper(inputs.shape[1], d_out, d_in)
     kept = grams(inputs) if ghost else inputs
 
     def squares_of(gradient: Tensor) -> dict[str, Tensor]:

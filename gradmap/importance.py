@@ -14,38 +14,118 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
+from gradmap.batching import Batches, measured_batch_size
+from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
 from gradmap.gradient_norms import gradient_norms
-from gradmap.layerwise import losses_from, record_layer_calls, sample_losses
+from gradmap.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
 
 # Logits are made for as many samples at once as this allows (float32).
 LOGITS_BYTES = 1 << 27
 
+Advance = Callable[[int], None]
+
 
 def layer_scores(
-    model: Any,
-    architecture: Architecture,
-    input_ids: Tensor,
-    batch_size: int,
-    advance: Callable[[int], None] = lambda n: None,
+    model: Any, architecture: Architecture, input_ids: Tensor, batches: Batches, advance: Advance = lambda n: None
 ) -> Tensor:
     """Returns Eq. 7 for every layer the model has now: (L,) float64. input_ids: (N, T).
 
     Batched, and without forming parameter gradients where their norms follow from activations ("ghost norms").
-    Only activations carry gradients. Raises UserError if the loss of a sample is not finite.
+    Only activations carry gradients. advance: told of every layer that is done for so many samples.
+    Raises UserError if the loss of a sample is not finite.
     """
     layers = architecture.layer_list(model)
+    share, first_sample = share_of(input_ids)
     totals = torch.zeros(len(layers), dtype=torch.float64)
-    for start in range(0, len(input_ids), batch_size):
-        batch = input_ids[start : start + batch_size].to(model.device)
-        hidden, calls = record_layer_calls(model, layers, batch)
+
+    def run_batch(batch: slice) -> None:
+        _add_norms(model, layers, share[batch], first_sample + batch.start, totals)
+        advance(len(share[batch]) * len(layers))
+
+    batches.run(len(share), run_batch)
+    return summed(totals) / len(input_ids)
+
+
+def streamed_layer_scores(
+    model: Any,
+    architecture: Architecture,
+    input_ids: Tensor,
+    batches: Batches,
+    entering: list[Tensor],
+    advance: Advance = lambda n: None,
+) -> Tensor:
+    """The same, one layer at a time for all samples: forward, then backward, with only the hidden states between
+    layers kept. So it runs where a layer and (L + 1) x N x T x d hidden states fit, and computes every layer twice.
+
+    entering: the hidden states (N, T, d) that enter the first layers, as far as they are known from the scores before;
+    filled up here. Layers before the first removed one compute the same again, so those need not run forward.
+    """
+    layers = list(architecture.layer_list(model))
+    share, first_sample = share_of(input_ids)
+    _, calls = record_layer_calls(model, layers, share[:1].to(model.device))  # the same for every sample
+    if not entering:
+        entering.append(record_layer_calls(model, layers, share.to(model.device))[0].cpu())
+    for position in range(len(entering) - 1, len(layers)):
+        entering.append(_run_layer(layers[position], calls[position], entering[position], batches, model.device))
+    gradients = torch.empty_like(entering[-1])
+
+    def start_backward(batch: slice) -> None:
+        hidden, ids = entering[-1][batch].to(model.device), share[batch].to(model.device)
+        gradients[batch] = loss_gradients(model, layers, hidden, ids, first_sample + batch.start)
+
+    batches.run(len(share), start_backward)
+    totals = torch.zeros(len(layers), dtype=torch.float64)
+    for position in reversed(range(len(layers))):
+
+        def run_backward(batch: slice, position: int = position) -> None:
+            leaf = entering[position][batch].to(model.device).requires_grad_(True)
+            with gradient_norms(layers[position : position + 1], len(leaf), totals[position : position + 1]):
+                output = calls[position].run(layers[position], leaf)
+                output.backward(gradients[batch].to(output.device))
+            assert leaf.grad is not None
+            gradients[batch] = leaf.grad
+            advance(len(leaf))
+
+        batches.run(len(share), run_backward)
+    return summed(totals) / len(input_ids)
+
+
+def _add_norms(model: Any, layers: nn.ModuleList, input_ids: Tensor, first_sample: int, totals: Tensor) -> None:
+    """Adds the norms of one batch (B, T) to `totals` (L,)."""
+    input_ids = input_ids.to(model.device)
+    hidden, calls = record_layer_calls(model, layers, input_ids)
+    hidden.requires_grad_(True)
+    with gradient_norms(layers, len(input_ids), totals):
+        for layer, call in zip(layers, calls, strict=True):
+            hidden = call.run(layer, hidden)
+        hidden.backward(loss_gradients(model, layers, hidden.detach(), input_ids, first_sample))
+
+
+@torch.no_grad()
+def _run_layer(layer: nn.Module, call: LayerCall, entering: Tensor, batches: Batches, device: torch.device) -> Tensor:
+    """Hidden states (N, T, d) through one layer."""
+    leaving = torch.empty_like(entering)
+
+    def run_batch(batch: slice) -> None:
+        leaving[batch] = call.run(layer, entering[batch].to(device))
+
+    batches.run(len(entering), run_batch)
+    return leaving
+
+
+def fitting_batches(model: Any, architecture: Architecture, input_ids: Tensor, streamed: bool) -> Batches:
+    """Measures on one sample how many go at once, through the whole model or, `streamed`, through one layer."""
+    layers = architecture.layer_list(model)[:1] if streamed else architecture.layer_list(model)
+
+    def run_one() -> None:
+        hidden, calls = record_layer_calls(model, architecture.layer_list(model), input_ids[:1].to(model.device))
         hidden.requires_grad_(True)
-        with gradient_norms(layers, len(batch), totals):
-            for layer, call in zip(layers, calls, strict=True):
-                hidden = call.run(layer, hidden)
-            hidden.backward(loss_gradients(model, layers, hidden.detach(), batch, start))
-        advance(len(batch))
-    return totals / len(input_ids)
+        for layer, call in zip(layers, calls, strict=False):
+            hidden = call.run(layer, hidden)
+        hidden.backward(torch.zeros_like(hidden))
+
+    return Batches(measured_batch_size(run_one, input_ids.shape[1], model.device))
 
 
 def loss_gradients(model: Any, layers: nn.ModuleList, hidden: Tensor, input_ids: Tensor, first_sample: int) -> Tensor:

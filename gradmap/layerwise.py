@@ -6,7 +6,7 @@ model itself is run with its layers made to pass their input on, and the argumen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ class LayerCall:
 
 
 @torch.no_grad()
-def record_layer_calls(model: Any, layers: Sequence[nn.Module], input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+def record_layer_calls(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """Returns the hidden state that enters the first layer, (B, T, d), and the call of each layer. No layer is run."""
     entering: list[Tensor] = []
     calls: list[LayerCall] = []
@@ -46,7 +46,7 @@ def record_layer_calls(model: Any, layers: Sequence[nn.Module], input_ids: Tenso
     return entering[0], calls
 
 
-def losses_from(model: Any, layers: Sequence[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
+def losses_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
     """The loss of Eq. 5 of each sample, given the output of the last layer: (B, T, d), (B, T) -> (B,)."""
     with forward_replaced(layers, lambda *args, **kwargs: hidden):
         logits = model(input_ids=input_ids, use_cache=False).logits
@@ -75,7 +75,7 @@ class _SumOfTokenLosses(torch.autograd.Function):
         return (log_sum[:, :-1] - precise[:, :-1].gather(-1, ctx.targets)).sum(dim=(1, 2))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         result, ctx.probabilities = ctx.probabilities, None
         result[:, :-1].scatter_add_(-1, ctx.targets, torch.full_like(ctx.targets, -1, dtype=result.dtype))
@@ -88,7 +88,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def forward_replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Calls `forward` in place of each module's own, and puts what was there back afterwards."""
     with ExitStack() as stack:
         for module in modules:
@@ -96,5 +96,5 @@ def forward_replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) 
                 stack.callback(setattr, module, "forward", module.forward)
             else:
                 stack.callback(delattr, module, "forward")
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         yield

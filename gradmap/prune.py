@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +13,11 @@ from gradmap.architectures import architecture_of, layer_count
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer
 from gradmap.compensation import COMPENSATORS, Compensation, Correction
+from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import refuse_foreign_directory
+from gradmap.files import refuse_foreign_directory, sha256_json
+from gradmap.journal import Journal
 from gradmap.plan import (
     PLAN_FILE,
     BaseModelIdentity,
@@ -23,16 +25,24 @@ from gradmap.plan import (
     CorrectionRecord,
     Plan,
     StepRecord,
+    load_calibration_ids,
+    load_plan,
+    require_same_model,
     save_plan,
 )
-from gradmap.selection import SELECTORS, Selection
+from gradmap.precision import computing_in
+from gradmap.processes import is_main_process
+from gradmap.selection import SELECTORS, Selection, Step
 
-BATCH_SIZE = 4
+BATCH_SIZE = 4  # of forward passes
 
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set."""
+    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set.
+
+    stream: read layers from disk one at a time, for a model that is larger than memory.
+    """
 
     remove: int
     calibration: str
@@ -44,35 +54,103 @@ class PruneSettings:
     seed: int = 42
     dtype: str = "auto"
     device: str = "auto"
+    stream: bool = False
 
 
-def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path) -> Plan:
-    """Scores, removes, corrects, and writes the plan directory `out`. Raises UserError on bad input."""
+def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None = None) -> Plan:
+    """Scores, removes, corrects, and writes the plan directory `out`. Raises UserError on bad input.
+
+    resume: whether to go on from the journal of an interrupted run; None does so if its inputs were the same.
+    """
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
-    architecture = architecture_of(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint)
     calibration = build_calibration(tokenizer, settings.calibration, settings.samples, settings.tokens, settings.seed)
-    model = load_model(checkpoint, settings.dtype, settings.device)
+    journal = Journal.beside(out, _journal_key(checkpoint, settings, calibration))
+    done = journal.open(resume)
+    plan = _make_plan(checkpoint, settings, calibration, out, done, journal.write)
+    if is_main_process():
+        journal.remove()
+    return plan
+
+
+def prune_less(
+    checkpoint: Checkpoint, plan_directory: Path, remove: int, compensator: str, device: str, out: Path
+) -> Plan:
+    """Makes the plan for fewer layers out of one for more: removals are nested, corrections are computed anew.
+
+    Raises UserError if the plan is another model's or has fewer layers.
+    """
+    larger = load_plan(plan_directory)
+    require_same_model(larger, checkpoint)
+    if not 1 <= remove <= len(larger.removal_order):
+        raise UserError(
+            f"The plan in {plan_directory} removes {len(larger.removal_order)} layers; --remove has to be between 1 and "
+            f"that, not {remove}."
+        )
+    changes = {"remove": remove, "compensator": compensator, "device": device}
+    settings = PruneSettings(**(larger.recipe | changes))
+    check_settings(checkpoint, settings)
+    refuse_foreign_directory(out, PLAN_FILE)
+    input_ids = load_calibration_ids(plan_directory, larger)
+    calibration = Calibration(larger.calibration.source, larger.calibration.seed, input_ids)
+    steps = [Step(step.scores, tuple(step.removed)) for step in larger.steps]
+    return _make_plan(checkpoint, settings, calibration, out, steps, lambda steps: None)
+
+
+def _make_plan(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    calibration: Calibration,
+    out: Path,
+    done: list[Step],
+    keep: Callable[[list[Step]], None],
+) -> Plan:
+    """Both stages. done: decisions made before; keep: told of all of them after every new one."""
+    architecture = architecture_of(checkpoint.config)
+    model = load_model(checkpoint, settings.dtype, settings.device, streamed=settings.stream)
+    steps = list(done)
+
+    def record(step: Step) -> None:
+        steps.append(step)
+        keep(steps)
+
     timings_s: dict[str, float] = {}
-    with _timed(timings_s, "select"):
-        selection = SELECTORS[settings.selector](
-            model,
-            architecture,
-            calibration.input_ids,
-            settings.remove,
-            one_shot=settings.one_shot,
-            batch_size=BATCH_SIZE,
-        )
-    with _timed(timings_s, "compensate"):
-        compensation = COMPENSATORS[settings.compensator](
-            model, architecture, calibration, selection.removal_order, batch_size=BATCH_SIZE
-        )
+    with process_group(model.device), computing_in(settings.dtype, model):
+        with _timed(timings_s, "select"):
+            selection = SELECTORS[settings.selector](
+                model,
+                architecture,
+                calibration.input_ids,
+                settings.remove,
+                one_shot=settings.one_shot,
+                streamed=settings.stream,
+                done=done,
+                record=record,
+            )
+        with _timed(timings_s, "compensate"):
+            # streamed, each pass reads every layer once, so that all samples go at once
+            batch_size = settings.samples if settings.stream else BATCH_SIZE
+            compensation = COMPENSATORS[settings.compensator](
+                model, architecture, calibration, selection.removal_order, batch_size=batch_size
+            )
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, timings_s)
     accepted = [correction for correction in compensation.corrections if correction.accepted]
     matrices = {_describe_correction(checkpoint, correction).name: correction.matrix for correction in accepted}
-    save_plan(out, plan, matrices, calibration.input_ids)
+    if is_main_process():
+        save_plan(out, plan, matrices, calibration.input_ids)
     return plan
+
+
+def _journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
+    """What the removal order depends on. The number of layers does not count: a longer order begins like a shorter."""
+    names = ("selector", "one_shot", "dtype", *(("remove",) if settings.one_shot else ()))
+    options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
+    return {
+        f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
+        "the calibration samples": calibration.sha256,
+        **options,
+    }
 
 
 def layers_to_remove(checkpoint: Checkpoint, remove: int | None, ratio: float | None) -> int:

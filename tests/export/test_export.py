@@ -17,12 +17,13 @@ from export import writers
 from export.artifact import ExportSettings, export_artifacts, read_quality, verify_directory
 from export.fold import fold_weight, plan_fold, split_shards
 from export.reference import random_probe
-from export.safetensors_stream import TensorSpec, write_safetensors
+from export.safetensors_writer import write_safetensors
 from export.writers import Source
 from gradmap.compensation import pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
 from gradmap.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
+from gradmap.safetensors_reader import TensorSpec
 from tests.conftest import LAYERS, Pico
 
 REMOVED = (3, 1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gradmap.architectures import without_layers
+from gradmap.batching import Batches
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.errors import UserError
@@ -16,7 +17,7 @@ from tests.conftest import BOOLQ, VOCABULARY
 def test_scores_equal_the_per_sample_reference(pico, input_ids):
     model = pico.load()
     expected = layer_scores_reference(model, pico.architecture, input_ids)
-    actual = layer_scores(model, pico.architecture, input_ids, batch_size=2)
+    actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
     # float64 throughout; the squares of a ghost norm cancel at most a few digits: half the mantissa remains
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
@@ -24,7 +25,7 @@ def test_scores_equal_the_per_sample_reference(pico, input_ids):
 def test_scores_after_a_removal_are_those_of_the_smaller_model(pico, input_ids):
     model = pico.load()
     with without_layers(model, pico.architecture, [1, 3]):
-        actual = layer_scores(model, pico.architecture, input_ids, batch_size=5)
+        actual = layer_scores(model, pico.architecture, input_ids, Batches(5))
         expected = layer_scores_reference(model, pico.architecture, input_ids)
     assert actual.shape == (3,)
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
@@ -35,7 +36,7 @@ def test_long_samples_take_the_direct_formula(picos):
     pico = picos["qwen3_moe"]
     ids = torch.randint(3, VOCABULARY, (3, 60), generator=torch.Generator().manual_seed(2))
     model = pico.load()
-    actual = layer_scores(model, pico.architecture, ids, batch_size=3)
+    actual = layer_scores(model, pico.architecture, ids, Batches(3))
     torch.testing.assert_close(actual, layer_scores_reference(model, pico.architecture, ids), rtol=1e-7, atol=0)
 
 
@@ -53,7 +54,7 @@ def test_both_formulas_give_the_norm_of_the_explicit_gradient(tokens):
 def test_no_parameter_gradient_is_ever_formed(picos, input_ids):
     pico = picos["mixtral"]
     model = pico.load()
-    layer_scores(model, pico.architecture, input_ids, batch_size=2)
+    layer_scores(model, pico.architecture, input_ids, Batches(2))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -80,7 +81,7 @@ def test_a_nan_loss_names_the_sample(picos, input_ids):
     ids = torch.where(input_ids == poisoned, poisoned + 1, input_ids)
     ids[3, 0] = poisoned
     with pytest.raises(UserError, match="sample 3"):
-        layer_scores(model, pico.architecture, ids, batch_size=2)
+        layer_scores(model, pico.architecture, ids, Batches(2))
 
 
 def test_float32_scores_on_smollm2(smollm2):
@@ -89,7 +90,7 @@ def test_float32_scores_on_smollm2(smollm2):
     from gradmap.architectures import architecture_of
 
     architecture = architecture_of(smollm2.config)
-    actual = layer_scores(model, architecture, calibration.input_ids, batch_size=4)
+    actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
     expected = layer_scores_reference(model, architecture, calibration.input_ids)
     # float32 rounding of about 1e-7 per product, over 128 x 128 products of mixed sign in a ghost norm
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)

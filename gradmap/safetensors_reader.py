@@ -1,8 +1,7 @@
-"""Reads and writes safetensors files one tensor at a time, hashing what is written as it goes.
+"""Reads safetensors files one tensor at a time.
 
-The safetensors library writes from tensors that are all in memory, and maps what it reads, so that a process comes to
-hold the file. The format itself needs neither: eight bytes of header length, a JSON header with every tensor's dtype,
-shape and offsets, then the raw little-endian data.
+The safetensors library maps what it reads, so that a process comes to hold the file. The format needs no library: eight
+bytes of header length, a JSON header with every tensor's dtype, shape and offsets, then the raw little-endian data.
 """
 
 from __future__ import annotations
@@ -10,18 +9,17 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from export.direct_file import DirectFile
-from gradmap.checkpoint import read_safetensors_header
 from gradmap.errors import UserError
 
 DTYPE_NAMES = {
@@ -67,7 +65,7 @@ def list_tensors(path: Path) -> list[StoredTensor]:
     stored = []
     for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{name} in {path} has dtype {entry['dtype']}, which cannot be exported.")
+            raise UserError(f"{name} in {path} has dtype {entry['dtype']}, which is not supported.")
         spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
         stored.append(StoredTensor(path, data_start + entry["data_offsets"][0], spec))
     return stored
@@ -85,36 +83,40 @@ def read_tensors(stored: Sequence[StoredTensor]) -> Iterator[Tensor]:
             if following is not None:
                 descriptor = files[following.file].fileno()
                 os.posix_fadvise(descriptor, following.offset, following.spec.bytes, os.POSIX_FADV_WILLNEED)
-            raw = buffer[: tensor.spec.bytes]
-            files[tensor.file].seek(tensor.offset)
-            count = files[tensor.file].readinto(raw.numpy().data)
-            assert count == tensor.spec.bytes, tensor  # the file's length was checked when it was opened
-            yield raw.view(tensor.spec.dtype).reshape(tensor.spec.shape)
+            yield _read_into(buffer[: tensor.spec.bytes], files[tensor.file], tensor)
 
 
-def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> str:
-    """Writes `tensors`, which must come in the order of `specs` and be as they say. Returns the file's SHA-256.
-
-    Memory: one tensor and two chunks.
-    """
-    with DirectFile(path) as file:
-        file.write(_encode_header(specs))
-        for spec, tensor in zip(specs, tensors, strict=True):
-            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return file.sha256
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Reads one tensor into memory of its own."""
+    with stored.file.open("rb") as file:
+        return _read_into(torch.empty(stored.spec.bytes, dtype=torch.uint8), file, stored)
 
 
-def _encode_header(specs: Sequence[TensorSpec]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.bytes],
-        }
-        offset += spec.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight
-    return struct.pack("<Q", len(text)) + text
+def _read_into(buffer: Tensor, file: BinaryIO, stored: StoredTensor) -> Tensor:
+    file.seek(stored.offset)
+    count = file.readinto(buffer.numpy().data)  # type: ignore[attr-defined]
+    assert count == stored.spec.bytes, stored  # the file's length was checked when it was opened
+    return buffer.view(stored.spec.dtype).reshape(stored.spec.shape)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises UserError if a safetensors file is not exactly as long as its header says."""
+    data_start, entries = read_safetensors_header(path)
+    size = path.stat().st_size
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size != data_start + end:
+        raise UserError(f"{path} has {size} bytes where its header says {data_start + end}; copy it again.")
+
+
+def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Returns where the data starts (bytes) and, by tensor name, its dtype, shape and offsets from there."""
+    try:
+        with path.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(header_size, path.stat().st_size)))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            _, _ = entry["data_offsets"]
+        return 8 + header_size, header
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is not a safetensors file, or is cut short; copy it again.") from None

@@ -1,0 +1,51 @@
+"""Several processes, each with the whole model and a share of the samples (`torchrun`, `accelerate launch`).
+
+What is measured on calibration samples is a sum over samples, so every process takes its share and the sums are added
+up; then all decide the same. Without such a launcher there is one process, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from gradmap.errors import UserError
+from gradmap.processes import local_device, process_count, process_rank
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Connects the processes while the block runs."""
+    if process_count() == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of(input_ids: Tensor) -> tuple[Tensor, int]:
+    """This process's samples of (N, T), and the number of the first one. Raises UserError if there are too few."""
+    count = process_count()
+    if len(input_ids) < count:
+        raise UserError(
+            f"{len(input_ids)} samples cannot be shared by {count} processes; use fewer, or more --samples."
+        )
+    start, end = (len(input_ids) * place // count for place in (process_rank(), process_rank() + 1))
+    return input_ids[start:end], start
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of every process's `value`, the same in all of them."""
+    if process_count() > 1:
+        device = torch.device(local_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        total = value.to(device, copy=True)
+        dist.all_reduce(total)
+        return total.to(value.device)
+    return value

@@ -1,0 +1,63 @@
+"""What a run has decided so far, on disk after every decision, so that a crash costs one step at most."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradmap.console import say
+from gradmap.errors import UserError
+from gradmap.files import read_json, write_json
+from gradmap.processes import is_main_process
+from gradmap.selection import Step
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A JSON file beside the output directory. key: what the decisions depend on, as name -> hash or setting."""
+
+    path: Path
+    key: dict[str, Any]
+
+    @classmethod
+    def beside(cls, out: Path, key: dict[str, Any]) -> Journal:
+        return cls(out.with_name(f".{out.name}.journal.json"), key)
+
+    def open(self, resume: bool | None) -> list[Step]:
+        """Returns the decisions to go on from.
+
+        resume: True requires a journal of the same inputs, False ignores one, None takes one of the same inputs.
+        Raises UserError if there is none to resume, or if its inputs were others.
+        """
+        if resume is False:
+            return []
+        if not self.path.exists():
+            if resume:
+                raise UserError(f"There is nothing to resume: no {self.path}; leave out --resume.")
+            return []
+        stored = read_json(self.path)
+        changed = [name for name in self.key if stored["key"].get(name) != self.key[name]]
+        if changed and resume:
+            raise UserError(
+                f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start over with --fresh."
+            )
+        if changed:
+            say(f"Starting over: {', '.join(changed)} changed since {self.path} was written")
+            return []
+        steps = [_parse_step(step) for step in stored["steps"]]
+        say(f"Going on after {len(steps)} decisions of an interrupted run ({self.path})")
+        return steps
+
+    def write(self, steps: list[Step]) -> None:
+        """Atomic and fsynced: after a crash the file holds these decisions or the ones before."""
+        if is_main_process():
+            write_json(self.path, {"key": self.key, "steps": [asdict(step) for step in steps]})
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _parse_step(stored: dict[str, Any]) -> Step:
+    scores = {int(layer): score for layer, score in stored["scores"].items()}
+    return Step(scores, tuple(stored["removed"]))

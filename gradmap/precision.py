@@ -1,0 +1,62 @@
+"""What a model computes in: the dtype of its weights, and of its products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from gradmap.errors import UserError
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Matrix products in bfloat16, everything else (residual stream, norms, loss) in float32.
+AUTOCAST = "autocast"
+_FLOAT32_ATTENTION = "sdpa_in_float32"
+
+
+def weights_dtype(name: str) -> torch.dtype:
+    """The dtype that a model is loaded in. Raises UserError for an unknown name."""
+    if name not in (*DTYPES, AUTOCAST):
+        raise UserError(f"Unknown dtype {name!r}; use auto, {', '.join(DTYPES)} or {AUTOCAST}.")
+    return torch.float32 if name == AUTOCAST else DTYPES[name]
+
+
+@contextmanager
+def computing_in(name: str, model: Any) -> Iterator[None]:
+    """Runs `model`, loaded for `name`, with products in bfloat16 if that is `autocast`."""
+    if name != AUTOCAST:
+        yield
+        return
+    with torch.autocast(model.device.type, torch.bfloat16):
+        yield
+
+
+def prepare_for_autocast(model: Any) -> None:
+    """Stores once, in bfloat16, what autocast would cast again for every batch.
+
+    torch's fused attention is three times slower in bfloat16 than in float32 on a CPU, so that it stays in float32.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):  # a tied head parts from its embedding
+                setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_FLOAT32_ATTENTION, _attend_in_float32)
+        AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
+        model.set_attn_implementation(_FLOAT32_ATTENTION)
+
+
+def _attend_in_float32(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    with torch.autocast("cpu", enabled=False):
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), *args, **kwargs
+        )
+    return result
