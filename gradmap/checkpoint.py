@@ -98,13 +98,13 @@ def load_model(
             dtype=weights_dtype(dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            # float64 is not to be had from the grouped product that mixtures of experts use otherwise
-            **({"experts_implementation": "eager"} if dtype == "float64" else {}),
             **placement,
         )
         model = model if placement else model.to(device)
     if device == SPREAD and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{checkpoint.name} does not fit on the GPUs of this machine together; use --stream.")
+    if dtype == "float64":  # not to be had from the grouped product that mixtures of experts use otherwise
+        model.set_experts_implementation("eager")
     if dtype == AUTOCAST:
         prepare_for_autocast(model)
     return model.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ AllowPickleOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 DtypeOption = Annotated[
-    str, typer.Option(help="auto, float32, float64, bfloat16, float16 or autocast (products in bfloat16).")
+    str, typer.Option(help="auto, float32, float64, bfloat16, float16, or autocast (only products in bfloat16).")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or spread (over all GPUs).")]
 
@@ -39,9 +39,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 42,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read layers one at a time: for models beyond memory.")
-    ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Read layers one by one: for models beyond memory.")] = False,
     resume: Annotated[
         bool | None,
         typer.Option("--resume/--fresh", help="Insist on going on with an interrupted run, or on starting over."),

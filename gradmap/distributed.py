@@ -34,9 +34,7 @@ def share_of(input_ids: Tensor) -> tuple[Tensor, int]:
     """This process's samples of (N, T), and the number of the first one. Raises UserError if there are too few."""
     count = process_count()
     if len(input_ids) < count:
-        raise UserError(
-            f"{len(input_ids)} samples cannot be shared by {count} processes; use fewer, or more --samples."
-        )
+        raise UserError(f"{len(input_ids)} samples cannot be shared by {count} processes; start fewer.")
     start, end = (len(input_ids) * place // count for place in (process_rank(), process_rank() + 1))
     return input_ids[start:end], start
 

@@ -7,7 +7,7 @@ One norm per parameter tensor and per sample; L is the sum over the T-1 next-tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -128,13 +128,15 @@ def fitting_batches(model: Any, architecture: Architecture, input_ids: Tensor, s
     return Batches(measured_batch_size(run_one, input_ids.shape[1], model.device))
 
 
-def loss_gradients(model: Any, layers: nn.ModuleList, hidden: Tensor, input_ids: Tensor, first_sample: int) -> Tensor:
+def loss_gradients(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor, first_sample: int
+) -> Tensor:
     """dL/d hidden (B, T, d) of the last layer's output, a few samples at a time, for logits are large.
 
     Raises UserError if a loss is not finite; `first_sample` is the number of the first one in the calibration set.
     """
     together = max(1, LOGITS_BYTES // (4 * input_ids.shape[1] * model.config.vocab_size))
-    gradients = []
+    gradients: list[Tensor] = []
     for start in range(0, len(hidden), together):
         leaf = hidden[start : start + together].detach().requires_grad_(True)
         losses = losses_from(model, layers, leaf, input_ids[start : start + together])

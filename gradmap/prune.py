@@ -66,7 +66,7 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bo
     refuse_foreign_directory(out, PLAN_FILE)
     tokenizer = load_tokenizer(checkpoint)
     calibration = build_calibration(tokenizer, settings.calibration, settings.samples, settings.tokens, settings.seed)
-    journal = Journal.beside(out, _journal_key(checkpoint, settings, calibration))
+    journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
     done = journal.open(resume)
     plan = _make_plan(checkpoint, settings, calibration, out, done, journal.write)
     if is_main_process():
@@ -85,8 +85,8 @@ def prune_less(
     require_same_model(larger, checkpoint)
     if not 1 <= remove <= len(larger.removal_order):
         raise UserError(
-            f"The plan in {plan_directory} removes {len(larger.removal_order)} layers; --remove has to be between 1 and "
-            f"that, not {remove}."
+            f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that --remove cannot be "
+            f"{remove}; give 1 to {len(larger.removal_order)}."
         )
     changes = {"remove": remove, "compensator": compensator, "device": device}
     settings = PruneSettings(**(larger.recipe | changes))
@@ -142,7 +142,7 @@ def _make_plan(
     return plan
 
 
-def _journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
+def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
     """What the removal order depends on. The number of layers does not count: a longer order begins like a shorter."""
     names = ("selector", "one_shot", "dtype", *(("remove",) if settings.one_shot else ()))
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}

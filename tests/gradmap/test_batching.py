@@ -1,0 +1,76 @@
+"""Batches follow memory, and results do not follow batches."""
+
+import pytest
+import torch
+
+from gradmap.batching import ACTIVATION_BYTES, TOKENS, Batches, measured_batch_size
+from gradmap.errors import UserError
+from gradmap.importance import fitting_batches, layer_scores, streamed_layer_scores
+
+
+def out_of_memory():
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_every_sample_is_run_once():
+    done = []
+
+    def run(batch):
+        if batch.stop - batch.start > 2:
+            out_of_memory()
+        done.extend(range(batch.start, batch.stop))
+
+    batches = Batches(8)
+    batches.run(7, run)
+    assert done == list(range(7))
+    assert batches.size == 2  # later rounds need not try again
+
+
+def test_one_sample_that_does_not_fit_is_refused_with_a_cure():
+    with pytest.raises(UserError, match="--stream"):
+        Batches(4).run(3, lambda batch: out_of_memory())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        Batches(4).run(3, lambda batch: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+
+
+def test_the_batch_is_what_memory_holds_for_the_backward_pass():
+    floats = ACTIVATION_BYTES["cpu"] // 4 // 10
+
+    def run_one():  # keeps one tensor of a tenth of what is allowed
+        values = torch.ones(floats, requires_grad=True)
+        values.exp().sum().backward()
+
+    assert measured_batch_size(run_one, 2, torch.device("cpu")) == 10
+    assert measured_batch_size(lambda: None, 128, torch.device("cpu")) == TOKENS["cpu"] // 128
+    assert measured_batch_size(lambda: None, 10**6, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize("score", [layer_scores, lambda *args: streamed_layer_scores(*args, [])])
+def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, monkeypatch, score):
+    """The second batch fails in its backward pass, when norms of some layers have been taken already."""
+    from gradmap import importance
+
+    pico = picos["llama"]
+    model = pico.load()
+    expected = score(model, pico.architecture, input_ids, Batches(4))
+    original, calls = importance.loss_gradients, []
+
+    def fail_once(*args):
+        calls.append(args)
+        return out_of_memory() if len(calls) == 2 else original(*args)
+
+    monkeypatch.setattr(importance, "loss_gradients", fail_once)
+    batches = Batches(4)
+    actual = score(model, pico.architecture, input_ids, batches)
+    assert batches.size == 2
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+def test_picos_go_in_batches_of_the_largest_size(picos, input_ids):
+    pico = picos["llama"]
+    for streamed in (False, True):
+        size = fitting_batches(pico.load(), pico.architecture, input_ids, streamed).size
+        assert size == TOKENS["cpu"] // input_ids.shape[1]

@@ -1,0 +1,69 @@
+"""Two processes make the plan of one, and any smaller plan follows from a larger one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.gradmap.test_prune import gradmap, prune_arguments
+
+
+def without_record(plan):
+    """What has to be the same: not the environment, the timings, or the --remove that was asked for."""
+    return {key: plan[key] for key in ("base_model", "calibration", "removal_order", "steps", "corrections", "drift")}
+
+
+def read(directory):
+    return json.loads((directory / "plan.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(picos, word_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "plan"
+    finished = gradmap(*prune_arguments(picos["llama"], word_file, out, remove=3))
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+def test_two_processes_make_the_same_plan(picos, alone, word_file, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gradmap")
+    arguments = prune_arguments(picos["llama"], word_file, tmp_path / "plan", remove=3)
+    finished = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("removed, in order") == 1  # one of them talks
+    expected, actual = read(alone), read(tmp_path / "plan")
+    assert actual["removal_order"] == expected["removal_order"]
+    for one, other in zip(actual["steps"], expected["steps"], strict=True):  # float64 sums in another order
+        assert one["scores"] == pytest.approx(other["scores"], rel=1e-10)
+    assert actual["drift"] == pytest.approx(expected["drift"], rel=1e-8)
+    matrices, expected_matrices = (load_file(out / "corrections.safetensors") for out in (tmp_path / "plan", alone))
+    assert matrices.keys() == expected_matrices.keys()
+    for name, matrix in matrices.items():
+        torch.testing.assert_close(matrix, expected_matrices[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path):
+    pico = picos["llama"]
+    from_larger = ("--from-plan", alone, "--remove", 2, "--out", tmp_path / "nested")
+    for arguments in (
+        prune_arguments(pico, word_file, tmp_path / "direct", remove=2),
+        ("prune", "--model", pico.directory, *from_larger),
+    ):
+        finished = gradmap(*arguments)
+        assert finished.returncode == 0, finished.stderr
+    assert without_record(read(tmp_path / "nested")) == without_record(read(tmp_path / "direct"))
+    assert read(tmp_path / "nested")["recipe"]["remove"] == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "message"), [("llama", 4, "removes 3 layers"), ("mistral", 2, "another model")]
+)
+def test_what_a_plan_does_not_hold_is_refused(picos, alone, tmp_path, family, remove, message):
+    arguments = ("--model", picos[family].directory, "--remove", remove, "--from-plan", alone)
+    finished = gradmap("prune", *arguments, "--out", tmp_path / "plan")
+    assert finished.returncode == 2
+    assert message in finished.stderr
+    assert list(tmp_path.iterdir()) == []

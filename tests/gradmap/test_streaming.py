@@ -1,0 +1,70 @@
+"""Scores and plans of a model of which one layer at a time is in memory."""
+
+import json
+
+import pytest
+import torch
+
+from gradmap.architectures import without_layers
+from gradmap.batching import Batches
+from gradmap.checkpoint import load_model
+from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
+from tests.gradmap.test_prune import gradmap, prune_arguments
+
+
+def layers_in_memory(pico, model):
+    layers = pico.architecture.layer_list(model)
+    return sum(not any(parameter.is_meta for parameter in layer.parameters()) for layer in layers)
+
+
+def test_streamed_scores_equal_the_reference(pico, input_ids):
+    model = load_model(pico.checkpoint, "float64", streamed=True)
+    assert layers_in_memory(pico, model) == 0
+    actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
+    assert layers_in_memory(pico, model) == 1
+    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+
+
+def test_hidden_states_before_the_first_removal_are_used_again(pico, input_ids):
+    model = load_model(pico.checkpoint, "float64", streamed=True)
+    entering = []
+    streamed_layer_scores(model, pico.architecture, input_ids, Batches(5), entering)
+    del entering[3:]  # layer 2 goes
+    kept = list(entering)
+    with without_layers(model, pico.architecture, [2]):
+        actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(5), entering)
+    assert all(one is other for one, other in zip(kept, entering, strict=False))
+    whole = pico.load()
+    with without_layers(whole, pico.architecture, [2]):
+        expected = layer_scores(whole, pico.architecture, input_ids, Batches(5))
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_streamed_plan_is_that_of_the_whole_model(picos, word_file, tmp_path, family):
+    plans = []
+    for name, flags in (("whole", ()), ("streamed", ("--stream",))):
+        finished = gradmap(*prune_arguments(picos[family], word_file, tmp_path / name, remove=3), *flags)
+        assert finished.returncode == 0, finished.stderr
+        plans.append(json.loads((tmp_path / name / "plan.json").read_text()))
+    whole, streamed = plans
+    assert streamed["removal_order"] == whole["removal_order"]
+    assert streamed["corrections"] == [
+        {key: pytest.approx(value, rel=1e-7) if isinstance(value, float) else value for key, value in one.items()}
+        for one in whole["corrections"]
+    ]
+
+
+def test_smollm2_is_scored_the_same_from_disk(smollm2):
+    from gradmap.architectures import architecture_of
+    from gradmap.calibration import build_calibration
+    from gradmap.checkpoint import load_tokenizer
+    from tests.conftest import BOOLQ
+
+    ids = build_calibration(load_tokenizer(smollm2), BOOLQ, samples=2, tokens=128, seed=42).input_ids
+    architecture = architecture_of(smollm2.config)
+    streamed = streamed_layer_scores(load_model(smollm2, "float32", streamed=True), architecture, ids, Batches(2), [])
+    expected = layer_scores(load_model(smollm2, "float32"), architecture, ids, Batches(2))
+    # the same operations in the same order, but for the loss gradient's
+    torch.testing.assert_close(streamed, expected, rtol=1e-3, atol=0)
