@@ -117,7 +117,9 @@ def _affine_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _Gra
         parameters = dict(module.named_parameters(recurse=False))
         zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         ones = zeros | {"weight": torch.ones_like(parameters["weight"])}
-        normalised = functional_call(module, ones, (inputs,)) - functional_call(module, zeros, (inputs,))
+        normalised = functional_call(module, ones, (inputs,))
+        if functional_call(module, zeros, (inputs[:1],)).any():
+            normalised = normalised - functional_call(module, zeros, (inputs,))
         gradients = {"weight": gradient * normalised, "bias": gradient}
         return {name: _per_sample(gradients[name], samples).sum(dim=1).square().sum(dim=-1) for name in parameters}
 

@@ -21,7 +21,7 @@ from gradmap.gradient_norms import gradient_norms
 from gradmap.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
 
 # Logits are made for as many samples at once as this allows (float32).
-LOGITS_BYTES = 1 << 27
+LOGITS_BYTES = 1 << 26
 
 Advance = Callable[[int], None]
 
