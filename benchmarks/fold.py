@@ -96,9 +96,11 @@ def main(
         shutil.rmtree(path)
 
 
-def write_random_checkpoint(directory: Path, layers: int) -> None:
+def write_random_checkpoint(directory: Path, layers: int, vocabulary: int = 32000) -> None:
     """A Llama of 7B's shape in bf16. The same random block fills all weights: only sizes matter here."""
-    config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config = LlamaConfig(
+        num_hidden_layers=layers, vocab_size=vocabulary, architectures=["LlamaForCausalLM"], dtype="bfloat16"
+    )
     with torch.device("meta"):
         shapes = {
             name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()

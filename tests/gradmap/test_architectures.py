@@ -53,6 +53,22 @@ def test_per_layer_config_fields_follow():
     assert config["num_hidden_layers"] == 4
 
 
+def test_kinds_of_attention_that_follow_from_the_position_are_spelled_out():
+    """As Gemma 2 and 3 checkpoints are published: without layer_types."""
+    gemma2 = prune_config({"model_type": "gemma2", "num_hidden_layers": 4}, [0])
+    assert gemma2["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
+    gemma3 = prune_config({"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window_pattern": 2}, [1])
+    assert gemma3["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+def test_layers_with_experts_keep_them():
+    """Every second layer has experts, but not layer 3: 1 and 5 do."""
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    pruned = prune_config(config, [0, 2])
+    assert pruned["decoder_sparse_step"] == 1
+    assert pruned["mlp_only_layers"] == [1, 2]  # 3 and 4; the kept layers are 1, 3, 4, 5
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -1,0 +1,77 @@
+"""What removal promises for every family: the smaller model that is saved is the smaller model that was in memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.writers import Target, write_checkpoint
+from gradmap.architectures import layer_count
+from gradmap.compensation import pruned_and_corrected
+from tests.conftest import FAMILIES, LAYERS
+from tests.export.test_export import REMOVED, WITHOUT_US, make_source
+
+NEW_TOKENS = 12  # more than the window of sliding attention, with the prompt
+SCRIPT = (
+    WITHOUT_US
+    + """
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+root = Path(sys.argv[1])
+ids = load_file(root / "ids.safetensors")["ids"]
+for directory in filter(Path.is_dir, root.iterdir()):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager")
+    options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    texts = {f"cache_{use}": model.generate(ids[:1], use_cache=use, **options) for use in (True, False)}
+    save_file({"logits": model(input_ids=ids).logits, **texts}, root / f"{directory.name}.safetensors")
+""".replace("NEW", str(NEW_TOKENS))
+)
+
+
+@pytest.fixture(scope="module")
+def reloaded(picos, tmp_path_factory):
+    """The pruned model of every family, saved and then loaded by a process that knows nothing of gradmap."""
+    root = tmp_path_factory.mktemp("contract")
+    sources = {family: make_source(picos[family]) for family in FAMILIES}
+    save_file({"ids": sources["llama"].probe_ids.contiguous()}, root / "ids.safetensors")
+    for family, source in sources.items():
+        (root / family).mkdir()
+        write_checkpoint(root / family, source, Target("keep", None, 10**9))
+    command = [sys.executable, "-c", SCRIPT, str(root)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return root, sources
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestContract:
+    def test_logits_are_those_of_the_model_in_memory(self, picos, reloaded, family):
+        root, sources = reloaded
+        source, model = sources[family], picos[family].load()
+        with pruned_and_corrected(model, picos[family].architecture, source.removed, source.matrices):
+            expected = model(input_ids=source.probe_ids).logits
+        actual = load_file(root / f"{family}.safetensors")["logits"]
+        # W' W_down was rounded once to float32 (2^-24); everything else is float64
+        assert (actual - expected).norm() / expected.norm() < LAYERS * 2**-24
+
+    def test_it_generates_with_its_cache_what_it_generates_without(self, reloaded, family):
+        stored = load_file(reloaded[0] / f"{family}.safetensors")
+        assert torch.equal(stored["cache_True"], stored["cache_False"])
+        assert stored["cache_True"].shape[1] == reloaded[1][family].probe_ids.shape[1] + NEW_TOKENS
+
+    def test_every_per_layer_field_of_the_config_follows(self, picos, reloaded, family):
+        config = json.loads((reloaded[0] / family / "config.json").read_text())
+        whole = picos[family].checkpoint.config
+        kept = [index for index in range(LAYERS) if index not in REMOVED]
+        assert layer_count(config) == len(kept)
+        if "layer_types" in whole:
+            assert config["layer_types"] == [whole["layer_types"][index] for index in kept]
+        if whole.get("mlp_only_layers"):
+            dense = [position for position, index in enumerate(kept) if index in whole["mlp_only_layers"]]
+            assert config["mlp_only_layers"] == dense
