@@ -32,7 +32,7 @@ def layer_scores(
     """Returns Eq. 7 for every layer the model has now: (L,) float64. input_ids: (N, T).
 
     Batched, and without forming parameter gradients where their norms follow from activations ("ghost norms").
-    Only activations carry gradients. advance: told of every layer that is done for so many samples.
+    Only activations carry gradients. advance: told of passes, forward or backward, of one sample through one layer.
     Raises UserError if the loss of a sample is not finite.
     """
     layers = architecture.layer_list(model)
@@ -41,7 +41,7 @@ def layer_scores(
 
     def run_batch(batch: slice) -> None:
         _add_norms(model, layers, share[batch], first_sample + batch.start, totals)
-        advance(len(share[batch]) * len(layers))
+        advance(2 * len(share[batch]) * len(layers))
 
     batches.run(len(share), run_batch)
     return summed(totals) / len(input_ids)
@@ -66,8 +66,10 @@ def streamed_layer_scores(
     _, calls = record_layer_calls(model, layers, share[:1].to(model.device))  # the same for every sample
     if not entering:
         entering.append(record_layer_calls(model, layers, share.to(model.device))[0].cpu())
+    advance(len(share) * (len(entering) - 1))  # known from before
     for position in range(len(entering) - 1, len(layers)):
         entering.append(_run_layer(layers[position], calls[position], entering[position], batches, model.device))
+        advance(len(share))
     gradients = torch.empty_like(entering[-1])
 
     def start_backward(batch: slice) -> None:

@@ -87,8 +87,8 @@ def select_by_gradient(
     layers = range(len(architecture.layer_list(model)))
     batches = fitting_batches(model, architecture, input_ids, streamed)
     entering: list[Tensor] = []
-    work = sum(len(layers) - removed for removed in range(len(steps), rounds)) * len(share_of(input_ids)[0])
-    with progress("Scoring layers (layers x samples)", work) as advance:
+    alive_in_all = sum(len(layers) - removed for removed in range(len(steps), rounds))
+    with progress("Scoring (layers x samples, both ways)", 2 * alive_in_all * len(share_of(input_ids)[0])) as advance:
         for _ in range(len(steps), rounds):
             removed = Selection(tuple(steps)).removal_order
             alive = [layer for layer in layers if layer not in removed]

@@ -29,6 +29,7 @@ class PruneSection(_Section):
     seed: int | None = None
     dtype: str | None = None
     device: str | None = None
+    stream: bool | None = None
 
 
 class ExportSection(_Section):

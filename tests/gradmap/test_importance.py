@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
-from gradmap.architectures import without_layers
+from gradmap.architectures import architecture_of, without_layers
 from gradmap.batching import Batches
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.errors import UserError
 from gradmap.gradient_norms import direct_squares, ghost_is_cheaper, ghost_squares
-from gradmap.importance import layer_scores, layer_scores_reference
+from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
 from gradmap.layerwise import losses_from, sample_losses
-from tests.conftest import BOOLQ, VOCABULARY
+from gradmap.precision import computing_in
+from tests.conftest import BOOLQ, LAYERS, VOCABULARY
 
 
 def test_scores_equal_the_per_sample_reference(pico, input_ids):
@@ -87,11 +89,60 @@ def test_a_nan_loss_names_the_sample(picos, input_ids):
 def test_float32_scores_on_smollm2(smollm2):
     calibration = build_calibration(load_tokenizer(smollm2), BOOLQ, samples=4, tokens=128, seed=42)
     model = load_model(smollm2, "float32")
-    from gradmap.architectures import architecture_of
-
     architecture = architecture_of(smollm2.config)
     actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
     expected = layer_scores_reference(model, architecture, calibration.input_ids)
     # float32 rounding of about 1e-7 per product, over 128 x 128 products of mixed sign in a ghost norm
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
     assert actual.argsort().tolist() == expected.argsort().tolist()
+
+
+def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smollm2):
+    calibration = build_calibration(load_tokenizer(smollm2), BOOLQ, samples=4, tokens=128, seed=42)
+    architecture = architecture_of(smollm2.config)
+    expected = layer_scores(load_model(smollm2, "float32"), architecture, calibration.input_ids, Batches(4))
+    model = load_model(smollm2, "autocast")
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    with computing_in("autocast", model):
+        actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
+    assert not torch.equal(actual, expected)
+    # a product is rounded to 8 bits (2^-9), and layer after layer adds to that
+    torch.testing.assert_close(actual, expected, rtol=30 * 2**-9, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_model_that_accelerate_has_placed_scores_the_same(picos, input_ids, family):
+    """As `--device spread` does over GPUs; here all parts are on the CPU, with accelerate's hooks around each."""
+    pico = picos[family]
+    model = pico.load()
+    with without_layers(model, pico.architecture, [2]):
+        expected = layer_scores_reference(model, pico.architecture, input_ids)
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    placement = dict.fromkeys([*parts, *(f"model.layers.{index}" for index in range(LAYERS))], "cpu")
+    dispatch_model(model, placement, main_device="cpu", force_hooks=True)
+    assert all(hasattr(layer, "_hf_hook") for layer in pico.architecture.layer_list(model))
+    with without_layers(model, pico.architecture, [2]):
+        actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+    assert all("forward" in vars(layer) for layer in pico.architecture.layer_list(model))  # the hooks are still there
+
+
+@pytest.mark.gpu
+def test_a_model_spread_over_gpus_scores_the_same(pico, input_ids):
+    spread = load_model(pico.checkpoint, "float64", "spread")
+    actual = layer_scores(spread, pico.architecture, input_ids, Batches(2))
+    torch.testing.assert_close(
+        actual, layer_scores_reference(pico.load(), pico.architecture, input_ids), rtol=1e-7, atol=0
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streamed", [False, True])
+def test_scores_on_a_gpu_are_those_of_the_cpu(pico, input_ids, streamed):
+    model = load_model(pico.checkpoint, "float64", "cuda", streamed=streamed)
+    if streamed:
+        actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
+    else:
+        actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
+    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
