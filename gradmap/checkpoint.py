@@ -271,7 +271,7 @@ def _resolve_device(device: str) -> str:
         raise UserError(f"Unknown device {device!r}; use {', '.join(DEVICES)}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device.startswith(("cuda", SPREAD)) and not torch.cuda.is_available():
         raise UserError(f"--device {device} was asked for, but torch sees no GPU here; use --device cpu.")
     return local_device() if device == "cuda" else device
 
