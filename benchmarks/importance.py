@@ -28,6 +28,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from gradmap.architectures import Architecture, architecture_of, without_layers
+from gradmap.batching import Batches
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
@@ -58,8 +59,16 @@ class Run:
     first_scores: list[float]
 
 
-def score_ours(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
-    return layer_scores(model, architecture, input_ids, fitting_batches(model, architecture, input_ids, False))
+def ours() -> Score:
+    """Measures how many samples fit once in a run, as `gradmap prune` does."""
+    batches: list[Batches] = []
+
+    def score(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
+        if not batches:
+            batches.append(fitting_batches(model, architecture, input_ids, False))
+        return layer_scores(model, architecture, input_ids, batches[0])
+
+    return score
 
 
 @torch.inference_mode()
@@ -119,7 +128,7 @@ def score_by_loss_with_prefixes(model: Any, architecture: Architecture, input_id
 
 METHODS: dict[str, Score] = {
     "naive": layer_scores_reference,
-    "ours": score_ours,
+    "ours": ours(),
     "forward only": run_forward,
     "ShortGPT": score_by_block_influence,
     "SLEB, prefix caching": score_by_loss_with_prefixes,
