@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmap.console import say
 from gradmap.errors import UserError
@@ -16,27 +16,28 @@ ACTIVATION_BYTES = {"cpu": 1 << 29, "cuda": 3 << 30}
 TOKENS = {"cpu": 512, "cuda": 8192}
 
 
-def measured_batch_size(run_one: Callable[[], object], tokens: int, device: torch.device) -> int:
+def measured_batch_size(run_one: Callable[[], object], model: nn.Module, tokens: int, device: torch.device) -> int:
     """Returns how many samples of `tokens` tokens to take at once. run_one: runs a single one forward and backward.
 
     Counted is what autograd keeps for the backward pass, which is the same on every machine.
     """
-    kept = _bytes_kept_for_backward(run_one)
+    kept = _bytes_kept_for_backward(run_one, model)
     return max(1, min(ACTIVATION_BYTES[device.type] // max(1, kept), TOKENS[device.type] // tokens))
 
 
-def _bytes_kept_for_backward(run: Callable[[], object]) -> int:
+def _bytes_kept_for_backward(run: Callable[[], object], model: nn.Module) -> int:
+    """Without the weights, which are there in any case, and which many tensors are views of."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(sizes.values())
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    return sum(size for address, size in sizes.items() if address not in weights)
 
 
 class Batches:

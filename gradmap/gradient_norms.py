@@ -63,9 +63,12 @@ def _watched(
         with _watched_experts(module, samples, add_on_backward):
             yield
         return
-    if dimensions["weight"] != 2 and set(dimensions.values()) != {1}:
+    if dimensions.get("weight") == 2:
+        make_squares = _linear_squares
+    elif "weight" in dimensions and set(dimensions.values()) == {1}:
+        make_squares = _affine_squares
+    else:
         raise UserError(f"Gradient norms of {path} ({type(module).__name__}) are not known, so it cannot be scored.")
-    make_squares = _linear_squares if dimensions["weight"] == 2 else _affine_squares
 
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         reached = output[0] if isinstance(output, tuple) else output  # a router returns its choice beside its logits
@@ -104,7 +107,7 @@ def _linear_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _Gra
         gradient = _per_sample(gradient, samples)
         squares = {"weight": ghost_squares(kept, gradient) if ghost else direct_squares(kept, gradient)}
         if getattr(module, "bias", None) is not None:
-            squares["bias"] = gradient.sum(dim=1).square().sum(dim=-1)
+            squares["bias"] = _widened(gradient).sum(dim=1).square().sum(dim=-1)
         return squares
 
     return squares_of
@@ -120,6 +123,7 @@ def _affine_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _Gra
         normalised = functional_call(module, ones, (inputs,))
         if functional_call(module, zeros, (inputs[:1],)).any():
             normalised = normalised - functional_call(module, zeros, (inputs,))
+        gradient = _widened(gradient)
         gradients = {"weight": gradient * normalised, "bias": gradient}
         return {name: _per_sample(gradients[name], samples).sum(dim=1).square().sum(dim=-1) for name in parameters}
 
@@ -133,12 +137,17 @@ def ghost_is_cheaper(tokens: int, d_out: int, d_in: int) -> bool:
 
 def ghost_squares(gram: Tensor, gradient: Tensor) -> Tensor:
     """|| G^T A ||_F^2 per sample from A A^T (B, T, T) and G (B, T, d_out): (B,)."""
-    return (gram * (gradient @ gradient.mT)).sum(dim=(1, 2))
+    return (_widened(gram) * _widened(gradient @ gradient.mT)).sum(dim=(1, 2))
 
 
 def direct_squares(inputs: Tensor, gradient: Tensor) -> Tensor:
     """The same from A (B, T, d_in) and G (B, T, d_out): (B,). Forms each sample's gradient and drops it at once."""
-    return torch.stack([(g.mT @ a).square().sum() for a, g in zip(inputs, gradient, strict=True)])
+    return torch.stack([_widened(g.mT @ a).square().sum() for a, g in zip(inputs, gradient, strict=True)])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Sums of squares are taken in float32 at least, whatever the products are computed in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _per_sample(tensor: Tensor, samples: int) -> Tensor:

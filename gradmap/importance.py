@@ -127,7 +127,7 @@ def fitting_batches(model: Any, architecture: Architecture, input_ids: Tensor, s
             hidden = call.run(layer, hidden)
         hidden.backward(torch.zeros_like(hidden))
 
-    return Batches(measured_batch_size(run_one, input_ids.shape[1], model.device))
+    return Batches(measured_batch_size(run_one, model, input_ids.shape[1], model.device))
 
 
 def loss_gradients(

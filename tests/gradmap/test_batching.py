@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from gradmap.batching import ACTIVATION_BYTES, TOKENS, Batches, measured_batch_size
 from gradmap.errors import UserError
@@ -43,9 +44,9 @@ def test_the_batch_is_what_memory_holds_for_the_backward_pass():
         values = torch.ones(floats, requires_grad=True)
         values.exp().sum().backward()
 
-    assert measured_batch_size(run_one, 2, torch.device("cpu")) == 10
-    assert measured_batch_size(lambda: None, 128, torch.device("cpu")) == TOKENS["cpu"] // 128
-    assert measured_batch_size(lambda: None, 10**6, torch.device("cpu")) == 1
+    assert measured_batch_size(run_one, nn.Module(), 2, torch.device("cpu")) == 10
+    assert measured_batch_size(lambda: None, nn.Module(), 128, torch.device("cpu")) == TOKENS["cpu"] // 128
+    assert measured_batch_size(lambda: None, nn.Module(), 10**6, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("score", [layer_scores, lambda *args: streamed_layer_scores(*args, [])])
@@ -67,6 +68,13 @@ def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, mon
     actual = score(model, pico.architecture, input_ids, batches)
     assert batches.size == 2
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+def test_weights_do_not_count_however_large():
+    model = nn.Linear(4096, 4096, bias=False).requires_grad_(False)
+    values = torch.ones(1, 4096, requires_grad=True)
+    size = measured_batch_size(lambda: model(values).exp().sum().backward(), model, 8, torch.device("cpu"))
+    assert size == TOKENS["cpu"] // 8
 
 
 def test_picos_go_in_batches_of_the_largest_size(picos, input_ids):
