@@ -13,7 +13,7 @@ from gradmap.errors import UserError
 
 # What the activations of a batch may take. More brings no speed: on a CPU, small batches stay in its caches.
 ACTIVATION_BYTES = {"cpu": 1 << 29, "cuda": 3 << 30}
-TOKENS = {"cpu": 512, "cuda": 8192}
+TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def measured_batch_size(run_one: Callable[[], object], model: nn.Module, tokens: int, device: torch.device) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from gradmap.errors import UserError
 
@@ -38,7 +39,7 @@ def computing_in(name: str, model: Any) -> Iterator[None]:
 
 
 def prepare_for_autocast(model: Any) -> None:
-    """Stores once, in bfloat16, what autocast would cast again for every batch.
+    """Casts once, to bfloat16, what autocast would cast again and again: weights, and inputs of several linear maps.
 
     torch's fused attention is three times slower in bfloat16 than in float32 on a CPU, so that it stays in float32.
     """
@@ -46,10 +47,26 @@ def prepare_for_autocast(model: Any) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):  # a tied head parts from its embedding
                 setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
+    cast_once = _CastOnce()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.register_forward_pre_hook(cast_once)
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(_FLOAT32_ATTENTION, _attend_in_float32)
         AttentionMaskInterface.register(_FLOAT32_ATTENTION, sdpa_mask)
         model.set_attn_implementation(_FLOAT32_ATTENTION)
+
+
+class _CastOnce:
+    """Casts the input of linear maps to bfloat16, once for those that share it (query, key, value; gate, up)."""
+
+    def __init__(self) -> None:
+        self._input = self._cast = torch.empty(0)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if args[0] is not self._input:
+            self._input, self._cast = args[0], args[0].bfloat16()
+        return (self._cast, *args[1:])
 
 
 def _attend_in_float32(
