@@ -31,7 +31,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet uv
-	$(UV) pip install --quiet --python $(VENV) --editable '.[$(EXTRA),dev]' $(CONSTRAINTS)
+	$(UV) pip install --quiet --python $(VENV) --editable '.[$(EXTRA),eval,dev]' $(CONSTRAINTS)
 	@touch $@
 
 # Users of our artifacts that cannot live beside vLLM: optimum's ONNX half needs transformers 4. Tests run them there.

@@ -51,8 +51,8 @@ def load_transformers(directory: Path, threads: int, prompt: Tensor, new_tokens:
 
 
 def load_onnx(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -> Generate:
-    from export.onnx_session import OnnxCausalLM
     from export.runners.run_onnxruntime import onnx_step
+    from gradmap.onnx_session import OnnxCausalLM
 
     return repeat(onnx_step(OnnxCausalLM(directory, threads)), prompt)
 

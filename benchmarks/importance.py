@@ -183,7 +183,7 @@ def _measure(
         model, architecture, input_ids = _random_7b(samples, tokens)
     else:
         checkpoint = open_checkpoint(path, gguf_file)
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint.directory)
         input_ids = build_calibration(tokenizer, calibration, max(2, samples), tokens, seed=42).input_ids[:samples]
         model, architecture = load_model(checkpoint, dtype), architecture_of(checkpoint.config)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading

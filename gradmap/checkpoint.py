@@ -84,7 +84,7 @@ def load_model(
     streamed: only one layer at a time is in memory. placement: for a model that is larger than memory and only has to
     run forward, `from_pretrained`'s arguments that say where weights stay. Raises UserError if GPUs cannot hold it.
     """
-    device = _resolve_device(device)
+    device = resolve_device(device)
     dtype = resolve_dtype(dtype, device, checkpoint)
     if device == SPREAD:
         placement = {"device_map": "auto"}
@@ -118,13 +118,14 @@ def _load_streamed(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     return load_streamed_model(checkpoint, weights_dtype(dtype), torch.device(device))
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """Raises UserError if the directory has none that transformers can read."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint.directory} has no usable tokenizer: {_first_line(error)}") from None
+        raise UserError(f"{directory} has no usable tokenizer: {_first_line(error)}") from None
 
 
 def _find_directory(model: str, allow_pickle: bool) -> Path:
@@ -265,7 +266,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _resolve_device(device: str) -> str:
+def resolve_device(device: str) -> str:
     """`auto` is the GPU if there is one; of several processes, each takes its own."""
     if device not in DEVICES and not device.startswith("cuda:"):
         raise UserError(f"Unknown device {device!r}; use {', '.join(DEVICES)}.")

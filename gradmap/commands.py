@@ -1,9 +1,9 @@
-"""`gradmap prune` and `gradmap eval`. Heavy imports wait until a command runs, so that --help is quick."""
+"""`gradmap prune`, and options that several commands share. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -76,50 +76,3 @@ def prune(
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
         print_json_line({"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s})
-
-
-def evaluate(
-    model: ModelOption,
-    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
-    perplexity: Annotated[list[str], typer.Option(help="[NAME=]SPEC of a text; may be given several times.")],
-    gguf_file: GgufOption = None,
-    allow_pickle: AllowPickleOption = False,
-    plan: Annotated[Path | None, typer.Option(help="Also evaluate the model pruned by this plan.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many segments of each text.")] = None,
-    seed: Annotated[int, typer.Option(help="Order of the documents that segments are cut from.")] = 0,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    json_line: JsonOption = False,
-) -> None:
-    """Measure the perplexity of a model and, with --plan, of the same model pruned."""
-    from gradmap.checkpoint import open_checkpoint
-    from gradmap.evaluation import EvaluationSettings
-    from gradmap.evaluation import evaluate as measure
-    from gradmap.files import write_json
-
-    settings = EvaluationSettings(_named_sources(perplexity), limit, seed, dtype, device)
-    result = measure(open_checkpoint(model, gguf_file, allow_pickle), settings, plan)
-    write_json(out, result)
-    _print_perplexities(result)
-    if json_line:
-        print_json_line(result)
-
-
-def _named_sources(specs: list[str]) -> dict[str, str]:
-    """`squad=file:a.jsonl` is named squad; a SPEC without a name is its own name."""
-    named: dict[str, str] = {}
-    for spec in specs:
-        name, equals, source = spec.partition("=")
-        if not equals or ":" in name:
-            name, source = spec, spec
-        named[name] = source
-    return named
-
-
-def _print_perplexities(result: dict[str, Any]) -> None:
-    labels = [label for label in ("dense", "pruned") if label in result]
-    rows = []
-    for name in result["texts"]:
-        estimates = [result[label]["perplexity"][name] for label in labels]
-        rows.append((name, *(f"{estimate['value']:.2f} ± {estimate['stderr']:.2f}" for estimate in estimates)))
-    print_table("Perplexity ± standard error", ("text", *labels), rows)

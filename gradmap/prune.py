@@ -64,7 +64,7 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bo
     """
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.directory)
     calibration = build_calibration(tokenizer, settings.calibration, settings.samples, settings.tokens, settings.seed)
     journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
     done = journal.open(resume)

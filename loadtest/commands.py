@@ -36,9 +36,9 @@ def loadtest(
     json_line: JsonOption = False,
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
+    from gradmap.verdict import EXIT_CODES, Verdict
     from loadtest.outcome import run_load_test
     from loadtest.session import LoadTestSettings
-    from loadtest.statistics import EXIT_CODES, Verdict
 
     settings = LoadTestSettings(
         dense=dense,
@@ -68,8 +68,8 @@ def run(
     json_line: JsonOption = False,
 ) -> int:
     """Prune, export, evaluate, load-test and report, as a recipe says; finished stages are not repeated."""
+    from gradmap.verdict import EXIT_CODES, Verdict
     from loadtest.pipeline import run_recipe
-    from loadtest.statistics import EXIT_CODES, Verdict
 
     result = run_recipe(recipe, out or Path("out", recipe.stem), from_stage, fresh)
     if json_line:

@@ -9,10 +9,11 @@ from typing import Any
 
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
+from gradmap.verdict import Judgement, Verdict
 from loadtest.metrics import summarise_load
 from loadtest.records import RequestRecord
 from loadtest.session import ARMS, LoadTestSettings, run_session
-from loadtest.statistics import Judgement, Verdict, compute_speed_ups, find_faults, judge
+from loadtest.statistics import compute_speed_ups, find_faults, judge
 
 REPORT_FILE = "report.json"
 RECORDS_FILE = "records.jsonl"

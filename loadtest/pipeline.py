@@ -15,9 +15,9 @@ from typing import Any
 from gradmap.console import print_table, say
 from gradmap.errors import UserError
 from gradmap.files import read_json, refuse_foreign_directory, sha256_file, sha256_json, write_json
+from gradmap.verdict import EXIT_CODES
 from loadtest.recipe import Recipe, load_recipe
 from loadtest.report import summary_rows, write_report
-from loadtest.statistics import EXIT_CODES
 
 RECIPE_COPY = "recipe.yaml"
 STAGES_DIRECTORY = ".stages"

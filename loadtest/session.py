@@ -16,9 +16,10 @@ import httpx
 from gradmap.console import progress, say
 from gradmap.errors import UserError
 from gradmap.files import read_json
+from gradmap.openai_api import authorization, served_model
 from loadtest.records import RequestRecord, read_records, to_json_line
 from loadtest.workload import random_requests, save_requests
-from serving.server import Server, ServerSettings, authorization, free_port, served_model
+from serving.server import Server, ServerSettings, free_port
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
 LOCUSTFILE = Path(__file__).parent / "driver" / "locustfile.py"

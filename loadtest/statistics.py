@@ -5,27 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 from scipy import stats
 
+from gradmap.verdict import Judgement, Verdict
 from loadtest.metrics import measure, output_throughput
 from loadtest.records import RequestRecord
 
 CONFIDENCE = 0.95
 PAIRS_FOR_A_VERDICT = 6
 METRICS = ("tpot", "ttft", "output_throughput")
-
-
-class Verdict(StrEnum):
-    PASS = "PASS"
-    FAIL = "FAIL"
-    INCONCLUSIVE = "INCONCLUSIVE"
-    INVALID = "INVALID"
-
-
-EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3, Verdict.INVALID: 4}
 
 
 @dataclass(frozen=True)
@@ -39,14 +29,6 @@ class SpeedUp:
     low: float | None
     high: float | None
     ratios: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """A verdict and the sentence that says why."""
-
-    verdict: Verdict
-    reason: str
 
 
 def block_metric(records: Sequence[RequestRecord], metric: str) -> float:

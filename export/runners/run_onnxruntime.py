@@ -9,8 +9,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from export.onnx_session import OnnxCausalLM
 from export.runners.probe_io import Step, decode_greedily, run
+from gradmap.onnx_session import OnnxCausalLM
 
 
 def onnx_step(model: OnnxCausalLM) -> Step:

@@ -22,10 +22,10 @@ from geventhttpclient import HTTPClient
 from locust import User, constant, events, task
 from locust.exception import StopUser
 
+from gradmap.openai_api import authorization
 from loadtest.metrics import RequestMetrics, measure
 from loadtest.records import RequestRecord, to_json_line
 from loadtest.workload import Request, load_requests
-from serving.server import authorization
 
 CONNECT_TIMEOUT_S = 10.0
 

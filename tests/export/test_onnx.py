@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from export.onnx_export import OPSET, export_onnx, quantise_int8
-from export.onnx_session import OnnxCausalLM
 from gradmap.architectures import ARCHITECTURES
 from gradmap.errors import UserError
+from gradmap.onnx_session import OnnxCausalLM
 from tests.conftest import FAMILIES, LAYERS, VOCABULARY, make_pico
 from tests.export.test_export import WITHOUT_US, export, make_source
 

@@ -10,7 +10,7 @@ from gradmap.errors import UserError
 
 @pytest.fixture
 def tokenizer(picos):
-    return load_tokenizer(picos["llama"].checkpoint)
+    return load_tokenizer(picos["llama"].checkpoint.directory)
 
 
 def test_the_seed_decides_the_samples(tokenizer, word_file):

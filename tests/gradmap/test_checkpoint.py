@@ -82,7 +82,7 @@ def test_pickled_weights_are_converted_only_on_request(picos, broken, tmp_path, 
     stored = {name: tensor for path in converted.weight_files for name, tensor in load_file(path).items()}
     assert stored.keys() == original.keys()
     assert all(torch.equal(stored[name], original[name]) for name in original)
-    assert load_tokenizer(converted)("w5")["input_ids"] == [5]
+    assert load_tokenizer(converted.directory)("w5")["input_ids"] == [5]
 
 
 def test_a_pickle_that_calls_code_is_refused_even_then(broken, tmp_path, monkeypatch):

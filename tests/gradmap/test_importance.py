@@ -87,7 +87,7 @@ def test_a_nan_loss_names_the_sample(picos, input_ids):
 
 
 def test_float32_scores_on_smollm2(smollm2):
-    calibration = build_calibration(load_tokenizer(smollm2), BOOLQ, samples=4, tokens=128, seed=42)
+    calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42)
     model = load_model(smollm2, "float32")
     architecture = architecture_of(smollm2.config)
     actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
@@ -98,7 +98,7 @@ def test_float32_scores_on_smollm2(smollm2):
 
 
 def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smollm2):
-    calibration = build_calibration(load_tokenizer(smollm2), BOOLQ, samples=4, tokens=128, seed=42)
+    calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42)
     architecture = architecture_of(smollm2.config)
     expected = layer_scores(load_model(smollm2, "float32"), architecture, calibration.input_ids, Batches(4))
     model = load_model(smollm2, "autocast")

@@ -82,7 +82,7 @@ def test_resuming_nothing_is_refused(tmp_path):
 
 def test_the_key_holds_what_decisions_depend_on_and_nothing_else(picos, word_file):
     def key(family, settings):
-        tokenizer = load_tokenizer(picos[family].checkpoint)
+        tokenizer = load_tokenizer(picos[family].checkpoint.directory)
         calibration = build_calibration(tokenizer, settings.calibration, 4, 8, settings.seed)
         return journal_key(picos[family].checkpoint, settings, calibration)
 

@@ -62,7 +62,7 @@ def test_smollm2_is_scored_the_same_from_disk(smollm2):
     from gradmap.checkpoint import load_tokenizer
     from tests.conftest import BOOLQ
 
-    ids = build_calibration(load_tokenizer(smollm2), BOOLQ, samples=2, tokens=128, seed=42).input_ids
+    ids = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=2, tokens=128, seed=42).input_ids
     architecture = architecture_of(smollm2.config)
     streamed = streamed_layer_scores(load_model(smollm2, "float32", streamed=True), architecture, ids, Batches(2), [])
     expected = layer_scores(load_model(smollm2, "float32"), architecture, ids, Batches(2))

@@ -5,11 +5,12 @@ import random
 
 import pytest
 
+from gradmap.verdict import Verdict
 from loadtest.metrics import describe, measure, output_throughput, summarise_load
 from loadtest.outcome import build_report
 from loadtest.records import RequestRecord
 from loadtest.session import LoadTestSettings
-from loadtest.statistics import Verdict, compute_speed_ups, judge, speed_up
+from loadtest.statistics import compute_speed_ups, judge, speed_up
 
 
 def record(arm="dense", pair=0, concurrency=1, ttft=0.5, tpot=0.1, tokens=5, sent=100.0, error=None):

@@ -1,0 +1,45 @@
+"""What evaluation asks of a model, wherever it runs. All in token ids, so that every backend sees the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """How likely is `continuation` after `context`? Neither is empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.continuation)
+
+
+@dataclass(frozen=True)
+class Score:
+    """log_likelihood: of the whole continuation, nats. greedy: whether each of its tokens was the most likely one."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+class Backend(Protocol):
+    """A model that runs.
+
+    name: of the runtime. max_tokens: the longest sequence it takes. vocabulary: token ids it knows, if that is known.
+    """
+
+    name: str
+    max_tokens: int
+    vocabulary: int | None
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """Scores requests of at most max_tokens + 1 tokens (the last one is only predicted), in any order."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """Continues each prompt greedily until the model ends or `new_tokens` are there; the end token is left out."""
+        ...

@@ -1,0 +1,144 @@
+"""`gradmap eval`. Heavy imports wait until the command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradmap.commands import AllowPickleOption, DeviceOption, DtypeOption, GgufOption, JsonOption
+from gradmap.console import print_json_line, print_table
+from gradmap.errors import UserError
+
+PAPER = "paper"
+
+
+def evaluate(
+    model: Annotated[str, typer.Option("--model", help="The dense model: a directory, a hub id, or a server's URL.")],
+    out: Annotated[Path, typer.Option(help="The JSON file to write; the raw records go beside it.")],
+    gguf_file: GgufOption = None,
+    allow_pickle: AllowPickleOption = False,
+    plan: Annotated[Path | None, typer.Option(help="Also evaluate the model pruned by this plan.")] = None,
+    pruned: Annotated[
+        str | None, typer.Option(help="Also evaluate this pruned model: a directory, or a server's URL.")
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]SPEC of a text; may be given several times.")
+    ] = None,
+    segment: Annotated[int, typer.Option(min=2, help="Tokens of a segment of text.")] = 128,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness: piqa,arc_easy,…; paper: the paper's seven."),
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Directory of saved data sets; without it, tasks are fetched from the hub.")
+    ] = None,
+    answers: Annotated[bool, typer.Option("--answers", help="Also answer a few fixed prompts.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many segments of each text and documents of each task.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws documents.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="transformers, vllm, onnxruntime, endpoint; auto goes by what --model is.")
+    ] = "auto",
+    tokenizer: Annotated[Path | None, typer.Option(help="Directory of the tokenizer; needed for a URL.")] = None,
+    max_average_drop: Annotated[
+        float | None, typer.Option(help="Gate: how far the average accuracy may drop (0.05 is five points).")
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="Gate: how many times higher each perplexity may become.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Score again what was scored before.")] = False,
+    json_line: JsonOption = False,
+) -> int:
+    """Measure perplexity and zero-shot accuracy of a model, and of the same model pruned; compare, and judge."""
+    from gradmap.evaluation.comparison import Gate
+    from gradmap.evaluation.evaluate import EvaluationSettings
+    from gradmap.evaluation.evaluate import evaluate as measure
+    from gradmap.evaluation.subjects import Where, find_subjects
+    from gradmap.verdict import EXIT_CODES, Verdict
+
+    settings = EvaluationSettings(
+        texts=_named_sources(perplexity or []),
+        segment=segment,
+        tasks=_task_names(tasks),
+        task_data=task_data,
+        answers=answers,
+        limit=limit,
+        seed=seed,
+        fresh=fresh,
+        gate=Gate(max_average_drop, max_perplexity_ratio),
+    )
+    subjects = find_subjects(model, gguf_file, allow_pickle, plan, pruned, Where(backend, dtype, device))
+    tokenizer = tokenizer or subjects[0].tokenizer
+    if tokenizer is None:
+        raise UserError("A server has no tokenizer to be read; give --tokenizer DIR.")
+    result = measure(subjects, tokenizer, settings, plan, out)
+    _print_result(result)
+    if json_line:
+        print_json_line(result)
+    return EXIT_CODES[Verdict(result["quality"]["verdict"])] if result["quality"] else 0
+
+
+def _named_sources(specs: list[str]) -> dict[str, str]:
+    """`squad=file:a.jsonl` is named squad; a SPEC without a name is its own name."""
+    named: dict[str, str] = {}
+    for spec in specs:
+        name, equals, source = spec.partition("=")
+        if not equals or ":" in name:
+            name, source = spec, spec
+        named[name] = source
+    return named
+
+
+def _task_names(tasks: str | None) -> tuple[str, ...]:
+    from gradmap.evaluation.tasks import PAPER_TASKS
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    expanded = [each for name in names for each in (PAPER_TASKS if name == PAPER else (name,))]
+    return tuple(dict.fromkeys(expanded))
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    labels = [label for label in ("dense", "pruned") if label in result]
+    columns = ("± standard error", *labels, *(["pruned against dense (95% interval)"] if result["comparison"] else []))
+    print_table("Evaluation", columns, [row[: len(columns)] for row in _rows(result, labels)])
+    if result["tasks"] and result["comparison"]:
+        retained = _with_interval(result["comparison"]["average"]["retained"], 100, 1)
+        print(f"Retained of the dense average: {retained} %")
+    if result["quality"]:
+        print(f"Verdict: {result['quality']['verdict']}: {result['quality']['reason']}")
+
+
+def _rows(result: dict[str, Any], labels: Sequence[str]) -> list[tuple[str, ...]]:
+    """What is measured, the value of each model, and how they compare (empty for a single model)."""
+    comparison = result["comparison"] or {}
+    sides = [result[label] for label in labels]
+    rows = []
+    for name in result["texts"]:
+        change = _with_interval(comparison["perplexity_ratio"][name], 1, 2) if comparison else ""
+        values = [_with_error(side["perplexity"][name], 1, 2) for side in sides]
+        rows.append((f"perplexity, {name}", *values, f"x {change}"))
+    for name in result["tasks"]:
+        metric = sides[0]["accuracy"][name]["metric"]
+        change = _with_interval(comparison["tasks"][name]["difference"], 100, 1) if comparison else ""
+        rows.append((f"{name}, {metric} (%)", *(_with_error(side["accuracy"][name], 100, 1) for side in sides), change))
+    if result["tasks"]:
+        change = _with_interval(comparison["average"]["difference"], 100, 1) if comparison else ""
+        rows.append(("average (%)", *(_with_error(side["average_accuracy"], 100, 1) for side in sides), change))
+    for rate in ("empty", "repetition") if result["answers"] else ():
+        rows.append((f"answers, {rate}", *(f"{side['answers'][rate]:.2f}" for side in sides), ""))
+    return rows
+
+
+def _with_error(estimate: dict[str, Any], factor: float, digits: int) -> str:
+    return f"{estimate['value'] * factor:.{digits}f} ± {estimate['stderr'] * factor:.{digits}f}"
+
+
+def _with_interval(interval: dict[str, float], factor: float, digits: int) -> str:
+    value, low, high = (f"{interval[name] * factor:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"

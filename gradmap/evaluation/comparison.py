@@ -1,0 +1,193 @@
+"""Dense against pruned on the same documents and segments, and whether the loss is acceptable. Pure functions.
+
+Both models answered the same questions, so differences are taken per document: their spread is far smaller than
+that of two separate accuracies. Intervals are of the paired bootstrap (Efron and Tibshirani 1993, chapter 8):
+documents are drawn again with replacement, tasks stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest
+
+from gradmap.evaluation.perplexity import Estimate
+from gradmap.verdict import Judgement, Verdict, worst
+
+CONFIDENCE = 0.95
+DRAWS = 10_000
+_DRAWS_AT_ONCE = 500
+_SEED = 0  # of the bootstrap: the same measurements always give the same interval
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What dense and pruned made of the same documents, in the same order: (n,) each."""
+
+    dense: Values
+    pruned: Values
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """difference: pruned minus dense accuracy. only_dense, only_pruned: documents that only one of them got right.
+
+    p_value: of McNemar's exact test, that dense and pruned are equally good; None where a score is not right or wrong.
+    """
+
+    difference: Interval
+    only_dense: int
+    only_pruned: int
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class AverageComparison:
+    """Of the plain average over tasks. difference: pruned minus dense. retained: pruned over dense."""
+
+    difference: Interval
+    retained: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """tasks: name -> comparison. perplexity_ratio: name of a text -> pruned over dense."""
+
+    tasks: dict[str, TaskComparison]
+    average: AverageComparison | None
+    perplexity_ratio: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """max_average_drop: of the average accuracy, as a fraction (0.05 is five points). max_perplexity_ratio: on every
+    text. None asks for nothing."""
+
+    max_average_drop: float | None = None
+    max_perplexity_ratio: float | None = None
+
+
+def mean_estimate(values: Values) -> Estimate:
+    """Mean over documents and its standard error (NaN for a single document)."""
+    stderr = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return Estimate(float(values.mean()), stderr)
+
+
+def average_estimate(estimates: Mapping[str, Estimate]) -> Estimate:
+    """Plain average over tasks; tasks have different documents, so variances add."""
+    count = len(estimates)
+    variance = sum(estimate.stderr**2 for estimate in estimates.values())
+    return Estimate(sum(estimate.value for estimate in estimates.values()) / count, variance**0.5 / count)
+
+
+def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> Comparison:
+    """accuracies: task -> per document; losses: text -> mean cross-entropy per segment, nats per token."""
+    generator = np.random.default_rng(_SEED)  # one for all, so that tasks are drawn independently of one another
+    of_tasks = {name: resampled_means(paired, DRAWS, generator) for name, paired in accuracies.items()}
+    of_texts = {name: resampled_means(paired, DRAWS, generator) for name, paired in losses.items()}
+    return Comparison(
+        tasks={name: _compare_task(accuracies[name], means) for name, means in of_tasks.items()},
+        average=_compare_averages(list(accuracies.values()), list(of_tasks.values())) if accuracies else None,
+        perplexity_ratio={name: _perplexity_ratio(losses[name], means) for name, means in of_texts.items()},
+    )
+
+
+def resampled_means(paired: Paired, draws: int, generator: np.random.Generator) -> Values:
+    """Means of dense and pruned over documents drawn again with replacement: (draws, 2).
+
+    Equal pairs of values are drawn together: how often each occurs in a draw is multinomial.
+    """
+    pairs, counts = np.unique(np.stack([paired.dense, paired.pruned], axis=1), axis=0, return_counts=True)
+    size = counts.sum()
+    parts = [
+        generator.multinomial(size, counts / size, size=min(_DRAWS_AT_ONCE, draws - start)) @ pairs / size
+        for start in range(0, draws, _DRAWS_AT_ONCE)
+    ]
+    return np.concatenate(parts)
+
+
+def resampled_means_reference(paired: Paired, draws: int, generator: np.random.Generator) -> Values:
+    """The same document by document."""
+    chosen = generator.integers(len(paired.dense), size=(draws, len(paired.dense)))
+    return np.stack([paired.dense[chosen].mean(axis=1), paired.pruned[chosen].mean(axis=1)], axis=1)
+
+
+def _compare_task(paired: Paired, means: Values) -> TaskComparison:
+    binary = np.isin(np.concatenate([paired.dense, paired.pruned]), (0.0, 1.0)).all()
+    only_dense, only_pruned = int((paired.dense > paired.pruned).sum()), int((paired.dense < paired.pruned).sum())
+    discordant = only_dense + only_pruned
+    p_value = float(binomtest(only_dense, discordant).pvalue) if discordant else 1.0
+    return TaskComparison(
+        difference=_interval((paired.pruned - paired.dense).mean(), means[:, 1] - means[:, 0]),
+        only_dense=only_dense,
+        only_pruned=only_pruned,
+        p_value=p_value if binary else None,
+    )
+
+
+def _compare_averages(tasks: Sequence[Paired], resampled: Sequence[Values]) -> AverageComparison:
+    measured = np.mean([[paired.dense.mean(), paired.pruned.mean()] for paired in tasks], axis=0)
+    means = np.mean(resampled, axis=0)
+    return AverageComparison(
+        difference=_interval(measured[1] - measured[0], means[:, 1] - means[:, 0]),
+        retained=_interval(_ratio(measured[1:], measured[:1])[0], _ratio(means[:, 1], means[:, 0])),
+    )
+
+
+def _perplexity_ratio(paired: Paired, means: Values) -> Interval:
+    return _interval(np.exp((paired.pruned - paired.dense).mean()), np.exp(means[:, 1] - means[:, 0]))
+
+
+def _ratio(pruned: Values, dense: Values) -> Values:
+    """NaN where nothing was right to begin with."""
+    return np.divide(pruned, dense, out=np.full_like(dense, np.nan), where=dense != 0)
+
+
+def _interval(value: float, resampled: Values) -> Interval:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))
+
+
+def judge_quality(comparison: Comparison, gate: Gate) -> Judgement | None:
+    """PASS if every whole interval is within its limit, FAIL if one is wholly beyond, else INCONCLUSIVE.
+
+    None if the gate asks for nothing.
+    """
+    judgements = []
+    if gate.max_average_drop is not None and comparison.average is not None:
+        change = comparison.average.difference
+        drop = Interval(-change.value, -change.high, -change.low)
+        judgements.append(_judge("drop of the average accuracy", drop, gate.max_average_drop, "{:.3f}"))
+    if gate.max_perplexity_ratio is not None:
+        for name, ratio in comparison.perplexity_ratio.items():
+            judgements.append(_judge(f"perplexity ratio on {name}", ratio, gate.max_perplexity_ratio, "{:.2f}"))
+    if not judgements:
+        return None
+    return Judgement(
+        worst(judgement.verdict for judgement in judgements), "; ".join(judgement.reason for judgement in judgements)
+    )
+
+
+def _judge(what: str, measured: Interval, limit: float, form: str) -> Judgement:
+    value, low, high, limit_text = map(form.format, (measured.value, measured.low, measured.high, limit))
+    interval = f"{what} {value}, 95% interval {low} to {high}"
+    if measured.high <= limit:
+        return Judgement(Verdict.PASS, f"{interval}, is within {limit_text}")
+    if measured.low > limit:
+        return Judgement(Verdict.FAIL, f"{interval}, is beyond {limit_text}")
+    return Judgement(Verdict.INCONCLUSIVE, f"{interval}, contains {limit_text}")

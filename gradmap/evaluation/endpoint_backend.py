@@ -1,0 +1,74 @@
+"""Scores with the model behind an OpenAI-compatible server of vLLM, through its `prompt_logprobs`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from gradmap.errors import UserError
+from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.vllm_backend import score_of_logprobs
+from gradmap.openai_api import authorization, served_model
+
+REQUESTS_IN_FLIGHT = 16
+TIMEOUT_S = 300.0
+
+
+class EndpointBackend:
+    """url: of the server, without /v1. The key is read from VLLM_API_KEY."""
+
+    name = "endpoint"
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client = httpx.Client(base_url=url.rstrip("/"), headers=authorization(), timeout=TIMEOUT_S)
+        try:
+            self.model = served_model(self._client)
+            described = self._client.get("/v1/models").json()["data"][0]
+        except (httpx.HTTPError, KeyError, ValueError) as error:
+            raise UserError(f"No OpenAI-compatible server answers at {url} ({error}); check the URL.") from None
+        if not described.get("max_model_len"):
+            raise UserError(f"The server at {url} does not say how long its sequences may be; it has to be vLLM's.")
+        self.max_tokens = int(described["max_model_len"]) - 2  # the whole request, and one generated token
+        self.vocabulary: int | None = None
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as threads:
+            return list(threads.map(self._score, requests))
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        def continue_one(prompt: Sequence[int]) -> list[int]:
+            choice = self._complete(list(prompt), max_tokens=new_tokens, return_token_ids=True)
+            ended = choice["finish_reason"] == "stop"
+            return list(choice["token_ids"][:-1] if ended else choice["token_ids"])
+
+        with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as threads:
+            return list(threads.map(continue_one, prompts))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _score(self, request: Request) -> Score:
+        tokens = [*request.context, *request.continuation]
+        choice = self._complete(tokens, max_tokens=1, prompt_logprobs=0)
+        entries = choice.get("prompt_logprobs")
+        if not entries or len(entries) != len(tokens):
+            raise UserError(f"The server at {self._url} returned no prompt_logprobs; it has to be vLLM's.")
+        first = len(request.context)
+        found = [entry[str(token)] for entry, token in zip(entries[first:], request.continuation, strict=True)]
+        return score_of_logprobs([(entry["logprob"], entry["rank"]) for entry in found])
+
+    def _complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
+        body = {"model": self.model, "prompt": prompt, "temperature": 0, **options}
+        try:
+            response = self._client.post("/v1/completions", json=body).raise_for_status()
+            choice: dict[str, Any] = response.json()["choices"][0]
+            return choice
+        except httpx.HTTPStatusError as error:
+            text = error.response.text[:200]
+            raise UserError(f"The server at {self._url} answered {error.response.status_code}: {text}") from None
+        except (httpx.HTTPError, KeyError, ValueError) as error:
+            raise UserError(f"The server at {self._url} failed in the middle of the evaluation ({error!r}).") from None

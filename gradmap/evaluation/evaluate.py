@@ -1,0 +1,225 @@
+"""`gradmap eval`: what one model is worth, or two on the same documents, and the verdict of the gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradmap.checkpoint import load_tokenizer
+from gradmap.environment import describe_environment
+from gradmap.errors import UserError
+from gradmap.evaluation.answers import PROMPTS, Answer, answer_prompts, summarise_answers
+from gradmap.evaluation.comparison import (
+    Comparison,
+    Gate,
+    Paired,
+    average_estimate,
+    compare,
+    judge_quality,
+    mean_estimate,
+)
+from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
+from gradmap.evaluation.scoring import Scorer
+from gradmap.evaluation.subjects import Opened, Subject
+from gradmap.evaluation.tasks import LoadedTask, TaskScores, load_task, score_task
+from gradmap.files import sha256_file, write_json, write_text
+from gradmap.plan import PLAN_FILE, load_calibration_ids, load_plan
+
+SCHEMA_VERSION = 2
+SEGMENT_TOKENS = 128
+ARMS = ("dense", "pruned")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to evaluate on.
+
+    texts: name -> SPEC. segment: tokens of a segment. tasks: names of the harness; task_data: saved data sets.
+    answers: whether to ask the fixed prompts. limit: at most so many segments of each text, and documents of each
+    task; seed: draws them. fresh: ignores scores of earlier runs.
+    """
+
+    texts: dict[str, str] = field(default_factory=dict)
+    segment: int = SEGMENT_TOKENS
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    answers: bool = False
+    limit: int | None = None
+    seed: int = 0
+    fresh: bool = False
+    gate: Gate = field(default_factory=Gate)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model made of it. losses: text -> (S,) nats per token. accuracies: task -> values per document."""
+
+    layers: int | None
+    parameters: int | None
+    backend: str
+    losses: dict[str, np.ndarray[Any, Any]]
+    accuracies: dict[str, TaskScores]
+    answers: list[Answer]
+
+
+def evaluate(
+    subjects: Sequence[Subject], tokenizer_directory: Path, settings: EvaluationSettings, plan: Path | None, out: Path
+) -> dict[str, Any]:
+    """Evaluates the dense model and, if there is a second subject, the pruned one; writes `out` and the raw records.
+
+    plan: what was used to calibrate it is not evaluated on. Returns the contents of `out`.
+    Raises UserError if there is nothing to evaluate, or a text was used for calibration; what was scored until then
+    is kept in the cache.
+    """
+    _refuse_empty(settings, len(subjects))
+    tokenizer = load_tokenizer(tokenizer_directory)
+    calibration = _Calibration.of(plan, tokenizer)
+    texts = [
+        Segments.read(tokenizer, name, source, settings.segment, settings.limit, settings.seed)
+        for name, source in settings.texts.items()
+    ]
+    for text in texts:
+        calibration.refuse(text)
+    tasks = [
+        load_task(name, settings.task_data, settings.limit, settings.seed, calibration.texts) for name in settings.tasks
+    ]
+    measured = {}
+    for arm, subject in zip(ARMS, subjects, strict=False):
+        with subject.open() as opened:
+            scorer = Scorer(opened.backend, subject.identity, arm, settings.fresh)
+            measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, settings.answers)
+    write_text(out.with_suffix(".records.jsonl"), _records(measured))
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": subjects[0].name,
+        "plan_sha256": None if plan is None else sha256_file(plan / PLAN_FILE),
+        "texts": {text.name: text.describe() for text in texts},
+        "tasks": {task.name: task.describe() for task in tasks},
+        **{arm: _describe(one) for arm, one in measured.items()},
+        **_compare(measured, settings.gate),
+        "settings": {"limit": settings.limit, "seed": settings.seed, "segment": settings.segment},
+        "environment": describe_environment(),
+    }
+    write_json(out, result)
+    return result
+
+
+def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:
+    if not (settings.texts or settings.tasks or settings.answers):
+        raise UserError("There is nothing to evaluate; give --perplexity SPEC, --tasks NAMES or --answers.")
+    gate = settings.gate
+    if gate != Gate() and subjects < len(ARMS):
+        raise UserError("A gate compares two models; give --plan or --pruned.")
+    if gate.max_average_drop is not None and not settings.tasks:
+        raise UserError("--max-average-drop is about the average accuracy; give --tasks.")
+    if gate.max_perplexity_ratio is not None and not settings.texts:
+        raise UserError("--max-perplexity-ratio is about perplexity; give --perplexity.")
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What must not be evaluated on: the SPEC, the hash of each sample's ids, and the samples as text."""
+
+    source: str | None
+    samples: frozenset[tuple[int, ...]]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, plan: Path | None, tokenizer: Any) -> _Calibration:
+        if plan is None:
+            return cls(None, frozenset(), ())
+        contents = load_plan(plan)
+        rows = load_calibration_ids(plan, contents).tolist()
+        decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        # A window may begin or end within a character of several bytes.
+        texts = (" ".join(text.strip("\ufffd").split()) for text in decoded)
+        return cls(contents.calibration.source, frozenset(map(tuple, rows)), tuple(text for text in texts if text))
+
+    def refuse(self, text: Segments) -> None:
+        if text.source == self.source or self.samples & set(map(tuple, text.input_ids.tolist())):
+            raise UserError(f"{text.source} was used for calibration; evaluate on other text.")
+
+
+def _measure(
+    opened: Opened, scorer: Scorer, tokenizer: Any, texts: Sequence[Segments], tasks: Sequence[LoadedTask], ask: bool
+) -> Measured:
+    return Measured(
+        layers=opened.layers,
+        parameters=opened.parameters,
+        backend=opened.backend.name,
+        losses={text.name: segment_losses(scorer, text) for text in texts},
+        accuracies={task.name: score_task(task, scorer, tokenizer) for task in tasks},
+        answers=answer_prompts(opened.backend, tokenizer) if ask else [],
+    )
+
+
+def _describe(measured: Measured) -> dict[str, Any]:
+    estimates = {
+        name: {metric: mean_estimate(np.array(values)) for metric, values in scores.values.items()}
+        for name, scores in measured.accuracies.items()
+    }
+    main = {name: metrics[measured.accuracies[name].metric] for name, metrics in estimates.items()}
+    return {
+        "layers": measured.layers,
+        "parameters": measured.parameters,
+        "backend": measured.backend,
+        "perplexity": {name: asdict(perplexity_of_losses(losses)) for name, losses in measured.losses.items()},
+        "accuracy": {
+            name: asdict(main[name])
+            | {
+                "metric": measured.accuracies[name].metric,
+                "metrics": {metric: asdict(estimate) for metric, estimate in metrics.items()},
+            }
+            for name, metrics in estimates.items()
+        },
+        "average_accuracy": asdict(average_estimate(main)) if main else None,
+        "answers": summarise_answers(measured.answers) if measured.answers else None,
+    }
+
+
+def _compare(measured: Mapping[str, Measured], gate: Gate) -> dict[str, Any]:
+    """`comparison`, `quality` (the verdict) and `answers` side by side."""
+    answers = [
+        {"prompt": prompt, **{arm: asdict(one.answers[row]) for arm, one in measured.items()}}
+        for row, prompt in enumerate(PROMPTS)
+        if all(one.answers for one in measured.values())
+    ]
+    if len(measured) < len(ARMS):
+        return {"comparison": None, "quality": None, "answers": answers}
+    comparison = _paired(measured["dense"], measured["pruned"])
+    judgement = judge_quality(comparison, gate)
+    quality = None if judgement is None else {"verdict": str(judgement.verdict), "reason": judgement.reason}
+    return {
+        "comparison": asdict(comparison),
+        "quality": quality and quality | asdict(gate),
+        "answers": answers,
+    }
+
+
+def _paired(dense: Measured, pruned: Measured) -> Comparison:
+    accuracies = {}
+    for name, scores in dense.accuracies.items():
+        other = pruned.accuracies[name]
+        assert scores.documents == other.documents
+        accuracies[name] = Paired(np.array(scores.values[scores.metric]), np.array(other.values[scores.metric]))
+    return compare(accuracies, {name: Paired(losses, pruned.losses[name]) for name, losses in dense.losses.items()})
+
+
+def _records(measured: Mapping[str, Measured]) -> str:
+    """One JSON line for each segment and document of each model: everything the statistics are made of."""
+    lines = []
+    for arm, one in measured.items():
+        for name, losses in one.losses.items():
+            lines += [
+                {"arm": arm, "text": name, "segment": row, "loss": loss} for row, loss in enumerate(losses.tolist())
+            ]
+        for name, scores in one.accuracies.items():
+            for row, (part, document) in enumerate(scores.documents):
+                values = {metric: values[row] for metric, values in scores.values.items()}
+                lines.append({"arm": arm, "task": name, "part": part, "document": document, **values})
+    return "".join(json.dumps(line) + "\n" for line in lines)

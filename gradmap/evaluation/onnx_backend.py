@@ -1,0 +1,65 @@
+"""Scores with an exported ONNX graph in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import log_softmax
+
+from gradmap.evaluation.backends import Request, Score
+from gradmap.onnx_session import OnnxCausalLM
+
+BATCH_TOKENS = 1024
+
+
+class OnnxBackend:
+    """directory: holds model.onnx and the model's config.json (config: its contents)."""
+
+    name = "onnxruntime"
+
+    def __init__(self, directory: Path, config: dict[str, Any], end_tokens: Sequence[int]) -> None:
+        self._session = OnnxCausalLM(directory)
+        self._end_tokens = set(end_tokens)
+        self.max_tokens = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+        self.vocabulary: int | None = int(config["vocab_size"])
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        by_input: dict[tuple[int, ...], list[Request]] = {}
+        for request in requests:  # answers of one token share their input: the context
+            by_input.setdefault(request.context + request.continuation[:-1], []).append(request)
+        inputs = sorted(by_input, key=len, reverse=True)
+        scores: dict[Request, Score] = {}
+        while inputs:
+            batch = inputs[: max(1, BATCH_TOKENS // len(inputs[0]))]
+            ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
+            for row, tokens in zip(ids, batch, strict=True):
+                row[: len(tokens)] = tokens  # padded on the right, which causal attention does not see
+            logits, _ = self._session.step(ids, None)
+            for row_logits, tokens in zip(logits, batch, strict=True):
+                scores |= {request: _score(row_logits, request) for request in by_input[tokens]}
+            inputs = inputs[len(batch) :]
+        return [scores[request] for request in requests]
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        return [self._generate(prompt, new_tokens) for prompt in prompts]
+
+    def _generate(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        answer: list[int] = []
+        logits, cache = self._session.step(np.array([prompt], dtype=np.int64), None)
+        while len(answer) < new_tokens and (token := int(logits[0, -1].argmax())) not in self._end_tokens:
+            answer.append(token)
+            logits, cache = self._session.step(np.array([[token]], dtype=np.int64), cache)
+        return answer
+
+
+def _score(logits: npt.NDArray[np.float32], request: Request) -> Score:
+    """logits: (L, V), at least up to the position that predicts the last token of the continuation."""
+    first = len(request.context) - 1
+    predicting = logits[first : first + len(request.continuation)]
+    chosen = (np.arange(len(predicting)), np.array(request.continuation))
+    log_likelihood = log_softmax(predicting.astype(np.float64), axis=1)[chosen].sum()
+    return Score(float(log_likelihood), bool((predicting[chosen] >= predicting.max(axis=1)).all()))

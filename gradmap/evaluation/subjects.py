@@ -1,0 +1,183 @@
+"""Which models are evaluated, and where they run: a checkpoint, the same under a plan, an artifact, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gradmap.architectures import architecture_of
+from gradmap.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_device, resolve_dtype
+from gradmap.compensation import pruned_and_corrected
+from gradmap.errors import UserError
+from gradmap.evaluation.backends import Backend
+from gradmap.files import read_json, sha256_file
+from gradmap.onnx_session import ONNX_FILE
+from gradmap.plan import CORRECTIONS_FILE, load_corrections, load_plan, require_same_model
+
+BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that runs. layers, parameters: None where they cannot be seen from outside."""
+
+    backend: Backend
+    layers: int | None
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate. identity: what its scores depend on; None if that is not known. open: runs it for a while.
+
+    tokenizer: the directory that has it, if the model does.
+    """
+
+    name: str
+    identity: dict[str, Any] | None
+    tokenizer: Path | None
+    open: Callable[[], AbstractContextManager[Opened]]
+
+
+@dataclass(frozen=True)
+class Where:
+    """backend: one of BACKENDS; dtype and device as for `gradmap.checkpoint.load_model`."""
+
+    backend: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+def find_subjects(
+    model: str, gguf_file: str | None, allow_pickle: bool, plan: Path | None, pruned: str | None, where: Where
+) -> list[Subject]:
+    """The dense model and, with a plan or a pruned model, that too.
+
+    Raises UserError if something is missing or of another kind, or the plan belongs to another model.
+    """
+    if where.backend not in BACKENDS:
+        raise UserError(f"Unknown backend {where.backend!r}; use {', '.join(BACKENDS)}.")
+    if plan is None:
+        found = [_find_subject(model, gguf_file, allow_pickle, where)]
+        return found if pruned is None else [*found, _find_subject(pruned, None, allow_pickle, where)]
+    if pruned is not None:
+        raise UserError("--plan and --pruned both say what the pruned model is; give one of them.")
+    if where.backend not in ("auto", "transformers"):
+        raise UserError(f"A plan is applied in transformers, not in {where.backend}; export it, and give --pruned DIR.")
+    return checkpoint_subjects(open_checkpoint(model, gguf_file, allow_pickle), plan, where)
+
+
+def checkpoint_subjects(checkpoint: Checkpoint, plan: Path | None, where: Where) -> list[Subject]:
+    """The checkpoint in transformers and, with a plan, the same pruned in memory (W' unfolded); loaded once."""
+    device = resolve_device(where.device)
+    dtype = resolve_dtype(where.dtype, device, checkpoint)
+    loaded = cache(lambda: load_model(checkpoint, dtype, device))
+    identity = _identity("transformers", checkpoint.file_hashes, Where("transformers", dtype, device))
+    dense = Subject(
+        checkpoint.name, identity, checkpoint.directory, lambda: _open_transformers(loaded(), checkpoint, dtype)
+    )
+    if plan is None:
+        return [dense]
+    contents = load_plan(plan)
+    require_same_model(contents, checkpoint)
+    pruning = {"removed": sorted(contents.removal_order), "corrections": sha256_file(plan / CORRECTIONS_FILE)}
+    pruned = replace(dense, identity=identity | pruning, open=lambda: _open_pruned(loaded(), checkpoint, plan, dtype))
+    return [dense, pruned]
+
+
+def _find_subject(model: str, gguf_file: str | None, allow_pickle: bool, where: Where) -> Subject:
+    backend = _backend_for(model) if where.backend == "auto" else where.backend
+    if backend == "endpoint":
+        return Subject(model, None, None, lambda: _open_endpoint(model))
+    if backend == "onnxruntime":
+        return _onnx_subject(Path(model))
+    checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
+    if backend == "vllm":
+        identity = _identity("vllm", checkpoint.file_hashes, where)
+        return Subject(checkpoint.name, identity, checkpoint.directory, lambda: _open_vllm(checkpoint, where.dtype))
+    return checkpoint_subjects(checkpoint, None, where)[0]
+
+
+def end_tokens(config: dict[str, Any]) -> list[int]:
+    """The ids that end a generation, of config.json."""
+    found = config.get("eos_token_id")
+    return list(found) if isinstance(found, list) else [] if found is None else [int(found)]
+
+
+def _backend_for(model: str) -> str:
+    if model.startswith(("http://", "https://")):
+        return "endpoint"
+    return "onnxruntime" if (Path(model) / ONNX_FILE).is_file() else "transformers"
+
+
+def _identity(backend: str, files: dict[str, str], where: Where) -> dict[str, Any]:
+    return asdict(where) | {"backend": backend, "files": files, "gradmap": version("gradmap")}
+
+
+@contextmanager
+def _open_transformers(model: Any, checkpoint: Checkpoint, dtype: str) -> Iterator[Opened]:
+    from gradmap.evaluation.transformers_backend import TransformersBackend
+
+    layers = architecture_of(checkpoint.config).layer_list(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield Opened(TransformersBackend(model, dtype, end_tokens(checkpoint.config)), len(layers), parameters)
+
+
+@contextmanager
+def _open_pruned(model: Any, checkpoint: Checkpoint, plan: Path, dtype: str) -> Iterator[Opened]:
+    contents = load_plan(plan)
+    corrections = load_corrections(plan, contents)
+    architecture = architecture_of(checkpoint.config)
+    with (
+        pruned_and_corrected(model, architecture, contents.removal_order, corrections),
+        _open_transformers(model, checkpoint, dtype) as opened,
+    ):
+        yield opened
+
+
+@contextmanager
+def _open_vllm(checkpoint: Checkpoint, dtype: str) -> Iterator[Opened]:
+    from gradmap.evaluation.vllm_backend import VllmBackend
+
+    backend = VllmBackend(checkpoint.directory, checkpoint.config, dtype)
+    try:
+        yield Opened(backend, _layers_of(checkpoint.config), None)
+    finally:
+        backend.close()
+
+
+@contextmanager
+def _open_endpoint(url: str) -> Iterator[Opened]:
+    from gradmap.evaluation.endpoint_backend import EndpointBackend
+
+    backend = EndpointBackend(url)
+    try:
+        yield Opened(backend, None, None)
+    finally:
+        backend.close()
+
+
+def _onnx_subject(directory: Path) -> Subject:
+    if not (directory / ONNX_FILE).is_file():
+        raise UserError(f"{directory} has no {ONNX_FILE}; give a directory of `gradmap export --format onnx`.")
+    config = read_json(directory / "config.json")
+    files = {path.name: sha256_file(path) for path in sorted(directory.glob("*.onnx*"))}
+    identity = _identity("onnxruntime", files, Where())
+    return Subject(str(directory), identity, directory, lambda: _open_onnx(directory, config))
+
+
+@contextmanager
+def _open_onnx(directory: Path, config: dict[str, Any]) -> Iterator[Opened]:
+    from gradmap.evaluation.onnx_backend import OnnxBackend
+
+    yield Opened(OnnxBackend(directory, config, end_tokens(config)), _layers_of(config), None)
+
+
+def _layers_of(config: dict[str, Any]) -> int | None:
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    return None if layers is None else int(layers)

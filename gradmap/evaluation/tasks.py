@@ -1,0 +1,214 @@
+"""Zero-shot tasks of lm-evaluation-harness, on data from the hub or on data sets saved on disk.
+
+Offline, a task is the harness's own definition with another source of documents: prompts, targets, metrics and
+versions stay the harness's.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gradmap.console import say
+from gradmap.errors import UserError
+from gradmap.evaluation.scoring import Scorer
+
+PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+# The one that stands for a task, the first it has; the paper's tables hold acc_norm where a task has it.
+METRICS = ("acc_norm", "acc", "exact_match")
+_MMLU = "mmlu_"
+
+
+@dataclass(frozen=True)
+class SavedData:
+    """A data set written by `datasets.save_to_disk`. folder: below --task-data. split: the one that has labels."""
+
+    folder: str
+    split: str = "validation"
+
+
+SAVED_DATA = {
+    "boolq": SavedData("boolq/none"),
+    "piqa": SavedData("piqa/plain_text"),
+    "hellaswag": SavedData("hellaswag/none"),
+    "winogrande": SavedData("winogrande/winogrande_xl"),
+    "arc_easy": SavedData("ai2_arc/ARC-Easy"),
+    "arc_challenge": SavedData("ai2_arc/ARC-Challenge"),
+    "openbookqa": SavedData("openbookqa/main"),
+    "commonsense_qa": SavedData("tau/commonsense_qa/none"),
+}
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task by the name the user gave it, which may stand for several of the harness's (mmlu).
+
+    parts: name -> the harness's task object. documents: name -> the indices of the documents to evaluate.
+    left_out: how many documents were used for calibration, and are not evaluated.
+    """
+
+    name: str
+    parts: dict[str, Any]
+    documents: dict[str, list[int]]
+    left_out: int
+    source: str
+
+    def describe(self) -> dict[str, Any]:
+        """What was evaluated on, for the record."""
+        return {
+            "source": self.source,
+            "versions": sorted({str(part.VERSION) for part in self.parts.values()}),
+            "documents": sum(map(len, self.documents.values())),
+            "left_out": self.left_out,
+            "few_shot": 0,
+        }
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """metric -> one value per document, in the order of `documents` (harness task name and index)."""
+
+    documents: tuple[tuple[str, int], ...]
+    values: dict[str, tuple[float, ...]]
+
+    @property
+    def metric(self) -> str:
+        return next(name for name in (*METRICS, *self.values) if name in self.values)
+
+
+def load_task(
+    name: str, data: Path | None, limit: int | None, seed: int, calibration_texts: Sequence[str] = ()
+) -> LoadedTask:
+    """Loads a task (or group or tag) of the harness and chooses its documents, at random if there is a limit.
+
+    data: the directory of saved data sets; None takes the harness's own source, the hub.
+    Raises UserError if the harness has no such task, or its data is missing.
+    """
+    parts = {part: _load_part(part, data) for part in _expand(name)}
+    usable = {
+        part: [index for index, document in enumerate(task.eval_docs) if not _is_known(document, calibration_texts)]
+        for part, task in parts.items()
+    }
+    left_out = sum(len(task.eval_docs) - len(usable[part]) for part, task in parts.items())
+    source = "hub" if data is None else str(data / _saved_data(name).folder)
+    return LoadedTask(name, parts, _draw(name, usable, limit, seed), left_out, source)
+
+
+def score_task(task: LoadedTask, scorer: Scorer, tokenizer: Any) -> TaskScores:
+    """Evaluates the chosen documents. Raises UserError if the task has no metric that is a number per document."""
+    from lm_eval.evaluator import evaluate
+
+    from gradmap.evaluation.harness_model import HarnessModel
+
+    documents = {part: indices for part, indices in task.documents.items() if indices}
+    results = evaluate(
+        HarnessModel(scorer, tokenizer, task.name),
+        {"tasks": {part: task.parts[part] for part in documents}},
+        samples=documents,
+        bootstrap_iters=0,
+    )
+    samples = [(part, sample) for part in documents for sample in _first_filter(results["samples"][part])]
+    values = {
+        metric: tuple(float(sample[metric]) for _, sample in samples)
+        for metric in samples[0][1]["metrics"]
+        if all(isinstance(sample[metric], int | float) for _, sample in samples)
+    }
+    if not values:
+        raise UserError(f"Task {task.name} has no metric that is one number per document; it cannot be compared.")
+    return TaskScores(tuple((part, sample["doc_id"]) for part, sample in samples), values)
+
+
+def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Tasks that generate may extract the answer in several ways; the first is the strictest."""
+    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+
+
+@cache
+def _manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
+
+
+def _expand(name: str) -> list[str]:
+    """The harness's tasks that a name stands for: itself, or the members of a group or tag."""
+    index = _manager().task_index
+    if name not in index:
+        raise UserError(f"lm-evaluation-harness has no task {name!r}; the paper's are {', '.join(PAPER_TASKS)}.")
+    entry = index[name]
+    if entry.kind.name == "TAG":
+        members: Iterable[str] = entry.tags
+    elif entry.kind.name == "GROUP":
+        members = [member if isinstance(member, str) else member["task"] for member in entry.cfg["task"]]
+    else:
+        return [name]
+    return [part for member in sorted(members) for part in _expand(member)]
+
+
+def _load_part(name: str, data: Path | None) -> Any:
+    overrides = {} if data is None else _overrides(name, data)
+    # Members of a group may override what the harness's definition says.
+    group = {"group": "gradmap", "task": [{"task": name, **overrides}]}
+    try:
+        (task,) = _manager().load([group])["tasks"].values()
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"The data of task {name} could not be fetched from the hub ({first_line}); offline, give --task-data DIR "
+            f"with saved data sets (known: {', '.join(SAVED_DATA)}, mmlu)."
+        ) from None
+    return task
+
+
+def _overrides(name: str, data: Path) -> dict[str, Any]:
+    saved = _saved_data(name)
+    directory = data / saved.folder / saved.split
+    if not (directory / "state.json").is_file():
+        raise UserError(f"Task {name} has no data: {directory} is no directory written by datasets.save_to_disk.")
+    splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
+    return {
+        **splits,
+        f"{saved.split}_split": saved.split,
+        "custom_dataset": lambda **_: {saved.split: _read(name, directory)},
+    }
+
+
+def _saved_data(name: str) -> SavedData:
+    if name == "mmlu" or name.startswith(_MMLU):
+        return SavedData(f"hails/mmlu_no_train/{name.removeprefix(_MMLU)}", "test")
+    if name not in SAVED_DATA:
+        raise UserError(
+            f"It is not known how data of task {name} is saved on disk (known: {', '.join(SAVED_DATA)}, mmlu); leave "
+            "out --task-data to fetch it from the hub."
+        )
+    return SAVED_DATA[name]
+
+
+def _read(name: str, directory: Path) -> Any:
+    from datasets import load_from_disk
+
+    documents = load_from_disk(str(directory))
+    if name == "boolq":  # saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class
+        documents = documents.map(lambda document: {"label": int(document["answer"])})
+    return documents
+
+
+def _is_known(document: Mapping[str, Any], calibration_texts: Sequence[str]) -> bool:
+    """Whether a column of the document holds one of the calibration texts."""
+    columns = [" ".join(value.split()) for value in document.values() if isinstance(value, str)]
+    return any(text in column for text in calibration_texts for column in columns)
+
+
+def _draw(name: str, usable: dict[str, list[int]], limit: int | None, seed: int) -> dict[str, list[int]]:
+    everything = [(part, index) for part, indices in usable.items() for index in indices]
+    if limit is None or limit >= len(everything):
+        return usable
+    chosen = set(random.Random(seed).sample(everything, limit))
+    say(f"{name}: {limit} of {len(everything)} documents, drawn with seed {seed}")
+    return {part: [index for index in indices if (part, index) in chosen] for part, indices in usable.items()}

@@ -1,0 +1,227 @@
+"""Scores with a transformers model. A context is computed once, however many continuations are scored after it.
+
+The continuations of one context follow it in one sequence; each sees the context and itself, and counts positions
+from the end of the context. So a question with four answers costs one pass over the question and the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmap.batching import is_out_of_memory
+from gradmap.console import say
+from gradmap.errors import UserError
+from gradmap.evaluation.backends import Request, Score
+from gradmap.precision import computing_in
+
+# Tokens in one pass. More brings no speed on a CPU, where small batches stay in its caches.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+GENERATION_BATCH = 8
+_PADDING = -1
+
+
+class TransformersBackend:
+    """dtype: the name (of gradmap.precision) that `model` was loaded for."""
+
+    name = "transformers"
+
+    def __init__(self, model: Any, dtype: str, end_tokens: Sequence[int] = ()) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._end_tokens = list(end_tokens)
+        self._batch_tokens = BATCH_TOKENS[model.device.type]
+        config = model.config
+        self.max_tokens = int(getattr(config, "max_position_embeddings", None) or 2048)
+        self.vocabulary: int | None = int(config.vocab_size)
+        # A packed sequence is longer than each of its requests; within a sliding window that makes no difference.
+        self._longest_packed = min(self.max_tokens, getattr(config, "sliding_window", None) or self.max_tokens)
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        packs = list(self._pack(requests))
+        # Never in one batch: the mask that branches need would let plain sequences see beyond a sliding window.
+        plain = self._score_packs([pack for pack in packs if not pack.is_branched])
+        scores = plain | self._score_packs([pack for pack in packs if pack.is_branched])
+        return [scores[request] for request in requests]
+
+    def _score_packs(self, packs: Sequence[Pack]) -> dict[Request, Score]:
+        scores: dict[Request, Score] = {}
+        packs = sorted(packs, key=lambda pack: len(pack.tokens), reverse=True)
+        while packs:
+            batch = packs[: max(1, self._batch_tokens // len(packs[0].tokens))]
+            try:
+                with computing_in(self._dtype, self._model):
+                    scores |= _score_batch(self._model, batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_batches(len(batch))
+                continue
+            packs = packs[len(batch) :]
+        return scores
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        answers: list[list[int]] = []
+        for start in range(0, len(prompts), GENERATION_BATCH):
+            with computing_in(self._dtype, self._model):
+                answers += self._generate_batch(prompts[start : start + GENERATION_BATCH], new_tokens)
+        return answers
+
+    def _pack(self, requests: Sequence[Request]) -> Iterator[Pack]:
+        by_context: dict[tuple[int, ...], dict[Request, None]] = {}
+        for request in requests:
+            by_context.setdefault(request.context, {})[request] = None
+        for group in by_context.values():
+            together = Pack.of(list(group))
+            if len(together.tokens) <= self._longest_packed:
+                yield together
+            else:
+                yield from (Pack.of([request]) for request in group)
+
+    def _halve_batches(self, packs: int) -> None:
+        if packs == 1:
+            raise UserError("One request does not fit into memory; use --dtype bfloat16 or a machine with more memory.")
+        self._batch_tokens //= 2
+        say(f"Memory ran out; going on with {self._batch_tokens} tokens at once")
+
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+        mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
+        output = self._model.generate(
+            input_ids=ids.to(self._model.device),
+            attention_mask=mask.long().to(self._model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            # Checkpoints bring sampling settings that greedy decoding would warn about.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=self._end_tokens or None,
+            pad_token_id=0,
+        )
+        return [self._until_end(answer) for answer in output[:, longest:].tolist()]
+
+    def _until_end(self, answer: list[int]) -> list[int]:
+        ends = [index for index, token in enumerate(answer) if token in self._end_tokens]
+        return answer[: ends[0]] if ends else answer
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One context and its continuations as one sequence.
+
+    tokens: the context, then every continuation but for its last token, which is only predicted.
+    positions: of each token, as if its continuation followed the context directly.
+    branches: 0 for the context, j for the j-th continuation that has tokens here.
+    predictions: of each request, the places in `tokens` that predict its continuation.
+    """
+
+    requests: tuple[Request, ...]
+    tokens: list[int]
+    positions: list[int]
+    branches: list[int]
+    predictions: list[list[int]]
+
+    @property
+    def is_branched(self) -> bool:
+        """Whether causal attention alone would let a continuation see another one."""
+        return max(self.branches) > 1
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> Pack:
+        """Packs requests of the same context."""
+        context = requests[0].context
+        tokens, positions, branches = list(context), list(range(len(context))), [0] * len(context)
+        predictions = []
+        for request in requests:
+            inside = request.continuation[:-1]
+            predictions.append([len(context) - 1, *range(len(tokens), len(tokens) + len(inside))])
+            tokens += inside
+            positions += range(len(context), len(context) + len(inside))
+            branches += [max(branches) + 1] * len(inside)
+        return cls(tuple(requests), tokens, positions, branches, predictions)
+
+
+def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[Request, Score]:
+    longest = max(len(pack.tokens) for pack in packs)
+    inputs = {"input_ids": _padded([pack.tokens for pack in packs], longest, 0)}
+    if packs[0].is_branched:
+        branches = _padded([pack.branches for pack in packs], longest, _PADDING)
+        inputs["position_ids"] = _padded([pack.positions for pack in packs], longest, 0)
+        inputs["attention_mask"] = _additive(_tree_mask(branches), model.get_input_embeddings().weight.dtype)
+    # else every sequence is an ordinary one, padded on the right: causal attention alone is right
+    rows = [
+        row * longest + place
+        for row, pack in enumerate(packs)
+        for places in pack.predictions
+        for place in places
+    ]  # fmt: skip
+    targets = [token for pack in packs for request in pack.requests for token in request.continuation]
+    logits = _logits_at(model, torch.tensor(rows), {name: value.to(model.device) for name, value in inputs.items()})
+    log_likelihoods, greedy = _token_scores(logits, torch.tensor(targets, device=logits.device))
+    scores, start = {}, 0
+    for request in (request for pack in packs for request in pack.requests):
+        tokens = slice(start, start := start + len(request.continuation))
+        scores[request] = Score(log_likelihoods[tokens].sum().item(), bool(greedy[tokens].all()))
+    return scores
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def _tree_mask(branches: Tensor) -> Tensor:
+    """(B, L) -> (B, L, L), True where a query (row) attends a key: one not after it, in the context or its own branch.
+
+    Padding is a branch of its own, so that no row is empty.
+    """
+    queries, keys = branches[:, :, None], branches[:, None, :]
+    length = branches.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return causal & ((keys == queries) | ((keys == 0) & (queries != _PADDING)))
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L, L) bool -> (B, 1, L, L): what every attention implementation of transformers takes."""
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def _logits_at(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits (N, V) of the given rows of the flattened (B * L) positions: the output layer runs for these only."""
+
+    def keep_rows(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(end_dim=1)[rows.to(args[0].device)][None], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_rows, prepend=True)
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    return logits
+
+
+def _token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, V), (N,) -> log likelihood of each target (N,), float64, and whether it is the most likely token."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    log_likelihoods = chosen.double() - logits.logsumexp(dim=1).double()
+    return log_likelihoods.cpu(), (chosen >= logits.amax(dim=1)).cpu()
+
+
+@torch.inference_mode()
+def score_reference(model: Any, request: Request) -> Score:
+    """The same for one request: one plain pass, all logits."""
+    ids = torch.tensor([request.context + request.continuation], device=model.device)
+    log_probabilities = model(input_ids=ids, use_cache=False).logits[0].log_softmax(dim=-1)
+    places = range(len(request.context) - 1, ids.shape[1] - 1)
+    pairs = list(zip(places, request.continuation, strict=True))
+    greedy = all(log_probabilities[place].argmax().item() == token for place, token in pairs)
+    return Score(sum(log_probabilities[place, token].item() for place, token in pairs), greedy)

@@ -1,0 +1,74 @@
+"""Scores with vLLM in this process: for speed where there is a GPU, and for what is going to be served."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradmap.environment import vllm_defaults
+from gradmap.evaluation.backends import Request, Score
+from gradmap.precision import AUTOCAST
+
+MAX_TOKENS = 4096
+
+
+class VllmBackend:
+    """directory: a checkpoint. dtype: auto is what vLLM takes by itself."""
+
+    name = "vllm"
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], dtype: str) -> None:
+        for variable, value in (vllm_defaults() | {"VLLM_LOGGING_LEVEL": "ERROR"}).items():
+            os.environ.setdefault(variable, value)
+        from vllm import LLM
+
+        longest = int(config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS)
+        window = min(MAX_TOKENS, longest)
+        dtype = "bfloat16" if dtype == AUTOCAST else dtype
+        # Compiling takes longer than an evaluation on a CPU; scores are the same.
+        self._llm = LLM(str(directory), dtype=dtype, max_model_len=window, enforce_eager=True, max_logprobs=1)
+        self.max_tokens = window - 2  # vLLM reads the whole request, and insists on generating a token after it
+        self.vocabulary: int | None = int(config["vocab_size"])
+
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        outputs = self._generate([request.context + request.continuation for request in requests], sampling)
+        return [
+            score_of_logprobs(
+                [
+                    (entry[token].logprob, entry[token].rank)
+                    for entry, token in zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
+                    if entry is not None
+                ][-len(request.continuation) :]
+            )
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        outputs = self._generate(prompts, SamplingParams(max_tokens=new_tokens, temperature=0, detokenize=False))
+        end = self._llm.get_tokenizer().eos_token_id
+        return [[token for token in output.outputs[0].token_ids if token != end] for output in outputs]
+
+    def close(self) -> None:
+        """Ends vLLM's own process, so that the next model has the memory."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+
+    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Any) -> list[Any]:
+        # its progress bar divides by zero where TQDM_DISABLE is set
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs: list[Any] = self._llm.generate(inputs, sampling, use_tqdm=False)
+        return outputs
+
+
+def score_of_logprobs(logprobs: Sequence[tuple[float, int]]) -> Score:
+    """From the log probability and the rank of every token of a continuation; rank 1 is the most likely one."""
+    return Score(sum(value for value, _ in logprobs), all(rank == 1 for _, rank in logprobs))

@@ -1,0 +1,162 @@
+"""Scores are those of one plain pass per request, whatever the batching, and survive a crash."""
+
+import math
+
+import pytest
+import torch
+
+from gradmap.calibration import build_segments
+from gradmap.checkpoint import load_tokenizer
+from gradmap.errors import UserError
+from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
+from gradmap.evaluation.scoring import CHUNK_REQUESTS, Scorer
+from gradmap.evaluation.transformers_backend import TransformersBackend, score_reference
+from gradmap.layerwise import sample_losses
+from tests.conftest import VOCABULARY
+
+# Of a float64 log likelihood: products of at most 40 terms in 5 layers, over the batch in another order
+FLOAT64_TOLERANCE = 1e-10
+
+
+def random_requests(generator, contexts=6):
+    """Contexts with one to four continuations of one to nine tokens; some longer than the picos' windows of 8."""
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (), generator=generator))
+        return tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
+
+    requests = []
+    for _ in range(contexts):
+        context = tokens(1, 14)
+        requests += [Request(context, tokens(1, 10)) for _ in range(int(torch.randint(1, 5, (), generator=generator)))]
+    # Answers of a single token, and a context short enough to stay within a window of 8 with its branches
+    short = tokens(2, 3)
+    requests += [Request(tokens(9, 10), (5,)), Request(short, (5, 6)), Request(short, (7, 8, 9)), Request(short, (5,))]
+    return requests
+
+
+def test_scores_of_every_family_are_those_of_plain_passes(pico):
+    requests = random_requests(torch.Generator().manual_seed(5))
+    model = pico.load()
+    scores = TransformersBackend(model, "float64").score(requests)
+    for request, score in zip(requests, scores, strict=True):
+        expected = score_reference(model, request)
+        assert score.log_likelihood == pytest.approx(expected.log_likelihood, rel=FLOAT64_TOLERANCE)
+        assert score.greedy == expected.greedy
+
+
+def test_a_greedy_continuation_is_recognised_and_generated(picos):
+    pico = picos["llama"]
+    model = pico.load()
+    backend = TransformersBackend(model, "float64", end_tokens=[2])
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    answers = backend.generate(prompts, 6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (score,) = backend.score([Request(tuple(prompt), tuple(answer))])
+        assert score.greedy
+        other = (*answer[:-1], (answer[-1] + 1) % VOCABULARY)
+        assert not backend.score([Request(tuple(prompt), other)])[0].greedy
+
+
+def test_batches_are_halved_when_memory_runs_out(picos, monkeypatch):
+    model = picos["llama"].load()
+    requests = random_requests(torch.Generator().manual_seed(6))
+    expected = TransformersBackend(model, "float64").score(requests)
+    backend = TransformersBackend(model, "float64")
+    forward, limit = model.forward, 40
+
+    def forward_in_little_memory(input_ids, **kwargs):
+        if input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward_in_little_memory)
+    for score, whole in zip(backend.score(requests), expected, strict=True):
+        assert score.log_likelihood == pytest.approx(whole.log_likelihood, rel=FLOAT64_TOLERANCE)
+    limit = 0
+    with pytest.raises(UserError, match="does not fit into memory"):
+        backend.score(requests)
+
+
+def test_perplexity_is_that_of_the_loss_of_calibration(picos, word_file):
+    model, directory = picos["llama"].load(), picos["llama"].directory
+    ids = build_segments(load_tokenizer(directory), f"file:{word_file}", 16, 20, 0)
+    scorer = Scorer(TransformersBackend(model, "float64"), None, "dense")
+    losses = segment_losses(scorer, Segments("words", "", ids))
+    expected = sample_losses(model(input_ids=ids).logits, ids) / 15
+    assert losses.tolist() == pytest.approx(expected.tolist(), rel=FLOAT64_TOLERANCE)
+    estimate = perplexity_of_losses(losses)
+    assert estimate.value == pytest.approx(expected.mean().exp().item(), rel=FLOAT64_TOLERANCE)
+    assert estimate.stderr == pytest.approx(estimate.value * expected.std().item() / 20**0.5, rel=1e-9)
+    assert math.isnan(perplexity_of_losses(losses[:1]).stderr)
+
+
+class CountingBackend:
+    """Scores a request by its last token; breaks down at the first request it is told to."""
+
+    name = "counting"
+    max_tokens = 50
+    vocabulary = 100_000
+
+    def __init__(self, breaks_at=None, value=-1.0):
+        self.breaks_at, self.value, self.scored = breaks_at, value, []
+
+    def score(self, requests):
+        if self.breaks_at in [request.continuation[-1] for request in requests]:
+            raise KeyboardInterrupt
+        self.scored += requests
+        return [Score(self.value * request.continuation[-1], False) for request in requests]
+
+
+REQUESTS = [Request((1,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]
+EXPECTED = [Score(-1.0 * token, False) for token in range(2 * CHUNK_REQUESTS + 10)]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path))
+    return {"model": "a"}
+
+
+@pytest.mark.parametrize("cut_bytes", [0, 5])
+def test_an_interrupted_evaluation_goes_on_where_it_was(kept, tmp_path, cut_bytes):
+    with pytest.raises(KeyboardInterrupt):
+        Scorer(CountingBackend(breaks_at=CHUNK_REQUESTS + 1), kept, "dense").score(REQUESTS, "task")
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_bytes(file.read_bytes()[: -cut_bytes or None])  # kill -9 in the middle of a line
+    second = CountingBackend()
+    assert Scorer(second, kept, "dense").score(REQUESTS, "task") == EXPECTED
+    assert len(second.scored) == len(REQUESTS) - CHUNK_REQUESTS + bool(cut_bytes)
+    third = CountingBackend()
+    assert Scorer(third, kept, "dense").score(REQUESTS, "task") == EXPECTED
+    assert third.scored == []
+
+
+def test_scores_are_kept_for_one_model_and_its_requests_only(kept):
+    Scorer(CountingBackend(), kept, "dense").score(REQUESTS, "task")
+    for identity, requests, fresh in (
+        ({"model": "b"}, REQUESTS, False),
+        (kept, REQUESTS[1:], False),
+        (kept, REQUESTS, True),
+        (None, REQUESTS, False),
+    ):
+        backend = CountingBackend(value=-2.0)
+        scores = Scorer(backend, identity, "dense", fresh).score(requests, "task")
+        assert len(backend.scored) == len(requests)
+        assert scores[-1].log_likelihood == -2.0 * requests[-1].continuation[-1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "value", "message"),
+    [
+        (Request((1,), (5,)), float("nan"), "logits are not finite"),
+        (Request((1,), (5,)), float("-inf"), "logits are not finite"),
+        (Request((1,), (100_000,)), -1.0, "the model knows only 100000: it is another model's"),
+        (Request((1,) * 50, (5, 6)), -1.0, "longer than the 50"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_and_not_kept(kept, tmp_path, request_, value, message):
+    with pytest.raises(UserError, match=message):
+        Scorer(CountingBackend(value=value), kept, "dense").score([request_], "task")
+    assert not list(tmp_path.rglob("*.jsonl"))
