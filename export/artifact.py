@@ -164,13 +164,16 @@ def choose_target(name: str, settings: ExportSettings) -> Target:
 
 
 def read_quality(path: Path, source: Source) -> dict[str, Any]:
-    """Reads what `gradmap eval` found about the model that is exported. Raises UserError if it evaluated another."""
+    """Reads what `gradmap eval` found about the model that is exported, with the length of its segments.
+
+    Raises UserError if it evaluated another model.
+    """
     evaluation = read_json(path)
     same_plan = source.plan is None or evaluation.get("plan_sha256") == source.plan_hash
     if evaluation.get("model") != source.checkpoint.name or not same_plan:
         raise UserError(f"{path} evaluates another model or plan than the one that is exported; evaluate this one.")
-    quality: dict[str, Any] = evaluation["dense" if source.plan is None else "pruned"]
-    return quality
+    side: dict[str, Any] = evaluation["dense" if source.plan is None else "pruned"]
+    return side | {"segment": evaluation["settings"]["segment"]}
 
 
 def verify_directory(directory: Path) -> dict[str, Any]:

@@ -23,15 +23,15 @@ LIBRARIES = {"hf": "transformers", "vllm": "transformers", "onnx": "onnx", "onnx
 def render_card(plan: Plan | None, record: dict[str, Any], quality: dict[str, Any]) -> str:
     """Renders the card from the plan (None for a dense model), the contents of gradmap.json, and what was evaluated.
 
-    quality: `{"perplexity": {NAME: {"value": …, "stderr": …}}}`, or empty.
+    quality: what `export.artifact.read_quality` found, or empty.
     """
     sections = [f"---\n{_metadata(record, quality)}\n---", f"# {record['name']}"]
     if plan is None:
         sections.append(f"The unpruned weights of {record['base_model']['name']} in {record['dtype']} precision.")
     else:
         sections.append(_describe_pruning(plan))
-    if quality.get("perplexity"):
-        sections.append(_describe_quality(quality["perplexity"]))
+    if quality:
+        sections.append(_describe_quality(quality))
     sections.append("Before it was released, the directory was run in a fresh process and compared with the reference:")
     sections.append("\n".join(_describe_check(check) for check in record["verification"].values()))
     sections.append(USE[record["format"]])
@@ -56,17 +56,32 @@ def _metadata(record: dict[str, Any], quality: dict[str, Any]) -> str:
 
 
 def _eval_results(quality: dict[str, Any]) -> list[EvalResult]:
+    if not quality:
+        return []
+    segments = f"perplexity of {quality['segment']}-token segments"
     return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=name,
-            dataset_name=name,
-            metric_type="perplexity",
-            metric_name="perplexity of 128-token segments",
-            metric_value=round(estimate["value"], 3),
-        )
-        for name, estimate in quality.get("perplexity", {}).items()
+        *(
+            _eval_result(name, "perplexity", segments, round(estimate["value"], 3))
+            for name, estimate in quality["perplexity"].items()
+        ),
+        *(
+            _eval_result(
+                name, estimate["metric"], f"{estimate['metric']}, zero-shot, %", round(100 * estimate["value"], 2)
+            )
+            for name, estimate in quality["accuracy"].items()
+        ),
     ]
+
+
+def _eval_result(dataset: str, metric: str, metric_name: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_name=metric_name,
+        metric_value=value,
+    )
 
 
 def _describe_pruning(plan: Plan) -> str:
@@ -87,9 +102,16 @@ def _describe_pruning(plan: Plan) -> str:
     return "\n".join([lines[0], "", *lines[1:]])
 
 
-def _describe_quality(perplexities: dict[str, Any]) -> str:
-    rows = [f"| {name} | {value['value']:.1f} ± {value['stderr']:.1f} |" for name, value in perplexities.items()]
-    return "\n".join(["| text | perplexity ± standard error |", "|---|---:|", *rows])
+def _describe_quality(quality: dict[str, Any]) -> str:
+    rows = [
+        f"| {name}, perplexity of {quality['segment']}-token segments | {one['value']:.1f} ± {one['stderr']:.1f} |"
+        for name, one in quality["perplexity"].items()
+    ]
+    rows += [
+        f"| {name}, {one['metric']}, zero-shot | {100 * one['value']:.1f} ± {100 * one['stderr']:.1f} % |"
+        for name, one in quality["accuracy"].items()
+    ]
+    return "\n".join(["| evaluated on | value ± standard error |", "|---|---:|", *rows])
 
 
 def _describe_check(check: dict[str, Any]) -> str:

@@ -67,14 +67,14 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
     json_line: JsonOption = False,
 ) -> int:
-    """Prune, export, evaluate, load-test and report, as a recipe says; finished stages are not repeated."""
+    """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not repeated."""
     from gradmap.verdict import EXIT_CODES, Verdict
     from loadtest.pipeline import run_recipe
 
     result = run_recipe(recipe, out or Path("out", recipe.stem), from_stage, fresh)
     if json_line:
         print_json_line(result)
-    return EXIT_CODES[Verdict(result["loadtest"]["verdict"])]
+    return EXIT_CODES[Verdict(result["verdict"])]
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from loadtest.metrics import measure
 from loadtest.records import RequestRecord
 
 DENSE_COLOR, PRUNED_COLOR, KEPT_COLOR = "#4c78a8", "#e45756", "#9aa5b1"
+_ARM_COLORS = {"dense": DENSE_COLOR, "pruned": PRUNED_COLOR}
 # Drawn in this colour, replaced by the page's own text colour, so that the figure is readable on light and dark.
 _TEXT_COLOR = "#010203"
 _STYLE: Any = {
@@ -52,24 +53,31 @@ def draw_importance(plan: Plan) -> str:
 
 def draw_perplexity(result: dict[str, Any]) -> str:
     """Bars of perplexity per text, dense beside pruned, with standard errors."""
-    names = list(result["dense"]["perplexity"])
+    estimates = {arm: result[arm]["perplexity"] for arm in _ARM_COLORS}
+    return _draw_estimates(estimates, "perplexity (lower is better)", factor=1, width=6.0)
+
+
+def draw_accuracy(result: dict[str, Any]) -> str:
+    """Bars of accuracy per task and of their average, dense beside pruned, with standard errors."""
+    estimates = {arm: result[arm]["accuracy"] | {"average": result[arm]["average_accuracy"]} for arm in _ARM_COLORS}
+    return _draw_estimates(estimates, "accuracy (%, higher is better)", factor=100, width=9.0)
+
+
+def _draw_estimates(estimates: dict[str, dict[str, Any]], label: str, factor: float, width: float) -> str:
+    """estimates: arm -> name -> value and standard error."""
+    names = list(estimates["dense"])
     with mpl.rc_context(_STYLE):
-        figure, axes = _new_figure()
-        for offset, arm, color in ((-0.2, "dense", DENSE_COLOR), (0.2, "pruned", PRUNED_COLOR)):
-            estimates = [result[arm]["perplexity"][name] for name in names]
-            bars = axes.bar(
-                np.arange(len(names)) + offset,
-                [estimate["value"] for estimate in estimates],
-                width=0.38,
-                yerr=[estimate["stderr"] for estimate in estimates],
-                color=color,
-                ecolor=_TEXT_COLOR,
-                label=arm,
-            )
-            axes.bar_label(bars, [f"{estimate['value']:.1f}" for estimate in estimates], padding=3, fontsize=9)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_ylabel("perplexity (lower is better)")
-        axes.legend(frameon=False)
+        figure, axes = _new_figure(width)
+        for offset, (arm, color) in zip((-0.2, 0.2), _ARM_COLORS.items(), strict=True):
+            values = [factor * estimates[arm][name]["value"] for name in names]
+            errors = [factor * estimates[arm][name]["stderr"] for name in names]
+            places = np.arange(len(names)) + offset
+            bars = axes.bar(places, values, width=0.38, yerr=errors, color=color, ecolor=_TEXT_COLOR, label=arm)
+            axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=9)
+        axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+        axes.set_ylabel(label)
+        axes.margins(y=0.15)
+        axes.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.15))
         return _to_svg(figure)
 
 
@@ -81,7 +89,7 @@ def draw_latency(records: Sequence[RequestRecord], concurrency: int) -> str:
             for record in records
             if record.error is None and (record.arm, record.concurrency) == (arm, concurrency)
         ]
-        for arm in ("dense", "pruned")
+        for arm in _ARM_COLORS
     }
     with mpl.rc_context(_STYLE):
         figure, panels = _new_figure(width=9.0, panels=2)
@@ -89,7 +97,7 @@ def draw_latency(records: Sequence[RequestRecord], concurrency: int) -> str:
             (panels[0], "TTFT", {arm: [one.ttft_s for one in ones] for arm, ones in measured.items()}),
             (panels[1], "TPOT", {arm: [one.tpot_s for one in ones if one.tpot_s] for arm, ones in measured.items()}),
         ):
-            for arm, color in (("dense", DENSE_COLOR), ("pruned", PRUNED_COLOR)):
+            for arm, color in _ARM_COLORS.items():
                 if values[arm]:
                     axes.ecdf(np.array(values[arm]) * 1000, color=color, label=arm, linewidth=2)
             axes.set_xlabel(f"{name} (ms), concurrency {concurrency}")

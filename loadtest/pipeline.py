@@ -17,7 +17,7 @@ from gradmap.errors import UserError
 from gradmap.files import read_json, refuse_foreign_directory, sha256_file, sha256_json, write_json
 from gradmap.verdict import EXIT_CODES
 from loadtest.recipe import Recipe, load_recipe
-from loadtest.report import summary_rows, write_report
+from loadtest.report import judgements, summary_rows, write_report
 
 RECIPE_COPY = "recipe.yaml"
 STAGES_DIRECTORY = ".stages"
@@ -27,7 +27,7 @@ STAGES_DIRECTORY = ".stages"
 class Stage:
     """One `gradmap` command. inputs: files and directories it reads; output: what must exist when it is done.
 
-    verdicts: whether exit codes other than 0 are results (of the load test) and not failures.
+    verdicts: whether exit codes other than 0 are results of a gate and not failures.
     """
 
     name: str
@@ -43,7 +43,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     model_files = (Path(recipe.model, recipe.gguf_file or ""),)
     plan, evaluation = out / "plan", out / "eval.json"
     export_flags = [flag for name in recipe.export.formats for flag in ("--format", name)]
-    texts = [f"{name}={source}" for name, source in recipe.eval.perplexity.items()]
+    task_data = () if recipe.eval.task_data is None else (Path(recipe.eval.task_data),)
     text_files = tuple(path for source in recipe.eval.perplexity.values() for path in _source_files(source))
     return [
         Stage(
@@ -56,10 +56,11 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             "eval",
             (
                 *("eval", *model, "--plan", str(plan), "--out", str(evaluation)),
-                *_flags(recipe.eval.model_dump() | {"perplexity": texts}),
+                *_flags(_evaluation_options(recipe)),
             ),
-            (*model_files, plan, *text_files),
+            (*model_files, plan, *text_files, *task_data),
             evaluation,
+            verdicts=True,
         ),
         Stage(
             "export",
@@ -86,6 +87,12 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     ]
 
 
+def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
+    texts = [f"{name}={source}" for name, source in recipe.eval.perplexity.items()]
+    tasks = ",".join(recipe.eval.tasks) or None
+    return recipe.eval.model_dump() | {"perplexity": texts, "tasks": tasks} | recipe.quality.model_dump()
+
+
 def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool) -> dict[str, Any]:
     """Runs what is not done yet, writes the reports, prints the table; returns result.json.
 
@@ -105,7 +112,8 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     timings_s = {name: read_json(_marker(out, name))["seconds"] for name in names}
     result = write_report(out, timings_s)
     print_table("Dense against pruned", ("", "dense", "pruned", "pruned / dense"), summary_rows(result))
-    print(f"Verdict of the load test: {result['loadtest']['verdict']}: {result['loadtest']['reason']}")
+    for gate, judgement in judgements(result).items():
+        print(f"Verdict on {gate}: {judgement['verdict']}: {judgement['reason']}")
     print(f"Report: {out / 'report.html'}")
     return result
 

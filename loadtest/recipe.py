@@ -43,11 +43,28 @@ class ExportSection(_Section):
 
 
 class EvalSection(_Section):
-    perplexity: dict[str, str] = Field(min_length=1)
+    perplexity: dict[str, str] = {}
+    segment: int | None = None
+    tasks: list[str] = []
+    task_data: str | None = None
+    answers: bool | None = None
     limit: int | None = None
     seed: int | None = None
     dtype: str | None = None
     device: str | None = None
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> Self:
+        if not (self.perplexity or self.tasks):
+            raise ValueError("there is nothing to evaluate; give perplexity or tasks")
+        return self
+
+
+class QualitySection(_Section):
+    """The gate of the evaluation; the load test's is `loadtest.require_speedup`."""
+
+    max_average_drop: float | None = None
+    max_perplexity_ratio: float | None = None
 
 
 class LoadTestSection(_Section):
@@ -69,7 +86,16 @@ class Recipe(_Section):
     prune: PruneSection
     export: ExportSection = ExportSection()
     eval: EvalSection
+    quality: QualitySection = QualitySection()
     loadtest: LoadTestSection = LoadTestSection()
+
+    @model_validator(mode="after")
+    def _measures_what_is_gated(self) -> Self:
+        if self.quality.max_average_drop is not None and not self.eval.tasks:
+            raise ValueError("quality.max_average_drop needs eval.tasks")
+        if self.quality.max_perplexity_ratio is not None and not self.eval.perplexity:
+            raise ValueError("quality.max_perplexity_ratio needs eval.perplexity")
+        return self
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import jinja2
 from markupsafe import Markup
 
 from gradmap.environment import describe_environment
+from gradmap.evaluation.answers import NEW_TOKENS
+from gradmap.evaluation.table import describe_retained, tabulate
 from gradmap.files import read_json, sha256_file, write_json, write_text
 from gradmap.plan import Plan, load_plan
+from gradmap.verdict import Verdict, worst
 from loadtest import figures
 from loadtest.outcome import RECORDS_FILE, REPORT_FILE
 from loadtest.records import read_records
@@ -30,7 +34,8 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
     records = read_records(out / "loadtest" / RECORDS_FILE)
     drawings = {
         "importance": figures.draw_importance(plan),
-        "perplexity": figures.draw_perplexity(result),
+        "perplexity": figures.draw_perplexity(result) if result["texts"] else "",
+        "accuracy": figures.draw_accuracy(result) if result["tasks"] else "",
         "latency": figures.draw_latency(records, min(load_report["settings"]["concurrency"])),
         "speed_ups": figures.draw_speed_ups(load_report) if load_report["speedup"] else "",
     }
@@ -47,10 +52,15 @@ def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, fl
         arm: evaluation[arm] | {"bytes": read_json(artifacts[arm] / "gradmap.json")["weight_bytes"]}
         for arm in ("dense", "pruned")
     }
+    quality = evaluation["quality"]
+    verdicts = [judged["verdict"] for judged in (load_report, quality) if judged]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
+        "verdict": str(worst(map(Verdict, verdicts))),
         "model": evaluation["model"],
         **sides,
+        **{key: evaluation[key] for key in ("texts", "tasks", "comparison", "quality", "answers")},
+        "segment": evaluation["settings"]["segment"],
         "loadtest": {key: load_report[key] for key in ("verdict", "reason", "required_speedup", "speedup", "arms")},
         "artifacts": {
             str(path.relative_to(out)): {
@@ -65,6 +75,12 @@ def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, fl
     }
 
 
+def judgements(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Gate -> its verdict and reason; quality only if the recipe asks for some."""
+    gates = {"speed": result["loadtest"], "quality": result["quality"]}
+    return {name: judged for name, judged in gates.items() if judged}
+
+
 def summary_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The table: what is measured, dense, pruned, and pruned over dense."""
     dense, pruned = result["dense"], result["pruned"]
@@ -76,6 +92,9 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for name in dense["perplexity"]:
         values = [side["perplexity"][name]["value"] for side in (dense, pruned)]
         rows.append(_row(f"perplexity, {name}", "{:.1f}", *values))
+    if result["tasks"]:
+        averages = [100 * side["average_accuracy"]["value"] for side in (dense, pruned)]
+        rows.append(_row(f"average accuracy (%), {_count(len(result['tasks']), 'task')}", "{:.1f}", *averages))
     for level, summaries in _levels(result).items():
         for metric in ("ttft_s", "tpot_s"):
             if all(summary[metric] for summary in summaries):
@@ -104,29 +123,45 @@ def render_html(plan: Plan, result: dict[str, Any], drawings: dict[str, str]) ->
     return environment.get_template("report.html.j2").render(
         plan=plan,
         result=result,
+        judgements=judgements(result),
         rows=summary_rows(result),
+        quality_table=tabulate(result),
+        retained=describe_retained(result),
+        answer_tokens=NEW_TOKENS,
         drawings={name: Markup(svg) for name, svg in drawings.items()},
     )
 
 
 def render_markdown(plan: Plan, result: dict[str, Any]) -> str:
     """The summary for a pull request."""
-    loadtest = result["loadtest"]
+    quality = tabulate(result)
     lines = [
         f"## GradMAP: {_code(result['model'])} without {len(plan.removal_order)} of {plan.base_model.layers} layers",
         "",
-        f"**{loadtest['verdict']}**: {loadtest['reason']}.",
+        *(f"- {gate}: **{judged['verdict']}**: {judged['reason']}." for gate, judged in judgements(result).items()),
         "",
         "| | dense | pruned | pruned / dense |",
         "|---|---:|---:|---:|",
-        *("| " + " | ".join(row) + " |" for row in summary_rows(result)),
+        *map(_markdown_row, summary_rows(result)),
+        "",
+        _markdown_row(quality.columns),
+        "|---|" + "---:|" * (len(quality.columns) - 1),
+        *map(_markdown_row, quality.rows),
         "",
         f"Removed layers, in order: {', '.join(map(str, plan.removal_order))}.",
     ]
-    for metric, value in loadtest["speedup"].items():
+    for metric, value in result["loadtest"]["speedup"].items():
         spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f} to {value['high']:.2f})"
         lines.append(f"- speed-up, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}")
     return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _code(text: str) -> str:

@@ -5,5 +5,6 @@ backends.py          what a model must be able to do, wherever it runs: score co
 scoring.py           scores any number of requests with any backend: in order of length, cached, resumable
 perplexity.py, tasks.py, harness_model.py, answers.py     what is measured
 comparison.py        paired statistics and the verdict, from what was measured
+table.py             results as a table
 evaluate.py          all of it, for one model or for two
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,6 @@ import typer
 from gradmap.commands import AllowPickleOption, DeviceOption, DtypeOption, GgufOption, JsonOption
 from gradmap.console import print_json_line, print_table
 from gradmap.errors import UserError
-
-PAPER = "paper"
 
 
 def evaluate(
@@ -60,12 +57,13 @@ def evaluate(
     from gradmap.evaluation.evaluate import EvaluationSettings
     from gradmap.evaluation.evaluate import evaluate as measure
     from gradmap.evaluation.subjects import Where, find_subjects
+    from gradmap.evaluation.tasks import expand_names
     from gradmap.verdict import EXIT_CODES, Verdict
 
     settings = EvaluationSettings(
         texts=_named_sources(perplexity or []),
         segment=segment,
-        tasks=_task_names(tasks),
+        tasks=expand_names(tasks or ""),
         task_data=task_data,
         answers=answers,
         limit=limit,
@@ -95,50 +93,12 @@ def _named_sources(specs: list[str]) -> dict[str, str]:
     return named
 
 
-def _task_names(tasks: str | None) -> tuple[str, ...]:
-    from gradmap.evaluation.tasks import PAPER_TASKS
-
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    expanded = [each for name in names for each in (PAPER_TASKS if name == PAPER else (name,))]
-    return tuple(dict.fromkeys(expanded))
-
-
 def _print_result(result: dict[str, Any]) -> None:
-    labels = [label for label in ("dense", "pruned") if label in result]
-    columns = ("± standard error", *labels, *(["pruned against dense (95% interval)"] if result["comparison"] else []))
-    print_table("Evaluation", columns, [row[: len(columns)] for row in _rows(result, labels)])
-    if result["tasks"] and result["comparison"]:
-        retained = _with_interval(result["comparison"]["average"]["retained"], 100, 1)
-        print(f"Retained of the dense average: {retained} %")
+    from gradmap.evaluation.table import describe_retained, tabulate
+
+    table = tabulate(result)
+    print_table("Evaluation", table.columns, table.rows)
+    if retained := describe_retained(result):
+        print(retained)
     if result["quality"]:
         print(f"Verdict: {result['quality']['verdict']}: {result['quality']['reason']}")
-
-
-def _rows(result: dict[str, Any], labels: Sequence[str]) -> list[tuple[str, ...]]:
-    """What is measured, the value of each model, and how they compare (empty for a single model)."""
-    comparison = result["comparison"] or {}
-    sides = [result[label] for label in labels]
-    rows = []
-    for name in result["texts"]:
-        change = _with_interval(comparison["perplexity_ratio"][name], 1, 2) if comparison else ""
-        values = [_with_error(side["perplexity"][name], 1, 2) for side in sides]
-        rows.append((f"perplexity, {name}", *values, f"x {change}"))
-    for name in result["tasks"]:
-        metric = sides[0]["accuracy"][name]["metric"]
-        change = _with_interval(comparison["tasks"][name]["difference"], 100, 1) if comparison else ""
-        rows.append((f"{name}, {metric} (%)", *(_with_error(side["accuracy"][name], 100, 1) for side in sides), change))
-    if result["tasks"]:
-        change = _with_interval(comparison["average"]["difference"], 100, 1) if comparison else ""
-        rows.append(("average (%)", *(_with_error(side["average_accuracy"], 100, 1) for side in sides), change))
-    for rate in ("empty", "repetition") if result["answers"] else ():
-        rows.append((f"answers, {rate}", *(f"{side['answers'][rate]:.2f}" for side in sides), ""))
-    return rows
-
-
-def _with_error(estimate: dict[str, Any], factor: float, digits: int) -> str:
-    return f"{estimate['value'] * factor:.{digits}f} ± {estimate['stderr'] * factor:.{digits}f}"
-
-
-def _with_interval(interval: dict[str, float], factor: float, digits: int) -> str:
-    value, low, high = (f"{interval[name] * factor:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"

@@ -18,6 +18,7 @@ from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.evaluation.scoring import Scorer
 
+PAPER = "paper"
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # The one that stands for a task, the first it has; the paper's tables hold acc_norm where a task has it.
 METRICS = ("acc_norm", "acc", "exact_match")
@@ -81,6 +82,12 @@ class TaskScores:
         return next(name for name in (*METRICS, *self.values) if name in self.values)
 
 
+def expand_names(names: str) -> tuple[str, ...]:
+    """`paper,mmlu` -> the paper's seven tasks and mmlu, each once."""
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    return tuple(dict.fromkeys(each for name in given for each in (PAPER_TASKS if name == PAPER else (name,))))
+
+
 def load_task(
     name: str, data: Path | None, limit: int | None, seed: int, calibration_texts: Sequence[str] = ()
 ) -> LoadedTask:
@@ -101,13 +108,18 @@ def load_task(
 
 def score_task(task: LoadedTask, scorer: Scorer, tokenizer: Any) -> TaskScores:
     """Evaluates the chosen documents. Raises UserError if the task has no metric that is a number per document."""
-    from lm_eval.evaluator import evaluate
-
     from gradmap.evaluation.harness_model import HarnessModel
+
+    return score_task_with(task, HarnessModel(scorer, tokenizer, task.name))
+
+
+def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
+    """The same with any model of the harness."""
+    from lm_eval.evaluator import evaluate
 
     documents = {part: indices for part, indices in task.documents.items() if indices}
     results = evaluate(
-        HarnessModel(scorer, tokenizer, task.name),
+        model,
         {"tasks": {part: task.parts[part] for part in documents}},
         samples=documents,
         bootstrap_iters=0,

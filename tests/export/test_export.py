@@ -29,7 +29,11 @@ from tests.conftest import LAYERS, Pico
 REMOVED = (3, 1)
 CORRECTED = 4
 SHARD_BYTES = 30_000
-QUALITY = {"perplexity": {"squad": {"value": 12.5, "stderr": 0.5}}}
+QUALITY = {
+    "perplexity": {"squad": {"value": 12.5, "stderr": 0.5}},
+    "accuracy": {"piqa": {"value": 0.625, "stderr": 0.011, "metric": "acc_norm"}},
+    "segment": 128,
+}
 # Stands in for an environment without our packages: importing any of them fails.
 WITHOUT_US = "import sys; sys.modules.update(dict.fromkeys(('gradmap', 'export', 'serving', 'loadtest')));"
 
@@ -168,9 +172,10 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
     card = ModelCard.load(artifact[0] / "README.md")
     assert card.data.library_name == "transformers"
     assert "layer-pruning" in card.data.tags
-    (result,) = card.data.eval_results
-    assert (result.dataset_name, result.metric_type, result.metric_value) == ("squad", "perplexity", 12.5)
+    results = [(one.dataset_name, one.metric_type, one.metric_value) for one in card.data.eval_results]
+    assert results == [("squad", "perplexity", 12.5), ("piqa", "acc_norm", 62.5)]
     assert "12.5 ± 0.5" in card.text
+    assert "62.5 ± 1.1 %" in card.text
 
 
 def test_results_of_another_model_do_not_get_into_the_card(artifact, tmp_path):

@@ -12,9 +12,13 @@ import torch
 from export.onnx_export import OPSET, export_onnx, quantise_int8
 from gradmap.architectures import ARCHITECTURES
 from gradmap.errors import UserError
+from gradmap.evaluation.backends import Request
+from gradmap.evaluation.onnx_backend import OnnxBackend
+from gradmap.evaluation.transformers_backend import score_reference
 from gradmap.onnx_session import OnnxCausalLM
 from tests.conftest import FAMILIES, LAYERS, VOCABULARY, make_pico
 from tests.export.test_export import WITHOUT_US, export, make_source
+from tests.gradmap.evaluation.test_scoring import random_requests
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch.onnx's own
 
@@ -146,3 +150,21 @@ def test_onnxruntime_genai_runs_its_own_artifact(tmp_path):
 def test_what_a_format_cannot_hold_is_refused(picos, tmp_path, form, settings, message):
     with pytest.raises(UserError, match=message):
         export(make_source(picos["llama"]), tmp_path, form, **settings)
+
+
+def test_evaluation_in_onnx_runtime_gives_the_scores_of_transformers(picos, tmp_path):
+    pico = picos["llama"]
+    export_onnx(pico.directory, tmp_path)
+    model = pico.load(torch.float32)
+    backend = OnnxBackend(tmp_path, model.config.to_dict(), end_tokens=[2])
+    requests = random_requests(torch.Generator().manual_seed(5))
+    for request, score in zip(requests, backend.score(requests), strict=True):
+        expected = score_reference(model, request)
+        # a log likelihood is a difference of logits for each token of the continuation
+        tolerance = 2 * FLOAT32_TOLERANCE * 10 * len(request.continuation)
+        assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=tolerance)
+        assert score.greedy == expected.greedy
+    prompt = [5, 6, 7]
+    (answer,) = backend.generate([prompt], 6)
+    assert len(answer) == 6
+    assert score_reference(model, Request(tuple(prompt), tuple(answer))).greedy

