@@ -142,8 +142,12 @@ def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 @cache
 def _manager() -> Any:
-    from lm_eval.tasks import TaskManager
-
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError(
+            "Zero-shot tasks need lm-evaluation-harness; install it: pip install 'gradmap[eval]'."
+        ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.environment import vllm_defaults
+from gradmap.errors import UserError
 from gradmap.evaluation.backends import Request, Score
 from gradmap.precision import AUTOCAST
 
@@ -23,8 +24,10 @@ class VllmBackend:
     def __init__(self, directory: Path, config: Mapping[str, Any], dtype: str) -> None:
         for variable, value in (vllm_defaults() | {"VLLM_LOGGING_LEVEL": "ERROR"}).items():
             os.environ.setdefault(variable, value)
-        from vllm import LLM
-
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise UserError("vLLM is not installed; pip install 'gradmap[gpu]', or 'gradmap[cpu]'.") from None
         longest = int(config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS)
         window = min(MAX_TOKENS, longest)
         dtype = "bfloat16" if dtype == AUTOCAST else dtype

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from gradmap.cli import build_app, run_app
+from gradmap.evaluation import tasks
 from gradmap.evaluation.answers import PROMPTS, repeated_share
 from gradmap.evaluation.tasks import PAPER_TASKS
 from tests.conftest import ASSETS, SMOLLM2, SMOLLM2_GGUF
@@ -172,3 +174,18 @@ def test_questions_that_were_calibrated_on_are_not_asked(run, planned, tmp_path)
     )
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "eval.json").read_text())["tasks"]["boolq"]["left_out"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("lm_eval.tasks", ("--tasks", "piqa", "--task-data", DATA), "pip install 'gradmap[eval]'"),
+        ("vllm", ("--backend", "vllm"), "vLLM is not installed"),
+    ],
+)
+def test_a_missing_package_is_named(evaluate, monkeypatch, module, arguments, message):
+    tasks._manager.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    finished = evaluate(*arguments)
+    assert finished.returncode == 2
+    assert message in finished.stderr
