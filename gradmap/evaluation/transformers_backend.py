@@ -20,7 +20,9 @@ from gradmap.evaluation.backends import Request, Score
 from gradmap.precision import computing_in
 
 # Tokens in one pass; halved when memory runs out. More brings no speed.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Logits in float32 at once: what stays in a CPU's cache, and is no fresh memory every time.
+LOGITS_BYTES = {"cpu": 1 << 23, "cuda": 1 << 30}
 GENERATION_BATCH = 8
 _PADDING = -1
 
@@ -210,10 +212,14 @@ def _logits_at(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 
 def _token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(N, V), (N,) -> log likelihood of each target (N,), float64, and whether it is the most likely token."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = logits.gather(1, targets[:, None])[:, 0]
-    log_likelihoods = chosen.double() - logits.logsumexp(dim=1).double()
-    return log_likelihoods.cpu(), (chosen >= logits.amax(dim=1)).cpu()
+    rows = max(1, LOGITS_BYTES[logits.device.type] // (4 * logits.shape[1]))
+    log_likelihoods, greedy = [], []
+    for part, part_targets in zip(logits.split(rows), targets.split(rows), strict=True):
+        part = part if part.dtype == torch.float64 else part.float()
+        chosen = part.gather(1, part_targets[:, None])[:, 0]
+        log_likelihoods.append(chosen.double() - part.logsumexp(dim=1).double())
+        greedy.append(chosen >= part.amax(dim=1))
+    return torch.cat(log_likelihoods).cpu(), torch.cat(greedy).cpu()
 
 
 @torch.inference_mode()

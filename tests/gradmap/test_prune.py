@@ -67,16 +67,16 @@ def test_eval_measures_dense_and_pruned(planned, tmp_path):
     out = tmp_path / "eval.json"
     finished = gradmap(
         *("eval", "--model", pico.directory, "--plan", plan, "--perplexity", f"own=file:{tmp_path}/other.txt"),
-        *("--dtype", "float64", "--out", out),
+        *("--segment", 64, "--dtype", "float64", "--out", out),
     )
     assert finished.returncode == 0, finished.stderr
     result = json.loads(out.read_text())
     assert (result["dense"]["layers"], result["pruned"]["layers"]) == (LAYERS, LAYERS - 2)
-    ids = torch.tensor([[3 + (7 * index) % 190 for index in range(384)]]).reshape(3, 128)
-    losses = sample_losses(pico.load()(input_ids=ids).logits, ids) / 127
+    ids = torch.tensor([[3 + (7 * index) % 190 for index in range(384)]]).reshape(6, 64)
+    losses = sample_losses(pico.load()(input_ids=ids).logits, ids) / 63
     estimate = result["dense"]["perplexity"]["own"]
     assert estimate["value"] == pytest.approx(losses.mean().exp().item(), rel=1e-9)
-    assert estimate["stderr"] == pytest.approx(estimate["value"] * losses.std().item() / math.sqrt(3), rel=1e-9)
+    assert estimate["stderr"] == pytest.approx(estimate["value"] * losses.std().item() / math.sqrt(6), rel=1e-9)
 
 
 def test_evaluating_on_the_calibration_text_is_refused(planned, word_file, tmp_path):
