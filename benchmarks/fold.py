@@ -41,13 +41,14 @@ from pathlib import Path
 from export.fold import plan_fold, write_folded
 from gradmap.architectures import architecture_of
 from gradmap.checkpoint import open_checkpoint
+from gradmap.corrections import Place, Projection
 from gradmap.files import atomic_directory
 started = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 layers, width = checkpoint.config["num_hidden_layers"], checkpoint.config["hidden_size"]
 removed = range(layers // 2, layers // 2 + layers // 4)
-matrices = {layers - 2: torch.eye(width, dtype=torch.float64)}
-folded = plan_fold(checkpoint, architecture_of(checkpoint.config), removed, matrices, torch.bfloat16)
+changes = {Place(layers - 2, "mlp.down_proj"): (Projection(torch.eye(width, dtype=torch.float64)),)}
+folded = plan_fold(checkpoint, architecture_of(checkpoint.config), removed, changes, torch.bfloat16)
 with atomic_directory(Path(sys.argv[2]), "model.safetensors") as directory:
     write_folded(directory, folded, int(sys.argv[3]))
 print(time.perf_counter() - started)

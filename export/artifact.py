@@ -50,7 +50,7 @@ from gradmap.console import say
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
-from gradmap.plan import PLAN_FILE, load_calibration_ids, load_corrections, load_plan, require_same_model
+from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
 from gradmap.precision import DTYPES
 
 SCHEMA_VERSION = 2
@@ -117,8 +117,8 @@ def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
     plan = load_plan(plan_directory)
     require_same_model(plan, checkpoint)
     probe_ids = load_calibration_ids(plan_directory, plan)[:PROBE_SAMPLES, :PROBE_TOKENS]
-    matrices = load_corrections(plan_directory, plan)
-    return Source(checkpoint, plan, sha256_file(plan_directory / PLAN_FILE), matrices, probe_ids)
+    changes = load_changes(plan_directory, plan)
+    return Source(checkpoint, plan, sha256_file(plan_directory / PLAN_FILE), changes, probe_ids)
 
 
 def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dict[str, dict[str, Any]]:
@@ -131,7 +131,7 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
         refuse_foreign_directory(out / name, ARTIFACT_FILE)
     say("Computing reference logits")
     dtypes = {target.rounding for target in targets.values()}
-    references = compute_references(source.checkpoint, source.removed, source.matrices, source.probe_ids, dtypes)
+    references = compute_references(source.checkpoint, source.removed, source.changes, source.probe_ids, dtypes)
     return {
         name: _export_one(source, FORMATS[name], target, references[target.rounding], settings, out / name)
         for name, target in targets.items()
@@ -240,7 +240,7 @@ def _bounds(
     widest = max(stored, key=lambda dtype: torch.finfo(dtype).eps)
     served = DTYPES.get(str(config.get("dtype")), widest)
     compute = torch.float32 if runner == "run_transformers" else served
-    rounded_maps = len(source.matrices) if reference.exact else LINEAR_MAPS_PER_LAYER * layers
+    rounded_maps = len(source.changes) if reference.exact else LINEAR_MAPS_PER_LAYER * layers
     hidden_size = int(config.get("hidden_size") or config["n_embd"])
     return Bounds(tolerance=logit_tolerance(layers, hidden_size, compute, rounded_maps, widest))
 
@@ -272,7 +272,7 @@ def _describe(
         else {
             "sha256": source.plan_hash,
             "removal_order": plan.removal_order,
-            "corrected_layers": sorted(source.matrices),
+            "corrected_layers": sorted({place.layer for place in source.changes}),
             "calibration": plan.calibration.model_dump(),
         },
         "verification": {_label(runner): asdict(comparison) for runner, comparison in comparisons.items()},

@@ -92,13 +92,7 @@ def _describe_pruning(plan: Plan) -> str:
         f"- calibration: {calibration.samples} x {calibration.tokens} tokens of `{calibration.source}`, "
         f"seed {calibration.seed}",
     ]
-    for correction in plan.corrections:
-        if correction.accepted:
-            lines.append(
-                f"- the {correction.target} of layer {correction.layer} (original index) carries the projection "
-                f"compensation W'; held-out loss {correction.held_out_loss_before:.3f} -> "
-                f"{correction.held_out_loss_after:.3f} nats per token"
-            )
+    lines += [f"- {repair.describe()}" for repair in plan.repairs if repair.accepted]
     return "\n".join([lines[0], "", *lines[1:]])
 
 

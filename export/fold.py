@@ -1,8 +1,8 @@
 """The streaming fold: read a tensor, drop or rename or multiply it, write it. No model is instantiated.
 
-Removed layers are dropped and later ones renumbered; W' is multiplied onto its down projection in float64 and
-rounded once to the target dtype, or to eight bits (GradMAP, Eq. 13). Memory: one tensor and the corrections; speed:
-the disk's.
+Removed layers are dropped and later ones renumbered; corrections (W' of GradMAP's Eq. 13, and others) are folded into
+their weights in float64 and rounded once to the target dtype, or to eight bits. Memory: one tensor and the corrections;
+speed: the disk's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from export.safetensors_writer import write_safetensors
 from gradmap.architectures import Architecture
 from gradmap.checkpoint import INDEX_NAME, Checkpoint
 from gradmap.console import progress
+from gradmap.corrections import Change, Changes, Place, fold_changes
 from gradmap.errors import UserError
 from gradmap.files import write_json
 from gradmap.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
@@ -27,14 +28,14 @@ from gradmap.safetensors_reader import StoredTensor, TensorSpec, list_tensors, r
 
 @dataclass(frozen=True)
 class FoldedTensor:
-    """One tensor to write: where it comes from, and W' (d, d) float64 if it is corrected.
+    """One tensor to write: where it comes from, and what changes it.
 
     spec: what it becomes. quantise: whether that is then stored in eight bits.
     """
 
     source: StoredTensor
     spec: TensorSpec
-    matrix: Tensor | None = None
+    changes: tuple[Change, ...] = ()
     transposed: bool = False
     quantise: bool = False
 
@@ -52,19 +53,19 @@ def plan_fold(
     checkpoint: Checkpoint,
     architecture: Architecture,
     removed: Sequence[int],
-    matrices: dict[int, Tensor],
+    changes: Changes,
     dtype: torch.dtype | None,
     quantise: bool = False,
 ) -> list[FoldedTensor]:
     """Decides, from the checkpoint's headers alone, what becomes of every tensor.
 
-    matrices: original layer index -> W'. dtype: of the floating-point tensors; None keeps each tensor's own.
-    quantise: whether the layers' linear maps are stored in eight bits. Raises UserError if a layer or a down
-    projection to correct is not in the checkpoint.
+    dtype: of the floating-point tensors; None keeps each tensor's own. quantise: whether the layers' linear maps are
+    stored in eight bits. Raises UserError if a layer or a weight to correct is not in the checkpoint.
     """
     kept = [index for index in range(checkpoint.config[architecture.layer_count_key]) if index not in set(removed)]
     new_index = {index: position for position, index in enumerate(kept)}
     folded: list[FoldedTensor] = []
+    missing = set(changes)
     for source in [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]:
         stored = source.spec
         place = architecture.parse_tensor_name(stored.name)
@@ -75,23 +76,19 @@ def plan_fold(
         prefix, index, suffix = place
         if index not in new_index:
             continue
-        corrected = architecture.is_down_projection(suffix)
+        places = [key for key in changes if key.layer == index and architecture.is_weight_of(key.target, suffix)]
+        missing -= set(places)
         folded.append(
             FoldedTensor(
                 source,
                 TensorSpec(f"{prefix}.{new_index[index]}.{suffix}", target_dtype, stored.shape),
-                matrix=matrices.get(index) if corrected else None,
+                changes=tuple(change for place in places for change in changes[place]),
                 transposed=architecture.transposed_linear,
                 quantise=quantise and len(stored.shape) == 2,
             )
         )
-    _require_complete(checkpoint, architecture, kept, matrices, folded)
+    _require_complete(checkpoint, architecture, len(kept), missing, folded)
     return folded
-
-
-def fold_weight(weight: Tensor, matrix: Tensor, transposed: bool) -> Tensor:
-    """Eq. 13 in float64: W' W_down, (d, d) (d, k) -> (d, k); stored transposed (k, d), it is W_down^T W'^T."""
-    return weight.double() @ matrix.mT if transposed else matrix @ weight.double()
 
 
 def split_shards(folded: Sequence[FoldedTensor], shard_bytes: int) -> list[list[FoldedTensor]]:
@@ -131,7 +128,7 @@ def count_parameters(folded: Sequence[FoldedTensor]) -> int:
 
 def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
     for tensor, value in zip(shard, read_tensors([tensor.source for tensor in shard]), strict=True):
-        folded = value if tensor.matrix is None else fold_weight(value, tensor.matrix, tensor.transposed)
+        folded = fold_changes(value, tensor.changes, tensor.transposed) if tensor.changes else value
         if tensor.quantise:
             _require_finite(folded, tensor)
             yield from quantise_weight(folded)
@@ -159,18 +156,12 @@ def _require_finite(value: Tensor, tensor: FoldedTensor) -> None:
 
 
 def _require_complete(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    kept: Sequence[int],
-    matrices: dict[int, Tensor],
-    folded: Sequence[FoldedTensor],
+    checkpoint: Checkpoint, architecture: Architecture, kept: int, missing: set[Place], folded: Sequence[FoldedTensor]
 ) -> None:
     places = [architecture.parse_tensor_name(tensor.spec.name) for tensor in folded]
     present = {place[1] for place in places if place is not None}
-    if present != set(range(len(kept))):
+    if present != set(range(kept)):
         raise UserError(f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it again.")
-    if architecture.uncorrectable is not None and matrices:
-        raise UserError(f"{checkpoint.name} cannot be corrected: {architecture.uncorrectable}; prune again.")
-    corrected = {place[1] for place, tensor in zip(places, folded, strict=True) if place and tensor.matrix is not None}
-    if len(corrected) != len(matrices):
-        raise UserError(f"{checkpoint.name} lacks a down projection ({architecture.down_projection}) to correct.")
+    if missing:
+        layer, target = min(missing)
+        raise UserError(f"{checkpoint.name} lacks the weight of {target} in layer {layer}, which the plan corrects.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from export.runners.probe_io import decode_greedily, placement_for, transformers_step
 from gradmap.architectures import Architecture, architecture_of
 from gradmap.checkpoint import Checkpoint, load_model
-from gradmap.compensation import pruned_and_corrected
+from gradmap.corrections import Changes, pruned_and_corrected
 from gradmap.errors import UserError
 
 # Safetensors inside; not so named, because vLLM takes every *.safetensors of a directory for weights.
@@ -66,14 +66,14 @@ def random_probe(vocabulary: int) -> Tensor:
 def compute_references(
     checkpoint: Checkpoint,
     removed: tuple[int, ...],
-    matrices: dict[int, Tensor],
+    changes: Changes,
     input_ids: Tensor,
     dtypes: Collection[torch.dtype | None],
 ) -> dict[torch.dtype | None, Reference]:
     """Runs the unfolded compensated model in float32 on the CPU, as a reloaded artifact will be.
 
-    dtypes: for each of these (None: as stored), one reference with the weights rounded to it; the down projections
-    that W' multiplies are not rounded, since an artifact rounds the product. A model too large for memory is read
+    dtypes: for each of these (None: as stored), one reference with the weights rounded to it; those that
+    are corrected are not rounded, since an artifact rounds the corrected ones. A model too large for memory is read
     from disk layer by layer; then weights stay as stored and no text is generated.
     """
     placement = placement_for(checkpoint.directory)
@@ -85,10 +85,10 @@ def compute_references(
         if model is None or rounded:  # rounding twice is not rounding once
             model = load_model(checkpoint, "float32", "cpu", **placement)
         if dtype is not None and not placement:
-            _round_parameters(model, architecture, dtype, keep=matrices)
+            _round_parameters(model, architecture, dtype, keep=changes)
             rounded = True
         greedy_tokens = 0 if placement else _greedy_tokens(checkpoint.config, input_ids)
-        with pruned_and_corrected(model, architecture, removed, matrices):
+        with pruned_and_corrected(model, architecture, removed, changes):
             references[dtype] = _run(model, input_ids, greedy_tokens, exact=dtype is None or not placement)
     return references
 
@@ -131,9 +131,9 @@ def _run(model: Any, input_ids: Tensor, greedy_tokens: int, exact: bool) -> Refe
     return Reference(input_ids, logits, logits.double().square().mean().sqrt().item(), greedy_ids, margins, exact)
 
 
-def _round_parameters(model: Any, architecture: Architecture, dtype: torch.dtype, keep: Collection[int]) -> None:
+def _round_parameters(model: Any, architecture: Architecture, dtype: torch.dtype, keep: Changes) -> None:
     layers = architecture.layer_list(model)
-    kept = {id(weight) for index in keep for weight in architecture.down_projection_weights(layers[index])}
+    kept = {id(weight) for place in keep for weight in architecture.weights_of(layers[place.layer], place.target)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in kept:
             parameter.copy_(parameter.to(dtype))

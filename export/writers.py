@@ -22,6 +22,7 @@ from export.verification import run_child
 from gradmap.architectures import architecture_of, prune_config
 from gradmap.checkpoint import Checkpoint
 from gradmap.console import say
+from gradmap.corrections import Changes
 from gradmap.errors import UserError
 from gradmap.files import read_json, write_json, write_text
 from gradmap.plan import Plan
@@ -56,7 +57,7 @@ class Source:
     checkpoint: Checkpoint
     plan: Plan | None
     plan_hash: str | None
-    matrices: dict[int, Tensor]
+    changes: Changes
     probe_ids: Tensor
 
     @property
@@ -210,7 +211,7 @@ def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: 
 def _write_weights(directory: Path, source: Source, target: Target, quantise: bool) -> Written:
     checkpoint = source.checkpoint
     architecture = architecture_of(checkpoint.config)
-    folded = plan_fold(checkpoint, architecture, source.removed, source.matrices, target.torch_dtype, quantise)
+    folded = plan_fold(checkpoint, architecture, source.removed, source.changes, target.torch_dtype, quantise)
     weight_bytes = sum(tensor.stored_bytes for tensor in folded)
     _require_space(directory, weight_bytes)
     hashes = write_folded(directory, folded, target.shard_bytes)

@@ -71,6 +71,16 @@ class Architecture:
             return name == f"{self.down_projection}.weight"
         return re.fullmatch(self.expert_down_projections, name) is not None
 
+    def is_weight_of(self, target: str, name: str) -> bool:
+        """Whether the tensor of this name (inside a layer) is the weight of a linear map (its path inside a layer)."""
+        return self.is_down_projection(name) if target == self.down_projection else name == f"{target}.weight"
+
+    def weights_of(self, layer: nn.Module, target: str) -> list[nn.Parameter]:
+        """The same of a layer in memory; several for the down projections of experts."""
+        if target == self.down_projection:
+            return self.down_projection_weights(layer)
+        return [layer.get_submodule(target).get_parameter("weight")]
+
     def parse_tensor_name(self, name: str) -> tuple[str, int, str] | None:
         """Splits `model.layers.7.mlp.up_proj.weight` into (`model.layers`, 7, `mlp.up_proj.weight`).
 

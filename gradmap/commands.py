@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gradmap.console import print_json_line, print_table
+from gradmap.errors import UserError
 
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory, or hub id such as org/name.")]
 GgufOption = Annotated[str | None, typer.Option(help="A GGUF file inside the model directory; it is dequantised.")]
@@ -28,10 +29,18 @@ def prune(
     allow_pickle: AllowPickleOption = False,
     remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
-    selector: Annotated[str, typer.Option(help="How layers are chosen: gradient (GradMAP).")] = "gradient",
+    selector: Annotated[
+        str,
+        typer.Option(help="How layers are chosen: gradient, block-influence, sleb, taylor, magnitude, random, manual."),
+    ] = "gradient",
     compensator: Annotated[
-        str, typer.Option(help="How the loss is repaired: projection (GradMAP), none.")
+        str, typer.Option(help="How the loss is repaired: projection, sequential, refit, distil, none.")
     ] = "projection",
+    layers: Annotated[
+        str | None, typer.Option(help="For --selector manual: which layers, in order of removal, such as 21,22.")
+    ] = None,
+    protect_first: Annotated[int, typer.Option(min=0, help="So many first layers stay.")] = 0,
+    protect_last: Annotated[int, typer.Option(min=0, help="So many last layers stay.")] = 0,
     one_shot: Annotated[bool, typer.Option("--one-shot", help="Score once instead of after every removal.")] = False,
     calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
@@ -62,6 +71,9 @@ def prune(
         selector=selector,
         compensator=compensator,
         one_shot=one_shot,
+        layers=_parse_layers(layers),
+        protect_first=protect_first,
+        protect_last=protect_last,
         samples=samples,
         tokens=tokens,
         seed=seed,
@@ -76,3 +88,10 @@ def prune(
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
         print_json_line({"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s})
+
+
+def _parse_layers(layers: str | None) -> list[int]:
+    try:
+        return [int(layer) for layer in layers.split(",")] if layers else []
+    except ValueError:
+        raise UserError(f"--layers is {layers}; give layer numbers with commas between them, such as 21,22.") from None

@@ -46,10 +46,16 @@ def record_layer_calls(model: Any, layers: Iterable[nn.Module], input_ids: Tenso
     return entering[0], calls
 
 
+def logits_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
+    """What the model makes of the output of its last layer: (B, T, d), (B, T) -> (B, T, V)."""
+    with forward_replaced(layers, lambda *args, **kwargs: hidden):
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits
+
+
 def losses_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
     """The loss of Eq. 5 of each sample, given the output of the last layer: (B, T, d), (B, T) -> (B,)."""
-    with forward_replaced(layers, lambda *args, **kwargs: hidden):
-        logits = model(input_ids=input_ids, use_cache=False).logits
+    logits = logits_from(model, layers, hidden, input_ids)
     losses: Tensor = _SumOfTokenLosses.apply(logits, input_ids.to(logits.device))
     return losses
 

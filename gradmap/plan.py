@@ -5,6 +5,8 @@ A plan is megabytes for any model; with the base checkpoint it is all that expor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from gradmap.calibration import hash_token_ids
 from gradmap.checkpoint import Checkpoint
+from gradmap.corrections import CHANGES, Changes, LowRank, Place, Projection, Update, gather_changes
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
 CORRECTIONS_FILE = "corrections.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -58,24 +61,49 @@ class StepRecord(_Strict):
 
 
 class CorrectionRecord(_Strict):
-    """One correction; its matrix W' (d, d) is in `corrections.safetensors` under `name` if it was accepted.
+    """One correction of the weight of `target`, a linear map inside a layer (original index).
 
-    `lambda` is Eq. 12's, relative_lambda the same over the mean diagonal of A A^T. Losses are nats per token.
+    kind: one of gradmap.corrections.CHANGES; its tensors (float32) are in `corrections.safetensors` as `name`.TENSOR if
+    it was accepted. Corrections of one weight apply in order. `lambda` is Eq. 12's, relative_lambda the same over the
+    mean diagonal of the Gram matrix; null for what was trained. Losses are nats per token.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     layer: int
     target: str
-    lam: float = Field(alias="lambda")
-    relative_lambda: float
+    kind: str
+    lam: float | None = Field(alias="lambda")
+    relative_lambda: float | None
     held_out_loss_before: float
     held_out_loss_after: float
     accepted: bool
 
     @property
     def name(self) -> str:
-        return f"layers.{self.layer}.{self.target}"
+        return f"layers.{self.layer}.{self.target}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Corrections that were fitted together, for people to read."""
+
+    corrections: tuple[CorrectionRecord, ...]
+
+    @property
+    def accepted(self) -> bool:
+        return self.corrections[0].accepted
+
+    def describe(self) -> str:
+        first = self.corrections[0]
+        where = f"the {first.target} of layer {first.layer} (original index)"
+        what = {
+            Projection.kind: f"a projection W' of {where}",
+            Update.kind: f"a refit of {where}",
+            LowRank.kind: f"low-rank corrections of {len(self.corrections)} linear maps",
+        }[first.kind]
+        change = f"held-out loss {first.held_out_loss_before:.3f} -> {first.held_out_loss_after:.3f} nats per token"
+        return f"{what}: {change}{'' if self.accepted else ', left out, because it does not help'}"
 
 
 class Plan(_Strict):
@@ -96,11 +124,17 @@ class Plan(_Strict):
     def kept_layers(self) -> list[int]:
         return [index for index in range(self.base_model.layers) if index not in set(self.removal_order)]
 
+    @property
+    def repairs(self) -> list[Repair]:
+        """The corrections, those that were fitted together as one."""
+        together = groupby(self.corrections, lambda one: (one.kind, one.held_out_loss_before, one.held_out_loss_after))
+        return [Repair(tuple(corrections)) for _, corrections in together]
 
-def save_plan(directory: Path, plan: Plan, matrices: dict[str, Tensor], input_ids: Tensor) -> None:
-    """Writes a plan directory atomically. matrices: correction name -> W' (d, d); input_ids: (N, T)."""
+
+def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids: Tensor) -> None:
+    """Writes a plan directory atomically. tensors: of the corrections; input_ids: (N, T)."""
     with atomic_directory(directory, marker=PLAN_FILE) as partial:
-        save_file({name: matrix.contiguous() for name, matrix in matrices.items()}, partial / CORRECTIONS_FILE)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / CORRECTIONS_FILE)
         save_file({"input_ids": input_ids.contiguous()}, partial / CALIBRATION_FILE)
         write_json(partial / PLAN_FILE, plan.model_dump(mode="json"))
 
@@ -123,14 +157,21 @@ def load_plan(directory: Path) -> Plan:
     return plan
 
 
-def load_corrections(directory: Path, plan: Plan) -> dict[int, Tensor]:
-    """Returns W' (d, d) float64 of every accepted correction, by original layer index."""
+def load_changes(directory: Path, plan: Plan) -> Changes:
+    """Returns every accepted correction, by the weight it changes."""
     stored = _load_tensors(directory / CORRECTIONS_FILE)
-    accepted = [correction for correction in plan.corrections if correction.accepted]
-    missing = [correction.name for correction in accepted if correction.name not in stored]
-    if missing:
-        raise UserError(f"{directory / CORRECTIONS_FILE} lacks {missing[0]}, which plan.json names; prune again.")
-    return {correction.layer: stored[correction.name].double() for correction in accepted}
+    pairs = []
+    for correction in plan.corrections:
+        if correction.accepted:
+            prefix = f"{correction.name}."
+            tensors = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+            try:
+                pairs.append((Place(correction.layer, correction.target), CHANGES[correction.kind](**tensors)))
+            except (KeyError, TypeError):
+                raise UserError(
+                    f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json names; prune again."
+                ) from None
+    return gather_changes(pairs)
 
 
 def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:

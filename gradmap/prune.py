@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradmap.architectures import architecture_of, layer_count
+from gradmap.batching import FORWARD_BATCH
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer
-from gradmap.compensation import COMPENSATORS, Compensation, Correction
+from gradmap.compensation import Compensation, Correction, Pruned
+from gradmap.compensators import COMPENSATORS
 from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
@@ -32,15 +34,15 @@ from gradmap.plan import (
 )
 from gradmap.precision import computing_in
 from gradmap.processes import is_main_process
-from gradmap.selection import SELECTORS, Selection, Step
-
-BATCH_SIZE = 4  # of forward passes
+from gradmap.selection import Selection, Step, Subject, select
+from gradmap.selectors import SELECTORS
 
 
 @dataclass(frozen=True)
 class PruneSettings:
     """How to prune. remove: number of layers K; samples x tokens: size of the calibration set.
 
+    layers: the order of removal, for selector manual. protect_first, protect_last: so many layers at either end stay.
     stream: read layers from disk one at a time, for a model that is larger than memory.
     """
 
@@ -49,6 +51,9 @@ class PruneSettings:
     selector: str = "gradient"
     compensator: str = "projection"
     one_shot: bool = False
+    layers: list[int] = field(default_factory=list)
+    protect_first: int = 0
+    protect_last: int = 0
     samples: int = 128
     tokens: int = 128
     seed: int = 42
@@ -118,33 +123,39 @@ def _make_plan(
     timings_s: dict[str, float] = {}
     with process_group(model.device), computing_in(settings.dtype, model):
         with _timed(timings_s, "select"):
-            selection = SELECTORS[settings.selector](
-                model,
-                architecture,
-                calibration.input_ids,
+            subject = Subject(
+                model, architecture, calibration, _ends(checkpoint, settings), settings.stream, tuple(settings.layers)
+            )
+            selection = select(
+                SELECTORS[settings.selector](subject),
+                subject,
                 settings.remove,
                 one_shot=settings.one_shot,
-                streamed=settings.stream,
                 done=done,
                 record=record,
             )
         with _timed(timings_s, "compensate"):
             # streamed, each pass reads every layer once, so that all samples go at once
-            batch_size = settings.samples if settings.stream else BATCH_SIZE
+            batch_size = settings.samples if settings.stream else FORWARD_BATCH
             compensation = COMPENSATORS[settings.compensator](
-                model, architecture, calibration, selection.removal_order, batch_size=batch_size
+                Pruned(model, architecture, calibration, selection.removal_order, batch_size)
             )
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, timings_s)
-    accepted = [correction for correction in compensation.corrections if correction.accepted]
-    matrices = {_describe_correction(checkpoint, correction).name: correction.matrix for correction in accepted}
+    tensors = {
+        f"{record.name}.{name}": tensor.float()
+        for record, correction in zip(plan.corrections, compensation.corrections, strict=True)
+        if record.accepted
+        for name, tensor in correction.change.tensors.items()
+    }
     if is_main_process():
-        save_plan(out, plan, matrices, calibration.input_ids)
+        save_plan(out, plan, tensors, calibration.input_ids)
     return plan
 
 
 def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
     """What the removal order depends on. The number of layers does not count: a longer order begins like a shorter."""
-    names = ("selector", "one_shot", "dtype", *(("remove",) if settings.one_shot else ()))
+    names = ["selector", "layers", "protect_first", "protect_last", "one_shot", "dtype"]
+    names += ["remove"] if settings.one_shot else []
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
@@ -173,6 +184,12 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
             f"Cannot remove {settings.remove} of the {layers} layers of {checkpoint.name}; "
             f"remove between 1 and {layers - 1}."
         )
+    protected = _ends(checkpoint, settings)
+    if layers - len(protected) < settings.remove:
+        raise UserError(
+            f"{len(protected)} of the {layers} layers are protected, so that {settings.remove} cannot be removed; "
+            "lower --protect-first, --protect-last or --remove."
+        )
     for kind, name, known in (
         ("selector", settings.selector, SELECTORS),
         ("compensator", settings.compensator, COMPENSATORS),
@@ -180,11 +197,21 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
         if name not in known:
             raise UserError(f"Unknown {kind} {name!r}; known are {', '.join(known)}.")
     uncorrectable = architecture_of(checkpoint.config).uncorrectable
-    if uncorrectable is not None and settings.compensator != "none":
+    if uncorrectable is not None and settings.compensator not in ("none", "distil"):
         raise UserError(
-            f"Layers of a {checkpoint.config['model_type']} model can be scored and removed, but not corrected: "
-            f"{uncorrectable}; add --compensator none."
+            f"The down projections of a {checkpoint.config['model_type']} model cannot be fitted in closed form: "
+            f"{uncorrectable}; use --compensator distil or none."
         )
+    if settings.stream and settings.compensator == "distil":
+        raise UserError("--compensator distil needs all weights in memory; leave out --stream, or use sequential.")
+    if bool(settings.layers) != (settings.selector == "manual"):
+        raise UserError("--layers is the order of removal for --selector manual; give both, or neither.")
+
+
+def _ends(checkpoint: Checkpoint, settings: PruneSettings) -> frozenset[int]:
+    """The layers that are protected."""
+    layers = range(layer_count(checkpoint.config))
+    return frozenset((*layers[: settings.protect_first], *layers[len(layers) - settings.protect_last :]))
 
 
 @contextmanager
@@ -221,17 +248,18 @@ def _describe_plan(
         ),
         removal_order=list(selection.removal_order),
         steps=[StepRecord(scores=step.scores, removed=list(step.removed)) for step in selection.steps],
-        drift=compensation.drift,
-        corrections=[_describe_correction(checkpoint, correction) for correction in compensation.corrections],
+        drift=dict(compensation.drift),
+        corrections=[_describe_correction(correction) for correction in compensation.corrections],
         environment=describe_environment(),
         timings_s=timings_s,
     )
 
 
-def _describe_correction(checkpoint: Checkpoint, correction: Correction) -> CorrectionRecord:
+def _describe_correction(correction: Correction) -> CorrectionRecord:
     return CorrectionRecord(
-        layer=correction.layer,
-        target=architecture_of(checkpoint.config).down_projection,
+        layer=correction.place.layer,
+        target=correction.place.target,
+        kind=correction.change.kind,
         lam=correction.lam,
         relative_lambda=correction.relative_lambda,
         held_out_loss_before=correction.held_out_loss_before,
@@ -246,9 +274,6 @@ def summarise(plan: Plan) -> list[tuple[str, Any]]:
         ("layers", f"{plan.base_model.layers} -> {len(plan.kept_layers)}"),
         ("removed, in order", ", ".join(map(str, plan.removal_order))),
     ]
-    for correction in plan.corrections:
-        change = f"{correction.held_out_loss_before:.3f} -> {correction.held_out_loss_after:.3f} nats/token"
-        verdict = "accepted" if correction.accepted else "left out, it does not help"
-        rows.append((f"correction of layer {correction.layer}", f"held-out loss {change}, {verdict}"))
+    rows += [("repair", repair.describe()) for repair in plan.repairs]
     rows += [(f"{stage} time", f"{seconds:.1f} s") for stage, seconds in plan.timings_s.items()]
     return rows

@@ -1,23 +1,23 @@
-"""Which layers go, and in which order (Algorithm 1, stage 1). Selectors are looked up by name in `SELECTORS`."""
+"""Which layers go, and in which order: score, remove the lowest, score the smaller model again (Algorithm 1, stage 1).
+
+How layers are scored is a selector's business; selectors are in `gradmap.selectors`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from gradmap.architectures import Architecture, without_layers
+from gradmap.architectures import Architecture
+from gradmap.calibration import Calibration
 from gradmap.console import progress
-from gradmap.distributed import share_of
-from gradmap.importance import fitting_batches, layer_scores, streamed_layer_scores
+from gradmap.errors import UserError
 
 
 @dataclass(frozen=True)
 class Step:
-    """One decision: the score of every layer alive before it, and the layers it removed (original indices)."""
+    """One decision: the score of every layer that could go, and the layers it removed (original indices)."""
 
     scores: dict[int, float]
     removed: tuple[int, ...]
@@ -44,64 +44,73 @@ class Selection:
         return Selection(tuple(steps))
 
 
-class Selector(Protocol):
-    """Chooses `count` layers to remove. `model` is whole again afterwards. input_ids: (N, T).
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: the model, whole, and the samples to score it on.
 
-    streamed: whether only one layer of `model` is in memory at a time. done: decisions of an interrupted run, which are
-    not made again. record: told of every new one.
+    protected: layers that stay. streamed: whether only one layer of it is in memory at a time. order: of removal, for
+    `manual`.
     """
 
-    def __call__(
-        self,
-        model: Any,
-        architecture: Architecture,
-        input_ids: Tensor,
-        count: int,
-        *,
-        one_shot: bool,
-        streamed: bool,
-        done: Sequence[Step],
-        record: Callable[[Step], None],
-    ) -> Selection: ...
+    model: Any
+    architecture: Architecture
+    calibration: Calibration
+    protected: frozenset[int] = frozenset()
+    streamed: bool = False
+    order: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> range:
+        return range(len(self.architecture.layer_list(self.model)))
+
+    def alive(self, removed: Collection[int]) -> list[int]:
+        return [layer for layer in self.layers if layer not in removed]
 
 
-def select_by_gradient(
-    model: Any,
-    architecture: Architecture,
-    input_ids: Tensor,
+Advance = Callable[[int], None]
+
+
+class LayerScorer(Protocol):
+    """Scores layers: the lowest goes first. It leaves the model whole."""
+
+    def work(self, alive: int) -> int:
+        """What scoring that many layers takes, in the units that `score` tells `advance`."""
+        ...
+
+    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
+        """Scores the model without the layers that `steps` removed: original index -> score, for all that may go."""
+        ...
+
+
+Selector = Callable[[Subject], LayerScorer]
+
+
+def select(
+    scorer: LayerScorer,
+    subject: Subject,
     count: int,
     *,
     one_shot: bool,
-    streamed: bool,
     done: Sequence[Step],
     record: Callable[[Step], None],
 ) -> Selection:
-    """GradMAP stage 1: remove the layer of the smallest score, score the smaller model again, until `count` are gone.
+    """Chooses `count` layers, one a round, or all of them by the first scores with `one_shot`.
 
-    With `one_shot`, the scores of the whole model decide all removals (Table 5's ablation).
+    done: decisions of an interrupted run, which are not made again. record: told of
+    every new one. Raises UserError if too few layers may go.
     """
     rounds = 1 if one_shot else count
     steps = list(done)
-    if len(steps) >= rounds:
+    ahead = range(len(steps), rounds)
+    if not ahead:
         return Selection(tuple(steps)).first(count)
-    layers = range(len(architecture.layer_list(model)))
-    batches = fitting_batches(model, architecture, input_ids, streamed)
-    entering: list[Tensor] = []
-    alive_in_all = sum(len(layers) - removed for removed in range(len(steps), rounds))
-    with progress("Scoring (layers x samples, both ways)", 2 * alive_in_all * len(share_of(input_ids)[0])) as advance:
-        for _ in range(len(steps), rounds):
-            removed = Selection(tuple(steps)).removal_order
-            alive = [layer for layer in layers if layer not in removed]
-            with without_layers(model, architecture, removed):
-                if streamed:
-                    scores = streamed_layer_scores(model, architecture, input_ids, batches, entering, advance)
-                else:
-                    scores = layer_scores(model, architecture, input_ids, batches, advance)
-            lowest = torch.argsort(scores, stable=True)[: count // rounds].tolist()
-            steps.append(Step(dict(zip(alive, scores.tolist(), strict=True)), tuple(alive[place] for place in lowest)))
+    with progress("Scoring layers", sum(scorer.work(len(subject.layers) - gone) for gone in ahead)) as advance:
+        for _ in ahead:
+            scores = scorer.score(steps, advance)
+            candidates = [layer for layer in scores if layer not in subject.protected]
+            if len(candidates) < count // rounds:
+                raise UserError(f"Only {len(candidates)} layers may still be removed; protect fewer, or remove fewer.")
+            lowest = sorted(candidates, key=scores.__getitem__)[: count // rounds]
+            steps.append(Step(scores, tuple(lowest)))
             record(steps[-1])
-            del entering[min(lowest) + 1 :]  # what enters the first removed layer now enters the one after it
     return Selection(tuple(steps)).first(count)
-
-
-SELECTORS: dict[str, Selector] = {"gradient": select_by_gradient}

@@ -35,14 +35,14 @@ class Scorer:
 
     def score(self, requests: Sequence[Request], description: str) -> list[Score]:
         """Raises UserError if a request does not fit the model, or its logits are not finite."""
-        distinct = sorted(dict.fromkeys(requests), key=lambda request: (-len(request), request.context))
+        distinct = order_for_scoring(requests)
         self._refuse_unfit(distinct)
         kept = _KeptScores.of(self.identity, distinct, self.fresh)
         scores = kept.read()
         with progress(f"{description}, {self.label}", len(distinct)) as advance:
             advance(len(scores))
-            for start in range(len(scores), len(distinct), CHUNK_REQUESTS):
-                chunk = distinct[start : start + CHUNK_REQUESTS]
+            while len(scores) < len(distinct):
+                chunk = next_chunk(distinct, len(scores))
                 new = self.backend.score(chunk)
                 _refuse_not_finite(new)
                 kept.append(new)
@@ -62,6 +62,24 @@ class Scorer:
             raise UserError(
                 f"A text of {len(requests[0])} tokens is longer than the {self.backend.max_tokens} the model takes."
             )
+
+
+def order_for_scoring(requests: Sequence[Request]) -> list[Request]:
+    """Each request once: those that share a context together, so that it is computed once, the longest first."""
+    longest: dict[tuple[int, ...], int] = {}
+    for request in requests:
+        longest[request.context] = max(len(request), longest.get(request.context, 0))
+    return sorted(
+        dict.fromkeys(requests), key=lambda request: (-longest[request.context], request.context, -len(request))
+    )
+
+
+def next_chunk(ordered: Sequence[Request], start: int) -> Sequence[Request]:
+    """The next CHUNK_REQUESTS requests, and the rest of those that share the last one's context."""
+    end = min(start + CHUNK_REQUESTS, len(ordered))
+    while end < len(ordered) and ordered[end].context == ordered[end - 1].context:
+        end += 1
+    return ordered[start:end]
 
 
 def _refuse_not_finite(scores: Sequence[Score]) -> None:

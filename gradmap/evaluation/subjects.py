@@ -12,12 +12,12 @@ from typing import Any
 
 from gradmap.architectures import architecture_of
 from gradmap.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_device, resolve_dtype
-from gradmap.compensation import pruned_and_corrected
+from gradmap.corrections import pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Backend
 from gradmap.files import read_json, sha256_file
 from gradmap.onnx_session import ONNX_FILE
-from gradmap.plan import CORRECTIONS_FILE, load_corrections, load_plan, require_same_model
+from gradmap.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
 
 BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")
 
@@ -131,10 +131,10 @@ def _open_transformers(model: Any, checkpoint: Checkpoint, dtype: str) -> Iterat
 @contextmanager
 def _open_pruned(model: Any, checkpoint: Checkpoint, plan: Path, dtype: str) -> Iterator[Opened]:
     contents = load_plan(plan)
-    corrections = load_corrections(plan, contents)
+    changes = load_changes(plan, contents)
     architecture = architecture_of(checkpoint.config)
     with (
-        pruned_and_corrected(model, architecture, contents.removal_order, corrections),
+        pruned_and_corrected(model, architecture, contents.removal_order, changes),
         _open_transformers(model, checkpoint, dtype) as opened,
     ):
         yield opened

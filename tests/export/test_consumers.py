@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from export.reference import random_probe
 from export.writers import Target, write_checkpoint
+from gradmap.corrections import Place, Projection
 from gradmap.errors import UserError
 from tests.conftest import FAMILIES, LAYERS, ROOT
 from tests.export.test_export import CORRECTED, SHARD_BYTES, export, make_source, unfolded_logits
@@ -65,8 +66,8 @@ def test_optimum_runs_the_onnx_artifact(picos, exported, tmp_path):
 def test_llama_cpps_converter_makes_one_file_of_the_pruned_model(picos, smollm2, tmp_path, monkeypatch):
     plan = make_source(picos["llama"])
     noise = torch.randn(576, 576, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrices = {CORRECTED: torch.eye(576, dtype=torch.float64) + 0.02 * noise}
-    source = replace(plan, checkpoint=smollm2, matrices=matrices, probe_ids=random_probe(49152)[:, :20])
+    changes = {Place(CORRECTED, "mlp.down_proj"): (Projection(torch.eye(576, dtype=torch.float64) + 0.02 * noise),)}
+    source = replace(plan, checkpoint=smollm2, changes=changes, probe_ids=random_probe(49152)[:, :20])
     with pytest.raises(UserError, match="pipx install"):
         export(source, tmp_path, "gguf")
     monkeypatch.setenv("PATH", f"{PYTHON.parent}:{os.environ['PATH']}")

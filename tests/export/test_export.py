@@ -11,15 +11,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from export import writers
 from export.artifact import ExportSettings, export_artifacts, read_quality, verify_directory
-from export.fold import fold_weight, plan_fold, split_shards
+from export.fold import plan_fold, split_shards
 from export.reference import random_probe
 from export.safetensors_writer import write_safetensors
 from export.writers import Source
-from gradmap.compensation import pruned_and_corrected
+from gradmap.calibration import Calibration
+from gradmap.compensation import Pruned
+from gradmap.compensators.distil import linear_maps
+from gradmap.corrections import LowRank, Place, Projection, Update, fold_changes, pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
 from gradmap.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
@@ -39,9 +43,7 @@ WITHOUT_US = "import sys; sys.modules.update(dict.fromkeys(('gradmap', 'export',
 
 
 def make_source(pico, correction=1.0) -> Source:
-    """A hand-made plan with a strong correction, so that a lost or misplaced W' cannot hide."""
-    width = len(pico.load().get_input_embeddings().weight[0])
-    noise = torch.randn(width, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    """A hand-made plan with strong corrections of every kind, so that one that is lost or misplaced cannot hide."""
     checkpoint = pico.checkpoint
     plan = Plan(
         base_model=BaseModelIdentity(
@@ -56,9 +58,26 @@ def make_source(pico, correction=1.0) -> Source:
         environment={},
         timings_s={},
     )
-    matrix = correction * (torch.eye(width, dtype=torch.float64) + 0.5 * noise)
-    matrices = {CORRECTED: matrix} if pico.architecture.uncorrectable is None else {}
-    return Source(checkpoint, plan, "-", matrices, random_probe(200)[:, :20])
+    return Source(checkpoint, plan, "-", make_changes(pico, correction), random_probe(200)[:, :20])
+
+
+def make_changes(pico, correction=1.0):
+    """W' on a down projection, an update and a low-rank change on the first linear map of the model."""
+    model = pico.load()
+    generator = torch.Generator().manual_seed(5)
+    pruned = Pruned(model, pico.architecture, Calibration("-", 0, torch.zeros(2, 2)), REMOVED, 1)
+    place, module = next(linear_maps(pruned))
+    d_out, d_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+
+    def noise(*shape):
+        return 0.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    changes = {place: (Update(noise(d_out, d_in)), LowRank(noise(2, d_in), noise(d_out, 2)))}
+    if pico.architecture.uncorrectable is None:
+        width = len(model.get_input_embeddings().weight[0])
+        matrix = correction * (torch.eye(width, dtype=torch.float64) + noise(width, width))
+        changes[Place(CORRECTED, pico.architecture.down_projection)] = (Projection(matrix),)
+    return changes
 
 
 def export(source, out, *formats, shard_bytes=10**9, **settings):
@@ -68,7 +87,7 @@ def export(source, out, *formats, shard_bytes=10**9, **settings):
 
 def unfolded_logits(pico, source, dtype):
     model = pico.load(dtype)
-    with pruned_and_corrected(model, pico.architecture, source.removed, source.matrices):
+    with pruned_and_corrected(model, pico.architecture, source.removed, source.changes):
         return model(input_ids=source.probe_ids).logits
 
 
@@ -233,10 +252,10 @@ def test_a_weight_that_half_precision_cannot_hold_is_named(picos, tmp_path, weig
 def test_a_wrong_artifact_is_refused_and_leaves_nothing(picos, tmp_path, monkeypatch, mistake):
     right = make_source(picos["llama"])
 
-    def wrong_fold(checkpoint, architecture, removed, matrices, *rest):
+    def wrong_fold(checkpoint, architecture, removed, changes, *rest):
         if mistake == "lost correction":
             return plan_fold(checkpoint, architecture, removed, {}, *rest)
-        return plan_fold(checkpoint, architecture, (3, 2), matrices, *rest)
+        return plan_fold(checkpoint, architecture, (3, 2), changes, *rest)
 
     monkeypatch.setattr(writers, "plan_fold", wrong_fold)
     for name in ("hf", "vllm"):
@@ -248,7 +267,8 @@ def test_a_wrong_artifact_is_refused_and_leaves_nothing(picos, tmp_path, monkeyp
 def test_folding_a_transposed_weight_is_folding_the_weight():
     generator = torch.Generator().manual_seed(0)
     weight, matrix = torch.randn(6, 9, generator=generator), torch.randn(6, 6, generator=generator).double()
-    torch.testing.assert_close(fold_weight(weight.mT, matrix, True), fold_weight(weight, matrix, False).mT)
+    changes = (Projection(matrix), LowRank(torch.ones(1, 9), torch.ones(6, 1)))
+    torch.testing.assert_close(fold_changes(weight.mT, changes, True), fold_changes(weight, changes, False).mT)
 
 
 def test_the_stream_is_what_the_safetensors_library_reads(tmp_path):
@@ -263,7 +283,7 @@ def test_the_stream_is_what_the_safetensors_library_reads(tmp_path):
 
 def test_shards_keep_order_and_stay_below_the_limit(picos):
     source = make_source(picos["llama"])
-    folded = plan_fold(source.checkpoint, picos["llama"].architecture, REMOVED, source.matrices, None)
+    folded = plan_fold(source.checkpoint, picos["llama"].architecture, REMOVED, source.changes, None)
     shards = split_shards(folded, SHARD_BYTES)
     assert [tensor for shard in shards for tensor in shard] == folded
     assert all(sum(tensor.spec.bytes for tensor in shard) <= SHARD_BYTES or len(shard) == 1 for shard in shards)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.gradmap.test_prune import gradmap, prune_arguments
+from tests.command_line import gradmap
+from tests.gradmap.test_prune import prune_arguments
 
 
 def without_record(plan):

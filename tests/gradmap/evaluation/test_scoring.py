@@ -1,6 +1,7 @@
 """Scores are those of one plain pass per request, whatever the batching, and survive a crash."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -44,6 +45,21 @@ def test_scores_of_every_family_are_those_of_plain_passes(pico):
         expected = score_reference(model, request)
         assert score.log_likelihood == pytest.approx(expected.log_likelihood, rel=FLOAT64_TOLERANCE)
         assert score.greedy == expected.greedy
+
+
+def test_requests_that_share_a_context_are_scored_together():
+    backend = CountingBackend()
+    lengths = random.Random(0)
+    requests = [
+        Request((context,), (1,) * lengths.randint(1, 20)) for _ in range(4) for context in range(CHUNK_REQUESTS)
+    ]
+    Scorer(backend, None, "dense").score(requests, "test")
+    contexts = [{request.context for request in chunk} for chunk in backend.chunks]
+    assert len(contexts) > 2
+    assert sum(map(len, contexts)) == CHUNK_REQUESTS
+    assert sum(map(len, backend.chunks)) == len(set(requests))
+    longest = [max(map(len, chunk)) for chunk in backend.chunks]
+    assert longest == sorted(longest, reverse=True)
 
 
 def test_a_greedy_continuation_is_recognised_and_generated(picos):
@@ -100,16 +116,17 @@ class CountingBackend:
     vocabulary = 100_000
 
     def __init__(self, breaks_at=None, value=-1.0):
-        self.breaks_at, self.value, self.scored = breaks_at, value, []
+        self.breaks_at, self.value, self.scored, self.chunks = breaks_at, value, [], []
 
     def score(self, requests):
         if self.breaks_at in [request.continuation[-1] for request in requests]:
             raise KeyboardInterrupt
         self.scored += requests
+        self.chunks.append(requests)
         return [Score(self.value * request.continuation[-1], False) for request in requests]
 
 
-REQUESTS = [Request((1,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]
+REQUESTS = [Request((token,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]
 EXPECTED = [Score(-1.0 * token, False) for token in range(2 * CHUNK_REQUESTS + 10)]
 
 

@@ -1,0 +1,149 @@
+"""Low-rank corrections of every linear map that is left, trained to predict what the dense model does.
+
+The loss is the cross-entropy between the two next-token distributions (Hinton et al. 2015, arXiv 1503.02531), the
+trained matrices are LoRA's (Hu et al. 2021, arXiv 2106.09685). They fold into the weights like any other correction,
+and a plan stays as small as its rank. What was fitted in closed form comes first: training starts where it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradmap.compensation import Compensation, Correction, Pruned
+from gradmap.compensators.sequential import project_before_runs, refit_before_runs
+from gradmap.console import progress
+from gradmap.corrections import Changes, LowRank, Place, gather_changes, pruned_and_corrected
+from gradmap.distributed import share_of, summed
+from gradmap.importance import LOGITS_BYTES
+from gradmap.layerwise import logits_from, record_layer_calls
+
+RANK = 16
+LEARNING_RATE = 5e-4
+EPOCHS = 3
+STEP_SAMPLES = 8
+
+
+def distil(pruned: Pruned) -> Compensation:
+    """Repairs before every run in closed form, where that can be done, and then trains."""
+    closed_form = _closed_form(pruned)
+    trained = train_low_rank(pruned, closed_form.changes)
+    return Compensation((*closed_form.corrections, *trained))
+
+
+def _closed_form(pruned: Pruned) -> Compensation:
+    if pruned.architecture.uncorrectable is not None:
+        return Compensation()
+    if pruned.architecture.expert_down_projections is not None:  # too many to refit
+        return project_before_runs(pruned)
+    return refit_before_runs(pruned)
+
+
+def train_low_rank(pruned: Pruned, changes: Changes) -> list[Correction]:
+    """Corrections on top of `changes`, as they were after the epoch with the lowest held-out loss."""
+    generator = torch.Generator().manual_seed(pruned.calibration.seed)
+    factors = {place: _untrained(module, generator) for place, module in linear_maps(pruned)}
+    parameters = [tensor for factor in factors.values() for tensor in (factor.down, factor.up)]
+    fixed = [(place, change) for place, of_place in changes.items() for change in of_place]
+    together = gather_changes([*fixed, *factors.items()])
+    fit_ids = pruned.calibration.fit_ids
+    goal = dense_outputs(pruned, fit_ids)
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
+    steps = EPOCHS * math.ceil(len(fit_ids) / STEP_SAMPLES)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    before = best = pruned.loss(changes)
+    kept = {place: _copy(factor) for place, factor in factors.items()}
+    with progress("Distilling (samples)", EPOCHS * len(fit_ids)) as advance:
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(fit_ids), generator=generator).split(STEP_SAMPLES):
+                _take_step(pruned, together, fit_ids[rows], goal[rows], parameters, optimizer)
+                schedule.step()
+                advance(len(rows))
+            after = pruned.loss(together)
+            if after < best:
+                best, kept = after, {place: _copy(factor) for place, factor in factors.items()}
+    return [Correction(place, factor, before, best) for place, factor in kept.items()]
+
+
+def linear_maps(pruned: Pruned) -> Iterator[tuple[Place, nn.Module]]:
+    """Every linear map of every retained layer; not the stacked weights of experts, nor their router."""
+    layers = pruned.architecture.layer_list(pruned.model)
+    for index in pruned.kept:
+        for path, module in layers[index].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                yield Place(index, path), module
+
+
+@torch.no_grad()
+def dense_outputs(pruned: Pruned, input_ids: Tensor) -> Tensor:
+    """The output of the dense model's last layer, (N, T, d), in the CPU's memory: its logits would be far larger."""
+    layers = pruned.architecture.layer_list(pruned.model)
+    outputs = []
+    for batch in input_ids.split(pruned.batch_size):
+        outputs.append(_run_layers(pruned.model, layers, batch.to(pruned.model.device)).cpu())
+    return torch.cat(outputs)
+
+
+def distillation_gradients(
+    model: Any, layers: nn.ModuleList, hidden: Tensor, goal: Tensor, input_ids: Tensor
+) -> Tensor:
+    """dL/d hidden (B, T, d) of the last layer's output, where L is the mean over positions of the cross-entropy between
+    the next-token distributions that follow from `goal` (B, T, d) and from `hidden`. A few samples at a time."""
+    together = max(1, LOGITS_BYTES // (4 * input_ids.shape[1] * model.config.vocab_size))
+    gradients: list[Tensor] = []
+    for start in range(0, len(hidden), together):
+        part = slice(start, start + together)
+        leaf = hidden[part].detach().requires_grad_(True)
+        with torch.no_grad():
+            wanted = logits_from(model, layers, goal[part], input_ids[part]).flatten(end_dim=1).float().softmax(dim=-1)
+        logits = logits_from(model, layers, leaf, input_ids[part]).flatten(end_dim=1).float()
+        loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / hidden[..., 0].numel()
+        gradients += torch.autograd.grad(loss, leaf)
+    return torch.cat(gradients)
+
+
+def _take_step(
+    pruned: Pruned,
+    changes: Changes,
+    input_ids: Tensor,
+    goal: Tensor,
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    device = pruned.model.device
+    ids, wanted = (share_of(tensor)[0].to(device) for tensor in (input_ids, goal))
+    optimizer.zero_grad()
+    with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
+        layers = pruned.architecture.layer_list(pruned.model)
+        hidden = _run_layers(pruned.model, layers, ids)
+        gradients = distillation_gradients(pruned.model, layers, hidden, wanted, ids)
+        hidden.backward(gradients * (len(ids) / len(input_ids)))
+    for parameter in parameters:
+        parameter.grad = None if parameter.grad is None else summed(parameter.grad)
+    optimizer.step()
+
+
+def _run_layers(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> Tensor:
+    hidden, calls = record_layer_calls(model, layers, input_ids)
+    for layer, call in zip(layers, calls, strict=True):
+        hidden = call.run(layer, hidden)
+    return hidden
+
+
+def _untrained(module: nn.Module, generator: torch.Generator) -> LowRank:
+    """Changes nothing yet: `up` is zero."""
+    weight = module.get_parameter("weight")
+    d_out, d_in = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    down = torch.randn(RANK, d_in, generator=generator, dtype=dtype).to(weight.device) / d_in**0.5
+    up = torch.zeros(d_out, RANK, dtype=dtype, device=weight.device)
+    return LowRank(down.requires_grad_(True), up.requires_grad_(True))
+
+
+def _copy(factor: LowRank) -> LowRank:
+    return LowRank(factor.down.detach().cpu().clone(), factor.up.detach().cpu().clone())

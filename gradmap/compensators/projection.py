@@ -1,0 +1,45 @@
+"""GradMAP's stage 2 (Eq. 8-13): one projection matrix W' for the retained layer that drifted most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmap.architectures import without_layers
+from gradmap.compensation import Compensation, Pruned, run_and_capture
+from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, fit_correction
+from gradmap.console import progress
+from gradmap.distributed import share_of, summed
+
+
+def project_most_drifted(pruned: Pruned) -> Compensation:
+    """With the exact solution of Eq. 10; lambda by the loss on held-out samples."""
+    drift = mean_drift(pruned)
+    layer = max(drift, key=drift.__getitem__)
+    return Compensation((fit_correction(pruned, Fit(layer, goal=layer), {}, RELATIVE_LAMBDAS),), drift)
+
+
+def mean_drift(pruned: Pruned) -> dict[int, float]:
+    """Eq. 8: || E[H_i] - E[H'_i] ||_2 of every retained layer, expectation over samples and positions."""
+    layers = pruned.architecture.layer_list(pruned.model)
+    modules = [layers[index] for index in pruned.kept]
+    input_ids, batch_size = pruned.calibration.fit_ids, pruned.batch_size
+    dense = _mean_outputs(pruned.model, modules, input_ids, batch_size)
+    with without_layers(pruned.model, pruned.architecture, pruned.removed):
+        without = _mean_outputs(pruned.model, modules, input_ids, batch_size)
+    return dict(zip(pruned.kept, (dense - without).norm(dim=1).tolist(), strict=True))
+
+
+def _mean_outputs(model: Any, modules: Sequence[nn.Module], input_ids: Tensor, batch_size: int) -> Tensor:
+    """Mean output of each module over samples and positions: (len(modules), d) float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    share, _ = share_of(input_ids)
+    with progress("Measuring drift (samples)", len(share)) as advance:
+        for batch in share.split(batch_size):
+            outputs = [output for _, output in run_and_capture(model, modules, batch)]
+            total = total + torch.stack([output.flatten(end_dim=-2).double().sum(dim=0).cpu() for output in outputs])
+            advance(len(batch))
+    return summed(total) / input_ids.numel()

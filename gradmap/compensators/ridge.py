@@ -1,0 +1,144 @@
+"""Corrections in closed form: least squares from Gram matrices that are summed up in one pass over the samples.
+
+What a layer gives and what it should give differ by D (d, n), one column a token. A change that adds S F to the
+layer's output, F (f, n) being something the layer computes, is best, in the sense of Eq. 10, with
+
+    S = D F^T (F F^T + lam I)^-1
+
+F may be what the down projection adds, A = W_down X (then W' = I + S, Eq. 10-12: W' A = A + S A), or what enters it,
+X (then S is added to W_down itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from gradmap.compensation import Correction, Pruned, run_and_capture
+from gradmap.console import progress
+from gradmap.corrections import (
+    Change,
+    Changes,
+    Place,
+    Projection,
+    Update,
+    gather_changes,
+    linear_output,
+    pruned_and_corrected,
+)
+from gradmap.distributed import share_of, summed
+from gradmap.errors import UserError
+
+# Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
+RELATIVE_LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What to fit. layer: whose down projection is changed. goal: the layer whose dense output it should give.
+
+    refit: whether W_down itself is fitted, and not W'. weighted: whether every token counts by 1 / |target|^2, so that
+    the few with huge norms (attention sinks) do not own the fit.
+    """
+
+    layer: int
+    goal: int
+    refit: bool = False
+    weighted: bool = False
+
+    def change(self, solution: Tensor) -> Change:
+        if self.refit:
+            return Update(solution)
+        return Projection(torch.eye(len(solution), dtype=solution.dtype) + solution)
+
+
+def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence[float]) -> Correction:
+    """The change with the lambda (relative, of `lambdas`) of the lowest held-out loss, on top of `changes`."""
+    if fit.refit and pruned.architecture.expert_down_projections is not None:
+        raise UserError("A mixture of experts has many down projections, which cannot be refitted; use sequential.")
+    gram, cross = accumulate_gram(pruned, fit, changes)
+    place = Place(fit.layer, pruned.architecture.down_projection)
+    scale = gram.diagonal().mean().item()
+    existing = [(where, change) for where, of_place in changes.items() for change in of_place]
+    candidates = []
+    with progress(f"Choosing lambda for layer {fit.layer} on held-out samples", 1 + len(lambdas)) as advance:
+        before = pruned.loss(changes)
+        advance(1)
+        for relative in lambdas:
+            change = fit.change(solve_ridge(gram, cross, relative * scale))
+            after = pruned.loss(gather_changes([*existing, (place, change)]))
+            candidates.append(Correction(place, change, before, after, relative * scale, relative))
+            advance(1)
+    return min(candidates, key=lambda candidate: candidate.held_out_loss_after)
+
+
+def accumulate_gram(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Tensor]:
+    """Returns F F^T (f, f) and D F^T (d, f), float64, over all tokens of the samples to fit on."""
+    layers = pruned.architecture.layer_list(pruned.model)
+    layer, goal = layers[fit.layer], layers[fit.goal]
+    projection = pruned.architecture.down_projection_of(layer)
+    gram = cross = torch.zeros((), dtype=torch.float64)
+    share, _ = share_of(pruned.calibration.fit_ids)
+    with progress(f"Fitting layer {fit.layer} (samples)", len(share)) as advance:
+        for batch in share.split(pruned.batch_size):
+            ((_, target),) = run_and_capture(pruned.model, [goal], batch)
+            with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
+                (_, output), (inputs, added) = run_and_capture(pruned.model, [layer, projection], batch)
+            # hooks that correct come first, so that `added` is what the corrected map adds
+            features = inputs if fit.refit else linear_output(projection, added)
+            if gram.dim() == 0:
+                _require_memory(features.shape[-1])
+            missing = _rows(target) - _rows(output)
+            of_batch = ridge_sums(features, missing, _rows(target) if fit.weighted else None)
+            gram, cross = gram + of_batch[0], cross + of_batch[1]
+            advance(len(batch))
+    return summed(gram), summed(cross)
+
+
+def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """F F^T (f, f) and D F^T (d, f), float64: products in float32 at least, whatever the model computes in.
+
+    features: (..., f), missing: (..., d). target: (..., d); tokens count by 1 / |target|^2 if it is given.
+    """
+    features, missing = _rows(features), _rows(missing)
+    weighted = features if target is None else features / _rows(target).square().sum(dim=1, keepdim=True)
+    with torch.autocast(features.device.type, enabled=False):
+        return (weighted.mT @ features).double().cpu(), (missing.mT @ weighted).double().cpu()
+
+
+def solve_ridge(gram: Tensor, cross: Tensor, lam: float) -> Tensor:
+    """S = cross (gram + lam I)^-1: (f, f), (d, f) -> (d, f), all float64."""
+    factor = torch.linalg.cholesky(gram + lam * torch.eye(len(gram), dtype=gram.dtype))
+    return torch.cholesky_solve(cross.mT, factor).mT
+
+
+def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tensor:
+    """The same by least squares on the stacked system [F^T; sqrt(lam) I] S^T = [D^T; 0].
+
+    features: (n, f), missing: (n, d), rows are tokens.
+    """
+    size = features.shape[1]
+    stacked = torch.cat([features, lam**0.5 * torch.eye(size, dtype=features.dtype)])
+    goal = torch.cat([missing, missing.new_zeros(size, missing.shape[1])])
+    solution: Tensor = torch.linalg.lstsq(stacked, goal).solution
+    return solution.mT
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., d) -> (n, d), in float32 at least."""
+    rows = tensor.flatten(end_dim=-2)
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _require_memory(size: int) -> None:
+    needed = 4 * 8 * size**2  # the sum, one batch's part, the regularised matrix and its factor
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"Gram matrices of {size} x {size} need {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free; use "
+            "--compensator sequential, whose matrices are as wide as the hidden state."
+        )

@@ -1,0 +1,20 @@
+"""How layers are scored, by name. Each is a class or function that makes a LayerScorer of a Subject."""
+
+from gradmap.selection import Selector
+from gradmap.selectors.fixed import listed, shuffled
+from gradmap.selectors.gradient import GradientScorer
+from gradmap.selectors.influence import BlockInfluenceScorer
+from gradmap.selectors.removal_loss import RemovalLossScorer
+from gradmap.selectors.repair import RepairScorer
+from gradmap.selectors.weights import MagnitudeScorer, TaylorScorer
+
+SELECTORS: dict[str, Selector] = {
+    "repair": RepairScorer,
+    "gradient": GradientScorer,
+    "block-influence": BlockInfluenceScorer,
+    "sleb": RemovalLossScorer,
+    "taylor": TaylorScorer,
+    "magnitude": MagnitudeScorer,
+    "random": shuffled,
+    "manual": listed,
+}

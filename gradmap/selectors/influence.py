@@ -1,0 +1,49 @@
+"""ShortGPT (Men et al. 2024, arXiv 2403.03853): a layer that hardly turns the hidden state is redundant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from gradmap.architectures import Architecture, without_layers
+from gradmap.batching import FORWARD_BATCH
+from gradmap.distributed import share_of, summed
+from gradmap.layerwise import record_layer_calls
+from gradmap.selection import Advance, Selection, Step, Subject
+
+
+class BlockInfluenceScorer:
+    """BI_i = 1 - E[cos(h_i, h_i+1)] over samples and positions, of the hidden states before and after layer i."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+
+    def work(self, alive: int) -> int:
+        return alive * len(share_of(self._subject.calibration.input_ids)[0])
+
+    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
+        removed = Selection(tuple(steps)).removal_order
+        model, architecture = self._subject.model, self._subject.architecture
+        with without_layers(model, architecture, removed):
+            influences = block_influences(model, architecture, self._subject.calibration.input_ids, advance)
+        return dict(zip(self._subject.alive(removed), influences.tolist(), strict=True))
+
+
+@torch.no_grad()
+def block_influences(
+    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance = lambda n: None
+) -> Tensor:
+    """The influence of every layer that the model has now: (L,) float64. input_ids: (N, T)."""
+    layers = architecture.layer_list(model)
+    totals = torch.zeros(len(layers), dtype=torch.float64)
+    for batch in share_of(input_ids)[0].split(FORWARD_BATCH):
+        hidden, calls = record_layer_calls(model, layers, batch.to(model.device))
+        for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+            entering, hidden = hidden, call.run(layer, hidden)
+            totals[index] += (1 - cosine_similarity(entering, hidden.to(entering.device), dim=-1)).double().sum().cpu()
+        advance(len(layers) * len(batch))
+    return summed(totals) / input_ids.numel()

@@ -1,0 +1,90 @@
+"""Scores of the weights themselves, as in Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmap.architectures import Architecture, without_layers
+from gradmap.batching import FORWARD_BATCH
+from gradmap.distributed import share_of, summed
+from gradmap.errors import UserError
+from gradmap.layerwise import sample_losses
+from gradmap.selection import Advance, Selection, Step, Subject
+
+
+class MagnitudeScorer:
+    """Sum of |w| over the weight matrices of a layer. Removals change nothing about it."""
+
+    def __init__(self, subject: Subject) -> None:
+        _refuse_streamed(subject, "magnitude")
+        self._subject = subject
+
+    def work(self, alive: int) -> int:
+        return alive
+
+    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
+        removed = Selection(tuple(steps)).removal_order
+        layers = self._subject.architecture.layer_list(self._subject.model)
+        scores = {}
+        for index in self._subject.alive(removed):
+            scores[index] = sum(weight.double().abs().sum().item() for weight in _matrices(layers[index]))
+            advance(1)
+        return scores
+
+
+class TaylorScorer:
+    """Sum of |w dL/dw| over the weight matrices of a layer; L is the loss of all samples together."""
+
+    def __init__(self, subject: Subject) -> None:
+        _refuse_streamed(subject, "taylor")
+        self._subject = subject
+
+    def work(self, alive: int) -> int:
+        return alive * len(share_of(self._subject.calibration.input_ids)[0])
+
+    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
+        removed = Selection(tuple(steps)).removal_order
+        model, architecture = self._subject.model, self._subject.architecture
+        with without_layers(model, architecture, removed):
+            scores = taylor_scores(model, architecture, self._subject.calibration.input_ids, advance)
+        return dict(zip(self._subject.alive(removed), scores, strict=True))
+
+
+def taylor_scores(
+    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance = lambda n: None
+) -> list[float]:
+    """The score of every layer the model has now. Forms the gradient of every weight. input_ids: (N, T)."""
+    layers = architecture.layer_list(model)
+    matrices = [list(_matrices(layer)) for layer in layers]
+    weights = [weight for of_layer in matrices for weight in of_layer]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for batch in share_of(input_ids)[0].split(FORWARD_BATCH):
+            batch = batch.to(model.device)
+            loss = sample_losses(model(input_ids=batch, use_cache=False).logits, batch).sum()
+            # a weight may be idle in a batch: an expert that no token is routed to
+            for total, part in zip(gradients, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                if part is not None:
+                    total += part
+            advance(len(layers) * len(batch))
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    products = [weight * summed(gradient) for weight, gradient in zip(weights, gradients, strict=True)]
+    sizes = iter([product.double().abs().sum().item() for product in products])
+    return [sum(next(sizes) for _ in of_layer) for of_layer in matrices]
+
+
+def _matrices(layer: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in layer.parameters() if parameter.dim() >= 2]
+
+
+def _refuse_streamed(subject: Subject, name: str) -> None:
+    if subject.streamed:
+        raise UserError(f"--selector {name} needs all weights in memory; leave out --stream, or use gradient.")

@@ -1,0 +1,211 @@
+"""Every selector scores what it says, by hand or by a slow reference, and leaves the model as it was."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from gradmap.architectures import without_layers
+from gradmap.calibration import Calibration
+from gradmap.compensation import pruned_loss, run_and_capture
+from gradmap.compensators.ridge import solve_ridge_reference
+from gradmap.corrections import linear_output
+from gradmap.errors import UserError
+from gradmap.plan import load_changes, load_plan
+from gradmap.selection import Step, Subject, select
+from gradmap.selectors import SELECTORS
+from gradmap.selectors.influence import block_influences
+from gradmap.selectors.removal_loss import losses_without, losses_without_reference
+from gradmap.selectors.repair import RELATIVE_LAMBDA, RepairScorer
+from gradmap.selectors.weights import taylor_scores
+from tests.command_line import gradmap
+from tests.conftest import CORRECTABLE, LAYERS
+from tests.gradmap.test_prune import prune_arguments
+
+
+def subject_of(pico, input_ids, **options):
+    return Subject(pico.load(), pico.architecture, Calibration("test", 3, input_ids), **options)
+
+
+def choose(name, subject, count, done=(), one_shot=False):
+    steps = []
+    selection = select(
+        SELECTORS[name](subject), subject, count, one_shot=one_shot, done=list(done), record=steps.append
+    )
+    assert list(selection.steps)[len(done) :] == steps
+    return selection
+
+
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", "repair"}))
+def test_the_lowest_score_goes_and_the_model_stays_whole(pico, input_ids, name):
+    subject = subject_of(pico, input_ids)
+    before = subject.model(input_ids=input_ids).logits
+    selection = choose(name, subject, 3)
+    assert len(set(selection.removal_order)) == 3
+    for number, step in enumerate(selection.steps):
+        assert not set(step.scores) & set(selection.removal_order[:number])
+        assert step.removed == (min(step.scores, key=step.scores.get),)
+    assert torch.equal(subject.model(input_ids=input_ids).logits, before)
+    assert not any(parameter.requires_grad for parameter in subject.model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual"}))
+def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_ids, name):
+    subject = subject_of(picos["llama"], input_ids, protected=frozenset({0, 2}))
+    selection = choose(name, subject, 2)
+    assert set(selection.removal_order) <= {1, 3, 4}
+    assert choose(name, subject, 2, done=selection.steps[:1]) == selection
+    with pytest.raises(UserError, match="may still be removed"):
+        choose(name, subject, 4)
+
+
+def test_block_influence_is_one_minus_the_mean_cosine(pico, input_ids):
+    model = pico.load()
+    layers = list(pico.architecture.layer_list(model))
+    expected = []
+    for entering, leaving in run_and_capture(model, layers, input_ids):
+        cosines = [
+            cosine_similarity(h, g, dim=0) for h, g in zip(entering.flatten(0, 1), leaving.flatten(0, 1), strict=True)
+        ]
+        expected.append(1 - torch.stack(cosines).mean())
+    torch.testing.assert_close(block_influences(model, pico.architecture, input_ids), torch.stack(expected))
+
+
+def test_removal_losses_are_those_of_whole_smaller_models(pico, input_ids):
+    model = pico.load()
+    places = [1, 2, 3]
+    torch.testing.assert_close(
+        losses_without(model, pico.architecture, input_ids, places),
+        torch.tensor(losses_without_reference(model, pico.architecture, input_ids, places), dtype=torch.float64),
+        rtol=1e-6,  # the loss is summed in float32
+        atol=0,
+    )
+
+
+def test_sleb_keeps_the_first_and_the_last_layer(picos, input_ids):
+    scores = choose("sleb", subject_of(picos["llama"], input_ids), 1).steps[0].scores
+    assert set(scores) == set(range(1, LAYERS - 1))
+
+
+def test_taylor_is_weight_times_gradient(picos, input_ids):
+    pico = picos["llama"]
+    model = pico.load()
+    actual = taylor_scores(model, pico.architecture, input_ids)
+    model.requires_grad_(True)
+    logits = model(input_ids=input_ids).logits[:, :-1]
+    cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum").backward()
+    expected = [
+        sum((p * p.grad).abs().sum().item() for p in layer.parameters() if p.dim() == 2)
+        for layer in pico.architecture.layer_list(model)
+    ]
+    assert actual == pytest.approx(expected, rel=1e-5)  # the loss's own gradient is float32
+
+
+def test_magnitude_is_the_sum_of_absolute_weights(picos, input_ids):
+    pico = picos["gpt2"]
+    (step,) = choose("magnitude", subject_of(pico, input_ids), 1).steps
+    layer = pico.architecture.layer_list(pico.load())[2]
+    weights = (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj)
+    assert step.scores[2] == pytest.approx(sum(module.weight.abs().sum().item() for module in weights))
+
+
+def test_orders_that_measure_nothing(picos, input_ids):
+    assert choose("manual", subject_of(picos["llama"], input_ids, order=(4, 1, 2)), 2).removal_order == (4, 1)
+    drawn = [choose("random", subject_of(picos["llama"], input_ids), LAYERS - 1).removal_order for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    for order in ((), (1, 1), (9,)):
+        with pytest.raises(UserError, match="--layers must name distinct layers"):
+            SELECTORS["manual"](subject_of(picos["llama"], input_ids, order=order))
+
+
+def repaired_loss(pico, calibration, layer):
+    """By hand: the loss without one layer of the whole model, after least squares for the layer before it."""
+    model = pico.load()
+    layers = pico.architecture.layer_list(model)
+    projection = pico.architecture.down_projection_of(layers[layer - 1])
+    (_, output), (_, wanted), (_, added) = run_and_capture(
+        model, [layers[layer - 1], layers[layer], projection], calibration.fit_ids
+    )
+    scale = 1 / wanted.flatten(0, 1).norm(dim=1, keepdim=True)
+    features = linear_output(projection, added).flatten(end_dim=-2) * scale
+    missing = (wanted - output).flatten(0, 1) * scale
+    lam = RELATIVE_LAMBDA * (features.square().sum() / features.shape[1]).item()
+    solution = solve_ridge_reference(features, missing, lam)
+    hook = projection.register_forward_hook(
+        lambda module, args, output: output + linear_output(module, output) @ solution.mT
+    )
+    ids = calibration.held_out_ids
+    with without_layers(model, pico.architecture, [layer]):
+        logits = model(input_ids=ids).logits[:, :-1]
+    hook.remove()
+    return cross_entropy(logits.flatten(end_dim=1), ids[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize("family", CORRECTABLE)
+def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, family):
+    pico = picos[family]
+    subject = subject_of(pico, input_ids)
+    ids = subject.calibration.held_out_ids
+    whole = cross_entropy(subject.model(input_ids=ids).logits[:, :-1].flatten(end_dim=1), ids[:, 1:].flatten()).item()
+    (step,) = choose("repair", subject, 1).steps
+    expected = {layer: repaired_loss(pico, subject.calibration, layer) - whole for layer in range(1, LAYERS)}
+    assert step.scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # losses are summed in float32
+
+
+def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):
+    subject = subject_of(picos["llama"], input_ids)
+    tried = []
+    fit = RepairScorer._fit
+    monkeypatch.setattr(
+        RepairScorer, "_fit", lambda self, layer, states: tried.append(layer) or fit(self, layer, states)
+    )
+    bounds = {2: -100.0, 3: 1000.0, 4: 1000.0}
+    scores = RepairScorer(subject).score([Step({1: -1.0, **bounds}, (1,))], lambda n: None)
+    assert tried == [1, 2]  # 1 was decided before; 2 is the only one that could be the best
+    assert (scores[3], scores[4]) == (1000.0, 1000.0)
+    assert -100 < scores[2] < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--selector", "manual"), "--layers is the order of removal"),
+        (("--layers", "1,2"), "--layers is the order of removal"),
+        (("--selector", "manual", "--layers", "a"), "give layer numbers with commas"),
+        (("--selector", "manual", "--layers", "1,7"), "--layers must name distinct layers between 0 and 4"),
+        (("--selector", "repair", "--stream"), "needs all weights in memory"),
+        (("--selector", "taylor", "--stream"), "needs all weights in memory"),
+        (("--compensator", "distil", "--stream"), "needs all weights in memory"),
+        (("--protect-first", 2, "--protect-last", 2), "4 of the 5 layers are protected"),
+    ],
+)
+def test_what_a_selector_cannot_do_is_refused(picos, word_file, tmp_path, changes, message):
+    finished = gradmap(*prune_arguments(picos["llama"], word_file, tmp_path / "plan"), *changes)
+    assert finished.returncode == 2
+    assert message in finished.stderr
+
+
+def test_repair_is_refused_where_a_norm_follows_the_down_projection(picos, input_ids):
+    with pytest.raises(UserError, match="use --selector sleb"):
+        SELECTORS["repair"](subject_of(picos["gemma2"], input_ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
+    selector = "sleb" if family == "gemma2" else "repair"
+    arguments = prune_arguments(picos[family], word_file, tmp_path / "plan")
+    finished = gradmap(*arguments, "--selector", selector, "--compensator", "distil")
+    assert finished.returncode == 0, finished.stderr
+    plan = load_plan(tmp_path / "plan")
+    (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(400)))
+    text = ("--perplexity", f"own=file:{tmp_path}/other.txt", "--segment", 16, "--dtype", "float64")
+    out = tmp_path / "eval.json"
+    finished = gradmap(*("eval", "--model", picos[family].directory, "--plan", tmp_path / "plan", *text, "--out", out))
+    assert finished.returncode == 0, finished.stderr
+    model, architecture = picos[family].load(), picos[family].architecture
+    ids = torch.tensor([3 + (7 * index) % 190 for index in range(400)]).reshape(25, 16)
+    loss = pruned_loss(model, architecture, ids, plan.removal_order, load_changes(tmp_path / "plan", plan), 5)
+    measured = json.loads(out.read_text())["pruned"]["perplexity"]["own"]["value"]
+    assert measured == pytest.approx(math.exp(loss), rel=1e-6)
