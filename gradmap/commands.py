@@ -29,13 +29,18 @@ def prune(
     allow_pickle: AllowPickleOption = False,
     remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="best: repair and distil. gradmap, the published method: gradient and projection.")
+    ] = "best",
     selector: Annotated[
-        str,
-        typer.Option(help="How layers are chosen: gradient, block-influence, sleb, taylor, magnitude, random, manual."),
-    ] = "gradient",
+        str | None,
+        typer.Option(
+            help="How layers are chosen: repair, gradient, block-influence, sleb, taylor, magnitude, random, manual."
+        ),
+    ] = None,
     compensator: Annotated[
-        str, typer.Option(help="How the loss is repaired: projection, sequential, refit, distil, none.")
-    ] = "projection",
+        str | None, typer.Option(help="How the loss is repaired: distil, refit, sequential, projection, none.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="For --selector manual: which layers, in order of removal, such as 21,22.")
     ] = None,
@@ -60,11 +65,12 @@ def prune(
 ) -> None:
     """Choose which layers to remove, compute the corrections, and write a plan."""
     from gradmap.checkpoint import open_checkpoint
-    from gradmap.prune import PruneSettings, layers_to_remove, prune_less, summarise
+    from gradmap.prune import PruneSettings, choose_methods, layers_to_remove, prune_less, summarise
     from gradmap.prune import prune as make_plan
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     count = layers_to_remove(checkpoint, remove, ratio)
+    selector, compensator = choose_methods(preset, selector, compensator)
     settings = PruneSettings(
         remove=count,
         calibration=calibration,

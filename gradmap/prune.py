@@ -37,6 +37,9 @@ from gradmap.processes import is_main_process
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
 
+# best: what did best in our own comparison. gradmap: the method as it was published.
+PRESETS = {"best": ("repair", "distil"), "gradmap": ("gradient", "projection")}
+
 
 @dataclass(frozen=True)
 class PruneSettings:
@@ -48,8 +51,8 @@ class PruneSettings:
 
     remove: int
     calibration: str
-    selector: str = "gradient"
-    compensator: str = "projection"
+    selector: str
+    compensator: str
     one_shot: bool = False
     layers: list[int] = field(default_factory=list)
     protect_first: int = 0
@@ -162,6 +165,13 @@ def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Ca
         "the calibration samples": calibration.sha256,
         **options,
     }
+
+
+def choose_methods(preset: str, selector: str | None, compensator: str | None) -> tuple[str, str]:
+    """The selector and the compensator: those that are given, else those of the preset."""
+    if preset not in PRESETS:
+        raise UserError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
+    return selector or PRESETS[preset][0], compensator or PRESETS[preset][1]
 
 
 def layers_to_remove(checkpoint: Checkpoint, remove: int | None, ratio: float | None) -> int:

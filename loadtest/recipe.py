@@ -21,8 +21,12 @@ class PruneSection(_Section):
     calibration: str
     remove: int | None = None
     ratio: float | None = None
+    preset: str | None = None
     selector: str | None = None
     compensator: str | None = None
+    layers: str | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
     one_shot: bool | None = None
     samples: int | None = None
     tokens: int | None = None

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from gradmap.architectures import without_layers
 from gradmap.compensation import Correction, Pruned, run_and_capture
 from gradmap.console import progress
 from gradmap.corrections import (
@@ -78,16 +79,21 @@ def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence
 
 def accumulate_gram(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Tensor]:
     """Returns F F^T (f, f) and D F^T (d, f), float64, over all tokens of the samples to fit on."""
-    layers = pruned.architecture.layer_list(pruned.model)
+    model, architecture = pruned.model, pruned.architecture
+    layers = architecture.layer_list(model)
     layer, goal = layers[fit.layer], layers[fit.goal]
-    projection = pruned.architecture.down_projection_of(layer)
+    behind_goal = range(fit.goal + 1, len(layers))  # layers that need not run
+    behind_layer = {*pruned.removed, *range(fit.layer + 1, len(layers))}
+    changes = {place: of_place for place, of_place in changes.items() if place.layer <= fit.layer}
+    projection = architecture.down_projection_of(layer)
     gram = cross = torch.zeros((), dtype=torch.float64)
     share, _ = share_of(pruned.calibration.fit_ids)
     with progress(f"Fitting layer {fit.layer} (samples)", len(share)) as advance:
         for batch in share.split(pruned.batch_size):
-            ((_, target),) = run_and_capture(pruned.model, [goal], batch)
-            with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
-                (_, output), (inputs, added) = run_and_capture(pruned.model, [layer, projection], batch)
+            with without_layers(model, architecture, behind_goal):
+                ((_, target),) = run_and_capture(model, [goal], batch)
+            with pruned_and_corrected(model, architecture, sorted(behind_layer), changes):
+                (_, output), (inputs, added) = run_and_capture(model, [layer, projection], batch)
             # hooks that correct come first, so that `added` is what the corrected map adds
             features = inputs if fit.refit else linear_output(projection, added)
             if gram.dim() == 0:

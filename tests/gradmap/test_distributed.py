@@ -46,9 +46,27 @@ def test_two_processes_make_the_same_plan(picos, alone, word_file, tmp_path):
         torch.testing.assert_close(matrix, expected_matrices[name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
+def test_two_processes_repair_as_one_does(picos, word_file, tmp_path):
+    plans = []
+    for name, launcher in (
+        ("one", ()),
+        ("two", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
+    ):
+        arguments = prune_arguments(picos["llama"], word_file, tmp_path / name)
+        command = [sys.executable, "-m", *launcher, "gradmap", *map(str, arguments), "--preset", "best"]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        plans.append(read(tmp_path / name))
+    one, two = plans
+    assert one["removal_order"] == two["removal_order"]
+    for a, b in zip(one["corrections"], two["corrections"], strict=True):  # sums in another order, over many steps
+        assert b["held_out_loss_after"] == pytest.approx(a["held_out_loss_after"], rel=1e-6)
+
+
 def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path):
     pico = picos["llama"]
-    from_larger = ("--from-plan", alone, "--remove", 2, "--out", tmp_path / "nested")
+    from_larger = ("--preset", "gradmap", "--from-plan", alone, "--remove", 2, "--out", tmp_path / "nested")
     for arguments in (
         prune_arguments(pico, word_file, tmp_path / "direct", remove=2),
         ("prune", "--model", pico.directory, *from_larger),

@@ -87,7 +87,7 @@ def test_the_key_holds_what_decisions_depend_on_and_nothing_else(picos, word_fil
         calibration = build_calibration(tokenizer, settings.calibration, 4, 8, settings.seed)
         return journal_key(picos[family].checkpoint, settings, calibration)
 
-    settings = PruneSettings(remove=2, calibration=f"file:{word_file}")
+    settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="projection")
     plain = key("llama", settings)
     assert key("llama", replace(settings, remove=3, compensator="none", device="cpu", stream=True)) == plain
     others = ({"seed": 1}, {"dtype": "float64"}, {"one_shot": True})

@@ -17,7 +17,8 @@ from tests.conftest import LAYERS
 
 def prune_arguments(pico, word_file, out, remove=2):
     source = ("--calibration", f"file:{word_file}", "--samples", 12, "--tokens", 16)
-    return ("prune", "--model", pico.directory, "--remove", remove, *source, "--dtype", "float64", "--out", out)
+    options = ("--preset", "gradmap", "--dtype", "float64", "--out", out)
+    return ("prune", "--model", pico.directory, "--remove", remove, *source, *options)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def test_evaluating_on_the_calibration_text_is_refused(planned, word_file, tmp_p
         ({"--model": "./nowhere"}, "does not exist"),
         ({"--samples": 5000}, "too short"),
         ({"--selector": "magic"}, "Unknown selector"),
+        ({"--preset": "magic"}, "Unknown preset"),
         ({"--dtype": "int3"}, "Unknown dtype"),
     ],
 )
