@@ -37,8 +37,17 @@ _STYLE: Any = {
 }
 
 
+# What the selectors measure; the lowest goes.
+SCORES = {
+    "repair": "loss that removal adds after repair (nats/token)",
+    "gradient": "gradient norm (Eq. 7)",
+    "block-influence": "block influence",
+    "sleb": "loss without the layer (nats/token)",
+}
+
+
 def draw_importance(plan: Plan) -> str:
-    """Bars of the first round's scores (Eq. 7), with the order of removal over the removed layers."""
+    """Bars of the first round's scores, with the order of removal over the removed layers."""
     scores = plan.steps[0].scores
     with mpl.rc_context(_STYLE):
         figure, axes = _new_figure(width=9.0)
@@ -47,7 +56,7 @@ def draw_importance(plan: Plan) -> str:
         for rank, layer in enumerate(plan.removal_order, start=1):
             axes.annotate(f"{rank}.", (layer, scores[layer]), ha="center", va="bottom", fontsize=9)
         axes.set_xlabel("layer (original index); red: removed, with its place in the order of removal")
-        axes.set_ylabel("gradient norm (Eq. 7), first round")
+        axes.set_ylabel(f"{SCORES.get(plan.recipe['selector'], 'score')}, first round")
         return _to_svg(figure)
 
 

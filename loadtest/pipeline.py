@@ -3,60 +3,39 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gradmap.console import print_table, say
+from gradmap.console import print_table
 from gradmap.errors import UserError
-from gradmap.files import read_json, refuse_foreign_directory, sha256_file, sha256_json, write_json
-from gradmap.verdict import EXIT_CODES
+from gradmap.files import refuse_foreign_directory
+from gradmap.stages import Stage, as_flags, run_stage, source_files, stage_record
 from loadtest.recipe import Recipe, load_recipe
 from loadtest.report import judgements, summary_rows, write_report
 
 RECIPE_COPY = "recipe.yaml"
-STAGES_DIRECTORY = ".stages"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One `gradmap` command. inputs: files and directories it reads; output: what must exist when it is done.
-
-    verdicts: whether exit codes other than 0 are results of a gate and not failures.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    inputs: tuple[Path, ...]
-    output: Path
-    verdicts: bool = False
 
 
 def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     """Turns a recipe into command lines. `baseline` is the dense model, exported as the pruned one is."""
-    model = ("--model", recipe.model, *_flags({"gguf_file": recipe.gguf_file, "allow_pickle": recipe.allow_pickle}))
+    model = ("--model", recipe.model, *as_flags({"gguf_file": recipe.gguf_file, "allow_pickle": recipe.allow_pickle}))
     model_files = (Path(recipe.model, recipe.gguf_file or ""),)
     plan, evaluation = out / "plan", out / "eval.json"
     export_flags = [flag for name in recipe.export.formats for flag in ("--format", name)]
     task_data = () if recipe.eval.task_data is None else (Path(recipe.eval.task_data),)
-    text_files = tuple(path for source in recipe.eval.perplexity.values() for path in _source_files(source))
+    text_files = tuple(path for source in recipe.eval.perplexity.values() for path in source_files(source))
     return [
         Stage(
             "prune",
-            ("prune", *model, *_flags(recipe.prune.model_dump()), "--out", str(plan)),
-            (*model_files, *_source_files(recipe.prune.calibration)),
+            ("prune", *model, *as_flags(recipe.prune.model_dump()), "--out", str(plan)),
+            (*model_files, *source_files(recipe.prune.calibration)),
             plan / "plan.json",
         ),
         Stage(
             "eval",
             (
                 *("eval", *model, "--plan", str(plan), "--out", str(evaluation)),
-                *_flags(_evaluation_options(recipe)),
+                *as_flags(_evaluation_options(recipe)),
             ),
             (*model_files, plan, *text_files, *task_data),
             evaluation,
@@ -78,7 +57,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             "loadtest",
             (
                 *("loadtest", "--dense", str(out / "dense" / "vllm"), "--pruned", str(out / "vllm")),
-                *(*_flags(recipe.loadtest.model_dump()), "--out", str(out / "loadtest")),
+                *(*as_flags(recipe.loadtest.model_dump()), "--out", str(out / "loadtest")),
             ),
             (out / "dense" / "vllm" / "gradmap.json", out / "vllm" / "gradmap.json"),
             out / "loadtest" / "report.json",
@@ -108,65 +87,11 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     shutil.copyfile(recipe_path, out / RECIPE_COPY)
     forced_from = 0 if fresh else names.index(from_stage) if from_stage else len(stages)
     for number, stage in enumerate(stages):
-        _run_stage(stage, f"[{number + 1}/{len(stages)}]", out, forced=number >= forced_from)
-    timings_s = {name: read_json(_marker(out, name))["seconds"] for name in names}
+        run_stage(stage, f"[{number + 1}/{len(stages)}]", out, forced=number >= forced_from)
+    timings_s = {name: stage_record(out, name)["seconds"] for name in names}
     result = write_report(out, timings_s)
     print_table("Dense against pruned", ("", "dense", "pruned", "pruned / dense"), summary_rows(result))
     for gate, judgement in judgements(result).items():
         print(f"Verdict on {gate}: {judgement['verdict']}: {judgement['reason']}")
     print(f"Report: {out / 'report.html'}")
     return result
-
-
-def stage_key(stage: Stage) -> str:
-    """Hashes all that a stage's result depends on: its command, its inputs' bytes, and our version."""
-    inputs = {str(path): _hash_path(path) for path in stage.inputs}
-    return sha256_json([version("gradmap"), stage.arguments, inputs])
-
-
-def _run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
-    key = stage_key(stage)
-    marker = _marker(out, stage.name)
-    if not forced and stage.output.exists() and marker.exists() and read_json(marker)["key"] == key:
-        say(f"{label} {stage.name}: done before, inputs unchanged")
-        return
-    say(f"{label} {stage.name}")
-    started = time.monotonic()
-    marker.unlink(missing_ok=True)
-    code = subprocess.run([sys.executable, "-m", "gradmap", *stage.arguments], check=False).returncode
-    accepted = set(EXIT_CODES.values()) if stage.verdicts else {0}
-    if code not in accepted or not stage.output.exists():
-        raise UserError(f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.")
-    write_json(marker, {"key": key, "seconds": round(time.monotonic() - started, 1)})
-
-
-def _marker(out: Path, stage_name: str) -> Path:
-    return out / STAGES_DIRECTORY / f"{stage_name}.json"
-
-
-def _hash_path(path: Path) -> Any:
-    """A file's SHA-256; of a directory, those of its files by name; None if there is nothing (a hub id)."""
-    if path.is_dir():
-        return {str(file.relative_to(path)): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    return sha256_file(path) if path.is_file() else None
-
-
-def _source_files(source: str) -> tuple[Path, ...]:
-    """The path in a text SPEC, if it names one."""
-    kind, _, rest = source.partition(":")
-    if kind == "file":
-        return (Path(rest.partition("#")[0]),)
-    return (Path(rest.rpartition(":")[0]),) if kind == "disk" else ()
-
-
-def _flags(values: dict[str, Any]) -> list[str]:
-    """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2]} -> --one-shot --remove=8 --x=1 --x=2."""
-    flags: list[str] = []
-    for name, value in values.items():
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            flags += [option] if value else []
-        elif value is not None:
-            each: Sequence[Any] = value if isinstance(value, list) else [value]
-            flags += [f"{option}={one}" for one in each]
-    return flags

@@ -76,8 +76,9 @@ class RepairScorer:
         fitted, measured = self._run(self._fit_ids), self._run(self._measure_ids)
         base = self._loss_behind(len(alive), measured.entering[-1])
         bounds = steps[-1].scores if steps else {}
-        costs = {layer: bounds.get(layer, float("-inf")) for layer in alive[1:]}
-        untried = sorted(set(costs) - self._subject.protected, key=costs.__getitem__)
+        candidates = [layer for layer in alive[1:] if layer not in self._subject.protected]
+        costs = {layer: bounds.get(layer, float("-inf")) for layer in candidates}
+        untried = sorted(candidates, key=costs.__getitem__)
         best = float("inf")
         while untried and best >= costs[untried[0]]:
             layer = untried.pop(0)
@@ -85,7 +86,7 @@ class RepairScorer:
             costs[layer] = self._loss_without(layer, measured) - base
             best = min(best, costs[layer])
             advance(1)
-        advance(len(alive) - len(costs) + len(untried))
+        advance(len(alive) - len(candidates) + len(untried))
         return costs
 
     def _adopt(self, layer: int) -> None:

@@ -173,7 +173,7 @@ def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):
     [
         (("--selector", "manual"), "--layers is the order of removal"),
         (("--layers", "1,2"), "--layers is the order of removal"),
-        (("--selector", "manual", "--layers", "a"), "give layer numbers with commas"),
+        (("--selector", "manual", "--layers", "a"), "give whole numbers with commas"),
         (("--selector", "manual", "--layers", "1,7"), "--layers must name distinct layers between 0 and 4"),
         (("--selector", "repair", "--stream"), "needs all weights in memory"),
         (("--selector", "taylor", "--stream"), "needs all weights in memory"),

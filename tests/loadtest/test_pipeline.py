@@ -6,7 +6,8 @@ import pytest
 
 from gradmap.cli import build_app
 from gradmap.errors import UserError
-from loadtest.pipeline import plan_stages, run_recipe, stage_key
+from gradmap.stages import stage_key
+from loadtest.pipeline import plan_stages, run_recipe
 from loadtest.recipe import load_recipe
 from tests.conftest import ROOT
 

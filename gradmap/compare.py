@@ -1,0 +1,208 @@
+"""`gradmap compare`: methods x removal counts x calibration seeds, under one calibration and one evaluation.
+
+Every selection, every repair and every evaluation is a stage of its own (gradmap.stages): done once, kept, and gone on
+with after a crash. One selection of the most layers serves every smaller count and every compensator.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from gradmap.compensators import COMPENSATORS
+from gradmap.environment import describe_environment
+from gradmap.errors import UserError
+from gradmap.files import read_json, refuse_foreign_directory, write_json, write_text
+from gradmap.plan import load_plan
+from gradmap.selectors import SELECTORS
+from gradmap.stages import Stage, as_flags, run_stage, source_files, stage_record
+
+RESULT_FILE = "compare.json"
+ONE_SHOT = "-one-shot"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A selector, whether it scores only once, and a compensator: `gradient+projection`, `gradient-one-shot+none`."""
+
+    selector: str
+    one_shot: bool
+    compensator: str
+
+    @property
+    def selection(self) -> str:
+        return self.selector + ONE_SHOT * self.one_shot
+
+    @property
+    def name(self) -> str:
+        return f"{self.selection}+{self.compensator}"
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What to compare. evaluation: options of `gradmap eval`, calibration: of `gradmap prune`, by name."""
+
+    model: dict[str, Any]
+    methods: tuple[Method, ...]
+    counts: tuple[int, ...]
+    seeds: tuple[int, ...]
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """`gradient+projection,sleb+none` -> methods. Raises UserError for an unknown one."""
+    methods = []
+    for name in text.split(","):
+        selection, plus, compensator = name.strip().partition("+")
+        selector = selection.removesuffix(ONE_SHOT)
+        if not plus or selector not in SELECTORS or selector == "manual" or compensator not in COMPENSATORS:
+            known = f"{', '.join(set(SELECTORS) - {'manual'})}; compensators: {', '.join(COMPENSATORS)}"
+            raise UserError(f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}.")
+        methods.append(Method(selector, selection != selector, compensator))
+    return tuple(dict.fromkeys(methods))
+
+
+def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
+    """One for each selector and seed, of as many layers as any count asks for."""
+    for selection, seed in product(dict.fromkeys(method.selection for method in settings.methods), settings.seeds):
+        selector = selection.removesuffix(ONE_SHOT)
+        options = {"selector": selector, "one_shot": selection != selector, "compensator": "none", "seed": seed}
+        most, directory = max(settings.counts), _selection(out, selection, seed)
+        flags = as_flags({**settings.model, **settings.calibration, **options, "remove": most, "out": directory})
+        yield Stage(directory.name, ("prune", *flags), _inputs(settings), directory / "plan.json")
+
+
+def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
+    """One for each method, count and seed."""
+    device = {"device": settings.calibration.get("device")}
+    for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
+        source = _selection(out, method.selection, seed)
+        directory = _plan(out, method, count, seed)
+        options = {"from_plan": source, "compensator": method.compensator, "remove": count, "out": directory}
+        flags = as_flags({**settings.model, **device, **options})
+        yield Stage(directory.name, ("prune", *flags), (source, *_inputs(settings)), directory / "plan.json")
+
+
+def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
+    """One for each plan."""
+    for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
+        plan = _plan(out, method, count, seed)
+        target = out / "evaluations" / f"{plan.name}.json"
+        flags = as_flags({**settings.model, **settings.evaluation, "plan": plan, "out": target})
+        yield Stage(f"eval {plan.name}", ("eval", *flags), (plan, *_inputs(settings)), target)
+
+
+def compare_methods(settings: CompareSettings, out: Path) -> dict[str, Any]:
+    """Does what is not done yet; writes compare.json, compare.md and perplexity.svg; returns compare.json."""
+    from gradmap.compare_figure import draw_perplexities
+
+    refuse_foreign_directory(out, RESULT_FILE)
+    (out / "evaluations").mkdir(parents=True, exist_ok=True)
+    write_json(out / RESULT_FILE, {"finished": False})
+    stages = [*plan_selections(settings, out), *plan_repairs(settings, out), *plan_evaluations(settings, out)]
+    for number, stage in enumerate(stages, start=1):
+        run_stage(stage, f"[{number}/{len(stages)}]", out, forced=False)
+    rows = [
+        describe_row(settings, out, method, count)
+        for method, count in product(settings.methods, settings.counts)
+    ]  # fmt: skip
+    first = read_json(_evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]))
+    result = {
+        "finished": True,
+        "settings": asdict(settings),
+        "dense": {key: first["dense"][key] for key in ("layers", "perplexity", "accuracy", "average_accuracy")},
+        "rows": rows,
+        "environment": describe_environment(),
+    }
+    write_text(out / "perplexity.svg", draw_perplexities(result))
+    write_text(out / "compare.md", to_markdown(result))
+    write_json(out / RESULT_FILE, result)
+    return result
+
+
+def describe_row(settings: CompareSettings, out: Path, method: Method, count: int) -> dict[str, Any]:
+    """One method at one count: what it removed with each seed, and means over the seeds.
+
+    perplexity, ratio (to dense), average_accuracy: `value`, the mean over seeds; `stderr`, of the evaluation; `spread`,
+    the standard deviation over seeds (None with one). select_s: of the selection of the largest count.
+    """
+    evaluations = [read_json(_evaluation(out, method, count, seed)) for seed in settings.seeds]
+    plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
+    selections = [_selection(out, method.selection, seed) for seed in settings.seeds]
+    names = [directory.name for directory in selections]
+    repairs = [_plan(out, method, count, seed).name for seed in settings.seeds]
+    pruned = [evaluation["pruned"] for evaluation in evaluations]
+    ratios = [evaluation["comparison"]["perplexity_ratio"] for evaluation in evaluations]
+    return {
+        "method": method.name,
+        "removed": count,
+        "layers": [plan.removal_order for plan in plans],
+        "perplexity": {text: _mean([side["perplexity"][text] for side in pruned]) for text in ratios[0]},
+        "ratio": {text: _mean([ratio[text] for ratio in ratios]) for text in ratios[0]},
+        "average_accuracy": _mean([side["average_accuracy"] for side in pruned]) if evaluations[0]["tasks"] else None,
+        "select_s": statistics.mean(load_plan(directory).timings_s["select"] for directory in selections),
+        "repair_s": statistics.mean(plan.timings_s["compensate"] for plan in plans),
+        "peak_bytes": max(stage_record(out, name)["peak_bytes"] for name in (*names, *repairs)),
+    }
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The table, for a pull request or a paper."""
+    texts = list(result["dense"]["perplexity"])
+    dense = [f"{result['dense']['perplexity'][text]['value']:.1f}" for text in texts]
+    heading = ["method", "removed", *(f"{text} (dense {value})" for text, value in zip(texts, dense, strict=True))]
+    heading += ["average accuracy (%)", "select (s)", "repair (s)", "peak (GB)"]
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
+    lines += [list(cells) for cells in table_rows(result)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each method and count: perplexity ± standard error (x ratio to dense), and what it cost."""
+    rows = []
+    for row in result["rows"]:
+        cells = [_cell(one, row["ratio"][text]) for text, one in row["perplexity"].items()]
+        accuracy = row["average_accuracy"]
+        shown = "" if accuracy is None else f"{100 * accuracy['value']:.1f} ± {100 * accuracy['stderr']:.1f}"
+        costs = (f"{row['select_s']:.0f}", f"{row['repair_s']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}")
+        rows.append((row["method"], str(row["removed"]), *cells, shown, *costs))
+    return rows
+
+
+def _cell(perplexity: dict[str, Any], ratio: dict[str, Any]) -> str:
+    over_seeds = "" if ratio["spread"] is None else f" ± {ratio['spread']:.2f} over seeds"
+    return f"{perplexity['value']:.1f} ± {perplexity['stderr']:.1f} (x {ratio['value']:.2f}{over_seeds})"
+
+
+def _mean(estimates: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Over seeds. stderr: the mean of the estimates' own, where they have one."""
+    values = [estimate["value"] for estimate in estimates]
+    errors = [estimate["stderr"] for estimate in estimates if "stderr" in estimate]
+    return {
+        "value": statistics.mean(values),
+        "stderr": statistics.mean(errors) if errors else None,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _selection(out: Path, selection: str, seed: int) -> Path:
+    return out / "selections" / f"{selection}-seed-{seed}"
+
+
+def _plan(out: Path, method: Method, count: int, seed: int) -> Path:
+    return out / "plans" / f"{method.name}-{count}-seed-{seed}"
+
+
+def _evaluation(out: Path, method: Method, count: int, seed: int) -> Path:
+    return out / "evaluations" / f"{_plan(out, method, count, seed).name}.json"
+
+
+def _inputs(settings: CompareSettings) -> tuple[Path, ...]:
+    texts = [source.partition("=")[2] for source in settings.evaluation.get("perplexity") or []]
+    sources = [path for source in (settings.calibration["calibration"], *texts) for path in source_files(source)]
+    return (Path(settings.model["model"], settings.model.get("gguf_file") or ""), *sources)

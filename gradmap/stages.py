@@ -1,0 +1,107 @@
+"""Commands of ours as stages of a longer job: each in its own process, none repeated while its inputs stay the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gradmap.console import say
+from gradmap.errors import UserError
+from gradmap.files import read_json, sha256_file, sha256_json, write_json
+from gradmap.verdict import EXIT_CODES
+
+STAGES_DIRECTORY = ".stages"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One `gradmap` command. inputs: files and directories it reads; output: what must exist when it is done.
+
+    verdicts: whether exit codes other than 0 are results of a gate and not failures.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    output: Path
+    verdicts: bool = False
+
+
+def stage_key(stage: Stage) -> str:
+    """Hashes all that a stage's result depends on: its command, its inputs' bytes, and our version."""
+    inputs = {str(path): _hash_path(path) for path in stage.inputs}
+    return sha256_json([version("gradmap"), stage.arguments, inputs])
+
+
+def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
+    key = stage_key(stage)
+    marker = _marker(out, stage.name)
+    if not forced and stage.output.exists() and marker.exists() and read_json(marker)["key"] == key:
+        say(f"{label} {stage.name}: done before, inputs unchanged")
+        return
+    say(f"{label} {stage.name}")
+    started = time.monotonic()
+    marker.unlink(missing_ok=True)
+    code, peak_bytes = _run([sys.executable, "-m", "gradmap", *stage.arguments])
+    accepted = set(EXIT_CODES.values()) if stage.verdicts else {0}
+    if code not in accepted or not stage.output.exists():
+        raise UserError(f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.")
+    write_json(marker, {"key": key, "seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes})
+
+
+def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
+    """How long the stage took when it last ran (`seconds`), and its process's peak resident memory (`peak_bytes`)."""
+    record: dict[str, Any] = read_json(_marker(out, stage_name))
+    return record
+
+
+def _run(command: list[str]) -> tuple[int, int]:
+    """Exit code and peak resident memory (bytes) of one process."""
+    process = subprocess.Popen(command)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * 1024
+
+
+def _marker(out: Path, stage_name: str) -> Path:
+    return out / STAGES_DIRECTORY / f"{stage_name}.json"
+
+
+def _hash_path(path: Path) -> Any:
+    """A file's SHA-256; of a directory, those of its files by name; None if there is nothing (a hub id)."""
+    if path.is_dir():
+        return {str(file.relative_to(path)): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return sha256_file(path) if path.is_file() else None
+
+
+def source_files(source: str) -> tuple[Path, ...]:
+    """The path in a text SPEC, if it names one."""
+    kind, _, rest = source.partition(":")
+    if kind == "file":
+        return (Path(rest.partition("#")[0]),)
+    return (Path(rest.rpartition(":")[0]),) if kind == "disk" else ()
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2]} -> --one-shot --remove=8 --x=1 --x=2."""
+    flags: list[str] = []
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags += [option] if value else []
+        elif value is not None:
+            each: Sequence[Any] = value if isinstance(value, list) else [value]
+            flags += [f"{option}={one}" for one in each]
+    return flags

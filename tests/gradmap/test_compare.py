@@ -1,0 +1,91 @@
+"""`gradmap compare`: every method under one calibration and one evaluation, and nothing twice."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from gradmap import stages
+from gradmap.compare import parse_methods
+from gradmap.compensation import pruned_loss
+from gradmap.errors import UserError
+from gradmap.plan import load_changes, load_plan
+from tests.command_line import gradmap
+
+METHODS = ("gradient+projection", "gradient+none", "random-one-shot+sequential")
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Runs stages in this process; returns the list of what was run."""
+    ran = []
+
+    def run(command):
+        ran.append(command[3:])
+        return gradmap(*command[3:]).returncode, 10**9
+
+    monkeypatch.setattr(stages, "_run", run)
+    return ran
+
+
+@pytest.fixture
+def compared(picos, word_file, tmp_path, commands):
+    (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(4000)))
+    arguments = (
+        *("compare", "--model", picos["llama"].directory, "--methods", ",".join(METHODS), "--remove", "2,1"),
+        *("--perplexity", f"own=file:{tmp_path}/other.txt", "--limit", 9, "--seeds", "1,2"),
+        *("--calibration", f"file:{word_file}", "--samples", 6, "--tokens", 16, "--segment", 32),
+        *("--dtype", "float64", "--eval-dtype", "float64", "--out", tmp_path / "compare"),
+    )
+    finished = gradmap(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    return tmp_path / "compare", finished, arguments
+
+
+def test_every_method_at_every_count_with_every_seed(compared, picos, commands):
+    out, finished, arguments = compared
+    result = json.loads((out / "compare.json").read_text())
+    assert [(row["method"], row["removed"]) for row in result["rows"]] == [(m, k) for m in METHODS for k in (1, 2)]
+    for row in result["rows"]:
+        assert [len(layers) for layers in row["layers"]] == [row["removed"]] * 2
+        values = []
+        for seed in (1, 2):
+            record = json.loads(
+                (out / "evaluations" / f"{row['method']}-{row['removed']}-seed-{seed}.json").read_text()
+            )
+            values.append(record["pruned"]["perplexity"]["own"]["value"])
+        assert row["perplexity"]["own"]["value"] == pytest.approx(sum(values) / 2)
+        assert row["perplexity"]["own"]["spread"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
+        assert row["ratio"]["own"]["value"] == pytest.approx(
+            sum(values) / 2 / result["dense"]["perplexity"]["own"]["value"]
+        )
+    table = (out / "compare.md").read_text()
+    assert table.count("\n") == 2 + len(result["rows"])
+    assert "| random-one-shot+sequential | 2 |" in table
+    assert "Comparison" in finished.stdout
+    assert "layers removed" in (out / "perplexity.svg").read_text()
+    # two selections and three methods at two counts, with two seeds; the rest is shared
+    assert [command[0] for command in commands].count("prune") == 2 * 2 + 3 * 2 * 2
+    ran = len(commands)
+    assert gradmap(*arguments).returncode == 0
+    assert len(commands) == ran  # nothing is done twice
+
+
+def test_what_is_reported_is_what_the_plans_do(compared, picos):
+    out, _, _ = compared
+    name = "gradient+projection-2-seed-1"
+    plan, model = load_plan(out / "plans" / name), picos["llama"].load()
+    ids = torch.tensor([3 + (7 * index) % 190 for index in range(9 * 32)]).reshape(9, 32)
+    changes = load_changes(out / "plans" / name, plan)
+    loss = pruned_loss(model, picos["llama"].architecture, ids, plan.removal_order, changes, 3)
+    measured = json.loads((out / "evaluations" / f"{name}.json").read_text())
+    assert measured["pruned"]["perplexity"]["own"]["value"] == pytest.approx(math.exp(loss), rel=1e-6)
+
+
+def test_methods_are_named_by_selector_and_compensator():
+    (method,) = parse_methods("sleb+refit, sleb+refit")
+    assert (method.selector, method.one_shot, method.compensator, method.name) == ("sleb", False, "refit", "sleb+refit")
+    for text in ("sleb", "magic+none", "sleb+magic", "manual+none", ""):
+        with pytest.raises(UserError, match="is no SELECTOR\\+COMPENSATOR"):
+            parse_methods(text)
