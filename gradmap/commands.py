@@ -39,7 +39,8 @@ def prune(
         ),
     ] = None,
     compensator: Annotated[
-        str | None, typer.Option(help="How the loss is repaired: distil, refit, sequential, projection, none.")
+        str | None,
+        typer.Option(help="How the loss is repaired: distil, refit, sequential, projection, projection-adam, none."),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="For --selector manual: which layers, in order of removal, such as 21,22.")

@@ -111,7 +111,7 @@ def pruned_loss(
     return total / (input_ids.shape[0] * (input_ids.shape[1] - 1))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_and_capture(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Runs one batch (B, T) and returns what enters and leaves each module: (B, T, ...), or (B*T, ...) where a family
     flattens."""

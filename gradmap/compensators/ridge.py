@@ -11,7 +11,7 @@ X (then S is added to W_down itself).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -79,30 +79,35 @@ def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence
 
 def accumulate_gram(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Tensor]:
     """Returns F F^T (f, f) and D F^T (d, f), float64, over all tokens of the samples to fit on."""
+    gram = cross = torch.zeros((), dtype=torch.float64)
+    for features, missing, target in features_and_missing(pruned, fit, changes):
+        if gram.dim() == 0:
+            _require_memory(features.shape[-1])
+        of_batch = ridge_sums(features, missing, target if fit.weighted else None)
+        gram, cross = gram + of_batch[0], cross + of_batch[1]
+    return summed(gram), summed(cross)
+
+
+def features_and_missing(pruned: Pruned, fit: Fit, changes: Changes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """F, D and the target of one batch after the other: (B, T, f), (B, T, d), (B, T, d). No layer runs needlessly."""
     model, architecture = pruned.model, pruned.architecture
     layers = architecture.layer_list(model)
     layer, goal = layers[fit.layer], layers[fit.goal]
-    behind_goal = range(fit.goal + 1, len(layers))  # layers that need not run
-    behind_layer = {*pruned.removed, *range(fit.layer + 1, len(layers))}
+    behind_goal = range(fit.goal + 1, len(layers))
+    behind_layer = sorted({*pruned.removed, *range(fit.layer + 1, len(layers))})
     changes = {place: of_place for place, of_place in changes.items() if place.layer <= fit.layer}
     projection = architecture.down_projection_of(layer)
-    gram = cross = torch.zeros((), dtype=torch.float64)
     share, _ = share_of(pruned.calibration.fit_ids)
     with progress(f"Fitting layer {fit.layer} (samples)", len(share)) as advance:
         for batch in share.split(pruned.batch_size):
             with without_layers(model, architecture, behind_goal):
                 ((_, target),) = run_and_capture(model, [goal], batch)
-            with pruned_and_corrected(model, architecture, sorted(behind_layer), changes):
+            with pruned_and_corrected(model, architecture, behind_layer, changes):
                 (_, output), (inputs, added) = run_and_capture(model, [layer, projection], batch)
             # hooks that correct come first, so that `added` is what the corrected map adds
             features = inputs if fit.refit else linear_output(projection, added)
-            if gram.dim() == 0:
-                _require_memory(features.shape[-1])
-            missing = _rows(target) - _rows(output)
-            of_batch = ridge_sums(features, missing, _rows(target) if fit.weighted else None)
-            gram, cross = gram + of_batch[0], cross + of_batch[1]
+            yield features.reshape(*target.shape[:2], -1), _widened(target) - _widened(output), target
             advance(len(batch))
-    return summed(gram), summed(cross)
 
 
 def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -136,8 +141,11 @@ def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tens
 
 def _rows(tensor: Tensor) -> Tensor:
     """(..., d) -> (n, d), in float32 at least."""
-    rows = tensor.flatten(end_dim=-2)
-    return rows if rows.dtype == torch.float64 else rows.float()
+    return _widened(tensor).flatten(end_dim=-2)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _require_memory(size: int) -> None:

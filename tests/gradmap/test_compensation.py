@@ -8,6 +8,7 @@ from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import Pruned, pruned_loss, run_and_capture
 from gradmap.compensators import COMPENSATORS
+from gradmap.compensators.adam import REGULARISATION, objective, train_projection
 from gradmap.compensators.distil import dense_outputs, distillation_gradients, linear_maps, train_low_rank
 from gradmap.compensators.projection import mean_drift, project_most_drifted
 from gradmap.compensators.ridge import Fit, accumulate_gram, solve_ridge, solve_ridge_reference
@@ -81,6 +82,25 @@ def test_no_other_matrix_has_a_lower_objective(pico, input_ids):
         step = 1e-3 * torch.randn(best.shape, generator=generator, dtype=torch.float64)
         assert objective(best) < objective(best + step)
     assert objective(best) < objective(torch.eye(len(best), dtype=torch.float64))
+
+
+def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):
+    pruned = prune(picos["llama"], input_ids)
+    gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER), {})
+    features, missing = (tensor.reshape(*input_ids.shape, -1) for tensor in activations(pruned, refit=False))
+    exact = solve_ridge(gram, cross, REGULARISATION * len(input_ids))
+    values = [
+        objective(matrix - torch.eye(len(matrix)), features, missing).item()
+        for matrix in train_projection(features, missing, epochs=30, seed=0)
+    ]
+    assert objective(exact, features, missing) < values[-1] < values[0] < missing.square().sum() / len(input_ids)
+
+
+def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):
+    pruned = prune(picos["llama"], input_ids)
+    (trained,), (exact,) = (COMPENSATORS[name](pruned).corrections for name in ("projection-adam", "projection"))
+    assert trained.place == exact.place
+    assert trained.held_out_loss_before == pytest.approx(exact.held_out_loss_before, rel=1e-12)
 
 
 def test_drift_is_the_distance_of_mean_outputs(pico, input_ids):
