@@ -87,7 +87,7 @@ def _eval_result(dataset: str, metric: str, metric_name: str, value: float) -> E
 def _describe_pruning(plan: Plan) -> str:
     base, calibration = plan.base_model, plan.calibration
     lines = [
-        f"Pruned from {base.name} with GradMAP: {len(plan.kept_layers)} of {base.layers} layers are left.",
+        f"Pruned from {base.name} with gradmap: {len(plan.kept_layers)} of {base.layers} layers are left.",
         f"- removed layers (original indices, in order of removal): {', '.join(map(str, plan.removal_order))}",
         f"- calibration: {calibration.samples} x {calibration.tokens} tokens of `{calibration.source}`, "
         f"seed {calibration.seed}",

@@ -96,8 +96,8 @@ def select(
 ) -> Selection:
     """Chooses `count` layers, one a round, or all of them by the first scores with `one_shot`.
 
-    done: decisions of an interrupted run, which are not made again. record: told of
-    every new one. Raises UserError if too few layers may go.
+    done: decisions of an interrupted run, which are not made again. record: told of every new one. Raises UserError if
+    too few layers may go.
     """
     rounds = 1 if one_shot else count
     steps = list(done)

@@ -136,7 +136,7 @@ def render_markdown(plan: Plan, result: dict[str, Any]) -> str:
     """The summary for a pull request."""
     quality = tabulate(result)
     lines = [
-        f"## GradMAP: {_code(result['model'])} without {len(plan.removal_order)} of {plan.base_model.layers} layers",
+        f"## gradmap: {_code(result['model'])} without {len(plan.removal_order)} of {plan.base_model.layers} layers",
         "",
         *(f"- {gate}: **{judged['verdict']}**: {judged['reason']}." for gate, judged in judgements(result).items()),
         "",
