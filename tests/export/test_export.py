@@ -69,13 +69,14 @@ def make_changes(pico, correction=1.0):
     place, module = next(linear_maps(pruned))
     d_out, d_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
 
-    def noise(*shape):
-        return 0.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    def noise(scale, *shape):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    changes = {place: (Update(noise(d_out, d_in)), LowRank(noise(2, d_in), noise(d_out, 2)))}
+    # as large as the weights themselves: in a query projection, more would turn attention into a single token's
+    changes = {place: (Update(noise(0.1, d_out, d_in)), LowRank(noise(0.25, 2, d_in), noise(0.25, d_out, 2)))}
     if pico.architecture.uncorrectable is None:
         width = len(model.get_input_embeddings().weight[0])
-        matrix = correction * (torch.eye(width, dtype=torch.float64) + noise(width, width))
+        matrix = correction * (torch.eye(width, dtype=torch.float64) + noise(0.5, width, width))
         changes[Place(CORRECTED, pico.architecture.down_projection)] = (Projection(matrix),)
     return changes
 
