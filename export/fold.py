@@ -20,7 +20,7 @@ from export.safetensors_writer import write_safetensors
 from gradmap.architectures import Architecture
 from gradmap.checkpoint import INDEX_NAME, Checkpoint
 from gradmap.console import progress
-from gradmap.corrections import Change, Changes, Place, fold_changes
+from gradmap.corrections import Change, Changes, Place, Projection, fold_changes
 from gradmap.errors import UserError
 from gradmap.files import write_json
 from gradmap.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
@@ -62,6 +62,9 @@ def plan_fold(
     dtype: of the floating-point tensors; None keeps each tensor's own. quantise: whether the layers' linear maps are
     stored in eight bits. Raises UserError if a layer or a weight to correct is not in the checkpoint.
     """
+    kinds = {type(change) for of_place in changes.values() for change in of_place}
+    if architecture.uncorrectable is not None and Projection in kinds:
+        raise UserError(f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune again.")
     kept = [index for index in range(checkpoint.config[architecture.layer_count_key]) if index not in set(removed)]
     new_index = {index: position for position, index in enumerate(kept)}
     folded: list[FoldedTensor] = []

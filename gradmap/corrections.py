@@ -37,7 +37,7 @@ class Change(Protocol):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored of it, by name; `from_tensors` of the class takes the same."""
+        """What is stored of it: the arguments of the class, by name."""
         ...
 
 
