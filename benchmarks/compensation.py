@@ -26,7 +26,7 @@ from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
 from gradmap.compensation import Pruned
-from gradmap.compensators.adam import REGULARISATION, objective, train_projection
+from gradmap.compensators.adam import REGULARISATION, errors_of_output, objective, train_projection
 from gradmap.compensators.projection import mean_drift
 from gradmap.compensators.ridge import Fit, features_and_missing, ridge_sums, solve_ridge
 from gradmap.console import print_table, say
@@ -80,13 +80,15 @@ def measure(added: Tensor, missing: Tensor, epochs: int) -> Round:
     closed_form_s = time.perf_counter() - started
     exact, wanted = added.double(), missing.double()
     adam_s, adam = [], []
-    training = train_projection(added, missing, epochs, seed=0)
+    training = train_projection(
+        torch.zeros_like(update).float(), errors_of_output(added, missing), len(added), epochs, 0
+    )
     for _ in range(epochs):
         started = time.perf_counter()
-        matrix = next(training)
+        trained = next(training).double()
         adam_s.append(time.perf_counter() - started)
-        adam.append(objective(matrix.double() - torch.eye(len(matrix)), exact, wanted).item())
-    return Round(closed_form_s, objective(update, exact, wanted).item(), adam_s, adam)
+        adam.append(objective(trained, exact @ trained.mT - wanted).item())
+    return Round(closed_form_s, objective(update, exact @ update.mT - wanted).item(), adam_s, adam)
 
 
 def report(rounds: list[Round], untouched: float) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from export import ARTIFACT_FILE
 from export.card import render_card
-from export.fold import count_parameters
+from export.fold import count_parameters, require_foldable
 from export.reference import (
     PROBE_FILE,
     PROBE_SAMPLES,
@@ -129,6 +129,7 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
     targets = {name: choose_target(name, settings) for name in settings.formats}
     for name in targets:
         refuse_foreign_directory(out / name, ARTIFACT_FILE)
+    require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
     say("Computing reference logits")
     dtypes = {target.rounding for target in targets.values()}
     references = compute_references(source.checkpoint, source.removed, source.changes, source.probe_ids, dtypes)

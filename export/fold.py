@@ -20,7 +20,7 @@ from export.safetensors_writer import write_safetensors
 from gradmap.architectures import Architecture
 from gradmap.checkpoint import INDEX_NAME, Checkpoint
 from gradmap.console import progress
-from gradmap.corrections import Change, Changes, Place, Projection, fold_changes
+from gradmap.corrections import HIDDEN_STATE, Change, Changes, Place, Projection, fold_changes
 from gradmap.errors import UserError
 from gradmap.files import write_json
 from gradmap.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
@@ -62,9 +62,7 @@ def plan_fold(
     dtype: of the floating-point tensors; None keeps each tensor's own. quantise: whether the layers' linear maps are
     stored in eight bits. Raises UserError if a layer or a weight to correct is not in the checkpoint.
     """
-    kinds = {type(change) for of_place in changes.values() for change in of_place}
-    if architecture.uncorrectable is not None and Projection in kinds:
-        raise UserError(f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune again.")
+    require_foldable(checkpoint, architecture, changes)
     kept = [index for index in range(checkpoint.config[architecture.layer_count_key]) if index not in set(removed)]
     new_index = {index: position for position, index in enumerate(kept)}
     folded: list[FoldedTensor] = []
@@ -79,8 +77,8 @@ def plan_fold(
         prefix, index, suffix = place
         if index not in new_index:
             continue
-        places = [key for key in changes if key.layer == index and architecture.is_weight_of(key.target, suffix)]
-        missing -= set(places)
+        places = [key for key in changes if key.layer == index and architecture.is_part_of(key.target, suffix)]
+        missing -= {key for key in places if architecture.is_weight_of(key.target, suffix)}
         folded.append(
             FoldedTensor(
                 source,
@@ -92,6 +90,18 @@ def plan_fold(
         )
     _require_complete(checkpoint, architecture, len(kept), missing, folded)
     return folded
+
+
+def require_foldable(checkpoint: Checkpoint, architecture: Architecture, changes: Changes) -> None:
+    """Raises UserError if a change is not one of weights."""
+    kinds = {type(change) for of_place in changes.values() for change in of_place}
+    if architecture.uncorrectable is not None and Projection in kinds:
+        raise UserError(f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune again.")
+    if HIDDEN_STATE in {place.target for place in changes}:
+        raise UserError(
+            "The plan patches the hidden state between layers (--compensator linear-patch), which no stock checkpoint "
+            "can hold. gradmap eval --plan measures it; prune with another compensator to export."
+        )
 
 
 def split_shards(folded: Sequence[FoldedTensor], shard_bytes: int) -> list[list[FoldedTensor]]:

@@ -24,6 +24,7 @@ class Architecture:
     layers: dotted path of the layer list inside `...ForCausalLM`.
     down_projection: dotted path, inside a layer, of the last linear map of the FFN; of a mixture of experts, of the
         whole FFN, whose last maps are the down projections of all experts.
+    attention_output: dotted path, inside a layer, of the last linear map of the attention.
     expert_down_projections: of a mixture of experts, the pattern of their tensor names inside a layer.
     layer_count_key: the config key that holds the number of layers.
     transposed_linear: weights are stored (d_in, d_out), as in GPT-2's Conv1D, and not (d_out, d_in).
@@ -32,6 +33,7 @@ class Architecture:
 
     layers: str
     down_projection: str
+    attention_output: str = "self_attn.o_proj"
     expert_down_projections: str | None = None
     layer_count_key: str = "num_hidden_layers"
     transposed_linear: bool = False
@@ -74,6 +76,10 @@ class Architecture:
     def is_weight_of(self, target: str, name: str) -> bool:
         """Whether the tensor of this name (inside a layer) is the weight of a linear map (its path inside a layer)."""
         return self.is_down_projection(name) if target == self.down_projection else name == f"{target}.weight"
+
+    def is_part_of(self, target: str, name: str) -> bool:
+        """Whether it is the weight or the bias of the map."""
+        return self.is_weight_of(target, name) or name == f"{target}.bias"
 
     def weights_of(self, layer: nn.Module, target: str) -> list[nn.Parameter]:
         """The same of a layer in memory; several for the down projections of experts."""
@@ -119,9 +125,13 @@ ARCHITECTURES = {
     ),
     "qwen2_moe": _QWEN_MOE,
     "qwen3_moe": _QWEN_MOE,
-    "opt": Architecture(layers="model.decoder.layers", down_projection="fc2"),
+    "opt": Architecture(layers="model.decoder.layers", down_projection="fc2", attention_output="self_attn.out_proj"),
     "gpt2": Architecture(
-        layers="transformer.h", down_projection="mlp.c_proj", layer_count_key="n_layer", transposed_linear=True
+        layers="transformer.h",
+        down_projection="mlp.c_proj",
+        attention_output="attn.c_proj",
+        layer_count_key="n_layer",
+        transposed_linear=True,
     ),
 }
 

@@ -35,18 +35,32 @@ def prune(
     selector: Annotated[
         str | None,
         typer.Option(
-            help="How layers are chosen: repair, gradient, block-influence, sleb, taylor, magnitude, random, manual."
+            help="How layers are chosen: repair, gradient, block-influence, sleb, prune-comp, mka, mka-as-released, "
+            "gradpruner, taylor, magnitude, random, manual."
         ),
     ] = None,
     compensator: Annotated[
         str | None,
-        typer.Option(help="How the loss is repaired: distil, refit, sequential, projection, projection-adam, none."),
+        typer.Option(
+            help="How the loss is repaired: distil, refit, sequential, projection, projection-adam, magnitude, mka, "
+            "gradpruner, linear-patch, none."
+        ),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="For --selector manual: which layers, in order of removal, such as 21,22.")
     ] = None,
     protect_first: Annotated[int, typer.Option(min=0, help="So many first layers stay.")] = 0,
     protect_last: Annotated[int, typer.Option(min=0, help="So many last layers stay.")] = 0,
+    top_z: Annotated[int, typer.Option(min=1, help="projection: how many layers, those that drifted most.")] = 1,
+    side: Annotated[
+        str, typer.Option(help="projection: the side of the weight that W' is on, left or right.")
+    ] = "left",
+    target: Annotated[
+        str, typer.Option(help="projection: the linear map to correct, down, or q, k, v, o, up, gate by Adam.")
+    ] = "down",
+    unregularised: Annotated[
+        bool, typer.Option("--unregularised", help="projection: leave Eq. 12 out of the objective.")
+    ] = False,
     one_shot: Annotated[bool, typer.Option("--one-shot", help="Score once instead of after every removal.")] = False,
     calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
@@ -81,6 +95,10 @@ def prune(
         layers=_parse_numbers("--layers", layers) if layers else [],
         protect_first=protect_first,
         protect_last=protect_last,
+        top_z=top_z,
+        side=side,
+        target=target,
+        unregularised=unregularised,
         samples=samples,
         tokens=tokens,
         seed=seed,
@@ -91,7 +109,7 @@ def prune(
     if from_plan is None:
         plan = make_plan(checkpoint, settings, out, resume)
     else:
-        plan = prune_less(checkpoint, from_plan, count, compensator, device, out)
+        plan = prune_less(checkpoint, from_plan, settings, out)
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
         print_json_line({"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s})

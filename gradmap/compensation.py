@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
 from gradmap.calibration import Calibration
-from gradmap.corrections import Change, Changes, Place, gather_changes, pruned_and_corrected
+from gradmap.corrections import Change, Changes, Place, followed_by, gather_changes, pruned_and_corrected
 from gradmap.distributed import share_of, summed
 from gradmap.layerwise import sample_losses
 
@@ -57,10 +57,25 @@ class Compensation:
 
 
 @dataclass(frozen=True)
+class ProjectionOptions:
+    """Variations of GradMAP's stage 2, for its ablations.
+
+    top_z: how many layers are corrected, those that drifted most (Table 12). side: which side of the weight W' is on
+    (Table 11). target: the linear map, by the first part of its name: q for q_proj (Table 6). unregularised: whether
+    the objective lacks Eq. 12 (Table 9).
+    """
+
+    top_z: int = 1
+    side: str = "left"
+    target: str = "down"
+    unregularised: bool = False
+
+
+@dataclass(frozen=True)
 class Pruned:
     """What a compensator repairs: `model`, which is whole, without the `removed` layers, and the samples to do it on.
 
-    batch_size: samples in a forward pass.
+    removed: in the order of removal. batch_size: samples in a forward pass. options: of `projection`.
     """
 
     model: Any
@@ -68,6 +83,7 @@ class Pruned:
     calibration: Calibration
     removed: tuple[int, ...]
     batch_size: int
+    options: ProjectionOptions = ProjectionOptions()
 
     @property
     def kept(self) -> list[int]:
@@ -80,6 +96,11 @@ class Pruned:
         """
         ends = sorted(layer for layer in self.removed if layer + 1 not in self.removed)
         return [(max(before), end) for end in ends if (before := [layer for layer in self.kept if layer < end])]
+
+    def judge(self, pairs: Sequence[tuple[Place, Change]], changes: Changes) -> tuple[Correction, ...]:
+        """Changes that belong together as corrections, on top of `changes`."""
+        losses = self.loss(changes), self.loss(followed_by(changes, pairs))
+        return tuple(Correction(place, change, *losses) for place, change in pairs)
 
     def loss(self, changes: Changes) -> float:
         """On the held-out samples, nats per token."""

@@ -10,29 +10,38 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gradmap.architectures import Architecture, without_layers
 
+# The target of what acts on the hidden state that leaves a layer. No stock layer can hold it.
+HIDDEN_STATE = ""
+
 
 class Place(NamedTuple):
-    """A linear map: the original index of its layer, and its path inside the layer."""
+    """A linear map: the original index of its layer, and its path inside the layer; or HIDDEN_STATE."""
 
     layer: int
     target: str
 
 
 class Change(Protocol):
-    """A change of a weight W (d_out, d_in). The bias stays as it is."""
+    """A change of a linear map, whose weight W is (d_out, d_in)."""
 
     kind: ClassVar[str]
 
-    def added(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """What the change adds to the map's output (..., d_out), given its inputs (..., d_in) and W inputs."""
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        """What the change adds to the map's output W inputs + bias, (..., d_out), given its inputs (..., d_in)."""
         ...
 
     def fold(self, weight: Tensor) -> Tensor:
         """The changed weight; (d_out, d_in) float64 both."""
+        ...
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """The changed bias; (d_out,) float64 both."""
         ...
 
     @property
@@ -41,15 +50,21 @@ class Change(Protocol):
         ...
 
 
+class _BiasStays:
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        return bias
+
+
 @dataclass(frozen=True)
-class Projection:
+class Projection(_BiasStays):
     """W <- W' W (Eq. 13). matrix: W' (d_out, d_out)."""
 
     kind: ClassVar[str] = "projection"
     matrix: Tensor
 
-    def added(self, inputs: Tensor, output: Tensor) -> Tensor:
-        return output @ self.matrix.to(output).mT - output
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        linear = output - bias
+        return linear @ self.matrix.to(linear).mT - linear
 
     def fold(self, weight: Tensor) -> Tensor:
         return self.matrix.double() @ weight
@@ -60,13 +75,13 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Update:
+class Update(_BiasStays):
     """W <- W + matrix, (d_out, d_in)."""
 
     kind: ClassVar[str] = "update"
     matrix: Tensor
 
-    def added(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         return inputs @ self.matrix.to(inputs).mT
 
     def fold(self, weight: Tensor) -> Tensor:
@@ -78,14 +93,14 @@ class Update:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_BiasStays):
     """W <- W + up down, with down (r, d_in) and up (d_out, r) (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
 
     kind: ClassVar[str] = "low-rank"
     down: Tensor
     up: Tensor
 
-    def added(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         return inputs @ self.down.to(inputs).mT @ self.up.to(inputs).mT
 
     def fold(self, weight: Tensor) -> Tensor:
@@ -96,8 +111,29 @@ class LowRank:
         return {"down": self.down, "up": self.up}
 
 
-CHANGES: dict[str, type[Projection] | type[Update] | type[LowRank]] = {
-    kind.kind: kind for kind in (Projection, Update, LowRank)
+@dataclass(frozen=True)
+class Scale:
+    """W <- factor W, and the bias likewise. factor: () a number."""
+
+    kind: ClassVar[str] = "scale"
+    factor: Tensor
+
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        return output * (self.factor.item() - 1)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return weight * self.factor.double()
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        return bias * self.factor.double()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"factor": self.factor}
+
+
+CHANGES: dict[str, type[Projection] | type[Update] | type[LowRank] | type[Scale]] = {
+    kind.kind: kind for kind in (Projection, Update, LowRank, Scale)
 }
 # What is done to a weight, in this order.
 Changes = Mapping[Place, Sequence[Change]]
@@ -111,12 +147,46 @@ def gather_changes(pairs: Sequence[tuple[Place, Change]]) -> dict[Place, tuple[C
     return gathered
 
 
-def fold_changes(weight: Tensor, changes: Sequence[Change], transposed: bool) -> Tensor:
-    """The changed weight in float64; a transposed one (Conv1D) is stored (d_in, d_out)."""
-    folded = weight.double().mT if transposed else weight.double()
+def followed_by(changes: Changes, pairs: Sequence[tuple[Place, Change]]) -> dict[Place, tuple[Change, ...]]:
+    """`changes`, and then those of `pairs`."""
+    return gather_changes([*((place, change) for place, each in changes.items() for change in each), *pairs])
+
+
+def fold_changes(tensor: Tensor, changes: Sequence[Change], transposed: bool) -> Tensor:
+    """The changed weight or bias (d_out,), in float64; a transposed weight (Conv1D) is stored (d_in, d_out)."""
+    folded = tensor.double()
+    if tensor.dim() == 1:
+        for change in changes:
+            folded = change.fold_bias(folded)
+        return folded
+    folded = folded.mT if transposed else folded
     for change in changes:
         folded = change.fold(folded)
     return folded.mT if transposed else folded
+
+
+def linear_maps(architecture: Architecture, model: Any, layers: Sequence[int]) -> Iterator[tuple[Place, nn.Module]]:
+    """Every linear map of the layers at these indices; not the stacked weights of experts, nor their router."""
+    for index in layers:
+        for path, module in architecture.layer_list(model)[index].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                yield Place(index, path), module
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear map as (d_out, d_in), which Conv1D stores the other way round."""
+    weight: Tensor = module.get_parameter("weight")
+    return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def untrained_low_rank(module: nn.Module, rank: int, generator: torch.Generator) -> LowRank:
+    """Factors to train. They change nothing yet: `up` is zero."""
+    weight = weight_of(module)
+    d_out, d_in = weight.shape
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    down = torch.randn(rank, d_in, generator=generator, dtype=dtype).to(weight.device) / d_in**0.5
+    up = torch.zeros(d_out, rank, dtype=dtype, device=weight.device)
+    return LowRank(down.requires_grad_(True), up.requires_grad_(True))
 
 
 @contextmanager
@@ -146,9 +216,13 @@ def linear_output(module: nn.Module, output: Tensor) -> Tensor:
 
 
 def _apply(changes: Sequence[Change]) -> Any:
-    def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        given: Tensor = output[0] if isinstance(output, tuple) else output
+        bias: Any = getattr(module, "bias", None)
+        bias = 0.0 if bias is None else bias
         for change in changes:
-            output = output + change.added(args[0], linear_output(module, output)).to(output.dtype)
-        return output
+            given = given + change.added(args[0], given, bias).to(given.dtype)
+            bias = change.fold_bias(bias)
+        return (given, *output[1:]) if isinstance(output, tuple) else given
 
     return on_forward

@@ -46,6 +46,14 @@ def record_layer_calls(model: Any, layers: Iterable[nn.Module], input_ids: Tenso
     return entering[0], calls
 
 
+def run_layers(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Tensor:
+    """The output of the last layer: (B, T) -> (B, T, d)."""
+    hidden, calls = record_layer_calls(model, layers, input_ids)
+    for layer, call in zip(layers, calls, strict=True):
+        hidden = call.run(layer, hidden)
+    return hidden
+
+
 def logits_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
     """What the model makes of the output of its last layer: (B, T, d), (B, T) -> (B, T, V)."""
     with forward_replaced(layers, lambda *args, **kwargs: hidden):

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from gradmap.calibration import hash_token_ids
 from gradmap.checkpoint import Checkpoint
-from gradmap.corrections import CHANGES, Changes, LowRank, Place, Projection, Update, gather_changes
+from gradmap.corrections import (
+    CHANGES,
+    HIDDEN_STATE,
+    Changes,
+    LowRank,
+    Place,
+    Projection,
+    Scale,
+    Update,
+    gather_changes,
+)
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, write_json
 
@@ -96,14 +106,21 @@ class Repair:
 
     def describe(self) -> str:
         first = self.corrections[0]
-        where = f"the {first.target} of layer {first.layer} (original index)"
-        what = {
-            Projection.kind: f"a projection W' of {where}",
-            Update.kind: f"a refit of {where}",
-            LowRank.kind: f"low-rank corrections of {len(self.corrections)} linear maps",
-        }[first.kind]
+        what = self._what(first)
         change = f"held-out loss {first.held_out_loss_before:.3f} -> {first.held_out_loss_after:.3f} nats per token"
         return f"{what}: {change}{'' if self.accepted else ', left out, because it does not help'}"
+
+    def _what(self, first: CorrectionRecord) -> str:
+        count = len(self.corrections)
+        if first.target == HIDDEN_STATE:
+            return f"a patch of the hidden state behind layer {first.layer} (original index)"
+        where = f"the {first.target} of layer {first.layer} (original index)"
+        return {
+            Projection.kind: f"a projection W' of {where}",
+            Update.kind: f"a refit of {where}" if count == 1 else f"new weights for {count} linear maps",
+            LowRank.kind: f"low-rank corrections of {count} linear maps",
+            Scale.kind: f"other scales of {count} linear maps",
+        }[first.kind]
 
 
 class Plan(_Strict):

@@ -13,7 +13,7 @@ from gradmap.architectures import architecture_of, layer_count
 from gradmap.batching import FORWARD_BATCH
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer
-from gradmap.compensation import Compensation, Correction, Pruned
+from gradmap.compensation import Compensation, Correction, ProjectionOptions, Pruned
 from gradmap.compensators import COMPENSATORS
 from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
@@ -40,13 +40,21 @@ from gradmap.selectors import SELECTORS
 # best: what did best in our own comparison. gradmap: the method as it was published.
 PRESETS = {"best": ("repair", "distil"), "gradmap": ("gradient", "projection")}
 
+# What a plan that is made from a larger one may have differently.
+REPAIR_SETTINGS = ("remove", "compensator", "device", "top_z", "side", "target", "unregularised")
+# Repairs that need no linear map behind which nothing follows but the addition to the hidden state.
+ANYWHERE = ("none", "distil", "mka", "gradpruner", "linear-patch")
+# Methods that change or differentiate every weight, so that all must be in memory.
+IN_MEMORY = ("distil", "mka", "gradpruner")
+
 
 @dataclass(frozen=True)
 class PruneSettings:
     """How to prune. remove: number of layers K; samples x tokens: size of the calibration set.
 
     layers: the order of removal, for selector manual. protect_first, protect_last: so many layers at either end stay.
-    stream: read layers from disk one at a time, for a model that is larger than memory.
+    top_z, side, target, unregularised: see ProjectionOptions. stream: read layers from disk one at a time, for a model
+    that is larger than memory.
     """
 
     remove: int
@@ -57,12 +65,20 @@ class PruneSettings:
     layers: list[int] = field(default_factory=list)
     protect_first: int = 0
     protect_last: int = 0
+    top_z: int = 1
+    side: str = "left"
+    target: str = "down"
+    unregularised: bool = False
     samples: int = 128
     tokens: int = 128
     seed: int = 42
     dtype: str = "auto"
     device: str = "auto"
     stream: bool = False
+
+    @property
+    def projection(self) -> ProjectionOptions:
+        return ProjectionOptions(self.top_z, self.side, self.target, self.unregularised)
 
 
 def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None = None) -> Plan:
@@ -82,22 +98,20 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bo
     return plan
 
 
-def prune_less(
-    checkpoint: Checkpoint, plan_directory: Path, remove: int, compensator: str, device: str, out: Path
-) -> Plan:
+def prune_less(checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettings, out: Path) -> Plan:
     """Makes the plan for fewer layers out of one for more: removals are nested, corrections are computed anew.
 
-    Raises UserError if the plan is another model's or has fewer layers.
+    wanted: how many layers, how to repair, and on which device; the rest is as it was for the larger plan. Raises
+    UserError if that is another model's or has fewer layers.
     """
     larger = load_plan(plan_directory)
     require_same_model(larger, checkpoint)
-    if not 1 <= remove <= len(larger.removal_order):
+    if not 1 <= wanted.remove <= len(larger.removal_order):
         raise UserError(
             f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that --remove cannot be "
-            f"{remove}; give 1 to {len(larger.removal_order)}."
+            f"{wanted.remove}; give 1 to {len(larger.removal_order)}."
         )
-    changes = {"remove": remove, "compensator": compensator, "device": device}
-    settings = PruneSettings(**(larger.recipe | changes))
+    settings = PruneSettings(**(larger.recipe | {name: getattr(wanted, name) for name in REPAIR_SETTINGS}))
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
     input_ids = load_calibration_ids(plan_directory, larger)
@@ -130,7 +144,7 @@ def _make_plan(
                 model, architecture, calibration, _ends(checkpoint, settings), settings.stream, tuple(settings.layers)
             )
             selection = select(
-                SELECTORS[settings.selector](subject),
+                SELECTORS[settings.selector],
                 subject,
                 settings.remove,
                 one_shot=settings.one_shot,
@@ -141,7 +155,7 @@ def _make_plan(
             # streamed, each pass reads every layer once, so that all samples go at once
             batch_size = settings.samples if settings.stream else FORWARD_BATCH
             compensation = COMPENSATORS[settings.compensator](
-                Pruned(model, architecture, calibration, selection.removal_order, batch_size)
+                Pruned(model, architecture, calibration, selection.removal_order, batch_size, settings.projection)
             )
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, timings_s)
     tensors = {
@@ -207,13 +221,21 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
         if name not in known:
             raise UserError(f"Unknown {kind} {name!r}; known are {', '.join(known)}.")
     uncorrectable = architecture_of(checkpoint.config).uncorrectable
-    if uncorrectable is not None and settings.compensator not in ("none", "distil"):
+    if uncorrectable is not None and settings.compensator not in ANYWHERE:
         raise UserError(
             f"The down projections of a {checkpoint.config['model_type']} model cannot be fitted in closed form: "
             f"{uncorrectable}; use --compensator distil or none."
         )
-    if settings.stream and settings.compensator == "distil":
-        raise UserError("--compensator distil needs all weights in memory; leave out --stream, or use sequential.")
+    if settings.stream and settings.compensator in IN_MEMORY:
+        raise UserError(
+            f"--compensator {settings.compensator} needs all weights in memory; leave out --stream, or use sequential."
+        )
+    if settings.projection != ProjectionOptions() and settings.compensator not in ("projection", "projection-adam"):
+        raise UserError(
+            "--top-z, --side, --target and --unregularised are for --compensator projection and projection-adam."
+        )
+    if settings.side not in ("left", "right"):
+        raise UserError(f"--side is {settings.side}; give left or right.")
     if bool(settings.layers) != (settings.selector == "manual"):
         raise UserError("--layers is the order of removal for --selector manual; give both, or neither.")
 

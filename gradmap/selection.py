@@ -86,7 +86,7 @@ Selector = Callable[[Subject], LayerScorer]
 
 
 def select(
-    scorer: LayerScorer,
+    selector: Selector,
     subject: Subject,
     count: int,
     *,
@@ -104,6 +104,7 @@ def select(
     ahead = range(len(steps), rounds)
     if not ahead:
         return Selection(tuple(steps)).first(count)
+    scorer = selector(subject)
     with progress("Scoring layers", sum(scorer.work(len(subject.layers) - gone) for gone in ahead)) as advance:
         for _ in ahead:
             scores = scorer.score(steps, advance)

@@ -27,6 +27,10 @@ class PruneSection(_Section):
     layers: str | None = None
     protect_first: int | None = None
     protect_last: int | None = None
+    top_z: int | None = None
+    side: str | None = None
+    target: str | None = None
+    unregularised: bool | None = None
     one_shot: bool | None = None
     samples: int | None = None
     tokens: int | None = None

@@ -1,55 +1,146 @@
-"""GradMAP's stage 2 as it was published: W' trained by Adam (Table 8). For reproduction; the closed form is exact."""
+"""GradMAP's stage 2 as it was published: W' trained by Adam (Table 8). For reproduction; the closed form is exact.
+
+Also for maps that the layer's output does not follow linearly, which have no closed form (the ablation of Table 6).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradmap.compensation import Compensation, Correction, Pruned
-from gradmap.compensators.projection import mean_drift
-from gradmap.compensators.ridge import Fit, features_and_missing
+from gradmap.architectures import without_layers
+from gradmap.compensation import Compensation, Correction, Pruned, run_and_capture
+from gradmap.compensators.projection import mean_drift, most_drifted
+from gradmap.compensators.ridge import Fit, down_projection_weight, features_and_missing
 from gradmap.console import progress
-from gradmap.corrections import Place, Projection
+from gradmap.corrections import (
+    Change,
+    Changes,
+    Place,
+    Projection,
+    Update,
+    corrected,
+    followed_by,
+    linear_maps,
+    pruned_and_corrected,
+    weight_of,
+)
+from gradmap.errors import UserError
+from gradmap.layerwise import record_layer_calls
+from gradmap.processes import process_count
 
 LEARNING_RATE = 1e-3
 REGULARISATION = 1e-3
 EPOCHS = 10  # the paper does not say
 
+# (W' - I, index of a sample) -> what the layer's output lacks, (T, d)
+Errors = Callable[[Tensor, int], Tensor]
+
 
 def project_with_adam(pruned: Pruned) -> Compensation:
-    """For the most drifted layer, as `project_most_drifted`."""
+    """For the most drifted layer, as `project_most_drifted`; any linear map of it (ProjectionOptions.target)."""
+    if process_count() > 1:
+        raise UserError("--compensator projection-adam takes a sample a step; start one process, or use projection.")
+    options = pruned.options
     drift = mean_drift(pruned)
-    layer = max(drift, key=drift.__getitem__)
-    batches = list(features_and_missing(pruned, Fit(layer, goal=layer), {}))
-    added, missing = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
-    *_, matrix = train_projection(added, missing, EPOCHS, pruned.calibration.seed)
-    place, change = Place(layer, pruned.architecture.down_projection), Projection(matrix.double().cpu())
-    losses = pruned.loss({}), pruned.loss({place: (change,)})
-    return Compensation((Correction(place, change, *losses, lam=REGULARISATION),), drift)
+    corrections: tuple[Correction, ...] = ()
+    for layer in most_drifted(drift, options.top_z):
+        changes = Compensation(corrections).changes
+        place, module = find_map(pruned, layer, options.target)
+        start, errors_of = _problem(pruned, place, module, changes)
+        regularisation = 0.0 if options.unregularised else REGULARISATION
+        samples, seed = len(pruned.calibration.fit_ids), pruned.calibration.seed
+        *_, update = train_projection(start, errors_of, samples, EPOCHS, seed, regularisation)
+        change = _as_change(update.double().cpu(), module, options.side)
+        corrections += pruned.judge([(place, change)], changes)
+    return Compensation(corrections, drift)
 
 
-def train_projection(added: Tensor, missing: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
-    """W' (d, d) after every epoch. added: A, missing: X_O - H', both (N, T, d); a step takes one sample.
+def find_map(pruned: Pruned, layer: int, target: str) -> tuple[Place, nn.Module]:
+    """The linear map of a layer that is called `target`_proj; `down` is known for every family. Raises UserError."""
+    architecture = pruned.architecture
+    if target == "down":
+        module = architecture.down_projection_of(architecture.layer_list(pruned.model)[layer])
+        return Place(layer, architecture.down_projection), module
+    maps = dict(linear_maps(architecture, pruned.model, [layer]))
+    for place, module in maps.items():
+        if place.target.rpartition(".")[2] == f"{target}_proj":
+            return place, module
+    names = ", ".join(place.target for place in maps)
+    raise UserError(f"--target {target}: this model has no {target}_proj; the linear maps of a layer are {names}.")
 
-    W' A + X_F - X_O is (W' - I) A - missing, so W' - I is trained, from zero.
-    """
+
+def train_projection(
+    start: Tensor, errors_of: Errors, samples: int, epochs: int, seed: int, regularisation: float = REGULARISATION
+) -> Iterator[Tensor]:
+    """W' - I after every epoch, beginning with `start`, zeros (s, s). A step takes one sample."""
     generator = torch.Generator().manual_seed(seed)
-    update = torch.zeros(added.shape[-1], added.shape[-1], dtype=added.dtype, device=added.device, requires_grad=True)
+    update = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([update], LEARNING_RATE)
-    identity = torch.eye(len(update), dtype=update.dtype, device=update.device)
-    with progress("Training W' (samples)", epochs * len(added)) as advance:
+    with progress("Training W' (samples)", epochs * samples) as advance:
         for _ in range(epochs):
-            for row in torch.randperm(len(added), generator=generator):
+            for index in torch.randperm(samples, generator=generator).tolist():
                 optimizer.zero_grad()
-                objective(update, added[row][None], missing[row][None]).backward()
+                objective(update, errors_of(update, index)[None], regularisation).backward()
                 optimizer.step()
                 advance(1)
-            yield identity + update.detach()
+            yield update.detach()
 
 
-def objective(update: Tensor, added: Tensor, missing: Tensor) -> Tensor:
-    """Eq. 11 and 12 for W' = I + update, mean over samples: (d, d), (N, T, d), (N, T, d) -> scalar."""
-    errors = added @ update.mT - missing
-    return errors.square().sum() / len(added) + REGULARISATION * update.square().sum()
+def objective(update: Tensor, errors: Tensor, regularisation: float = REGULARISATION) -> Tensor:
+    """Eq. 11 and 12 for W' = I + update, mean over samples: (s, s), (N, T, d) -> scalar."""
+    return errors.square().sum() / len(errors) + regularisation * update.square().sum()
+
+
+def errors_of_output(added: Tensor, missing: Tensor) -> Errors:
+    """For W' on the left of the down projection: W' A + X_F - X_O is (W' - I) A - missing.
+
+    added: A, missing: X_O - H', both (N, T, d).
+    """
+    return lambda update, index: added[index] @ update.mT - missing[index]
+
+
+def _problem(pruned: Pruned, place: Place, module: nn.Module, changes: Changes) -> tuple[Tensor, Errors]:
+    """W' - I to begin with, and what is to become small."""
+    if place.target != pruned.architecture.down_projection:
+        size = weight_of(module).shape[0 if pruned.options.side == "left" else 1]
+        return weight_of(module).new_zeros(size, size), _errors_in_layer(pruned, place, module, changes)
+    fit = Fit(place.layer, place.layer, pruned.options.side)
+    batches = list(features_and_missing(pruned, fit, changes))
+    features, missing = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+    start = features.new_zeros(features.shape[-1], features.shape[-1])
+    if fit.kind == "left":
+        return start, errors_of_output(features, missing)
+    weight = down_projection_weight(pruned, place.layer).to(features)
+    return start, lambda update, index: features[index] @ update.mT @ weight.mT - missing[index]
+
+
+@torch.no_grad()
+def _errors_in_layer(pruned: Pruned, place: Place, module: nn.Module, changes: Changes) -> Errors:
+    """For any other map: the layer runs."""
+    model, architecture = pruned.model, pruned.architecture
+    layers = architecture.layer_list(model)
+    layer, behind = layers[place.layer], range(place.layer + 1, len(layers))
+    entering, wanted = [], []
+    for batch in pruned.calibration.fit_ids.split(pruned.batch_size):
+        with without_layers(model, architecture, behind):
+            wanted.append(run_and_capture(model, [layer], batch)[0][1])
+        with pruned_and_corrected(model, architecture, sorted({*pruned.removed, *behind}), changes):
+            entering.append(run_and_capture(model, [layer], batch)[0][0])
+    hidden, goal = torch.cat(entering), torch.cat(wanted)
+    call = record_layer_calls(model, layers, pruned.calibration.fit_ids[:1].to(model.device))[1][place.layer]
+
+    def errors_of(update: Tensor, index: int) -> Tensor:
+        change = _as_change(update, module, pruned.options.side)
+        with corrected(model, architecture, followed_by(changes, [(place, change)])):
+            return call.run(layer, hidden[index : index + 1])[0] - goal[index]
+
+    return errors_of
+
+
+def _as_change(update: Tensor, module: nn.Module, side: str) -> Change:
+    if side == "left":
+        return Projection(torch.eye(len(update)).to(update) + update)
+    return Update(weight_of(module).to(update) @ update)

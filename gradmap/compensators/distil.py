@@ -8,20 +8,25 @@ and a plan stays as small as its rank. What was fitted in closed form comes firs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
 from gradmap.console import progress
-from gradmap.corrections import Changes, LowRank, Place, gather_changes, pruned_and_corrected
+from gradmap.corrections import (
+    Changes,
+    LowRank,
+    followed_by,
+    linear_maps,
+    pruned_and_corrected,
+    untrained_low_rank,
+)
 from gradmap.distributed import share_of, summed
 from gradmap.importance import LOGITS_BYTES
-from gradmap.layerwise import logits_from, record_layer_calls
+from gradmap.layerwise import logits_from, run_layers
 
 RANK = 16
 LEARNING_RATE = 5e-4
@@ -47,10 +52,10 @@ def _closed_form(pruned: Pruned) -> Compensation:
 def train_low_rank(pruned: Pruned, changes: Changes) -> list[Correction]:
     """Corrections on top of `changes`, as they were after the epoch with the lowest held-out loss."""
     generator = torch.Generator().manual_seed(pruned.calibration.seed)
-    factors = {place: _untrained(module, generator) for place, module in linear_maps(pruned)}
+    maps = linear_maps(pruned.architecture, pruned.model, pruned.kept)
+    factors = {place: untrained_low_rank(module, RANK, generator) for place, module in maps}
     parameters = [tensor for factor in factors.values() for tensor in (factor.down, factor.up)]
-    fixed = [(place, change) for place, of_place in changes.items() for change in of_place]
-    together = gather_changes([*fixed, *factors.items()])
+    together = followed_by(changes, list(factors.items()))
     fit_ids = pruned.calibration.fit_ids
     goal = dense_outputs(pruned, fit_ids)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
@@ -70,22 +75,13 @@ def train_low_rank(pruned: Pruned, changes: Changes) -> list[Correction]:
     return [Correction(place, factor, before, best) for place, factor in kept.items()]
 
 
-def linear_maps(pruned: Pruned) -> Iterator[tuple[Place, nn.Module]]:
-    """Every linear map of every retained layer; not the stacked weights of experts, nor their router."""
-    layers = pruned.architecture.layer_list(pruned.model)
-    for index in pruned.kept:
-        for path, module in layers[index].named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                yield Place(index, path), module
-
-
 @torch.no_grad()
 def dense_outputs(pruned: Pruned, input_ids: Tensor) -> Tensor:
     """The output of the dense model's last layer, (N, T, d), in the CPU's memory: its logits would be far larger."""
     layers = pruned.architecture.layer_list(pruned.model)
     outputs = []
     for batch in input_ids.split(pruned.batch_size):
-        outputs.append(_run_layers(pruned.model, layers, batch.to(pruned.model.device)).cpu())
+        outputs.append(run_layers(pruned.model, layers, batch.to(pruned.model.device)).cpu())
     return torch.cat(outputs)
 
 
@@ -120,29 +116,12 @@ def _take_step(
     optimizer.zero_grad()
     with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
         layers = pruned.architecture.layer_list(pruned.model)
-        hidden = _run_layers(pruned.model, layers, ids)
+        hidden = run_layers(pruned.model, layers, ids)
         gradients = distillation_gradients(pruned.model, layers, hidden, wanted, ids)
         hidden.backward(gradients * (len(ids) / len(input_ids)))
     for parameter in parameters:
         parameter.grad = None if parameter.grad is None else summed(parameter.grad)
     optimizer.step()
-
-
-def _run_layers(model: Any, layers: nn.ModuleList, input_ids: Tensor) -> Tensor:
-    hidden, calls = record_layer_calls(model, layers, input_ids)
-    for layer, call in zip(layers, calls, strict=True):
-        hidden = call.run(layer, hidden)
-    return hidden
-
-
-def _untrained(module: nn.Module, generator: torch.Generator) -> LowRank:
-    """Changes nothing yet: `up` is zero."""
-    weight = module.get_parameter("weight")
-    d_out, d_in = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    down = torch.randn(RANK, d_in, generator=generator, dtype=dtype).to(weight.device) / d_in**0.5
-    up = torch.zeros(d_out, RANK, dtype=dtype, device=weight.device)
-    return LowRank(down.requires_grad_(True), up.requires_grad_(True))
 
 
 def _copy(factor: LowRank) -> LowRank:

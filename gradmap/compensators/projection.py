@@ -9,17 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import without_layers
-from gradmap.compensation import Compensation, Pruned, run_and_capture
+from gradmap.compensation import Compensation, Correction, Pruned, run_and_capture
 from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, fit_correction
 from gradmap.console import progress
 from gradmap.distributed import share_of, summed
+from gradmap.errors import UserError
 
 
 def project_most_drifted(pruned: Pruned) -> Compensation:
-    """With the exact solution of Eq. 10; lambda by the loss on held-out samples."""
+    """With the exact solution of Eq. 10; lambda by the loss on held-out samples.
+
+    Raises UserError for a map other than the down projection: the layer's output does not follow it linearly.
+    """
+    options = pruned.options
+    if options.target != "down":
+        raise UserError(f"--target {options.target} has no closed form; use --compensator projection-adam.")
     drift = mean_drift(pruned)
-    layer = max(drift, key=drift.__getitem__)
-    return Compensation((fit_correction(pruned, Fit(layer, goal=layer), {}, RELATIVE_LAMBDAS),), drift)
+    corrections: list[Correction] = []
+    for layer in most_drifted(drift, options.top_z):
+        changes = Compensation(tuple(corrections)).changes
+        lambdas = (0.0,) if options.unregularised else RELATIVE_LAMBDAS
+        corrections.append(fit_correction(pruned, Fit(layer, layer, options.side), changes, lambdas))
+    return Compensation(tuple(corrections), drift)
+
+
+def most_drifted(drift: dict[int, float], count: int) -> list[int]:
+    """The `count` layers with the largest drift (Eq. 9: one), front to back. Raises UserError if there are fewer."""
+    if count > len(drift):
+        raise UserError(f"--top-z is {count}, but only {len(drift)} layers are left; give a smaller one.")
+    return sorted(sorted(drift, key=drift.__getitem__)[-count:])
 
 
 def mean_drift(pruned: Pruned) -> dict[int, float]:

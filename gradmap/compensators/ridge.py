@@ -6,7 +6,7 @@ layer's output, F (f, n) being something the layer computes, is best, in the sen
     S = D F^T (F F^T + lam I)^-1
 
 F may be what the down projection adds, A = W_down X (then W' = I + S, Eq. 10-12: W' A = A + S A), or what enters it,
-X (then S is added to W_down itself).
+X (then S is added to W_down itself). W' on the right of W_down adds W_down S X, which `solve_right` finds.
 """
 
 from __future__ import annotations
@@ -27,52 +27,71 @@ from gradmap.corrections import (
     Place,
     Projection,
     Update,
-    gather_changes,
+    followed_by,
     linear_output,
     pruned_and_corrected,
+    weight_of,
 )
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
 RELATIVE_LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+SINGULAR = 1e-13  # relative: what float64 makes of a zero
 
 
 @dataclass(frozen=True)
 class Fit:
     """What to fit. layer: whose down projection is changed. goal: the layer whose dense output it should give.
 
-    refit: whether W_down itself is fitted, and not W'. weighted: whether every token counts by 1 / |target|^2, so that
-    the few with huge norms (attention sinks) do not own the fit.
+    kind: `left` or `right`, a W' on that side of W_down, or `refit`, W_down itself. weighted: whether every token
+    counts by 1 / |target|^2, so that the few with huge norms (attention sinks) do not own the fit.
     """
 
     layer: int
     goal: int
-    refit: bool = False
+    kind: str = "left"
     weighted: bool = False
 
-    def change(self, solution: Tensor) -> Change:
-        if self.refit:
-            return Update(solution)
-        return Projection(torch.eye(len(solution), dtype=solution.dtype) + solution)
+
+class ClosedForm:
+    """The change that a Fit finds, for any lambda: relative to the mean diagonal of the matrix that it is added to."""
+
+    def __init__(self, fit: Fit, gram: Tensor, cross: Tensor, weight: Tensor) -> None:
+        """gram: F F^T (f, f), cross: D F^T (d, f); weight: W_down (d, k) float64."""
+        self._fit, self._gram, self._cross, self._weight = fit, gram, cross, weight
+        self._scale = gram.diagonal().mean().item()
+        if fit.kind == "right":
+            self._scale *= weight.square().sum(dim=0).mean().item()
+
+    def solve(self, relative_lambda: float) -> tuple[Change, float]:
+        """The change, and lambda. Raises UserError where there is no solution without regularisation."""
+        lam = relative_lambda * self._scale
+        try:
+            if self._fit.kind == "right":
+                return Update(self._weight @ solve_right(self._gram, self._cross, self._weight, lam)), lam
+            solution = solve_ridge(self._gram, self._cross, lam)
+        except RuntimeError:  # torch's LinAlgError
+            raise UserError("There are too few calibration tokens to fit without regularisation.") from None
+        if self._fit.kind == "refit":
+            return Update(solution), lam
+        return Projection(torch.eye(len(solution), dtype=solution.dtype) + solution), lam
 
 
 def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence[float]) -> Correction:
     """The change with the lambda (relative, of `lambdas`) of the lowest held-out loss, on top of `changes`."""
-    if fit.refit and pruned.architecture.expert_down_projections is not None:
+    if fit.kind != "left" and pruned.architecture.expert_down_projections is not None:
         raise UserError("A mixture of experts has many down projections, which cannot be refitted; use sequential.")
-    gram, cross = accumulate_gram(pruned, fit, changes)
+    closed_form = ClosedForm(fit, *accumulate_gram(pruned, fit, changes), down_projection_weight(pruned, fit.layer))
     place = Place(fit.layer, pruned.architecture.down_projection)
-    scale = gram.diagonal().mean().item()
-    existing = [(where, change) for where, of_place in changes.items() for change in of_place]
     candidates = []
     with progress(f"Choosing lambda for layer {fit.layer} on held-out samples", 1 + len(lambdas)) as advance:
         before = pruned.loss(changes)
         advance(1)
         for relative in lambdas:
-            change = fit.change(solve_ridge(gram, cross, relative * scale))
-            after = pruned.loss(gather_changes([*existing, (place, change)]))
-            candidates.append(Correction(place, change, before, after, relative * scale, relative))
+            change, lam = closed_form.solve(relative)
+            after = pruned.loss(followed_by(changes, [(place, change)]))
+            candidates.append(Correction(place, change, before, after, lam, relative))
             advance(1)
     return min(candidates, key=lambda candidate: candidate.held_out_loss_after)
 
@@ -105,7 +124,7 @@ def features_and_missing(pruned: Pruned, fit: Fit, changes: Changes) -> Iterator
             with pruned_and_corrected(model, architecture, behind_layer, changes):
                 (_, output), (inputs, added) = run_and_capture(model, [layer, projection], batch)
             # hooks that correct come first, so that `added` is what the corrected map adds
-            features = inputs if fit.refit else linear_output(projection, added)
+            features = linear_output(projection, added) if fit.kind == "left" else inputs
             yield features.reshape(*target.shape[:2], -1), _widened(target) - _widened(output), target
             advance(len(batch))
 
@@ -127,6 +146,20 @@ def solve_ridge(gram: Tensor, cross: Tensor, lam: float) -> Tensor:
     return torch.cholesky_solve(cross.mT, factor).mT
 
 
+def solve_right(gram: Tensor, cross: Tensor, weight: Tensor, lam: float) -> Tensor:
+    """S (k, k) with the least |D - W S X|^2 + lam |S|^2, from X X^T (k, k), D X^T (d, k) and W (d, k), all float64.
+
+    The normal equations, W^T W S X X^T + lam S = W^T D X^T, fall apart in the eigenvectors of the two matrices.
+    """
+    left_values, left = torch.linalg.eigh(weight.mT @ weight)
+    right_values, right = torch.linalg.eigh(gram)
+    divisor = left_values.clamp(min=0)[:, None] * right_values.clamp(min=0) + lam
+    rotated = left.mT @ weight.mT @ cross @ right
+    # where nothing is observed and nothing regularised, the least S is 0
+    solution: Tensor = left @ torch.where(divisor > divisor.max() * SINGULAR, rotated / divisor, 0) @ right.mT
+    return solution
+
+
 def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tensor:
     """The same by least squares on the stacked system [F^T; sqrt(lam) I] S^T = [D^T; 0].
 
@@ -137,6 +170,14 @@ def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tens
     goal = torch.cat([missing, missing.new_zeros(size, missing.shape[1])])
     solution: Tensor = torch.linalg.lstsq(stacked, goal).solution
     return solution.mT
+
+
+def down_projection_weight(pruned: Pruned, layer: int) -> Tensor:
+    """W_down (d, k) float64; of a mixture of experts (0, 0), for each expert has its own."""
+    if pruned.architecture.expert_down_projections is not None:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    module = pruned.architecture.down_projection_of(pruned.architecture.layer_list(pruned.model)[layer])
+    return weight_of(module).double().cpu()
 
 
 def _rows(tensor: Tensor) -> Tensor:

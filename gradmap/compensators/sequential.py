@@ -15,18 +15,18 @@ RELATIVE_LAMBDAS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 def project_before_runs(pruned: Pruned) -> Compensation:
     """One W' (d, d) for each run."""
-    return _fit_before_runs(pruned, refit=False)
+    return _fit_before_runs(pruned, "left")
 
 
 def refit_before_runs(pruned: Pruned) -> Compensation:
     """W_down (d, k) itself for each run: as many more weights to fit as the FFN is wider than the hidden state."""
-    return _fit_before_runs(pruned, refit=True)
+    return _fit_before_runs(pruned, "refit")
 
 
-def _fit_before_runs(pruned: Pruned, refit: bool) -> Compensation:
+def _fit_before_runs(pruned: Pruned, kind: str) -> Compensation:
     corrections: list[Correction] = []
     for layer, goal in pruned.runs():
         changes = Compensation(tuple(corrections)).changes
-        fit = Fit(layer, goal, refit=refit, weighted=True)
+        fit = Fit(layer, goal, kind, weighted=True)
         corrections.append(fit_correction(pruned, fit, changes, RELATIVE_LAMBDAS))
     return Compensation(tuple(corrections))

@@ -3,7 +3,8 @@
 from gradmap.selection import Selector
 from gradmap.selectors.fixed import listed, shuffled
 from gradmap.selectors.gradient import GradientScorer
-from gradmap.selectors.influence import BlockInfluenceScorer
+from gradmap.selectors.influence import BlockInfluenceScorer, CompensatedInfluenceScorer
+from gradmap.selectors.merging import InitialGradientScorer, SimilarityScorer, from_the_end
 from gradmap.selectors.removal_loss import RemovalLossScorer
 from gradmap.selectors.repair import RepairScorer
 from gradmap.selectors.weights import MagnitudeScorer, TaylorScorer
@@ -13,6 +14,10 @@ SELECTORS: dict[str, Selector] = {
     "gradient": GradientScorer,
     "block-influence": BlockInfluenceScorer,
     "sleb": RemovalLossScorer,
+    "prune-comp": CompensatedInfluenceScorer,
+    "mka": SimilarityScorer,
+    "mka-as-released": from_the_end,
+    "gradpruner": InitialGradientScorer,
     "taylor": TaylorScorer,
     "magnitude": MagnitudeScorer,
     "random": shuffled,

@@ -1,4 +1,6 @@
-"""ShortGPT (Men et al. 2024, arXiv 2403.03853): a layer that hardly turns the hidden state is redundant."""
+"""ShortGPT (Men et al. 2024, arXiv 2403.03853): a layer that hardly turns the hidden state is redundant. Prune&Comp
+(arXiv 2507.18212) asks the same after every removal was made up for.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from torch.nn.functional import cosine_similarity
 
 from gradmap.architectures import Architecture, without_layers
 from gradmap.batching import FORWARD_BATCH
+from gradmap.compensators.magnitude import magnitude_ratio, scales_behind
+from gradmap.corrections import Changes, followed_by, pruned_and_corrected
 from gradmap.distributed import share_of, summed
 from gradmap.layerwise import record_layer_calls
 from gradmap.selection import Advance, Selection, Step, Subject
@@ -31,6 +35,33 @@ class BlockInfluenceScorer:
         with without_layers(model, architecture, removed):
             influences = block_influences(model, architecture, self._subject.calibration.input_ids, advance)
         return dict(zip(self._subject.alive(removed), influences.tolist(), strict=True))
+
+
+class CompensatedInfluenceScorer:
+    """Block influence in the model whose later layers were scaled after every removal: Prune&Comp's loop.
+
+    Whatever the scales do to the loss; `--compensator magnitude` computes them again, and keeps those that help.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._removed: tuple[int, ...] = ()
+        self._changes: Changes = {}
+
+    def work(self, alive: int) -> int:
+        return alive * len(share_of(self._subject.calibration.input_ids)[0])
+
+    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
+        subject = self._subject
+        model, architecture = subject.model, subject.architecture
+        for layer in Selection(tuple(steps)).removal_order[len(self._removed) :]:
+            ids, gone = subject.calibration.fit_ids, self._removed
+            ratio = magnitude_ratio(model, architecture, ids, layer, gone, self._changes, FORWARD_BATCH)
+            self._changes = followed_by(self._changes, scales_behind(architecture, model, layer, ratio))
+            self._removed += (layer,)
+        with pruned_and_corrected(model, architecture, self._removed, self._changes):
+            influences = block_influences(model, architecture, subject.calibration.input_ids, advance)
+        return dict(zip(subject.alive(self._removed), influences.tolist(), strict=True))
 
 
 @torch.no_grad()

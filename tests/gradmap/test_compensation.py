@@ -8,11 +8,11 @@ from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import Pruned, pruned_loss, run_and_capture
 from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.adam import REGULARISATION, objective, train_projection
-from gradmap.compensators.distil import dense_outputs, distillation_gradients, linear_maps, train_low_rank
+from gradmap.compensators.adam import REGULARISATION, errors_of_output, objective, train_projection
+from gradmap.compensators.distil import dense_outputs, distillation_gradients, train_low_rank
 from gradmap.compensators.projection import mean_drift, project_most_drifted
 from gradmap.compensators.ridge import Fit, accumulate_gram, solve_ridge, solve_ridge_reference
-from gradmap.corrections import Place, Projection, Update, linear_output, pruned_and_corrected
+from gradmap.corrections import Place, Projection, Update, linear_maps, linear_output, pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.layerwise import logits_from
 from tests.conftest import BOOLQ, CORRECTABLE
@@ -46,12 +46,12 @@ def activations(pruned, refit):
     return features.flatten(end_dim=-2), (dense - given).flatten(end_dim=-2)
 
 
-@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("kind", ["left", "refit"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_closed_form_equals_least_squares(pico, input_ids, refit, weighted):
+def test_closed_form_equals_least_squares(pico, input_ids, kind, weighted):
     pruned = prune(pico, input_ids)
-    gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER, refit, weighted), {})
-    features, missing = activations(pruned, refit)
+    gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER, kind, weighted), {})
+    features, missing = activations(pruned, refit=kind == "refit")
     if weighted:
         ((_, dense),) = run_and_capture(
             pruned.model, [pruned.architecture.layer_list(pruned.model)[LAYER]], pruned.calibration.fit_ids
@@ -76,7 +76,7 @@ def test_no_other_matrix_has_a_lower_objective(pico, input_ids):
         target = added + missing
         return (added @ matrix.mT - target).square().sum() + lam * (matrix - torch.eye(len(matrix))).square().sum()
 
-    best = Fit(LAYER, LAYER).change(solve_ridge(gram, cross, lam)).matrix
+    best = torch.eye(len(gram)) + solve_ridge(gram, cross, lam)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         step = 1e-3 * torch.randn(best.shape, generator=generator, dtype=torch.float64)
@@ -89,11 +89,12 @@ def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):
     gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER), {})
     features, missing = (tensor.reshape(*input_ids.shape, -1) for tensor in activations(pruned, refit=False))
     exact = solve_ridge(gram, cross, REGULARISATION * len(input_ids))
-    values = [
-        objective(matrix - torch.eye(len(matrix)), features, missing).item()
-        for matrix in train_projection(features, missing, epochs=30, seed=0)
-    ]
-    assert objective(exact, features, missing) < values[-1] < values[0] < missing.square().sum() / len(input_ids)
+    training = train_projection(
+        torch.zeros_like(exact), errors_of_output(features, missing), len(input_ids), epochs=30, seed=0
+    )
+    values = [objective(update, features @ update.mT - missing).item() for update in training]
+    best = objective(exact, features @ exact.mT - missing)
+    assert best < values[-1] < values[0] < missing.square().sum() / len(input_ids)
 
 
 def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):
@@ -180,7 +181,7 @@ def test_later_runs_see_earlier_corrections(picos, input_ids):
     first, second = COMPENSATORS["refit"](pruned).corrections
     assert (first.place.layer, second.place.layer) == (0, 2)
     changes = {first.place: (first.change,)} if first.accepted else {}
-    gram, cross = accumulate_gram(pruned, Fit(2, goal=3, refit=True, weighted=True), changes)
+    gram, cross = accumulate_gram(pruned, Fit(2, goal=3, kind="refit", weighted=True), changes)
     expected = solve_ridge(gram, cross, second.lam)
     torch.testing.assert_close(second.change.matrix, expected, rtol=1e-9, atol=1e-12)
     assert isinstance(second.change, Update)
@@ -208,7 +209,7 @@ class AlwaysBetter(Pruned):
 def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_closer(pico, input_ids):
     pruned = prune(pico, input_ids)
     model = pruned.model
-    maps = dict(linear_maps(pruned))
+    maps = dict(linear_maps(pico.architecture, model, pruned.kept))
     assert {place.layer for place in maps} == {0, 2, 4}
     corrections = train_low_rank(AlwaysBetter(*vars(pruned).values()), {})
     assert {one.place for one in corrections if one.change.up.any()} == set(maps)

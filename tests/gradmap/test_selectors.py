@@ -31,9 +31,7 @@ def subject_of(pico, input_ids, **options):
 
 def choose(name, subject, count, done=(), one_shot=False):
     steps = []
-    selection = select(
-        SELECTORS[name](subject), subject, count, one_shot=one_shot, done=list(done), record=steps.append
-    )
+    selection = select(SELECTORS[name], subject, count, one_shot=one_shot, done=list(done), record=steps.append)
     assert list(selection.steps)[len(done) :] == steps
     return selection
 

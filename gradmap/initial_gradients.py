@@ -1,0 +1,93 @@
+"""GradPruner (arXiv 2601.19503): the first steps of LoRA fine-tuning tell which weights matter.
+
+With LoRA's factors B A in place of an update of W, the gradient of W is taken to be grad B grad A. Its square, averaged
+over the steps, is the importance of every weight (the paper's IGIA matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmap.architectures import Architecture
+from gradmap.console import progress
+from gradmap.corrections import LowRank, Place, corrected, linear_maps, untrained_low_rank
+from gradmap.distributed import share_of, summed
+from gradmap.importance import loss_gradients
+from gradmap.layerwise import run_layers
+
+RANK = 8
+STEPS = 40
+STEP_SAMPLES = 8
+LEARNING_RATE = 2e-4  # the paper does not say
+
+
+def layer_importances(model: Any, architecture: Architecture, input_ids: Tensor, seed: int) -> list[float]:
+    """The importances of a layer's weights, summed up. input_ids: (N, T)."""
+    layers = range(len(architecture.layer_list(model)))
+    totals = [0.0 for _ in layers]
+    for gradients in lora_gradients(model, architecture, input_ids, seed):
+        for place, (up, down) in gradients.items():
+            # |B A|^2 = tr(B^T B A A^T), without the product
+            totals[place.layer] += ((up.mT @ up) * (down @ down.mT)).sum().item() / STEPS
+    return totals
+
+
+def weight_importances(
+    model: Any, architecture: Architecture, input_ids: Tensor, seed: int, layers: Sequence[int]
+) -> dict[Place, Tensor]:
+    """Of every weight of these layers' linear maps, (d_out, d_in)."""
+    totals: dict[Place, Tensor] = {}
+    for gradients in lora_gradients(model, architecture, input_ids, seed):
+        for place, (up, down) in gradients.items():
+            if place.layer in layers:
+                totals[place] = totals.get(place, 0) + (up @ down).square() / STEPS
+    return totals
+
+
+def lora_gradients(
+    model: Any, architecture: Architecture, input_ids: Tensor, seed: int
+) -> Iterator[dict[Place, tuple[Tensor, Tensor]]]:
+    """For every step, the gradients of B (d_out, r) and A (r, d_in) of every linear map. The model stays as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = architecture.layer_list(model)
+    maps = linear_maps(architecture, model, range(len(layers)))
+    factors = {place: untrained_low_rank(module, RANK, generator) for place, module in maps}
+    parameters = [tensor for factor in factors.values() for tensor in (factor.up, factor.down)]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
+    with progress("First steps of LoRA", STEPS) as advance:
+        for rows in islice(_rows(len(input_ids), generator), STEPS):
+            optimizer.zero_grad()
+            _backward(model, architecture, input_ids[rows], factors)
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else summed(parameter.grad)
+            yield {place: _gradients(factor) for place, factor in factors.items()}
+            optimizer.step()
+            advance(1)
+
+
+def _backward(model: Any, architecture: Architecture, input_ids: Tensor, factors: dict[Place, LowRank]) -> None:
+    """Of the mean loss per token."""
+    layers = architecture.layer_list(model)
+    share, first = share_of(input_ids)
+    ids = share.to(model.device)
+    with corrected(model, architecture, {place: (factor,) for place, factor in factors.items()}):
+        hidden = run_layers(model, layers, ids)
+        gradients = loss_gradients(model, layers, hidden.detach(), ids, first)
+        hidden.backward(gradients / input_ids.numel())
+
+
+def _rows(samples: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endlessly, the samples in random order, so many at once as a step takes."""
+    while True:
+        yield from torch.randperm(samples, generator=generator).split(STEP_SAMPLES)
+
+
+def _gradients(factor: LowRank) -> tuple[Tensor, Tensor]:
+    assert factor.up.grad is not None
+    assert factor.down.grad is not None
+    return factor.up.grad, factor.down.grad

@@ -1,0 +1,374 @@
+"""The methods of other papers: each against a case computed by hand, or against a slow way to the same."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from gradmap import initial_gradients
+from gradmap.architectures import without_layers
+from gradmap.calibration import Calibration
+from gradmap.compensation import ProjectionOptions, Pruned, run_and_capture
+from gradmap.compensators import COMPENSATORS
+from gradmap.compensators.merge import merge_by_similarity, merge_where_signs_agree
+from gradmap.compensators.patch import hadamard_matrix
+from gradmap.compensators.ridge import Fit, accumulate_gram, down_projection_weight, solve_right
+from gradmap.corrections import (
+    HIDDEN_STATE,
+    Place,
+    Projection,
+    Scale,
+    Update,
+    linear_maps,
+    pruned_and_corrected,
+    weight_of,
+)
+from gradmap.errors import UserError
+from gradmap.initial_gradients import layer_importances, lora_gradients, weight_importances
+from gradmap.manifold import diffusion_embedding, entropy, last_hidden_states, layer_similarities, mutual_information
+from gradmap.plan import load_plan
+from gradmap.selection import Step, Subject
+from gradmap.selectors import SELECTORS
+from tests.command_line import gradmap
+from tests.conftest import LAYERS
+from tests.gradmap.test_prune import prune_arguments
+
+
+def prune(pico, input_ids, removed, model=None, **options):
+    """Input ids (N, T) to fit on; the first of them are held out too."""
+    calibration = Calibration("test", 0, torch.cat([input_ids, input_ids[: max(1, len(input_ids) // 2)]]))
+    assert torch.equal(calibration.fit_ids, input_ids)
+    options = ProjectionOptions(**options)
+    return Pruned(model or pico.load(), pico.architecture, calibration, removed, 2, options)
+
+
+def scores(name, pico, input_ids, steps=()):
+    return SELECTORS[name](Subject(pico.load(), pico.architecture, Calibration("test", 3, input_ids))).score(
+        [Step({}, (layer,)) for layer in steps], lambda n: None
+    )
+
+
+def without_epsilon(pico):
+    model = pico.load()
+    for module in model.modules():
+        for name in ("variance_epsilon", "eps"):
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+    return model
+
+
+# --- Prune&Comp ---
+
+
+def enlarge_as_the_paper_does(pico, model, layer, alpha):
+    """Embeddings, and the last maps of attention and FFN of all layers before, times alpha; the head untouched."""
+    base = model.base_model
+    embeddings = [base.embed_tokens] if pico.family == "llama" else [base.wte, base.wpe]
+    with torch.no_grad():
+        for embedding in embeddings:
+            embedding.weight = torch.nn.Parameter(alpha * embedding.weight, requires_grad=False)  # no longer tied
+        for earlier in pico.architecture.layer_list(model)[:layer]:
+            for target in (pico.architecture.attention_output, pico.architecture.down_projection):
+                for parameter in earlier.get_submodule(target).parameters():
+                    parameter.mul_(alpha)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scaling_what_comes_later_is_scaling_what_came_before(picos, input_ids, family):
+    pico = picos[family]
+    model = without_epsilon(pico)
+    compensation = COMPENSATORS["magnitude"](prune(pico, input_ids, (2,), model))
+    entering, leaving = run_and_capture(model, [pico.architecture.layer_list(model)[2]], input_ids)[0]
+    alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
+    changes = {one.place: (one.change,) for one in compensation.corrections}
+    assert {place.layer for place in changes} == {3, 4}
+    with pruned_and_corrected(model, pico.architecture, (2,), changes):
+        ours = model(input_ids=input_ids).logits
+    paper = without_epsilon(pico)
+    enlarge_as_the_paper_does(pico, paper, 2, alpha)
+    with without_layers(paper, pico.architecture, (2,)):
+        theirs = paper(input_ids=input_ids).logits
+    assert (ours - theirs).norm() / theirs.norm() < LAYERS * 2**-24  # RMSNorm computes in float32
+
+
+def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (3, 1))
+    first = COMPENSATORS["magnitude"](prune(pico, input_ids, (3,)))
+    factor = {one.place: one.change.factor.item() for one in first.corrections}
+    with without_layers(pruned.model, pico.architecture, (3,)):
+        entering, leaving = run_and_capture(pruned.model, [pico.architecture.layer_list(pruned.model)[1]], input_ids)[
+            0
+        ]  # before the scales of the first
+    alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
+    for one in COMPENSATORS["magnitude"](pruned).corrections:
+        assert one.change.factor.item() == pytest.approx(factor.get(one.place, 1.0) / alpha, rel=1e-9)
+        assert one.place.layer in (2, 4)
+
+
+def test_prune_and_comp_scores_the_model_that_was_made_up_for(picos, input_ids):
+    pico = picos["llama"]
+    changes = {}
+    for one in COMPENSATORS["magnitude"](prune(pico, input_ids[:-1], (1,))).corrections:
+        changes[one.place] = (one.change,)
+    model = pico.load()
+    calibration = Calibration("test", 3, input_ids)
+    assert torch.equal(calibration.fit_ids, input_ids[:-1])
+    with pruned_and_corrected(model, pico.architecture, (1,), changes):
+        captured = run_and_capture(model, list(pico.architecture.layer_list(model)), input_ids)
+    expected = [1 - cosine_similarity(entering, leaving, dim=-1).mean().item() for entering, leaving in captured]
+    assert list(scores("prune-comp", pico, input_ids, steps=(1,)).values()) == pytest.approx(expected, rel=1e-9)
+    assert scores("block-influence", pico, input_ids, steps=(1,))[4] != pytest.approx(expected[-1], rel=1e-9)
+
+
+# --- LinearPatch ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 12, 20, 28, 32, 36, 576, 3584])
+def test_hadamard_matrices(size):
+    matrix = hadamard_matrix(size)
+    assert set(np.unique(matrix)) <= {-1.0, 1.0}
+    assert np.array_equal(matrix @ matrix.T, size * np.eye(size))
+
+
+def test_a_width_without_a_hadamard_matrix_is_refused():
+    with pytest.raises(UserError, match="as wide as the hidden state"):
+        hadamard_matrix(2 * 4 * 23)
+
+
+def test_a_patch_restores_magnitudes_in_the_rotated_basis(picos, input_ids):
+    """With one sample, exactly: mean |H h| behind the patch is what it was behind the removed layers."""
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids[:1], (1, 2))
+    (correction,) = COMPENSATORS["linear-patch"](pruned).corrections
+    assert correction.place == Place(0, HIDDEN_STATE)
+    basis = torch.from_numpy(hadamard_matrix(32)) / 32**0.5
+    layers = pico.architecture.layer_list(pruned.model)
+    ((_, given), (_, wanted)) = run_and_capture(pruned.model, [layers[0], layers[2]], input_ids[:1])
+    patched = given @ correction.change.matrix.mT
+    expected = (wanted @ basis).abs().mean(dim=1)
+    torch.testing.assert_close((patched @ basis).abs().mean(dim=1), expected, rtol=1e-9, atol=1e-12)
+    with pruned_and_corrected(pruned.model, pico.architecture, (1, 2), {correction.place: (correction.change,)}):
+        entering, _ = run_and_capture(pruned.model, [layers[3]], input_ids[:1])[0]
+    torch.testing.assert_close(entering, patched, rtol=1e-9, atol=1e-12)
+
+
+# --- MKA ---
+
+
+def test_entropy_is_that_of_the_distance_to_the_farthest_neighbour():
+    points = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])  # farthest: 4, 5, 5; k = 2 of n = 3
+    expected = -np.mean(np.log([2 / (3 * 16), 2 / (3 * 25), 2 / (3 * 25)]))
+    assert entropy(points) == pytest.approx(expected)
+
+
+def test_an_embedding_tells_clusters_apart():
+    generator = np.random.default_rng(0)
+    clusters = generator.normal(size=(40, 6)) + np.repeat([[0.0], [50.0]], 20, axis=0)
+    first = diffusion_embedding(clusters)[:, 0]
+    assert min(first[:20].min(), first[20:].min()) < max(first[:20].max(), first[20:].max())
+    assert first[:20].max() < first[20:].min() or first[20:].max() < first[:20].min()
+
+
+def test_information_is_larger_about_what_depends():
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(200, 2))
+    independent = generator.normal(size=(200, 2))
+    assert mutual_information(points, points[:, ::-1], 0) > 5 * mutual_information(points, independent, 0)
+
+
+def test_mka_removes_the_layer_most_like_the_one_before_it(picos, input_ids):
+    pico = picos["llama"]
+    ids = input_ids.repeat(3, 1)[:, torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+    similarities = layer_similarities(pico.load(), pico.architecture, ids, seed=3)
+    assert np.array_equal(similarities, similarities.T)
+    given = scores("mka", pico, ids, steps=(2,))
+    assert given == {1: -similarities[0, 1], 3: -similarities[1, 3], 4: -similarities[3, 4]}
+
+
+def test_hidden_states_of_mka_are_what_enters_a_layer_last(pico, input_ids):
+    model = pico.load()
+    states = last_hidden_states(model, pico.architecture, input_ids)
+    captured = run_and_capture(model, list(pico.architecture.layer_list(model)), input_ids)
+    for given, (entering, _) in zip(states, captured, strict=True):
+        np.testing.assert_allclose(given, entering[:, -1].numpy(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_mka_merges_a_run_into_the_layer_before_it(picos, input_ids, family):
+    pico = picos[family]
+    pruned = prune(pico, input_ids, (2, 1))
+    ids = pruned.calibration.input_ids
+    means = layer_similarities(pruned.model, pico.architecture, ids, pruned.calibration.seed).mean(axis=1)
+    layers = pico.architecture.layer_list(pruned.model)
+    corrections = merge_by_similarity(pruned).corrections
+    assert {one.place for one in corrections} == {
+        place for place, _ in linear_maps(pico.architecture, pruned.model, [0])
+    }
+    for one in corrections:
+        own, first, second = (weight_of(layers[index].get_submodule(one.place.target)) for index in (0, 1, 2))
+        ratios = [1 / (1 + math.exp(-means[0] / (means[0] + means[index]))) for index in (1, 2)]
+        expected = ratios[1] * (ratios[0] * own + (1 - ratios[0]) * first) + (1 - ratios[1]) * second
+        torch.testing.assert_close(own + one.change.matrix, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_mka_as_released_drops_the_last_layers(picos, input_ids):
+    given = scores("mka-as-released", picos["llama"], input_ids, steps=(4,))
+    assert sorted(given, key=given.get) == [3, 2, 1, 0]
+
+
+# --- GradPruner ---
+
+
+def test_the_gradients_of_the_first_step_are_those_of_the_weights(picos, input_ids):
+    """B is zero: grad B = grad W A^T, and grad A = 0."""
+    pico = picos["llama"]
+    model = pico.load()
+    (first, *_) = lora_gradients(model, pico.architecture, input_ids, seed=0)
+    maps = dict(linear_maps(pico.architecture, model, range(5)))
+    generator = torch.Generator().manual_seed(0)
+    downs = {
+        place: torch.randn(8, weight_of(module).shape[1], generator=generator, dtype=torch.float64)
+        / weight_of(module).shape[1] ** 0.5
+        for place, module in maps.items()
+    }
+    model.requires_grad_(True)
+    logits = model(input_ids=input_ids).logits[:, :-1]
+    (cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum") / 60).backward()
+    for place, (up, down) in first.items():
+        expected = maps[place].weight.grad @ downs[place].mT
+        torch.testing.assert_close(up, expected, rtol=1e-5, atol=1e-9)  # the loss is computed in float32
+        assert not down.any()
+
+
+def test_importance_of_a_layer_is_that_of_its_weights(picos, input_ids):
+    pico = picos["llama"]
+    model = pico.load()
+    per_weight = weight_importances(model, pico.architecture, input_ids, 0, range(5))
+    expected = [0.0] * 5
+    for place, importance in per_weight.items():
+        expected[place.layer] += importance.sum().item()
+    assert layer_importances(model, pico.architecture, input_ids, 0) == pytest.approx(expected, rel=1e-9)
+    assert scores("gradpruner", pico, input_ids.flip(0), steps=(0,)).keys() == {1, 2, 3, 4}
+
+
+def test_only_the_most_important_weights_with_the_same_sign_are_merged(picos, input_ids):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (3,))
+    importances = weight_importances(pruned.model, pico.architecture, input_ids, 0, [3])
+    layers = pico.architecture.layer_list(pruned.model)
+    corrections = merge_where_signs_agree(pruned).corrections
+    assert {one.place.layer for one in corrections} == {2}
+    for one in corrections:
+        kept, removed = (weight_of(layers[index].get_submodule(one.place.target)) for index in (2, 3))
+        importance = importances[Place(3, one.place.target)]
+        order = importance.flatten().argsort(descending=True)
+        important = torch.zeros(importance.numel(), dtype=torch.bool)
+        important[order[: math.floor(0.2 * importance.numel())]] = True
+        expected = torch.where(important.reshape(kept.shape) & (kept * removed > 0), removed, 0)
+        assert torch.equal(one.change.matrix.ne(0), expected.ne(0))
+        torch.testing.assert_close(one.change.matrix, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mka", "gradpruner"])
+def test_experts_are_not_merged(picos, input_ids, name, monkeypatch):
+    monkeypatch.setattr(initial_gradients, "STEPS", 1)
+    with pytest.raises(UserError, match="experts of two layers do not correspond"):
+        COMPENSATORS[name](prune(picos["mixtral"], input_ids, (3,)))
+
+
+# --- the ablations of GradMAP's stage 2 ---
+
+
+def test_the_right_side_in_closed_form_is_least_squares(picos, input_ids):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (1, 3))
+    gram, cross = accumulate_gram(pruned, Fit(4, 4, "right"), {})
+    weight = down_projection_weight(pruned, 4)
+    lam = 0.1 * gram.diagonal().mean().item() * weight.square().sum(dim=0).mean().item()
+    # minimise |D - W S X|^2 + lam |S|^2 over vec(S): (X X^T kron W^T W + lam I) vec(S) = vec(W^T D X^T)
+    system = torch.kron(gram, weight.mT @ weight) + lam * torch.eye(len(gram) ** 2, dtype=torch.float64)
+    expected = torch.linalg.solve(system, (weight.mT @ cross).mT.flatten()).reshape(len(gram), len(gram)).mT
+    torch.testing.assert_close(solve_right(gram, cross, weight, lam), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["projection", "projection-adam"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_either_side_of_the_down_projection_lowers_what_the_layer_lacks(picos, input_ids, name, side):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (1, 3), side=side)
+    (correction,) = COMPENSATORS[name](pruned).corrections
+    assert isinstance(correction.change, Projection if side == "left" else Update)
+    layer = pico.architecture.layer_list(pruned.model)[correction.place.layer]
+    ((_, wanted),) = run_and_capture(pruned.model, [layer], input_ids)
+    lacking = []
+    for changes in ({}, {correction.place: (correction.change,)}):
+        with pruned_and_corrected(pruned.model, pico.architecture, (1, 3), changes):
+            ((_, given),) = run_and_capture(pruned.model, [layer], input_ids)
+        lacking.append((wanted - given).square().sum().item())
+    assert lacking[1] < lacking[0]
+
+
+def test_the_layers_that_drifted_most_are_repaired_front_to_back(picos, input_ids):
+    pruned = prune(picos["llama"], input_ids, (1, 3), top_z=2)
+    compensation = COMPENSATORS["projection"](pruned)
+    drift = compensation.drift
+    assert [one.place.layer for one in compensation.corrections] == sorted(sorted(drift, key=drift.get)[-2:])
+    with pytest.raises(UserError, match="only 3 layers are left"):
+        COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), top_z=4))
+
+
+def test_other_maps_are_trained_through_the_layer(picos, input_ids):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (1, 3), target="gate")
+    with pytest.raises(UserError, match="use --compensator projection-adam"):
+        COMPENSATORS["projection"](pruned)
+    (correction,) = COMPENSATORS["projection-adam"](pruned).corrections
+    assert correction.place.target == "mlp.gate_proj"
+    layer = pico.architecture.layer_list(pruned.model)[correction.place.layer]
+    ((_, wanted),) = run_and_capture(pruned.model, [layer], input_ids)
+    lacking = []
+    for changes in ({}, {correction.place: (correction.change,)}):
+        with pruned_and_corrected(pruned.model, pico.architecture, (1, 3), changes):
+            ((_, given),) = run_and_capture(pruned.model, [layer], input_ids)
+        lacking.append((wanted - given).square().sum().item())
+    assert lacking[1] < lacking[0]
+    with pytest.raises(UserError, match=r"no q_proj; the linear maps of a layer are attn\.c_attn"):
+        COMPENSATORS["projection-adam"](prune(picos["gpt2"], input_ids, (1, 3), target="q"))
+
+
+def test_without_eq_12_nothing_is_regularised(picos, input_ids):
+    (correction,) = COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), unregularised=True)).corrections
+    assert correction.lam == 0.0
+    (trained,) = COMPENSATORS["projection-adam"](
+        prune(picos["llama"], input_ids, (1, 3), unregularised=True)
+    ).corrections
+    assert trained.place == correction.place
+
+
+def test_ablations_on_the_command_line(picos, word_file, tmp_path):
+    arguments = prune_arguments(picos["llama"], word_file, tmp_path / "plan")
+    finished = gradmap(*arguments, "--top-z", 2, "--side", "right")
+    assert finished.returncode == 0, finished.stderr
+    plan = load_plan(tmp_path / "plan")
+    assert [one.kind for one in plan.corrections] == ["update", "update"]
+    for changes, message in (
+        (("--side", "top"), "give left or right"),
+        (("--compensator", "refit", "--top-z", 2), "are for --compensator projection"),
+    ):
+        finished = gradmap(*arguments, *changes)
+        assert finished.returncode == 2
+        assert message in finished.stderr
+
+
+def test_a_scale_reaches_the_bias(picos, input_ids):
+    pico = picos["opt"]
+    model = pico.load()
+    place = Place(2, pico.architecture.down_projection)
+    module = pico.architecture.layer_list(model)[2].get_submodule(place.target)
+    ((_, plain),) = run_and_capture(model, [module], input_ids)
+    with pruned_and_corrected(model, pico.architecture, (), {place: (Scale(torch.tensor(3.0)),)}):
+        ((_, scaled),) = run_and_capture(model, [module], input_ids)
+    torch.testing.assert_close(scaled, 3 * plain, rtol=1e-12, atol=1e-12)
