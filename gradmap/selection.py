@@ -9,9 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gradmap.architectures import Architecture
+from torch import Tensor
+
+from gradmap.architectures import Architecture, without_layers
 from gradmap.calibration import Calibration
 from gradmap.console import progress
+from gradmap.distributed import share_of
 from gradmap.errors import UserError
 
 
@@ -77,12 +80,30 @@ class LayerScorer(Protocol):
         """What scoring that many layers takes, in the units that `score` tells `advance`."""
         ...
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        """Scores the model without the layers that `steps` removed: original index -> score, for all that may go."""
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        """Scores the model without the layers that are gone: original index -> score, for all that may go."""
         ...
 
 
 Selector = Callable[[Subject], LayerScorer]
+# Scores (L,) of all layers that a model has now, from samples (N, T).
+Measure = Callable[[Any, Architecture, Tensor, Advance], Tensor]
+
+
+class ReducedModelScorer:
+    """Measures the model without the layers that are gone, in one pass of all samples through all layers."""
+
+    def __init__(self, subject: Subject, measure: Measure) -> None:
+        self._subject, self._measure = subject, measure
+
+    def work(self, alive: int) -> int:
+        return alive * len(share_of(self._subject.calibration.input_ids)[0])
+
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        model, architecture = self._subject.model, self._subject.architecture
+        with without_layers(model, architecture, so_far.removal_order):
+            scores = self._measure(model, architecture, self._subject.calibration.input_ids, advance)
+        return dict(zip(self._subject.alive(so_far.removal_order), scores.tolist(), strict=True))
 
 
 def select(
@@ -107,7 +128,7 @@ def select(
     scorer = selector(subject)
     with progress("Scoring layers", sum(scorer.work(len(subject.layers) - gone) for gone in ahead)) as advance:
         for _ in ahead:
-            scores = scorer.score(steps, advance)
+            scores = scorer.score(Selection(tuple(steps)), advance)
             candidates = [layer for layer in scores if layer not in subject.protected]
             if len(candidates) < count // rounds:
                 raise UserError(f"Only {len(candidates)} layers may still be removed; protect fewer, or remove fewer.")

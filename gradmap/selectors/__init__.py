@@ -3,22 +3,22 @@
 from gradmap.selection import Selector
 from gradmap.selectors.fixed import listed, shuffled
 from gradmap.selectors.gradient import GradientScorer
-from gradmap.selectors.influence import BlockInfluenceScorer, CompensatedInfluenceScorer
+from gradmap.selectors.influence import CompensatedInfluenceScorer, block_influence
 from gradmap.selectors.merging import InitialGradientScorer, SimilarityScorer, from_the_end
 from gradmap.selectors.removal_loss import RemovalLossScorer
 from gradmap.selectors.repair import RepairScorer
-from gradmap.selectors.weights import MagnitudeScorer, TaylorScorer
+from gradmap.selectors.weights import MagnitudeScorer, taylor
 
 SELECTORS: dict[str, Selector] = {
     "repair": RepairScorer,
     "gradient": GradientScorer,
-    "block-influence": BlockInfluenceScorer,
+    "block-influence": block_influence,
     "sleb": RemovalLossScorer,
     "prune-comp": CompensatedInfluenceScorer,
     "mka": SimilarityScorer,
     "mka-as-released": from_the_end,
     "gradpruner": InitialGradientScorer,
-    "taylor": TaylorScorer,
+    "taylor": taylor,
     "magnitude": MagnitudeScorer,
     "random": shuffled,
     "manual": listed,

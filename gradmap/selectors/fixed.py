@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from gradmap.errors import UserError
-from gradmap.selection import Advance, Selection, Step, Subject
+from gradmap.selection import Advance, Selection, Subject
 
 
 class FixedOrderScorer:
@@ -23,8 +23,8 @@ class FixedOrderScorer:
     def work(self, alive: int) -> int:
         return 1
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        removed = Selection(tuple(steps)).removal_order
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        removed = so_far.removal_order
         advance(1)
         return {layer: float(place) for place, layer in enumerate(self._order) if layer not in removed}
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from gradmap.architectures import without_layers
 from gradmap.distributed import share_of
 from gradmap.importance import fitting_batches, layer_scores, streamed_layer_scores
-from gradmap.selection import Advance, Selection, Step, Subject
+from gradmap.selection import Advance, Selection, Subject
 
 
 class GradientScorer:
@@ -25,8 +23,8 @@ class GradientScorer:
     def work(self, alive: int) -> int:
         return 2 * alive * len(share_of(self._input_ids)[0])
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        removed = Selection(tuple(steps)).removal_order
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        removed = so_far.removal_order
         model, architecture = self._subject.model, self._subject.architecture
         alive = self._subject.alive(removed)
         # What enters the first layer that is gone since the last round now enters the one after it.

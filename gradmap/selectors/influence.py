@@ -4,37 +4,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gradmap.architectures import Architecture, without_layers
+from gradmap.architectures import Architecture
 from gradmap.batching import FORWARD_BATCH
 from gradmap.compensators.magnitude import magnitude_ratio, scales_behind
 from gradmap.corrections import Changes, followed_by, pruned_and_corrected
 from gradmap.distributed import share_of, summed
 from gradmap.layerwise import record_layer_calls
-from gradmap.selection import Advance, Selection, Step, Subject
+from gradmap.selection import Advance, ReducedModelScorer, Selection, Subject
 
 
-class BlockInfluenceScorer:
+def block_influence(subject: Subject) -> ReducedModelScorer:
     """BI_i = 1 - E[cos(h_i, h_i+1)] over samples and positions, of the hidden states before and after layer i."""
-
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-
-    def work(self, alive: int) -> int:
-        return alive * len(share_of(self._subject.calibration.input_ids)[0])
-
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        removed = Selection(tuple(steps)).removal_order
-        model, architecture = self._subject.model, self._subject.architecture
-        with without_layers(model, architecture, removed):
-            influences = block_influences(model, architecture, self._subject.calibration.input_ids, advance)
-        return dict(zip(self._subject.alive(removed), influences.tolist(), strict=True))
+    return ReducedModelScorer(subject, block_influences)
 
 
 class CompensatedInfluenceScorer:
@@ -51,10 +38,10 @@ class CompensatedInfluenceScorer:
     def work(self, alive: int) -> int:
         return alive * len(share_of(self._subject.calibration.input_ids)[0])
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
         subject = self._subject
         model, architecture = subject.model, subject.architecture
-        for layer in Selection(tuple(steps)).removal_order[len(self._removed) :]:
+        for layer in so_far.removal_order[len(self._removed) :]:
             ids, gone = subject.calibration.fit_ids, self._removed
             ratio = magnitude_ratio(model, architecture, ids, layer, gone, self._changes, FORWARD_BATCH)
             self._changes = followed_by(self._changes, scales_behind(architecture, model, layer, ratio))

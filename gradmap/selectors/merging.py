@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from gradmap.errors import UserError
 from gradmap.initial_gradients import layer_importances
 from gradmap.manifold import layer_similarities
-from gradmap.selection import Advance, Selection, Step, Subject
+from gradmap.selection import Advance, Selection, Subject
 from gradmap.selectors.fixed import FixedOrderScorer
 
 
@@ -25,8 +24,8 @@ class SimilarityScorer:
     def work(self, alive: int) -> int:
         return 1
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        alive = self._subject.alive(Selection(tuple(steps)).removal_order)
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        alive = self._subject.alive(so_far.removal_order)
         advance(1)
         return {layer: -float(self._similarities[before, layer]) for before, layer in pairwise(alive)}
 
@@ -52,7 +51,7 @@ class InitialGradientScorer:
     def work(self, alive: int) -> int:
         return 1
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        alive = self._subject.alive(Selection(tuple(steps)).removal_order)
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        alive = self._subject.alive(so_far.removal_order)
         advance(1)
         return {layer: self._importances[layer] for layer in alive}

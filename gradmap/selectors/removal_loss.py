@@ -12,7 +12,7 @@ from gradmap.architectures import Architecture, without_layers
 from gradmap.batching import FORWARD_BATCH
 from gradmap.distributed import share_of, summed
 from gradmap.layerwise import losses_from, record_layer_calls
-from gradmap.selection import Advance, Selection, Step, Subject
+from gradmap.selection import Advance, Selection, Subject
 
 
 class RemovalLossScorer:
@@ -24,8 +24,8 @@ class RemovalLossScorer:
     def work(self, alive: int) -> int:
         return len(share_of(self._subject.calibration.input_ids)[0]) * alive
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        removed = Selection(tuple(steps)).removal_order
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        removed = so_far.removal_order
         model, architecture = self._subject.model, self._subject.architecture
         alive = self._subject.alive(removed)
         ends = (self._subject.layers[0], self._subject.layers[-1])

@@ -10,7 +10,6 @@ before is a lower bound, and trying stops where the bounds exceed the best (the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from gradmap.corrections import Change, Place, Projection, corrected, linear_out
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
 from gradmap.layerwise import LayerCall, losses_from, record_layer_calls
-from gradmap.selection import Advance, Selection, Step, Subject
+from gradmap.selection import Advance, Selection, Subject
 
 # Of the samples to fit on, and of those that are held out. Their hidden states between all layers are kept in memory.
 FIT_TOKENS = 6144
@@ -67,15 +66,15 @@ class RepairScorer:
         return alive
 
     @torch.no_grad()
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        for layer in Selection(tuple(steps)).removal_order[len(self._removed) :]:
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        for layer in so_far.removal_order[len(self._removed) :]:
             if layer not in self._repairs:  # decided by a run that was interrupted
                 self._repairs[layer] = self._fit(layer, self._run(self._fit_ids))
             self._adopt(layer)
         alive = self._subject.alive(self._removed)
         fitted, measured = self._run(self._fit_ids), self._run(self._measure_ids)
         base = self._loss_behind(len(alive), measured.entering[-1])
-        bounds = steps[-1].scores if steps else {}
+        bounds = so_far.steps[-1].scores if so_far.steps else {}
         candidates = [layer for layer in alive[1:] if layer not in self._subject.protected]
         costs = {layer: bounds.get(layer, float("-inf")) for layer in candidates}
         untried = sorted(candidates, key=costs.__getitem__)

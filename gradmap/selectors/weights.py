@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradmap.architectures import Architecture, without_layers
+from gradmap.architectures import Architecture
 from gradmap.batching import FORWARD_BATCH
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
 from gradmap.layerwise import sample_losses
-from gradmap.selection import Advance, Selection, Step, Subject
+from gradmap.selection import Advance, ReducedModelScorer, Selection, Subject
 
 
 class MagnitudeScorer:
@@ -26,8 +25,8 @@ class MagnitudeScorer:
     def work(self, alive: int) -> int:
         return alive
 
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        removed = Selection(tuple(steps)).removal_order
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        removed = so_far.removal_order
         layers = self._subject.architecture.layer_list(self._subject.model)
         scores = {}
         for index in self._subject.alive(removed):
@@ -36,28 +35,16 @@ class MagnitudeScorer:
         return scores
 
 
-class TaylorScorer:
+def taylor(subject: Subject) -> ReducedModelScorer:
     """Sum of |w dL/dw| over the weight matrices of a layer; L is the loss of all samples together."""
-
-    def __init__(self, subject: Subject) -> None:
-        _refuse_streamed(subject, "taylor")
-        self._subject = subject
-
-    def work(self, alive: int) -> int:
-        return alive * len(share_of(self._subject.calibration.input_ids)[0])
-
-    def score(self, steps: Sequence[Step], advance: Advance) -> dict[int, float]:
-        removed = Selection(tuple(steps)).removal_order
-        model, architecture = self._subject.model, self._subject.architecture
-        with without_layers(model, architecture, removed):
-            scores = taylor_scores(model, architecture, self._subject.calibration.input_ids, advance)
-        return dict(zip(self._subject.alive(removed), scores, strict=True))
+    _refuse_streamed(subject, "taylor")
+    return ReducedModelScorer(subject, taylor_scores)
 
 
 def taylor_scores(
     model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance = lambda n: None
-) -> list[float]:
-    """The score of every layer the model has now. Forms the gradient of every weight. input_ids: (N, T)."""
+) -> Tensor:
+    """The score of every layer: (L,) float64. Forms the gradient of every weight. input_ids: (N, T)."""
     layers = architecture.layer_list(model)
     matrices = [list(_matrices(layer)) for layer in layers]
     weights = [weight for of_layer in matrices for weight in of_layer]
@@ -78,7 +65,7 @@ def taylor_scores(
             weight.requires_grad_(False)
     products = [weight * summed(gradient) for weight, gradient in zip(weights, gradients, strict=True)]
     sizes = iter([product.double().abs().sum().item() for product in products])
-    return [sum(next(sizes) for _ in of_layer) for of_layer in matrices]
+    return torch.tensor([sum(next(sizes) for _ in of_layer) for of_layer in matrices], dtype=torch.float64)
 
 
 def _matrices(layer: nn.Module) -> list[nn.Parameter]:

@@ -29,7 +29,7 @@ from gradmap.errors import UserError
 from gradmap.initial_gradients import layer_importances, lora_gradients, weight_importances
 from gradmap.manifold import diffusion_embedding, entropy, last_hidden_states, layer_similarities, mutual_information
 from gradmap.plan import load_plan
-from gradmap.selection import Step, Subject
+from gradmap.selection import Selection, Step, Subject
 from gradmap.selectors import SELECTORS
 from tests.command_line import gradmap
 from tests.conftest import LAYERS
@@ -46,7 +46,7 @@ def prune(pico, input_ids, removed, model=None, **options):
 
 def scores(name, pico, input_ids, steps=()):
     return SELECTORS[name](Subject(pico.load(), pico.architecture, Calibration("test", 3, input_ids))).score(
-        [Step({}, (layer,)) for layer in steps], lambda n: None
+        Selection(tuple(Step({}, (layer,)) for layer in steps)), lambda n: None
     )
 
 

@@ -14,7 +14,7 @@ from gradmap.compensators.ridge import solve_ridge_reference
 from gradmap.corrections import linear_output
 from gradmap.errors import UserError
 from gradmap.plan import load_changes, load_plan
-from gradmap.selection import Step, Subject, select
+from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
 from gradmap.selectors.influence import block_influences
 from gradmap.selectors.removal_loss import losses_without, losses_without_reference
@@ -90,7 +90,7 @@ def test_sleb_keeps_the_first_and_the_last_layer(picos, input_ids):
 def test_taylor_is_weight_times_gradient(picos, input_ids):
     pico = picos["llama"]
     model = pico.load()
-    actual = taylor_scores(model, pico.architecture, input_ids)
+    actual = taylor_scores(model, pico.architecture, input_ids).tolist()
     model.requires_grad_(True)
     logits = model(input_ids=input_ids).logits[:, :-1]
     cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum").backward()
@@ -160,7 +160,7 @@ def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):
         RepairScorer, "_fit", lambda self, layer, states: tried.append(layer) or fit(self, layer, states)
     )
     bounds = {2: -100.0, 3: 1000.0, 4: 1000.0}
-    scores = RepairScorer(subject).score([Step({1: -1.0, **bounds}, (1,))], lambda n: None)
+    scores = RepairScorer(subject).score(Selection((Step({1: -1.0, **bounds}, (1,)),)), lambda n: None)
     assert tried == [1, 2]  # 1 was decided before; 2 is the only one that could be the best
     assert (scores[3], scores[4]) == (1000.0, 1000.0)
     assert -100 < scores[2] < 1000
