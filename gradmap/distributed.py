@@ -6,7 +6,7 @@ up; then all decide the same. Without such a launcher there is one process, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,8 +35,20 @@ def share_of(input_ids: Tensor) -> tuple[Tensor, int]:
     count = process_count()
     if len(input_ids) < count:
         raise UserError(f"{len(input_ids)} samples cannot be shared by {count} processes; start fewer.")
-    start, end = (len(input_ids) * place // count for place in (process_rank(), process_rank() + 1))
-    return input_ids[start:end], start
+    share = _share(len(input_ids))
+    return input_ids[share], share.start
+
+
+def share_of_step(tensor: Tensor) -> Tensor:
+    """The same of the samples of one step of training, of which a process may get none."""
+    return tensor[_share(len(tensor))]
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Adds up the gradients of every process; a process without samples has none."""
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = summed(gradient)
 
 
 def summed(value: Tensor) -> Tensor:
@@ -47,3 +59,8 @@ def summed(value: Tensor) -> Tensor:
         dist.all_reduce(total)
         return total.to(value.device)
     return value
+
+
+def _share(samples: int) -> slice:
+    start, end = (samples * place // process_count() for place in (process_rank(), process_rank() + 1))
+    return slice(start, end)

@@ -16,9 +16,9 @@ from torch import Tensor
 from gradmap.architectures import Architecture
 from gradmap.console import progress
 from gradmap.corrections import LowRank, Place, corrected, linear_maps, untrained_low_rank
-from gradmap.distributed import share_of, summed
-from gradmap.importance import loss_gradients
-from gradmap.layerwise import run_layers
+from gradmap.distributed import share_of_step, sum_gradients
+from gradmap.errors import UserError
+from gradmap.layerwise import losses_from, run_layers
 
 RANK = 8
 STEPS = 40
@@ -63,8 +63,7 @@ def lora_gradients(
         for rows in islice(_rows(len(input_ids), generator), STEPS):
             optimizer.zero_grad()
             _backward(model, architecture, input_ids[rows], factors)
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else summed(parameter.grad)
+            sum_gradients(parameters)
             yield {place: _gradients(factor) for place, factor in factors.items()}
             optimizer.step()
             advance(1)
@@ -73,12 +72,14 @@ def lora_gradients(
 def _backward(model: Any, architecture: Architecture, input_ids: Tensor, factors: dict[Place, LowRank]) -> None:
     """Of the mean loss per token."""
     layers = architecture.layer_list(model)
-    share, first = share_of(input_ids)
-    ids = share.to(model.device)
+    ids = share_of_step(input_ids).to(model.device)
+    if not len(ids):
+        return
     with corrected(model, architecture, {place: (factor,) for place, factor in factors.items()}):
-        hidden = run_layers(model, layers, ids)
-        gradients = loss_gradients(model, layers, hidden.detach(), ids, first)
-        hidden.backward(gradients / input_ids.numel())
+        losses = losses_from(model, layers, run_layers(model, layers, ids), ids)
+        if not losses.isfinite().all():
+            raise UserError("The loss of a calibration sample is not finite; the checkpoint is damaged.")
+        (losses.sum() / input_ids.numel()).backward()
 
 
 def _rows(samples: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from gradmap.corrections import (
     pruned_and_corrected,
     untrained_low_rank,
 )
-from gradmap.distributed import share_of, summed
+from gradmap.distributed import share_of_step, sum_gradients
 from gradmap.importance import LOGITS_BYTES
 from gradmap.layerwise import logits_from, run_layers
 
@@ -112,16 +112,21 @@ def _take_step(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     device = pruned.model.device
-    ids, wanted = (share_of(tensor)[0].to(device) for tensor in (input_ids, goal))
+    ids, wanted = (share_of_step(tensor).to(device) for tensor in (input_ids, goal))
     optimizer.zero_grad()
+    if len(ids):
+        _backward(pruned, changes, ids, wanted, len(input_ids))
+    sum_gradients(parameters)
+    optimizer.step()
+
+
+def _backward(pruned: Pruned, changes: Changes, ids: Tensor, wanted: Tensor, samples: int) -> None:
+    """This process's part of the mean over `samples`."""
     with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
         layers = pruned.architecture.layer_list(pruned.model)
         hidden = run_layers(pruned.model, layers, ids)
         gradients = distillation_gradients(pruned.model, layers, hidden, wanted, ids)
-        hidden.backward(gradients * (len(ids) / len(input_ids)))
-    for parameter in parameters:
-        parameter.grad = None if parameter.grad is None else summed(parameter.grad)
-    optimizer.step()
+        hidden.backward(gradients * (len(ids) / samples))
 
 
 def _copy(factor: LowRank) -> LowRank:
