@@ -9,14 +9,33 @@ import typer
 
 from gradmap.commands import JsonOption
 from gradmap.console import print_json_line, print_table
+from gradmap.errors import UserError
+from gradmap.verdict import EXIT_CODES, Verdict
+from loadtest.loads import ARRIVALS, CONCURRENCY, Load
 
 QUICK_PAIRS = 3
+RESERVED_ARMS = ("dense", "dense-again", "pruned")
+# What the table shows of a load, with the factor to its unit.
+SHOWN = (
+    ("ttft_s", "TTFT median (ms)", 1e3),
+    ("tpot_s", "TPOT median (ms)", 1e3),
+    ("itl_s", "ITL median (ms)", 1e3),
+    ("e2el_s", "E2EL median (ms)", 1e3),
+    ("output_throughput", "output tokens/s", 1.0),
+    ("goodput", "goodput (requests/s)", 1.0),
+    ("attainment", "requests within the SLOs (%)", 1e2),
+)
 
 
 def loadtest(
     dense: Annotated[str, typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server.")],
-    pruned: Annotated[str, typer.Option(help="The pruned model: a vLLM-ready directory, or the URL of a server.")],
-    out: Annotated[Path, typer.Option(help="Directory for records.jsonl and report.json.")],
+    out: Annotated[Path, typer.Option(help="Directory for records.jsonl, blocks.jsonl and report.json.")],
+    pruned: Annotated[
+        str | None, typer.Option(help="The pruned model: a vLLM-ready directory, or the URL of a server.")
+    ] = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help="NAME=TARGET: one more model to compare; may be given several times.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS.")
     ] = False,
@@ -25,39 +44,58 @@ def loadtest(
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Requests in flight; may be given several times (1 and 8).")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests per block and concurrency, at least.")] = 8,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Requests a second, in an open loop; may be given several times.")
+    ] = None,
+    arrivals: Annotated[str, typer.Option(help="Of an open loop: poisson, constant or burst.")] = "poisson",
+    open_loop_s: Annotated[float, typer.Option(help="Length of an open loop, in seconds.")] = 20.0,
+    slo: Annotated[
+        list[str] | None, typer.Option(help="Such as ttft_p95=200ms or tpot_p95=30ms; may be given several times.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per block and load, at least.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Random token ids per prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
-    seed: Annotated[int, typer.Option(help="Draws the prompts and the order of the blocks.")] = 0,
-    vocabulary: Annotated[int | None, typer.Option(help="Token ids the models know; needed for two URLs.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws prompts, arrivals and the order of the blocks.")] = 0,
+    vocabulary: Annotated[int | None, typer.Option(help="Token ids the models know; needed for URLs only.")] = None,
     vllm_flag: Annotated[
         list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")
     ] = None,
     json_line: JsonOption = False,
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
-    from gradmap.verdict import EXIT_CODES, Verdict
     from loadtest.outcome import run_load_test
-    from loadtest.session import LoadTestSettings
+    from loadtest.session import PRUNED, LoadTestSettings
+    from loadtest.slo import parse_slo
 
     settings = LoadTestSettings(
         dense=dense,
-        pruned=pruned,
+        candidates=({PRUNED: pruned} if pruned else {}) | _parse_candidates(candidate or []),
+        loads=_parse_loads(concurrency or [1, 8], rate or [], arrivals),
         pairs=pairs if pairs is not None else QUICK_PAIRS if quick else 6,
         interleaved=not quick,
-        concurrency=tuple(sorted(set(concurrency or (1, 8)))),
-        requests_per_block=requests,
+        requests_per_load=requests,
+        open_loop_s=open_loop_s,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
+        slos=tuple(parse_slo(text) for text in slo or []),
         seed=seed,
         vocabulary=vocabulary,
         vllm_flags=tuple(vllm_flag or ()),
     )
-    report = run_load_test(settings, require_speedup, out)
-    _print_report(report)
-    if json_line:
-        print_json_line(report)
-    return EXIT_CODES[Verdict(report["verdict"])]
+    return _finish(run_load_test(settings, require_speedup, out), json_line)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="The directory of a load test.")],
+    require_speedup: Annotated[
+        float | None, typer.Option(help="TPOT speed-up that the verdict asks for; default: what was asked before.")
+    ] = None,
+    json_line: JsonOption = False,
+) -> int:
+    """Compute a load test's report and verdict anew from its raw records."""
+    from loadtest.outcome import report_again
+
+    return _finish(report_again(directory, require_speedup), json_line)
 
 
 def run(
@@ -68,7 +106,6 @@ def run(
     json_line: JsonOption = False,
 ) -> int:
     """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not repeated."""
-    from gradmap.verdict import EXIT_CODES, Verdict
     from loadtest.pipeline import run_recipe
 
     result = run_recipe(recipe, out or Path("out", recipe.stem), from_stage, fresh)
@@ -77,19 +114,52 @@ def run(
     return EXIT_CODES[Verdict(result["verdict"])]
 
 
+def _parse_candidates(texts: list[str]) -> dict[str, str]:
+    """NAME=TARGET, each. Raises UserError."""
+    candidates = {}
+    for text in texts:
+        name, equals, target = text.partition("=")
+        if not equals or not name or name in RESERVED_ARMS or name in candidates:
+            raise UserError(
+                f"--candidate {text} is not NAME=TARGET with a name of its own (not {' or '.join(RESERVED_ARMS)})."
+            )
+        candidates[name] = target
+    return candidates
+
+
+def _parse_loads(concurrency: list[int], rates: list[float], arrivals: str) -> tuple[Load, ...]:
+    if arrivals not in ARRIVALS:
+        raise UserError(f"--arrivals {arrivals} is unknown; known are {', '.join(ARRIVALS)}.")
+    closed = [Load(CONCURRENCY, level) for level in sorted(set(concurrency))]
+    return (*closed, *(Load(arrivals, rate) for rate in sorted(set(rates))))
+
+
+def _finish(report: dict[str, Any], json_line: bool) -> int:
+    """Prints the report; returns the exit code of its verdict."""
+    _print_report(report)
+    if json_line:
+        print_json_line(report)
+    return EXIT_CODES[Verdict(report["verdict"])]
+
+
 def _print_report(report: dict[str, Any]) -> None:
+    arms = report["arms"]
     rows = []
-    for level, dense in report["arms"]["dense"].items():
-        pruned = report["arms"]["pruned"][level]
-        for name in ("ttft_s", "tpot_s", "itl_s", "e2el_s"):
-            if dense[name] and pruned[name]:
-                times = [summary[name]["median"] * 1000 for summary in (dense, pruned)]
-                rows.append((f"{level}: {name[:-2].upper()} median (ms)", *(f"{time:.2f}" for time in times)))
-        if dense["output_throughput"] and pruned["output_throughput"]:
-            rates = [summary["output_throughput"] for summary in (dense, pruned)]
-            rows.append((f"{level}: output tokens/s", *(f"{rate:.1f}" for rate in rates)))
-    print_table("Load test", ("", "dense", "pruned"), rows)
-    for metric, value in report["speedup"].items():
-        spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f}-{value['high']:.2f})"
-        print(f"Speed-up, {metric}: {value['value']:.2f}x{spread}")
-    print(f"Verdict: {report['verdict']}: {report['reason']}")
+    for load in arms["dense"]:
+        for name, unit, factor in SHOWN:
+            values = [_shown(arm[load][name], factor) for arm in arms.values()]
+            if any(values):
+                rows.append((f"{load.replace('_', ' ')}: {unit}", *values))
+    print_table("Load test", ("", *arms), rows)
+    for arm, compared in report["candidates"].items():
+        for metric, value in compared["speedup"].items():
+            spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f}-{value['high']:.2f})"
+            print(f"Speed-up, {arm}, {metric}: {value['value']:.2f}x{spread}")
+        print(f"Verdict on {arm}: {compared['verdict']}: {compared['reason']}")
+
+
+def _shown(value: Any, factor: float) -> str:
+    """A distribution by its median, a number by itself."""
+    if value is None:
+        return ""
+    return f"{factor * (value['median'] if isinstance(value, dict) else value):.2f}"

@@ -90,13 +90,11 @@ def _draw_estimates(estimates: dict[str, dict[str, Any]], label: str, factor: fl
         return _to_svg(figure)
 
 
-def draw_latency(records: Sequence[RequestRecord], concurrency: int) -> str:
-    """Cumulative distributions of TTFT and TPOT over the requests at one concurrency."""
+def draw_latency(records: Sequence[RequestRecord], load: str) -> str:
+    """Cumulative distributions of TTFT and TPOT over the requests at one load."""
     measured = {
         arm: [
-            measure(record)
-            for record in records
-            if record.error is None and (record.arm, record.concurrency) == (arm, concurrency)
+            measure(record) for record in records if record.error is None and (record.arm, record.load) == (arm, load)
         ]
         for arm in _ARM_COLORS
     }
@@ -109,7 +107,7 @@ def draw_latency(records: Sequence[RequestRecord], concurrency: int) -> str:
             for arm, color in _ARM_COLORS.items():
                 if values[arm]:
                     axes.ecdf(np.array(values[arm]) * 1000, color=color, label=arm, linewidth=2)
-            axes.set_xlabel(f"{name} (ms), concurrency {concurrency}")
+            axes.set_xlabel(f"{name} (ms), {load.replace('_', ' ')}")
             axes.set_ylabel("share of requests")
         panels[0].legend(frameon=False)
         return _to_svg(figure)

@@ -4,7 +4,12 @@ TTFT  time to first token        t_1 - t_send
 E2EL  end-to-end latency         t_n - t_send
 TPOT  time per output token      (E2EL - TTFT) / (n - 1), for n >= 2
 ITL   inter-token latency        the pooled gaps between arrivals
+In an open loop, latencies count from when a request was due, not from when it was sent: what a client that could not
+keep up would hide otherwise ("coordinated omission").
+
 output throughput                tokens that arrived / length of the window
+attainment                       requests that meet every SLO / requests; failed ones do not
+goodput                          requests that meet every SLO / length of the window
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loadtest.records import RequestRecord
+from loadtest.slo import Slo
 
 PERCENTILES = (50, 90, 95, 99)
 # A percentile is printed only if at least this many samples lie beyond it.
@@ -23,12 +29,16 @@ SAMPLES_BEYOND = 10
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """One successful request. Times in seconds; itl_s has one gap per chunk after the first."""
+    """One successful request. Times in seconds; itl_s has one gap per chunk after the first.
+
+    ttft_s, e2el_s: from when it was due in an open loop, from when it was sent in a closed one. send_lag_s: between.
+    """
 
     ttft_s: float
     e2el_s: float
     tpot_s: float | None
     itl_s: tuple[float, ...]
+    send_lag_s: float
 
 
 @dataclass(frozen=True)
@@ -43,19 +53,25 @@ class Distribution:
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """All requests of one arm at one concurrency. Times in seconds, throughput in tokens/s.
+    """All requests of one arm at one load. Times in seconds; throughput in tokens/s, goodput in requests/s.
 
-    Throughput is tokens over time summed over the blocks, so that pauses between blocks do not count.
+    Rates are over time summed over the blocks, so that pauses between blocks do not count. attainment, goodput,
+    meets_slos: None without SLOs.
     """
 
-    concurrency: int
+    load: str
     requests: int
     errors: int
     ttft_s: Distribution | None
     tpot_s: Distribution | None
     itl_s: Distribution | None
     e2el_s: Distribution | None
+    send_lag_s: Distribution | None
     output_throughput: float | None
+    request_throughput: float | None
+    goodput: float | None
+    attainment: float | None
+    meets_slos: bool | None
 
 
 def measure(record: RequestRecord) -> RequestMetrics:
@@ -63,11 +79,13 @@ def measure(record: RequestRecord) -> RequestMetrics:
     assert record.error is None
     first_s, last_s = record.chunk_times_s[0], record.chunk_times_s[-1]
     steps = record.completion_tokens - 1
+    origin_s = record.sent_s if record.scheduled_s is None else record.scheduled_s
     return RequestMetrics(
-        ttft_s=first_s - record.sent_s,
-        e2el_s=last_s - record.sent_s,
+        ttft_s=first_s - origin_s,
+        e2el_s=last_s - origin_s,
         tpot_s=(last_s - first_s) / steps if steps > 0 else None,
         itl_s=tuple(np.diff(record.chunk_times_s).tolist()),
+        send_lag_s=record.sent_s - origin_s,
     )
 
 
@@ -82,32 +100,52 @@ def describe(values: Sequence[float]) -> Distribution | None:
     return Distribution(len(values), float(np.mean(values)), float(np.median(values)), percentiles)
 
 
+def window_s(records: Sequence[RequestRecord]) -> float | None:
+    """Length of one block: first send to last arrival, in seconds. None if nothing arrived."""
+    arrivals = [record.chunk_times_s[-1] for record in records if record.chunk_times_s]
+    return max(arrivals) - min(record.sent_s for record in records) if arrivals else None
+
+
 def output_throughput(records: Sequence[RequestRecord]) -> float | None:
-    """Tokens per second of one block: all tokens that arrived, over first send to last arrival."""
-    arrived = [record for record in records if record.chunk_times_s]
-    if not arrived:
-        return None
-    window_s = max(record.chunk_times_s[-1] for record in arrived) - min(record.sent_s for record in records)
-    return sum(record.completion_tokens for record in arrived) / window_s
+    """Tokens per second of one block."""
+    length_s = window_s(records)
+    return sum(record.completion_tokens for record in records) / length_s if length_s else None
 
 
-def summarise_load(records: Sequence[RequestRecord], concurrency: int) -> LoadSummary:
-    """Summarises the records of one arm at one concurrency, over all its blocks."""
+def summarise_load(records: Sequence[RequestRecord], load: str, slos: Sequence[Slo] = ()) -> LoadSummary:
+    """Summarises the records of one arm at one load, over all its blocks."""
     metrics = [measure(record) for record in records if record.error is None]
+    blocks = [[record for record in records if record.pair == pair] for pair in sorted({r.pair for r in records})]
+    seconds = sum(length_s for block in blocks if (length_s := window_s(block)) is not None)
+
+    def rate(amount: int) -> float | None:
+        return amount / seconds if seconds else None
+
+    good = sum(meets_all(one, slos) for one in metrics)
+    met = len(metrics) == len(records) and all(slo.met_by(values_of(metrics, slo.metric)) for slo in slos)
     return LoadSummary(
-        concurrency=concurrency,
+        load=load,
         requests=len(records),
-        errors=sum(record.error is not None for record in records),
-        ttft_s=describe([one.ttft_s for one in metrics]),
-        tpot_s=describe([one.tpot_s for one in metrics if one.tpot_s is not None]),
+        errors=len(records) - len(metrics),
+        ttft_s=describe(values_of(metrics, "ttft")),
+        tpot_s=describe(values_of(metrics, "tpot")),
         itl_s=describe([gap for one in metrics for gap in one.itl_s]),
-        e2el_s=describe([one.e2el_s for one in metrics]),
-        output_throughput=_pooled_throughput(records),
+        e2el_s=describe(values_of(metrics, "e2el")),
+        send_lag_s=describe([one.send_lag_s for one in metrics]),
+        output_throughput=rate(sum(record.completion_tokens for record in records)),
+        request_throughput=rate(len(metrics)),
+        goodput=rate(good) if slos else None,
+        attainment=good / len(records) if slos and records else None,
+        meets_slos=met if slos else None,
     )
 
 
-def _pooled_throughput(records: Sequence[RequestRecord]) -> float | None:
-    blocks = [[record for record in records if record.pair == pair] for pair in sorted({r.pair for r in records})]
-    rates = [(output_throughput(block), sum(record.completion_tokens for record in block)) for block in blocks]
-    seconds = sum(tokens / rate for rate, tokens in rates if rate)
-    return sum(tokens for _, tokens in rates) / seconds if seconds else None
+def values_of(metrics: Sequence[RequestMetrics], name: str) -> list[float]:
+    """Of `ttft`, `tpot` or `e2el`, in seconds, for the requests that have it."""
+    values = [getattr(one, f"{name}_s") for one in metrics]
+    return [value for value in values if value is not None]
+
+
+def meets_all(metrics: RequestMetrics, slos: Sequence[Slo]) -> bool:
+    """Whether one request is within the limit of every SLO."""
+    return all(value <= slo.limit_s for slo in slos for value in values_of([metrics], slo.metric))

@@ -1,56 +1,140 @@
-"""From a session's records to report.json: summaries, speed-ups, verdict."""
+"""From a session's records to report.json: summaries, speed-ups, verdict. All of it can be computed again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.verdict import Judgement, Verdict
+from gradmap.errors import UserError
+from gradmap.files import read_json, refuse_foreign_directory, write_json
+from gradmap.verdict import Judgement, Verdict, worst
+from loadtest.loads import Load
 from loadtest.metrics import summarise_load
-from loadtest.records import RequestRecord
-from loadtest.session import ARMS, LoadTestSettings, run_session
-from loadtest.statistics import compute_speed_ups, find_faults, judge
+from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_blocks, read_records
+from loadtest.session import DENSE, DENSE_AGAIN, LoadTestSettings, Measured, run_session
+from loadtest.slo import Slo
+from loadtest.statistics import SpeedUp, compute_speed_ups, find_faults, headline, judge
 
 REPORT_FILE = "report.json"
-RECORDS_FILE = "records.jsonl"
+SCHEMA_VERSION = 2
 
 
 def run_load_test(settings: LoadTestSettings, required_speed_up: float, out: Path) -> dict[str, Any]:
-    """Runs the session and writes `out`/records.jsonl and `out`/report.json; returns the report."""
-    records = run_session(settings, out)
-    report = build_report(records, settings, required_speed_up)
-    write_json(out / REPORT_FILE, report)
+    """Runs the session and writes `out`/records.jsonl, blocks.jsonl and report.json; returns the report.
+
+    A session that breaks off leaves a report too, which says INVALID.
+    """
+    refuse_foreign_directory(out, RECORDS_FILE)
+    measured = Measured(out)
+    try:
+        run_session(settings, measured)
+    except BaseException:  # an interruption too
+        if measured.records:
+            _write_report(measured, settings, required_speed_up)
+        raise
+    return _write_report(measured, settings, required_speed_up)
+
+
+def _write_report(measured: Measured, settings: LoadTestSettings, required_speed_up: float) -> dict[str, Any]:
+    environment = describe_environment()
+    report = build_report(measured.records, measured.blocks, settings, required_speed_up, environment)
+    write_json(measured.directory / REPORT_FILE, report)
     return report
 
 
+def report_again(directory: Path, required_speed_up: float | None) -> dict[str, Any]:
+    """Computes report.json anew from the records beside it, with another requirement if one is given.
+
+    Raises UserError if there is no load test in `directory`.
+    """
+    earlier = read_json(directory / REPORT_FILE)
+    if not isinstance(earlier, dict) or earlier.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{directory / REPORT_FILE} is no load test of this version; run gradmap loadtest again.")
+    required = earlier["required_speedup"] if required_speed_up is None else required_speed_up
+    records, blocks = read_records(directory / RECORDS_FILE), read_blocks(directory / BLOCKS_FILE)
+    report = build_report(records, blocks, load_settings(earlier["settings"]), required, earlier["environment"])
+    write_json(directory / REPORT_FILE, report)
+    return report
+
+
+def load_settings(stored: Mapping[str, Any]) -> LoadTestSettings:
+    """Settings as report.json holds them."""
+    changes = {
+        "loads": tuple(Load(**load) for load in stored["loads"]),
+        "slos": tuple(Slo(**slo) for slo in stored["slos"]),
+        "vllm_flags": tuple(stored["vllm_flags"]),
+    }
+    return LoadTestSettings(**{**stored, **changes})
+
+
 def build_report(
-    records: Sequence[RequestRecord], settings: LoadTestSettings, required_speed_up: float
+    records: Sequence[RequestRecord],
+    blocks: Sequence[BlockRecord],
+    settings: LoadTestSettings,
+    required_speed_up: float,
+    environment: dict[str, str],
 ) -> dict[str, Any]:
-    """Computes report.json from raw records. Nothing but faults is concluded from records with faults."""
-    faults = find_faults(records, settings.expected_records)
-    speed_ups = {} if faults else compute_speed_ups(records)
-    judgement = Judgement(Verdict.INVALID, "; ".join(faults)) if faults else judge(speed_ups["tpot"], required_speed_up)
+    """Computes report.json from raw records. Nothing but faults is concluded from records with faults.
+
+    `speedup` and `reason` are those of the first candidate; the verdict is the worst of all.
+    """
+    faults = find_faults(records, blocks, settings.expected_records)
+    invalid = Judgement(Verdict.INVALID, "; ".join(faults))
+    candidates = {
+        arm: _describe_invalid(invalid) if faults else _compare(records, arm, settings, required_speed_up)
+        for arm in settings.candidates
+    }
+    first = next(iter(candidates.values()))
     return {
-        "schema_version": 1,
-        "verdict": str(judgement.verdict),
-        "reason": judgement.reason,
+        "schema_version": SCHEMA_VERSION,
+        "verdict": str(worst(Verdict(one["verdict"]) for one in candidates.values())),
+        "reason": first["reason"],
         "required_speedup": required_speed_up,
-        "speedup": {metric: asdict(value) for metric, value in speed_ups.items()},
-        "arms": {arm: _summarise_arm(records, arm, settings.concurrency) for arm in ARMS},
+        "speedup": first["speedup"],
+        "candidates": candidates,
+        "noise": {} if faults else _noise(records, settings),
+        "arms": {arm: _summarise_arm(records, arm, settings) for arm in settings.arms},
         "settings": asdict(settings),
-        "environment": describe_environment(),
+        "environment": environment,
     }
 
 
-def _summarise_arm(records: Sequence[RequestRecord], arm: str, levels: Sequence[int]) -> dict[str, Any]:
+def _compare(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings, required: float) -> dict[str, Any]:
+    by_load = {load.name: compute_speed_ups(records, arm, DENSE, load) for load in settings.loads}
+    main = headline(by_load, settings.loads)
+    judgement = judge(main["tpot"], required)
+    return {
+        "verdict": str(judgement.verdict),
+        "reason": judgement.reason,
+        "speedup": _described(main),
+        "loads": {name: _described(speed_ups) for name, speed_ups in by_load.items()},
+    }
+
+
+def _describe_invalid(judgement: Judgement) -> dict[str, Any]:
+    return {"verdict": str(judgement.verdict), "reason": judgement.reason, "speedup": {}, "loads": {}}
+
+
+def _noise(records: Sequence[RequestRecord], settings: LoadTestSettings) -> dict[str, dict[str, float]]:
+    """Load -> metric -> what one more block of the dense model differs by from its first: 1 without any noise."""
+    if not any(record.arm == DENSE_AGAIN for record in records):
+        return {}
+    measured = {load.name: compute_speed_ups(records, DENSE_AGAIN, DENSE, load) for load in settings.loads}
+    return {name: {metric: one.value for metric, one in of_load.items()} for name, of_load in measured.items()}
+
+
+def _described(speed_ups: Mapping[str, SpeedUp]) -> dict[str, Any]:
+    return {metric: asdict(value) for metric, value in speed_ups.items()}
+
+
+def _summarise_arm(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings) -> dict[str, Any]:
     of_arm = [record for record in records if record.arm == arm]
     return {
-        f"concurrency_{level}": asdict(
-            summarise_load([record for record in of_arm if record.concurrency == level], level)
+        load.name: asdict(
+            summarise_load([record for record in of_arm if record.load == load.name], load.name, settings.slos)
         )
-        for level in sorted(levels)
+        for load in settings.loads
     }

@@ -80,6 +80,10 @@ class LoadTestSection(_Section):
     require_speedup: float | None = None
     pairs: int | None = None
     concurrency: list[int] | None = None
+    rate: list[float] | None = None
+    arrivals: str | None = None
+    open_loop_s: float | None = None
+    slo: list[str] | None = None
     requests: int | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None

@@ -16,8 +16,8 @@ from gradmap.files import read_json, sha256_file, write_json, write_text
 from gradmap.plan import Plan, load_plan
 from gradmap.verdict import Verdict, worst
 from loadtest import figures
-from loadtest.outcome import RECORDS_FILE, REPORT_FILE
-from loadtest.records import read_records
+from loadtest.outcome import REPORT_FILE
+from loadtest.records import RECORDS_FILE, read_records
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -36,7 +36,7 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
         "importance": figures.draw_importance(plan),
         "perplexity": figures.draw_perplexity(result) if result["texts"] else "",
         "accuracy": figures.draw_accuracy(result) if result["tasks"] else "",
-        "latency": figures.draw_latency(records, min(load_report["settings"]["concurrency"])),
+        "latency": figures.draw_latency(records, next(iter(load_report["arms"]["dense"]))),
         "speed_ups": figures.draw_speed_ups(load_report) if load_report["speedup"] else "",
     }
     write_text(out / "report.html", render_html(plan, result, drawings))

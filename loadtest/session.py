@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,50 +21,65 @@ from gradmap.console import progress, say
 from gradmap.errors import UserError
 from gradmap.files import read_json
 from gradmap.openai_api import authorization, served_model
-from loadtest.records import RequestRecord, read_records, to_json_line
+from loadtest.loads import CONCURRENCY, Load
+from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_records, to_json_line
+from loadtest.slo import Slo
 from loadtest.workload import random_requests, save_requests
 from serving.server import Server, ServerSettings, free_port
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
 LOCUSTFILE = Path(__file__).parent / "driver" / "locustfile.py"
-ARMS = ("dense", "pruned")
+DENSE, PRUNED = "dense", "pruned"
+# The dense model once more, in one block: what two equal models differ by.
+DENSE_AGAIN = "dense-again"
 WARM_UP_REQUESTS = 4
+WARM_UP_LOAD = Load(CONCURRENCY, 1)
 # No block may run longer than this, whatever the server does.
 BLOCK_TIMEOUT_S = 900
+# vLLM counts a token a moment after it has sent it.
+COUNTER_WAIT_S = 3.0
 
 
 @dataclass(frozen=True)
 class LoadTestSettings:
-    """dense, pruned: model directories, or URLs of running servers. Each concurrency is one load in every block.
+    """dense: the baseline, candidates: what is compared with it; model directories, or URLs of running servers.
 
-    pairs: blocks per arm. interleaved: a fresh server for every block, dense and pruned in random order within each
-    pair; otherwise all dense blocks come first, on one server each.
+    loads: each once in every block. pairs: blocks per arm. interleaved: a fresh server for every block, all arms in
+    random order within each pair; otherwise all blocks of an arm follow each other, on one server.
+    requests_per_load: at least so many; open_loop_s: length of an open loop.
     """
 
     dense: str
-    pruned: str
+    candidates: dict[str, str]
+    loads: tuple[Load, ...] = (Load(CONCURRENCY, 1), Load(CONCURRENCY, 8))
     pairs: int = 6
     interleaved: bool = True
-    concurrency: tuple[int, ...] = (1, 8)
-    requests_per_block: int = 8
+    requests_per_load: int = 8
+    open_loop_s: float = 20.0
     prompt_tokens: int = 128
     output_tokens: int = 64
+    slos: tuple[Slo, ...] = ()
     seed: int = 0
     vocabulary: int | None = None
     vllm_flags: tuple[str, ...] = ()
 
     @property
-    def expected_records(self) -> int:
-        return len(ARMS) * self.pairs * sum(self.requests_at(level) for level in self.concurrency)
+    def arms(self) -> dict[str, str]:
+        return {DENSE: self.dense, **self.candidates}
 
-    def requests_at(self, concurrency: int) -> int:
-        """At least two full rounds of the concurrency, so that the load is sustained."""
-        return max(self.requests_per_block, 2 * concurrency)
+    @property
+    def expected_records(self) -> int:
+        return len(schedule(self)) * sum(self.requests_at(load) for load in self.loads)
+
+    def requests_at(self, load: Load) -> int:
+        """Enough for the load to be sustained: two full rounds of the concurrency, or the length of an open loop."""
+        enough = load.level * self.open_loop_s if load.is_open else 2 * load.level
+        return max(self.requests_per_load, math.ceil(enough))
 
 
 @dataclass(frozen=True)
 class Block:
-    """One stay at one arm: every concurrency once."""
+    """One stay at one arm: every load once."""
 
     arm: str
     pair: int
@@ -72,54 +91,75 @@ class Endpoint:
     model: str
 
 
+@dataclass
+class Measured:
+    """What a session has measured so far; also in `directory`, as soon as each load ends."""
+
+    directory: Path
+    records: list[RequestRecord] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in (RECORDS_FILE, BLOCKS_FILE):
+            (self.directory / name).write_text("")
+
+    def add(self, records: list[RequestRecord], block: BlockRecord) -> None:
+        with (self.directory / RECORDS_FILE).open("a") as file:
+            file.writelines(map(to_json_line, records))
+        with (self.directory / BLOCKS_FILE).open("a") as file:
+            file.write(to_json_line(block))
+        self.records += records
+        self.blocks.append(block)
+
+
 def schedule(settings: LoadTestSettings) -> list[Block]:
-    """The order of the blocks; the random order within pairs follows the seed."""
+    """The order of the blocks; the random order within pairs follows the seed.
+
+    A full session has one block of the dense model more, in the first pair.
+    """
+    arms = list(settings.arms)
     if not settings.interleaved:
-        return [Block(arm, pair) for arm in ARMS for pair in range(settings.pairs)]
+        return [Block(arm, pair) for arm in arms for pair in range(settings.pairs)]
     generator = random.Random(settings.seed)
     blocks = []
     for pair in range(settings.pairs):
-        blocks += [Block(arm, pair) for arm in generator.sample(ARMS, len(ARMS))]
+        of_pair = [*arms, DENSE_AGAIN] if pair == 0 else arms
+        blocks += [Block(arm, pair) for arm in generator.sample(of_pair, len(of_pair))]
     return blocks
 
 
-def run_session(settings: LoadTestSettings, out: Path) -> list[RequestRecord]:
-    """Runs all blocks and returns their records, which are in `out`/records.jsonl as soon as each block ends.
-
-    Raises UserError on bad input, or if a server fails.
-    """
+def run_session(settings: LoadTestSettings, measured: Measured) -> None:
+    """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until then stays."""
     check_settings(settings)
     vocabulary = settings.vocabulary or _vocabulary_of(settings)
-    out.mkdir(parents=True, exist_ok=True)
-    records: list[RequestRecord] = []
-    with (out / "records.jsonl").open("w") as file:
-        for arm, blocks in _consecutive(schedule(settings), fresh=settings.interleaved):
-            with _open_endpoint(settings, arm, out) as endpoint:
-                _run_load(endpoint, settings, vocabulary, Block(arm, -1), 1, WARM_UP_REQUESTS, out)
-                for block in blocks:
-                    for level in settings.concurrency:
-                        count = settings.requests_at(level)
-                        new = _run_load(endpoint, settings, vocabulary, block, level, count, out)
-                        file.writelines(map(to_json_line, new))
-                        file.flush()
-                        records += new
-    return records
+    measured.start()
+    for arm, blocks in _consecutive(schedule(settings), fresh=settings.interleaved):
+        with _open_endpoint(settings, arm, measured.directory) as endpoint:
+            warm_up = replace(settings, requests_per_load=WARM_UP_REQUESTS)
+            _run_load(endpoint, warm_up, vocabulary, Block(arm, -1), WARM_UP_LOAD, measured.directory)
+            for block in blocks:
+                for load in settings.loads:
+                    measured.add(*_run_load(endpoint, settings, vocabulary, block, load, measured.directory))
 
 
 def check_settings(settings: LoadTestSettings) -> None:
     """Raises UserError if the settings cannot be run."""
     if settings.pairs < 1:
         raise UserError(f"--pairs is {settings.pairs}; at least 1 is needed.")
-    if not settings.concurrency or min(settings.concurrency) < 1:
-        raise UserError("--concurrency must be 1 or more.")
+    if not any(load.pattern == CONCURRENCY for load in settings.loads):
+        raise UserError("--concurrency is needed: the verdict is about a closed loop.")
+    if min(load.level for load in settings.loads) <= 0:
+        raise UserError("--concurrency must be 1 or more, and --rate above 0.")
     if settings.output_tokens < 2:
         raise UserError("--output-tokens must be 2 or more; TPOT is undefined below.")
-    for arm in ARMS:
-        target = getattr(settings, arm)
+    if not settings.candidates:
+        raise UserError("Give --pruned, or --candidate NAME=TARGET, to compare with the dense model.")
+    for arm, target in settings.arms.items():
         if _is_url(target):
             _require_host(target)
         elif not Path(target, "config.json").is_file():
-            raise UserError(f"--{arm} {target} is neither a URL nor a model directory; export one first.")
+            raise UserError(f"{arm}: {target} is neither a URL nor a model directory; export one first.")
 
 
 def _require_host(url: str) -> None:
@@ -132,10 +172,10 @@ def _is_url(target: str) -> bool:
 
 
 def _vocabulary_of(settings: LoadTestSettings) -> int:
-    """Token ids that both models know: the smaller vocabulary of those arms that are directories."""
-    directories = [Path(target) for target in (settings.dense, settings.pruned) if not _is_url(target)]
+    """Token ids that all models know: the smallest vocabulary of those arms that are directories."""
+    directories = [Path(target) for target in settings.arms.values() if not _is_url(target)]
     if not directories:
-        raise UserError("Both endpoints are URLs; say with --vocabulary how many token ids they know.")
+        raise UserError("All endpoints are URLs; say with --vocabulary how many token ids they know.")
     return min(int(read_json(directory / "config.json")["vocab_size"]) for directory in directories)
 
 
@@ -153,7 +193,7 @@ def _consecutive(blocks: Sequence[Block], fresh: bool) -> Iterator[tuple[str, li
 @contextmanager
 def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[Endpoint]:
     """Yields a ready endpoint; a server that was started for it is stopped afterwards."""
-    target = getattr(settings, arm)
+    target = settings.dense if arm == DENSE_AGAIN else settings.arms[arm]
     if _is_url(target):
         url = target.rstrip("/")
         yield Endpoint(url, _require_model(url))
@@ -174,40 +214,56 @@ def _require_model(url: str) -> str:
 
 
 def _run_load(
-    endpoint: Endpoint,
-    settings: LoadTestSettings,
-    vocabulary: int,
-    block: Block,
-    concurrency: int,
-    count: int,
-    out: Path,
-) -> list[RequestRecord]:
-    """Lets Locust send `count` requests at one concurrency; prompts depend on pair and concurrency, not on the arm."""
-    prefix = f"{block.pair}-{concurrency}"
-    requests = random_requests(prefix, count, vocabulary, settings.prompt_tokens, settings.output_tokens, settings.seed)
-    requests_file, records_file = out / ".requests.json", out / ".records.jsonl"
-    save_requests(requests_file, requests)
-    records_file.write_text("")
-    name = "warm-up" if block.pair < 0 else f"pair {block.pair + 1}, concurrency {concurrency}"
-    with progress(f"{block.arm}: {name} (requests)", count) as advance:
-        command = _locust_command(endpoint, block, concurrency, requests_file, records_file)
-        _run_locust(command, records_file, advance, out / "locust.log")
-    records = read_records(records_file)
-    requests_file.unlink()
-    records_file.unlink()
-    return records
+    endpoint: Endpoint, settings: LoadTestSettings, vocabulary: int, block: Block, load: Load, out: Path
+) -> tuple[list[RequestRecord], BlockRecord]:
+    """Lets Locust send one load; prompts and arrivals depend on pair and load, not on the arm."""
+    prefix, count = f"{block.pair}-{load.name}", settings.requests_at(load)
+    lengths = settings.prompt_tokens, settings.output_tokens
+    name = "warm-up" if block.pair < 0 else f"pair {block.pair + 1}, {load.label}"
+    with TemporaryDirectory(dir=out, prefix=".load-") as directory:
+        files = {kind: Path(directory, f"{kind}.json") for kind in ("requests", "records", "usage")}
+        save_requests(files["requests"], random_requests(prefix, count, vocabulary, *lengths, settings.seed, load))
+        files["records"].write_text("")
+        tokens_before = generated_tokens(endpoint.url)
+        with progress(f"{block.arm}: {name} (requests)", count) as advance:
+            command = _locust_command(endpoint, block, load, files)
+            _run_locust(command, files["records"], advance, out / "locust.log")
+        records, usage = read_records(files["records"]), read_json(files["usage"])
+    seen = sum(record.completion_tokens for record in records)
+    server_tokens = None if tokens_before is None else _tokens_since(endpoint.url, tokens_before, seen)
+    measured = {"client_cpu": usage["client_cpu"], "server_tokens": server_tokens}
+    return records, BlockRecord(arm=block.arm, pair=block.pair, load=load.name, **measured)
 
 
-def _locust_command(
-    endpoint: Endpoint, block: Block, concurrency: int, requests_file: Path, records_file: Path
-) -> list[str]:
+def generated_tokens(url: str) -> int | None:
+    """vLLM's count of generated tokens since it started; None if the server does not tell."""
+    with suppress(httpx.HTTPError):
+        text = httpx.get(f"{url}/metrics", headers=authorization(), timeout=10.0).text
+        counts = re.findall(r"^vllm:generation_tokens_total(?:{[^}]*})? (\S+)$", text, flags=re.MULTILINE)
+        return int(sum(map(float, counts))) if counts else None
+    return None
+
+
+def _tokens_since(url: str, before: int, expected: int) -> int | None:
+    """By how much the count has risen; waits a little for it to reach what is expected."""
+    deadline = time.monotonic() + COUNTER_WAIT_S
+    while (now := generated_tokens(url)) is not None:
+        if now - before >= expected or time.monotonic() > deadline:
+            return now - before
+        time.sleep(0.1)
+    return None
+
+
+def _locust_command(endpoint: Endpoint, block: Block, load: Load, files: Mapping[str, Path]) -> list[str]:
+    users = 1 if load.is_open else int(load.level)
     return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"),
-        *("--users", str(concurrency), "--spawn-rate", str(concurrency), "--host", endpoint.url),
-        *("--requests", str(requests_file), "--records", str(records_file), "--model", endpoint.model),
-        *("--arm", block.arm, "--pair", str(block.pair)),
+        *("--users", str(users), "--spawn-rate", str(users), "--host", endpoint.url),
+        *(argument for kind, path in files.items() for argument in (f"--{kind}", str(path))),
+        *("--model", endpoint.model, "--arm", block.arm, "--pair", str(block.pair), "--load", load.name),
         # failed requests are in the records; Locust itself must not fail for them
         *("--run-time", f"{BLOCK_TIMEOUT_S}s", "--exit-code-on-error", "0"),
+        "OpenLoopUser" if load.is_open else "ClosedLoopUser",
     ]
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from gradmap.verdict import Judgement, Verdict
-from loadtest.metrics import measure, output_throughput
-from loadtest.records import RequestRecord
+from loadtest.loads import Load
+from loadtest.metrics import measure, output_throughput, values_of
+from loadtest.records import BlockRecord, RequestRecord
 
 CONFIDENCE = 0.95
 PAIRS_FOR_A_VERDICT = 6
-METRICS = ("tpot", "ttft", "output_throughput")
+METRICS = ("tpot", "ttft", "e2el", "output_throughput")
+MAX_SEND_LAG_S = 0.05
+MAX_CLIENT_CPU = 0.9
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times faster the pruned model is: geometric mean over pairs, and its 95% interval.
+    """How many times faster the candidate is: geometric mean over pairs, and its 95% interval.
 
     low and high are None with a single pair. ratios: one per pair of blocks.
     """
@@ -32,19 +35,17 @@ class SpeedUp:
 
 
 def block_metric(records: Sequence[RequestRecord], metric: str) -> float:
-    """The number that stands for one block: the median TTFT or TPOT of its requests (s), or its tokens/s."""
+    """The number that stands for one block: the median TTFT, TPOT or E2EL of its requests (s), or its tokens/s."""
     if metric == "output_throughput":
         throughput = output_throughput(records)
         assert throughput is not None
         return throughput
-    measured = [measure(record) for record in records]
-    values = [one.tpot_s if metric == "tpot" else one.ttft_s for one in measured]
-    return float(np.median([value for value in values if value is not None]))
+    return float(np.median(values_of([measure(record) for record in records], metric)))
 
 
-def pair_ratio(dense: Sequence[RequestRecord], pruned: Sequence[RequestRecord], metric: str) -> float:
-    """Dense over pruned for times, pruned over dense for throughput: above 1, the pruned model is faster."""
-    ratio = block_metric(dense, metric) / block_metric(pruned, metric)
+def pair_ratio(baseline: Sequence[RequestRecord], candidate: Sequence[RequestRecord], metric: str) -> float:
+    """Baseline over candidate for times, candidate over baseline for throughput: above 1, the candidate is faster."""
+    ratio = block_metric(baseline, metric) / block_metric(candidate, metric)
     return 1 / ratio if metric == "output_throughput" else ratio
 
 
@@ -61,30 +62,67 @@ def speed_up(ratios: Sequence[float]) -> SpeedUp:
     return SpeedUp(math.exp(center), math.exp(center - margin), math.exp(center + margin), tuple(ratios))
 
 
-def compute_speed_ups(records: Sequence[RequestRecord]) -> dict[str, SpeedUp]:
-    """TTFT and TPOT at the lowest concurrency, output throughput at the highest; metric -> speed-up."""
-    levels = sorted({record.concurrency for record in records})
-    at_level = {"tpot": levels[0], "ttft": levels[0], "output_throughput": levels[-1]}
-    speed_ups = {}
-    for metric in METRICS:
-        relevant = [record for record in records if record.concurrency == at_level[metric]]
-        pairs = sorted({record.pair for record in relevant})
-        ratios = [
-            pair_ratio(_block(relevant, "dense", pair), _block(relevant, "pruned", pair), metric) for pair in pairs
-        ]
-        speed_ups[metric] = speed_up(ratios)
-    return speed_ups
+def compute_speed_ups(records: Sequence[RequestRecord], arm: str, against: str, load: Load) -> dict[str, SpeedUp]:
+    """How much faster `arm` is than `against` at one load; metric -> speed-up.
+
+    In an open loop, throughput is what arrives and no property of the server, so that it is left out.
+    """
+    of_load = [record for record in records if record.load == load.name]
+    pairs = sorted({record.pair for record in of_load if record.arm == arm})
+    metrics = [metric for metric in METRICS if not (load.is_open and metric == "output_throughput")]
+    return {
+        metric: speed_up(
+            [pair_ratio(_block(of_load, against, pair), _block(of_load, arm, pair), metric) for pair in pairs]
+        )
+        for metric in metrics
+    }
 
 
-def find_faults(records: Sequence[RequestRecord], expected: int) -> list[str]:
+def headline(by_load: Mapping[str, dict[str, SpeedUp]], loads: Sequence[Load]) -> dict[str, SpeedUp]:
+    """TTFT and TPOT at the lowest concurrency, output throughput at the highest."""
+    closed = sorted((load for load in loads if not load.is_open), key=lambda load: load.level)
+    lowest, highest = (by_load[load.name] for load in (closed[0], closed[-1]))
+    return {"tpot": lowest["tpot"], "ttft": lowest["ttft"], "output_throughput": highest["output_throughput"]}
+
+
+def find_faults(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord], expected: int) -> list[str]:
     """Reasons why nothing may be concluded from the records; empty if they are sound."""
-    failed = [record for record in records if record.error is not None]
+    return [*_missing_or_failed(records, expected), *_slow_client(records, blocks), *_lost_tokens(records, blocks)]
+
+
+def _missing_or_failed(records: Sequence[RequestRecord], expected: int) -> list[str]:
     faults = []
     if len(records) != expected:
         faults.append(f"{len(records)} of {expected} requests were recorded")
+    failed = [record for record in records if record.error is not None]
     if failed:
         faults.append(f"{len(failed)} of {len(records)} requests failed (the first: {failed[0].error})")
     return faults
+
+
+def _slow_client(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]) -> list[str]:
+    """A load generator that cannot keep up measures itself."""
+    faults = []
+    lags_s = [record.sent_s - record.scheduled_s for record in records if record.scheduled_s is not None]
+    lag_s = float(np.percentile(lags_s, 99)) if lags_s else 0.0
+    if lag_s > MAX_SEND_LAG_S:
+        faults.append(f"requests were sent late (p99 {1000 * lag_s:.0f} ms, at most {1000 * MAX_SEND_LAG_S:.0f})")
+    busiest = max((block.client_cpu for block in blocks), default=0.0)
+    if busiest > MAX_CLIENT_CPU:
+        limit = f"at most {100 * MAX_CLIENT_CPU:.0f}%"
+        faults.append(f"the load generator was busy {100 * busiest:.0f}% of the time ({limit})")
+    return faults
+
+
+def _lost_tokens(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]) -> list[str]:
+    """Tokens that the server made and the client did not see, or somebody else did."""
+    for block in blocks:
+        of_block = [record for record in _block(records, block.arm, block.pair) if record.load == block.load]
+        seen = sum(record.completion_tokens for record in of_block)
+        if block.server_tokens is not None and block.server_tokens != seen:
+            where = f"{block.arm}, pair {block.pair + 1}, {block.load}"
+            return [f"the server generated {block.server_tokens} tokens and {seen} arrived ({where})"]
+    return []
 
 
 def judge(speed_up: SpeedUp, required: float) -> Judgement:

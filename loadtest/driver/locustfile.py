@@ -1,11 +1,13 @@
-"""The Locust user: streams completions and writes down when every token arrived.
+"""The Locust users: they stream completions and write down when every token arrived.
 
     locust -f loadtest/driver/locustfile.py --headless --users 8 --spawn-rate 8 --host http://127.0.0.1:8000 \
-        --requests requests.json --records records.jsonl --model NAME
+        --requests requests.json --records records.jsonl --model NAME ClosedLoopUser
 
-A closed loop: each user sends the next request of the file as soon as its last one has ended, until none is left.
+ClosedLoopUser sends the next request of the file as soon as its last one has ended, until none is left. OpenLoopUser,
+of which there is one, sends every request when it is due, however many are under way: Locust's own wait times begin
+when a request ends, so that a slow server is asked less often.
 Locust's bundled OpenAI user reads the whole body before it looks, and its FastHttp `iter_lines` waits for full
-buffers, so both stamp tokens too late; this one reads line by line from the socket.
+buffers, so both stamp tokens too late; these read line by line from the socket.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from pathlib import Path
 from typing import IO, Any
 
 import gevent
+from gevent.pool import Group
 from geventhttpclient import HTTPClient
 from locust import User, constant, events, task
 from locust.exception import StopUser
 
+from gradmap.files import write_json
 from gradmap.openai_api import authorization
 from loadtest.metrics import RequestMetrics, measure
 from loadtest.records import RequestRecord, to_json_line
 from loadtest.workload import Request, load_requests
 
 CONNECT_TIMEOUT_S = 10.0
+MAX_CONNECTIONS = 4096
 
 
 @events.init_command_line_parser.add_listener
@@ -37,61 +42,71 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--model", dest="served_model", required=True, help="name of the served model")
     parser.add_argument("--arm", default="endpoint", help="label of the records")
     parser.add_argument("--pair", type=int, default=0, help="index of the block, for the records")
+    parser.add_argument("--load", default="load", help="name of the load, for the records")
+    parser.add_argument("--usage", default=None, help="JSON file to write: the CPU time of this process")
     parser.add_argument("--request-timeout-s", type=float, default=300.0, help="longest silence of the server")
 
 
 class Block:
     """The requests still to send, and the file that records go to. Shared by all users of the process."""
 
-    def __init__(self, options: Any, users: int) -> None:
-        self.options = options
-        self.users = users
-        self.waiting = deque(load_requests(Path(options.requests)))
+    def __init__(self, environment: Any) -> None:
+        self.environment = environment
+        self.options = environment.parsed_options
+        self.waiting = deque(load_requests(Path(self.options.requests)))
         self.unfinished = len(self.waiting)
-        self.file: IO[str] = Path(options.records).open("w")  # noqa: SIM115 - closed by close_block
+        self.file: IO[str] = Path(self.options.records).open("w")  # noqa: SIM115 - closed by close
+        self.started_s, self.started_cpu_s = time.monotonic(), time.process_time()
 
-    def write(self, record: RequestRecord) -> None:
+    def finish(self, record: RequestRecord) -> None:
         self.file.write(to_json_line(record))
         self.file.flush()
+        _report_to_locust(self.environment, record)
         self.unfinished -= 1
+        if self.unfinished == 0:
+            gevent.spawn(self.environment.runner.quit)  # from outside: quitting waits for all users, so for this one
+
+    def close(self) -> None:
+        self.file.close()
+        if self.options.usage:
+            busy_s, length_s = time.process_time() - self.started_cpu_s, time.monotonic() - self.started_s
+            write_json(Path(self.options.usage), {"client_cpu": busy_s / length_s})
 
 
 @events.test_start.add_listener
 def open_block(environment: Any, **_: Any) -> None:
-    environment.block = Block(environment.parsed_options, environment.parsed_options.num_users)
+    environment.block = Block(environment)
 
 
 @events.test_stop.add_listener
 def close_block(environment: Any, **_: Any) -> None:
-    environment.block.file.close()
+    environment.block.close()
 
 
 class CompletionUser(User):
-    """One connection that has at most one request in flight."""
+    """Completes requests over `connections` connections, which are kept."""
 
+    abstract = True
     wait_time = constant(0)
+    connections = 1
 
     def on_start(self) -> None:
-        timeout_s = self.environment.parsed_options.request_timeout_s
-        self.http = HTTPClient.from_url(self.host, connection_timeout=CONNECT_TIMEOUT_S, network_timeout=timeout_s)
+        self.block: Block = self.environment.block
+        timeout_s = self.block.options.request_timeout_s
+        self.http = HTTPClient.from_url(
+            self.host,
+            concurrency=self.connections,
+            connection_timeout=CONNECT_TIMEOUT_S,
+            network_timeout=timeout_s,
+        )
 
     def on_stop(self) -> None:
         self.http.close()
 
-    @task
-    def complete_next(self) -> None:
-        block: Block = self.environment.block
-        if not block.waiting:
-            raise StopUser
-        record = self._complete(block, block.waiting.popleft())
-        block.write(record)
-        _report_to_locust(self.environment, record)
-        if block.unfinished == 0:
-            gevent.spawn(self.environment.runner.quit)  # from outside: quitting waits for all users, so for this one
-
-    def _complete(self, block: Block, request: Request) -> RequestRecord:
+    def complete(self, request: Request, scheduled_s: float | None) -> None:
         arrivals: list[tuple[float, int]] = []
-        body = _request_body(block.options.served_model, request)
+        options = self.block.options
+        body = _request_body(options.served_model, request)
         headers = {"Content-Type": "application/json", **authorization()}
         sent_s = time.monotonic()
         try:
@@ -101,13 +116,14 @@ class CompletionUser(User):
             error = _what_went_wrong(response.status_code, arrivals, request)
         except Exception as failure:  # whatever broke, it is a failed request and not the end of the test
             error = f"{type(failure).__name__}: {failure}"
-        return RequestRecord(
-            arm=block.options.arm,
-            pair=block.options.pair,
-            concurrency=block.users,
+        record = RequestRecord(
+            arm=options.arm,
+            pair=options.pair,
+            load=options.load,
             request=request.id,
             prompt_tokens=len(request.prompt),
             requested_tokens=request.output_tokens,
+            scheduled_s=scheduled_s,
             sent_s=sent_s,
             ended_s=time.monotonic(),
             chunk_times_s=tuple(arrived_s for arrived_s, _ in arrivals),
@@ -115,6 +131,36 @@ class CompletionUser(User):
             completion_tokens=arrivals[-1][1] if arrivals else 0,
             error=error,
         )
+        self.block.finish(record)
+
+
+class ClosedLoopUser(CompletionUser):
+    """Has at most one request under way."""
+
+    @task
+    def complete_next(self) -> None:
+        if not self.block.waiting:
+            raise StopUser
+        self.complete(self.block.waiting.popleft(), None)
+
+
+class OpenLoopUser(CompletionUser):
+    """Spawns every request when it is due."""
+
+    connections = MAX_CONNECTIONS
+
+    @task
+    def dispatch(self) -> None:
+        started_s = time.monotonic()
+        requests = Group()
+        while self.block.waiting:
+            request = self.block.waiting.popleft()
+            assert request.due_s is not None
+            scheduled_s = started_s + request.due_s
+            gevent.sleep(max(0.0, scheduled_s - time.monotonic()))
+            requests.spawn(self.complete, request, scheduled_s)
+        requests.join()
+        raise StopUser
 
 
 def _request_body(model: str, request: Request) -> bytes:

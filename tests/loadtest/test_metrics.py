@@ -2,26 +2,37 @@
 
 import math
 import random
+import re
+from dataclasses import replace
 
 import pytest
 
+from gradmap.errors import UserError
 from gradmap.verdict import Verdict
+from loadtest.loads import Load
 from loadtest.metrics import describe, measure, output_throughput, summarise_load
 from loadtest.outcome import build_report
-from loadtest.records import RequestRecord
+from loadtest.records import BlockRecord, RequestRecord
 from loadtest.session import LoadTestSettings
-from loadtest.statistics import compute_speed_ups, judge, speed_up
+from loadtest.slo import Slo, parse_slo
+from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, speed_up
+
+ONE = Load("concurrency", 1)
+SETTINGS = LoadTestSettings("a", {"pruned": "b"}, loads=(ONE,), pairs=1, interleaved=False, requests_per_load=2)
 
 
-def record(arm="dense", pair=0, concurrency=1, ttft=0.5, tpot=0.1, tokens=5, sent=100.0, error=None):
+def record(
+    arm="dense", pair=0, load="concurrency_1", ttft=0.5, tpot=0.1, tokens=5, sent=100.0, scheduled=None, error=None
+):
     times = tuple(sent + ttft + tpot * index for index in range(tokens))
     return RequestRecord(
         arm=arm,
         pair=pair,
-        concurrency=concurrency,
+        load=load,
         request="r",
         prompt_tokens=3,
         requested_tokens=tokens,
+        scheduled_s=scheduled,
         sent_s=sent,
         ended_s=times[-1],
         chunk_times_s=times,
@@ -52,11 +63,11 @@ def test_throughput_is_tokens_over_the_window():
 
 def test_pauses_between_blocks_do_not_count():
     blocks = [record(pair=0, sent=100.0), record(pair=1, sent=900.0)]
-    assert summarise_load(blocks, 1).output_throughput == pytest.approx(10 / 1.8)
+    assert summarise_load(blocks, "load").output_throughput == pytest.approx(10 / 1.8)
 
 
 def test_failed_requests_do_not_skew_times():
-    summary = summarise_load([record(), record(ttft=99.0, error="HTTP 500")], 1)
+    summary = summarise_load([record(), record(ttft=99.0, error="HTTP 500")], "load")
     assert (summary.requests, summary.errors) == (2, 1)
     assert summary.ttft_s.mean == pytest.approx(0.5)
 
@@ -75,8 +86,43 @@ def test_speed_up_is_above_one_when_the_pruned_model_is_faster():
         for pair in (0, 1)
         for arm, tpot in (("dense", 0.2), ("pruned", 0.1))
     ]
-    for value in compute_speed_ups(records).values():
+    for value in compute_speed_ups(records, "pruned", "dense", ONE).values():
         assert value.value == pytest.approx(2.0)
+    opened = [record.model_copy(update={"load": "poisson_4"}) for record in records]
+    assert "output_throughput" not in compute_speed_ups(opened, "pruned", "dense", Load("poisson", 4))
+
+
+def test_the_headline_is_of_the_lowest_and_the_highest_concurrency():
+    loads = (Load("concurrency", 8), ONE, Load("poisson", 9.0))
+    by_load = {load.name: {metric: (load.name, metric) for metric in METRICS} for load in loads}
+    assert headline(by_load, loads) == {
+        "tpot": ("concurrency_1", "tpot"),
+        "ttft": ("concurrency_1", "ttft"),
+        "output_throughput": ("concurrency_8", "output_throughput"),
+    }
+
+
+def test_an_open_loop_counts_from_the_schedule():
+    metrics = measure(record(sent=100.0, scheduled=99.0))
+    assert (metrics.ttft_s, metrics.e2el_s, metrics.send_lag_s) == pytest.approx((1.5, 1.9, 1.0))
+    assert metrics.tpot_s == pytest.approx(0.1)
+
+
+def test_slos():
+    slos = (parse_slo("ttft_p50=600ms"), parse_slo("tpot_p99=0.2s"))
+    assert slos == (Slo("ttft", 50, 0.6), Slo("tpot", 99, 0.2))
+    good, slow, failed = record(), record(ttft=0.7), record(error="HTTP 500")
+    summary = summarise_load([good, good, good, slow], "load", slos)
+    assert summary.meets_slos
+    assert summary.attainment == pytest.approx(3 / 4)
+    assert summary.goodput == pytest.approx(3 / 1.1)
+    assert not summarise_load([good, good, good, failed], "load", slos).meets_slos
+    assert summarise_load([good, failed], "load", slos).attainment == pytest.approx(1 / 2)
+    assert not summarise_load([slow, slow, good], "load", slos).meets_slos
+    assert summarise_load([good], "load").attainment is None
+    for text in ("ttft=200ms", "ttft_p95=200", "latency_p95=1s", "ttft_p0=1s", "ttft_p101=1s"):
+        with pytest.raises(UserError, match="is not METRIC_pPERCENTILE=LIMIT"):
+            parse_slo(text)
 
 
 def test_the_interval_covers_the_truth_at_its_nominal_rate():
@@ -104,11 +150,49 @@ def test_verdicts(ratios, required, verdict):
 
 
 def test_nothing_is_concluded_from_failed_or_missing_requests():
-    settings = LoadTestSettings("a", "b", pairs=1, concurrency=(1,), requests_per_block=2)
     good = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
-    assert build_report(good, settings, 1.0)["verdict"] == "INCONCLUSIVE"
+    assert build_report(good, [], SETTINGS, 1.0, {})["verdict"] == "INCONCLUSIVE"
     failed = [*good[:-1], record("pruned", error="cut")]
     for records in (failed, good[:-1]):
-        report = build_report(records, settings, 1.0)
+        report = build_report(records, [], SETTINGS, 1.0, {})
         assert report["verdict"] == "INVALID"
         assert report["speedup"] == {}
+
+
+@pytest.mark.parametrize(
+    ("block", "scheduled", "message"),
+    [
+        ({"client_cpu": 0.95}, None, "the load generator was busy 95% of the time"),
+        ({"server_tokens": 9}, None, r"the server generated 9 tokens and 10 arrived \(dense, pair 1, concurrency_1\)"),
+        ({}, 99.9, r"requests were sent late \(p99 100 ms"),
+        ({"server_tokens": 10}, 99.99, None),
+    ],
+)
+def test_nothing_is_concluded_from_a_client_that_did_not_see_it_all(block, scheduled, message):
+    records = [record(arm, scheduled=scheduled) for arm in ("dense", "pruned") for _ in range(2)]
+    known = {"arm": "dense", "pair": 0, "load": "concurrency_1", "client_cpu": 0.1, "server_tokens": None}
+    report = build_report(records, [BlockRecord(**known | block)], SETTINGS, 1.0, {})
+    assert (report["verdict"] == "INVALID") == (message is not None)
+    if message:
+        assert re.search(message, report["reason"])
+
+
+def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
+    settings = replace(SETTINGS, candidates={"pruned": "b", "more": "c"}, pairs=6)
+    records = [
+        record(arm, pair, tpot=tpot * (1 + 0.001 * pair))
+        for pair in range(6)
+        for arm, tpot in (("dense", 0.2), ("pruned", 0.1), ("more", 0.19))
+        for _ in range(2)
+    ]
+    report = build_report(records, [], settings, 1.5, {})
+    assert {arm: one["verdict"] for arm, one in report["candidates"].items()} == {"pruned": "PASS", "more": "FAIL"}
+    assert report["verdict"] == "FAIL"
+    assert report["speedup"] == report["candidates"]["pruned"]["speedup"]
+
+
+def test_an_extra_dense_block_tells_the_noise():
+    settings = replace(SETTINGS, interleaved=True)
+    records = [record(arm, tpot=tpot) for arm, tpot in (("dense", 0.2), ("dense-again", 0.21), ("pruned", 0.1))] * 2
+    noise = build_report(records, [], settings, 1.0, {})["noise"]["concurrency_1"]
+    assert noise["tpot"] == pytest.approx(0.2 / 0.21)

@@ -1,38 +1,55 @@
 """The real Locust against a server of known behaviour: what is sent, what is stamped, what counts as failed."""
 
 import json
+import statistics
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from gradmap.errors import UserError
-from loadtest.records import read_records
-from loadtest.session import ARMS, Block, LoadTestSettings, run_session, schedule
+from loadtest import session
+from loadtest.loads import ARRIVALS, Load, arrival_times
+from loadtest.outcome import run_load_test
+from loadtest.records import read_blocks, read_records
+from loadtest.session import Block, LoadTestSettings, Measured, run_session, schedule
+from loadtest.slo import parse_slo
+from tests.command_line import gradmap
 from tests.loadtest.fake_server import FakeServer, running
+
+ONE = Load("concurrency", 1)
 
 
 def settings(fake, **changes):
     defaults = {
         "pairs": 2,
         "interleaved": False,
-        "concurrency": (1, 3),
-        "requests_per_block": 2,
+        "loads": (ONE, Load("concurrency", 3)),
+        "requests_per_load": 2,
         "prompt_tokens": 5,
         "output_tokens": 4,
         "vocabulary": 10**9,  # so that a prompt's first token tells it apart
     }
-    return LoadTestSettings(fake.url, fake.url, **(defaults | changes))
+    return LoadTestSettings(fake.url, {"pruned": fake.url}, **(defaults | changes))
+
+
+def run(options, out):
+    measured = Measured(out)
+    run_session(options, measured)
+    assert read_records(out / "records.jsonl") == measured.records
+    assert read_blocks(out / "blocks.jsonl") == measured.blocks
+    return measured.records
 
 
 def test_both_arms_get_the_same_token_ids_and_blocks_get_fresh_ones(tmp_path):
     with running(FakeServer()) as fake:
         options = settings(fake)
-        records = run_session(options, tmp_path)
+        records = run(options, tmp_path)
     assert len(records) == options.expected_records == 2 * 2 * (2 + 6)
     assert all(record.error is None and record.completion_tokens == 4 for record in records)
-    assert read_records(tmp_path / "records.jsonl") == records
-    names = {arm: [record.request for record in records if record.arm == arm] for arm in ARMS}
+    names = {arm: [record.request for record in records if record.arm == arm] for arm in ("dense", "pruned")}
     assert names["dense"] == names["pruned"] or sorted(names["dense"]) == sorted(names["pruned"])
     prompts = [tuple(body["prompt"]) for body in fake.bodies]
     assert len(set(prompts)) == len(prompts) / 2  # every prompt twice: once for each arm
@@ -42,7 +59,7 @@ def test_both_arms_get_the_same_token_ids_and_blocks_get_fresh_ones(tmp_path):
 
 def test_tokens_are_stamped_when_they_arrive(tmp_path):
     with running(FakeServer(gap_s=0.2)) as fake:
-        records = run_session(settings(fake, pairs=1, concurrency=(1,), requests_per_block=1), tmp_path)
+        records = run(settings(fake, pairs=1, loads=(ONE,), requests_per_load=1), tmp_path)
     for record in records:
         (sent,) = [times for times in fake.sent_s if record.sent_s < times[0] < record.ended_s]
         assert record.chunk_tokens == (1, 2, 3, 4)
@@ -55,11 +72,11 @@ def test_tokens_are_stamped_when_they_arrive(tmp_path):
 @pytest.mark.parametrize("fault", ["http 500", "too few tokens", "cut short"])
 def test_a_failed_request_is_recorded_as_failed(tmp_path, fault):
     with running(FakeServer()) as fake:
-        options = settings(fake, pairs=1, concurrency=(1,))
-        run_session(options, tmp_path)
+        options = settings(fake, pairs=1, loads=(ONE,))
+        run(options, tmp_path)
         measured = [body["prompt"][0] for body in fake.bodies][-2:]
         fake.faults[measured[0]] = fault
-        records = run_session(options, tmp_path)
+        records = run(options, tmp_path)
     assert [record.error is None for record in records] == [False, True, False, True]
 
 
@@ -81,11 +98,16 @@ def test_the_verdict_is_the_exit_code(tmp_path):
 
 
 def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
-    blocks = schedule(LoadTestSettings("a", "b", pairs=40, seed=1))
-    pairs = [blocks[index : index + 2] for index in range(0, 80, 2)]
-    assert all({block.arm for block in pair} == set(ARMS) and pair[0].pair == pair[1].pair for pair in pairs)
-    assert {pair[0].arm for pair in pairs} == set(ARMS)
-    quick = schedule(LoadTestSettings("a", "b", pairs=2, interleaved=False))
+    options = LoadTestSettings("a", {"pruned": "b"}, pairs=40, seed=1)
+    blocks = schedule(options)
+    assert sorted(block.arm for block in blocks[:3]) == ["dense", "dense-again", "pruned"]
+    assert [block.pair for block in blocks[:3]] == [0, 0, 0]
+    pairs = [blocks[index : index + 2] for index in range(3, 81, 2)]
+    assert all({block.arm for block in pair} == {"dense", "pruned"} for pair in pairs)
+    assert all(pair[0].pair == pair[1].pair for pair in pairs)
+    assert {pair[0].arm for pair in pairs} == {"dense", "pruned"}
+    assert options.expected_records == 81 * (8 + 16)
+    quick = schedule(replace(options, pairs=2, interleaved=False))
     assert quick == [Block("dense", 0), Block("dense", 1), Block("pruned", 0), Block("pruned", 1)]
 
 
@@ -97,9 +119,77 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
         ({"vocabulary": None}, "--vocabulary"),
         ({"output_tokens": 1}, "TPOT is undefined"),
         ({"pairs": 0}, "--pairs is 0"),
+        ({"loads": (Load("poisson", 4),)}, "--concurrency is needed"),
+        ({"loads": (ONE, Load("poisson", 0))}, "--rate above 0"),
+        ({"candidates": {}}, "Give --pruned"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, changes, message):
-    base = {"dense": "http://127.0.0.1:9", "pruned": "http://127.0.0.1:9", "vocabulary": 10}
+    base = {"dense": "http://127.0.0.1:9", "candidates": {"pruned": "http://127.0.0.1:9"}, "vocabulary": 10}
     with pytest.raises(UserError, match=message):
-        run_session(LoadTestSettings(**(base | changes)), tmp_path)
+        run_session(LoadTestSettings(**(base | changes)), Measured(tmp_path))
+
+
+@pytest.mark.parametrize("arrivals", ARRIVALS)
+def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals):
+    """Two a second at 0.5 s apiece would be 1 a second, if each waited for the one before."""
+    load = Load(arrivals, 20.0)
+    with running(FakeServer(gap_s=0.125)) as fake:
+        options = settings(fake, pairs=1, loads=(ONE, load), open_loop_s=3.0, requests_per_load=1)
+        records = [record for record in run(options, tmp_path) if record.load == load.name]
+    for arm in ("dense", "pruned"):
+        of_arm = sorted((one for one in records if one.arm == arm), key=lambda one: one.scheduled_s)
+        assert len(of_arm) == 60
+        scheduled, sent = ([getattr(one, name) for one in of_arm] for name in ("scheduled_s", "sent_s"))
+        assert scheduled[-1] - scheduled[0] == pytest.approx(59 / 20, rel=1e-6)
+        assert all(due <= at < due + 0.05 for due, at in zip(scheduled, sent, strict=True))
+        gaps = [later - earlier for earlier, later in pairwise(scheduled)]
+        if arrivals == "constant":
+            assert gaps == pytest.approx([0.05] * 59)
+    dense, pruned = (sorted(one.scheduled_s for one in records if one.arm == arm) for arm in ("dense", "pruned"))
+    assert [at - dense[0] for at in dense] == pytest.approx([at - pruned[0] for at in pruned], abs=1e-6)
+
+
+def test_arrivals_vary_as_their_name_says():
+    """Coefficient of variation of the gaps: 0, 1 and 2."""
+    for arrivals, expected in (("constant", 0.0), ("poisson", 1.0), ("burst", 2.0)):
+        times = arrival_times(Load(arrivals, 5.0), 20_001, "seed")
+        gaps = [later - earlier for earlier, later in pairwise(times)]
+        assert statistics.mean(gaps) == pytest.approx(0.2)
+        # its standard error over 20,000 gaps is below 0.02 for both
+        assert statistics.pstdev(gaps) / statistics.mean(gaps) == pytest.approx(expected, abs=0.08)
+
+
+def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
+    with running(FakeServer(gap_s=0.005)) as fake:
+        options = settings(fake, loads=(ONE, Load("poisson", 20.0)), open_loop_s=0.5, slos=(parse_slo("ttft_p50=1s"),))
+        first = run_load_test(options, 0.1, tmp_path)
+    assert first["verdict"] == "INCONCLUSIVE"  # two pairs cannot pass
+    assert first["arms"]["dense"]["poisson_20"]["attainment"] == 1.0
+    again = gradmap("report", tmp_path, "--json")
+    assert again.returncode == 3, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1]) == json.loads(json.dumps(first))
+    stricter = gradmap("report", tmp_path, "--require-speedup", 100)
+    assert stricter.returncode == 1
+    assert json.loads((tmp_path / "report.json").read_text())["required_speedup"] == 100
+    assert gradmap("report", tmp_path / "nothing").returncode == 2
+
+
+def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, monkeypatch):
+    with running(FakeServer()) as fake:
+        run_one = session._run_load
+        calls = []
+
+        def interrupted(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return run_one(*arguments)
+
+        monkeypatch.setattr(session, "_run_load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_load_test(settings(fake), 1.0, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"] == "INVALID"
+    assert report["reason"].startswith("2 of 32 requests were recorded")
+    assert len(read_records(tmp_path / "records.jsonl")) == 2

@@ -1,0 +1,35 @@
+"""Service-level objectives, such as `ttft_p95=200ms`: a latency that a share of the requests must not exceed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradmap.errors import UserError
+
+METRICS = ("ttft", "tpot", "e2el")
+_UNITS = {"ms": 1e-3, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Slo:
+    """metric: one of METRICS, in open loop counted from the schedule. percentile: of requests; limit_s: seconds."""
+
+    metric: str
+    percentile: float
+    limit_s: float
+
+    def met_by(self, values_s: Sequence[float]) -> bool:
+        """Whether the percentile of these values is within the limit; no values meet nothing."""
+        return bool(values_s) and float(np.percentile(values_s, self.percentile)) <= self.limit_s
+
+
+def parse_slo(text: str) -> Slo:
+    """`ttft_p95=200ms` -> Slo. Raises UserError."""
+    match = re.fullmatch(rf"({'|'.join(METRICS)})_p(\d+(?:\.\d+)?)=(\d+(?:\.\d+)?)(ms|s)", text.strip())
+    if match is None or not 0 < float(match[2]) <= 100:
+        raise UserError(f"--slo {text} is not METRIC_pPERCENTILE=LIMIT, such as ttft_p95=200ms or tpot_p99=0.03s.")
+    return Slo(match[1], float(match[2]), float(match[3]) * _UNITS[match[4]])
