@@ -15,16 +15,6 @@ from loadtest.loads import ARRIVALS, CONCURRENCY, Load
 
 QUICK_PAIRS = 3
 RESERVED_ARMS = ("dense", "dense-again", "pruned")
-# What the table shows of a load, with the factor to its unit.
-SHOWN = (
-    ("ttft_s", "TTFT median (ms)", 1e3),
-    ("tpot_s", "TPOT median (ms)", 1e3),
-    ("itl_s", "ITL median (ms)", 1e3),
-    ("e2el_s", "E2EL median (ms)", 1e3),
-    ("output_throughput", "output tokens/s", 1.0),
-    ("goodput", "goodput (requests/s)", 1.0),
-    ("attainment", "requests within the SLOs (%)", 1e2),
-)
 
 
 def loadtest(
@@ -143,23 +133,11 @@ def _finish(report: dict[str, Any], json_line: bool) -> int:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    arms = report["arms"]
-    rows = []
-    for load in arms["dense"]:
-        for name, unit, factor in SHOWN:
-            values = [_shown(arm[load][name], factor) for arm in arms.values()]
-            if any(values):
-                rows.append((f"{load.replace('_', ' ')}: {unit}", *values))
-    print_table("Load test", ("", *arms), rows)
+    from loadtest.table import load_rows, noise_line, speed_up_lines
+
+    print_table("Load test", ("", *report["arms"]), load_rows(report))
+    for line in [*speed_up_lines(report), noise_line(report)]:
+        if line:
+            print(line[0].upper() + line[1:])
     for arm, compared in report["candidates"].items():
-        for metric, value in compared["speedup"].items():
-            spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f}-{value['high']:.2f})"
-            print(f"Speed-up, {arm}, {metric}: {value['value']:.2f}x{spread}")
         print(f"Verdict on {arm}: {compared['verdict']}: {compared['reason']}")
-
-
-def _shown(value: Any, factor: float) -> str:
-    """A distribution by its median, a number by itself."""
-    if value is None:
-        return ""
-    return f"{factor * (value['median'] if isinstance(value, dict) else value):.2f}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import read_json, refuse_foreign_directory, write_json
+from gradmap.files import read_json, refuse_foreign_directory, write_json, write_text
 from gradmap.verdict import Judgement, Verdict, worst
+from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import Load
 from loadtest.metrics import summarise_load
+from loadtest.page import render_junit, render_page, render_summary
 from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_blocks, read_records
-from loadtest.session import DENSE, DENSE_AGAIN, LoadTestSettings, Measured, run_session
+from loadtest.session import DENSE, DENSE_AGAIN, LoadTestSettings, Measured, is_url, run_session
 from loadtest.slo import Slo
 from loadtest.statistics import SpeedUp, compute_speed_ups, find_faults, headline, judge
 
@@ -22,8 +24,16 @@ REPORT_FILE = "report.json"
 SCHEMA_VERSION = 2
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known besides the records: of the machine, and how large the arms' weights are, where that is known."""
+
+    environment: dict[str, str]
+    sizes: dict[str, WeightBytes]
+
+
 def run_load_test(settings: LoadTestSettings, required_speed_up: float, out: Path) -> dict[str, Any]:
-    """Runs the session and writes `out`/records.jsonl, blocks.jsonl and report.json; returns the report.
+    """Runs the session and writes its records and reports into `out`; returns report.json.
 
     A session that breaks off leaves a report too, which says INVALID.
     """
@@ -39,9 +49,9 @@ def run_load_test(settings: LoadTestSettings, required_speed_up: float, out: Pat
 
 
 def _write_report(measured: Measured, settings: LoadTestSettings, required_speed_up: float) -> dict[str, Any]:
-    environment = describe_environment()
-    report = build_report(measured.records, measured.blocks, settings, required_speed_up, environment)
-    write_json(measured.directory / REPORT_FILE, report)
+    facts = Facts(describe_environment(), measure_sizes(settings))
+    report = build_report(measured.records, measured.blocks, settings, required_speed_up, facts)
+    write_all(measured.directory, report, measured.records)
     return report
 
 
@@ -55,9 +65,24 @@ def report_again(directory: Path, required_speed_up: float | None) -> dict[str, 
         raise UserError(f"{directory / REPORT_FILE} is no load test of this version; run gradmap loadtest again.")
     required = earlier["required_speedup"] if required_speed_up is None else required_speed_up
     records, blocks = read_records(directory / RECORDS_FILE), read_blocks(directory / BLOCKS_FILE)
-    report = build_report(records, blocks, load_settings(earlier["settings"]), required, earlier["environment"])
-    write_json(directory / REPORT_FILE, report)
+    facts = Facts(earlier["environment"], {arm: WeightBytes(**size) for arm, size in earlier["weight_bytes"].items()})
+    report = build_report(records, blocks, load_settings(earlier["settings"]), required, facts)
+    write_all(directory, report, records)
     return report
+
+
+def write_all(directory: Path, report: dict[str, Any], records: Sequence[RequestRecord]) -> None:
+    """report.json, and for people report.html and report.md, for CI junit.xml."""
+    write_json(directory / REPORT_FILE, report)
+    write_text(directory / "report.html", render_page(report, records))
+    write_text(directory / "report.md", render_summary(report))
+    write_text(directory / "junit.xml", render_junit(report))
+
+
+def measure_sizes(settings: LoadTestSettings) -> dict[str, WeightBytes]:
+    """Of the arms that are directories."""
+    sizes = {arm: weight_bytes(Path(target)) for arm, target in settings.arms.items() if not is_url(target)}
+    return {arm: size for arm, size in sizes.items() if size is not None}
 
 
 def load_settings(stored: Mapping[str, Any]) -> LoadTestSettings:
@@ -75,7 +100,7 @@ def build_report(
     blocks: Sequence[BlockRecord],
     settings: LoadTestSettings,
     required_speed_up: float,
-    environment: dict[str, str],
+    facts: Facts,
 ) -> dict[str, Any]:
     """Computes report.json from raw records. Nothing but faults is concluded from records with faults.
 
@@ -84,7 +109,7 @@ def build_report(
     faults = find_faults(records, blocks, settings.expected_records)
     invalid = Judgement(Verdict.INVALID, "; ".join(faults))
     candidates = {
-        arm: _describe_invalid(invalid) if faults else _compare(records, arm, settings, required_speed_up)
+        arm: _describe_invalid(invalid) if faults else _compare(records, arm, settings, required_speed_up, facts.sizes)
         for arm in settings.candidates
     }
     first = next(iter(candidates.values()))
@@ -97,25 +122,37 @@ def build_report(
         "candidates": candidates,
         "noise": {} if faults else _noise(records, settings),
         "arms": {arm: _summarise_arm(records, arm, settings) for arm in settings.arms},
+        "weight_bytes": {arm: asdict(size) for arm, size in facts.sizes.items()},
         "settings": asdict(settings),
-        "environment": environment,
+        "environment": facts.environment,
     }
 
 
-def _compare(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings, required: float) -> dict[str, Any]:
+def _compare(
+    records: Sequence[RequestRecord],
+    arm: str,
+    settings: LoadTestSettings,
+    required: float,
+    sizes: Mapping[str, WeightBytes],
+) -> dict[str, Any]:
+    """ideal: metric -> the ceiling of the speed-up, and what share of it was measured, where sizes are known."""
     by_load = {load.name: compute_speed_ups(records, arm, DENSE, load) for load in settings.loads}
     main = headline(by_load, settings.loads)
     judgement = judge(main["tpot"], required)
+    ceilings = ideal_speed_ups(sizes, arm, DENSE)
     return {
         "verdict": str(judgement.verdict),
         "reason": judgement.reason,
         "speedup": _described(main),
+        "ideal": {
+            metric: {"value": ceiling, "fraction": main[metric].value / ceiling} for metric, ceiling in ceilings.items()
+        },
         "loads": {name: _described(speed_ups) for name, speed_ups in by_load.items()},
     }
 
 
 def _describe_invalid(judgement: Judgement) -> dict[str, Any]:
-    return {"verdict": str(judgement.verdict), "reason": judgement.reason, "speedup": {}, "loads": {}}
+    return {"verdict": str(judgement.verdict), "reason": judgement.reason, "speedup": {}, "ideal": {}, "loads": {}}
 
 
 def _noise(records: Sequence[RequestRecord], settings: LoadTestSettings) -> dict[str, dict[str, float]]:

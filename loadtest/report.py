@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from gradmap.environment import describe_environment
@@ -16,10 +15,11 @@ from gradmap.files import read_json, sha256_file, write_json, write_text
 from gradmap.plan import Plan, load_plan
 from gradmap.verdict import Verdict, worst
 from loadtest import figures
+from loadtest.load_figures import Drawing, draw_load_test
 from loadtest.outcome import REPORT_FILE
+from loadtest.page import as_markup, render_template
 from loadtest.records import RECORDS_FILE, read_records
-
-TEMPLATES = Path(__file__).with_name("templates")
+from loadtest.table import speed_up_lines
 
 
 def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
@@ -36,10 +36,9 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
         "importance": figures.draw_importance(plan),
         "perplexity": figures.draw_perplexity(result) if result["texts"] else "",
         "accuracy": figures.draw_accuracy(result) if result["tasks"] else "",
-        "latency": figures.draw_latency(records, next(iter(load_report["arms"]["dense"]))),
-        "speed_ups": figures.draw_speed_ups(load_report) if load_report["speedup"] else "",
     }
-    write_text(out / "report.html", render_html(plan, result, drawings))
+    load_drawings = draw_load_test(load_report, records)
+    write_text(out / "report.html", render_html(plan, result, drawings, load_report, load_drawings))
     write_text(out / "report.md", render_markdown(plan, result))
     return result
 
@@ -115,16 +114,22 @@ def _row(name: str, form: str, dense: float, pruned: float) -> tuple[str, str, s
     return name, form.format(dense), form.format(pruned), f"{pruned / dense:.2f}"
 
 
-def render_html(plan: Plan, result: dict[str, Any], drawings: dict[str, str]) -> str:
+def render_html(
+    plan: Plan,
+    result: dict[str, Any],
+    drawings: dict[str, str],
+    load_report: dict[str, Any],
+    load_drawings: Sequence[Drawing],
+) -> str:
     """One page without scripts or outside resources. All text is escaped; only our own drawings are markup."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("report.html.j2").render(
+    return render_template(
+        "report.html.j2",
         plan=plan,
         result=result,
         judgements=judgements(result),
         rows=summary_rows(result),
+        speed_up_lines=speed_up_lines(load_report),
+        figures=as_markup(load_drawings),
         quality_table=tabulate(result),
         retained=describe_retained(result),
         answer_tokens=NEW_TOKENS,

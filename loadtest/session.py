@@ -156,7 +156,7 @@ def check_settings(settings: LoadTestSettings) -> None:
     if not settings.candidates:
         raise UserError("Give --pruned, or --candidate NAME=TARGET, to compare with the dense model.")
     for arm, target in settings.arms.items():
-        if _is_url(target):
+        if is_url(target):
             _require_host(target)
         elif not Path(target, "config.json").is_file():
             raise UserError(f"{arm}: {target} is neither a URL nor a model directory; export one first.")
@@ -167,13 +167,13 @@ def _require_host(url: str) -> None:
         raise UserError(f"{url} is no URL of a server; write it as http://HOST:PORT.")
 
 
-def _is_url(target: str) -> bool:
+def is_url(target: str) -> bool:
     return target.startswith(("http://", "https://"))
 
 
 def _vocabulary_of(settings: LoadTestSettings) -> int:
     """Token ids that all models know: the smallest vocabulary of those arms that are directories."""
-    directories = [Path(target) for target in settings.arms.values() if not _is_url(target)]
+    directories = [Path(target) for target in settings.arms.values() if not is_url(target)]
     if not directories:
         raise UserError("All endpoints are URLs; say with --vocabulary how many token ids they know.")
     return min(int(read_json(directory / "config.json")["vocab_size"]) for directory in directories)
@@ -194,7 +194,7 @@ def _consecutive(blocks: Sequence[Block], fresh: bool) -> Iterator[tuple[str, li
 def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[Endpoint]:
     """Yields a ready endpoint; a server that was started for it is stopped afterwards."""
     target = settings.dense if arm == DENSE_AGAIN else settings.arms[arm]
-    if _is_url(target):
+    if is_url(target):
         url = target.rstrip("/")
         yield Endpoint(url, _require_model(url))
         return

@@ -98,7 +98,7 @@ def test_the_result_directory_is_as_agreed(finished_run):
 
 def test_the_report_is_one_page_that_needs_nothing_else(finished_run):
     page = (finished_run[0] / "out" / "report.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     for answer in json.loads((finished_run[0] / "out" / "result.json").read_text())["answers"]:
         assert html.escape(answer["prompt"]) in page
         assert html.escape(answer["dense"]["text"].split()[0]) in page

@@ -1,0 +1,56 @@
+"""The numbers of a load test as rows of a table, for the terminal, a pull request and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loadtest.load_figures import readable
+
+# What is shown of a load, with the factor to its unit.
+SHOWN = (
+    ("ttft_s", "TTFT median (ms)", 1e3),
+    ("tpot_s", "TPOT median (ms)", 1e3),
+    ("itl_s", "ITL median (ms)", 1e3),
+    ("e2el_s", "E2EL median (ms)", 1e3),
+    ("output_throughput", "output tokens/s", 1.0),
+    ("goodput", "goodput (requests/s)", 1.0),
+    ("attainment", "requests within the SLOs (%)", 1e2),
+)
+
+
+def load_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What is measured, and a value for every arm."""
+    arms = report["arms"]
+    rows = []
+    for load in next(iter(arms.values())):
+        for name, unit, factor in SHOWN:
+            values = [_shown(arm[load][name], factor) for arm in arms.values()]
+            if any(values):
+                rows.append((f"{readable(load)}: {unit}", *values))
+    return rows
+
+
+def speed_up_lines(report: Mapping[str, Any]) -> list[str]:
+    """One sentence for every candidate and metric."""
+    lines = []
+    for arm, compared in report["candidates"].items():
+        for metric, value in compared["speedup"].items():
+            spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f}-{value['high']:.2f})"
+            ideal = compared["ideal"].get(metric)
+            share = "" if ideal is None else f", {100 * ideal['fraction']:.0f}% of the ideal {ideal['value']:.2f}x"
+            lines.append(f"speed-up of {arm}, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}{share}")
+    return lines
+
+
+def noise_line(report: Mapping[str, Any]) -> str | None:
+    """What two blocks of the same model differ by; None if that was not measured."""
+    noise = [abs(value - 1) for of_load in report["noise"].values() for value in of_load.values()]
+    return f"two blocks of the dense model differ by at most {100 * max(noise):.1f}%" if noise else None
+
+
+def _shown(value: Any, factor: float) -> str:
+    """A distribution by its median, a number by itself."""
+    if value is None:
+        return ""
+    return f"{factor * (value['median'] if isinstance(value, dict) else value):.2f}"

@@ -1,0 +1,105 @@
+"""What people and CI get of a load test: a page, a summary, a JUnit file; and the ideal that it is compared with."""
+
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
+from loadtest.loads import Load
+from loadtest.outcome import Facts, build_report
+from loadtest.page import render_junit, render_page, render_summary
+from loadtest.slo import parse_slo
+from tests.loadtest.test_metrics import ONE, SETTINGS, record
+
+EVIL = "<script>alert(1)</script>"
+LOADS = (ONE, Load("concurrency", 8), Load("poisson", 2.5))
+
+
+def make_report(required=1.5, error=None, name="pruned"):
+    settings = replace(
+        SETTINGS,
+        dense=EVIL,
+        candidates={name: "b", "more": "c"},
+        loads=LOADS,
+        pairs=6,
+        interleaved=True,
+        slos=(parse_slo("ttft_p50=100ms"),),
+        requests_per_load=2,
+        open_loop_s=0.1,
+    )
+    records = [
+        record(arm, pair, load=load.name, tpot=tpot * (1 + 0.01 * pair), sent=100.0 + pair, error=error)
+        for pair in range(6)
+        for arm, tpot in (("dense", 0.2), (name, 0.1), ("more", 0.19))
+        for load in LOADS
+        for _ in range(settings.requests_at(load))
+    ]
+    records += [
+        record("dense-again", load=load.name, tpot=0.21) for load in LOADS for _ in range(settings.requests_at(load))
+    ]
+    sizes = {"dense": WeightBytes(200, 100), name: WeightBytes(100, 50)}
+    report = build_report(records, [], settings, required, Facts({"cpu": EVIL}, sizes))
+    return report, records
+
+
+def test_the_page_has_every_figure_and_needs_nothing_else():
+    report, records = make_report()
+    page = render_page(report, records)
+    # speed-ups, latency, against load, throughput and latency, attainment, timeline
+    assert page.count("<svg") == page.count("<figcaption>") == 6
+    assert EVIL not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?https?:|@import|<script|<link", page)
+    assert "Speed-up of pruned, tpot: 2.00x (95% interval" in page
+    assert "100% of the ideal 2.00x" in page
+    assert "two blocks of the dense model differ by at most" in page
+
+
+def test_a_test_in_which_everything_failed_has_a_page_too():
+    report, records = make_report(error="HTTP 500")
+    page = render_page(report, records)
+    assert "INVALID" in page
+    assert "requests failed (the first: HTTP 500)" in page
+
+
+def test_the_summary_has_a_verdict_for_each_candidate_and_a_column_for_each_arm():
+    summary = render_summary(make_report()[0])
+    assert "- pruned: **PASS**" in summary
+    assert "- more: **FAIL**" in summary
+    assert "| | dense | pruned | more |" in summary
+    assert "| poisson 2.5/s: requests within the SLOs (%) | 0.00 | 0.00 | 0.00 |" in summary
+
+
+@pytest.mark.parametrize(("error", "kinds"), [(None, [None, "failure"]), ("cut & run", ["error", "error"])])
+def test_junit_tells_ci_what_passed(error, kinds):
+    suite = ElementTree.fromstring(render_junit(make_report(error=error, name="a&b")[0]))
+    assert suite.get("tests") == "2"
+    assert [case[0].tag if len(case) else None for case in suite] == kinds
+    assert suite[0].get("name") == "a&b is 1.5 times as fast as dense"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_ideal_follows_from_what_is_read(picos, tmp_path, tied):
+    """Of an untied model, the input embeddings are not read whole."""
+    sizes = {}
+    for arm, layers in (("dense", 3), ("pruned", 2)):
+        directory = tmp_path / arm
+        directory.mkdir()
+        (directory / "config.json").write_text((picos["llama"].directory / "config.json").read_text())
+        tensors = {f"model.layers.{index}.mlp.down_proj.weight": torch.zeros(10, 10) for index in range(layers)}
+        tensors |= {"model.embed_tokens.weight": torch.zeros(50, 10), "model.norm.weight": torch.zeros(10)}
+        tensors |= {} if tied else {"lm_head.weight": torch.zeros(50, 10)}
+        save_file(tensors, directory / "model.safetensors")
+        sizes[arm] = weight_bytes(directory)
+    assert sizes["dense"] == WeightBytes(layers=4 * 300, head=4 * 510)
+    ideal = ideal_speed_ups(sizes, "pruned", "dense")
+    assert ideal == {"tpot": pytest.approx(810 / 710), "ttft": pytest.approx(1.5)}
+    assert ideal_speed_ups({"dense": sizes["dense"]}, "pruned", "dense") == {}
+
+
+def test_the_size_of_what_is_no_model_is_not_known(tmp_path):
+    assert weight_bytes(tmp_path) is None
