@@ -55,7 +55,8 @@ demo: setup assets
 	case $$code in 0|1|3) exit 0 ;; *) exit $$code ;; esac
 
 test: setup assets consumers
-	$(VENV)/bin/pytest -m "not slow"
+	$(VENV)/bin/pytest -m "alone and not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -m "not alone and not slow"
 
 test-slow: setup assets consumers
 	$(VENV)/bin/pytest

@@ -14,6 +14,9 @@ from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import ARRIVALS, CONCURRENCY, Load
 
 QUICK_PAIRS = 3
+AgainstOption = Annotated[
+    Path | None, typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now.")
+]
 RESERVED_ARMS = ("dense", "dense-again", "pruned")
 
 
@@ -50,10 +53,11 @@ def loadtest(
     vllm_flag: Annotated[
         list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")
     ] = None,
+    against: AgainstOption = None,
     json_line: JsonOption = False,
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
-    from loadtest.outcome import run_load_test
+    from loadtest.outcome import Gate, read_report, run_load_test
     from loadtest.session import PRUNED, LoadTestSettings
     from loadtest.slo import parse_slo
 
@@ -72,7 +76,8 @@ def loadtest(
         vocabulary=vocabulary,
         vllm_flags=tuple(vllm_flag or ()),
     )
-    return _finish(run_load_test(settings, require_speedup, out), json_line)
+    gate = Gate(require_speedup, read_report(against) if against else None)
+    return _finish(run_load_test(settings, gate, out), json_line)
 
 
 def report(
@@ -80,12 +85,14 @@ def report(
     require_speedup: Annotated[
         float | None, typer.Option(help="TPOT speed-up that the verdict asks for; default: what was asked before.")
     ] = None,
+    against: AgainstOption = None,
     json_line: JsonOption = False,
 ) -> int:
     """Compute a load test's report and verdict anew from its raw records."""
-    from loadtest.outcome import report_again
+    from loadtest.outcome import read_report, report_again
 
-    return _finish(report_again(directory, require_speedup), json_line)
+    earlier = read_report(against) if against else None
+    return _finish(report_again(directory, require_speedup, earlier), json_line)
 
 
 def run(

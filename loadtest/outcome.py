@@ -18,7 +18,7 @@ from loadtest.page import render_junit, render_page, render_summary
 from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_blocks, read_records
 from loadtest.session import DENSE, DENSE_AGAIN, LoadTestSettings, Measured, is_url, run_session
 from loadtest.slo import Slo
-from loadtest.statistics import SpeedUp, compute_speed_ups, find_faults, headline, judge
+from loadtest.statistics import SpeedUp, compute_speed_ups, find_faults, find_losses, headline, judge
 
 REPORT_FILE = "report.json"
 SCHEMA_VERSION = 2
@@ -32,7 +32,15 @@ class Facts:
     sizes: dict[str, WeightBytes]
 
 
-def run_load_test(settings: LoadTestSettings, required_speed_up: float, out: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Gate:
+    """What the verdict asks for: a TPOT speed-up, and no loss against `earlier`, another report.json."""
+
+    required_speed_up: float
+    earlier: dict[str, Any] | None = None
+
+
+def run_load_test(settings: LoadTestSettings, gate: Gate, out: Path) -> dict[str, Any]:
     """Runs the session and writes its records and reports into `out`; returns report.json.
 
     A session that breaks off leaves a report too, which says INVALID.
@@ -43,31 +51,37 @@ def run_load_test(settings: LoadTestSettings, required_speed_up: float, out: Pat
         run_session(settings, measured)
     except BaseException:  # an interruption too
         if measured.records:
-            _write_report(measured, settings, required_speed_up)
+            _write_report(measured, settings, gate)
         raise
-    return _write_report(measured, settings, required_speed_up)
+    return _write_report(measured, settings, gate)
 
 
-def _write_report(measured: Measured, settings: LoadTestSettings, required_speed_up: float) -> dict[str, Any]:
+def _write_report(measured: Measured, settings: LoadTestSettings, gate: Gate) -> dict[str, Any]:
     facts = Facts(describe_environment(), measure_sizes(settings))
-    report = build_report(measured.records, measured.blocks, settings, required_speed_up, facts)
+    report = build_report(measured.records, measured.blocks, settings, gate, facts)
     write_all(measured.directory, report, measured.records)
     return report
 
 
-def report_again(directory: Path, required_speed_up: float | None) -> dict[str, Any]:
+def report_again(directory: Path, required_speed_up: float | None, earlier: dict[str, Any] | None) -> dict[str, Any]:
     """Computes report.json anew from the records beside it, with another requirement if one is given.
 
     Raises UserError if there is no load test in `directory`.
     """
-    earlier = read_json(directory / REPORT_FILE)
-    if not isinstance(earlier, dict) or earlier.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{directory / REPORT_FILE} is no load test of this version; run gradmap loadtest again.")
-    required = earlier["required_speedup"] if required_speed_up is None else required_speed_up
+    before = read_report(directory / REPORT_FILE)
+    gate = Gate(before["required_speedup"] if required_speed_up is None else required_speed_up, earlier)
     records, blocks = read_records(directory / RECORDS_FILE), read_blocks(directory / BLOCKS_FILE)
-    facts = Facts(earlier["environment"], {arm: WeightBytes(**size) for arm, size in earlier["weight_bytes"].items()})
-    report = build_report(records, blocks, load_settings(earlier["settings"]), required, facts)
+    facts = Facts(before["environment"], {arm: WeightBytes(**size) for arm, size in before["weight_bytes"].items()})
+    report = build_report(records, blocks, load_settings(before["settings"]), gate, facts)
     write_all(directory, report, records)
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Raises UserError if it is no report.json of this version."""
+    report = read_json(path)
+    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path} is no load test of this version; run gradmap loadtest again.")
     return report
 
 
@@ -99,7 +113,7 @@ def build_report(
     records: Sequence[RequestRecord],
     blocks: Sequence[BlockRecord],
     settings: LoadTestSettings,
-    required_speed_up: float,
+    gate: Gate,
     facts: Facts,
 ) -> dict[str, Any]:
     """Computes report.json from raw records. Nothing but faults is concluded from records with faults.
@@ -109,7 +123,7 @@ def build_report(
     faults = find_faults(records, blocks, settings.expected_records)
     invalid = Judgement(Verdict.INVALID, "; ".join(faults))
     candidates = {
-        arm: _describe_invalid(invalid) if faults else _compare(records, arm, settings, required_speed_up, facts.sizes)
+        arm: _describe_invalid(invalid) if faults else _compare(records, arm, settings, gate, facts.sizes)
         for arm in settings.candidates
     }
     first = next(iter(candidates.values()))
@@ -117,7 +131,7 @@ def build_report(
         "schema_version": SCHEMA_VERSION,
         "verdict": str(worst(Verdict(one["verdict"]) for one in candidates.values())),
         "reason": first["reason"],
-        "required_speedup": required_speed_up,
+        "required_speedup": gate.required_speed_up,
         "speedup": first["speedup"],
         "candidates": candidates,
         "noise": {} if faults else _noise(records, settings),
@@ -132,18 +146,25 @@ def _compare(
     records: Sequence[RequestRecord],
     arm: str,
     settings: LoadTestSettings,
-    required: float,
+    gate: Gate,
     sizes: Mapping[str, WeightBytes],
 ) -> dict[str, Any]:
-    """ideal: metric -> the ceiling of the speed-up, and what share of it was measured, where sizes are known."""
+    """ideal: metric -> the ceiling of the speed-up, and what share of it was measured, where sizes are known.
+
+    before: the speed-ups of an earlier test, where it had the same candidate.
+    """
     by_load = {load.name: compute_speed_ups(records, arm, DENSE, load) for load in settings.loads}
     main = headline(by_load, settings.loads)
-    judgement = judge(main["tpot"], required)
+    before = gate.earlier["candidates"].get(arm, {}).get("speedup", {}) if gate.earlier else {}
+    judgement = judge(main["tpot"], gate.required_speed_up)
+    if lost := find_losses(main, before):
+        judgement = Judgement(Verdict.FAIL, f"less than in the earlier test: {'; '.join(lost)}")
     ceilings = ideal_speed_ups(sizes, arm, DENSE)
     return {
         "verdict": str(judgement.verdict),
         "reason": judgement.reason,
         "speedup": _described(main),
+        "before": before,
         "ideal": {
             metric: {"value": ceiling, "fraction": main[metric].value / ceiling} for metric, ceiling in ceilings.items()
         },
@@ -152,7 +173,14 @@ def _compare(
 
 
 def _describe_invalid(judgement: Judgement) -> dict[str, Any]:
-    return {"verdict": str(judgement.verdict), "reason": judgement.reason, "speedup": {}, "ideal": {}, "loads": {}}
+    return {
+        "verdict": str(judgement.verdict),
+        "reason": judgement.reason,
+        "speedup": {},
+        "before": {},
+        "ideal": {},
+        "loads": {},
+    }
 
 
 def _noise(records: Sequence[RequestRecord], settings: LoadTestSettings) -> dict[str, dict[str, float]]:

@@ -84,6 +84,7 @@ class LoadTestSection(_Section):
     arrivals: str | None = None
     open_loop_s: float | None = None
     slo: list[str] | None = None
+    against: str | None = None
     requests: int | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -123,6 +124,17 @@ def _lost_tokens(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]
             where = f"{block.arm}, pair {block.pair + 1}, {block.load}"
             return [f"the server generated {block.server_tokens} tokens and {seen} arrived ({where})"]
     return []
+
+
+def find_losses(now: Mapping[str, SpeedUp], before: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Speed-ups that are surely lower than they were: the intervals do not overlap. `before`: as report.json has it."""
+    losses = []
+    for metric, value in now.items():
+        low = before.get(metric, {}).get("low")
+        if low is not None and value.high is not None and value.high < low:
+            values = f"{value.value:.2f}x, was {before[metric]['value']:.2f}x"
+            losses.append(f"{metric.replace('_', ' ')} speed-up {values}")
+    return losses
 
 
 def judge(speed_up: SpeedUp, required: float) -> Judgement:

@@ -39,7 +39,9 @@ def speed_up_lines(report: Mapping[str, Any]) -> list[str]:
             spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f}-{value['high']:.2f})"
             ideal = compared["ideal"].get(metric)
             share = "" if ideal is None else f", {100 * ideal['fraction']:.0f}% of the ideal {ideal['value']:.2f}x"
-            lines.append(f"speed-up of {arm}, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}{share}")
+            before = compared["before"].get(metric)
+            change = "" if before is None else f" (was {before['value']:.2f}x)"
+            lines.append(f"speed-up of {arm}, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}{share}{change}")
     return lines
 
 

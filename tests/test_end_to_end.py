@@ -18,6 +18,8 @@ from serving.server import free_port
 from tests.conftest import ASSETS, BOOLQ, SMOLLM2, SMOLLM2_GGUF, SQUAD
 from tests.export.test_export import WITHOUT_US
 
+pytestmark = pytest.mark.alone
+
 REMOVED = 8
 # Nats per token, of a mean over 8 x 127 tokens: a logit of about 20, rounded to 8 bits in every of 22 layers, errs by
 # 20 * 2**-9 * 22**0.5 = 0.18 for one token, and by 0.006 on average; six standard deviations are at most

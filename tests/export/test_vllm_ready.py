@@ -49,6 +49,7 @@ def test_weights_stored_transposed_cannot_be_quantised(picos, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("quantise", [None, "int8"])
 def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
     pico = make_pico(

@@ -11,7 +11,7 @@ from gradmap.errors import UserError
 from gradmap.verdict import Verdict
 from loadtest.loads import Load
 from loadtest.metrics import describe, measure, output_throughput, summarise_load
-from loadtest.outcome import Facts, build_report
+from loadtest.outcome import Facts, Gate, build_report
 from loadtest.records import BlockRecord, RequestRecord
 from loadtest.session import LoadTestSettings
 from loadtest.slo import Slo, parse_slo
@@ -152,10 +152,10 @@ def test_verdicts(ratios, required, verdict):
 
 def test_nothing_is_concluded_from_failed_or_missing_requests():
     good = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
-    assert build_report(good, [], SETTINGS, 1.0, FACTS)["verdict"] == "INCONCLUSIVE"
+    assert build_report(good, [], SETTINGS, Gate(1.0), FACTS)["verdict"] == "INCONCLUSIVE"
     failed = [*good[:-1], record("pruned", error="cut")]
     for records in (failed, good[:-1]):
-        report = build_report(records, [], SETTINGS, 1.0, FACTS)
+        report = build_report(records, [], SETTINGS, Gate(1.0), FACTS)
         assert report["verdict"] == "INVALID"
         assert report["speedup"] == {}
 
@@ -172,7 +172,7 @@ def test_nothing_is_concluded_from_failed_or_missing_requests():
 def test_nothing_is_concluded_from_a_client_that_did_not_see_it_all(block, scheduled, message):
     records = [record(arm, scheduled=scheduled) for arm in ("dense", "pruned") for _ in range(2)]
     known = {"arm": "dense", "pair": 0, "load": "concurrency_1", "client_cpu": 0.1, "server_tokens": None}
-    report = build_report(records, [BlockRecord(**known | block)], SETTINGS, 1.0, FACTS)
+    report = build_report(records, [BlockRecord(**known | block)], SETTINGS, Gate(1.0), FACTS)
     assert (report["verdict"] == "INVALID") == (message is not None)
     if message:
         assert re.search(message, report["reason"])
@@ -186,7 +186,7 @@ def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
         for arm, tpot in (("dense", 0.2), ("pruned", 0.1), ("more", 0.19))
         for _ in range(2)
     ]
-    report = build_report(records, [], settings, 1.5, FACTS)
+    report = build_report(records, [], settings, Gate(1.5), FACTS)
     assert {arm: one["verdict"] for arm, one in report["candidates"].items()} == {"pruned": "PASS", "more": "FAIL"}
     assert report["verdict"] == "FAIL"
     assert report["speedup"] == report["candidates"]["pruned"]["speedup"]
@@ -195,5 +195,5 @@ def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
 def test_an_extra_dense_block_tells_the_noise():
     settings = replace(SETTINGS, interleaved=True)
     records = [record(arm, tpot=tpot) for arm, tpot in (("dense", 0.2), ("dense-again", 0.21), ("pruned", 0.1))] * 2
-    noise = build_report(records, [], settings, 1.0, FACTS)["noise"]["concurrency_1"]
+    noise = build_report(records, [], settings, Gate(1.0), FACTS)["noise"]["concurrency_1"]
     assert noise["tpot"] == pytest.approx(0.2 / 0.21)

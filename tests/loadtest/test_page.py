@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import Load
-from loadtest.outcome import Facts, build_report
+from loadtest.outcome import Facts, Gate, build_report
 from loadtest.page import render_junit, render_page, render_summary
 from loadtest.slo import parse_slo
 from tests.loadtest.test_metrics import ONE, SETTINGS, record
@@ -19,7 +19,7 @@ EVIL = "<script>alert(1)</script>"
 LOADS = (ONE, Load("concurrency", 8), Load("poisson", 2.5))
 
 
-def make_report(required=1.5, error=None, name="pruned"):
+def make_report(required=1.5, error=None, name="pruned", earlier=None):
     settings = replace(
         SETTINGS,
         dense=EVIL,
@@ -42,7 +42,7 @@ def make_report(required=1.5, error=None, name="pruned"):
         record("dense-again", load=load.name, tpot=0.21) for load in LOADS for _ in range(settings.requests_at(load))
     ]
     sizes = {"dense": WeightBytes(200, 100), name: WeightBytes(100, 50)}
-    report = build_report(records, [], settings, required, Facts({"cpu": EVIL}, sizes))
+    report = build_report(records, [], settings, Gate(required, earlier), Facts({"cpu": EVIL}, sizes))
     return report, records
 
 
@@ -72,6 +72,19 @@ def test_the_summary_has_a_verdict_for_each_candidate_and_a_column_for_each_arm(
     assert "- more: **FAIL**" in summary
     assert "| | dense | pruned | more |" in summary
     assert "| poisson 2.5/s: requests within the SLOs (%) | 0.00 | 0.00 | 0.00 |" in summary
+
+
+def test_a_speed_up_that_is_surely_lower_than_before_fails():
+    before, records = make_report()
+    speed_up = before["candidates"]["pruned"]["speedup"]["tpot"]
+    again, _ = make_report(earlier=before)
+    assert again["candidates"]["pruned"]["verdict"] == "PASS"
+    assert "(was 2.00x)" in render_page(again, records)
+    speed_up |= {"value": 3.0, "low": 2.9, "high": 3.1}
+    worse, _ = make_report(earlier=before)
+    assert worse["candidates"]["pruned"]["verdict"] == "FAIL"
+    reason = worse["candidates"]["pruned"]["reason"]
+    assert reason == "less than in the earlier test: tpot speed-up 2.00x, was 3.00x"
 
 
 @pytest.mark.parametrize(("error", "kinds"), [(None, [None, "failure"]), ("cut & run", ["error", "error"])])

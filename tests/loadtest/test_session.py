@@ -12,12 +12,14 @@ import pytest
 from gradmap.errors import UserError
 from loadtest import session
 from loadtest.loads import ARRIVALS, Load, arrival_times
-from loadtest.outcome import run_load_test
+from loadtest.outcome import Gate, run_load_test
 from loadtest.records import read_blocks, read_records
 from loadtest.session import Block, LoadTestSettings, Measured, run_session, schedule
 from loadtest.slo import parse_slo
 from tests.command_line import gradmap
 from tests.loadtest.fake_server import FakeServer, running
+
+pytestmark = pytest.mark.alone
 
 ONE = Load("concurrency", 1)
 
@@ -163,7 +165,7 @@ def test_arrivals_vary_as_their_name_says():
 def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     with running(FakeServer(gap_s=0.005)) as fake:
         options = settings(fake, loads=(ONE, Load("poisson", 20.0)), open_loop_s=0.5, slos=(parse_slo("ttft_p50=1s"),))
-        first = run_load_test(options, 0.1, tmp_path)
+        first = run_load_test(options, Gate(0.1), tmp_path)
     assert first["verdict"] == "INCONCLUSIVE"  # two pairs cannot pass
     assert first["arms"]["dense"]["poisson_20"]["attainment"] == 1.0
     again = gradmap("report", tmp_path, "--json")
@@ -188,7 +190,7 @@ def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, m
 
         monkeypatch.setattr(session, "_run_load", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_load_test(settings(fake), 1.0, tmp_path)
+            run_load_test(settings(fake), Gate(1.0), tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verdict"] == "INVALID"
     assert report["reason"].startswith("2 of 32 requests were recorded")
