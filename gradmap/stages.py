@@ -89,7 +89,7 @@ def _hash_path(path: Path) -> Any:
 def source_files(source: str) -> tuple[Path, ...]:
     """The path in a text SPEC, if it names one."""
     kind, _, rest = source.partition(":")
-    if kind == "file":
+    if kind in ("file", "sharegpt"):
         return (Path(rest.partition("#")[0]),)
     return (Path(rest.rpartition(":")[0]),) if kind == "disk" else ()
 

@@ -45,11 +45,20 @@ def loadtest(
     slo: Annotated[
         list[str] | None, typer.Option(help="Such as ttft_p95=200ms or tpot_p95=30ms; may be given several times.")
     ] = None,
+    find_rate: Annotated[
+        bool, typer.Option("--find-rate", help="Look for the highest rate of each model that meets the SLOs.")
+    ] = False,
     requests: Annotated[int, typer.Option(min=1, help="Requests per block and load, at least.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Random token ids per prompt.")] = 128,
-    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Random token ids per prompt; of texts, at most.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request; of ShareGPT, at most.")] = 64,
+    length_spread: Annotated[float, typer.Option(help="Both lengths vary by up to this share.")] = 0.0,
+    shared_prefix: Annotated[int, typer.Option(min=0, help="So many first tokens are the same in a load.")] = 0,
+    prompts: Annotated[
+        str | None, typer.Option(help="Texts in place of random tokens: a SPEC as for --calibration, or sharegpt:PATH.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws prompts, arrivals and the order of the blocks.")] = 0,
     vocabulary: Annotated[int | None, typer.Option(help="Token ids the models know; needed for URLs only.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Its directory; needed for --prompts with URLs only.")] = None,
     vllm_flag: Annotated[
         list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")
     ] = None,
@@ -58,6 +67,7 @@ def loadtest(
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
     from loadtest.outcome import Gate, read_report, run_load_test
+    from loadtest.prompts import Workload
     from loadtest.session import PRUNED, LoadTestSettings
     from loadtest.slo import parse_slo
 
@@ -69,11 +79,11 @@ def loadtest(
         interleaved=not quick,
         requests_per_load=requests,
         open_loop_s=open_loop_s,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
+        workload=Workload(prompt_tokens, output_tokens, length_spread, shared_prefix, prompts, seed),
         slos=tuple(parse_slo(text) for text in slo or []),
-        seed=seed,
+        find_rate=find_rate,
         vocabulary=vocabulary,
+        tokenizer=tokenizer,
         vllm_flags=tuple(vllm_flag or ()),
     )
     gate = Gate(require_speedup, read_report(against) if against else None)

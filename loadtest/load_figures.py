@@ -26,6 +26,7 @@ class Drawing:
 
 def draw_load_test(report: Mapping[str, Any], records: Sequence[RequestRecord]) -> list[Drawing]:
     """All figures that the loads of this test give."""
+    records = [record for record in records if record.pair >= 0]
     drawings = []
     if report["speedup"]:
         caption = (

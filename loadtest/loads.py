@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -10,6 +11,9 @@ CONCURRENCY = "concurrency"
 ARRIVALS = ("poisson", "constant", "burst")
 # Gaps of a burst are gamma distributed; with this shape they vary twice as much as Poisson's, whose shape is 1.
 BURST_SHAPE = 0.25
+# Of the search for the highest rate: requests a second, and by how much the bounds may differ in the end.
+LOWEST_RATE, HIGHEST_RATE = 0.25, 1024.0
+PRECISION = 1.1
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,21 @@ def arrival_times(load: Load, count: int, seed: str) -> list[float]:
     gaps = [draw() for _ in range(count - 1)]
     scale = len(gaps) / load.level / sum(gaps) if gaps else 0.0
     return [0.0, *(scale * time for time in accumulate(gaps))]
+
+
+def find_highest_rate(meets: Callable[[float], bool]) -> float:
+    """The highest rate that meets the objectives, as far as was tried; 0 if LOWEST_RATE does not.
+
+    Doubles the rate until it is too high, then halves the gap, in proportion, until it is within PRECISION.
+    """
+    if not meets(LOWEST_RATE):
+        return 0.0
+    good, bad = LOWEST_RATE, 2 * LOWEST_RATE
+    while meets(bad):
+        good, bad = bad, 2 * bad
+        if bad > HIGHEST_RATE:
+            return good
+    while bad / good > PRECISION:
+        middle = float(f"{(good * bad) ** 0.5:.4g}")
+        good, bad = (middle, bad) if meets(middle) else (good, middle)
+    return good

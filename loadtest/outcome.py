@@ -15,8 +15,9 @@ from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import Load
 from loadtest.metrics import summarise_load
 from loadtest.page import render_junit, render_page, render_summary
+from loadtest.prompts import Workload
 from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_blocks, read_records
-from loadtest.session import DENSE, DENSE_AGAIN, LoadTestSettings, Measured, is_url, run_session
+from loadtest.session import DENSE, DENSE_AGAIN, SEARCH_PAIR, LoadTestSettings, Measured, is_url, run_session
 from loadtest.slo import Slo
 from loadtest.statistics import SpeedUp, compute_speed_ups, find_faults, find_losses, headline, judge
 
@@ -104,6 +105,7 @@ def load_settings(stored: Mapping[str, Any]) -> LoadTestSettings:
     changes = {
         "loads": tuple(Load(**load) for load in stored["loads"]),
         "slos": tuple(Slo(**slo) for slo in stored["slos"]),
+        "workload": Workload(**stored["workload"]),
         "vllm_flags": tuple(stored["vllm_flags"]),
     }
     return LoadTestSettings(**{**stored, **changes})
@@ -120,7 +122,9 @@ def build_report(
 
     `speedup` and `reason` are those of the first candidate; the verdict is the worst of all.
     """
-    faults = find_faults(records, blocks, settings.expected_records)
+    of_search = [record for record in records if record.pair == SEARCH_PAIR]
+    records = [record for record in records if record.pair >= 0]
+    faults = find_faults(records, [block for block in blocks if block.pair >= 0], settings.expected_records)
     invalid = Judgement(Verdict.INVALID, "; ".join(faults))
     candidates = {
         arm: _describe_invalid(invalid) if faults else _compare(records, arm, settings, gate, facts.sizes)
@@ -134,6 +138,7 @@ def build_report(
         "required_speedup": gate.required_speed_up,
         "speedup": first["speedup"],
         "candidates": candidates,
+        "highest_rate": {arm: _highest_rate(of_search, arm, settings) for arm in settings.arms if of_search},
         "noise": {} if faults else _noise(records, settings),
         "arms": {arm: _summarise_arm(records, arm, settings) for arm in settings.arms},
         "weight_bytes": {arm: asdict(size) for arm, size in facts.sizes.items()},
@@ -193,6 +198,20 @@ def _noise(records: Sequence[RequestRecord], settings: LoadTestSettings) -> dict
 
 def _described(speed_ups: Mapping[str, SpeedUp]) -> dict[str, Any]:
     return {metric: asdict(value) for metric, value in speed_ups.items()}
+
+
+def _highest_rate(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings) -> float:
+    """Requests a second: the highest of the rates that were tried and met the SLOs; 0 if none did."""
+    of_arm = [record for record in records if record.arm == arm]
+    rates = {float(load.rpartition("_")[2]): load for load in {record.load for record in of_arm}}
+    return max(
+        (
+            rate
+            for rate, load in rates.items()
+            if summarise_load([one for one in of_arm if one.load == load], load, settings.slos).meets_slos
+        ),
+        default=0.0,
+    )
 
 
 def _summarise_arm(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings) -> dict[str, Any]:

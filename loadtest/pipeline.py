@@ -23,7 +23,8 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     plan, evaluation = out / "plan", out / "eval.json"
     export_flags = [flag for name in recipe.export.formats for flag in ("--format", name)]
     task_data = () if recipe.eval.task_data is None else (Path(recipe.eval.task_data),)
-    earlier = () if recipe.loadtest.against is None else (Path(recipe.loadtest.against),)
+    earlier = [Path(recipe.loadtest.against)] if recipe.loadtest.against else []
+    prompt_files = source_files(recipe.loadtest.prompts or "")
     text_files = tuple(path for source in recipe.eval.perplexity.values() for path in source_files(source))
     return [
         Stage(
@@ -60,7 +61,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
                 *("loadtest", "--dense", str(out / "dense" / "vllm"), "--pruned", str(out / "vllm")),
                 *(*as_flags(recipe.loadtest.model_dump()), "--out", str(out / "loadtest")),
             ),
-            (out / "dense" / "vllm" / "gradmap.json", out / "vllm" / "gradmap.json", *earlier),
+            (out / "dense" / "vllm" / "gradmap.json", out / "vllm" / "gradmap.json", *earlier, *prompt_files),
             out / "loadtest" / "report.json",
             verdicts=True,
         ),

@@ -84,10 +84,14 @@ class LoadTestSection(_Section):
     arrivals: str | None = None
     open_loop_s: float | None = None
     slo: list[str] | None = None
+    find_rate: bool | None = None
     against: str | None = None
     requests: int | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    length_spread: float | None = None
+    shared_prefix: int | None = None
+    prompts: str | None = None
     seed: int | None = None
     vllm_flag: list[str] | None = None
 

@@ -17,14 +17,17 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from gradmap.checkpoint import load_tokenizer
 from gradmap.console import progress, say
 from gradmap.errors import UserError
 from gradmap.files import read_json
 from gradmap.openai_api import authorization, served_model
-from loadtest.loads import CONCURRENCY, Load
+from loadtest.loads import CONCURRENCY, Load, find_highest_rate
+from loadtest.metrics import summarise_load
+from loadtest.prompts import LEAST_OUTPUT_TOKENS, Prompts, RandomPrompts, TextPrompts, Workload
 from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_records, to_json_line
 from loadtest.slo import Slo
-from loadtest.workload import random_requests, save_requests
+from loadtest.workload import draw_requests, save_requests
 from serving.server import Server, ServerSettings, free_port
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
@@ -34,6 +37,9 @@ DENSE, PRUNED = "dense", "pruned"
 DENSE_AGAIN = "dense-again"
 WARM_UP_REQUESTS = 4
 WARM_UP_LOAD = Load(CONCURRENCY, 1)
+# Numbers of what is no pair: below zero, so that records of pairs can be told apart.
+WARM_UP_PAIR, SEARCH_PAIR = -1, -2
+SEARCH_ARRIVALS = "poisson"
 # No block may run longer than this, whatever the server does.
 BLOCK_TIMEOUT_S = 900
 # vLLM counts a token a moment after it has sent it.
@@ -46,7 +52,8 @@ class LoadTestSettings:
 
     loads: each once in every block. pairs: blocks per arm. interleaved: a fresh server for every block, all arms in
     random order within each pair; otherwise all blocks of an arm follow each other, on one server.
-    requests_per_load: at least so many; open_loop_s: length of an open loop.
+    requests_per_load: at least so many; open_loop_s: length of an open loop. find_rate: whether the highest rate that
+    meets the SLOs is looked for, at the end. vocabulary, tokenizer: of the models, where all are URLs.
     """
 
     dense: str
@@ -56,11 +63,11 @@ class LoadTestSettings:
     interleaved: bool = True
     requests_per_load: int = 8
     open_loop_s: float = 20.0
-    prompt_tokens: int = 128
-    output_tokens: int = 64
+    workload: Workload = field(default_factory=Workload)
     slos: tuple[Slo, ...] = ()
-    seed: int = 0
+    find_rate: bool = False
     vocabulary: int | None = None
+    tokenizer: str | None = None
     vllm_flags: tuple[str, ...] = ()
 
     @property
@@ -121,7 +128,7 @@ def schedule(settings: LoadTestSettings) -> list[Block]:
     arms = list(settings.arms)
     if not settings.interleaved:
         return [Block(arm, pair) for arm in arms for pair in range(settings.pairs)]
-    generator = random.Random(settings.seed)
+    generator = random.Random(settings.workload.seed)
     blocks = []
     for pair in range(settings.pairs):
         of_pair = [*arms, DENSE_AGAIN] if pair == 0 else arms
@@ -132,15 +139,38 @@ def schedule(settings: LoadTestSettings) -> list[Block]:
 def run_session(settings: LoadTestSettings, measured: Measured) -> None:
     """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until then stays."""
     check_settings(settings)
-    vocabulary = settings.vocabulary or _vocabulary_of(settings)
+    prompts = _open_prompts(settings)
     measured.start()
     for arm, blocks in _consecutive(schedule(settings), fresh=settings.interleaved):
-        with _open_endpoint(settings, arm, measured.directory) as endpoint:
-            warm_up = replace(settings, requests_per_load=WARM_UP_REQUESTS)
-            _run_load(endpoint, warm_up, vocabulary, Block(arm, -1), WARM_UP_LOAD, measured.directory)
+        with _warm_endpoint(settings, prompts, arm, measured.directory) as endpoint:
             for block in blocks:
                 for load in settings.loads:
-                    measured.add(*_run_load(endpoint, settings, vocabulary, block, load, measured.directory))
+                    measured.add(*_run_load(endpoint, settings, prompts, block, load, measured.directory))
+    for arm in settings.arms if settings.find_rate else ():
+        with _warm_endpoint(settings, prompts, arm, measured.directory) as endpoint:
+            _search_rate(endpoint, settings, prompts, arm, measured)
+
+
+def _search_rate(
+    endpoint: Endpoint, settings: LoadTestSettings, prompts: Prompts, arm: str, measured: Measured
+) -> None:
+    """Measures open loops up to the highest rate that meets the SLOs. Which that is, the records tell."""
+
+    def meets(rate: float) -> bool:
+        load = Load(SEARCH_ARRIVALS, rate)
+        records, block = _run_load(endpoint, settings, prompts, Block(arm, SEARCH_PAIR), load, measured.directory)
+        measured.add(records, block)
+        return bool(summarise_load(records, load.name, settings.slos).meets_slos)
+
+    find_highest_rate(meets)
+
+
+@contextmanager
+def _warm_endpoint(settings: LoadTestSettings, prompts: Prompts, arm: str, out: Path) -> Iterator[Endpoint]:
+    with _open_endpoint(settings, arm, out) as endpoint:
+        warm_up = replace(settings, requests_per_load=WARM_UP_REQUESTS)
+        _run_load(endpoint, warm_up, prompts, Block(arm, WARM_UP_PAIR), WARM_UP_LOAD, out)
+        yield endpoint
 
 
 def check_settings(settings: LoadTestSettings) -> None:
@@ -151,8 +181,9 @@ def check_settings(settings: LoadTestSettings) -> None:
         raise UserError("--concurrency is needed: the verdict is about a closed loop.")
     if min(load.level for load in settings.loads) <= 0:
         raise UserError("--concurrency must be 1 or more, and --rate above 0.")
-    if settings.output_tokens < 2:
-        raise UserError("--output-tokens must be 2 or more; TPOT is undefined below.")
+    _check_workload(settings.workload)
+    if settings.find_rate and not settings.slos:
+        raise UserError("--find-rate looks for the highest rate that meets an SLO; give --slo, such as ttft_p95=200ms.")
     if not settings.candidates:
         raise UserError("Give --pruned, or --candidate NAME=TARGET, to compare with the dense model.")
     for arm, target in settings.arms.items():
@@ -160,6 +191,28 @@ def check_settings(settings: LoadTestSettings) -> None:
             _require_host(target)
         elif not Path(target, "config.json").is_file():
             raise UserError(f"{arm}: {target} is neither a URL nor a model directory; export one first.")
+
+
+def _check_workload(workload: Workload) -> None:
+    if workload.output_tokens < LEAST_OUTPUT_TOKENS:
+        raise UserError("--output-tokens must be 2 or more; TPOT is undefined below.")
+    if not 0 <= workload.length_spread < 1:
+        raise UserError(f"--length-spread is {workload.length_spread}; give a share from 0 to below 1.")
+    if workload.shared_prefix >= workload.prompt_tokens:
+        raise UserError("--shared-prefix must be shorter than --prompt-tokens.")
+    if workload.texts and (workload.shared_prefix or workload.length_spread):
+        raise UserError("--shared-prefix and --length-spread are for random prompts; leave them out, or --prompts.")
+
+
+def _open_prompts(settings: LoadTestSettings) -> Prompts:
+    """Raises UserError if the texts cannot be read, or if nothing tells the vocabulary or the tokenizer."""
+    if settings.workload.texts is None:
+        return RandomPrompts(settings.workload, settings.vocabulary or _vocabulary_of(settings))
+    directories = [target for target in settings.arms.values() if not is_url(target)]
+    source = settings.tokenizer or next(iter(directories), None)
+    if source is None:
+        raise UserError("All endpoints are URLs; say with --tokenizer which directory has their tokenizer.")
+    return TextPrompts(settings.workload, load_tokenizer(Path(source)))
 
 
 def _require_host(url: str) -> None:
@@ -214,18 +267,18 @@ def _require_model(url: str) -> str:
 
 
 def _run_load(
-    endpoint: Endpoint, settings: LoadTestSettings, vocabulary: int, block: Block, load: Load, out: Path
+    endpoint: Endpoint, settings: LoadTestSettings, prompts: Prompts, block: Block, load: Load, out: Path
 ) -> tuple[list[RequestRecord], BlockRecord]:
     """Lets Locust send one load; prompts and arrivals depend on pair and load, not on the arm."""
-    prefix, count = f"{block.pair}-{load.name}", settings.requests_at(load)
-    lengths = settings.prompt_tokens, settings.output_tokens
-    name = "warm-up" if block.pair < 0 else f"pair {block.pair + 1}, {load.label}"
+    count = settings.requests_at(load)
+    requests = draw_requests(prompts, f"{block.pair}-{load.name}", count, load, settings.workload.seed)
+    stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(block.pair, f"pair {block.pair + 1}")
     with TemporaryDirectory(dir=out, prefix=".load-") as directory:
         files = {kind: Path(directory, f"{kind}.json") for kind in ("requests", "records", "usage")}
-        save_requests(files["requests"], random_requests(prefix, count, vocabulary, *lengths, settings.seed, load))
+        save_requests(files["requests"], requests)
         files["records"].write_text("")
         tokens_before = generated_tokens(endpoint.url)
-        with progress(f"{block.arm}: {name} (requests)", count) as advance:
+        with progress(f"{block.arm}: {stay}, {load.label} (requests)", count) as advance:
             command = _locust_command(endpoint, block, load, files)
             _run_locust(command, files["records"], advance, out / "locust.log")
         records, usage = read_records(files["records"]), read_json(files["usage"])

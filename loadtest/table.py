@@ -32,7 +32,7 @@ def load_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def speed_up_lines(report: Mapping[str, Any]) -> list[str]:
-    """One sentence for every candidate and metric."""
+    """One sentence for every candidate and metric, and one for the highest rates."""
     lines = []
     for arm, compared in report["candidates"].items():
         for metric, value in compared["speedup"].items():
@@ -42,7 +42,13 @@ def speed_up_lines(report: Mapping[str, Any]) -> list[str]:
             before = compared["before"].get(metric)
             change = "" if before is None else f" (was {before['value']:.2f}x)"
             lines.append(f"speed-up of {arm}, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}{share}{change}")
-    return lines
+    return [*lines, *filter(None, [rate_line(report)])]
+
+
+def rate_line(report: Mapping[str, Any]) -> str | None:
+    """The highest rates that meet the SLOs; None if they were not looked for."""
+    rates = [f"{arm} {rate:g}/s" for arm, rate in report["highest_rate"].items()]
+    return f"highest rate that meets the SLOs: {', '.join(rates)}" if rates else None
 
 
 def noise_line(report: Mapping[str, Any]) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gradmap.files import read_json, write_json
 from loadtest.loads import Load, arrival_times
+from loadtest.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,12 @@ class Request:
     due_s: float | None = None
 
 
-def random_requests(
-    prefix: str, count: int, vocabulary: int, prompt_tokens: int, output_tokens: int, seed: int, load: Load
-) -> list[Request]:
-    """Draws prompts of random token ids. `prefix` names them and, with `seed`, decides the draw.
-
-    Prompts share no prefix, so that the server's prefix cache stays out of the measurement.
-    """
-    generator = random.Random(f"{seed} {prefix}")
-    due: Sequence[float | None] = arrival_times(load, count, f"{seed} {prefix}") if load.is_open else [None] * count
+def draw_requests(prompts: Prompts, name: str, count: int, load: Load, seed: int) -> list[Request]:
+    """The requests of one load; with the same name the same ones, due at the same times."""
+    due: Sequence[float | None] = arrival_times(load, count, f"{seed} {name}") if load.is_open else [None] * count
     return [
-        Request(f"{prefix}-{index}", tuple(generator.choices(range(vocabulary), k=prompt_tokens)), output_tokens, due_s)
-        for index, due_s in enumerate(due)
+        Request(f"{name}-{index}", prompt.token_ids, prompt.output_tokens, due_s)
+        for index, (prompt, due_s) in enumerate(zip(prompts.take(name, count), due, strict=True))
     ]
 
 

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,16 +14,19 @@ from typing import Any
 
 @dataclass
 class FakeServer:
-    """gap_s: pause before each token. fault: what goes wrong with a request, by its first prompt token.
+    """gap_s: pause before each token. serial: one request after the other. faults: what goes wrong with a request, by
+    its first prompt token.
 
     sent_s: for each request, the monotonic times at which its tokens were written.
     """
 
     gap_s: float = 0.0
+    serial: bool = False
     faults: dict[int, str] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     sent_s: list[list[float]] = field(default_factory=list)
     url: str = ""
+    _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         sent_s: list[float] = []
@@ -37,6 +40,10 @@ class FakeServer:
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream")
         handler.end_headers()
+        with self._turn if self.serial else nullcontext():
+            self._stream(handler, tokens, fault, sent_s)
+
+    def _stream(self, handler: BaseHTTPRequestHandler, tokens: int, fault: str | None, sent_s: list[float]) -> None:
         for count in range(1, tokens + 1):
             time.sleep(self.gap_s)
             if fault == "cut short" and count == 2:

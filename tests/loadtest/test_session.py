@@ -10,9 +10,10 @@ from itertools import pairwise
 import pytest
 
 from gradmap.errors import UserError
-from loadtest import session
-from loadtest.loads import ARRIVALS, Load, arrival_times
+from loadtest import loads, session
+from loadtest.loads import ARRIVALS, HIGHEST_RATE, LOWEST_RATE, Load, arrival_times, find_highest_rate
 from loadtest.outcome import Gate, run_load_test
+from loadtest.prompts import Workload
 from loadtest.records import read_blocks, read_records
 from loadtest.session import Block, LoadTestSettings, Measured, run_session, schedule
 from loadtest.slo import parse_slo
@@ -30,8 +31,7 @@ def settings(fake, **changes):
         "interleaved": False,
         "loads": (ONE, Load("concurrency", 3)),
         "requests_per_load": 2,
-        "prompt_tokens": 5,
-        "output_tokens": 4,
+        "workload": Workload(prompt_tokens=5, output_tokens=4),
         "vocabulary": 10**9,  # so that a prompt's first token tells it apart
     }
     return LoadTestSettings(fake.url, {"pruned": fake.url}, **(defaults | changes))
@@ -100,7 +100,7 @@ def test_the_verdict_is_the_exit_code(tmp_path):
 
 
 def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
-    options = LoadTestSettings("a", {"pruned": "b"}, pairs=40, seed=1)
+    options = LoadTestSettings("a", {"pruned": "b"}, pairs=40, workload=Workload(seed=1))
     blocks = schedule(options)
     assert sorted(block.arm for block in blocks[:3]) == ["dense", "dense-again", "pruned"]
     assert [block.pair for block in blocks[:3]] == [0, 0, 0]
@@ -119,11 +119,16 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
         ({"dense": "nowhere"}, "neither a URL nor a model directory"),
         ({"dense": "http://127.0.0.1:9"}, "does not answer"),
         ({"vocabulary": None}, "--vocabulary"),
-        ({"output_tokens": 1}, "TPOT is undefined"),
+        ({"workload": Workload(output_tokens=1)}, "TPOT is undefined"),
+        ({"workload": Workload(shared_prefix=128)}, "shorter than --prompt-tokens"),
+        ({"workload": Workload(length_spread=1.0)}, "from 0 to below 1"),
+        ({"workload": Workload(texts="file:x.txt", shared_prefix=3)}, "are for random prompts"),
+        ({"workload": Workload(texts="file:x.txt")}, "--tokenizer"),
         ({"pairs": 0}, "--pairs is 0"),
         ({"loads": (Load("poisson", 4),)}, "--concurrency is needed"),
         ({"loads": (ONE, Load("poisson", 0))}, "--rate above 0"),
         ({"candidates": {}}, "Give --pruned"),
+        ({"find_rate": True}, "give --slo"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, changes, message):
@@ -175,6 +180,32 @@ def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     assert stricter.returncode == 1
     assert json.loads((tmp_path / "report.json").read_text())["required_speedup"] == 100
     assert gradmap("report", tmp_path / "nothing").returncode == 2
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.3, 5.3, 100.0, 1e9])
+def test_the_highest_rate_is_found(limit):
+    tried = []
+    found = find_highest_rate(lambda rate: tried.append(rate) or rate <= limit)
+    if limit < LOWEST_RATE:
+        assert found == 0
+    elif limit > HIGHEST_RATE:
+        assert found == HIGHEST_RATE
+    else:
+        assert found <= limit < 1.1 * found
+    assert len(tried) == len(set(tried)) < 20
+
+
+def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
+    """The server answers one request at a time, in 40 ms: at 25/s, a queue grows."""
+    monkeypatch.setattr(loads, "LOWEST_RATE", 5.0)
+    monkeypatch.setattr(loads, "PRECISION", 3.0)
+    with running(FakeServer(gap_s=0.01, serial=True)) as fake:
+        options = settings(fake, pairs=1, loads=(ONE,), slos=(parse_slo("e2el_p90=250ms"),), find_rate=True)
+        report = run_load_test(replace(options, open_loop_s=4.0), Gate(0.1), tmp_path)
+    assert report["arms"]["dense"]["concurrency_1"]["requests"] == 2
+    for rate in report["highest_rate"].values():
+        assert 5 <= rate <= 25
+    assert "Highest rate that meets the SLOs: dense" in (tmp_path / "report.html").read_text()
 
 
 def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, monkeypatch):

@@ -1,0 +1,125 @@
+"""Where prompts come from: random token ids, documents, or recorded conversations. Fresh ones for every load."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gradmap.errors import UserError
+from gradmap.texts import read_texts
+
+SHAREGPT = "sharegpt:"
+# Below, TPOT is undefined.
+LEAST_OUTPUT_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a request looks like.
+
+    prompt_tokens, output_tokens: its lengths; of texts, the most. length_spread: both vary, uniformly, by up to this
+    share. shared_prefix: so many first tokens are the same in all prompts of a load. texts: SPEC of the prompts'
+    texts (gradmap.texts), or sharegpt:PATH; None for random token ids.
+    """
+
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+    length_spread: float = 0.0
+    shared_prefix: int = 0
+    texts: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    token_ids: tuple[int, ...]
+    output_tokens: int
+
+
+class Prompts(Protocol):
+    """Gives `count` prompts for a load; for the same name, which does not tell the arm, the same ones again."""
+
+    def take(self, name: str, count: int) -> list[Prompt]: ...
+
+
+class RandomPrompts:
+    """Token ids below `vocabulary`. Only a shared prefix is shared, so that the server's prefix cache stays out."""
+
+    def __init__(self, workload: Workload, vocabulary: int) -> None:
+        self._workload, self._vocabulary = workload, vocabulary
+
+    def take(self, name: str, count: int) -> list[Prompt]:
+        workload, generator = self._workload, random.Random(f"{self._workload.seed} {name}")
+        shared = generator.choices(range(self._vocabulary), k=workload.shared_prefix)
+        prompts = []
+        for _ in range(count):
+            length = max(1, self._vary(workload.prompt_tokens, generator) - len(shared))
+            own = generator.choices(range(self._vocabulary), k=length)
+            output_tokens = max(LEAST_OUTPUT_TOKENS, self._vary(workload.output_tokens, generator))
+            prompts.append(Prompt((*shared, *own), output_tokens))
+        return prompts
+
+    def _vary(self, tokens: int, generator: random.Random) -> int:
+        return round(tokens * (1 + self._workload.length_spread * generator.uniform(-1, 1)))
+
+
+class TextPrompts:
+    """Texts in an order that the seed fixes, no text twice."""
+
+    def __init__(self, workload: Workload, tokenizer: Any) -> None:
+        """Raises UserError if the texts cannot be read."""
+        assert workload.texts is not None
+        self._workload, self._tokenizer = workload, tokenizer
+        if workload.texts.startswith(SHAREGPT):
+            self._texts = read_conversations(Path(workload.texts.removeprefix(SHAREGPT)), workload.seed)
+        else:
+            self._texts = [(text, None) for text in read_texts(workload.texts, workload.seed)]
+        self._given: dict[str, list[Prompt]] = {}
+
+    def take(self, name: str, count: int) -> list[Prompt]:
+        """Raises UserError if there are too few texts."""
+        if name not in self._given:
+            used = sum(map(len, self._given.values()))
+            if used + count > len(self._texts):
+                raise UserError(
+                    f"{self._workload.texts} has {len(self._texts)} texts, and every load wants fresh ones; give more, "
+                    "or ask for fewer --requests, --pairs or loads."
+                )
+            self._given[name] = [self._as_prompt(*text) for text in self._texts[used : used + count]]
+        return self._given[name]
+
+    def _as_prompt(self, text: str, answer: str | None) -> Prompt:
+        token_ids = tuple(self._tokenizer(text).input_ids[: self._workload.prompt_tokens])
+        output_tokens = self._workload.output_tokens
+        if answer is not None:
+            answered = len(self._tokenizer(answer, add_special_tokens=False).input_ids)
+            output_tokens = max(LEAST_OUTPUT_TOKENS, min(output_tokens, answered))
+        return Prompt(token_ids, output_tokens)
+
+
+def read_conversations(path: Path, seed: int) -> list[tuple[str, str | None]]:
+    """First question and first answer of every conversation in a file of ShareGPT's format, shuffled.
+
+    Raises UserError if it is none.
+    """
+    try:
+        conversations = [record["conversations"] for record in json.loads(path.read_text())]
+        pairs = [pair for turns in conversations for pair in _first_exchange(turns)]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path after {SHAREGPT}") from None
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is not in ShareGPT's format: a list of objects with `conversations`.") from None
+    if not pairs:
+        raise UserError(f"{path} has no conversation that begins with a question and an answer.")
+    random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+def _first_exchange(turns: list[dict[str, str]]) -> Iterator[tuple[str, str | None]]:
+    texts = [turn["value"].strip() for turn in turns[:2]]
+    if len(texts) == 2 and all(texts) and turns[0]["from"] in ("human", "user"):
+        yield texts[0], texts[1]
