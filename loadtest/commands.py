@@ -68,7 +68,7 @@ def loadtest(
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
     from loadtest.outcome import Gate, read_report, run_load_test
     from loadtest.prompts import Workload
-    from loadtest.session import PRUNED, LoadTestSettings
+    from loadtest.settings import PRUNED, LoadTestSettings
     from loadtest.slo import parse_slo
 
     settings = LoadTestSettings(

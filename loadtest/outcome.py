@@ -11,13 +11,15 @@ from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import read_json, refuse_foreign_directory, write_json, write_text
 from gradmap.verdict import Judgement, Verdict, worst
+from loadtest.driving import SEARCH_PAIR
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import Load
 from loadtest.metrics import summarise_load
 from loadtest.page import render_junit, render_page, render_summary
 from loadtest.prompts import Workload
 from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_blocks, read_records
-from loadtest.session import DENSE, DENSE_AGAIN, SEARCH_PAIR, LoadTestSettings, Measured, is_url, run_session
+from loadtest.session import Measured, run_session
+from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings, is_url
 from loadtest.slo import Slo
 from loadtest.statistics import SpeedUp, compute_speed_ups, find_faults, find_losses, headline, judge
 

@@ -13,7 +13,7 @@ from loadtest.loads import Load
 from loadtest.metrics import describe, measure, output_throughput, summarise_load
 from loadtest.outcome import Facts, Gate, build_report
 from loadtest.records import BlockRecord, RequestRecord
-from loadtest.session import LoadTestSettings
+from loadtest.settings import LoadTestSettings
 from loadtest.slo import Slo, parse_slo
 from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, speed_up
 

@@ -15,7 +15,8 @@ from loadtest.loads import ARRIVALS, HIGHEST_RATE, LOWEST_RATE, Load, arrival_ti
 from loadtest.outcome import Gate, run_load_test
 from loadtest.prompts import Workload
 from loadtest.records import read_blocks, read_records
-from loadtest.session import Block, LoadTestSettings, Measured, run_session, schedule
+from loadtest.session import Measured, run_session
+from loadtest.settings import Block, LoadTestSettings, schedule
 from loadtest.slo import parse_slo
 from tests.command_line import gradmap
 from tests.loadtest.fake_server import FakeServer, running
@@ -201,7 +202,7 @@ def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
     monkeypatch.setattr(loads, "PRECISION", 3.0)
     with running(FakeServer(gap_s=0.01, serial=True)) as fake:
         options = settings(fake, pairs=1, loads=(ONE,), slos=(parse_slo("e2el_p90=250ms"),), find_rate=True)
-        report = run_load_test(replace(options, open_loop_s=4.0), Gate(0.1), tmp_path)
+        report = run_load_test(replace(options, open_loop_s=3.0), Gate(0.1), tmp_path)
     assert report["arms"]["dense"]["concurrency_1"]["requests"] == 2
     for rate in report["highest_rate"].values():
         assert 5 <= rate <= 25
@@ -210,7 +211,7 @@ def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
 
 def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, monkeypatch):
     with running(FakeServer()) as fake:
-        run_one = session._run_load
+        run_one = session.run_load
         calls = []
 
         def interrupted(*arguments):
@@ -219,7 +220,7 @@ def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, m
                 raise KeyboardInterrupt
             return run_one(*arguments)
 
-        monkeypatch.setattr(session, "_run_load", interrupted)
+        monkeypatch.setattr(session, "run_load", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_load_test(settings(fake), Gate(1.0), tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())

@@ -1,0 +1,120 @@
+"""What a load test is asked to do, and whether that can be done."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gradmap.errors import UserError
+from loadtest.loads import CONCURRENCY, Load
+from loadtest.prompts import LEAST_OUTPUT_TOKENS, Workload
+from loadtest.slo import Slo
+
+DENSE, PRUNED = "dense", "pruned"
+# The dense model once more, in one block: what two equal models differ by.
+DENSE_AGAIN = "dense-again"
+
+
+@dataclass(frozen=True)
+class LoadTestSettings:
+    """dense: the baseline, candidates: what is compared with it; model directories, or URLs of running servers.
+
+    loads: each once in every block. pairs: blocks per arm. interleaved: a fresh server for every block, all arms in
+    random order within each pair; otherwise all blocks of an arm follow each other, on one server.
+    requests_per_load: at least so many; open_loop_s: length of an open loop. find_rate: whether the highest rate that
+    meets the SLOs is looked for, at the end. vocabulary, tokenizer: of the models, where all are URLs.
+    """
+
+    dense: str
+    candidates: dict[str, str]
+    loads: tuple[Load, ...] = (Load(CONCURRENCY, 1), Load(CONCURRENCY, 8))
+    pairs: int = 6
+    interleaved: bool = True
+    requests_per_load: int = 8
+    open_loop_s: float = 20.0
+    workload: Workload = field(default_factory=Workload)
+    slos: tuple[Slo, ...] = ()
+    find_rate: bool = False
+    vocabulary: int | None = None
+    tokenizer: str | None = None
+    vllm_flags: tuple[str, ...] = ()
+
+    @property
+    def arms(self) -> dict[str, str]:
+        return {DENSE: self.dense, **self.candidates}
+
+    @property
+    def expected_records(self) -> int:
+        return len(schedule(self)) * sum(self.requests_at(load) for load in self.loads)
+
+    def requests_at(self, load: Load) -> int:
+        """Enough for the load to be sustained: two full rounds of the concurrency, or the length of an open loop."""
+        enough = load.level * self.open_loop_s if load.is_open else 2 * load.level
+        return max(self.requests_per_load, math.ceil(enough))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One stay at one arm: every load once."""
+
+    arm: str
+    pair: int
+
+
+def schedule(settings: LoadTestSettings) -> list[Block]:
+    """The order of the blocks; the random order within pairs follows the seed.
+
+    A full session has one block of the dense model more, in the first pair.
+    """
+    arms = list(settings.arms)
+    if not settings.interleaved:
+        return [Block(arm, pair) for arm in arms for pair in range(settings.pairs)]
+    generator = random.Random(settings.workload.seed)
+    blocks = []
+    for pair in range(settings.pairs):
+        of_pair = [*arms, DENSE_AGAIN] if pair == 0 else arms
+        blocks += [Block(arm, pair) for arm in generator.sample(of_pair, len(of_pair))]
+    return blocks
+
+
+def check_settings(settings: LoadTestSettings) -> None:
+    """Raises UserError if the settings cannot be run."""
+    if settings.pairs < 1:
+        raise UserError(f"--pairs is {settings.pairs}; at least 1 is needed.")
+    if not any(load.pattern == CONCURRENCY for load in settings.loads):
+        raise UserError("--concurrency is needed: the verdict is about a closed loop.")
+    if min(load.level for load in settings.loads) <= 0:
+        raise UserError("--concurrency must be 1 or more, and --rate above 0.")
+    _check_workload(settings.workload)
+    if settings.find_rate and not settings.slos:
+        raise UserError("--find-rate looks for the highest rate that meets an SLO; give --slo, such as ttft_p95=200ms.")
+    if not settings.candidates:
+        raise UserError("Give --pruned, or --candidate NAME=TARGET, to compare with the dense model.")
+    for arm, target in settings.arms.items():
+        if is_url(target):
+            _require_host(target)
+        elif not Path(target, "config.json").is_file():
+            raise UserError(f"{arm}: {target} is neither a URL nor a model directory; export one first.")
+
+
+def _check_workload(workload: Workload) -> None:
+    if workload.output_tokens < LEAST_OUTPUT_TOKENS:
+        raise UserError("--output-tokens must be 2 or more; TPOT is undefined below.")
+    if not 0 <= workload.length_spread < 1:
+        raise UserError(f"--length-spread is {workload.length_spread}; give a share from 0 to below 1.")
+    if workload.shared_prefix >= workload.prompt_tokens:
+        raise UserError("--shared-prefix must be shorter than --prompt-tokens.")
+    if workload.texts and (workload.shared_prefix or workload.length_spread):
+        raise UserError("--shared-prefix and --length-spread are for random prompts; leave them out, or --prompts.")
+
+
+def _require_host(url: str) -> None:
+    if urlsplit(url).hostname is None:
+        raise UserError(f"{url} is no URL of a server; write it as http://HOST:PORT.")
+
+
+def is_url(target: str) -> bool:
+    return target.startswith(("http://", "https://"))
