@@ -46,12 +46,19 @@ def record_layer_calls(model: Any, layers: Iterable[nn.Module], input_ids: Tenso
     return entering[0], calls
 
 
-def run_layers(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Tensor:
-    """The output of the last layer: (B, T) -> (B, T, d)."""
+def layer_passes(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What enters and what leaves each layer, one after the other: (B, T) -> (B, T, d) both."""
     hidden, calls = record_layer_calls(model, layers, input_ids)
     for layer, call in zip(layers, calls, strict=True):
-        hidden = call.run(layer, hidden)
-    return hidden
+        entering, hidden = hidden, call.run(layer, hidden)
+        yield entering, hidden
+
+
+def run_layers(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Tensor:
+    """The output of the last layer: (B, T) -> (B, T, d)."""
+    for _, leaving in layer_passes(model, layers, input_ids):  # noqa: B007 - all but the last are let go at once
+        pass
+    return leaving
 
 
 def logits_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gradmap.architectures import Architecture
 from gradmap.batching import FORWARD_BATCH
 from gradmap.console import progress
-from gradmap.layerwise import record_layer_calls
+from gradmap.layerwise import layer_passes
 
 Matrix = NDArray[np.float64]
 
@@ -50,12 +50,8 @@ def last_hidden_states(model: Any, architecture: Architecture, input_ids: Tensor
     layers = list(architecture.layer_list(model))
     batches = []
     for batch in input_ids.split(FORWARD_BATCH):
-        hidden, calls = record_layer_calls(model, layers, batch.to(model.device))
-        entering = []
-        for layer, call in zip(layers, calls, strict=True):
-            entering.append(hidden[:, -1].double().cpu())
-            hidden = call.run(layer, hidden)
-        batches.append(torch.stack(entering))
+        passes = layer_passes(model, layers, batch.to(model.device))
+        batches.append(torch.stack([entering[:, -1].double().cpu() for entering, _ in passes]))
     return np.asarray(torch.cat(batches, dim=1))
 
 

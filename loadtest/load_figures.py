@@ -106,7 +106,7 @@ def draw_against_load(report: Mapping[str, Any]) -> str:
                 medians = np.array([each["median"] for each in known.values()]) * 1000
                 highs = [each["percentiles"]["p95"] or each["median"] for each in known.values()]
                 reach = np.array(highs) * 1000 - medians
-                bars = [np.zeros(len(known)), np.maximum(reach, 0)]
+                bars = np.stack([np.zeros(len(known)), np.maximum(reach, 0)])
                 axes.errorbar(places, medians, bars, marker="o", color=color, capsize=3, label=arm)
             axes.set_xticks(range(len(loads)), [readable(load).replace(" ", "\n") for load in loads])
             axes.set_ylabel(f"{name} (ms)")

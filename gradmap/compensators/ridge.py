@@ -125,7 +125,7 @@ def features_and_missing(pruned: Pruned, fit: Fit, changes: Changes) -> Iterator
                 (_, output), (inputs, added) = run_and_capture(model, [layer, projection], batch)
             # hooks that correct come first, so that `added` is what the corrected map adds
             features = linear_output(projection, added) if fit.kind == "left" else inputs
-            yield features.reshape(*target.shape[:2], -1), _widened(target) - _widened(output), target
+            yield features.reshape(*target.shape[:2], -1), widened(target) - widened(output), target
             advance(len(batch))
 
 
@@ -182,10 +182,11 @@ def down_projection_weight(pruned: Pruned, layer: int) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     """(..., d) -> (n, d), in float32 at least."""
-    return _widened(tensor).flatten(end_dim=-2)
+    return widened(tensor).flatten(end_dim=-2)
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 at least: a difference of two hidden states is far smaller than they are."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

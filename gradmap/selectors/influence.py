@@ -15,7 +15,7 @@ from gradmap.batching import FORWARD_BATCH
 from gradmap.compensators.magnitude import magnitude_ratio, scales_behind
 from gradmap.corrections import Changes, followed_by, pruned_and_corrected
 from gradmap.distributed import share_of, summed
-from gradmap.layerwise import record_layer_calls
+from gradmap.layerwise import layer_passes
 from gradmap.selection import Advance, ReducedModelScorer, Selection, Subject
 
 
@@ -59,9 +59,8 @@ def block_influences(
     layers = architecture.layer_list(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
     for batch in share_of(input_ids)[0].split(FORWARD_BATCH):
-        hidden, calls = record_layer_calls(model, layers, batch.to(model.device))
-        for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-            entering, hidden = hidden, call.run(layer, hidden)
-            totals[index] += (1 - cosine_similarity(entering, hidden.to(entering.device), dim=-1)).double().sum().cpu()
+        for index, (entering, leaving) in enumerate(layer_passes(model, layers, batch.to(model.device))):
+            turned = 1 - cosine_similarity(entering, leaving.to(entering.device), dim=-1)
+            totals[index] += turned.double().sum().cpu()
         advance(len(layers) * len(batch))
     return summed(totals) / input_ids.numel()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradmap.batching import FORWARD_BATCH
-from gradmap.compensators.ridge import ridge_sums, solve_ridge
+from gradmap.compensators.ridge import ridge_sums, solve_ridge, widened
 from gradmap.corrections import Change, Place, Projection, corrected, linear_output
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
@@ -102,7 +102,7 @@ class RepairScorer:
         """S (d, d) float64: what to add to the output of the layer before, as a map of what its FFN adds."""
         alive = self._subject.alive(self._removed)
         place = alive.index(layer)
-        missing = self._wanted[layer] - states.entering[place]
+        missing = widened(self._wanted[layer]) - widened(states.entering[place])
         gram, cross = ridge_sums(states.added[place - 1], missing, self._wanted[layer])
         gram, cross = summed(gram), summed(cross)
         return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean().item())
