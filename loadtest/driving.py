@@ -25,7 +25,7 @@ from loadtest.settings import Block, LoadTestSettings
 from loadtest.workload import draw_requests, save_requests
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
-LOCUSTFILE = Path(__file__).parent / "driver" / "locustfile.py"
+LOCUSTFILE = Path(__file__).parent / "driver" / "session_users.py"
 # Numbers of what is no pair: below zero, so that records of pairs can be told apart.
 WARM_UP_PAIR, SEARCH_PAIR = -1, -2
 # No block may run longer than this, whatever the server does.

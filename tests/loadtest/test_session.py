@@ -1,5 +1,6 @@
 """The real Locust against a server of known behaviour: what is sent, what is stamped, what counts as failed."""
 
+import csv
 import json
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from loadtest.session import Measured, run_session
 from loadtest.settings import Block, LoadTestSettings, schedule
 from loadtest.slo import parse_slo
 from tests.command_line import gradmap
+from tests.conftest import ROOT
 from tests.loadtest.fake_server import FakeServer, running
 
 pytestmark = pytest.mark.alone
@@ -81,6 +83,24 @@ def test_a_failed_request_is_recorded_as_failed(tmp_path, fault):
         fake.faults[measured[0]] = fault
         records = run(options, tmp_path)
     assert [record.error is None for record in records] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")])
+def test_the_locust_file_works_by_itself(tmp_path, processes):
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/driver/locustfile.py"), "--headless"]
+    with running(FakeServer(gap_s=0.01)) as fake:
+        options = ["--host", fake.url, "--users", "2", "--run-time", "8s", "--output-tokens", "5", *processes]
+        finished = subprocess.run(
+            [*command, *options, "--csv", str(tmp_path / "out")], capture_output=True, text=True, check=False
+        )
+    assert finished.returncode == 0, finished.stderr
+    rows = {row["Name"]: row for row in csv.DictReader((tmp_path / "out_stats.csv").open())}
+    assert {"TTFT", "TPOT", "E2EL"} <= rows.keys()
+    assert int(rows["E2EL"]["Request Count"]) > 20
+    assert rows["E2EL"]["Failure Count"] == "0"
+    assert 50 <= float(rows["E2EL"]["Average Response Time"]) < 200
+    prompts = [tuple(body["prompt"]) for body in fake.bodies]
+    assert len(set(prompts)) == len(prompts)
 
 
 def test_the_verdict_is_the_exit_code(tmp_path):

@@ -1,0 +1,121 @@
+"""The Locust users of `gradmap loadtest`: they send the requests of a file and write a record of each.
+
+ClosedLoopUser sends the next request as soon as its last one has ended, until none is left. OpenLoopUser, of which
+there is one, sends every request when it is due, however many are under way: Locust's own wait times begin when a
+request ends, so that a slow server would be asked less often.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO, Any
+
+import gevent
+from gevent.pool import Group
+from locust import User, constant, events, task
+from locust.exception import StopUser
+
+from gradmap.files import write_json
+from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
+from loadtest.records import RequestRecord, to_json_line
+from loadtest.workload import Request, load_requests
+
+MAX_CONNECTIONS = 4096
+
+
+@events.init_command_line_parser.add_listener
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--requests", required=True, help="JSON file of requests (loadtest.workload)")
+    parser.add_argument("--records", required=True, help="JSON lines file to write, one line per request")
+    parser.add_argument("--usage", required=True, help="JSON file to write: the CPU time of this process")
+    parser.add_argument("--model", dest="served_model", required=True, help="name of the served model")
+    parser.add_argument("--arm", required=True, help="label of the records")
+    parser.add_argument("--pair", type=int, required=True, help="index of the block, for the records")
+    parser.add_argument("--load", required=True, help="name of the load, for the records")
+    parser.add_argument("--request-timeout-s", type=float, default=300.0, help="longest silence of the server")
+
+
+class Block:
+    """The requests still to send, and the file that records go to. Shared by all users of the process."""
+
+    def __init__(self, environment: Any) -> None:
+        self.environment = environment
+        self.options = environment.parsed_options
+        self.labels = Labels(self.options.arm, self.options.pair, self.options.load)
+        self.waiting = deque(load_requests(Path(self.options.requests)))
+        self.unfinished = len(self.waiting)
+        self.file: IO[str] = Path(self.options.records).open("w")  # noqa: SIM115 - closed by close
+        self.started_s, self.started_cpu_s = time.monotonic(), time.process_time()
+
+    def finish(self, record: RequestRecord) -> None:
+        self.file.write(to_json_line(record))
+        self.file.flush()
+        report_to_locust(self.environment, record)
+        self.unfinished -= 1
+        if self.unfinished == 0:
+            gevent.spawn(self.environment.runner.quit)  # from outside: quitting waits for all users, so for this one
+
+    def close(self) -> None:
+        self.file.close()
+        busy_s, length_s = time.process_time() - self.started_cpu_s, time.monotonic() - self.started_s
+        write_json(Path(self.options.usage), {"client_cpu": busy_s / length_s})
+
+
+@events.test_start.add_listener
+def open_block(environment: Any, **_: Any) -> None:
+    environment.block = Block(environment)
+
+
+@events.test_stop.add_listener
+def close_block(environment: Any, **_: Any) -> None:
+    environment.block.close()
+
+
+class FileUser(User):
+    """Completes requests over `connections` connections, which are kept."""
+
+    abstract = True
+    wait_time = constant(0)
+    connections = 1
+
+    def on_start(self) -> None:
+        self.block: Block = self.environment.block
+        self.http = connect(self.host, self.connections, self.block.options.request_timeout_s)
+
+    def on_stop(self) -> None:
+        self.http.close()
+
+    def complete(self, request: Request, scheduled_s: float | None) -> None:
+        model = self.block.options.served_model
+        self.block.finish(stream_completion(self.http, model, request, self.block.labels, scheduled_s))
+
+
+class ClosedLoopUser(FileUser):
+    """Has at most one request under way."""
+
+    @task
+    def complete_next(self) -> None:
+        if not self.block.waiting:
+            raise StopUser
+        self.complete(self.block.waiting.popleft(), None)
+
+
+class OpenLoopUser(FileUser):
+    """Spawns every request when it is due."""
+
+    connections = MAX_CONNECTIONS
+
+    @task
+    def dispatch(self) -> None:
+        started_s = time.monotonic()
+        requests = Group()
+        while self.block.waiting:
+            request = self.block.waiting.popleft()
+            assert request.due_s is not None
+            scheduled_s = started_s + request.due_s
+            gevent.sleep(max(0.0, scheduled_s - time.monotonic()))
+            requests.spawn(self.complete, request, scheduled_s)
+        requests.join()
+        raise StopUser
