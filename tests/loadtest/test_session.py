@@ -23,8 +23,6 @@ from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.loadtest.fake_server import FakeServer, running
 
-pytestmark = pytest.mark.alone
-
 ONE = Load("concurrency", 1)
 
 
@@ -62,6 +60,7 @@ def test_both_arms_get_the_same_token_ids_and_blocks_get_fresh_ones(tmp_path):
         assert (body["temperature"], body["ignore_eos"], body["stream"], body["max_tokens"]) == (0, True, True, 4)
 
 
+@pytest.mark.alone
 def test_tokens_are_stamped_when_they_arrive(tmp_path):
     with running(FakeServer(gap_s=0.2)) as fake:
         records = run(settings(fake, pairs=1, loads=(ONE,), requests_per_load=1), tmp_path)
@@ -85,6 +84,7 @@ def test_a_failed_request_is_recorded_as_failed(tmp_path, fault):
     assert [record.error is None for record in records] == [False, True, False, True]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("processes", [(), ("--processes", "2")])
 def test_the_locust_file_works_by_itself(tmp_path, processes):
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/driver/locustfile.py"), "--headless"]
@@ -158,6 +158,7 @@ def test_bad_input_is_refused(tmp_path, changes, message):
         run_session(LoadTestSettings(**(base | changes)), Measured(tmp_path))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("arrivals", ARRIVALS)
 def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals):
     """Two a second at 0.5 s apiece would be 1 a second, if each waited for the one before."""
@@ -188,6 +189,7 @@ def test_arrivals_vary_as_their_name_says():
         assert statistics.pstdev(gaps) / statistics.mean(gaps) == pytest.approx(expected, abs=0.08)
 
 
+@pytest.mark.alone
 def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     with running(FakeServer(gap_s=0.005)) as fake:
         options = settings(fake, loads=(ONE, Load("poisson", 20.0)), open_loop_s=0.5, slos=(parse_slo("ttft_p50=1s"),))
@@ -216,6 +218,7 @@ def test_the_highest_rate_is_found(limit):
     assert len(tried) == len(set(tried)) < 20
 
 
+@pytest.mark.alone
 def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
     """The server answers one request at a time, in 40 ms: at 25/s, a queue grows."""
     monkeypatch.setattr(loads, "LOWEST_RATE", 5.0)
