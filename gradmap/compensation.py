@@ -6,10 +6,10 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,17 @@ class Pruned:
 
 # Repairs a pruned model, which is left as it was.
 Compensator = Callable[[Pruned], Compensation]
+Item = TypeVar("Item")
+
+
+def correct_in_turn(
+    items: Iterable[Item], correct: Callable[[Item, Changes], Sequence[Correction]]
+) -> tuple[Correction, ...]:
+    """The corrections for one item after the other; each sees those before it that were accepted."""
+    corrections: tuple[Correction, ...] = ()
+    for item in items:
+        corrections += tuple(correct(item, Compensation(corrections).changes))
+    return corrections
 
 
 @torch.inference_mode()

@@ -12,12 +12,13 @@ from gradmap.console import print_json_line, print_table
 from gradmap.errors import UserError
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import ARRIVALS, CONCURRENCY, Load
+from loadtest.settings import DENSE, DENSE_AGAIN, PRUNED, LoadTestSettings
 
 QUICK_PAIRS = 3
 AgainstOption = Annotated[
     Path | None, typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now.")
 ]
-RESERVED_ARMS = ("dense", "dense-again", "pruned")
+RESERVED_ARMS = (DENSE, DENSE_AGAIN, PRUNED)
 
 
 def loadtest(
@@ -68,7 +69,6 @@ def loadtest(
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
     from loadtest.outcome import Gate, read_report, run_load_test
     from loadtest.prompts import Workload
-    from loadtest.settings import PRUNED, LoadTestSettings
     from loadtest.slo import parse_slo
 
     settings = LoadTestSettings(

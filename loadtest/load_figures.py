@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 
 from loadtest.drawing import KEPT_COLOR, PRUNED_COLOR, STYLE, TEXT_COLOR, add_legend, arm_colors, new_figure, to_svg
+from loadtest.loads import readable
 from loadtest.metrics import RequestMetrics, measure, values_of
 from loadtest.records import RequestRecord
 
@@ -171,12 +172,6 @@ def draw_timeline(records: Sequence[RequestRecord], arms: Sequence[str]) -> str:
         axes.set_ylim(bottom=0)
         add_legend(axes, loc="upper right", ncols=len(arms))
         return to_svg(figure)
-
-
-def readable(load: str) -> str:
-    """`poisson_4` -> `poisson 4/s`, `concurrency_8` -> `concurrency 8`."""
-    pattern, _, level = load.partition("_")
-    return f"{pattern} {level}" + ("" if pattern == "concurrency" else "/s")
 
 
 def _measured(records: Sequence[RequestRecord], arm: str, load: str) -> list[RequestMetrics]:

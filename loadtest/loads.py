@@ -29,11 +29,17 @@ class Load:
 
     @property
     def label(self) -> str:
-        return f"{self.pattern} {self.level:g}" + ("/s" if self.is_open else "")
+        return readable(self.name)
 
     @property
     def is_open(self) -> bool:
         return self.pattern != CONCURRENCY
+
+
+def readable(name: str) -> str:
+    """Of Load.name: `poisson_4` -> `poisson 4/s`, `concurrency_8` -> `concurrency 8`."""
+    pattern, _, level = name.partition("_")
+    return f"{pattern} {level}" + ("" if pattern == CONCURRENCY else "/s")
 
 
 def arrival_times(load: Load, count: int, seed: str) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loadtest.load_figures import readable
+from loadtest.loads import readable
 
 # What is shown of a load, with the factor to its unit.
 SHOWN = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import without_layers
-from gradmap.compensation import Compensation, Correction, Pruned, run_and_capture
+from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn, run_and_capture
 from gradmap.compensators.projection import mean_drift, most_drifted
 from gradmap.compensators.ridge import Fit, down_projection_weight, features_and_missing
 from gradmap.console import progress
@@ -45,17 +45,16 @@ def project_with_adam(pruned: Pruned) -> Compensation:
         raise UserError("--compensator projection-adam takes a sample a step; start one process, or use projection.")
     options = pruned.options
     drift = mean_drift(pruned)
-    corrections: tuple[Correction, ...] = ()
-    for layer in most_drifted(drift, options.top_z):
-        changes = Compensation(corrections).changes
+    regularisation = 0.0 if options.unregularised else REGULARISATION
+    samples, seed = len(pruned.calibration.fit_ids), pruned.calibration.seed
+
+    def correct(layer: int, changes: Changes) -> tuple[Correction, ...]:
         place, module = find_map(pruned, layer, options.target)
         start, errors_of = _problem(pruned, place, module, changes)
-        regularisation = 0.0 if options.unregularised else REGULARISATION
-        samples, seed = len(pruned.calibration.fit_ids), pruned.calibration.seed
         *_, update = train_projection(start, errors_of, samples, EPOCHS, seed, regularisation)
-        change = _as_change(update.double().cpu(), module, options.side)
-        corrections += pruned.judge([(place, change)], changes)
-    return Compensation(corrections, drift)
+        return pruned.judge([(place, _as_change(update.double().cpu(), module, options.side))], changes)
+
+    return Compensation(correct_in_turn(most_drifted(drift, options.top_z), correct), drift)
 
 
 def find_map(pruned: Pruned, layer: int, target: str) -> tuple[Place, nn.Module]:

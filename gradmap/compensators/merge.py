@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from gradmap.compensation import Compensation, Correction, Pruned
-from gradmap.corrections import Change, Place, Update, linear_maps, weight_of
+from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn
+from gradmap.corrections import Change, Changes, Place, Update, linear_maps, weight_of
 from gradmap.errors import UserError
 from gradmap.initial_gradients import weight_importances
 from gradmap.manifold import layer_similarities
@@ -55,11 +55,11 @@ def _merge_runs(pruned: Pruned, merge: Merge) -> Compensation:
     """Merges each run of removed layers, front to back, into the retained layer before it; norms and biases stay."""
     if pruned.architecture.expert_down_projections is not None:
         raise UserError("The experts of two layers do not correspond, so these cannot be merged; use sequential.")
-    corrections: tuple[Correction, ...] = ()
-    for before, end in pruned.runs():
-        changes = Compensation(corrections).changes
-        corrections += pruned.judge(_merge_run(pruned, merge, before, end), changes)
-    return Compensation(corrections)
+
+    def correct(run: tuple[int, int], changes: Changes) -> tuple[Correction, ...]:
+        return pruned.judge(_merge_run(pruned, merge, *run), changes)
+
+    return Compensation(correct_in_turn(pruned.runs(), correct))
 
 
 def _merge_run(pruned: Pruned, merge: Merge, before: int, end: int) -> list[tuple[Place, Change]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from gradmap.compensation import Compensation, Correction, Pruned
+from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn
 from gradmap.compensators.ridge import Fit, features_and_missing
 from gradmap.corrections import HIDDEN_STATE, Changes, Place, Projection
 from gradmap.distributed import summed
@@ -24,12 +24,13 @@ from gradmap.errors import UserError
 
 def patch_before_runs(pruned: Pruned) -> Compensation:
     """One P behind the retained layer before each run of removed layers, front to back."""
-    corrections: tuple[Correction, ...] = ()
-    for layer, goal in pruned.runs():
-        changes = Compensation(corrections).changes
+
+    def correct(run: tuple[int, int], changes: Changes) -> tuple[Correction, ...]:
+        layer, goal = run
         patch = Projection(_fit_patch(pruned, layer, goal, changes))
-        corrections += pruned.judge([(Place(layer, HIDDEN_STATE), patch)], changes)
-    return Compensation(corrections)
+        return pruned.judge([(Place(layer, HIDDEN_STATE), patch)], changes)
+
+    return Compensation(correct_in_turn(pruned.runs(), correct))
 
 
 def _fit_patch(pruned: Pruned, layer: int, goal: int, changes: Changes) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import without_layers
-from gradmap.compensation import Compensation, Correction, Pruned, run_and_capture
+from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn, run_and_capture
 from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, fit_correction
 from gradmap.console import progress
+from gradmap.corrections import Changes
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
 
@@ -25,12 +26,12 @@ def project_most_drifted(pruned: Pruned) -> Compensation:
     if options.target != "down":
         raise UserError(f"--target {options.target} has no closed form; use --compensator projection-adam.")
     drift = mean_drift(pruned)
-    corrections: list[Correction] = []
-    for layer in most_drifted(drift, options.top_z):
-        changes = Compensation(tuple(corrections)).changes
-        lambdas = (0.0,) if options.unregularised else RELATIVE_LAMBDAS
-        corrections.append(fit_correction(pruned, Fit(layer, layer, options.side), changes, lambdas))
-    return Compensation(tuple(corrections), drift)
+    lambdas = (0.0,) if options.unregularised else RELATIVE_LAMBDAS
+
+    def correct(layer: int, changes: Changes) -> list[Correction]:
+        return [fit_correction(pruned, Fit(layer, layer, options.side), changes, lambdas)]
+
+    return Compensation(correct_in_turn(most_drifted(drift, options.top_z), correct), drift)
 
 
 def most_drifted(drift: dict[int, float], count: int) -> list[int]:

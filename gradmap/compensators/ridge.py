@@ -57,18 +57,18 @@ class Fit:
 class ClosedForm:
     """The change that a Fit finds, for any lambda: relative to the mean diagonal of the matrix that it is added to."""
 
-    def __init__(self, fit: Fit, gram: Tensor, cross: Tensor, weight: Tensor) -> None:
-        """gram: F F^T (f, f), cross: D F^T (d, f); weight: W_down (d, k) float64."""
+    def __init__(self, fit: Fit, gram: Tensor, cross: Tensor, weight: Tensor | None) -> None:
+        """gram: F F^T (f, f), cross: D F^T (d, f); weight: W_down (d, k) float64, for `right`."""
         self._fit, self._gram, self._cross, self._weight = fit, gram, cross, weight
         self._scale = gram.diagonal().mean().item()
-        if fit.kind == "right":
+        if weight is not None:
             self._scale *= weight.square().sum(dim=0).mean().item()
 
     def solve(self, relative_lambda: float) -> tuple[Change, float]:
         """The change, and lambda. Raises UserError where there is no solution without regularisation."""
         lam = relative_lambda * self._scale
         try:
-            if self._fit.kind == "right":
+            if self._weight is not None:
                 return Update(self._weight @ solve_right(self._gram, self._cross, self._weight, lam)), lam
             solution = solve_ridge(self._gram, self._cross, lam)
         except RuntimeError:  # torch's LinAlgError
@@ -80,9 +80,10 @@ class ClosedForm:
 
 def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence[float]) -> Correction:
     """The change with the lambda (relative, of `lambdas`) of the lowest held-out loss, on top of `changes`."""
-    if fit.kind != "left" and pruned.architecture.expert_down_projections is not None:
-        raise UserError("A mixture of experts has many down projections, which cannot be refitted; use sequential.")
-    closed_form = ClosedForm(fit, *accumulate_gram(pruned, fit, changes), down_projection_weight(pruned, fit.layer))
+    if fit.kind != "left":
+        _require_one_down_projection(pruned)
+    weight = down_projection_weight(pruned, fit.layer) if fit.kind == "right" else None
+    closed_form = ClosedForm(fit, *accumulate_gram(pruned, fit, changes), weight)
     place = Place(fit.layer, pruned.architecture.down_projection)
     candidates = []
     with progress(f"Choosing lambda for layer {fit.layer} on held-out samples", 1 + len(lambdas)) as advance:
@@ -173,11 +174,15 @@ def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tens
 
 
 def down_projection_weight(pruned: Pruned, layer: int) -> Tensor:
-    """W_down (d, k) float64; of a mixture of experts (0, 0), for each expert has its own."""
-    if pruned.architecture.expert_down_projections is not None:
-        return torch.zeros(0, 0, dtype=torch.float64)
+    """W_down (d, k) float64. Raises UserError for a mixture of experts, each of which has its own."""
+    _require_one_down_projection(pruned)
     module = pruned.architecture.down_projection_of(pruned.architecture.layer_list(pruned.model)[layer])
     return weight_of(module).double().cpu()
+
+
+def _require_one_down_projection(pruned: Pruned) -> None:
+    if pruned.architecture.expert_down_projections is not None:
+        raise UserError("A mixture of experts has many down projections, which cannot be refitted; use sequential.")
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ runs see what earlier corrections did.
 
 from __future__ import annotations
 
-from gradmap.compensation import Compensation, Correction, Pruned
+from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn
 from gradmap.compensators.ridge import Fit, fit_correction
+from gradmap.corrections import Changes
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
 RELATIVE_LAMBDAS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -24,9 +25,7 @@ def refit_before_runs(pruned: Pruned) -> Compensation:
 
 
 def _fit_before_runs(pruned: Pruned, kind: str) -> Compensation:
-    corrections: list[Correction] = []
-    for layer, goal in pruned.runs():
-        changes = Compensation(tuple(corrections)).changes
-        fit = Fit(layer, goal, kind, weighted=True)
-        corrections.append(fit_correction(pruned, fit, changes, RELATIVE_LAMBDAS))
-    return Compensation(tuple(corrections))
+    def correct(run: tuple[int, int], changes: Changes) -> list[Correction]:
+        return [fit_correction(pruned, Fit(*run, kind, weighted=True), changes, RELATIVE_LAMBDAS)]
+
+    return Compensation(correct_in_turn(pruned.runs(), correct))

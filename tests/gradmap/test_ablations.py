@@ -1,0 +1,94 @@
+"""The ablations of GradMAP's stage 2: other sides, other maps, more layers, no regularisation."""
+
+import pytest
+import torch
+
+from gradmap.compensation import run_and_capture
+from gradmap.compensators import COMPENSATORS
+from gradmap.compensators.ridge import Fit, accumulate_gram, down_projection_weight, solve_right
+from gradmap.corrections import Projection, Update, pruned_and_corrected
+from gradmap.errors import UserError
+from gradmap.plan import load_plan
+from tests.command_line import gradmap
+from tests.gradmap.test_baselines import prune
+from tests.gradmap.test_prune import prune_arguments
+
+
+def lacking(pruned, correction):
+    """Squared distance of the corrected layer's output from the dense model's, without and with the correction."""
+    ids = pruned.calibration.fit_ids
+    layer = pruned.architecture.layer_list(pruned.model)[correction.place.layer]
+    ((_, wanted),) = run_and_capture(pruned.model, [layer], ids)
+    for changes in ({}, {correction.place: (correction.change,)}):
+        with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
+            ((_, given),) = run_and_capture(pruned.model, [layer], ids)
+        yield (wanted - given).square().sum().item()
+
+
+def test_the_right_side_in_closed_form_is_least_squares(picos, input_ids):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (1, 3))
+    gram, cross = accumulate_gram(pruned, Fit(4, 4, "right"), {})
+    weight = down_projection_weight(pruned, 4)
+    lam = 0.1 * gram.diagonal().mean().item() * weight.square().sum(dim=0).mean().item()
+    # minimise |D - W S X|^2 + lam |S|^2 over vec(S): (X X^T kron W^T W + lam I) vec(S) = vec(W^T D X^T)
+    system = torch.kron(gram, weight.mT @ weight) + lam * torch.eye(len(gram) ** 2, dtype=torch.float64)
+    expected = torch.linalg.solve(system, (weight.mT @ cross).mT.flatten()).reshape(len(gram), len(gram)).mT
+    torch.testing.assert_close(solve_right(gram, cross, weight, lam), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["projection", "projection-adam"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_either_side_of_the_down_projection_lowers_what_the_layer_lacks(picos, input_ids, name, side):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (1, 3), side=side)
+    (correction,) = COMPENSATORS[name](pruned).corrections
+    assert isinstance(correction.change, Projection if side == "left" else Update)
+    before, after = lacking(pruned, correction)
+    assert after < before
+
+
+def test_the_layers_that_drifted_most_are_repaired_front_to_back(picos, input_ids):
+    pruned = prune(picos["llama"], input_ids, (1, 3), top_z=2)
+    compensation = COMPENSATORS["projection"](pruned)
+    drift = compensation.drift
+    assert [one.place.layer for one in compensation.corrections] == sorted(sorted(drift, key=drift.get)[-2:])
+    with pytest.raises(UserError, match="only 3 layers are left"):
+        COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), top_z=4))
+
+
+def test_other_maps_are_trained_through_the_layer(picos, input_ids):
+    pico = picos["llama"]
+    pruned = prune(pico, input_ids, (1, 3), target="gate")
+    with pytest.raises(UserError, match="use --compensator projection-adam"):
+        COMPENSATORS["projection"](pruned)
+    (correction,) = COMPENSATORS["projection-adam"](pruned).corrections
+    assert correction.place.target == "mlp.gate_proj"
+    before, after = lacking(pruned, correction)
+    assert after < before
+    with pytest.raises(UserError, match=r"no q_proj; the linear maps of a layer are attn\.c_attn"):
+        COMPENSATORS["projection-adam"](prune(picos["gpt2"], input_ids, (1, 3), target="q"))
+
+
+def test_without_eq_12_nothing_is_regularised(picos, input_ids):
+    (correction,) = COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), unregularised=True)).corrections
+    assert correction.lam == 0.0
+    (trained,) = COMPENSATORS["projection-adam"](
+        prune(picos["llama"], input_ids, (1, 3), unregularised=True)
+    ).corrections
+    assert trained.place == correction.place
+
+
+def test_ablations_on_the_command_line(picos, word_file, tmp_path):
+    arguments = prune_arguments(picos["llama"], word_file, tmp_path / "plan")
+    finished = gradmap(*arguments, "--top-z", 2, "--side", "right")
+    assert finished.returncode == 0, finished.stderr
+    plan = load_plan(tmp_path / "plan")
+    assert [one.kind for one in plan.corrections] == ["update", "update"]
+    for changes, message in (
+        (("--side", "top"), "give left or right"),
+        (("--compensator", "refit", "--top-z", 2), "are for --compensator projection"),
+    ):
+        finished = gradmap(*arguments, *changes)
+        assert finished.returncode == 2
+        assert message in finished.stderr
