@@ -18,6 +18,7 @@ QUICK_PAIRS = 3
 AgainstOption = Annotated[
     Path | None, typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now.")
 ]
+ParquetOption = Annotated[bool, typer.Option("--parquet", help="Write the raw records as Parquet too.")]
 RESERVED_ARMS = (DENSE, DENSE_AGAIN, PRUNED)
 
 
@@ -63,12 +64,15 @@ def loadtest(
     vllm_flag: Annotated[
         list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")
     ] = None,
+    processes: Annotated[int, typer.Option(help="That send requests: Locust workers on this machine.")] = 1,
     against: AgainstOption = None,
+    parquet: ParquetOption = False,
     json_line: JsonOption = False,
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
     from loadtest.outcome import Gate, read_report, run_load_test
     from loadtest.prompts import Workload
+    from loadtest.records import read_measurements, write_parquet
     from loadtest.slo import parse_slo
 
     settings = LoadTestSettings(
@@ -85,9 +89,13 @@ def loadtest(
         vocabulary=vocabulary,
         tokenizer=tokenizer,
         vllm_flags=tuple(vllm_flag or ()),
+        processes=processes,
     )
     gate = Gate(require_speedup, read_report(against) if against else None)
-    return _finish(run_load_test(settings, gate, out), json_line)
+    result = run_load_test(settings, gate, out)
+    if parquet:
+        write_parquet(out, read_measurements(out))
+    return _finish(result, json_line)
 
 
 def report(
@@ -96,13 +104,18 @@ def report(
         float | None, typer.Option(help="TPOT speed-up that the verdict asks for; default: what was asked before.")
     ] = None,
     against: AgainstOption = None,
+    parquet: ParquetOption = False,
     json_line: JsonOption = False,
 ) -> int:
     """Compute a load test's report and verdict anew from its raw records."""
     from loadtest.outcome import read_report, report_again
+    from loadtest.records import read_measurements, write_parquet
 
     earlier = read_report(against) if against else None
-    return _finish(report_again(directory, require_speedup, earlier), json_line)
+    result = report_again(directory, require_speedup, earlier)
+    if parquet:
+        write_parquet(directory, read_measurements(directory))
+    return _finish(result, json_line)
 
 
 def run(

@@ -1,4 +1,4 @@
-"""One load: Locust sends it in a process of its own, and what it saw is read back."""
+"""One load: Locust sends it in processes of its own, and what they saw is read back."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx
 
-from gradmap.console import progress
 from gradmap.errors import UserError
 from gradmap.files import read_json
 from gradmap.openai_api import authorization
+from loadtest.board import Board
 from loadtest.loads import Load
 from loadtest.prompts import Prompts
-from loadtest.records import BlockRecord, RequestRecord, read_records
+from loadtest.records import BlockRecord, Measurements, RequestRecord
+from loadtest.resources import sampled
 from loadtest.settings import Block, LoadTestSettings
 from loadtest.workload import draw_requests, save_requests
+from serving.server import free_port, kill_group
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
 LOCUSTFILE = Path(__file__).parent / "driver" / "session_users.py"
@@ -30,6 +32,7 @@ LOCUSTFILE = Path(__file__).parent / "driver" / "session_users.py"
 WARM_UP_PAIR, SEARCH_PAIR = -1, -2
 # No block may run longer than this, whatever the server does.
 BLOCK_TIMEOUT_S = 900
+POLL_S = 0.5
 # vLLM counts a token a moment after it has sent it.
 COUNTER_WAIT_S = 3.0
 
@@ -40,26 +43,66 @@ class Endpoint:
     model: str
 
 
-def run_load(
-    endpoint: Endpoint, settings: LoadTestSettings, prompts: Prompts, block: Block, load: Load, out: Path
-) -> tuple[list[RequestRecord], BlockRecord]:
+@dataclass(frozen=True)
+class Bench:
+    """What is the same for all loads of a session. out: directory for logs."""
+
+    settings: LoadTestSettings
+    prompts: Prompts
+    board: Board
+    out: Path
+
+
+@dataclass
+class RecordFiles:
+    """Records that Locust's processes are writing into a directory, each into a file of its own."""
+
+    directory: Path
+    _seen: dict[Path, int] = field(default_factory=dict)
+
+    def read_new(self) -> list[RequestRecord]:
+        """Whole lines that were written since the last call."""
+        records = []
+        for path in sorted(self.directory.iterdir()):
+            with path.open("rb") as file:
+                file.seek(self._seen.get(path, 0))
+                written = file.read()
+            whole = written[: written.rfind(b"\n") + 1]
+            self._seen[path] = self._seen.get(path, 0) + len(whole)
+            records += [RequestRecord.model_validate_json(line) for line in whole.splitlines()]
+        return records
+
+
+def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Measurements:
     """Lets Locust send one load; prompts and arrivals depend on pair and load, not on the arm."""
+    settings = bench.settings
     count = settings.requests_at(load)
-    requests = draw_requests(prompts, f"{block.pair}-{load.name}", count, load, settings.workload.seed)
+    requests = draw_requests(bench.prompts, f"{block.pair}-{load.name}", count, load, settings.workload.seed)
     stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(block.pair, f"pair {block.pair + 1}")
-    with TemporaryDirectory(dir=out, prefix=".load-") as directory:
-        files = {kind: Path(directory, f"{kind}.json") for kind in ("requests", "records", "usage")}
+    shown = bench.board.load(block.arm, stay, load, count)
+    records: list[RequestRecord] = []
+    with TemporaryDirectory(dir=bench.out, prefix=".load-") as directory:
+        files = {kind: Path(directory, kind) for kind in ("requests", "records", "usage")}
         save_requests(files["requests"], requests)
-        files["records"].write_text("")
+        files["records"].mkdir()
+        files["usage"].mkdir()
+        arriving = RecordFiles(files["records"])
+
+        def look() -> None:
+            records.extend(arriving.read_new())
+            shown.update(records)
+
         tokens_before = generated_tokens(endpoint.url)
-        with progress(f"{block.arm}: {stay}, {load.label} (requests)", count) as advance:
-            command = _locust_command(endpoint, block, load, files)
-            _run_locust(command, files["records"], advance, out / "locust.log")
-        records, usage = read_records(files["records"]), read_json(files["usage"])
+        with sampled(block.arm, block.pair, load.name) as resources:
+            _run_locust(_locust_command(endpoint, block, load, settings.processes_at(load), files), look, bench.out)
+        busy = [read_json(path)["client_cpu"] for path in files["usage"].iterdir()]
+    shown.end(records)
+    records.sort(key=lambda record: record.sent_s)
     seen = sum(record.completion_tokens for record in records)
     server_tokens = None if tokens_before is None else _tokens_since(endpoint.url, tokens_before, seen)
-    measured = {"client_cpu": usage["client_cpu"], "server_tokens": server_tokens}
-    return records, BlockRecord(arm=block.arm, pair=block.pair, load=load.name, **measured)
+    place = {"arm": block.arm, "pair": block.pair, "load": load.name}
+    described = BlockRecord(**place, client_cpu=max(busy), server_tokens=server_tokens)
+    return Measurements(tuple(records), (described,), tuple(resources))
 
 
 def generated_tokens(url: str) -> int | None:
@@ -81,8 +124,10 @@ def _tokens_since(url: str, before: int, expected: int) -> int | None:
     return None
 
 
-def _locust_command(endpoint: Endpoint, block: Block, load: Load, files: Mapping[str, Path]) -> list[str]:
-    users = 1 if load.is_open else int(load.level)
+def _locust_command(
+    endpoint: Endpoint, block: Block, load: Load, processes: int, files: Mapping[str, Path]
+) -> list[str]:
+    users = processes if load.is_open else int(load.level)
     return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"),
         *("--users", str(users), "--spawn-rate", str(users), "--host", endpoint.url),
@@ -90,23 +135,31 @@ def _locust_command(endpoint: Endpoint, block: Block, load: Load, files: Mapping
         *("--model", endpoint.model, "--arm", block.arm, "--pair", str(block.pair), "--load", load.name),
         # failed requests are in the records; Locust itself must not fail for them
         *("--run-time", f"{BLOCK_TIMEOUT_S}s", "--exit-code-on-error", "0"),
+        *(_worker_flags(processes) if processes > 1 else ()),
         "OpenLoopUser" if load.is_open else "ClosedLoopUser",
     ]
 
 
-def _run_locust(command: list[str], records_file: Path, advance: Callable[[int], None], log: Path) -> None:
-    seen = 0
+def _worker_flags(processes: int) -> tuple[str, ...]:
+    """Locust's own workers, with a master that only this machine can reach."""
+    port = str(free_port())
+    here = ("--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port)
+    return ("--processes", str(processes), *here)
+
+
+def _run_locust(command: list[str], look: Callable[[], None], out: Path) -> None:
+    log = out / "locust.log"
     with log.open("ab") as log_file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+        )
         try:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(1.0)
-                lines = records_file.read_text().count("\n")
-                advance(lines - seen)
-                seen = lines
+                    process.wait(POLL_S)
+                look()
         finally:
-            process.kill()
+            kill_group(process.pid)  # the workers too
             process.wait()
     if process.returncode != 0:
         raise UserError(f"Locust ended with code {process.returncode}; its log is {log}.")

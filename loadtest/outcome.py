@@ -17,14 +17,15 @@ from loadtest.loads import Load
 from loadtest.metrics import summarise_load
 from loadtest.page import render_junit, render_page, render_summary
 from loadtest.prompts import Workload
-from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, read_blocks, read_records
-from loadtest.session import Measured, run_session
+from loadtest.records import RECORDS_FILE, Measurements, RequestRecord, read_measurements
+from loadtest.resources import summarise_resources
+from loadtest.schema import SCHEMA_VERSION, Comparison, Ideal, LoadReport, Report
+from loadtest.session import Session, run_session
 from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings, is_url
 from loadtest.slo import Slo
-from loadtest.statistics import SpeedUp, compute_speed_ups, find_faults, find_losses, headline, judge
+from loadtest.statistics import compute_speed_ups, find_faults, find_losses, headline, judge
 
 REPORT_FILE = "report.json"
-SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ def run_load_test(settings: LoadTestSettings, gate: Gate, out: Path) -> dict[str
     A session that breaks off leaves a report too, which says INVALID.
     """
     refuse_foreign_directory(out, RECORDS_FILE)
-    measured = Measured(out)
+    session = Session(out)
     try:
-        run_session(settings, measured)
+        run_session(settings, session)
     except BaseException:  # an interruption too
-        if measured.records:
-            _write_report(measured, settings, gate)
+        if session.measured.requests:
+            _write_report(session, settings, gate)
         raise
-    return _write_report(measured, settings, gate)
+    return _write_report(session, settings, gate)
 
 
-def _write_report(measured: Measured, settings: LoadTestSettings, gate: Gate) -> dict[str, Any]:
+def _write_report(session: Session, settings: LoadTestSettings, gate: Gate) -> dict[str, Any]:
     facts = Facts(describe_environment(), measure_sizes(settings))
-    report = build_report(measured.records, measured.blocks, settings, gate, facts)
-    write_all(measured.directory, report, measured.records)
+    report = build_report(session.measured, settings, gate, facts)
+    write_all(session.directory, report, session.measured.requests)
     return report
 
 
@@ -73,10 +74,10 @@ def report_again(directory: Path, required_speed_up: float | None, earlier: dict
     """
     before = read_report(directory / REPORT_FILE)
     gate = Gate(before["required_speedup"] if required_speed_up is None else required_speed_up, earlier)
-    records, blocks = read_records(directory / RECORDS_FILE), read_blocks(directory / BLOCKS_FILE)
+    measured = read_measurements(directory)
     facts = Facts(before["environment"], {arm: WeightBytes(**size) for arm, size in before["weight_bytes"].items()})
-    report = build_report(records, blocks, load_settings(before["settings"]), gate, facts)
-    write_all(directory, report, records)
+    report = build_report(measured, load_settings(before["settings"]), gate, facts)
+    write_all(directory, report, measured.requests)
     return report
 
 
@@ -113,40 +114,32 @@ def load_settings(stored: Mapping[str, Any]) -> LoadTestSettings:
     return LoadTestSettings(**{**stored, **changes})
 
 
-def build_report(
-    records: Sequence[RequestRecord],
-    blocks: Sequence[BlockRecord],
-    settings: LoadTestSettings,
-    gate: Gate,
-    facts: Facts,
-) -> dict[str, Any]:
-    """Computes report.json from raw records. Nothing but faults is concluded from records with faults.
-
-    `speedup` and `reason` are those of the first candidate; the verdict is the worst of all.
-    """
-    of_search = [record for record in records if record.pair == SEARCH_PAIR]
-    records = [record for record in records if record.pair >= 0]
-    faults = find_faults(records, [block for block in blocks if block.pair >= 0], settings.expected_records)
-    invalid = Judgement(Verdict.INVALID, "; ".join(faults))
+def build_report(measured: Measurements, settings: LoadTestSettings, gate: Gate, facts: Facts) -> dict[str, Any]:
+    """Computes report.json, a Report, from what was measured. Nothing but faults is concluded if there are any."""
+    of_search = [record for record in measured.requests if record.pair == SEARCH_PAIR]
+    measured = measured.of_pairs()
+    records = measured.requests
+    faults = find_faults(measured, settings.loads, settings.expected_records)
     candidates = {
-        arm: _describe_invalid(invalid) if faults else _compare(records, arm, settings, gate, facts.sizes)
+        arm: _invalid(faults) if faults else _compare(records, arm, settings, gate, facts.sizes)
         for arm in settings.candidates
     }
     first = next(iter(candidates.values()))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "verdict": str(worst(Verdict(one["verdict"]) for one in candidates.values())),
-        "reason": first["reason"],
-        "required_speedup": gate.required_speed_up,
-        "speedup": first["speedup"],
-        "candidates": candidates,
-        "highest_rate": {arm: _highest_rate(of_search, arm, settings) for arm in settings.arms if of_search},
-        "noise": {} if faults else _noise(records, settings),
-        "arms": {arm: _summarise_arm(records, arm, settings) for arm in settings.arms},
-        "weight_bytes": {arm: asdict(size) for arm, size in facts.sizes.items()},
-        "settings": asdict(settings),
-        "environment": facts.environment,
-    }
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        verdict=str(worst(Verdict(one.verdict) for one in candidates.values())),
+        reason=first.reason,
+        required_speedup=gate.required_speed_up,
+        speedup=first.speedup,
+        candidates=candidates,
+        highest_rate={arm: _highest_rate(of_search, arm, settings) for arm in settings.arms if of_search},
+        noise={} if faults else _noise(records, settings),
+        arms={arm: _summarise_arm(measured, arm, settings) for arm in settings.arms},
+        weight_bytes=dict(facts.sizes),
+        settings=settings,
+        environment=facts.environment,
+    )
+    return asdict(report)
 
 
 def _compare(
@@ -155,39 +148,22 @@ def _compare(
     settings: LoadTestSettings,
     gate: Gate,
     sizes: Mapping[str, WeightBytes],
-) -> dict[str, Any]:
-    """ideal: metric -> the ceiling of the speed-up, and what share of it was measured, where sizes are known.
-
-    before: the speed-ups of an earlier test, where it had the same candidate.
-    """
+) -> Comparison:
     by_load = {load.name: compute_speed_ups(records, arm, DENSE, load) for load in settings.loads}
     main = headline(by_load, settings.loads)
     before = gate.earlier["candidates"].get(arm, {}).get("speedup", {}) if gate.earlier else {}
     judgement = judge(main["tpot"], gate.required_speed_up)
     if lost := find_losses(main, before):
         judgement = Judgement(Verdict.FAIL, f"less than in the earlier test: {'; '.join(lost)}")
-    ceilings = ideal_speed_ups(sizes, arm, DENSE)
-    return {
-        "verdict": str(judgement.verdict),
-        "reason": judgement.reason,
-        "speedup": _described(main),
-        "before": before,
-        "ideal": {
-            metric: {"value": ceiling, "fraction": main[metric].value / ceiling} for metric, ceiling in ceilings.items()
-        },
-        "loads": {name: _described(speed_ups) for name, speed_ups in by_load.items()},
+    ideal = {
+        metric: Ideal(ceiling, main[metric].value / ceiling)
+        for metric, ceiling in ideal_speed_ups(sizes, arm, DENSE).items()
     }
+    return Comparison(str(judgement.verdict), judgement.reason, main, before, ideal, by_load)
 
 
-def _describe_invalid(judgement: Judgement) -> dict[str, Any]:
-    return {
-        "verdict": str(judgement.verdict),
-        "reason": judgement.reason,
-        "speedup": {},
-        "before": {},
-        "ideal": {},
-        "loads": {},
-    }
+def _invalid(faults: Sequence[str]) -> Comparison:
+    return Comparison(str(Verdict.INVALID), "; ".join(faults), {}, {}, {}, {})
 
 
 def _noise(records: Sequence[RequestRecord], settings: LoadTestSettings) -> dict[str, dict[str, float]]:
@@ -196,10 +172,6 @@ def _noise(records: Sequence[RequestRecord], settings: LoadTestSettings) -> dict
         return {}
     measured = {load.name: compute_speed_ups(records, DENSE_AGAIN, DENSE, load) for load in settings.loads}
     return {name: {metric: one.value for metric, one in of_load.items()} for name, of_load in measured.items()}
-
-
-def _described(speed_ups: Mapping[str, SpeedUp]) -> dict[str, Any]:
-    return {metric: asdict(value) for metric, value in speed_ups.items()}
 
 
 def _highest_rate(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings) -> float:
@@ -216,11 +188,10 @@ def _highest_rate(records: Sequence[RequestRecord], arm: str, settings: LoadTest
     )
 
 
-def _summarise_arm(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings) -> dict[str, Any]:
-    of_arm = [record for record in records if record.arm == arm]
-    return {
-        load.name: asdict(
-            summarise_load([record for record in of_arm if record.load == load.name], load.name, settings.slos)
-        )
-        for load in settings.loads
-    }
+def _summarise_arm(measured: Measurements, arm: str, settings: LoadTestSettings) -> dict[str, LoadReport]:
+    summaries = {}
+    for load in settings.loads:
+        records = [record for record in measured.requests if (record.arm, record.load) == (arm, load.name)]
+        summary = summarise_load(records, load.name, settings.slos)
+        summaries[load.name] = LoadReport(**vars(summary), resources=summarise_resources(measured, arm, load.name))
+    return summaries

@@ -92,6 +92,7 @@ class LoadTestSection(_Section):
     length_spread: float | None = None
     shared_prefix: int | None = None
     prompts: str | None = None
+    processes: int | None = None
     seed: int | None = None
     vllm_flag: list[str] | None = None
 

@@ -1,8 +1,11 @@
-"""The seam between load test and report: one JSON line per request and one per block, raw measurements only."""
+"""The seam between load test and report: one JSON line per request, per block and per sample of the machine's use.
+
+Raw measurements only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gradmap.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RECORDS_FILE = "records.jsonl"
 BLOCKS_FILE = "blocks.jsonl"
+RESOURCES_FILE = "resources.jsonl"
 
 
 class _Record(BaseModel):
@@ -46,7 +50,8 @@ class RequestRecord(_Record):
 
 
 class BlockRecord(_Record):
-    """What is known of one load of a block. client_cpu: the load generator's CPU time over the time it ran.
+    """What is known of one load of a block. client_cpu: the load generator's CPU time over the time it ran, of its
+    busiest process.
 
     server_tokens: by how much vLLM's own count of generated tokens rose; None where the server does not tell.
     """
@@ -58,21 +63,92 @@ class BlockRecord(_Record):
     server_tokens: int | None
 
 
-AnyRecord = TypeVar("AnyRecord", RequestRecord, BlockRecord)
+class GpuSample(BaseModel):
+    """utilisation: share of the time in which it computed; None for what the card does not tell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    utilisation: float | None
+    memory_bytes: int | None
+    power_w: float | None
+    clock_mhz: float | None
+    throttled: bool | None
 
 
-def to_json_line(record: RequestRecord | BlockRecord) -> str:
+class ResourceSample(_Record):
+    """The whole machine at one moment of a block. cpu: share of all cores since the sample before."""
+
+    arm: str
+    pair: int
+    load: str
+    time_s: float
+    cpu: float
+    memory_bytes: int
+    gpus: tuple[GpuSample, ...]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All that was measured; every number of a report follows from it."""
+
+    requests: tuple[RequestRecord, ...] = ()
+    blocks: tuple[BlockRecord, ...] = ()
+    resources: tuple[ResourceSample, ...] = ()
+
+    def __add__(self, other: Measurements) -> Measurements:
+        return Measurements(
+            self.requests + other.requests, self.blocks + other.blocks, self.resources + other.resources
+        )
+
+    def of_pairs(self) -> Measurements:
+        """Without what belongs to no pair: the search for the highest rate."""
+        return Measurements(
+            tuple(record for record in self.requests if record.pair >= 0),
+            tuple(block for block in self.blocks if block.pair >= 0),
+            tuple(sample for sample in self.resources if sample.pair >= 0),
+        )
+
+
+AnyRecord = TypeVar("AnyRecord", RequestRecord, BlockRecord, ResourceSample)
+
+
+def to_json_line(record: _Record) -> str:
     return record.model_dump_json() + "\n"
 
 
-def read_records(path: Path) -> list[RequestRecord]:
-    """Reads a records file; raises UserError at a line that is no record."""
-    return _read(path, RequestRecord)
+def start_files(directory: Path) -> None:
+    """Empties the files of an earlier test."""
+    for name in _files(Measurements()):
+        (directory / name).write_text("")
 
 
-def read_blocks(path: Path) -> list[BlockRecord]:
-    """The same for a file of blocks."""
-    return _read(path, BlockRecord)
+def append_measurements(directory: Path, measured: Measurements) -> None:
+    for name, records in _files(measured).items():
+        with (directory / name).open("a") as file:
+            file.writelines(map(to_json_line, records))
+
+
+def read_measurements(directory: Path) -> Measurements:
+    """Raises UserError if a file is missing, or at a line that is no record."""
+    return Measurements(
+        tuple(_read(directory / RECORDS_FILE, RequestRecord)),
+        tuple(_read(directory / BLOCKS_FILE, BlockRecord)),
+        tuple(_read(directory / RESOURCES_FILE, ResourceSample)),
+    )
+
+
+def write_parquet(directory: Path, measured: Measurements) -> None:
+    """The same as Parquet, a file beside each; lists stay lists."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for name, records in _files(measured).items():
+        table = pyarrow.Table.from_pylist([record.model_dump() for record in records])
+        parquet.write_table(table, (directory / name).with_suffix(".parquet"))
+
+
+def _files(measured: Measurements) -> dict[str, Sequence[_Record]]:
+    return {RECORDS_FILE: measured.requests, BLOCKS_FILE: measured.blocks, RESOURCES_FILE: measured.resources}
 
 
 def _read(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:

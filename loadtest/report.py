@@ -18,7 +18,7 @@ from loadtest import figures
 from loadtest.load_figures import Drawing, draw_load_test
 from loadtest.outcome import REPORT_FILE
 from loadtest.page import as_markup, render_template
-from loadtest.records import RECORDS_FILE, read_records
+from loadtest.records import read_measurements
 from loadtest.table import speed_up_lines
 
 
@@ -31,7 +31,7 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
     load_report = read_json(out / "loadtest" / REPORT_FILE)
     result = build_result(out, load_report, timings_s)
     write_json(out / "result.json", result)
-    records = read_records(out / "loadtest" / RECORDS_FILE)
+    records = read_measurements(out / "loadtest").requests
     drawings = {
         "importance": figures.draw_importance(plan),
         "perplexity": figures.draw_perplexity(result) if result["texts"] else "",

@@ -14,11 +14,12 @@ from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.files import read_json
 from gradmap.openai_api import authorization, served_model
-from loadtest.driving import SEARCH_PAIR, WARM_UP_PAIR, Endpoint, run_load
+from loadtest.board import Board
+from loadtest.driving import SEARCH_PAIR, WARM_UP_PAIR, Bench, Endpoint, run_load
 from loadtest.loads import CONCURRENCY, Load, find_highest_rate
 from loadtest.metrics import summarise_load
 from loadtest.prompts import Prompts, RandomPrompts, TextPrompts
-from loadtest.records import BLOCKS_FILE, RECORDS_FILE, BlockRecord, RequestRecord, to_json_line
+from loadtest.records import Measurements, append_measurements, start_files
 from loadtest.settings import DENSE_AGAIN, Block, LoadTestSettings, check_settings, is_url, schedule
 from serving.server import Server, ServerSettings, free_port
 
@@ -28,61 +29,57 @@ SEARCH_ARRIVALS = "poisson"
 
 
 @dataclass
-class Measured:
-    """What a session has measured so far; also in `directory`, as soon as each load ends."""
+class Session:
+    """What was measured so far; also in `directory`, as soon as each load ends."""
 
     directory: Path
-    records: list[RequestRecord] = field(default_factory=list)
-    blocks: list[BlockRecord] = field(default_factory=list)
+    measured: Measurements = field(default_factory=Measurements)
 
     def start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for name in (RECORDS_FILE, BLOCKS_FILE):
-            (self.directory / name).write_text("")
+        start_files(self.directory)
 
-    def add(self, records: list[RequestRecord], block: BlockRecord) -> None:
-        with (self.directory / RECORDS_FILE).open("a") as file:
-            file.writelines(map(to_json_line, records))
-        with (self.directory / BLOCKS_FILE).open("a") as file:
-            file.write(to_json_line(block))
-        self.records += records
-        self.blocks.append(block)
+    def add(self, measured: Measurements) -> None:
+        append_measurements(self.directory, measured)
+        self.measured += measured
 
 
-def run_session(settings: LoadTestSettings, measured: Measured) -> None:
+def run_session(settings: LoadTestSettings, session: Session) -> None:
     """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until then stays."""
     check_settings(settings)
     prompts = _open_prompts(settings)
-    measured.start()
-    for arm, blocks in _consecutive(schedule(settings), fresh=settings.interleaved):
-        with _warm_endpoint(settings, prompts, arm, measured.directory) as endpoint:
-            for block in blocks:
-                for load in settings.loads:
-                    measured.add(*run_load(endpoint, settings, prompts, block, load, measured.directory))
-    for arm in settings.arms if settings.find_rate else ():
-        with _warm_endpoint(settings, prompts, arm, measured.directory) as endpoint:
-            _search_rate(endpoint, settings, prompts, arm, measured)
+    session.start()
+    stays = list(_consecutive(schedule(settings), fresh=settings.interleaved))
+    board = Board(len(stays) + sum(len(blocks) for _, blocks in stays) * len(settings.loads))
+    bench = Bench(settings, prompts, board, session.directory)
+    with board.showing():
+        for arm, blocks in stays:
+            with _warm_endpoint(bench, arm) as endpoint:
+                for block in blocks:
+                    for load in settings.loads:
+                        session.add(run_load(endpoint, bench, block, load))
+        for arm in settings.arms if settings.find_rate else ():
+            with _warm_endpoint(bench, arm) as endpoint:
+                _search_rate(endpoint, bench, arm, session)
 
 
-def _search_rate(
-    endpoint: Endpoint, settings: LoadTestSettings, prompts: Prompts, arm: str, measured: Measured
-) -> None:
+def _search_rate(endpoint: Endpoint, bench: Bench, arm: str, session: Session) -> None:
     """Measures open loops up to the highest rate that meets the SLOs. Which that is, the records tell."""
 
     def meets(rate: float) -> bool:
         load = Load(SEARCH_ARRIVALS, rate)
-        records, block = run_load(endpoint, settings, prompts, Block(arm, SEARCH_PAIR), load, measured.directory)
-        measured.add(records, block)
-        return bool(summarise_load(records, load.name, settings.slos).meets_slos)
+        measured = run_load(endpoint, bench, Block(arm, SEARCH_PAIR), load)
+        session.add(measured)
+        return bool(summarise_load(measured.requests, load.name, bench.settings.slos).meets_slos)
 
     find_highest_rate(meets)
 
 
 @contextmanager
-def _warm_endpoint(settings: LoadTestSettings, prompts: Prompts, arm: str, out: Path) -> Iterator[Endpoint]:
-    with _open_endpoint(settings, arm, out) as endpoint:
-        warm_up = replace(settings, requests_per_load=WARM_UP_REQUESTS)
-        run_load(endpoint, warm_up, prompts, Block(arm, WARM_UP_PAIR), WARM_UP_LOAD, out)
+def _warm_endpoint(bench: Bench, arm: str) -> Iterator[Endpoint]:
+    with _open_endpoint(bench.settings, arm, bench.out) as endpoint:
+        warm_up = replace(bench, settings=replace(bench.settings, requests_per_load=WARM_UP_REQUESTS))
+        run_load(endpoint, warm_up, Block(arm, WARM_UP_PAIR), WARM_UP_LOAD)
         yield endpoint
 
 

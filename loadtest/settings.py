@@ -25,7 +25,8 @@ class LoadTestSettings:
     loads: each once in every block. pairs: blocks per arm. interleaved: a fresh server for every block, all arms in
     random order within each pair; otherwise all blocks of an arm follow each other, on one server.
     requests_per_load: at least so many; open_loop_s: length of an open loop. find_rate: whether the highest rate that
-    meets the SLOs is looked for, at the end. vocabulary, tokenizer: of the models, where all are URLs.
+    meets the SLOs is looked for, at the end. vocabulary, tokenizer: of the models, where all are URLs. processes: that
+    send requests, at most.
     """
 
     dense: str
@@ -41,6 +42,7 @@ class LoadTestSettings:
     vocabulary: int | None = None
     tokenizer: str | None = None
     vllm_flags: tuple[str, ...] = ()
+    processes: int = 1
 
     @property
     def arms(self) -> dict[str, str]:
@@ -54,6 +56,12 @@ class LoadTestSettings:
         """Enough for the load to be sustained: two full rounds of the concurrency, or the length of an open loop."""
         enough = load.level * self.open_loop_s if load.is_open else 2 * load.level
         return max(self.requests_per_load, math.ceil(enough))
+
+    def processes_at(self, load: Load) -> int:
+        """Each gets as many users as every other: in a closed loop, the largest number that divides the level."""
+        if load.is_open:
+            return self.processes
+        return max(count for count in range(1, self.processes + 1) if int(load.level) % count == 0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,8 @@ def check_settings(settings: LoadTestSettings) -> None:
         raise UserError(f"--pairs is {settings.pairs}; at least 1 is needed.")
     if not any(load.pattern == CONCURRENCY for load in settings.loads):
         raise UserError("--concurrency is needed: the verdict is about a closed loop.")
+    if settings.processes < 1:
+        raise UserError(f"--processes is {settings.processes}; at least 1 is needed.")
     if min(load.level for load in settings.loads) <= 0:
         raise UserError("--concurrency must be 1 or more, and --rate above 0.")
     _check_workload(settings.workload)

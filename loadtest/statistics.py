@@ -13,13 +13,15 @@ from scipy import stats
 from gradmap.verdict import Judgement, Verdict
 from loadtest.loads import Load
 from loadtest.metrics import measure, output_throughput, values_of
-from loadtest.records import BlockRecord, RequestRecord
+from loadtest.records import BlockRecord, Measurements, RequestRecord
 
 CONFIDENCE = 0.95
 PAIRS_FOR_A_VERDICT = 6
 METRICS = ("tpot", "ttft", "e2el", "output_throughput")
 MAX_SEND_LAG_S = 0.05
 MAX_CLIENT_CPU = 0.9
+# Of the mean number of requests in flight in a closed loop, to its concurrency.
+MIN_IN_FLIGHT = 0.95
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ def headline(by_load: Mapping[str, dict[str, SpeedUp]], loads: Sequence[Load]) -
     return {"tpot": lowest["tpot"], "ttft": lowest["ttft"], "output_throughput": highest["output_throughput"]}
 
 
-def find_faults(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord], expected: int) -> list[str]:
-    """Reasons why nothing may be concluded from the records; empty if they are sound."""
-    return [*_missing_or_failed(records, expected), *_slow_client(records, blocks), *_lost_tokens(records, blocks)]
+def find_faults(measured: Measurements, loads: Sequence[Load], expected: int) -> list[str]:
+    """Reasons why nothing may be concluded from what was measured; empty if it is sound."""
+    records, blocks = measured.requests, measured.blocks
+    faults = [*_missing_or_failed(records, expected), *_slow_client(records, blocks), *_lost_tokens(records, blocks)]
+    return [*faults, *_idle_client(records, loads)]
 
 
 def _missing_or_failed(records: Sequence[RequestRecord], expected: int) -> list[str]:
@@ -113,6 +117,29 @@ def _slow_client(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]
         limit = f"at most {100 * MAX_CLIENT_CPU:.0f}%"
         faults.append(f"the load generator was busy {100 * busiest:.0f}% of the time ({limit})")
     return faults
+
+
+def _idle_client(records: Sequence[RequestRecord], loads: Sequence[Load]) -> list[str]:
+    """In a closed loop, so many requests are in flight as its concurrency says, until the last one is sent.
+
+    By Little's law their mean number is the time that requests took together over the time that passed.
+    """
+    for load in (load for load in loads if not load.is_open):
+        of_load = [record for record in records if record.load == load.name]
+        for arm, pair in sorted({(record.arm, record.pair) for record in of_load}):
+            in_flight = mean_in_flight(_block(of_load, arm, pair))
+            if in_flight is not None and in_flight < MIN_IN_FLIGHT * load.level:
+                where = f"{arm}, pair {pair + 1}, {load.label}"
+                return [f"only {in_flight:.2f} requests were in flight on average ({where}): the client paused"]
+    return []
+
+
+def mean_in_flight(records: Sequence[RequestRecord]) -> float | None:
+    """From the first to the last time that a request was sent; None if all were sent at once."""
+    first_s, last_s = min(record.sent_s for record in records), max(record.sent_s for record in records)
+    if first_s == last_s:
+        return None
+    return sum(min(record.ended_s, last_s) - record.sent_s for record in records) / (last_s - first_s)
 
 
 def _lost_tokens(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]) -> list[str]:

@@ -19,15 +19,33 @@ SHOWN = (
 )
 
 
+# The same of the machine's use.
+SHOWN_USE = (
+    ("cpu", "processors busy (%)", 1e2),
+    ("memory_bytes", "memory in use (GB)", 1e-9),
+    ("gpu", "GPU busy (%)", 1e2),
+    ("gpu_memory_bytes", "GPU memory (GB)", 1e-9),
+    ("gpu_power_w", "GPU power (W)", 1.0),
+    ("gpu_clock_mhz", "GPU clock (MHz)", 1.0),
+    ("throttled", "GPU throttled (% of the time)", 1e2),
+    ("energy_per_token_j", "GPU energy per token (J)", 1.0),
+)
+
+
 def load_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What is measured, and a value for every arm."""
     arms = report["arms"]
     rows = []
     for load in next(iter(arms.values())):
-        for name, unit, factor in SHOWN:
-            values = [_shown(arm[load][name], factor) for arm in arms.values()]
-            if any(values):
-                rows.append((f"{readable(load)}: {unit}", *values))
+        shown = [
+            (unit, [_shown(part.get(name), factor) for part in parts])
+            for parts, quantities in (
+                ([arm[load] for arm in arms.values()], SHOWN),
+                ([arm[load]["resources"] or {} for arm in arms.values()], SHOWN_USE),
+            )
+            for name, unit, factor in quantities
+        ]
+        rows += [(f"{readable(load)}: {unit}", *values) for unit, values in shown if any(values)]
     return rows
 
 

@@ -1,14 +1,17 @@
 """The Locust users of `gradmap loadtest`: they send the requests of a file and write a record of each.
 
 ClosedLoopUser sends the next request as soon as its last one has ended, until none is left. OpenLoopUser, of which
-there is one, sends every request when it is due, however many are under way: Locust's own wait times begin when a
-request ends, so that a slow server would be asked less often.
+there is one in every process, sends every request when it is due, however many are under way: Locust's own wait times
+begin when a request ends, so that a slow server would be asked less often.
+
+With --processes, Locust's workers share the requests like cards, and each writes files of its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +19,7 @@ import gevent
 from gevent.pool import Group
 from locust import User, constant, events, task
 from locust.exception import StopUser
+from locust.runners import MasterRunner, WorkerRunner
 
 from gradmap.files import write_json
 from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
@@ -23,13 +27,14 @@ from loadtest.records import RequestRecord, to_json_line
 from loadtest.workload import Request, load_requests
 
 MAX_CONNECTIONS = 4096
+FINISHED = "finished"
 
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--requests", required=True, help="JSON file of requests (loadtest.workload)")
-    parser.add_argument("--records", required=True, help="JSON lines file to write, one line per request")
-    parser.add_argument("--usage", required=True, help="JSON file to write: the CPU time of this process")
+    parser.add_argument("--records", required=True, help="directory for JSON lines files, one line per request")
+    parser.add_argument("--usage", required=True, help="directory for JSON files: the CPU time of each process")
     parser.add_argument("--model", dest="served_model", required=True, help="name of the served model")
     parser.add_argument("--arm", required=True, help="label of the records")
     parser.add_argument("--pair", type=int, required=True, help="index of the block, for the records")
@@ -44,9 +49,11 @@ class Block:
         self.environment = environment
         self.options = environment.parsed_options
         self.labels = Labels(self.options.arm, self.options.pair, self.options.load)
-        self.waiting = deque(load_requests(Path(self.options.requests)))
+        worker = environment.runner.worker_index if isinstance(environment.runner, WorkerRunner) else 0
+        self.waiting = deque(load_requests(Path(self.options.requests))[worker :: self.options.processes or 1])
         self.unfinished = len(self.waiting)
-        self.file: IO[str] = Path(self.options.records).open("w")  # noqa: SIM115 - closed by close
+        self.name = f"{worker}.json"
+        self.file: IO[str] = Path(self.options.records, self.name).open("w")  # noqa: SIM115 - closed by close
         self.started_s, self.started_cpu_s = time.monotonic(), time.process_time()
 
     def finish(self, record: RequestRecord) -> None:
@@ -55,22 +62,44 @@ class Block:
         report_to_locust(self.environment, record)
         self.unfinished -= 1
         if self.unfinished == 0:
-            gevent.spawn(self.environment.runner.quit)  # from outside: quitting waits for all users, so for this one
+            self.end()
+
+    def end(self) -> None:
+        """Ends the test, of several processes when the last one says so."""
+        runner = self.environment.runner
+        if isinstance(runner, WorkerRunner):
+            runner.send_message(FINISHED)
+        else:
+            gevent.spawn(runner.quit)  # from outside: quitting waits for all users, so for this one
 
     def close(self) -> None:
         self.file.close()
         busy_s, length_s = time.process_time() - self.started_cpu_s, time.monotonic() - self.started_s
-        write_json(Path(self.options.usage), {"client_cpu": busy_s / length_s})
+        write_json(Path(self.options.usage, self.name), {"client_cpu": busy_s / length_s})
+
+
+@events.init.add_listener
+def end_with_the_last_worker(environment: Any, **_: Any) -> None:
+    runner, finished = environment.runner, count(1)
+    if isinstance(runner, MasterRunner):
+
+        def note(**_: Any) -> None:
+            if next(finished) == environment.parsed_options.processes:
+                gevent.spawn(runner.quit)
+
+        runner.register_message(FINISHED, note)
 
 
 @events.test_start.add_listener
 def open_block(environment: Any, **_: Any) -> None:
-    environment.block = Block(environment)
+    if not isinstance(environment.runner, MasterRunner):
+        environment.block = Block(environment)
 
 
 @events.test_stop.add_listener
 def close_block(environment: Any, **_: Any) -> None:
-    environment.block.close()
+    if not isinstance(environment.runner, MasterRunner):
+        environment.block.close()
 
 
 class FileUser(User):

@@ -12,10 +12,11 @@ from gradmap.verdict import Verdict
 from loadtest.loads import Load
 from loadtest.metrics import describe, measure, output_throughput, summarise_load
 from loadtest.outcome import Facts, Gate, build_report
-from loadtest.records import BlockRecord, RequestRecord
+from loadtest.records import BlockRecord, GpuSample, Measurements, RequestRecord, ResourceSample
+from loadtest.resources import summarise_resources
 from loadtest.settings import LoadTestSettings
 from loadtest.slo import Slo, parse_slo
-from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, speed_up
+from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, mean_in_flight, speed_up
 
 ONE = Load("concurrency", 1)
 FACTS = Facts({}, {})
@@ -152,10 +153,10 @@ def test_verdicts(ratios, required, verdict):
 
 def test_nothing_is_concluded_from_failed_or_missing_requests():
     good = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
-    assert build_report(good, [], SETTINGS, Gate(1.0), FACTS)["verdict"] == "INCONCLUSIVE"
+    assert build_report(Measurements(tuple(good)), SETTINGS, Gate(1.0), FACTS)["verdict"] == "INCONCLUSIVE"
     failed = [*good[:-1], record("pruned", error="cut")]
     for records in (failed, good[:-1]):
-        report = build_report(records, [], SETTINGS, Gate(1.0), FACTS)
+        report = build_report(Measurements(tuple(records)), SETTINGS, Gate(1.0), FACTS)
         assert report["verdict"] == "INVALID"
         assert report["speedup"] == {}
 
@@ -172,7 +173,7 @@ def test_nothing_is_concluded_from_failed_or_missing_requests():
 def test_nothing_is_concluded_from_a_client_that_did_not_see_it_all(block, scheduled, message):
     records = [record(arm, scheduled=scheduled) for arm in ("dense", "pruned") for _ in range(2)]
     known = {"arm": "dense", "pair": 0, "load": "concurrency_1", "client_cpu": 0.1, "server_tokens": None}
-    report = build_report(records, [BlockRecord(**known | block)], SETTINGS, Gate(1.0), FACTS)
+    report = build_report(Measurements(tuple(records), (BlockRecord(**known | block),)), SETTINGS, Gate(1.0), FACTS)
     assert (report["verdict"] == "INVALID") == (message is not None)
     if message:
         assert re.search(message, report["reason"])
@@ -186,7 +187,7 @@ def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
         for arm, tpot in (("dense", 0.2), ("pruned", 0.1), ("more", 0.19))
         for _ in range(2)
     ]
-    report = build_report(records, [], settings, Gate(1.5), FACTS)
+    report = build_report(Measurements(tuple(records)), settings, Gate(1.5), FACTS)
     assert {arm: one["verdict"] for arm, one in report["candidates"].items()} == {"pruned": "PASS", "more": "FAIL"}
     assert report["verdict"] == "FAIL"
     assert report["speedup"] == report["candidates"]["pruned"]["speedup"]
@@ -195,5 +196,49 @@ def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
 def test_an_extra_dense_block_tells_the_noise():
     settings = replace(SETTINGS, interleaved=True)
     records = [record(arm, tpot=tpot) for arm, tpot in (("dense", 0.2), ("dense-again", 0.21), ("pruned", 0.1))] * 2
-    noise = build_report(records, [], settings, Gate(1.0), FACTS)["noise"]["concurrency_1"]
+    noise = build_report(Measurements(tuple(records)), settings, Gate(1.0), FACTS)["noise"]["concurrency_1"]
     assert noise["tpot"] == pytest.approx(0.2 / 0.21)
+
+
+@pytest.mark.parametrize(
+    ("pause", "message"), [(0.0, None), (0.04, None), (0.06, r"only 0\.9\d requests .*client paused")]
+)
+def test_nothing_is_concluded_from_a_client_that_pauses(pause, message):
+    """A request takes 0.9 s, so that a pause of 0.06 s leaves 0.94 requests in flight."""
+    records = [record(arm, sent=100 + k * (0.9 + pause)) for arm in ("dense", "pruned") for k in range(2)]
+    assert mean_in_flight(records[:2]) == pytest.approx(0.9 / (0.9 + pause))
+    report = build_report(Measurements(tuple(records)), SETTINGS, Gate(1.0), FACTS)
+    assert (report["verdict"] == "INVALID") == (message is not None)
+    if message:
+        assert re.search(message, report["reason"])
+
+
+def test_requests_in_flight_are_counted_until_the_last_is_sent():
+    assert mean_in_flight([record(sent=at) for at in (100.0, 100.0, 100.9, 100.9)]) == pytest.approx(2.0)
+    assert mean_in_flight([record(), record()]) is None
+
+
+def sample(time_s, pair=0, cpu=0.5, gpus=()):
+    return ResourceSample(arm="dense", pair=pair, load=ONE.name, time_s=time_s, cpu=cpu, memory_bytes=9, gpus=gpus)
+
+
+def test_what_the_machine_did_is_counted_while_requests_were_under_way():
+    records = (record(), record(pair=1, sent=200.0))  # 0.9 s each
+    outside = sample(99.0, cpu=1.0), sample(101.0, cpu=1.0), sample(100.5, pair=1, cpu=1.0)
+    inside = sample(100.1, cpu=0.2), sample(200.5, pair=1, cpu=0.6)
+    use = summarise_resources(Measurements(records, (), (*outside, *inside)), "dense", ONE.name)
+    assert use.cpu == pytest.approx(0.4)
+    assert use.memory_bytes == 9
+    assert (use.gpu, use.gpu_power_w, use.energy_per_token_j) == (None, None, None)
+    assert summarise_resources(Measurements(records, (), outside), "dense", ONE.name) is None
+
+
+def test_energy_is_power_times_time_over_tokens():
+    told = {"utilisation": 0.5, "memory_bytes": 1, "clock_mhz": 1000, "throttled": False}
+    gpus = tuple(GpuSample(power_w=power, **told) for power in (100.0, 200.0))
+    silent = (GpuSample(power_w=None, **told | {"throttled": True}),) * 2
+    samples = (sample(100.1, gpus=gpus), sample(100.6, gpus=silent))
+    use = summarise_resources(Measurements((record(),), (), samples), "dense", ONE.name)
+    assert use.energy_per_token_j == pytest.approx(300 * 0.9 / 5)
+    assert (use.gpu, use.gpu_memory_bytes, use.gpu_power_w, use.gpu_clock_mhz) == (0.5, 2, 300.0, 1000)
+    assert use.throttled == 0.5

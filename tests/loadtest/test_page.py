@@ -12,6 +12,7 @@ from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import Load
 from loadtest.outcome import Facts, Gate, build_report
 from loadtest.page import render_junit, render_page, render_summary
+from loadtest.records import Measurements
 from loadtest.slo import parse_slo
 from tests.loadtest.test_metrics import ONE, SETTINGS, record
 
@@ -42,7 +43,7 @@ def make_report(required=1.5, error=None, name="pruned", earlier=None):
         record("dense-again", load=load.name, tpot=0.21) for load in LOADS for _ in range(settings.requests_at(load))
     ]
     sizes = {"dense": WeightBytes(200, 100), name: WeightBytes(100, 50)}
-    report = build_report(records, [], settings, Gate(required, earlier), Facts({"cpu": EVIL}, sizes))
+    report = build_report(Measurements(tuple(records)), settings, Gate(required, earlier), Facts({"cpu": EVIL}, sizes))
     return report, records
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 
+import pyarrow.parquet
 import pytest
 
 from gradmap.errors import UserError
@@ -15,10 +16,11 @@ from loadtest import loads, session
 from loadtest.loads import ARRIVALS, HIGHEST_RATE, LOWEST_RATE, Load, arrival_times, find_highest_rate
 from loadtest.outcome import Gate, run_load_test
 from loadtest.prompts import Workload
-from loadtest.records import read_blocks, read_records
-from loadtest.session import Measured, run_session
+from loadtest.records import read_measurements
+from loadtest.session import Session, run_session
 from loadtest.settings import Block, LoadTestSettings, schedule
 from loadtest.slo import parse_slo
+from loadtest.statistics import mean_in_flight
 from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.loadtest.fake_server import FakeServer, running
@@ -39,11 +41,10 @@ def settings(fake, **changes):
 
 
 def run(options, out):
-    measured = Measured(out)
-    run_session(options, measured)
-    assert read_records(out / "records.jsonl") == measured.records
-    assert read_blocks(out / "blocks.jsonl") == measured.blocks
-    return measured.records
+    session = Session(out)
+    run_session(options, session)
+    assert read_measurements(out) == session.measured
+    return session.measured.requests
 
 
 def test_both_arms_get_the_same_token_ids_and_blocks_get_fresh_ones(tmp_path):
@@ -146,6 +147,7 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
         ({"workload": Workload(texts="file:x.txt", shared_prefix=3)}, "are for random prompts"),
         ({"workload": Workload(texts="file:x.txt")}, "--tokenizer"),
         ({"pairs": 0}, "--pairs is 0"),
+        ({"processes": 0}, "--processes is 0"),
         ({"loads": (Load("poisson", 4),)}, "--concurrency is needed"),
         ({"loads": (ONE, Load("poisson", 0))}, "--rate above 0"),
         ({"candidates": {}}, "Give --pruned"),
@@ -155,7 +157,26 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
 def test_bad_input_is_refused(tmp_path, changes, message):
     base = {"dense": "http://127.0.0.1:9", "candidates": {"pruned": "http://127.0.0.1:9"}, "vocabulary": 10}
     with pytest.raises(UserError, match=message):
-        run_session(LoadTestSettings(**(base | changes)), Measured(tmp_path))
+        run_session(LoadTestSettings(**(base | changes)), Session(tmp_path))
+
+
+@pytest.mark.alone
+def test_several_processes_share_the_requests(tmp_path):
+    open_loop = Load("constant", 20.0)
+    with running(FakeServer(gap_s=0.05)) as fake:
+        options = settings(fake, pairs=1, loads=(ONE, Load("concurrency", 4), open_loop), open_loop_s=1.0, processes=2)
+        records = run(options, tmp_path)
+    assert len(records) == options.expected_records == 2 * (2 + 8 + 20)
+    assert all(record.error is None for record in records)
+    for load in options.loads:
+        names = [[one.request for one in records if (one.arm, one.load) == (arm, load.name)] for arm in options.arms]
+        assert sorted(names[0]) == sorted(names[1])
+        assert len(set(names[0])) == options.requests_at(load)
+    assert options.processes_at(ONE) == 1
+    assert options.processes_at(Load("concurrency", 4)) == options.processes_at(open_loop) == 2
+    of_one_load = [record for record in records if (record.arm, record.load) == ("dense", "concurrency_4")]
+    # each request takes 0.2 s, and all four users have one under way until the last is sent
+    assert mean_in_flight(of_one_load) == pytest.approx(4, rel=0.2)
 
 
 @pytest.mark.alone
@@ -196,9 +217,13 @@ def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
         first = run_load_test(options, Gate(0.1), tmp_path)
     assert first["verdict"] == "INCONCLUSIVE"  # two pairs cannot pass
     assert first["arms"]["dense"]["poisson_20"]["attainment"] == 1.0
-    again = gradmap("report", tmp_path, "--json")
+    again = gradmap("report", tmp_path, "--json", "--parquet")
     assert again.returncode == 3, again.stderr
     assert json.loads(again.stdout.splitlines()[-1]) == json.loads(json.dumps(first))
+    assert pyarrow.parquet.read_table(tmp_path / "records.parquet").to_pylist() == [
+        record.model_dump() | {name: list(getattr(record, name)) for name in ("chunk_times_s", "chunk_tokens")}
+        for record in read_measurements(tmp_path).requests
+    ]
     stricter = gradmap("report", tmp_path, "--require-speedup", 100)
     assert stricter.returncode == 1
     assert json.loads((tmp_path / "report.json").read_text())["required_speedup"] == 100
@@ -249,4 +274,4 @@ def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, m
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verdict"] == "INVALID"
     assert report["reason"].startswith("2 of 32 requests were recorded")
-    assert len(read_records(tmp_path / "records.jsonl")) == 2
+    assert len(read_measurements(tmp_path).requests) == 2

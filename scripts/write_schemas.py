@@ -1,0 +1,42 @@
+"""Writes the JSON schemas of our file formats, as the code defines them, into a directory: docs/schemas."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from gradmap.plan import Plan
+from loadtest.recipe import Recipe
+from loadtest.records import BlockRecord, RequestRecord, ResourceSample
+from loadtest.schema import Report
+
+FORMATS: dict[str, Any] = {
+    "plan.json": Plan,
+    "recipe.yaml": Recipe,
+    "loadtest-report.json": Report,
+    "loadtest-records.jsonl": RequestRecord,
+    "loadtest-blocks.jsonl": BlockRecord,
+    "loadtest-resources.jsonl": ResourceSample,
+}
+
+
+def make_schemas() -> dict[str, str]:
+    """File name -> the schema's text. Of a .jsonl file, it is the schema of a line."""
+    return {
+        f"{name.partition('.')[0]}.schema.json": json.dumps(
+            {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": name}
+            | {key: value for key, value in TypeAdapter(kind).json_schema().items() if key != "title"},
+            indent=2,
+        )
+        + "\n"
+        for name, kind in FORMATS.items()
+    }
+
+
+if __name__ == "__main__":
+    for name, text in make_schemas().items():
+        Path(sys.argv[1], name).write_text(text)
