@@ -13,6 +13,7 @@ import torch
 from export import ARTIFACT_FILE
 from export.card import render_card
 from export.fold import count_parameters, require_foldable
+from export.integrity import SCHEMA_VERSION, read_record, require_files
 from export.reference import (
     PROBE_FILE,
     PROBE_SAMPLES,
@@ -52,8 +53,6 @@ from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
 from gradmap.precision import DTYPES
-
-SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,7 @@ def verify_directory(directory: Path) -> dict[str, Any]:
 
     Returns what was compared; raises UserError if a file is missing, changed or foreign, or if the logits differ.
     """
-    record = read_json(directory / ARTIFACT_FILE)
-    if record.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{directory / ARTIFACT_FILE} is of another version of gradmap; export the artifact again.")
+    record = read_record(directory)
     require_files(directory, record["files"])
     reference = load_probe(directory / PROBE_FILE)
     runner = FORMATS[record["format"]].runners[0]
@@ -194,18 +191,6 @@ def verify_directory(directory: Path) -> dict[str, Any]:
     comparison = compare(reference, outcome, Bounds(stored["tolerance"], stored["min_agreement"]))
     require_faithful(comparison)
     return {"name": record["name"], "files": len(record["files"]), "verification": {_label(runner): asdict(comparison)}}
-
-
-def require_files(directory: Path, hashes: dict[str, str]) -> None:
-    """Raises UserError unless the directory holds exactly the files of `hashes` (hidden ones aside), unchanged."""
-    present = {path.name for path in directory.iterdir() if not path.name.startswith(".")} - {ARTIFACT_FILE}
-    for name, expected in hashes.items():
-        if name not in present:
-            raise UserError(f"{directory} lacks {name}; fetch the artifact again.")
-        if sha256_file(directory / name) != expected:
-            raise UserError(f"{directory / name} is not what was exported (its SHA-256 differs); fetch it again.")
-    if foreign := sorted(present - hashes.keys()):
-        raise UserError(f"{directory / foreign[0]} is not part of the artifact; remove it.")
 
 
 def _export_one(

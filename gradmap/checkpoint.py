@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from gradmap.architectures import architecture_of
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
+from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, sha256_json, write_json
 from gradmap.precision import AUTOCAST, prepare_for_autocast, weights_dtype
 from gradmap.processes import local_device
 from gradmap.safetensors_reader import check_safetensors
@@ -46,11 +45,6 @@ class Checkpoint:
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and of every weight file, by file name; read once, for weights can be large."""
         return {path.name: sha256_file(path) for path in (self.directory / "config.json", *self.weight_files)}
-
-
-def cache_directory() -> Path:
-    """`$GRADMAP_CACHE`, or ~/.cache/gradmap."""
-    return Path(os.environ.get("GRADMAP_CACHE") or Path.home() / ".cache" / "gradmap")
 
 
 def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Checkpoint:

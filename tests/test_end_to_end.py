@@ -3,18 +3,12 @@
 import html
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
-from openai import OpenAI
 
-from serving.server import free_port
 from tests.conftest import ASSETS, BOOLQ, SMOLLM2, SMOLLM2_GGUF, SQUAD
 from tests.export.test_export import WITHOUT_US
 
@@ -125,7 +119,7 @@ def test_stock_vllm_generates_from_the_artifact_without_our_packages(finished_ru
 
 
 def perplexity_of_the_artifact(out, directory, *arguments):
-    """Of the vLLM-ready artifact as stored, wherever it runs."""
+    """Of the vLLM-ready artifact as stored. Behind an endpoint: tests/serving/test_endpoint.py."""
     command = [sys.executable, "-m", "gradmap", "eval", "--perplexity", f"squad={SQUAD}", "--limit", "8", *arguments]
     finished = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False, cwd=directory)
     assert finished.returncode == 0, finished.stderr[-2000:]
@@ -133,47 +127,9 @@ def perplexity_of_the_artifact(out, directory, *arguments):
     return result["dense"]["backend"], math.log(result["dense"]["perplexity"]["squad"]["value"])
 
 
-@pytest.fixture(scope="module")
-def loss_in_transformers(finished_run):
-    artifact = ("--model", str(finished_run[0] / "out" / "vllm"), "--dtype", "bfloat16")
-    return perplexity_of_the_artifact(finished_run[0] / "stock.json", finished_run[0], *artifact)[1]
-
-
-def test_vllm_gives_the_perplexity_of_transformers(finished_run, loss_in_transformers, tmp_path):
-    artifact = ("--model", str(finished_run[0] / "out" / "vllm"), "--backend", "vllm")
-    backend, loss = perplexity_of_the_artifact(tmp_path / "eval.json", tmp_path, *artifact)
-    assert backend == "vllm"
-    assert loss == pytest.approx(loss_in_transformers, abs=BFLOAT16_LOSS)
-
-
-@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_the_served_model_answers_openai_clients_and_stops_whole(
-    finished_run, loss_in_transformers, tmp_path, signal_number, exit_code
-):
-    port = free_port()
-    command = [sys.executable, "-c", "from serving.cli import main; main()", str(finished_run[0] / "out" / "vllm")]
-    flags = ["--port", str(port), "--", "--enforce-eager", "--max-model-len", "512"]
-    log = tmp_path / "serve.log"
-    with log.open("w") as file:
-        server = subprocess.Popen([*command, *flags], stdout=file, stderr=file, env=os.environ)
-    try:
-        while "Ready after" not in log.read_text():
-            assert server.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.5)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused")
-        model = client.models.list().data[0].id
-        assert model == f"SmolLM2-135M-Instruct.Q4_1-minus-{REMOVED}"
-        messages = [{"role": "user", "content": "Hello"}]
-        answer = client.chat.completions.create(model=model, messages=messages, max_tokens=4)
-        assert 1 <= answer.usage.completion_tokens <= 4
-        served = ("--model", f"http://127.0.0.1:{port}", "--tokenizer", str(finished_run[0] / "out" / "vllm"))
-        backend, loss = perplexity_of_the_artifact(tmp_path / "eval.json", tmp_path, *served)
-        assert backend == "endpoint"
-        assert loss == pytest.approx(loss_in_transformers, abs=BFLOAT16_LOSS)
-        family = psutil.Process(server.pid).children(recursive=True)
-        assert len(family) >= 2  # the API server and the engine
-        server.send_signal(signal_number)
-        assert server.wait(60) == exit_code
-    finally:
-        server.kill()
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+def test_vllm_gives_the_perplexity_of_transformers(finished_run, tmp_path):
+    artifact = ("--model", str(finished_run[0] / "out" / "vllm"))
+    stock = perplexity_of_the_artifact(tmp_path / "stock.json", tmp_path, *artifact, "--dtype", "bfloat16")
+    served = perplexity_of_the_artifact(tmp_path / "served.json", tmp_path, *artifact, "--backend", "vllm")
+    assert (stock[0], served[0]) == ("transformers", "vllm")
+    assert served[1] == pytest.approx(stock[1], abs=BFLOAT16_LOSS)

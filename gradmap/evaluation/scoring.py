@@ -10,11 +10,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradmap.checkpoint import cache_directory
 from gradmap.console import progress
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Backend, Request, Score
-from gradmap.files import sha256_json, write_text
+from gradmap.files import cache_directory, sha256_json, write_text
 
 # Requests between two writes to disk: what a crash can cost.
 CHUNK_REQUESTS = 512

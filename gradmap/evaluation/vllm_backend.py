@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmap.environment import vllm_defaults
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Request, Score
 from gradmap.precision import AUTOCAST
+from gradmap.vllm_environment import vllm_defaults
 
 MAX_TOKENS = 4096
 

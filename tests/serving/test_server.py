@@ -1,4 +1,4 @@
-"""Starting and stopping a server process, without the minutes that a real one takes (see test_end_to_end)."""
+"""Starting and stopping a server process, without the minutes that a real one takes (see test_endpoint)."""
 
 import os
 import socket
@@ -11,7 +11,9 @@ import pytest
 
 from gradmap.errors import UserError
 from serving import server
-from serving.server import Server, ServerError, ServerSettings, build_command, check_servable, free_port
+from serving.log import Log
+from serving.server import Server, ServerError, check_servable, free_port
+from serving.settings import ServerSettings, build_command, server_environment
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def use_script(monkeypatch, script):
 def test_a_server_that_ends_is_a_failure_even_with_code_0(settings, monkeypatch, tmp_path):
     use_script(monkeypatch, "print('(EngineCore pid=1) ValueError: no room', flush=True)")
     message = r"ended with code 0: ValueError: no room \(log: "
-    with pytest.raises(ServerError, match=message), Server(settings, tmp_path / "log") as running:
+    with pytest.raises(ServerError, match=message), Server(settings, Log(tmp_path / "log")) as running:
         running.wait_until_ready()
 
 
@@ -64,7 +66,7 @@ def test_stopping_ends_children_that_ignore_sigterm(settings, monkeypatch, tmp_p
         "print(p.pid, flush=True); time.sleep(600)",
     )
     log = tmp_path / "log"
-    with Server(settings, log):
+    with Server(settings, Log(log)):
         while not log.read_text().strip():
             time.sleep(0.1)
     pid = int(log.read_text())
@@ -73,7 +75,7 @@ def test_stopping_ends_children_that_ignore_sigterm(settings, monkeypatch, tmp_p
 
 def test_a_key_goes_into_the_header_and_not_into_argv(settings, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "hidden")
-    assert server.authorization() == {"Authorization": "Bearer hidden"}
+    assert settings.client(1).headers["Authorization"] == "Bearer hidden"
     assert "hidden" not in " ".join(build_command(settings))
-    assert server.server_environment()["VLLM_API_KEY"] == "hidden"
+    assert server_environment(settings)["VLLM_API_KEY"] == "hidden"
     assert os.environ["VLLM_API_KEY"] == "hidden"

@@ -1,0 +1,184 @@
+"""From a request to serve to an exit code: checks, one supervisor per model, the admin port, and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from gradmap.cli import EXIT_INTERRUPTED
+from gradmap.errors import UserError
+from gradmap.vllm_environment import vllm_defaults
+from serving.admin import Admin, serving_admin
+from serving.guard import guard_environment
+from serving.identity import Identity, identify
+from serving.log import Log
+from serving.machine import (
+    GPU_UTILISATION,
+    available_bytes,
+    dtype_flags,
+    find_gpu,
+    require_gpu_memory,
+    require_memory,
+)
+from serving.server import check_servable, require_free_port
+from serving.settings import ServerSettings
+from serving.supervisor import Policy, State, Supervisor
+
+POLL_S = 0.2
+EXIT_FAILED = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One or two models. settings: of the first; the second listens on the next port."""
+
+    models: Sequence[Path]
+    settings: ServerSettings
+    policy: Policy
+    admin_host: str
+    admin_port: int
+    verify: bool
+
+
+@dataclass
+class Stop:
+    """What signals have asked for. The first one drains, a second ctrl-C ends everything at once."""
+
+    event: Event
+    interrupted: bool = False
+
+    def on_signal(self, number: int, supervisors: Sequence[Supervisor]) -> None:
+        if number == signal.SIGINT and self.event.is_set():
+            for one in supervisors:
+                one.kill()
+        self.interrupted |= number == signal.SIGINT
+        self.event.set()
+
+
+def run(launch: Launch, log: Log) -> int:
+    """Serves until a signal arrives or a server has failed; returns the exit code.
+
+    Raises UserError if the model, the machine or a port does not allow a start, or if the first start failed.
+    """
+    identities = [identify(model, launch.verify) for model in launch.models]
+    secret = secrets.token_urlsafe()
+    settings = _settle(launch, identities, secret)
+    require_free_port(launch.admin_host, launch.admin_port, "--admin-port")
+    supervisors = [
+        Supervisor(each, identity, launch.policy, log) for each, identity in zip(settings, identities, strict=True)
+    ]
+    stop = Stop(Event())
+    app = Admin(supervisors, secret).app()
+    with _handling_signals(stop, supervisors), serving_admin(app, launch.admin_host, launch.admin_port):
+        _announce(launch, supervisors, log)
+        _run_all(supervisors, stop.event)
+    log.close()
+    return _exit_code(supervisors, stop, log)
+
+
+def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list[ServerSettings]:
+    """The settings of each model's server, after every check that takes no start."""
+    gpu = find_gpu()
+    settled = []
+    for number, (model, identity) in enumerate(zip(launch.models, identities, strict=True)):
+        flags = launch.settings.vllm_flags
+        flags = (*memory_share(len(launch.models), gpu is not None, flags), *dtype_flags(gpu, flags), *flags)
+        settings = replace(launch.settings, directory=model, port=launch.settings.port + number, vllm_flags=flags)
+        environment = guard_environment(settings, asdict(identity), secret) | cache_share(len(launch.models))
+        settings = replace(settings, environment=environment)
+        check_servable(settings)
+        settled.append(settings)
+    if gpu is not None:
+        for settings, identity in zip(settled, identities, strict=True):
+            require_gpu_memory(settings, identity, gpu)
+    else:
+        together = replace(identities[-1], weight_bytes=sum(identity.weight_bytes for identity in identities))
+        require_memory(settled[-1], together, available_bytes())
+    return settled
+
+
+def memory_share(models: int, on_gpu: bool, vllm_flags: Sequence[str]) -> tuple[str, ...]:
+    """vLLM's flags that give each of several models its share of a GPU, unless the user gave a share."""
+    if models == 1 or not on_gpu or any(flag.startswith("--gpu-memory-utilization") for flag in vllm_flags):
+        return ()
+    return ("--gpu-memory-utilization", f"{GPU_UTILISATION / models:.2f}")
+
+
+def cache_share(models: int) -> dict[str, str]:
+    """The environment variables that give each of several models its share of the KV cache in a CPU's memory."""
+    variable = "VLLM_CPU_KVCACHE_SPACE"
+    whole = os.environ.get(variable) or vllm_defaults().get(variable)
+    return {} if whole is None or models == 1 else {variable: f"{float(whole) / models:g}"}
+
+
+def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> None:
+    settings = launch.settings
+    for one in supervisors:
+        identity = one.identity
+        size = f"{identity.weight_bytes / 1e6:,.0f} MB of weights"
+        log.say(f"Starting vLLM for {identity.name} ({size}) at {one.settings.url} ({log.location})")
+    if len(supervisors) > 1:
+        log.say(
+            f"{len(supervisors)} models share this machine: each gets 1/{len(supervisors)} of the memory that vLLM "
+            "takes, and they compete for its processors. To compare speeds, use gradmap loadtest"
+        )
+    if settings.is_public and not os.environ.get("VLLM_API_KEY"):
+        log.say(f"{settings.host} is reachable from outside and no key is asked for; use --api-key-file", "WARNING")
+    log.say(f"Try, once it is ready: {curl_command(settings, supervisors[0].identity.name)}")
+    admin = f"http://{launch.admin_host}:{launch.admin_port}"
+    log.say(f"Probes and metrics: {admin}/readyz, /livez, /startupz, /info, /metrics")
+
+
+def curl_command(settings: ServerSettings, model: str) -> str:
+    """Returns what to paste into a shell to get a completion; the key stays a variable's name."""
+    options = [f"--cacert {settings.certificate}"] if settings.certificate else []
+    if os.environ.get("VLLM_API_KEY"):
+        options.append('-H "Authorization: Bearer $VLLM_API_KEY"')
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16})
+    return " ".join(
+        ["curl", *options, f"{settings.url}/v1/completions", "-H 'Content-Type: application/json'", f"-d '{body}'"]
+    )
+
+
+@contextmanager
+def _handling_signals(stop: Stop, supervisors: Sequence[Supervisor]) -> Iterator[None]:
+    def handle(number: int, frame: Any) -> None:
+        stop.on_signal(number, supervisors)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:
+    """Returns when all have ended; if one fails for good, the others are stopped."""
+    threads = [Thread(target=one.run, args=(stopping,)) for one in supervisors]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if any(one.status.state is State.FAILED for one in supervisors):
+            stopping.set()
+        for thread in threads:
+            thread.join(POLL_S)
+
+
+def _exit_code(supervisors: Sequence[Supervisor], stop: Stop, log: Log) -> int:
+    for one in supervisors:
+        if one.status.state is State.FAILED:
+            if not one.status.was_ready:
+                raise UserError(one.status.error)
+            log.say(f"Gave up after {one.status.restarts} restarts: {one.status.error}", "ERROR")
+            return EXIT_FAILED
+    log.say("Stopped; every process of the server has ended.")
+    return EXIT_INTERRUPTED if stop.interrupted else 0

@@ -1,0 +1,85 @@
+"""How one model directory is served, and the command line of vLLM that follows."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from export import VLLM_CONFIG_FILE
+from gradmap.openai_api import authorization
+from gradmap.vllm_environment import vllm_defaults
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}
+# An ASGI class of ours that vLLM puts in front of its routes.
+GUARD = "serving.guard.Guard"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """drain_s: how long requests in flight may go on after a request to stop. certificate, private_key: files for TLS.
+    vllm_flags, environment: passed to vLLM as they are."""
+
+    directory: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    vllm_flags: tuple[str, ...] = ()
+    ready_timeout_s: float = 900.0
+    drain_s: int = 20
+    certificate: Path | None = None
+    private_key: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the server, also if it listens on all addresses."""
+        scheme = "https" if self.certificate else "http"
+        return f"{scheme}://{WILDCARDS.get(self.host, self.host)}:{self.port}"
+
+    @property
+    def is_public(self) -> bool:
+        return self.host not in LOOPBACK
+
+    def client(self, timeout_s: float) -> httpx.Client:
+        """A client of the server, with its key. It trusts the server's certificate, for whatever name that is."""
+        return httpx.Client(base_url=self.url, headers=authorization(), timeout=timeout_s, verify=self._trust())
+
+    def _trust(self) -> ssl.SSLContext | bool:
+        if self.certificate is None:
+            return True
+        context = ssl.create_default_context(cafile=str(self.certificate))
+        context.check_hostname = False  # it is reached by its address
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # by whomever it was signed
+        return context
+
+
+def build_command(settings: ServerSettings) -> list[str]:
+    """Returns vLLM's command line; the artifact's vllm.yaml gives defaults, `vllm_flags` override them."""
+    command = [sys.executable, "-m", "serving.vllm_server", str(settings.directory)]
+    config = settings.directory / VLLM_CONFIG_FILE
+    if config.exists():
+        command += ["--config", str(config)]
+    else:
+        command += ["--served-model-name", settings.directory.resolve().name]
+    command += ["--host", settings.host, "--port", str(settings.port), "--shutdown-timeout", str(settings.drain_s)]
+    command += ["--middleware", GUARD]
+    if settings.certificate and settings.private_key:
+        command += ["--ssl-certfile", str(settings.certificate), "--ssl-keyfile", str(settings.private_key)]
+    return [*command, *settings.vllm_flags]
+
+
+def server_environment(settings: ServerSettings) -> dict[str, str]:
+    """This process's environment, with defaults for what vLLM reads. Its processes must be spawned, so that each of
+    them asks for its end with its parent's (see serving.vllm_server)."""
+    return {
+        **vllm_defaults(),
+        **os.environ,
+        **settings.environment,
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }

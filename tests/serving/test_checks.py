@@ -1,0 +1,185 @@
+"""What is refused before minutes are spent on a start, what is said, and what stands between vLLM and the world."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from gradmap.errors import UserError
+from serving.cli import split_arguments
+from serving.guard import PASS_HEADER, Guard, guard_environment
+from serving.identity import Identity, identify
+from serving.launch import cache_share, memory_share
+from serving.log import Log, Output
+from serving.machine import Gpu, available_bytes, dtype_flags, require_gpu_memory, require_memory
+from serving.settings import ServerSettings, build_command
+from tests.command_line import gradmap
+from tests.export.test_export import export, make_source
+
+GIB = 2**30
+
+
+@pytest.fixture
+def pico_artifact(picos, tmp_path):
+    return export(make_source(picos["llama"]), tmp_path / "out", "hf") and tmp_path / "out" / "hf"
+
+
+def test_an_artifact_says_what_it_is(pico_artifact):
+    identity = identify(pico_artifact, verify=True)
+    record = json.loads((pico_artifact / "gradmap.json").read_text())
+    assert (identity.name, identity.layers) == (record["name"], record["layers"])
+    assert identity.plan_sha256 == record["plan"]["sha256"]
+    assert len(identity.artifact_sha256) == 64
+
+
+def test_a_flipped_byte_is_found_and_the_file_named(pico_artifact):
+    weights = pico_artifact / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    finished = gradmap("serve", pico_artifact)
+    assert finished.returncode == 2
+    assert "model.safetensors is not what was exported" in finished.stderr
+    identify(pico_artifact, verify=False)
+
+
+def test_any_model_directory_can_be_served(picos):
+    identity = identify(picos["llama"].directory, verify=True)
+    assert identity.name == "llama"
+    assert identity.weight_bytes > 0
+    assert identity.plan_sha256 is None
+
+
+def test_an_artifact_for_another_runtime_is_refused(pico_artifact):
+    record = json.loads((pico_artifact / "gradmap.json").read_text()) | {"format": "onnx"}
+    (pico_artifact / "gradmap.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="use --format vllm"):
+        identify(pico_artifact, verify=True)
+
+
+def test_memory_is_asked_for_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    settings, identity = ServerSettings(tmp_path), Identity("model", weight_bytes=4 * GIB)
+    require_memory(settings, identity, 9 * GIB)
+    with pytest.raises(UserError, match=r"about 9.0 GiB .*weights 4.0, KV cache 3.0.* 8.9 GiB are available; free"):
+        require_memory(settings, identity, int(8.9 * GIB))
+
+
+def test_a_containers_limit_counts(tmp_path):
+    free = available_bytes(tmp_path)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert available_bytes(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == pytest.approx(free, rel=0.2)
+
+
+def test_weights_must_fit_a_gpu_unless_there_are_several(tmp_path):
+    gpu, identity = Gpu(80 * GIB, 80 * GIB, (8, 0)), Identity("model", weight_bytes=75 * GIB)
+    with pytest.raises(UserError, match="--tensor-parallel-size N"):
+        require_gpu_memory(ServerSettings(tmp_path), identity, gpu)
+    require_gpu_memory(ServerSettings(tmp_path, vllm_flags=("--tensor-parallel-size=2",)), identity, gpu)
+
+
+def test_old_gpus_get_float16():
+    assert dtype_flags(Gpu(0, 0, (7, 5)), ()) == ("--dtype", "float16")
+    assert dtype_flags(Gpu(0, 0, (7, 5)), ("--dtype=float32",)) == ()
+    assert dtype_flags(Gpu(0, 0, (9, 0)), ()) == dtype_flags(None, ()) == ()
+
+
+def test_two_models_share_the_memory(monkeypatch):
+    assert memory_share(2, True, ()) == ("--gpu-memory-utilization", "0.46")
+    assert memory_share(2, True, ("--gpu-memory-utilization=0.3",)) == memory_share(1, True, ()) == ()
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert cache_share(2) == {"VLLM_CPU_KVCACHE_SPACE": "1.5"}
+    assert cache_share(1) == {}
+
+
+def test_directories_come_before_vllms_flags():
+    assert split_arguments(["a", "--x", "y"], 1) == (["a"], ("--x", "y"))
+    assert split_arguments(["a", "b"], 2) == (["a", "b"], ())
+    for arguments, count in ((["a"], 2), (["a", "b"], 1), (["--x"], 1)):
+        with pytest.raises(UserError, match="vLLM's flags come after --"):
+            split_arguments(arguments, count)
+
+
+@pytest.mark.parametrize("flag", ["--api-key=x", "--port"])
+def test_flags_that_would_leak_or_mislead_are_refused(flag):
+    with pytest.raises(UserError, match=r"use --api-key-file|comes before --"):
+        split_arguments(["a", flag, "1"], 1)
+
+
+def test_an_empty_key_file_is_refused(picos, tmp_path):
+    (tmp_path / "key").touch()
+    finished = gradmap("serve", picos["llama"].directory, "--api-key-file", tmp_path / "key")
+    assert (finished.returncode, finished.stderr.count("\n")) == (2, 1)
+    assert "is empty; it should hold the API key" in finished.stderr
+
+
+def guarded(monkeypatch, host):
+    for name, value in guard_environment(ServerSettings("", host), {"plan_sha256": "abc"}, "open sesame").items():
+        monkeypatch.setenv(name, value)
+    routes = {
+        "/v1/models": lambda request: JSONResponse({"data": [{"id": "m"}]}),
+        "/health": lambda request: PlainTextResponse("fine"),
+        "/metrics": lambda request: PlainTextResponse("numbers"),
+    }
+    return TestClient(Guard(Starlette(routes=[Route(path, answer) for path, answer in routes.items()])))
+
+
+def test_unguarded_routes_are_closed_on_public_addresses_only(monkeypatch):
+    client = guarded(monkeypatch, "0.0.0.0")
+    assert client.get("/health").text == "fine"
+    assert client.get("/metrics").status_code == 404
+    assert client.get("/metrics", headers={PASS_HEADER: "guess"}).status_code == 404
+    assert client.get("/metrics", headers={PASS_HEADER: "open sesame"}).text == "numbers"
+    assert client.get("/v1/models").json() == {"data": [{"id": "m", "gradmap": {"plan_sha256": "abc"}}]}
+    monkeypatch.delenv("GRADMAP_CLOSED")
+    assert guarded(monkeypatch, "127.0.0.1").get("/metrics").text == "numbers"
+
+
+def test_tls_is_for_vllm_and_for_our_own_requests(picos, tmp_path):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    options = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=elsewhere"]
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run(["openssl", "req", "-x509", *options, *files], check=True, capture_output=True)
+    settings = ServerSettings(picos["llama"].directory, "0.0.0.0", 8443, certificate=certificate, private_key=key)
+    assert settings.url == "https://127.0.0.1:8443"
+    command = build_command(settings)
+    assert command[command.index("--ssl-certfile") + 1] == str(certificate)
+    assert settings.client(1).base_url.scheme == "https"
+
+
+def test_an_error_is_told_from_what_it_led_to(tmp_path):
+    log = Log(tmp_path / "log")
+    output = Output(log)
+    output.follow([
+        b"Found ulimit of 20000 and failed; this can cause errors like `OSError: [Errno 24] Too many open files`.\n",
+        b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9]   File 'x'\n",
+        b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9] torch.OutOfMemoryError: CUDA out of memory\n",
+        b"(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n",
+    ])  # fmt: skip
+    assert output.error() == "OutOfMemoryError: CUDA out of memory"
+    assert (tmp_path / "log").read_text().count("\n") == 4
+
+
+def test_logs_can_be_objects(tmp_path, capsys):
+    log = Log(tmp_path / "log", as_json=True)
+    log.say("ready")
+    log.relay("(APIServer pid=5) WARNING 11-25 09:14:31 [a.py:1] careful")
+    assert json.loads(capsys.readouterr().err)["message"] == "ready"
+    entry = json.loads((tmp_path / "log").read_text())
+    assert (entry["source"], entry["level"]) == ("vllm", "WARNING")
+    assert entry["message"].endswith("careful")
+
+
+def test_a_directory_that_is_gone_is_refused(picos, tmp_path):
+    shutil.copytree(picos["llama"].directory, tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(UserError, match="no model directory"):
+        identify(tmp_path / "model", verify=True)
