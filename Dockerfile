@@ -1,32 +1,67 @@
-# A plain image with the command line and the server. CPU by default:
-#   docker build -t gradmap .                           vLLM's CPU build
-#   docker build -t gradmap --build-arg EXTRA=gpu .     vLLM for CUDA (run with --gpus all)
-#   docker run --rm -p 8000:8000 -v "$PWD/out/demo/vllm:/model:ro" gradmap
-FROM python:3.11-slim
+# gradmap's command line and server. Models are mounted, not baked in.
+#   docker build --target cpu -t gradmap:cpu .      vLLM's CPU build
+#   docker build --target cuda -t gradmap:cuda .    on vLLM's image (run with --gpus all --ipc host)
+#   docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 -v "$PWD/out/demo/vllm:/model:ro" \
+#              -v "$PWD/key:/run/secrets/api-key:ro" gradmap:cpu
+# Other commands: docker run --entrypoint gradmap ... gradmap:cpu prune ...
 
-ARG EXTRA=cpu
-# vLLM's CPU build compiles kernels at its first start and needs a C++ compiler for that.
+FROM debian:12.12-slim AS base
+# Debian keeps no old versions, so that versions pinned here would soon not be found.
+# hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ libnuma1 \
+ && apt-get install --yes --no-install-recommends ca-certificates libnuma1 python3 \
  && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home gradmap
-WORKDIR /opt/gradmap
-COPY pyproject.toml README.md LICENSE ./
+
+
+FROM base AS build
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/uv \
+ && /opt/uv/bin/pip install --no-cache-dir uv==0.13.9 \
+ && python3 -m venv --without-pip /opt/gradmap
+WORKDIR /src
 COPY constraints constraints
+COPY pyproject.toml README.md LICENSE ./
 COPY gradmap gradmap
 COPY export export
 COPY serving serving
 COPY loadtest loadtest
-RUN pip install --no-cache-dir uv \
- && case "$EXTRA" in \
-      cpu) uv pip install --system --no-cache --torch-backend cpu '.[cpu]' --constraints constraints/cpu.txt ;; \
-      *) uv pip install --system --no-cache ".[$EXTRA]" ;; \
-    esac
+# From where torch's CPU build is taken; where UV_FIND_LINKS has it, an empty one.
+ARG TORCH_BACKEND=--torch-backend=cpu
+RUN /opt/uv/bin/uv pip install --no-cache --python /opt/gradmap $TORCH_BACKEND '.[cpu]' --constraints constraints/cpu.txt
 
-USER gradmap
-WORKDIR /home/gradmap
-ENV HF_HUB_OFFLINE=1
-EXPOSE 8000
-# Inside a container, loopback cannot be reached: listen on all of the container's addresses, publish what you need.
-ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0"]
+
+FROM base AS cpu
+COPY --from=build /opt/gradmap /opt/gradmap
+RUN useradd --uid 1000 --create-home gradmap
+USER 1000
+# All that is written goes to /tmp, so that the rest can be read-only.
+ENV PATH=/opt/gradmap/bin:$PATH HOME=/tmp HF_HUB_OFFLINE=1
+EXPOSE 8000 9000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
+  CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9000/readyz', timeout=4)"]
+# Inside a container, loopback cannot be reached: listen on all of its addresses, and publish what you need.
+ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0", "--admin-host", "0.0.0.0", "--log", "-"]
+# Eager, because to compile the model takes a C++ compiler, which is not in this image.
+CMD ["/model", "--", "--enforce-eager"]
+
+
+FROM vllm/vllm-openai:v0.32.0 AS cuda
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY gradmap gradmap
+COPY export export
+COPY serving serving
+COPY loadtest loadtest
+# vLLM, torch and transformers are there, in the versions that this vLLM wants.
+RUN uv pip install --system --no-cache . \
+ && useradd --uid 1000 --create-home gradmap
+USER 1000
+ENV HOME=/tmp HF_HUB_OFFLINE=1
+EXPOSE 8000 9000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
+  CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9000/readyz', timeout=4)"]
+ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0", "--admin-host", "0.0.0.0", "--log", "-"]
 CMD ["/model"]

@@ -24,7 +24,7 @@ endif
 
 export GRADMAP_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: setup assets consumers demo test test-slow lint constraints
+.PHONY: setup assets consumers demo test test-slow test-image lint constraints
 
 setup: $(VENV)/.installed
 
@@ -60,6 +60,10 @@ test: setup assets consumers
 
 test-slow: setup assets consumers
 	$(VENV)/bin/pytest
+
+# The Dockerfile's CPU target, carried out in a chroot; needs root and debootstrap.
+test-image: setup
+	$(VENV)/bin/python scripts/prove_image.py --model out/demo/vllm
 
 lint: setup
 	$(VENV)/bin/ruff check .

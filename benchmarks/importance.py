@@ -233,12 +233,17 @@ def _random_7b(samples: int, tokens: int) -> tuple[Any, Architecture, Tensor]:
 
 
 def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
-    """Medians over rounds; ratios to naive of the same round, with their range."""
+    """Medians over rounds; ratios to other runs of the same round, with their range."""
     per_name = {name: [one for one in runs if f"{one.method}@{one.dtype}" == name] for name in names}
     naive = per_name[names[0]]
+
+    def times(longer: Sequence[Run], shorter: Sequence[Run]) -> str:
+        ratios = [one.seconds / other.seconds for one, other in zip(longer, shorter, strict=True)]
+        return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
     rows = []
     for name, own in per_name.items():
-        ratios = [base.seconds / one.seconds for base, one in zip(naive, own, strict=True)]
+        ours_in_dtype = per_name.get(f"ours@{own[0].dtype}")
         gradient = own[0].method in ("naive", "ours")
         correlation = spearmanr(naive[0].first_scores, own[0].first_scores).statistic if gradient else None
         error = max(abs(one / base - 1) for one, base in zip(own[0].first_scores, naive[0].first_scores, strict=True))
@@ -246,13 +251,14 @@ def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
             (
                 name,
                 f"{median(one.seconds for one in own) / samples:.2f}",
-                f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                times(naive, own),
+                times(own, ours_in_dtype) if ours_in_dtype else "",
                 f"{max(one.peak_bytes for one in own) / 1e9:.2f}",
                 f"{error:.1e}, {correlation:.4f}" if gradient else "",
                 " ".join(map(str, own[0].removal_order)) if own[0].method != "forward only" else "",
             )
         )
-    columns = ("run", "s / sample", f"{names[0]} / it", "peak GB", "score error, rank corr.", "removed")
+    columns = ("run", "s / sample", f"{names[0]} / it", "it / ours", "peak GB", "score error, rank corr.", "removed")
     print_table("Choosing layers", columns, rows)
 
 

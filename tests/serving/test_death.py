@@ -27,12 +27,3 @@ def test_a_killed_supervisor_leaves_no_process(artifact, tmp_path):
         endpoint.process.send_signal(signal.SIGKILL)
         endpoint.process.wait()
         assert not still_running(family)
-
-
-def test_ctrl_c_is_told_from_a_request_to_stop(artifact, tmp_path):
-    with serving(artifact, tmp_path) as endpoint:
-        endpoint.wait_until_ready()
-        family = endpoint.family()
-        endpoint.process.send_signal(signal.SIGINT)
-        assert endpoint.process.wait(60) == 130
-        assert not still_running(family)

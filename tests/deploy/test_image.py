@@ -1,0 +1,89 @@
+"""The container files keep step with the code and with each other. What they build: `make test-image`."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts.prove_image import read_instructions
+from serving.admin import Admin
+from serving.cli import serve
+from serving.server import KILL_MARGIN_S
+from serving.settings import ServerSettings
+from tests.conftest import ROOT
+
+BALANCER_WAIT_S = 5  # on a public address, see serving.cli
+TARGETS = ("cpu", "cuda")
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """Instructions by target: word -> text, the last of each word."""
+    found, name = {}, None
+    for word, rest in read_instructions((ROOT / "Dockerfile").read_text()):
+        if word == "FROM":
+            name = rest.partition(" AS ")[2]
+        found.setdefault(name, {})[word] = rest
+    return found
+
+
+@pytest.fixture(scope="module")
+def compose():
+    return yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+
+def test_hadolint_finds_nothing():
+    hadolint = Path(sys.executable).with_name("hadolint")
+    finished = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_entry_point_is_the_command_line_as_it_is(stages, target):
+    words = json.loads(stages[target]["ENTRYPOINT"]) + json.loads(stages[target]["CMD"])
+    options = [word for word in words[: words.index("/model")] if word.startswith("--")]
+    known = {f"--{name.replace('_', '-')}" for name in inspect.signature(serve).parameters}
+    assert words[0] == "gradmap-serve"
+    assert options
+    assert set(options) <= known
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_image_runs_as_nobody_and_is_healthy_when_it_answers(stages, target):
+    assert int(stages[target]["USER"]) > 0
+    port, route = re.search(r"127\.0\.0\.1:(\d+)/(\w+)", stages[target]["HEALTHCHECK"]).groups()
+    assert stages[target]["EXPOSE"].split() == [str(ServerSettings(Path()).port), port]
+    assert int(port) == ServerSettings(Path()).port + 1000
+    assert route == Admin.readyz.__name__
+
+
+def test_what_is_copied_is_not_ignored(stages):
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = [
+        source
+        for word, rest in read_instructions((ROOT / "Dockerfile").read_text())
+        if word == "COPY" and "--from" not in rest
+        for source in rest.split()[:-1]
+    ]
+    assert set(copied) == {line.removeprefix("!") for line in ignored if line.startswith("!")}
+
+
+def test_containers_get_the_time_that_a_server_needs_to_stop(compose):
+    for name in ("dense", "pruned"):
+        grace_s = int(compose["services"][name]["stop_grace_period"].removesuffix("s"))
+        assert grace_s >= BALANCER_WAIT_S + ServerSettings(Path()).drain_s + KILL_MARGIN_S
+
+
+def test_prometheus_and_grafana_find_their_files_and_targets(compose):
+    services = compose["services"]
+    for name in ("prometheus", "grafana"):
+        for volume in services[name]["volumes"]:
+            assert (ROOT / volume.partition(":")[0]).exists(), volume
+    scraped = yaml.safe_load((ROOT / "deploy" / "compose" / "prometheus.yaml").read_text())["scrape_configs"]
+    assert scraped[0]["static_configs"][0]["targets"] == ["dense:9000", "pruned:9000"]
+    assert {"dense", "pruned"} <= services.keys()
