@@ -8,8 +8,8 @@ import sys
 import traceback
 from importlib.metadata import entry_points
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from gradmap.console import say
 from gradmap.errors import UserError
@@ -37,11 +37,11 @@ def run_app(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except (UserError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else error
+    except (UserError, TyperException) as error:
+        message = error.format_message() if isinstance(error, TyperException) else error
         print(f"Error: {message}", file=sys.stderr)  # whichever of several processes it happens in
         return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         say("Interrupted.")
         return EXIT_INTERRUPTED
     except OSError as error:

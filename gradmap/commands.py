@@ -30,8 +30,11 @@ def prune(
     remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
     preset: Annotated[
-        str, typer.Option(help="best: repair and distil. gradmap, the published method: gradient and projection.")
-    ] = "best",
+        str | None,
+        typer.Option(
+            help="best: repair and distil, the default. gradmap, the published method: gradient and projection."
+        ),
+    ] = None,
     selector: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +88,7 @@ def prune(
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     count = layers_to_remove(checkpoint, remove, ratio)
-    selector, compensator = choose_methods(preset, selector, compensator)
+    selector, compensator = choose_methods(preset, selector, compensator, from_plan)
     settings = PruneSettings(
         remove=count,
         calibration=calibration,

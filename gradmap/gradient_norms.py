@@ -152,7 +152,12 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _per_sample(tensor: Tensor, samples: int) -> Tensor:
     """(B, ..., d) or, where a family flattens batch and time, (B*T, ..., d) -> (B, T*..., d)."""
-    return tensor.reshape(samples, -1, tensor.shape[-1])
+    return _with_range(tensor.reshape(samples, -1, tensor.shape[-1]))
+
+
+def _with_range(tensor: Tensor) -> Tensor:
+    """float16 ends at 65504, and the square of an attention sink's hidden state does not."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 @contextmanager
@@ -169,7 +174,7 @@ def _watched_experts(
         inputs = inputs.detach()
 
         def squares_of(gradient: Tensor) -> dict[str, Tensor]:
-            a, g = slots.spread(inputs), slots.spread(gradient)
+            a, g = _with_range(slots.spread(inputs)), _with_range(slots.spread(gradient))
             ghost = ghost_is_cheaper(a.shape[1], g.shape[2], a.shape[2])
             return {name: ghost_squares(a @ a.mT, g) if ghost else direct_squares(a, g)}
 

@@ -38,6 +38,7 @@ from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
 
 # best: what did best in our own comparison. gradmap: the method as it was published.
+DEFAULT_PRESET = "best"
 PRESETS = {"best": ("repair", "distil"), "gradmap": ("gradient", "projection")}
 
 # What a plan that is made from a larger one may have differently.
@@ -181,11 +182,17 @@ def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Ca
     }
 
 
-def choose_methods(preset: str, selector: str | None, compensator: str | None) -> tuple[str, str]:
-    """The selector and the compensator: those that are given, else those of the preset."""
-    if preset not in PRESETS:
+def choose_methods(
+    preset: str | None, selector: str | None, compensator: str | None, from_plan: Path | None
+) -> tuple[str, str]:
+    """The selector and the compensator: those that are given, else the preset's, else those of the larger plan."""
+    if preset is not None and preset not in PRESETS:
         raise UserError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
-    return selector or PRESETS[preset][0], compensator or PRESETS[preset][1]
+    if preset is None and from_plan is not None:
+        recipe = load_plan(from_plan).recipe
+        return selector or recipe["selector"], compensator or recipe["compensator"]
+    default = PRESETS[preset or DEFAULT_PRESET]
+    return selector or default[0], compensator or default[1]
 
 
 def layers_to_remove(checkpoint: Checkpoint, remove: int | None, ratio: float | None) -> int:

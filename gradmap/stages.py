@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,18 @@ def _marker(out: Path, stage_name: str) -> Path:
 def _hash_path(path: Path) -> Any:
     """A file's SHA-256; of a directory, those of its files by name; None if there is nothing (a hub id)."""
     if path.is_dir():
-        return {str(file.relative_to(path)): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    return sha256_file(path) if path.is_file() else None
+        return {str(file.relative_to(path)): _hash_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return _hash_file(path) if path.is_file() else None
+
+
+def _hash_file(path: Path) -> str:
+    status = path.stat()
+    return _hash_version(path, status.st_size, status.st_mtime_ns)
+
+
+@cache  # a model is the input of every stage
+def _hash_version(path: Path, size: int, modified_ns: int) -> str:
+    return sha256_file(path)
 
 
 def source_files(source: str) -> tuple[Path, ...]:

@@ -116,5 +116,5 @@ def _read_hub(rest: str, seed: int) -> Iterator[Any]:
         return iter([row[column] for row in islice(shuffled, HUB_DOCUMENTS)])
     except KeyError:
         raise UserError(f"Hub data set {name} has no column {column!r}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
         raise UserError(f"Hub data set {name} could not be read ({error}); use file: or disk: offline.") from None

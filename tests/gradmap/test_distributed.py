@@ -66,7 +66,7 @@ def test_two_processes_repair_as_one_does(picos, word_file, tmp_path):
 
 def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path):
     pico = picos["llama"]
-    from_larger = ("--preset", "gradmap", "--from-plan", alone, "--remove", 2, "--out", tmp_path / "nested")
+    from_larger = ("--from-plan", alone, "--remove", 2, "--out", tmp_path / "nested")
     for arguments in (
         prune_arguments(pico, word_file, tmp_path / "direct", remove=2),
         ("prune", "--model", pico.directory, *from_larger),

@@ -9,7 +9,7 @@ from gradmap.batching import Batches
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.errors import UserError
-from gradmap.gradient_norms import direct_squares, ghost_is_cheaper, ghost_squares
+from gradmap.gradient_norms import direct_squares, ghost_is_cheaper, ghost_squares, gradient_norms
 from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
 from gradmap.layerwise import losses_from, sample_losses
 from gradmap.precision import computing_in
@@ -146,3 +146,19 @@ def test_scores_on_a_gpu_are_those_of_the_cpu(pico, input_ids, streamed):
         actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
     expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+
+
+def test_float16_does_not_end_at_an_attention_sink():
+    """Hidden states of 300 in 64 dimensions: the square of one token is 5.8 million, and float16 ends at 65504."""
+    layer = torch.nn.Linear(64, 64, bias=False)
+    inputs = torch.full((2, 8, 64), 300.0)
+    norms = {}
+    for dtype in (torch.float64, torch.float16):
+        totals = torch.zeros(1, dtype=torch.float64)
+        layer.to(dtype)
+        with gradient_norms([layer], 2, totals):
+            layer(inputs.to(dtype).requires_grad_(True)).sum().backward()
+        norms[dtype] = totals.item()
+    # the gradient of every weight is 8 * 300, which both dtypes hold exactly
+    assert norms[torch.float16] == pytest.approx(norms[torch.float64], rel=1e-6)
+    assert norms[torch.float64] == pytest.approx(2 * 64 * 8 * 300)
