@@ -24,7 +24,7 @@ endif
 
 export GRADMAP_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: setup assets consumers demo test test-slow test-image lint constraints
+.PHONY: setup assets consumers demo test test-slow test-image bench lint constraints
 
 setup: $(VENV)/.installed
 
@@ -61,8 +61,15 @@ test: setup assets consumers
 test-slow: setup assets consumers
 	$(VENV)/bin/pytest
 
+# Writes benchmarks/results/; takes about an hour, and wants the machine for itself.
+bench: setup assets out/demo/vllm/gradmap.json
+	$(VENV)/bin/python -m benchmarks
+
+out/demo/vllm/gradmap.json:
+	$(MAKE) demo
+
 # The Dockerfile's CPU target, carried out in a chroot; needs root and debootstrap.
-test-image: setup
+test-image: setup out/demo/vllm/gradmap.json
 	$(VENV)/bin/python scripts/prove_image.py --model out/demo/vllm
 
 lint: setup

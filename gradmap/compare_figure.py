@@ -5,23 +5,41 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+
+# Times the dense perplexity. A method beyond says nothing sensible any more, and would flatten all the others.
+CEILING = 20.0
+MARKERS = "os^Dv"
 
 
 def draw_perplexities(result: dict[str, Any]) -> str:
-    """SVG. Error bars are standard errors of the evaluation."""
+    """SVG. Error bars are standard errors of the evaluation; the legend's order is that of the last points."""
     texts = list(result["dense"]["perplexity"])
-    figure = Figure(figsize=(6.0 * len(texts), 4.5), layout="constrained")
+    figure = Figure(figsize=(5.0 * len(texts) + 2.5, 5.0), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    methods = _best_first(result["rows"], texts[0])
     for text, axes in zip(texts, panels, strict=True):
-        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        dense = result["dense"]["perplexity"][text]["value"]
+        for number, method in enumerate(methods):
             rows = [row for row in result["rows"] if row["method"] == method]
             estimates = [row["perplexity"][text] for row in rows]
             values, errors = ([estimate[key] for estimate in estimates] for key in ("value", "stderr"))
-            axes.errorbar([row["removed"] for row in rows], values, errors, marker="o", capsize=3, label=method)
-        axes.axhline(result["dense"]["perplexity"][text]["value"], color="grey", linestyle="--", label="dense")
+            style = {"color": colormaps["tab10"](number % 10), "marker": MARKERS[number // 10 % len(MARKERS)]}
+            axes.errorbar([row["removed"] for row in rows], values, errors, capsize=3, label=method, **style)
+        axes.axhline(dense, color="grey", linestyle="--", label="dense")
         axes.set(xlabel="layers removed", ylabel=f"perplexity, {text} (log scale)", yscale="log")
-        axes.legend(fontsize=8)
+        axes.set_ylim(0.9 * dense, CEILING * dense)
+        axes.set_xticks(sorted({row["removed"] for row in result["rows"]}))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     return buffer.getvalue()
+
+
+def _best_first(rows: list[dict[str, Any]], text: str) -> list[str]:
+    """The methods by their perplexity where most layers are removed."""
+    last = max(row["removed"] for row in rows)
+    at_last = {row["method"]: row["perplexity"][text]["value"] for row in rows if row["removed"] == last}
+    return sorted(at_last, key=at_last.__getitem__)

@@ -14,6 +14,7 @@ from loadtest.prompts import LEAST_OUTPUT_TOKENS, Workload
 from loadtest.slo import Slo
 
 DENSE, PRUNED = "dense", "pruned"
+PAIRS_FOR_A_VERDICT = 6
 # The dense model once more, in one block: what two equal models differ by.
 DENSE_AGAIN = "dense-again"
 
@@ -92,6 +93,8 @@ def check_settings(settings: LoadTestSettings) -> None:
     """Raises UserError if the settings cannot be run."""
     if settings.pairs < 1:
         raise UserError(f"--pairs is {settings.pairs}; at least 1 is needed.")
+    if not settings.interleaved and settings.pairs >= PAIRS_FOR_A_VERDICT:
+        raise UserError(f"--quick is for fewer than {PAIRS_FOR_A_VERDICT} pairs; leave it out, or --pairs.")
     if not any(load.pattern == CONCURRENCY for load in settings.loads):
         raise UserError("--concurrency is needed: the verdict is about a closed loop.")
     if settings.processes < 1:

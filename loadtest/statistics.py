@@ -14,9 +14,9 @@ from gradmap.verdict import Judgement, Verdict
 from loadtest.loads import Load
 from loadtest.metrics import measure, output_throughput, values_of
 from loadtest.records import BlockRecord, Measurements, RequestRecord
+from loadtest.settings import PAIRS_FOR_A_VERDICT
 
 CONFIDENCE = 0.95
-PAIRS_FOR_A_VERDICT = 6
 METRICS = ("tpot", "ttft", "e2el", "output_throughput")
 MAX_SEND_LAG_S = 0.05
 MAX_CLIENT_CPU = 0.9

