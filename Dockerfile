@@ -57,7 +57,7 @@ COPY serving serving
 COPY loadtest loadtest
 # vLLM, torch and transformers are there, in the versions that this vLLM wants.
 RUN uv pip install --system --no-cache . \
- && useradd --uid 1000 --create-home gradmap
+ && (getent passwd 1000 || useradd --uid 1000 --create-home gradmap)
 USER 1000
 ENV HOME=/tmp HF_HUB_OFFLINE=1
 EXPOSE 8000 9000

@@ -113,7 +113,9 @@ def _remove_debris(path: Path) -> None:
 
 def _remove_partials(path: Path) -> None:
     for debris in path.parent.glob(f".{path.name}.partial-*"):
-        if psutil.pid_exists(int(debris.name.rpartition("-")[2])):
+        writer = int(debris.name.rpartition("-")[2])
+        # In a new container, this process may have the number of the one that was killed in the last.
+        if writer != os.getpid() and psutil.pid_exists(writer):
             continue
         if debris.is_dir():
             shutil.rmtree(debris, ignore_errors=True)

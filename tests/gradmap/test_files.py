@@ -1,5 +1,6 @@
 """A result is whole or absent, and the earlier one survives a failure."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,11 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", marker="result"):
         raise RuntimeError
     assert (tmp_path / "out" / "result").read_text() == "old"
+
+
+def test_debris_of_a_killed_process_with_our_own_number_is_removed(tmp_path):
+    """Two containers in a row on one volume: both are process 1."""
+    (tmp_path / f".result.partial-{os.getpid()}").mkdir()
+    with atomic_directory(tmp_path / "result", marker="result") as partial:
+        (partial / "result").write_text("whole")
+    assert (tmp_path / "result" / "result").read_text() == "whole"
