@@ -113,7 +113,7 @@ def main(
 ) -> None:
     pairs: dict[int, list[tuple[Numbers, Numbers]]] = {level: [] for level in concurrency or (1, 4)}
     settings = ServerSettings(directory, port=free_port())
-    with Server(settings, Log(out.with_suffix(".log"))) as server:
+    with Server(settings, Log(out.with_name(f"{out.stem}-server.log"))) as server:
         target = Target(Endpoint(settings.url, server.wait_until_ready()), directory, requests)
         for level in pairs:
             measure_with_ours(target, level, seed=0)
