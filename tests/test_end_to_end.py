@@ -127,6 +127,7 @@ def perplexity_of_the_artifact(out, directory, *arguments):
     return result["dense"]["backend"], math.log(result["dense"]["perplexity"]["squad"]["value"])
 
 
+@pytest.mark.slow
 def test_vllm_gives_the_perplexity_of_transformers(finished_run, tmp_path):
     artifact = ("--model", str(finished_run[0] / "out" / "vllm"))
     stock = perplexity_of_the_artifact(tmp_path / "stock.json", tmp_path, *artifact, "--dtype", "bfloat16")

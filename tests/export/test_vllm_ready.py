@@ -50,7 +50,7 @@ def test_weights_stored_transposed_cannot_be_quantised(picos, tmp_path):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("quantise", [None, "int8"])
+@pytest.mark.parametrize("quantise", [pytest.param(None, marks=pytest.mark.slow), "int8"])
 def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
     pico = make_pico(
         "qwen3", tmp_path / "pico", hidden_size=128, intermediate_size=160, head_dim=32
