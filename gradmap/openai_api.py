@@ -6,10 +6,13 @@ import os
 
 import httpx
 
+# A key never goes through argv, which every user of the machine can read.
+KEY_VARIABLE = "VLLM_API_KEY"
+
 
 def authorization() -> dict[str, str]:
-    """The bearer header for VLLM_API_KEY, if that is set; a key never goes through argv."""
-    key = os.environ.get("VLLM_API_KEY")
+    """The bearer header for the key, if one is set."""
+    key = os.environ.get(KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

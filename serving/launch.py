@@ -15,8 +15,10 @@ from typing import Any
 
 from gradmap.cli import EXIT_INTERRUPTED
 from gradmap.errors import UserError
-from gradmap.vllm_environment import vllm_defaults
+from gradmap.openai_api import KEY_VARIABLE
+from gradmap.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults
 from serving.admin import Admin, serving_admin
+from serving.flags import flag_names
 from serving.guard import guard_environment
 from serving.identity import Identity, identify
 from serving.log import Log
@@ -80,7 +82,6 @@ def run(launch: Launch, log: Log) -> int:
     with _handling_signals(stop, supervisors), serving_admin(app, launch.admin_host, launch.admin_port):
         _announce(launch, supervisors, log)
         _run_all(supervisors, stop.event)
-    log.close()
     return _exit_code(supervisors, stop, log)
 
 
@@ -107,16 +108,15 @@ def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list
 
 def memory_share(models: int, on_gpu: bool, vllm_flags: Sequence[str]) -> tuple[str, ...]:
     """vLLM's flags that give each of several models its share of a GPU, unless the user gave a share."""
-    if models == 1 or not on_gpu or any(flag.startswith("--gpu-memory-utilization") for flag in vllm_flags):
+    if models == 1 or not on_gpu or "--gpu-memory-utilization" in flag_names(vllm_flags):
         return ()
     return ("--gpu-memory-utilization", f"{GPU_UTILISATION / models:.2f}")
 
 
 def cache_share(models: int) -> dict[str, str]:
     """The environment variables that give each of several models its share of the KV cache in a CPU's memory."""
-    variable = "VLLM_CPU_KVCACHE_SPACE"
-    whole = os.environ.get(variable) or vllm_defaults().get(variable)
-    return {} if whole is None or models == 1 else {variable: f"{float(whole) / models:g}"}
+    whole = os.environ.get(KV_CACHE_VARIABLE) or vllm_defaults().get(KV_CACHE_VARIABLE)
+    return {} if whole is None or models == 1 else {KV_CACHE_VARIABLE: f"{float(whole) / models:g}"}
 
 
 def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> None:
@@ -130,7 +130,7 @@ def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> No
             f"{len(supervisors)} models share this machine: each gets 1/{len(supervisors)} of the memory that vLLM "
             "takes, and they compete for its processors. To compare speeds, use gradmap loadtest"
         )
-    if settings.is_public and not os.environ.get("VLLM_API_KEY"):
+    if settings.is_public and not os.environ.get(KEY_VARIABLE):
         log.say(f"{settings.host} is reachable from outside and no key is asked for; use --api-key-file", "WARNING")
     log.say(f"Try, once it is ready: {curl_command(settings, supervisors[0].identity.name)}")
     admin = f"http://{launch.admin_host}:{launch.admin_port}"
@@ -140,8 +140,8 @@ def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> No
 def curl_command(settings: ServerSettings, model: str) -> str:
     """Returns what to paste into a shell to get a completion; the key stays a variable's name."""
     options = [f"--cacert {settings.certificate}"] if settings.certificate else []
-    if os.environ.get("VLLM_API_KEY"):
-        options.append('-H "Authorization: Bearer $VLLM_API_KEY"')
+    if os.environ.get(KEY_VARIABLE):
+        options.append(f'-H "Authorization: Bearer ${KEY_VARIABLE}"')
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16})
     return " ".join(
         ["curl", *options, f"{settings.url}/v1/completions", "-H 'Content-Type: application/json'", f"-d '{body}'"]

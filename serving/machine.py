@@ -10,6 +10,8 @@ import psutil
 import pynvml
 
 from gradmap.errors import UserError
+from gradmap.vllm_environment import KV_CACHE_VARIABLE
+from serving.flags import flag_names
 from serving.identity import Identity
 from serving.settings import ServerSettings, server_environment
 
@@ -25,10 +27,9 @@ SEVERAL_GPUS = ("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-siz
 
 @dataclass(frozen=True)
 class Gpu:
-    """total_bytes, free_bytes: memory. capability: CUDA compute capability."""
+    """capability: CUDA compute capability."""
 
     total_bytes: int
-    free_bytes: int
     capability: tuple[int, int]
 
 
@@ -38,7 +39,7 @@ def find_gpu() -> Gpu | None:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return Gpu(memory.total, memory.free, tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
+        return Gpu(memory.total, tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
     return None
 
 
@@ -54,19 +55,19 @@ def available_bytes(cgroup: Path = CGROUP) -> int:
 
 def require_memory(settings: ServerSettings, identity: Identity, available: int) -> None:
     """Raises UserError if weights, KV cache and vLLM itself do not fit into `available` bytes of a CPU's memory."""
-    cache = float(server_environment(settings).get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB
+    cache = float(server_environment(settings).get(KV_CACHE_VARIABLE, 0)) * GIB
     needed = identity.weight_bytes + cache + CPU_RUNTIME_BYTES
     if needed > available:
         raise UserError(
             f"Serving {identity.name} needs about {needed / GIB:.1f} GiB of memory (weights "
             f"{identity.weight_bytes / GIB:.1f}, KV cache {cache / GIB:.1f}, vLLM {CPU_RUNTIME_BYTES / GIB:.1f}) and "
-            f"{max(0, available) / GIB:.1f} GiB are available; free some, or set VLLM_CPU_KVCACHE_SPACE lower."
+            f"{max(0, available) / GIB:.1f} GiB are available; free some, or set {KV_CACHE_VARIABLE} lower."
         )
 
 
 def require_gpu_memory(settings: ServerSettings, identity: Identity, gpu: Gpu) -> None:
     """Raises UserError if the weights do not fit into the share of one GPU that vLLM takes."""
-    if any(flag.partition("=")[0] in SEVERAL_GPUS for flag in settings.vllm_flags):
+    if set(SEVERAL_GPUS) & set(flag_names(settings.vllm_flags)):
         return
     room = gpu.total_bytes * GPU_UTILISATION
     if identity.weight_bytes > room:
@@ -78,6 +79,6 @@ def require_gpu_memory(settings: ServerSettings, identity: Identity, gpu: Gpu) -
 
 def dtype_flags(gpu: Gpu | None, vllm_flags: tuple[str, ...]) -> tuple[str, ...]:
     """Flags for a GPU that does not know bfloat16, in which artifacts are stored."""
-    if gpu is None or gpu.capability >= BFLOAT16_CAPABILITY or any(flag.startswith("--dtype") for flag in vllm_flags):
+    if gpu is None or gpu.capability >= BFLOAT16_CAPABILITY or "--dtype" in flag_names(vllm_flags):
         return ()
     return ("--dtype", "float16")

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from threading import Thread
 from types import TracebackType
 from typing import Self
@@ -19,6 +19,7 @@ import psutil
 
 from gradmap.errors import UserError
 from gradmap.openai_api import served_model
+from serving.identity import require_model
 from serving.log import Log, Output
 from serving.settings import ServerSettings, build_command, server_environment
 
@@ -91,9 +92,7 @@ class Server:
         code = self._process.poll()
         if code is None:
             return
-        kill_group(self._process.pid)
-        if self._reader is not None:
-            self._reader.join(EXIT_WAIT_S)
+        self._end()
         reason = self._output.error()
         ended = f"vLLM was killed by signal {-code}" if code < 0 else f"vLLM ended with code {code}"
         raise ServerError(f"{ended}{f': {reason}' if reason else ''} ({self.log.location}).")
@@ -107,8 +106,7 @@ class Server:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(self.settings.drain_s + KILL_MARGIN_S)
-        self.kill()
-        process.wait()
+        self._end()
         self._process = None
 
     def kill(self) -> None:
@@ -116,12 +114,18 @@ class Server:
         if self._process is not None:
             kill_group(self._process.pid)
 
+    def _end(self) -> None:
+        """Kills what is left; the process has been waited for, and its last lines read, when this returns."""
+        assert self._process is not None and self._reader is not None
+        self.kill()
+        self._process.wait()
+        self._reader.join(EXIT_WAIT_S)
+
 
 def check_servable(settings: ServerSettings) -> None:
     """Raises UserError if the server could not start: no model, no vLLM, or a port that is taken."""
-    if not (settings.directory / "config.json").is_file():
-        raise UserError(f"{settings.directory} is no model directory (it has no config.json); export one first.")
-    if "vllm" not in packages_distributions():
+    require_model(settings.directory)
+    if find_spec("vllm") is None:
         raise UserError("vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or 'gradmap[gpu]'.")
     require_free_port(settings.host, settings.port, "--port")
 

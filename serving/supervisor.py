@@ -43,7 +43,6 @@ class Status:
     state: State = State.STARTING
     started: float = field(default_factory=time.monotonic)
     phases: dict[str, float] = field(default_factory=lambda: {FIRST_PHASE: 0.0})
-    model: str | None = None
     was_ready: bool = False
     restarts: int = 0
     error: str | None = None
@@ -123,7 +122,7 @@ class Supervisor:
     def _become_ready(self, model: str) -> None:
         elapsed_s = time.monotonic() - self.status.started
         phases = {**self.status.phases, "ready": elapsed_s}
-        self.status = replace(self.status, state=State.READY, was_ready=True, model=model, phases=phases)
+        self.status = replace(self.status, state=State.READY, was_ready=True, phases=phases)
         self.log.say(f"Ready after {elapsed_s:.0f} s: {self.settings.url}/v1 serves {model}")
 
     def _drain(self) -> None:

@@ -18,7 +18,7 @@ import psutil
 from serving.server import free_port
 
 START_TIMEOUT_S = 300
-# Of the issue: nothing may be left five seconds after a death.
+# By then, nothing may be left of what was killed.
 GONE_AFTER_S = 5
 
 
@@ -72,7 +72,7 @@ def serving(directory: Path, temporary: Path, *options: str, host: str = "127.0.
 
 
 def still_running(family: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended after the time that the issue grants."""
+    """Those that have not ended in time."""
     return [process for process in psutil.wait_procs(family, timeout=GONE_AFTER_S)[1] if not _is_zombie(process)]
 
 

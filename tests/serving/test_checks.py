@@ -80,16 +80,16 @@ def test_a_containers_limit_counts(tmp_path):
 
 
 def test_weights_must_fit_a_gpu_unless_there_are_several(tmp_path):
-    gpu, identity = Gpu(80 * GIB, 80 * GIB, (8, 0)), Identity("model", weight_bytes=75 * GIB)
+    gpu, identity = Gpu(80 * GIB, (8, 0)), Identity("model", weight_bytes=75 * GIB)
     with pytest.raises(UserError, match="--tensor-parallel-size N"):
         require_gpu_memory(ServerSettings(tmp_path), identity, gpu)
     require_gpu_memory(ServerSettings(tmp_path, vllm_flags=("--tensor-parallel-size=2",)), identity, gpu)
 
 
 def test_old_gpus_get_float16():
-    assert dtype_flags(Gpu(0, 0, (7, 5)), ()) == ("--dtype", "float16")
-    assert dtype_flags(Gpu(0, 0, (7, 5)), ("--dtype=float32",)) == ()
-    assert dtype_flags(Gpu(0, 0, (9, 0)), ()) == dtype_flags(None, ()) == ()
+    assert dtype_flags(Gpu(0, (7, 5)), ()) == ("--dtype", "float16")
+    assert dtype_flags(Gpu(0, (7, 5)), ("--dtype=float32",)) == ()
+    assert dtype_flags(Gpu(0, (9, 0)), ()) == dtype_flags(None, ()) == ()
 
 
 def test_two_models_share_the_memory(monkeypatch):

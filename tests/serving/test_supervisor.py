@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -113,8 +114,6 @@ def test_a_second_ctrl_c_does_not_wait(stand_in, tmp_path):
 
 
 def test_two_models_are_ready_when_both_are(stand_in, tmp_path, picos, capfd):
-    from dataclasses import replace
-
     launch = stand_in()
     launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory])
     seen = {}
