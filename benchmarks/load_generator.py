@@ -16,22 +16,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 import typer
 
+from benchmarks.one_load import send_load
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
-from loadtest.board import Board
-from loadtest.driving import Bench, Endpoint, run_load
+from loadtest.driving import Endpoint
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load
-from loadtest.prompts import RandomPrompts, Workload
+from loadtest.prompts import Workload
 from loadtest.records import Measurements
-from loadtest.settings import Block, LoadTestSettings
 from loadtest.statistics import mean_in_flight
 from serving.server import free_port
 
@@ -69,18 +67,18 @@ CASES = (
 
 def run_case(case: Case) -> dict[str, Any]:
     """Measured values by name, in ms, requests/s, or shares."""
-    with TemporaryDirectory() as directory, fake_endpoint(case) as url:
-        settings = LoadTestSettings(
-            url,
-            {"pruned": url},
-            loads=(case.load,),
+    workload = Workload(prompt_tokens=64, output_tokens=case.tokens)
+    with fake_endpoint(case) as url:
+        measured = send_load(
+            Endpoint(url, "fake"),
+            case.load,
+            workload,
+            vocabulary=1000,
             requests_per_load=case.requests if not case.load.is_open else 1,
             open_loop_s=case.seconds,
-            workload=Workload(prompt_tokens=64, output_tokens=case.tokens),
             processes=case.processes,
         )
-        bench = Bench(settings, RandomPrompts(settings.workload, 1000), Board(1), Path(directory))
-        return describe(run_load(Endpoint(url, "fake"), bench, Block("dense", 0), case.load), case)
+        return describe(measured, case)
 
 
 def describe(measured: Measurements, case: Case) -> dict[str, Any]:

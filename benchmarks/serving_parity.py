@@ -21,15 +21,14 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.one_load import send_load
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import read_json, write_json
-from loadtest.board import Board
-from loadtest.driving import Bench, Endpoint, run_load
+from loadtest.driving import Endpoint
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load
-from loadtest.prompts import RandomPrompts, Workload
-from loadtest.settings import Block, LoadTestSettings
+from loadtest.prompts import Workload
 from serving.log import Log
 from serving.server import Server, free_port
 from serving.settings import ServerSettings
@@ -88,17 +87,9 @@ def measure_with_vllm(target: Target, concurrency: int, seed: int) -> Numbers:
 
 def measure_with_ours(target: Target, concurrency: int, seed: int) -> Numbers:
     load = Load(CONCURRENCY, concurrency)
-    with TemporaryDirectory() as directory:
-        settings = LoadTestSettings(
-            target.endpoint.url,
-            {"pruned": target.endpoint.url},
-            loads=(load,),
-            requests_per_load=target.requests,
-            workload=Workload(prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS, seed=seed),
-        )
-        vocabulary = int(read_json(target.directory / "config.json")["vocab_size"])
-        bench = Bench(settings, RandomPrompts(settings.workload, vocabulary), Board(1), Path(directory))
-        measured = run_load(target.endpoint, bench, Block("dense", seed), load)
+    workload = Workload(prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS, seed=seed)
+    vocabulary = int(read_json(target.directory / "config.json")["vocab_size"])
+    measured = send_load(target.endpoint, load, workload, vocabulary, requests_per_load=target.requests)
     summary = summarise_load(measured.requests, load.name)
     assert summary.errors == 0 and summary.ttft_s and summary.tpot_s and summary.output_throughput
     return Numbers(1000 * summary.ttft_s.median, 1000 * summary.tpot_s.median, summary.output_throughput)
