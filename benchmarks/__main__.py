@@ -4,7 +4,8 @@
     python -m benchmarks [--only importance --only verdicts]
 
 Sizes are small, so that it ends; each benchmark's own docstring says how to run it whole. Writes
-benchmarks/results/MACHINE.json (every benchmark's own JSON) and MACHINE.md (every benchmark's own table).
+benchmarks/results/MACHINE.json (every benchmark's own JSON) and MACHINE.md (every benchmark's own table), after each
+one; with --only, the others stay as they were.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,21 +47,36 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="A benchmark's name; all if none is given.")] = None,
 ) -> None:
     environment = describe_environment()
-    results, tables = {}, []
+    machine = re.sub(r"\W+", "-", environment["cpu"] + "-" + environment.get("gpu", "")).strip("-").lower()
+    path = RESULTS / f"{machine}.json"
+    results = read_json(path) if path.exists() else {}
     for name in only or BENCHMARKS:
         say(f"Benchmark {name}")
-        command = [sys.executable, "-m", f"benchmarks.{name}", *BENCHMARKS[name].split()]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if finished.returncode != 0:
-            say(f"{' '.join(command)} ended with code {finished.returncode}; see above.")
-            raise typer.Exit(finished.returncode)
-        results[name] = read_json(Path("out/benchmark") / f"{name}.json")
-        tables.append(f"## {name}\n\n`python -m benchmarks.{name} {BENCHMARKS[name]}`\n\n```\n{finished.stdout}```\n")
-    machine = re.sub(r"\W+", "-", environment["cpu"] + "-" + environment.get("gpu", "")).strip("-").lower()
-    write_json(RESULTS / f"{machine}.json", {"environment": environment, "benchmarks": results})
-    facts = "\n".join(f"- {name}: {value}" for name, value in environment.items())
-    write_text(RESULTS / f"{machine}.md", f"# {environment['cpu']}\n\n{facts}\n\n" + "\n".join(tables))
-    say(f"Wrote {RESULTS / machine}.json and .md")
+        results[name] = {"environment": environment, **run_benchmark(name)}
+        write_json(path, results)
+        write_text(path.with_suffix(".md"), as_markdown(results))
+    say(f"Wrote {path} and {path.with_suffix('.md').name}")
+
+
+def run_benchmark(name: str) -> dict[str, Any]:
+    """Its command, the table that it printed, and the JSON that it wrote."""
+    arguments = [f"benchmarks.{name}", *BENCHMARKS[name].split()]
+    finished = subprocess.run([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    if finished.returncode != 0:
+        say(f"{name} ended with code {finished.returncode}; see above.")
+        raise typer.Exit(finished.returncode)
+    result = read_json(Path("out/benchmark") / f"{name}.json")
+    return {"command": f"python -m {' '.join(arguments)}", "table": finished.stdout, "result": result}
+
+
+def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of all benchmarks, each with where and how it was measured."""
+    parts = []
+    for name in sorted(results):
+        one = results[name]
+        facts = ", ".join(f"{fact} {value}" for fact, value in one["environment"].items())
+        parts.append(f"## {name}\n\n`{one['command']}`\n\n{facts}\n\n```\n{one['table'].strip()}\n```\n")
+    return "# Benchmarks\n\n" + "\n".join(parts)
 
 
 if __name__ == "__main__":

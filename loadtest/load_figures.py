@@ -170,7 +170,7 @@ def draw_timeline(records: Sequence[RequestRecord], arms: Sequence[str]) -> str:
         axes.set_xlabel("time (s)")
         axes.set_ylabel("TTFT (ms)")
         axes.set_ylim(bottom=0)
-        add_legend(axes, loc="upper right", ncols=len(arms))
+        add_legend(axes, loc="lower right", ncols=len(arms), bbox_to_anchor=(1.0, 1.0))
         return to_svg(figure)
 
 
