@@ -23,7 +23,7 @@ PRESETS = {
     "wikitext2": "hub:mikasenghaas/wikitext-2::test:text",
     "c4": "hub:allenai/c4:en:validation:text",
     "ptb": "hub:ptb-text-only/ptb_text_only::test:sentence",
-    "stackexchange": "hub:ArmelIR/stack-exchange-instruction::train:question",
+    "stackexchange": "hub:ArmelR/stack-exchange-instruction::train:question",  # the paper's Table 7 has ArmelIR
     "bookcorpus": "hub:bookcorpus/bookcorpus::train:text",
 }
 # A hub data set can be far larger than what calibration needs: shuffled reading stops here.
