@@ -1,8 +1,8 @@
 # gradmap's command line and server. Models are mounted, not baked in.
 #   docker build --target cpu -t gradmap:cpu .      vLLM's CPU build
 #   docker build --target cuda -t gradmap:cuda .    on vLLM's image (run with --gpus all --ipc host)
-#   docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 -v "$PWD/out/demo/vllm:/model:ro" \
-#              -v "$PWD/key:/run/secrets/api-key:ro" gradmap:cpu
+#   docker run --rm --read-only --tmpfs /tmp --shm-size 1g -p 127.0.0.1:8000:8000 \
+#              -v "$PWD/out/demo/vllm:/model:ro" -v "$PWD/key:/run/secrets/api-key:ro" gradmap:cpu
 # Other commands: docker run --entrypoint gradmap ... gradmap:cpu prune ...
 
 FROM debian:12.12-slim AS base

@@ -3,8 +3,8 @@
     python scripts/prove_image.py --model DIR [--keep DIR]
 
 Debian's base comes from debootstrap, each RUN in a chroot of its own, each COPY from this checkout or an earlier stage.
-Then the entry point is started as the image's user with the model at /model, and has to become ready by the image's own
-health check, answer a completion, and end with code 0. What this does not prove: that the names of base images exist,
+Then the entry point is started as the image's user on a read-only root with the model at /model, and has to become ready
+by the image's own health check, answer a completion, and end with code 0. What this does not prove: that the names of base images exist,
 and anything of the CUDA target.
 """
 
@@ -30,6 +30,7 @@ SUITE = "bookworm"
 # What a build machine may need to reach its package registries; none of it stays in the image.
 PASSED_ON = ("PIP_", "UV_", "http_proxy", "https_proxy", "SSL_")
 READY_TIMEOUT_S, STOP_TIMEOUT_S = 600, 60
+SHARED_MEMORY = "1g"  # --shm-size of the Dockerfile's example; Docker's own 64 MB are too few for vLLM
 COMPILERS = ("gcc", "g++", "cc", "c++", "ld", "make", "pip", "uv")
 
 
@@ -123,12 +124,17 @@ def copy(words: list[str], stage: Stage, stages: Mapping[str, Stage]) -> None:
             shutil.copy2(path, place)
 
 
-def chroot_command(stage: Stage, command: list[str], mounts: Mapping[str, Path]) -> list[str]:
-    """In mount and process namespaces of its own; `mounts` are read-only, by their place in the root."""
+def chroot_command(stage: Stage, command: list[str], mounts: Mapping[str, Path], read_only: bool = False) -> list[str]:
+    """In mount and process namespaces of its own; `mounts` are read-only, by their place in the root. read_only: all
+    but /tmp and /dev/shm, as `docker run --read-only --tmpfs /tmp` does."""
     root = shlex.quote(str(stage.root))
-    lines = [f"mount --bind /dev {root}/dev", f"mount -t proc proc {root}/proc"]
-    for place, source in mounts.items():
-        lines += [f"mkdir -p {root}{place}", f"mount --bind -o ro {shlex.quote(str(source))} {root}{place}"]
+    lines = [f"mkdir -p {root}{place}" for place in mounts]
+    if read_only:
+        lines += [f"mount --bind {root} {root}", f"mount -o remount,bind,ro {root}", f"mount -t tmpfs tmp {root}/tmp"]
+    lines += [f"mount --bind /dev {root}/dev", f"mount -t proc proc {root}/proc"]
+    lines.append(f"mount -t sysfs -o ro sysfs {root}/sys")
+    lines.append(f"mount -t tmpfs -o size={SHARED_MEMORY},mode=1777 shm {root}/dev/shm")
+    lines += [f"mount --bind -o ro {shlex.quote(str(source))} {root}{place}" for place, source in mounts.items()]
     inside = f"cd {shlex.quote(stage.directory)} && exec {shlex.join(command)}"
     user = f"--userspec={stage.user}:{stage.user}"
     lines.append(f"exec chroot {user} {root} /bin/sh -c {shlex.quote(inside)}")
@@ -165,7 +171,7 @@ def prove(stage: Stage, model: Path) -> dict[str, object]:
     command = [*stage.entry_point, *stage.command]
     started = time.monotonic()
     process = subprocess.Popen(
-        chroot_command(stage, command, {"/model": model}), env=stage.environment, start_new_session=True
+        chroot_command(stage, command, {"/model": model}, read_only=True), env=stage.environment, start_new_session=True
     )
     while subprocess.run(
         chroot_command(stage, stage.health_check, {}), env=stage.environment, capture_output=True
