@@ -3,9 +3,9 @@
     python scripts/prove_image.py --model DIR [--keep DIR]
 
 Debian's base comes from debootstrap, each RUN in a chroot of its own, each COPY from this checkout or an earlier stage.
-Then the entry point is started as the image's user on a read-only root with the model at /model, and has to become ready
-by the image's own health check, answer a completion, and end with code 0. What this does not prove: that the names of base images exist,
-and anything of the CUDA target.
+Then the entry point is started as the image's user on a read-only root with the model at /model, and has to become
+ready by the image's own health check, answer a completion, and end with code 0. What this does not prove: that the
+names of base images exist, and anything of the CUDA target.
 """
 
 from __future__ import annotations

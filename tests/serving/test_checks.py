@@ -86,6 +86,14 @@ def test_weights_must_fit_a_gpu_unless_there_are_several(tmp_path):
     require_gpu_memory(ServerSettings(tmp_path, vllm_flags=("--tensor-parallel-size=2",)), identity, gpu)
 
 
+@pytest.mark.parametrize("flags", [("--gpu-memory-utilization", "0.46"), ("--gpu-memory-utilization=0.46",)])
+def test_weights_must_fit_the_share_of_the_gpu(tmp_path, flags):
+    gpu, settings = Gpu(80 * GIB, (8, 0)), ServerSettings(tmp_path, vllm_flags=flags)
+    require_gpu_memory(settings, Identity("model", weight_bytes=36 * GIB), gpu)
+    with pytest.raises(UserError, match=r"36\.8 GiB of this GPU"):
+        require_gpu_memory(settings, Identity("model", weight_bytes=37 * GIB), gpu)
+
+
 def test_old_gpus_get_float16():
     assert dtype_flags(Gpu(0, (7, 5)), ()) == ("--dtype", "float16")
     assert dtype_flags(Gpu(0, (7, 5)), ("--dtype=float32",)) == ()
