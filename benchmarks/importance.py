@@ -186,6 +186,8 @@ def _measure(
         tokenizer = load_tokenizer(checkpoint.directory)
         input_ids = build_calibration(tokenizer, calibration, max(2, samples), tokens, seed=42).input_ids[:samples]
         model, architecture = load_model(checkpoint, dtype), architecture_of(checkpoint.config)
+    for parameter in model.parameters():
+        parameter.sum()  # mapped weights are in memory only once they were read
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
     held = psutil.Process().memory_info().rss
     with computing_in(dtype, model):

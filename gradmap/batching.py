@@ -12,7 +12,7 @@ from gradmap.console import say
 from gradmap.errors import UserError
 
 # What the activations of a batch may take. More brings no speed: on a CPU, small batches stay in its caches.
-ACTIVATION_BYTES = {"cpu": 1 << 29, "cuda": 3 << 30}
+ACTIVATION_BYTES = {"cpu": 3 << 27, "cuda": 3 << 30}
 TOKENS = {"cpu": 1024, "cuda": 8192}
 FORWARD_BATCH = 4  # samples in a pass that keeps nothing for a backward one
 

@@ -44,6 +44,11 @@ def share_of_step(tensor: Tensor) -> Tensor:
     return tensor[_share(len(tensor))]
 
 
+def falls_to_this_process(number: int) -> bool:
+    """Whether the piece of work with this number is this process's; pieces are dealt out in turn."""
+    return number % process_count() == process_rank()
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Adds up the gradients of every process; a process without samples has none."""
     for parameter in parameters:

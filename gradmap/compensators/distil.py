@@ -3,6 +3,7 @@
 The loss is the cross-entropy between the two next-token distributions (Hinton et al. 2015, arXiv 1503.02531), the
 trained matrices are LoRA's (Hu et al. 2021, arXiv 2106.09685). They fold into the weights like any other correction,
 and a plan stays as small as its rank. What was fitted in closed form comes first: training starts where it ends.
+A calibration set is too small to train on again and again; the dense model itself writes what else is needed.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from gradmap.corrections import (
     pruned_and_corrected,
     untrained_low_rank,
 )
-from gradmap.distributed import share_of_step, sum_gradients
+from gradmap.distributed import falls_to_this_process, share_of_step, sum_gradients, summed
 from gradmap.importance import LOGITS_BYTES
 from gradmap.layerwise import logits_from, run_layers
 
 RANK = 16
-LEARNING_RATE = 5e-4
-EPOCHS = 3
-STEP_SAMPLES = 8
+LEARNING_RATE = 1e-3
+STEP_SAMPLES = 4
+# Of texts that the dense model writes: how many for each calibration sample, and how many tokens they begin with.
+WRITTEN_PER_SAMPLE = 2
+PROMPT_TOKENS = 4
+WRITTEN_TOGETHER = 64
 
 
 def distil(pruned: Pruned) -> Compensation:
@@ -49,30 +53,60 @@ def _closed_form(pruned: Pruned) -> Compensation:
     return refit_before_runs(pruned)
 
 
-def train_low_rank(pruned: Pruned, changes: Changes) -> list[Correction]:
-    """Corrections on top of `changes`, as they were after the epoch with the lowest held-out loss."""
+def train_low_rank(pruned: Pruned, changes: Changes) -> tuple[Correction, ...]:
+    """Corrections on top of `changes`, from one pass over the calibration samples to fit on and what the dense model
+    writes itself."""
     generator = torch.Generator().manual_seed(pruned.calibration.seed)
     maps = linear_maps(pruned.architecture, pruned.model, pruned.kept)
-    factors = {place: untrained_low_rank(module, RANK, generator) for place, module in maps}
-    parameters = [tensor for factor in factors.values() for tensor in (factor.down, factor.up)]
-    together = followed_by(changes, list(factors.items()))
-    fit_ids = pruned.calibration.fit_ids
-    goal = dense_outputs(pruned, fit_ids)
+    factors = [(place, untrained_low_rank(module, RANK, generator)) for place, module in maps]
+    parameters = [tensor for _, factor in factors for tensor in (factor.down, factor.up)]
+    together = followed_by(changes, factors)
+    samples = torch.cat([pruned.calibration.fit_ids, written_by_dense(pruned)])
+    goal = dense_outputs(pruned, samples)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
-    steps = EPOCHS * math.ceil(len(fit_ids) / STEP_SAMPLES)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    before = best = pruned.loss(changes)
-    kept = {place: _copy(factor) for place, factor in factors.items()}
-    with progress("Distilling (samples)", EPOCHS * len(fit_ids)) as advance:
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(fit_ids), generator=generator).split(STEP_SAMPLES):
-                _take_step(pruned, together, fit_ids[rows], goal[rows], parameters, optimizer)
-                schedule.step()
-                advance(len(rows))
-            after = pruned.loss(together)
-            if after < best:
-                best, kept = after, {place: _copy(factor) for place, factor in factors.items()}
-    return [Correction(place, factor, before, best) for place, factor in kept.items()]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, math.ceil(len(samples) / STEP_SAMPLES))
+    with progress("Distilling (samples)", len(samples)) as advance:
+        for rows in torch.randperm(len(samples), generator=generator).split(STEP_SAMPLES):
+            _take_step(pruned, together, samples[rows], goal[rows], parameters, optimizer)
+            schedule.step()
+            advance(len(rows))
+    return pruned.judge([(place, _trained(factor)) for place, factor in factors], changes)
+
+
+def written_by_dense(pruned: Pruned) -> Tensor:
+    """Samples (N, T) that begin with a few tokens from the calibration samples to fit on, and go on as the dense model
+    would (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888). The same for any number of processes."""
+    known, seed = pruned.calibration.fit_ids, pruned.calibration.seed
+    length = min(PROMPT_TOKENS, known.shape[1])
+    count = WRITTEN_PER_SAMPLE * len(known)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(known), (count, 1), generator=generator)
+    starts = torch.randint(known.shape[1] - length + 1, (count, 1), generator=generator)
+    prompts = known[rows, starts + torch.arange(length)]
+    written = torch.zeros(count, known.shape[1], dtype=known.dtype)
+    with progress("The dense model writes (samples)", count) as advance:
+        for number, start in enumerate(range(0, count, WRITTEN_TOGETHER)):
+            batch = slice(start, start + WRITTEN_TOGETHER)
+            if falls_to_this_process(number):
+                written[batch] = write_on(pruned.model, prompts[batch], known.shape[1], seed + number)
+            advance(len(prompts[batch]))
+    return summed(written)
+
+
+@torch.no_grad()
+def write_on(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
+    """Continues each prompt (B, P) to (B, length), every token drawn from the model's whole next-token distribution.
+
+    Unlike transformers' own sampling, whatever the model's generation config says: what is wanted is its knowledge.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids, entering, cache = prompts, prompts, None
+    while ids.shape[1] < length:
+        output = model(input_ids=entering.to(model.device), past_key_values=cache, use_cache=True)
+        chances = output.logits[:, -1].float().softmax(dim=-1).cpu()
+        entering, cache = torch.multinomial(chances, 1, generator=generator), output.past_key_values
+        ids = torch.cat([ids, entering], dim=1)
+    return ids
 
 
 @torch.no_grad()
@@ -129,5 +163,5 @@ def _backward(pruned: Pruned, changes: Changes, ids: Tensor, wanted: Tensor, sam
         hidden.backward(gradients * (len(ids) / samples))
 
 
-def _copy(factor: LowRank) -> LowRank:
-    return LowRank(factor.down.detach().cpu().clone(), factor.up.detach().cpu().clone())
+def _trained(factor: LowRank) -> LowRank:
+    return LowRank(factor.down.detach().cpu(), factor.up.detach().cpu())

@@ -9,7 +9,14 @@ from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import Pruned, pruned_loss, run_and_capture
 from gradmap.compensators import COMPENSATORS
 from gradmap.compensators.adam import REGULARISATION, errors_of_output, objective, train_projection
-from gradmap.compensators.distil import dense_outputs, distillation_gradients, train_low_rank
+from gradmap.compensators.distil import (
+    PROMPT_TOKENS,
+    dense_outputs,
+    distillation_gradients,
+    train_low_rank,
+    write_on,
+    written_by_dense,
+)
 from gradmap.compensators.projection import mean_drift, project_most_drifted
 from gradmap.compensators.ridge import Fit, accumulate_gram, solve_ridge, solve_ridge_reference
 from gradmap.corrections import Place, Projection, Update, linear_maps, linear_output, pruned_and_corrected
@@ -199,8 +206,25 @@ def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(pic
     torch.testing.assert_close(actual, hidden.grad, rtol=1e-4, atol=1e-8)  # the loss is computed in float32
 
 
+def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
+    model, generator, ids = pico.load(), torch.Generator().manual_seed(3), input_ids[:, :4]
+    while ids.shape[1] < input_ids.shape[1]:
+        chances = model(input_ids=ids, use_cache=False).logits[:, -1].float().softmax(dim=-1)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    assert torch.equal(write_on(model, input_ids[:, :4], input_ids.shape[1], seed=3), ids)
+
+
+def test_what_the_dense_model_writes_begins_with_samples_that_may_be_fitted_on(picos, input_ids):
+    pruned = prune(picos["llama"], input_ids)
+    known = {tuple(run.tolist()) for sample in pruned.calibration.fit_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
+    written = written_by_dense(pruned)
+    assert written.shape[1] == input_ids.shape[1]
+    assert {tuple(sample[:PROMPT_TOKENS].tolist()) for sample in written} <= known
+    assert len(written.unique(dim=0)) == len(written)
+
+
 class AlwaysBetter(Pruned):
-    """Keeps the last epoch, whatever it did to the loss: labels are random here."""
+    """Keeps what was trained, whatever it did to the loss: labels are random here."""
 
     def loss(self, changes):
         return -sum(change.up.abs().sum().item() for of_place in changes.values() for change in of_place)
