@@ -21,7 +21,6 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     model = ("--model", recipe.model, *as_flags({"gguf_file": recipe.gguf_file, "allow_pickle": recipe.allow_pickle}))
     model_files = (Path(recipe.model, recipe.gguf_file or ""),)
     plan, evaluation = out / "plan", out / "eval.json"
-    export_flags = [flag for name in recipe.export.formats for flag in ("--format", name)]
     task_data = () if recipe.eval.task_data is None else (Path(recipe.eval.task_data),)
     earlier = [Path(recipe.loadtest.against)] if recipe.loadtest.against else []
     prompt_files = source_files(recipe.loadtest.prompts or "")
@@ -45,13 +44,19 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
         ),
         Stage(
             "export",
-            ("export", *model, "--plan", str(plan), *export_flags, "--eval", str(evaluation), "--out", str(out)),
+            (
+                *("export", *model, "--plan", str(plan), "--eval", str(evaluation), "--out", str(out)),
+                *as_flags(_export_options(recipe, recipe.export.formats)),
+            ),
             (*model_files, plan, evaluation),
             out / "vllm" / "gradmap.json",
         ),
         Stage(
             "baseline",
-            ("export", *model, "--format", "vllm", "--eval", str(evaluation), "--out", str(out / "dense")),
+            (
+                *("export", *model, "--eval", str(evaluation), "--out", str(out / "dense")),
+                *as_flags(_export_options(recipe, ["vllm"])),
+            ),
             (*model_files, evaluation),
             out / "dense" / "vllm" / "gradmap.json",
         ),
@@ -66,6 +71,11 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             verdicts=True,
         ),
     ]
+
+
+def _export_options(recipe: Recipe, formats: list[str]) -> dict[str, Any]:
+    options = recipe.export.model_dump(exclude={"formats", "check_vllm"})
+    return {"format": formats, **options, "no_check_vllm": not recipe.export.check_vllm}
 
 
 def _evaluation_options(recipe: Recipe) -> dict[str, Any]:

@@ -41,7 +41,14 @@ class PruneSection(_Section):
 
 
 class ExportSection(_Section):
+    """Of the pruned model and, in vLLM's format, of the dense one."""
+
     formats: list[str] = Field(default=["hf", "vllm"])
+    dtype: str | None = None
+    quantise: str | None = None
+    min_agreement: float | None = None
+    shard_size_gb: float | None = None
+    check_vllm: bool = True
 
     @model_validator(mode="after")
     def _serves(self) -> Self:

@@ -22,6 +22,7 @@ RECIPE = f"""
 model: {SMOLLM2}
 gguf_file: {SMOLLM2_GGUF}
 prune: {{remove: {REMOVED}, one_shot: true, calibration: "{BOOLQ}", samples: 8, tokens: 64}}
+export: {{check_vllm: false}} # tests/export/test_vllm_ready.py does
 eval:
   perplexity: {{squad: "{SQUAD}"}}
   tasks: [arc_easy, winogrande]

@@ -16,6 +16,9 @@ model: {model}
 prune: {{remove: 2, calibration: "file:{text}"}}
 eval: {{perplexity: {{a: "file:{text}"}}}}
 """
+FULL_EXPORT = (
+    "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, shard_size_gb: 2, check_vllm: false}"
+)
 
 
 @pytest.fixture
@@ -56,10 +59,13 @@ def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
     import typer
 
     commands = typer.main.get_command(build_app()).commands
-    recipes = [load_recipe(recipe_file), load_recipe(ROOT / "recipes" / "smollm2.yaml")]
+    (full := tmp_path / "full.yaml").write_text(recipe_file.read_text() + "export: " + FULL_EXPORT)
+    recipes = [load_recipe(recipe_file), load_recipe(ROOT / "recipes" / "smollm2.yaml"), load_recipe(full)]
     for stage in [stage for recipe in recipes for stage in plan_stages(recipe, tmp_path)]:
         name, *arguments = stage.arguments
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        known = {
+            option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert {argument.partition("=")[0] for argument in arguments if argument.startswith("--")} <= known
 
 

@@ -180,7 +180,9 @@ def test_several_processes_share_the_requests(tmp_path):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("arrivals", ARRIVALS)
+@pytest.mark.parametrize(
+    "arrivals", [ARRIVALS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in ARRIVALS[1:])]
+)
 def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals):
     """Two a second at 0.5 s apiece would be 1 a second, if each waited for the one before."""
     load = Load(arrivals, 20.0)
@@ -244,6 +246,7 @@ def test_the_highest_rate_is_found(limit):
 
 
 @pytest.mark.alone
+@pytest.mark.slow
 def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
     """The server answers one request at a time, in 40 ms: at 25/s, a queue grows."""
     monkeypatch.setattr(loads, "LOWEST_RATE", 5.0)
