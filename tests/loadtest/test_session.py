@@ -180,9 +180,7 @@ def test_several_processes_share_the_requests(tmp_path):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(
-    "arrivals", [ARRIVALS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in ARRIVALS[1:])]
-)
+@pytest.mark.parametrize("arrivals", ["poisson", *(pytest.param(one, marks=pytest.mark.slow) for one in ARRIVALS[1:])])
 def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals):
     """Two a second at 0.5 s apiece would be 1 a second, if each waited for the one before."""
     load = Load(arrivals, 20.0)
