@@ -49,10 +49,10 @@ def main(
     environment = describe_environment()
     machine = re.sub(r"\W+", "-", environment["cpu"] + "-" + environment.get("gpu", "")).strip("-").lower()
     path = RESULTS / f"{machine}.json"
-    results = read_json(path) if path.exists() else {}
     for name in only or BENCHMARKS:
         say(f"Benchmark {name}")
-        results[name] = {"environment": environment, **run_benchmark(name)}
+        measured = {"environment": environment, **run_benchmark(name)}
+        results = (read_json(path) if path.exists() else {}) | {name: measured}
         write_json(path, results)
         write_text(path.with_suffix(".md"), as_markdown(results))
     say(f"Wrote {path} and {path.with_suffix('.md').name}")
