@@ -72,8 +72,7 @@ def run_benchmark(name: str) -> dict[str, Any]:
 def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The tables of all benchmarks, each with where and how it was measured."""
     parts = []
-    for name in sorted(results):
-        one = results[name]
+    for name, one in sorted(results.items()):
         facts = ", ".join(f"{fact} {value}" for fact, value in one["environment"].items())
         parts.append(f"## {name}\n\n`{one['command']}`\n\n{facts}\n\n```\n{one['table'].strip()}\n```\n")
     return "# Benchmarks\n\n" + "\n".join(parts)

