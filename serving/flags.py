@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 
 def flag_names(vllm_flags: Sequence[str]) -> list[str]:
-    """["--a=1", "--b", "2"] -> ["--a", "--b", "2"]."""
-    return [flag.partition("=")[0] for flag in vllm_flags]
+    """["--a=1", "--b_c", "2"] -> ["--a", "--b-c", "2"]: vLLM takes both ways of writing a name."""
+    return [_split(flag)[0] for flag in vllm_flags]
 
 
 def flag_value(vllm_flags: Sequence[str], name: str) -> str | None:
     """What `--name=value` or `--name value` says, the last one if there are several; None without."""
     value = None
     for flag, after in zip(vllm_flags, [*vllm_flags, None][1:], strict=True):
-        given, equals, inside = flag.partition("=")
+        given, equals, inside = _split(flag)
         if given == name:
             value = inside if equals else after
     return value
+
+
+def _split(flag: str) -> tuple[str, str, str]:
+    name, equals, inside = flag.partition("=")
+    return name.replace("_", "-"), equals, inside

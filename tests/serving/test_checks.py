@@ -86,7 +86,7 @@ def test_weights_must_fit_a_gpu_unless_there_are_several(tmp_path):
     require_gpu_memory(ServerSettings(tmp_path, vllm_flags=("--tensor-parallel-size=2",)), identity, gpu)
 
 
-@pytest.mark.parametrize("flags", [("--gpu-memory-utilization", "0.46"), ("--gpu-memory-utilization=0.46",)])
+@pytest.mark.parametrize("flags", [("--gpu-memory-utilization", "0.46"), ("--gpu_memory_utilization=0.46",)])
 def test_weights_must_fit_the_share_of_the_gpu(tmp_path, flags):
     gpu, settings = Gpu(80 * GIB, (8, 0)), ServerSettings(tmp_path, vllm_flags=flags)
     require_gpu_memory(settings, Identity("model", weight_bytes=36 * GIB), gpu)
@@ -122,7 +122,7 @@ def test_directories_come_before_vllms_flags():
             split_arguments(arguments, count)
 
 
-@pytest.mark.parametrize("flag", ["--api-key=x", "--port"])
+@pytest.mark.parametrize("flag", ["--api-key=x", "--api_key", "--api-k", "--port", "--ssl_keyfile=x"])
 def test_flags_that_would_leak_or_mislead_are_refused(flag):
     with pytest.raises(UserError, match=r"use --api-key-file|comes before --"):
         split_arguments(["a", flag, "1"], 1)
