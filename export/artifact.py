@@ -45,7 +45,7 @@ from export.writers import (
     write_onnx,
     write_vllm,
 )
-from gradmap.architectures import architecture_of
+from gradmap.architectures import Architecture, architecture_of
 from gradmap.checkpoint import Checkpoint
 from gradmap.console import say
 from gradmap.environment import describe_environment
@@ -125,7 +125,7 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
 
     Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing of it is left.
     """
-    targets = {name: choose_target(name, settings) for name in settings.formats}
+    targets = {name: choose_target(name, settings, source.checkpoint.config) for name in settings.formats}
     for name in targets:
         refuse_foreign_directory(out / name, ARTIFACT_FILE)
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
@@ -138,8 +138,8 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
     }
 
 
-def choose_target(name: str, settings: ExportSettings) -> Target:
-    """Settles how a format's weights are stored; raises UserError if it cannot store them so."""
+def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -> Target:
+    """Settles how a format stores the weights of a model; raises UserError if it cannot store them so."""
     if name not in FORMATS:
         raise UserError(f"Unknown format {name!r}; known are {', '.join(FORMATS)}.")
     form = FORMATS[name]
@@ -152,6 +152,7 @@ def choose_target(name: str, settings: ExportSettings) -> Target:
     packages = [RUNTIME_PACKAGES[runner] for runner in form.runners if runner in RUNTIME_PACKAGES]
     needed = [package for package in packages if package != "vllm"]
     if name == "vllm" and settings.quantise is not None:
+        _require_quantisable(architecture_of(config))
         needed.append("compressed_tensors")
     for package in needed:
         if find_spec(package) is None:
@@ -161,6 +162,15 @@ def choose_target(name: str, settings: ExportSettings) -> Target:
     if name == "gguf":
         find_gguf_converter()
     return Target(dtype, settings.quantise, settings.shard_bytes)
+
+
+def _require_quantisable(architecture: Architecture) -> None:
+    if architecture.transposed_linear:
+        raise UserError(
+            "The vllm format cannot quantise a model that stores its weights transposed (GPT-2); leave out --quantise."
+        )
+    if architecture.expert_down_projections is not None:
+        raise UserError("The vllm format cannot quantise a mixture of experts; leave out --quantise.")
 
 
 def read_quality(path: Path, source: Source) -> dict[str, Any]:

@@ -117,12 +117,6 @@ def write_checkpoint(directory: Path, source: Source, target: Target) -> Written
 
 def write_vllm(directory: Path, source: Source, target: Target) -> Written:
     """The same, quantised if asked for, with vllm.yaml for `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`."""
-    if target.quantise is not None and architecture_of(source.checkpoint.config).transposed_linear:
-        raise UserError(
-            "The vllm format cannot quantise a model that stores its weights transposed (GPT-2); leave out --quantise."
-        )
-    if target.quantise is not None and architecture_of(source.checkpoint.config).expert_down_projections is not None:
-        raise UserError("The vllm format cannot quantise a mixture of experts; leave out --quantise.")
     written = _write_weights(directory, source, target, quantise=target.quantise is not None)
     settings = {"served-model-name": source.served_name, "dtype": "auto" if target.dtype == "keep" else target.dtype}
     header = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"

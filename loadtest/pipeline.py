@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from export.artifact import ExportSettings, choose_target
+from gradmap.checkpoint import open_checkpoint
 from gradmap.console import print_table
 from gradmap.errors import UserError
 from gradmap.files import refuse_foreign_directory
@@ -84,6 +86,20 @@ def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
     return recipe.eval.model_dump() | {"perplexity": texts, "tasks": tasks} | recipe.quality.model_dump()
 
 
+def require_possible(recipe: Recipe) -> None:
+    """Raises UserError for what a late stage would refuse, before the first one has taken its hours."""
+    sources = [recipe.prune.calibration, *recipe.eval.perplexity.values(), recipe.loadtest.prompts or ""]
+    paths = [path for source in sources for path in source_files(source)]
+    paths += [Path(path) for path in (recipe.eval.task_data, recipe.loadtest.against) if path is not None]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}, which the recipe names, does not exist; check the path.")
+    config = open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config
+    settings = ExportSettings(recipe.export.formats, recipe.export.dtype, recipe.export.quantise)
+    for name in recipe.export.formats:
+        choose_target(name, settings, config)
+
+
 def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool) -> dict[str, Any]:
     """Runs what is not done yet, writes the reports, prints the table; returns result.json.
 
@@ -94,6 +110,7 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     names = [stage.name for stage in stages]
     if from_stage is not None and from_stage not in names:
         raise UserError(f"Unknown stage {from_stage!r} for --from; stages are {', '.join(names)}.")
+    require_possible(recipe)
     refuse_foreign_directory(out, RECIPE_COPY)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(recipe_path, out / RECIPE_COPY)

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from gradmap.errors import UserError
+from loadtest.prompts import LEAST_OUTPUT_TOKENS
+from loadtest.slo import parse_slo
+
+
+def _written_slo(text: str) -> str:
+    try:
+        parse_slo(text)
+    except UserError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+    return text
 
 
 class _Section(BaseModel):
@@ -83,23 +102,25 @@ class QualitySection(_Section):
 
 
 class LoadTestSection(_Section):
+    """The last stage: what can be known to be wrong is refused before the first one."""
+
     quick: bool | None = None
     require_speedup: float | None = None
-    pairs: int | None = None
-    concurrency: list[int] | None = None
-    rate: list[float] | None = None
-    arrivals: str | None = None
-    open_loop_s: float | None = None
-    slo: list[str] | None = None
+    pairs: PositiveInt | None = None
+    concurrency: list[PositiveInt] | None = None
+    rate: list[PositiveFloat] | None = None
+    arrivals: Literal["poisson", "constant", "burst"] | None = None
+    open_loop_s: PositiveFloat | None = None
+    slo: list[Annotated[str, AfterValidator(_written_slo)]] | None = None
     find_rate: bool | None = None
     against: str | None = None
-    requests: int | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    length_spread: float | None = None
-    shared_prefix: int | None = None
+    requests: PositiveInt | None = None
+    prompt_tokens: PositiveInt | None = None
+    output_tokens: Annotated[int, Field(ge=LEAST_OUTPUT_TOKENS)] | None = None
+    length_spread: Annotated[float, Field(ge=0, lt=1)] | None = None
+    shared_prefix: Annotated[int, Field(ge=0)] | None = None
     prompts: str | None = None
-    processes: int | None = None
+    processes: PositiveInt | None = None
     seed: int | None = None
     vllm_flag: list[str] | None = None
 

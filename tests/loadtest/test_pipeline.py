@@ -38,11 +38,26 @@ def recipe_file(tmp_path, picos, word_file):
         ("model: [", "not valid YAML"),
         ("quality: {max_average_drop: 0.1}", r"quality\.max_average_drop needs eval\.tasks"),
         ("quality: {max_accuracy: 0.1}", r"quality\.max_accuracy: is no key of a recipe"),
+        ("loadtest: {slo: [fast]}", r"loadtest\.slo\.0: .*ttft_p95=200ms"),
+        ("loadtest: {arrivals: rarely}", r"loadtest\.arrivals: .*'poisson'"),
+        ("loadtest: {output_tokens: 1}", r"loadtest\.output_tokens: .*greater than or equal to 2"),
+        ("loadtest: {against: none.json}", r"none\.json, which the recipe names, does not exist"),
+        ("export: {formats: [vllm, exe]}", "Unknown format 'exe'"),
+        ("export: {formats: [vllm, hf], quantise: int8}", "Format hf has no quantisation 'int8'"),
     ],
 )
 def test_recipes_with_mistakes_are_refused(recipe_file, tmp_path, extra, message):
     recipe_file.write_text(recipe_file.read_text() + extra)
     with pytest.raises(UserError, match=message):
+        run_recipe(recipe_file, tmp_path / "out", None, False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_format_cannot_do_with_the_model_is_refused_before_pruning(tmp_path, picos, word_file):
+    (recipe_file := tmp_path / "recipe.yaml").write_text(
+        MINIMAL.format(model=picos["gpt2"].directory, text=word_file) + "export: {formats: [vllm], quantise: int8}"
+    )
+    with pytest.raises(UserError, match="cannot quantise a model that stores its weights transposed"):
         run_recipe(recipe_file, tmp_path / "out", None, False)
     assert not (tmp_path / "out").exists()
 
