@@ -37,11 +37,11 @@ class CompletionUser(User):
     """Has one request under way."""
 
     wait_time = constant(0)
+    model = ""
     _numbers = count()
 
     def on_start(self) -> None:
         options = self.environment.parsed_options
-        self.model = options.served_model or _first_model(self.host)
         self.http = connect(self.host, 1, options.request_timeout_s)
         # prompts of no two users, of no two workers, are the same
         worker = getattr(self.environment.runner, "worker_index", 0)
@@ -56,6 +56,12 @@ class CompletionUser(User):
         (request,) = draw_requests(self.prompts, str(next(self._numbers)), 1, ONE, seed=0)
         record = stream_completion(self.http, self.model, request, LABELS, None)
         report_to_locust(self.environment, record)
+
+
+@events.test_start.add_listener
+def ask_for_the_model(environment: Any, **_: Any) -> None:
+    """Once in a process, and not for every user: an HTTPS client takes longer to make than a request to send."""
+    CompletionUser.model = environment.parsed_options.served_model or _first_model(environment.host)
 
 
 def _first_model(url: str) -> str:
