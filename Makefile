@@ -62,7 +62,7 @@ test-slow: setup assets consumers
 	$(VENV)/bin/pytest
 
 # Writes benchmarks/results/; takes about an hour, and wants the machine for itself.
-bench: setup assets out/demo/vllm/gradmap.json
+bench: setup assets consumers out/demo/vllm/gradmap.json
 	$(VENV)/bin/python -m benchmarks
 
 out/demo/vllm/gradmap.json:

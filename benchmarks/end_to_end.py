@@ -1,0 +1,47 @@
+"""The whole job, from a checkpoint to a report: seconds and memory of each stage, and what came out.
+
+    python -m benchmarks.end_to_end [--recipe recipes/smollm2.yaml] [--directory out/demo]
+
+Runs the recipe; stages that were done before with the same inputs are not repeated, and count as they did then.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+
+from gradmap.console import print_table
+from gradmap.files import read_json, write_json
+from gradmap.stages import stage_record
+from gradmap.verdict import EXIT_CODES
+
+
+def main(
+    recipe: Path = Path("recipes/smollm2.yaml"),
+    directory: Path = Path("out/demo"),
+    out: Path = Path("out/benchmark/end_to_end.json"),
+) -> None:
+    command = [sys.executable, "-m", "gradmap", "run", str(recipe), "--out", str(directory)]
+    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    if code not in EXIT_CODES.values():
+        raise typer.Exit(code)
+    result = read_json(directory / "result.json")
+    stages = {name: stage_record(directory, name) for name in result["timings_s"]}
+    write_json(out, {"environment": result["environment"], "stages": stages, "result": result})
+    rows = [(name, f"{one['seconds']:.0f}", f"{one['peak_bytes'] / 1e9:.1f}") for name, one in stages.items()]
+    rows.append(("all", f"{sum(one['seconds'] for one in stages.values()):.0f}", ""))
+    print_table("gradmap run", ("stage", "seconds", "peak (GB)"), rows)
+    layers = f"{result['dense']['layers']} -> {result['pruned']['layers']}"
+    ratios = [(f"perplexity, {text}", one) for text, one in result["comparison"]["perplexity_ratio"].items()]
+    speed_ups = [(f"{metric} speed-up", one) for metric, one in result["loadtest"]["speedup"].items()]
+    measured = [
+        (name, f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})") for name, one in (*ratios, *speed_ups)
+    ]
+    print_table("Pruned against dense (95% interval)", ("", ""), [("layers", layers), *measured])
+
+
+if __name__ == "__main__":
+    typer.run(main)
