@@ -13,6 +13,13 @@ import typer
 
 BF16_BYTES, FLOAT64_BYTES = 2, 8
 SAMPLES, TOKENS = 128, 128
+# Of the default (gradmap.selectors.repair, gradmap.compensators.distil): tokens that a selection fits and measures on,
+# samples that a repair fits on and holds out, samples that the dense model writes, and how many at once.
+SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
+FIT_SAMPLES, HELD_OUT_SAMPLES, WRITTEN_SAMPLES, WRITTEN_TOGETHER = 96, 32, 192, 64
+LAMBDAS = 5
+# Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are tried in each.
+TRIED_IN_LATER_ROUNDS = 2.7
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ SHAPES = (
     Shape("Llama-3.1-70B", 8192, 28672, 80, 8 / 64, 128256),
     Shape("Llama-3.1-405B", 16384, 53248, 126, 8 / 128, 128256),
 )
+SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 30, 3 / 9, 49152, tied=True)
 HARDWARE = (
     Hardware("A40", 149.7e12, 0.696e12, 48e9),
     Hardware("H100", 989e12, 3.35e12, 80e9),
@@ -91,6 +99,43 @@ def sleb_flops(shape: Shape, remove: int) -> float:
         left = shape.layers - removed
         total += left * shape.forward_flops(left / 2)
     return total * SAMPLES * TOKENS
+
+
+def selection_flops(shape: Shape, remove: int) -> float:
+    """`--selector repair`: in each round all samples pass once; a layer that is tried passes the samples to measure on
+    through what is left behind it, half of the layers on average. Fits are d x d, and small beside that."""
+    head = 2 * shape.head_parameters
+    total = 0.0
+    for removed in range(remove):
+        left = shape.layers - removed
+        once = (SELECT_FIT_TOKENS + SELECT_MEASURE_TOKENS) * 2 * left * shape.layer_parameters
+        tried = left - 1 if removed == 0 else TRIED_IN_LATER_ROUNDS
+        total += once + SELECT_MEASURE_TOKENS * (head + tried * shape.forward_flops(left / 2))
+    return total
+
+
+def refit_flops(shape: Shape, remove: int, runs: int) -> float:
+    """Before each run of removed layers: half of either model up to there, and a held-out loss for each lambda."""
+    left = shape.layers - remove
+    fit = FIT_SAMPLES * shape.layer_parameters * (shape.layers + left)
+    held_out = HELD_OUT_SAMPLES * (1 + LAMBDAS) * shape.forward_flops(left)
+    gram = 2 * FIT_SAMPLES * shape.inner * (shape.inner + shape.width)
+    return runs * TOKENS * (fit + held_out + gram)
+
+
+def training_flops(shape: Shape, remove: int) -> float:
+    """`distil` after that: the dense model's outputs and logits, and the pruned model forward and, through its
+    activations, backward."""
+    samples = FIT_SAMPLES + WRITTEN_SAMPLES
+    dense = shape.forward_flops(shape.layers)
+    return samples * TOKENS * (dense + 2 * shape.forward_flops(shape.layers - remove))
+
+
+def writing_seconds(shape: Shape, flops: float, bandwidth: float) -> float:
+    """What the dense model writes, a token of some samples at a time: by weights that are read, or by FLOPs."""
+    steps = TOKENS * WRITTEN_SAMPLES / WRITTEN_TOGETHER
+    read_s = BF16_BYTES * shape.parameters(shape.layers) / bandwidth
+    return steps * max(read_s, WRITTEN_TOGETHER * shape.forward_flops(shape.layers) / flops)
 
 
 def repair_bytes(shape: Shape) -> float:
@@ -128,13 +173,29 @@ def describe_shape(shape: Shape) -> str:
 
 
 def describe_time(shape: Shape, hardware: Hardware) -> str:
-    """Stage 1 and a token of one stream, dense; or that the model does not fit."""
+    """Stage 1, the default's selection and repair, and a token of one stream, dense; or that the model does not fit."""
     if BF16_BYTES * shape.parameters(shape.layers) > 0.92 * hardware.memory * hardware.devices:
         return "does not fit"
-    score_s = score_flops(shape, round(shape.layers / 4)) / (EFFICIENCY * hardware.flops * hardware.devices)
+    remove = round(shape.layers / 4)
+    flops, bandwidth = EFFICIENCY * hardware.flops * hardware.devices, hardware.bandwidth * hardware.devices
+    score_s = score_flops(shape, remove) / flops
+    repair_flops = refit_flops(shape, remove, runs=remove // 2) + training_flops(shape, remove)
+    default_s = (selection_flops(shape, remove) + repair_flops) / flops + writing_seconds(shape, flops, bandwidth)
     read = BF16_BYTES * (shape.parameters(shape.layers) - (0 if shape.tied else shape.head_parameters))
-    token_ms = 1000 * read / (hardware.bandwidth * hardware.devices)
-    return f"{score_s:,.0f} s, {token_ms:.1f} ms"
+    return f"{score_s:,.0f} s, {default_s:,.0f} s, {1000 * read / bandwidth:.1f} ms"
+
+
+def describe_checked() -> str:
+    """What docs/scaling.md holds against measurements, as multiples of stage 1 for 12 of SmolLM2's 30 layers."""
+    scores = score_flops(SMOLLM2, 12)
+    steps = {
+        "selection of 12": selection_flops(SMOLLM2, 12),
+        "SLEB's of 12": sleb_flops(SMOLLM2, 12),
+        "refit of 8 in 3 runs": refit_flops(SMOLLM2, 8, runs=3),
+        "training of 8": training_flops(SMOLLM2, 8),
+        "writing": writing_seconds(SMOLLM2, flops=1.0, bandwidth=float("inf")),
+    }
+    return "SmolLM2 / stage 1: " + ", ".join(f"{step} {flops / scores:.2f}" for step, flops in steps.items())
 
 
 def main() -> None:
@@ -145,6 +206,7 @@ def main() -> None:
     print(f"\n| model | {' | '.join(hardware.name for hardware in HARDWARE)} |\n|---{'|---:' * len(HARDWARE)}|")
     for shape in SHAPES:
         print(f"| {shape.name} | {' | '.join(describe_time(shape, hardware) for hardware in HARDWARE)} |")
+    print(f"\n{describe_checked()}")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ ELSEWHERE = {
     r"parallel-size": "needs several GPUs; not executed anywhere",
     r"^gradmap prune .*--device spread": "needs several GPUs; not executed anywhere",
     r"^make (setup|assets|consumers|lint|test)\b": "CI executes them",
-    r"^make (demo|test-slow)\b": "takes long; executed by hand before a release",
+    r"^make (demo|test-slow|bench)\b": "takes long; executed by hand before a release",
     r"^\.venv/bin/pytest ": "CI executes all tests",
     r"^pip install mkdocs-material|^mkdocs build": "an environment of its own; executed by hand",
     r"scripts.write_schemas ": "tests/test_schemas.py compares what it writes",
-    r"^python -m benchmarks\.\w+ --help": "prints a help text; tests/test_docs.py looks for the module",
     r"^head -n 1 calibration.jsonl|^{": "shows a file",
 }
 # What stands for something of the user's, and what it is here.

@@ -10,6 +10,7 @@ import pytest
 import typer
 import yaml
 
+from benchmarks.__main__ import BENCHMARKS
 from gradmap.cli import build_app
 from gradmap.errors import UserError
 from loadtest.recipe import load_recipe
@@ -158,6 +159,15 @@ def test_programs_targets_and_recipes_exist(page):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"{page.name}: {module}"
     for recipe in re.findall(r"\brecipes/[\w.-]+\.yaml", code):
         assert (ROOT / recipe).is_file(), f"{page.name}: {recipe}"
+
+
+def test_every_benchmark_is_described():
+    """Those of `make bench` have a star."""
+    page = (DOCS / "benchmarks.md").read_text()
+    described = dict(re.findall(r"^\| `benchmarks\.(\w+)`( \*)? \|", page, re.MULTILINE))
+    programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "typer.run(main)" in path.read_text()}
+    assert described.keys() == programs - {"__main__", "fake_endpoint"}
+    assert {name for name, star in described.items() if star} == BENCHMARKS.keys()
 
 
 def test_quoted_messages_are_in_the_code():
