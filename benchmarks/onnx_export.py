@@ -50,7 +50,8 @@ def main(
     out: Path = Path("out/benchmark/onnx_export.json"),
 ) -> None:
     exports: dict[str, list[Export]] = {OURS: [], OPTIMUM: []}
-    with TemporaryDirectory(dir=".") as temporary:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent) as temporary:  # /tmp may be memory
         commands = commands_for(checkpoint, consumers, Path(temporary))
         graphs = {OURS: Path(temporary, OURS, "onnx"), OPTIMUM: Path(temporary, OPTIMUM)}
         for number in range(rounds):
