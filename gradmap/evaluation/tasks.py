@@ -209,7 +209,8 @@ def _saved_data(name: str) -> SavedData:
 def _read(name: str, directory: Path) -> Any:
     from datasets import load_from_disk
 
-    documents = load_from_disk(str(directory))
+    # In memory: datasets would write what it derives beside the data, which is the user's, and the input of a stage.
+    documents = load_from_disk(str(directory), keep_in_memory=True)
     if name == "boolq":  # saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class
         documents = documents.map(lambda document: {"label": int(document["answer"])})
     return documents

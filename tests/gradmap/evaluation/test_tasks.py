@@ -1,6 +1,7 @@
 """Our offline tasks ask what lm-evaluation-harness asks, of the same documents, and judge answers as it does."""
 
 import random
+import shutil
 
 import pytest
 from datasets import load_from_disk
@@ -40,7 +41,7 @@ def harness_task(name, monkeypatch):
     """The harness's own definition, with the saved data in place of its download; every split is the saved one."""
 
     def load_dataset(path, name=None, **_):
-        documents = load_from_disk(str(DATA / saved.folder / saved.split))
+        documents = load_from_disk(str(DATA / saved.folder / saved.split), keep_in_memory=True)
         if "super" in path:  # GLUE's layout of BoolQ: the answer is a class
             documents = documents.map(lambda document: {"label": 1 if document["answer"] else 0})
         return dict.fromkeys(("train", "validation", "test"), documents)
@@ -96,6 +97,16 @@ def test_documents_that_hold_calibration_text_are_left_out():
     task = load_task("boolq", DATA, None, seed=0, calibration_texts=[window])
     assert 17 not in task.documents["boolq"]
     assert 1 <= task.left_out == 3270 - len(task.documents["boolq"]) < 20  # several questions share a passage
+
+
+@pytest.mark.parametrize("name", ["boolq", "hellaswag"])  # whose documents are derived from what is saved
+def test_nothing_is_written_beside_the_data(tmp_path, name):
+    """It is an input of stages of `gradmap run`, which would be repeated."""
+    folder = SAVED_DATA[name].folder
+    shutil.copytree(DATA / folder, tmp_path / folder, ignore=shutil.ignore_patterns("cache-*"))
+    before = sorted(tmp_path.rglob("*"))
+    load_task(name, tmp_path, 2, seed=0)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
