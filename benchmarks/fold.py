@@ -47,7 +47,7 @@ started = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 layers, width = checkpoint.config["num_hidden_layers"], checkpoint.config["hidden_size"]
 removed = range(layers // 2, layers // 2 + layers // 4)
-changes = {Place(layers - 2, "mlp.down_proj"): (Projection(torch.eye(width, dtype=torch.float64)),)}
+changes = {Place(layers - 1, "mlp.down_proj"): (Projection(torch.eye(width, dtype=torch.float64)),)}
 folded = plan_fold(checkpoint, architecture_of(checkpoint.config), removed, changes, torch.bfloat16)
 with atomic_directory(Path(sys.argv[2]), "model.safetensors") as directory:
     write_folded(directory, folded, int(sys.argv[3]))
