@@ -30,6 +30,7 @@ from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import read_json, write_json
 from gradmap.onnx_session import ONNX_FILE, OnnxCausalLM
+from gradmap.stages import peak_bytes, run_process
 
 OURS, OPTIMUM = "ours", "optimum"
 
@@ -82,17 +83,11 @@ def commands_for(checkpoint: Path, consumers: Path, out: Path) -> dict[str, list
 
 def timed(command: Sequence[str]) -> Export:
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}; run it by hand to see why.")
-    return Export(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    code, usage = run_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    if code != 0:
+        raise SystemExit(f"{' '.join(command)} ended with code {code}; run it by hand to see why.")
+    return Export(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak_bytes(usage))
 
 
 def size_of(graph: Path) -> int:

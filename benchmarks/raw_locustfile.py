@@ -10,9 +10,9 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from locust import FastHttpUser, HttpUser, constant, events, task
+from locust import FastHttpUser, HttpUser, constant, events
 
 from gradmap.files import write_json
 
@@ -36,12 +36,13 @@ def note_cpu_time(environment: Any, **_: Any) -> None:
     write_json(Path(environment.parsed_options.cpu_time), {"cpu_s": time.process_time() - started_cpu_s})
 
 
-class Requests(HttpUser):
-    wait_time = constant(0)
+def complete(user: Any) -> None:
+    note_times(user.environment, user.lines())
 
-    @task
-    def complete(self) -> None:
-        note_times(self.environment, self.lines())
+
+class Requests(HttpUser):
+    tasks: ClassVar[list[Any]] = [complete]
+    wait_time = constant(0)
 
     def lines(self) -> Iterable[bytes]:
         body = body_of(self.environment.parsed_options)
@@ -49,11 +50,8 @@ class Requests(HttpUser):
 
 
 class FastHttp(FastHttpUser):
+    tasks: ClassVar[list[Any]] = [complete]
     wait_time = constant(0)
-
-    @task
-    def complete(self) -> None:
-        note_times(self.environment, self.lines())
 
     def lines(self) -> Iterable[str]:
         yield from self.client.iter_lines(PATH, "POST", json=body_of(self.environment.parsed_options))

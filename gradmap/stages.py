@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from resource import struct_rusage
 from typing import Any
 
 from gradmap.console import say
@@ -50,11 +51,11 @@ def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
     say(f"{label} {stage.name}")
     started = time.monotonic()
     marker.unlink(missing_ok=True)
-    code, peak_bytes = _run([sys.executable, "-m", "gradmap", *stage.arguments])
+    code, usage = run_process([sys.executable, "-m", "gradmap", *stage.arguments])
     accepted = set(EXIT_CODES.values()) if stage.verdicts else {0}
     if code not in accepted or not stage.output.exists():
         raise UserError(f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.")
-    write_json(marker, {"key": key, "seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes})
+    write_json(marker, {"key": key, "seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes(usage)})
 
 
 def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
@@ -63,9 +64,9 @@ def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
     return record
 
 
-def _run(command: list[str]) -> tuple[int, int]:
-    """Exit code and peak resident memory (bytes) of one process."""
-    process = subprocess.Popen(command)
+def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rusage]:
+    """Exit code and use of resources of one process; it ends where we do. options: of subprocess.Popen."""
+    process = subprocess.Popen(command, **options)
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
@@ -73,7 +74,12 @@ def _run(command: list[str]) -> tuple[int, int]:
         process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * 1024
+    return process.returncode, usage
+
+
+def peak_bytes(usage: struct_rusage) -> int:
+    """Peak resident memory."""
+    return usage.ru_maxrss * 1024
 
 
 def _marker(out: Path, stage_name: str) -> Path:

@@ -6,9 +6,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal, get_args
 
 CONCURRENCY = "concurrency"
-ARRIVALS = ("poisson", "constant", "burst")
+Arrivals = Literal["poisson", "constant", "burst"]
+ARRIVALS: tuple[str, ...] = get_args(Arrivals)
 # Gaps of a burst are gamma distributed; with this shape they vary twice as much as Poisson's, whose shape is 1.
 BURST_SHAPE = 0.25
 # Of the search for the highest rate: requests a second, and by how much the bounds may differ in the end.

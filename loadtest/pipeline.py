@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,14 @@ def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
     return recipe.eval.model_dump() | {"perplexity": texts, "tasks": tasks} | recipe.quality.model_dump()
 
 
-def require_possible(recipe: Recipe) -> None:
+def require_possible(recipe: Recipe, stages: Sequence[Stage]) -> None:
     """Raises UserError for what a late stage would refuse, before the first one has taken its hours."""
-    sources = [recipe.prune.calibration, *recipe.eval.perplexity.values(), recipe.loadtest.prompts or ""]
-    paths = [path for source in sources for path in source_files(source)]
-    paths += [Path(path) for path in (recipe.eval.task_data, recipe.loadtest.against) if path is not None]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}, which the recipe names, does not exist; check the path.")
+    known = {Path(recipe.model, recipe.gguf_file or "")}  # open_checkpoint looks for it, and it may be on the hub
+    for stage in stages:
+        for path in stage.inputs:
+            if path not in known and not path.exists():
+                raise UserError(f"{path}, which the recipe names, does not exist; check the path.")
+        known |= {stage.output, stage.output.parent}
     config = open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config
     settings = ExportSettings(recipe.export.formats, recipe.export.dtype, recipe.export.quantise)
     for name in recipe.export.formats:
@@ -110,7 +111,7 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     names = [stage.name for stage in stages]
     if from_stage is not None and from_stage not in names:
         raise UserError(f"Unknown stage {from_stage!r} for --from; stages are {', '.join(names)}.")
-    require_possible(recipe)
+    require_possible(recipe, stages)
     refuse_foreign_directory(out, RECIPE_COPY)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(recipe_path, out / RECIPE_COPY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import yaml
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from gradmap.errors import UserError
+from loadtest.loads import Arrivals
 from loadtest.prompts import LEAST_OUTPUT_TOKENS
 from loadtest.slo import parse_slo
 
@@ -109,7 +110,7 @@ class LoadTestSection(_Section):
     pairs: PositiveInt | None = None
     concurrency: list[PositiveInt] | None = None
     rate: list[PositiveFloat] | None = None
-    arrivals: Literal["poisson", "constant", "burst"] | None = None
+    arrivals: Arrivals | None = None
     open_loop_s: PositiveFloat | None = None
     slo: list[Annotated[str, AfterValidator(_written_slo)]] | None = None
     find_rate: bool | None = None

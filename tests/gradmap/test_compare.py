@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ def commands(monkeypatch):
 
     def run(command):
         ran.append(command[3:])
-        return gradmap(*command[3:]).returncode, 10**9
+        return gradmap(*command[3:]).returncode, SimpleNamespace(ru_maxrss=10**9 / 1024)
 
-    monkeypatch.setattr(stages, "_run", run)
+    monkeypatch.setattr(stages, "run_process", run)
     return ran
 
 
