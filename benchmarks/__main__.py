@@ -34,7 +34,7 @@ CALIBRATION = f"--calibration=disk:{DATA / 'boolq/none/validation'}:passage"
 BENCHMARKS = {
     "importance": f"{MODEL} {CALIBRATION} --samples=4 --rounds=2",
     "compensation": f"{MODEL} {CALIBRATION} --samples=64 --epochs=40 --rounds=3",
-    "fold": "--layers=4 --rounds=3",
+    "fold": "--layers=16 --rounds=2",
     "onnx_export": f"{DEMO / 'hf'} --rounds=3",
     "generation": f"{DEMO / 'hf'} {DEMO / 'onnx'} {DEMO / 'vllm'} --rounds=3",
     "evaluation": f"{MODEL} --task-data={DATA} --limit=10 --rounds=2",
