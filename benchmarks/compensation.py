@@ -21,7 +21,7 @@ import typer
 from torch import Tensor
 
 from gradmap.architectures import architecture_of
-from gradmap.batching import FORWARD_BATCH
+from gradmap.batching import forward_batch
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
@@ -60,7 +60,9 @@ def main(
     drawn = build_calibration(load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42)
     removed = tuple(int(layer) for layer in remove.split(","))
     architecture = architecture_of(checkpoint.config)
-    pruned = Pruned(load_model(checkpoint, "float32"), architecture, drawn, removed, FORWARD_BATCH)
+    loaded = load_model(checkpoint, "float32")
+    batch_size = forward_batch(drawn.input_ids, loaded.device)
+    pruned = Pruned(loaded, architecture, drawn, removed, batch_size)
     drift = mean_drift(pruned)
     layer = max(drift, key=drift.__getitem__)
     batches = list(features_and_missing(pruned, Fit(layer, goal=layer), {}))

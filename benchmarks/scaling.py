@@ -60,6 +60,14 @@ class Hardware:
     memory: float
     devices: int = 1
 
+    @property
+    def sustained_flops(self) -> float:
+        return EFFICIENCY * self.flops * self.devices
+
+    @property
+    def all_bandwidth(self) -> float:
+        return self.bandwidth * self.devices
+
 
 SHAPES = (
     Shape("Llama-3.2-1B", 2048, 8192, 16, 8 / 32, 128256, tied=True),
@@ -172,17 +180,30 @@ def describe_shape(shape: Shape) -> str:
     return f"| {shape.name} | {' | '.join(cells)} |"
 
 
+def score_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
+    return score_flops(shape, remove) / hardware.sustained_flops
+
+
+def default_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
+    """Of the default's selection and repair, if every second removed layer begins a run."""
+    repair_flops = refit_flops(shape, remove, runs=remove // 2) + training_flops(shape, remove)
+    writing_s = writing_seconds(shape, hardware.sustained_flops, hardware.all_bandwidth)
+    return (selection_flops(shape, remove) + repair_flops) / hardware.sustained_flops + writing_s
+
+
+def token_seconds(shape: Shape, hardware: Hardware) -> float:
+    """Of one stream's next token: the weights are read, but for an embedding that is not the head as well."""
+    unread = 0 if shape.tied else shape.head_parameters
+    return BF16_BYTES * (shape.parameters(shape.layers) - unread) / hardware.all_bandwidth
+
+
 def describe_time(shape: Shape, hardware: Hardware) -> str:
     """Stage 1, the default's selection and repair, and a token of one stream, dense; or that the model does not fit."""
     if BF16_BYTES * shape.parameters(shape.layers) > 0.92 * hardware.memory * hardware.devices:
         return "does not fit"
     remove = round(shape.layers / 4)
-    flops, bandwidth = EFFICIENCY * hardware.flops * hardware.devices, hardware.bandwidth * hardware.devices
-    score_s = score_flops(shape, remove) / flops
-    repair_flops = refit_flops(shape, remove, runs=remove // 2) + training_flops(shape, remove)
-    default_s = (selection_flops(shape, remove) + repair_flops) / flops + writing_seconds(shape, flops, bandwidth)
-    read = BF16_BYTES * (shape.parameters(shape.layers) - (0 if shape.tied else shape.head_parameters))
-    return f"{score_s:,.0f} s, {default_s:,.0f} s, {1000 * read / bandwidth:.1f} ms"
+    score_s, default_s = score_seconds(shape, hardware, remove), default_seconds(shape, hardware, remove)
+    return f"{score_s:,.0f} s, {default_s:,.0f} s, {1000 * token_seconds(shape, hardware):.1f} ms"
 
 
 def describe_checked() -> str:

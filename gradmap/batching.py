@@ -11,10 +11,19 @@ from torch import Tensor, nn
 from gradmap.console import say
 from gradmap.errors import UserError
 
-# What the activations of a batch may take. More brings no speed: on a CPU, small batches stay in its caches.
-ACTIVATION_BYTES = {"cpu": 3 << 27, "cuda": 3 << 30}
+# What the activations of a batch may take. On a CPU, more brings no speed: small batches stay in its caches. A GPU
+# waits for Python where batches are small, so there it is a share of what is free.
+CPU_ACTIVATION_BYTES = 3 << 27
+GPU_ACTIVATION_SHARE = 0.25
 TOKENS = {"cpu": 1024, "cuda": 8192}
-FORWARD_BATCH = 4  # samples in a pass that keeps nothing for a backward one
+# Samples in a pass that keeps nothing for a backward one; on a GPU, short samples are more.
+FORWARD_BATCH = 4
+GPU_FORWARD_TOKENS = 2048
+
+
+def forward_batch(input_ids: Tensor, device: torch.device) -> int:
+    """How many samples of input_ids (N, T) go at once through a pass that keeps nothing for a backward one."""
+    return max(FORWARD_BATCH, GPU_FORWARD_TOKENS // input_ids.shape[1]) if device.type == "cuda" else FORWARD_BATCH
 
 
 def measured_batch_size(run_one: Callable[[], object], model: nn.Module, tokens: int, device: torch.device) -> int:
@@ -23,7 +32,13 @@ def measured_batch_size(run_one: Callable[[], object], model: nn.Module, tokens:
     Counted is what autograd keeps for the backward pass, which is the same on every machine.
     """
     kept = _bytes_kept_for_backward(run_one, model)
-    return max(1, min(ACTIVATION_BYTES[device.type] // max(1, kept), TOKENS[device.type] // tokens))
+    return max(1, min(_activation_bytes(device) // max(1, kept), TOKENS[device.type] // tokens))
+
+
+def _activation_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return CPU_ACTIVATION_BYTES
+    return int(GPU_ACTIVATION_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
 def _bytes_kept_for_backward(run: Callable[[], object], model: nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,9 @@ class Checkpoint:
     @cached_property
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and of every weight file, by file name; read once, for weights can be large."""
-        return {path.name: sha256_file(path) for path in (self.directory / "config.json", *self.weight_files)}
+        paths = (self.directory / "config.json", *self.weight_files)
+        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+            return dict(zip([path.name for path in paths], threads.map(sha256_file, paths), strict=True))
 
 
 def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Checkpoint:

@@ -41,7 +41,8 @@ def gradient_norms(layers: Iterable[nn.Module], samples: int, totals: Tensor) ->
                     hooks.enter_context(_watched(module, path, samples, grams, squares[-1]))
         yield
     for index, layer_squares in enumerate(squares):
-        totals[index] += sum(square.clamp_min(0).sqrt().sum().item() for square in layer_squares.values())
+        # one number for a layer: a GPU is waited for whenever one is read
+        totals[index] += torch.stack(list(layer_squares.values())).clamp_min(0).sqrt().sum().item()
 
 
 @contextmanager

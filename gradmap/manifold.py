@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from gradmap.architectures import Architecture
-from gradmap.batching import FORWARD_BATCH
+from gradmap.batching import forward_batch
 from gradmap.console import progress
 from gradmap.layerwise import layer_passes
 
@@ -49,7 +49,7 @@ def last_hidden_states(model: Any, architecture: Architecture, input_ids: Tensor
     """What enters each layer at the last position of each sample: (L, N, d)."""
     layers = list(architecture.layer_list(model))
     batches = []
-    for batch in input_ids.split(FORWARD_BATCH):
+    for batch in input_ids.split(forward_batch(input_ids, model.device)):
         passes = layer_passes(model, layers, batch.to(model.device))
         batches.append(torch.stack([entering[:, -1].double().cpu() for entering, _ in passes]))
     return np.asarray(torch.cat(batches, dim=1))

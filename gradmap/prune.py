@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.architectures import architecture_of, layer_count
-from gradmap.batching import FORWARD_BATCH
+from gradmap.batching import forward_batch
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer
 from gradmap.compensation import Compensation, Correction, ProjectionOptions, Pruned
@@ -154,13 +154,14 @@ def _make_plan(
             )
         with _timed(timings_s, "compensate"):
             # streamed, each pass reads every layer once, so that all samples go at once
-            batch_size = settings.samples if settings.stream else FORWARD_BATCH
+            ids = calibration.input_ids
+            batch_size = len(ids) if settings.stream else forward_batch(ids, model.device)
             compensation = COMPENSATORS[settings.compensator](
                 Pruned(model, architecture, calibration, selection.removal_order, batch_size, settings.projection)
             )
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, timings_s)
     tensors = {
-        f"{record.name}.{name}": tensor.float()
+        f"{record.name}.{name}": tensor.float().cpu()
         for record, correction in zip(plan.corrections, compensation.corrections, strict=True)
         if record.accepted
         for name, tensor in correction.change.tensors.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import subprocess
 import sys
 import time
@@ -74,10 +75,15 @@ class RecordFiles:
 
 
 def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Measurements:
-    """Lets Locust send one load; prompts and arrivals depend on pair and load, not on the arm."""
+    """Lets Locust send one load; prompts and arrivals depend on pair and load, not on the arm.
+
+    A server that stays, as one given by its URL does, may have seen these prompts: in another arm that is the same
+    model, or in an earlier test. So that it does not answer from its prefix cache, each load has a salt of its own.
+    """
     settings = bench.settings
-    count = settings.requests_at(load)
-    requests = draw_requests(bench.prompts, f"{block.pair}-{load.name}", count, load, settings.workload.seed)
+    count, name = settings.requests_at(load), f"{block.pair}-{load.name}"
+    salt = secrets.token_hex(8)
+    requests = draw_requests(bench.prompts, name, count, load, settings.workload.seed, salt)
     stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(block.pair, f"pair {block.pair + 1}")
     shown = bench.board.load(block.arm, stay, load, count)
     records: list[RequestRecord] = []

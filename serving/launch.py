@@ -163,10 +163,17 @@ def _handling_signals(stop: Stop, supervisors: Sequence[Supervisor]) -> Iterator
 
 
 def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:
-    """Returns when all have ended; if one fails for good, the others are stopped."""
-    threads = [Thread(target=one.run, args=(stopping,)) for one in supervisors]
-    for thread in threads:
-        thread.start()
+    """Starts one after the other: while vLLM measures how much of a GPU's memory it needs, what another one takes
+    would count as its own. Returns when all have ended; if one fails for good, the others are stopped."""
+    threads = []
+    for one in supervisors:
+        threads.append(Thread(target=one.run, args=(stopping,)))
+        threads[-1].start()
+        while not (one.status.was_ready or one.status.state is State.FAILED or stopping.is_set()):
+            stopping.wait(POLL_S)
+        if not one.status.was_ready:
+            stopping.set()
+            break
     while any(thread.is_alive() for thread in threads):
         if any(one.status.state is State.FAILED for one in supervisors):
             stopping.set()

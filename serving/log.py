@@ -89,7 +89,7 @@ class Output:
     def follow(self, lines: Iterable[bytes]) -> None:
         """Returns when the process, and all that inherited its output, have ended."""
         for raw in lines:
-            line = raw.decode(errors="replace").rstrip("\n")
+            line = raw.decode(errors="replace").rstrip("\r\n")  # vLLM ends the lines of a traceback with both
             self._tail.append(line)
             self._log.relay(line)
             for sign, phase in PHASES.items():

@@ -76,6 +76,7 @@ class Supervisor:
         """Serves until `stopping` is set, or fails for good. A first start that fails is not repeated: it would fail
         again."""
         failures = 0
+        self.status = Status()
         while not stopping.is_set():
             try:
                 self._serve(stopping)

@@ -99,14 +99,17 @@ def write_on(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
 
     Unlike transformers' own sampling, whatever the model's generation config says: what is wanted is its knowledge.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids, entering, cache = prompts, prompts, None
+    ids = entering = prompts.to(model.device)
+    cache: Any = None
+    generator: torch.Generator | None = None
     while ids.shape[1] < length:
-        output = model(input_ids=entering.to(model.device), past_key_values=cache, use_cache=True)
-        chances = output.logits[:, -1].float().softmax(dim=-1).cpu()
-        entering, cache = torch.multinomial(chances, 1, generator=generator), output.past_key_values
+        output = model(input_ids=entering, past_key_values=cache, use_cache=True)
+        chances = output.logits[:, -1].float().softmax(dim=-1)
+        # drawn where the logits are: to hand them to the CPU takes as long as the model does
+        generator = generator or torch.Generator(chances.device).manual_seed(seed)
+        entering, cache = torch.multinomial(chances, 1, generator=generator).to(ids.device), output.past_key_values
         ids = torch.cat([ids, entering], dim=1)
-    return ids
+    return ids.cpu()
 
 
 @torch.no_grad()

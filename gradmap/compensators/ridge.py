@@ -71,40 +71,48 @@ class ClosedForm:
             if self._weight is not None:
                 return Update(self._weight @ solve_right(self._gram, self._cross, self._weight, lam)), lam
             solution = solve_ridge(self._gram, self._cross, lam)
-        except RuntimeError:  # torch's LinAlgError
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise UserError("There are too few calibration tokens to fit without regularisation.") from None
         if self._fit.kind == "refit":
             return Update(solution), lam
-        return Projection(torch.eye(len(solution), dtype=solution.dtype) + solution), lam
+        return Projection(plus_identity(solution)), lam
 
 
 def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence[float]) -> Correction:
     """The change with the lambda (relative, of `lambdas`) of the lowest held-out loss, on top of `changes`."""
     if fit.kind != "left":
         _require_one_down_projection(pruned)
-    weight = down_projection_weight(pruned, fit.layer) if fit.kind == "right" else None
-    closed_form = ClosedForm(fit, *accumulate_gram(pruned, fit, changes), weight)
+    gram, cross = accumulate_gram(pruned, fit, changes)
+    weight = down_projection_weight(pruned, fit.layer).to(gram.device) if fit.kind == "right" else None
+    closed_form = ClosedForm(fit, gram, cross, weight)
     place = Place(fit.layer, pruned.architecture.down_projection)
-    candidates = []
+    best: Correction | None = None
     with progress(f"Choosing lambda for layer {fit.layer} on held-out samples", 1 + len(lambdas)) as advance:
         before = pruned.loss(changes)
         advance(1)
         for relative in lambdas:
             change, lam = closed_form.solve(relative)
             after = pruned.loss(followed_by(changes, [(place, change)]))
-            candidates.append(Correction(place, change, before, after, lam, relative))
+            if best is None or after < best.held_out_loss_after:  # only one is kept: on a GPU, room is dear
+                best = Correction(place, change, before, after, lam, relative)
             advance(1)
-    return min(candidates, key=lambda candidate: candidate.held_out_loss_after)
+    assert best is not None, "no lambda to choose from"
+    return best
 
 
 def accumulate_gram(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Tensor]:
-    """Returns F F^T (f, f) and D F^T (d, f), float64, over all tokens of the samples to fit on."""
+    """Returns F F^T (f, f) and D F^T (d, f), float64, over all tokens of the samples to fit on.
+
+    On the model's device, where they are solved with too: a GPU gets little done while it hands out matrices of this
+    size for every batch. In the CPU's memory if the device has no room.
+    """
     gram = cross = torch.zeros((), dtype=torch.float64)
     for features, missing, target in features_and_missing(pruned, fit, changes):
         if gram.dim() == 0:
-            _require_memory(features.shape[-1])
+            device = device_with_room(features.shape[-1], features.device)
+            gram, cross = gram.to(device), cross.to(device)
         of_batch = ridge_sums(features, missing, target if fit.weighted else None)
-        gram, cross = gram + of_batch[0], cross + of_batch[1]
+        gram, cross = gram + of_batch[0].to(gram.device), cross + of_batch[1].to(cross.device)
     return summed(gram), summed(cross)
 
 
@@ -138,13 +146,19 @@ def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tupl
     features, missing = _rows(features), _rows(missing)
     weighted = features if target is None else features / _rows(target).square().sum(dim=1, keepdim=True)
     with torch.autocast(features.device.type, enabled=False):
-        return (weighted.mT @ features).double().cpu(), (missing.mT @ weighted).double().cpu()
+        return (weighted.mT @ features).double(), (missing.mT @ weighted).double()
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, lam: float) -> Tensor:
     """S = cross (gram + lam I)^-1: (f, f), (d, f) -> (d, f), all float64."""
-    factor = torch.linalg.cholesky(gram + lam * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.cholesky_solve(cross.mT, factor).mT
+    regularised = gram.clone()
+    regularised.diagonal().add_(lam)
+    return torch.cholesky_solve(cross.mT, torch.linalg.cholesky(regularised)).mT
+
+
+def plus_identity(matrix: Tensor) -> Tensor:
+    """I + matrix, (d, d)."""
+    return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
 def solve_right(gram: Tensor, cross: Tensor, weight: Tensor, lam: float) -> Tensor:
@@ -195,11 +209,15 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _require_memory(size: int) -> None:
+def device_with_room(size: int, device: torch.device) -> torch.device:
+    """`device` or, if a fit of that size does not fit there, the CPU. Raises UserError if it fits nowhere."""
     needed = 4 * 8 * size**2  # the sum, one batch's part, the regularised matrix and its factor
+    if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0]:
+        return device
     available = psutil.virtual_memory().available
     if needed > available:
         raise UserError(
             f"Gram matrices of {size} x {size} need {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free; use "
             "--compensator sequential, whose matrices are as wide as the hidden state."
         )
+    return torch.device("cpu")

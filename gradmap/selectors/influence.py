@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gradmap.architectures import Architecture
-from gradmap.batching import FORWARD_BATCH
+from gradmap.batching import forward_batch
 from gradmap.compensators.magnitude import magnitude_ratio, scales_behind
 from gradmap.corrections import Changes, followed_by, pruned_and_corrected
 from gradmap.distributed import share_of, summed
@@ -43,7 +43,8 @@ class CompensatedInfluenceScorer:
         model, architecture = subject.model, subject.architecture
         for layer in so_far.removal_order[len(self._removed) :]:
             ids, gone = subject.calibration.fit_ids, self._removed
-            ratio = magnitude_ratio(model, architecture, ids, layer, gone, self._changes, FORWARD_BATCH)
+            batch_size = forward_batch(ids, model.device)
+            ratio = magnitude_ratio(model, architecture, ids, layer, gone, self._changes, batch_size)
             self._changes = followed_by(self._changes, scales_behind(architecture, model, layer, ratio))
             self._removed += (layer,)
         with pruned_and_corrected(model, architecture, self._removed, self._changes):
@@ -58,7 +59,7 @@ def block_influences(
     """The influence of every layer that the model has now: (L,) float64. input_ids: (N, T)."""
     layers = architecture.layer_list(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
-    for batch in share_of(input_ids)[0].split(FORWARD_BATCH):
+    for batch in share_of(input_ids)[0].split(forward_batch(input_ids, model.device)):
         for index, (entering, leaving) in enumerate(layer_passes(model, layers, batch.to(model.device))):
             turned = 1 - cosine_similarity(entering, leaving.to(entering.device), dim=-1)
             totals[index] += turned.double().sum().cpu()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmap.architectures import Architecture, without_layers
-from gradmap.batching import FORWARD_BATCH
+from gradmap.batching import forward_batch
 from gradmap.distributed import share_of, summed
 from gradmap.layerwise import losses_from, record_layer_calls
 from gradmap.selection import Advance, Selection, Subject
@@ -45,7 +45,7 @@ def losses_without(
     """
     layers = list(architecture.layer_list(model))
     totals = torch.zeros(len(places), dtype=torch.float64)
-    for batch in share_of(input_ids)[0].split(FORWARD_BATCH):
+    for batch in share_of(input_ids)[0].split(forward_batch(input_ids, model.device)):
         batch = batch.to(model.device)
         hidden, calls = record_layer_calls(model, layers, batch)
         for place, (layer, call) in enumerate(zip(layers, calls, strict=True)):

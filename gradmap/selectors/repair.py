@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmap.batching import FORWARD_BATCH
-from gradmap.compensators.ridge import ridge_sums, solve_ridge, widened
+from gradmap.batching import forward_batch
+from gradmap.compensators.ridge import plus_identity, ridge_sums, solve_ridge, widened
 from gradmap.corrections import Change, Place, Projection, corrected, linear_output
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
@@ -92,31 +92,35 @@ class RepairScorer:
         """Removes the layer; the repair stays."""
         alive = self._subject.alive(self._removed)
         before = Place(alive[alive.index(layer) - 1], self._subject.architecture.down_projection)
-        repair = Projection(torch.eye(len(self._repairs[layer]), dtype=torch.float64) + self._repairs[layer])
+        repair = Projection(plus_identity(self._repairs[layer].to(self._subject.model.device)))
         self._changes[before] = (*self._changes.get(before, ()), repair)
         self._changes.pop(Place(layer, before.target), None)
         self._removed += (layer,)
         self._repairs.clear()
 
     def _fit(self, layer: int, states: States) -> Tensor:
-        """S (d, d) float64: what to add to the output of the layer before, as a map of what its FFN adds."""
-        alive = self._subject.alive(self._removed)
-        place = alive.index(layer)
-        missing = widened(self._wanted[layer]) - widened(states.entering[place])
-        gram, cross = ridge_sums(states.added[place - 1], missing, self._wanted[layer])
-        gram, cross = summed(gram), summed(cross)
-        return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean().item())
+        """S (d, d) float64: what to add to the output of the layer before, as a map of what its FFN adds.
+
+        Computed on the model's device, and kept, as the states are, in the CPU's memory: there are many.
+        """
+        place = self._subject.alive(self._removed).index(layer)
+        kept = (self._wanted[layer], states.entering[place], states.added[place - 1])
+        wanted, given, added = (tensor.to(self._subject.model.device) for tensor in kept)
+        gram, cross = map(summed, ridge_sums(added, widened(wanted) - widened(given), wanted))
+        return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean().item()).cpu()
 
     def _loss_without(self, layer: int, states: States) -> float:
         place = self._subject.alive(self._removed).index(layer)
-        repair = self._repairs[layer].to(states.added[place - 1])
-        return self._loss_behind(place + 1, states.entering[place] + states.added[place - 1] @ repair.mT)
+        kept = (states.entering[place], states.added[place - 1])
+        given, added = (tensor.to(self._subject.model.device) for tensor in kept)
+        return self._loss_behind(place + 1, given + added @ self._repairs[layer].to(added).mT)
 
     def _loss_behind(self, place: int, hidden: Tensor) -> float:
         """Mean cross-entropy (nats per token) of the samples to measure on, given what enters the layer at `place`."""
         model, total = self._subject.model, 0.0
         alive = self._subject.alive(self._removed)[place:]
-        batches = zip(self._measure_ids.split(FORWARD_BATCH), hidden.split(FORWARD_BATCH), strict=True)
+        size = forward_batch(self._measure_ids, model.device)
+        batches = zip(self._measure_ids.split(size), hidden.split(size), strict=True)
         with corrected(model, self._subject.architecture, self._changes):
             for ids, part in batches:
                 ids, part = ids.to(model.device), part.to(model.device)
@@ -134,7 +138,7 @@ class RepairScorer:
         entering: list[list[Tensor]] = [[] for _ in range(len(alive) + 1)]
         added: list[list[Tensor]] = [[] for _ in alive]
         with corrected(model, architecture, self._changes):
-            for ids in input_ids.split(FORWARD_BATCH):
+            for ids in input_ids.split(forward_batch(input_ids, model.device)):
                 hidden, calls = record_layer_calls(model, self._layers, ids.to(model.device))
                 for place, index in enumerate(alive):
                     entering[place].append(hidden.cpu())

@@ -71,7 +71,7 @@ def stream_completion(
 
 
 def _request_body(model: str, request: Request) -> bytes:
-    body = {
+    body: dict[str, Any] = {
         "model": model,
         "prompt": request.prompt,
         "max_tokens": request.output_tokens,
@@ -80,6 +80,8 @@ def _request_body(model: str, request: Request) -> bytes:
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
+    if request.cache_salt is not None:
+        body["cache_salt"] = request.cache_salt
     return json.dumps(body).encode()
 
 

@@ -8,6 +8,7 @@ Every user completes random prompts, one after the other. All of Locust works wi
 
 from __future__ import annotations
 
+import secrets
 from itertools import count
 from typing import Any
 
@@ -38,6 +39,7 @@ class CompletionUser(User):
 
     wait_time = constant(0)
     model = ""
+    cache_salt = secrets.token_hex(8)  # what an earlier test sent is not answered from the server's prefix cache
     _numbers = count()
 
     def on_start(self) -> None:
@@ -53,7 +55,7 @@ class CompletionUser(User):
 
     @task
     def complete(self) -> None:
-        (request,) = draw_requests(self.prompts, str(next(self._numbers)), 1, ONE, seed=0)
+        (request,) = draw_requests(self.prompts, str(next(self._numbers)), 1, ONE, 0, self.cache_salt)
         record = stream_completion(self.http, self.model, request, LABELS, None)
         report_to_locust(self.environment, record)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradmap.batching import ACTIVATION_BYTES, TOKENS, Batches, measured_batch_size
+from gradmap.batching import CPU_ACTIVATION_BYTES, TOKENS, Batches, forward_batch, measured_batch_size
 from gradmap.errors import UserError
 from gradmap.importance import fitting_batches, layer_scores, streamed_layer_scores
 
@@ -38,7 +38,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 def test_the_batch_is_what_memory_holds_for_the_backward_pass():
-    floats = ACTIVATION_BYTES["cpu"] // 4 // 10
+    floats = CPU_ACTIVATION_BYTES // 4 // 10
 
     def run_one():  # keeps one tensor of a tenth of what is allowed
         values = torch.ones(floats, requires_grad=True)
@@ -47,6 +47,19 @@ def test_the_batch_is_what_memory_holds_for_the_backward_pass():
     assert measured_batch_size(run_one, nn.Module(), 2, torch.device("cpu")) == 10
     assert measured_batch_size(lambda: None, nn.Module(), 128, torch.device("cpu")) == TOKENS["cpu"] // 128
     assert measured_batch_size(lambda: None, nn.Module(), 10**6, torch.device("cpu")) == 1
+
+
+def test_a_gpu_takes_more_at_once(monkeypatch):
+    """A quarter of what is free for what is kept, and enough tokens to be busy where nothing is."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 10 * 400, 10**9))
+
+    def keep_400_bytes():
+        torch.ones(100, requires_grad=True).exp().sum().backward()
+
+    assert measured_batch_size(keep_400_bytes, nn.Module(), 2, gpu) == 10
+    sizes = [[forward_batch(torch.zeros(9, tokens), device) for device in (cpu, gpu)] for tokens in (128, 2048)]
+    assert sizes == [[4, 16], [4, 4]]
 
 
 @pytest.mark.parametrize("score", [layer_scores, lambda *args: streamed_layer_scores(*args, [])])

@@ -1,5 +1,7 @@
 """The closed form solves Eq. 10, changes on hooks are what the equations say, and no repair makes anything worse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,13 @@ from gradmap.compensators.distil import (
     written_by_dense,
 )
 from gradmap.compensators.projection import mean_drift, project_most_drifted
-from gradmap.compensators.ridge import Fit, accumulate_gram, solve_ridge, solve_ridge_reference
+from gradmap.compensators.ridge import (
+    Fit,
+    accumulate_gram,
+    device_with_room,
+    solve_ridge,
+    solve_ridge_reference,
+)
 from gradmap.corrections import Place, Projection, Update, linear_maps, linear_output, pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.layerwise import logits_from
@@ -70,6 +78,27 @@ def test_closed_form_equals_least_squares(pico, input_ids, kind, weighted):
     torch.testing.assert_close(
         solve_ridge(gram, cross, lam), solve_ridge_reference(features, missing, lam), rtol=0, atol=1e-9
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["left", "refit"])
+def test_a_gpu_fits_the_same(picos, input_ids, kind):
+    pico, fit = picos["llama"], Fit(LAYER, LAYER, kind, weighted=True)
+    of_cpu = prune(pico, input_ids)
+    of_gpu = replace(of_cpu, model=load_model(pico.checkpoint, "float64", "cuda"))
+    (gram, cross), (expected_gram, expected_cross) = (accumulate_gram(one, fit, {}) for one in (of_gpu, of_cpu))
+    assert gram.is_cuda  # so that no batch waits for it to be moved
+    lam = 0.1 * expected_gram.diagonal().mean().item()
+    expected = solve_ridge(expected_gram, expected_cross, lam)
+    torch.testing.assert_close(solve_ridge(gram, cross, lam).cpu(), expected, rtol=0, atol=1e-9)
+
+
+def test_a_gram_matrix_without_room_on_the_gpu_is_kept_by_the_cpu(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 8 * 100**2, 10**9))
+    assert (device_with_room(100, gpu), device_with_room(101, gpu), device_with_room(100, cpu)) == (gpu, cpu, cpu)
+    with pytest.raises(UserError, match=r"Gram matrices of 1000000 x 1000000 need 32000\.0 GB"):
+        device_with_room(10**6, gpu)
 
 
 def test_no_other_matrix_has_a_lower_objective(pico, input_ids):

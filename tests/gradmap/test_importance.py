@@ -127,13 +127,18 @@ def test_a_model_that_accelerate_has_placed_scores_the_same(picos, input_ids, fa
     assert all("forward" in vars(layer) for layer in pico.architecture.layer_list(model))  # the hooks are still there
 
 
+def across_devices(pico):
+    """Relative tolerance. A router takes its softmax in float32, and two devices' exponentials differ by up to two
+    units in the last place (2^-23 each); what a token gets from an expert is a ratio of two of them."""
+    return 4 * 2**-23 if pico.family == "mixtral" else 1e-7
+
+
 @pytest.mark.gpu
 def test_a_model_spread_over_gpus_scores_the_same(pico, input_ids):
     spread = load_model(pico.checkpoint, "float64", "spread")
     actual = layer_scores(spread, pico.architecture, input_ids, Batches(2))
-    torch.testing.assert_close(
-        actual, layer_scores_reference(pico.load(), pico.architecture, input_ids), rtol=1e-7, atol=0
-    )
+    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+    torch.testing.assert_close(actual, expected, rtol=across_devices(pico), atol=0)
 
 
 @pytest.mark.gpu
@@ -145,7 +150,7 @@ def test_scores_on_a_gpu_are_those_of_the_cpu(pico, input_ids, streamed):
     else:
         actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
     expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
-    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=across_devices(pico), atol=0)
 
 
 def test_float16_does_not_end_at_an_attention_sink():

@@ -175,7 +175,7 @@ def test_an_error_is_told_from_what_it_led_to(tmp_path):
     output.follow([
         b"Found ulimit of 20000 and failed; this can cause errors like `OSError: [Errno 24] Too many open files`.\n",
         b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9]   File 'x'\n",
-        b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9] torch.OutOfMemoryError: CUDA out of memory\n",
+        b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9] torch.OutOfMemoryError: CUDA out of memory\r\n",
         b"(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n",
     ])  # fmt: skip
     assert output.error() == "OutOfMemoryError: CUDA out of memory"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -111,6 +112,27 @@ def test_a_second_ctrl_c_does_not_wait(stand_in, tmp_path):
     started = time.monotonic()
     assert run_in_this_process(launch, Log(tmp_path / "log"), interrupt_twice) == 130
     assert time.monotonic() - started < launch.settings.drain_s  # it would take this and 15 s more
+
+
+def test_the_second_of_two_models_starts_when_the_first_is_ready(stand_in, tmp_path, picos, monkeypatch):
+    launch = replace(stand_in(), models=[picos["llama"].directory, picos["qwen2"].directory])
+    build_command, first_answers = server.build_command, []
+
+    def note_and_build(settings):
+        with socket.socket() as probe:
+            first_answers.append(probe.connect_ex(("127.0.0.1", launch.settings.port)) == 0)
+        return build_command(settings)
+
+    monkeypatch.setattr(server, "build_command", note_and_build)
+    assert run_in_this_process(launch, Log(tmp_path / "log"), lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    assert first_answers == [False, True]
+
+
+def test_a_first_model_that_fails_keeps_the_second_from_starting(stand_in, tmp_path, picos):
+    launch = stand_in("--fail", "ValueError: no room")
+    launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory])
+    with pytest.raises(UserError, match="vLLM ended with code 3: ValueError: no room"):
+        run(launch, Log(tmp_path / "log"))
 
 
 def test_two_models_are_ready_when_both_are(stand_in, tmp_path, picos, capfd):
