@@ -1,4 +1,7 @@
-"""Stands in for vLLM: answers on a port. `python stand_in.py PORT [--fail LINE] [--live-s S] [--ignore-sigterm]`"""
+"""Stands in for vLLM: answers on a port. `python stand_in.py PORT [--fail LINE] [--live-s S] [--ignore-sigterm]`
+
+--live-s: seconds from the first completion, which is the one that makes it ready, to an end that nobody asked for.
+"""
 
 import argparse
 import json
@@ -30,6 +33,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.do_GET()
+        if arguments.live_s:
+            threading.Timer(arguments.live_s, server.shutdown).start()
 
     def log_message(self, *_):
         pass
@@ -38,6 +43,4 @@ class Handler(BaseHTTPRequestHandler):
 server = ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler)
 stop = lambda *_: threading.Thread(target=server.shutdown).start()  # noqa: E731
 signal.signal(signal.SIGTERM, signal.SIG_IGN if arguments.ignore_sigterm else stop)
-if arguments.live_s:
-    threading.Timer(arguments.live_s, server.shutdown).start()
 server.serve_forever()
