@@ -141,6 +141,27 @@ def test_one_scrape_has_our_metrics_and_vllms(endpoint):
     assert families["vllm:generation_tokens"].samples[0].value > 0
 
 
+def test_another_cache_salt_keeps_a_prompt_out_of_the_prefix_cache(endpoint):
+    """A load test relies on it where a server stays: its prompts may have been sent before."""
+    hits = []
+    for salt in ("one", "another", "one"):
+        asked, found = prefix_cache(endpoint)
+        assert post(endpoint, prompt=list(range(100, 400)), max_tokens=2, cache_salt=salt).status_code == 200
+        while (now := prefix_cache(endpoint))[0] == asked:  # the counters follow a moment later
+            time.sleep(0.05)
+        hits.append(now[1] - found)
+    assert hits[:2] == [0, 0]
+    assert hits[2] > 0
+
+
+def prefix_cache(endpoint):
+    """How many tokens were looked for, and how many were found."""
+    text = httpx.get(f"{endpoint.admin}/metrics").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    names = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
+    return tuple(next(one.value for one in families[name].samples if one.name == f"{name}_total") for name in names)
+
+
 def test_the_dashboard_asks_for_metrics_that_exist(endpoint):
     known = {
         sample.name
