@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from export.safetensors_writer import write_safetensors
 from gradmap.checkpoint import INDEX_NAME
 from gradmap.environment import describe_environment
-from gradmap.files import write_json
+from gradmap.files import read_json, write_json
 from gradmap.safetensors_reader import TensorSpec
 
 SHARD_BYTES = 5 * 10**9
@@ -120,6 +120,16 @@ def write_random_checkpoint(directory: Path, layers: int, vocabulary: int = 3200
         weight_map |= {spec.name: name for spec in specs}
     write_json(directory / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
     (directory / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def write_random_model(directory: Path, layers: int, tokenizer: Path) -> int:
+    """Such a checkpoint with the tokenizer of another model directory, unless it is there. Returns its vocabulary."""
+    vocabulary = int(read_json(tokenizer / "config.json")["vocab_size"])
+    if not (directory / "config.json").exists():
+        write_random_checkpoint(directory, layers, vocabulary)
+        for path in tokenizer.glob("tokenizer*"):
+            shutil.copy(path, directory)
+    return vocabulary
 
 
 def fill(specs: list[TensorSpec], block: Tensor) -> Iterator[Tensor]:

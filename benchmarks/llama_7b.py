@@ -9,7 +9,6 @@ is not done again. Both models are served at once, each from half of the GPU, an
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from benchmarks.fold import write_random_checkpoint
+from benchmarks.fold import write_random_model
 from benchmarks.scaling import (
     HARDWARE,
     SHAPES,
@@ -56,12 +55,8 @@ def main(
     prompt_tokens: int = 1024,
     pairs: int = 6,
 ) -> None:
-    vocabulary = read_json(tokenizer / "config.json")["vocab_size"]
     dense, pruned, loaded = directory / "dense", directory / "vllm", directory / "loadtest"
-    if not (dense / "config.json").exists():
-        write_random_checkpoint(dense, layers, vocabulary)
-        for path in tokenizer.glob("tokenizer*"):
-            shutil.copy(path, dense)
+    vocabulary = write_random_model(dense, layers, tokenizer)
     for preset in (GRADMAP, BEST):
         choice = ("--preset", preset, "--remove", remove, "--samples", samples, "--dtype", "bfloat16")
         plan = directory / preset

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.fold import write_random_checkpoint
+from benchmarks.fold import write_random_model
 from gradmap.environment import describe_environment
 from gradmap.files import read_json, write_json
 
@@ -37,11 +37,7 @@ def main(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoint for another run.")] = False,
 ) -> None:
     source, plan = directory / f"streamed-7b-shape-{layers}", directory / "streamed-plan"
-    vocabulary = read_json(tokenizer / "config.json")["vocab_size"]
-    if not (source / "config.json").exists():
-        write_random_checkpoint(source, layers, vocabulary)
-        for path in tokenizer.glob("tokenizer*"):
-            shutil.copy(path, source)
+    write_random_model(source, layers, tokenizer)
     group = _limited_group(round(limit_gb * 1e9))
     command = [sys.executable, "-m", "gradmap", "prune", "--model", str(source), "--stream", "--dtype", "bfloat16"]
     command += [

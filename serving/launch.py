@@ -165,20 +165,21 @@ def _handling_signals(stop: Stop, supervisors: Sequence[Supervisor]) -> Iterator
 def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:
     """Starts one after the other: while vLLM measures how much of a GPU's memory it needs, what another one takes
     would count as its own. Returns when all have ended; if one fails for good, the others are stopped."""
-    threads = []
-    for one in supervisors:
-        threads.append(Thread(target=one.run, args=(stopping,)))
-        threads[-1].start()
-        while not (one.status.was_ready or one.status.state is State.FAILED or stopping.is_set()):
+    threads = [Thread(target=one.run, args=(stopping,)) for one in supervisors]
+    for one, thread in zip(supervisors, threads, strict=True):
+        thread.start()  # ends at once if the end has been asked for
+        while not (one.status.was_ready or stopping.is_set()):
+            _stop_if_one_failed(supervisors, stopping)
             stopping.wait(POLL_S)
-        if not one.status.was_ready:
-            stopping.set()
-            break
     while any(thread.is_alive() for thread in threads):
-        if any(one.status.state is State.FAILED for one in supervisors):
-            stopping.set()
+        _stop_if_one_failed(supervisors, stopping)
         for thread in threads:
             thread.join(POLL_S)
+
+
+def _stop_if_one_failed(supervisors: Sequence[Supervisor], stopping: Event) -> None:
+    if any(one.status.state is State.FAILED for one in supervisors):
+        stopping.set()
 
 
 def _exit_code(supervisors: Sequence[Supervisor], stop: Stop, log: Log) -> int:

@@ -104,15 +104,16 @@ class RepairScorer:
         Computed on the model's device, and kept, as the states are, in the CPU's memory: there are many.
         """
         place = self._subject.alive(self._removed).index(layer)
-        kept = (self._wanted[layer], states.entering[place], states.added[place - 1])
-        wanted, given, added = (tensor.to(self._subject.model.device) for tensor in kept)
+        wanted, given, added = self._on_device(self._wanted[layer], states.entering[place], states.added[place - 1])
         gram, cross = map(summed, ridge_sums(added, widened(wanted) - widened(given), wanted))
         return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean().item()).cpu()
 
+    def _on_device(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self._subject.model.device) for tensor in tensors]
+
     def _loss_without(self, layer: int, states: States) -> float:
         place = self._subject.alive(self._removed).index(layer)
-        kept = (states.entering[place], states.added[place - 1])
-        given, added = (tensor.to(self._subject.model.device) for tensor in kept)
+        given, added = self._on_device(states.entering[place], states.added[place - 1])
         return self._loss_behind(place + 1, given + added @ self._repairs[layer].to(added).mT)
 
     def _loss_behind(self, place: int, hidden: Tensor) -> float:

@@ -133,9 +133,13 @@ def test_a_public_address_has_no_unguarded_routes(endpoint):
     assert httpx.get(f"{endpoint.url}/health").status_code == 200
 
 
-def test_one_scrape_has_our_metrics_and_vllms(endpoint):
+def metric_families(endpoint):
     text = httpx.get(f"{endpoint.admin}/metrics").text
-    families = {family.name: family for family in text_string_to_metric_families(text)}
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def test_one_scrape_has_our_metrics_and_vllms(endpoint):
+    families = metric_families(endpoint)
     assert families["gradmap_serve_ready"].samples[0].value == 1
     assert families["vllm:generation_tokens"].samples[0].labels["model_name"] == MODEL
     assert families["vllm:generation_tokens"].samples[0].value > 0
@@ -156,8 +160,7 @@ def test_another_cache_salt_keeps_a_prompt_out_of_the_prefix_cache(endpoint):
 
 def prefix_cache(endpoint):
     """How many tokens were looked for, and how many were found."""
-    text = httpx.get(f"{endpoint.admin}/metrics").text
-    families = {family.name: family for family in text_string_to_metric_families(text)}
+    families = metric_families(endpoint)
     names = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
     return tuple(next(one.value for one in families[name].samples if one.name == f"{name}_total") for name in names)
 
