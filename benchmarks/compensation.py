@@ -21,14 +21,14 @@ import typer
 from torch import Tensor
 
 from gradmap.architectures import architecture_of
-from gradmap.batching import forward_batch
+from gradmap.batching import Batches, forward_batch
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
 from gradmap.compensation import Pruned
 from gradmap.compensators.adam import REGULARISATION, errors_of_output, objective, train_projection
 from gradmap.compensators.projection import mean_drift
-from gradmap.compensators.ridge import Fit, features_and_missing, ridge_sums, solve_ridge
+from gradmap.compensators.ridge import Fit, all_features, ridge_sums, solve_ridge
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
@@ -61,12 +61,11 @@ def main(
     removed = tuple(int(layer) for layer in remove.split(","))
     architecture = architecture_of(checkpoint.config)
     loaded = load_model(checkpoint, "float32")
-    batch_size = forward_batch(drawn.input_ids, loaded.device)
-    pruned = Pruned(loaded, architecture, drawn, removed, batch_size)
+    batches = Batches(forward_batch(drawn.input_ids, loaded.device))
+    pruned = Pruned(loaded, architecture, drawn, removed, batches)
     drift = mean_drift(pruned)
     layer = max(drift, key=drift.__getitem__)
-    batches = list(features_and_missing(pruned, Fit(layer, goal=layer), {}))
-    added, missing = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+    added, missing = all_features(pruned, Fit(layer, goal=layer), {})
     untouched = missing.square().sum().item() / len(missing)
     say(f"Layer {layer} drifted most; objective without a correction: {untouched:.0f}")
     measured = [measure(added, missing, epochs) for _ in range(rounds)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from gradmap.errors import UserError
 # waits for Python where batches are small, so there it is a share of what is free.
 CPU_ACTIVATION_BYTES = 3 << 27
 GPU_ACTIVATION_SHARE = 0.25
+GPU_STATES_SHARE = 0.5
 TOKENS = {"cpu": 1024, "cuda": 8192}
+# Logits at once, in float32: what stays in a CPU's caches, and what keeps a GPU busy.
+LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 # Samples in a pass that keeps nothing for a backward one; on a GPU, short samples are more.
 FORWARD_BATCH = 4
 GPU_FORWARD_TOKENS = 2048
@@ -24,6 +28,29 @@ GPU_FORWARD_TOKENS = 2048
 def forward_batch(input_ids: Tensor, device: torch.device) -> int:
     """How many samples of input_ids (N, T) go at once through a pass that keeps nothing for a backward one."""
     return max(FORWARD_BATCH, GPU_FORWARD_TOKENS // input_ids.shape[1]) if device.type == "cuda" else FORWARD_BATCH
+
+
+def logits_batch(model: Any, input_ids: Tensor) -> int:
+    """How many samples of input_ids (N, T) have their logits, float32, made at once: they are the largest tensors."""
+    of_sample = 4 * input_ids.shape[1] * int(model.config.vocab_size)
+    return max(1, LOGITS_BYTES[model.device.type] // of_sample)
+
+
+def home_for(model: Any, states: int) -> torch.device:
+    """Where so many hidden states (d,) are kept: with the model if they fit beside it, else in the CPU's memory."""
+    device: torch.device = model.device
+    if device.type != "cuda":
+        return device
+    needed = states * model.config.hidden_size * model.get_input_embeddings().weight.element_size()
+    return device if needed <= GPU_STATES_SHARE * torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
+
+
+def moved_home(tensor: Tensor, home: torch.device) -> Tensor:
+    """The tensor there. From a GPU into memory that it reaches by itself, so that nothing waits for the copy."""
+    if tensor.device.type == home.type:
+        return tensor
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=home, pin_memory=True)
+    return kept.copy_(tensor, non_blocking=True)
 
 
 def measured_batch_size(run_one: Callable[[], object], model: nn.Module, tokens: int, device: torch.device) -> int:

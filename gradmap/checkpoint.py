@@ -17,7 +17,14 @@ from gradmap.architectures import architecture_of
 from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, sha256_json, write_json
-from gradmap.precision import AUTOCAST, prepare_for_autocast, weights_dtype
+from gradmap.precision import (
+    AUTOCAST,
+    announce,
+    fastest_dtype,
+    prepare_for_autocast,
+    warn_if_slow,
+    weights_dtype,
+)
 from gradmap.processes import local_device
 from gradmap.safetensors_reader import check_safetensors
 
@@ -275,9 +282,15 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> str:
-    """`auto` is float32 on a CPU and the checkpoint's own dtype on a GPU. Raises UserError for an unknown one."""
-    if dtype == "auto":
-        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
-        dtype = "float32" if device == "cpu" else str(stored)
-    weights_dtype(dtype)
-    return dtype
+    """`auto` is what the machine computes fastest in without losing what is stored; anything else is obeyed.
+
+    Says which, and warns where an explicit choice is slower than float32 is. Raises UserError for an unknown one.
+    """
+    if dtype != "auto":
+        weights_dtype(dtype)
+        warn_if_slow(dtype, device)
+        return dtype
+    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    found = fastest_dtype(stored, device)
+    announce(found, device)
+    return found

@@ -7,7 +7,6 @@ left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
+from gradmap.batching import Batches
 from gradmap.calibration import Calibration
-from gradmap.corrections import Change, Changes, Place, followed_by, gather_changes, pruned_and_corrected
-from gradmap.distributed import share_of, summed
-from gradmap.layerwise import sample_losses
+from gradmap.corrections import Change, Changes, Place, followed_by, gather_changes
+from gradmap.layerwise import capturing
+from gradmap.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class Compensation:
     drift: Mapping[int, float] = field(default_factory=dict)
 
     @property
+    def held_out_loss(self) -> float | None:
+        """With those that are accepted, nats per token; None if nothing was tried, so that nothing was measured."""
+        losses = [min(one.held_out_loss_before, one.held_out_loss_after) for one in self.corrections]
+        return losses[-1] if losses else None
+
+    @property
     def changes(self) -> Changes:
         """Those that are accepted."""
         return gather_changes([(one.place, one.change) for one in self.corrections if one.accepted])
@@ -75,19 +81,23 @@ class ProjectionOptions:
 class Pruned:
     """What a compensator repairs: `model`, which is whole, without the `removed` layers, and the samples to do it on.
 
-    removed: in the order of removal. batch_size: samples in a forward pass. options: of `projection`.
+    removed: in the order of removal. batches: of samples in a forward pass. options: of `projection`.
     """
 
     model: Any
     architecture: Architecture
     calibration: Calibration
     removed: tuple[int, ...]
-    batch_size: int
+    batches: Batches
     options: ProjectionOptions = ProjectionOptions()
 
     @property
+    def layers(self) -> range:
+        return range(len(self.architecture.layer_list(self.model)))
+
+    @property
     def kept(self) -> list[int]:
-        return [layer for layer in range(len(self.architecture.layer_list(self.model))) if layer not in self.removed]
+        return [layer for layer in self.layers if layer not in self.removed]
 
     def runs(self) -> list[tuple[int, int]]:
         """For each run of removed layers, front to back: the retained layer before it, and its last layer.
@@ -97,15 +107,21 @@ class Pruned:
         ends = sorted(layer for layer in self.removed if layer + 1 not in self.removed)
         return [(max(before), end) for end in ends if (before := [layer for layer in self.kept if layer < end])]
 
-    def judge(self, pairs: Sequence[tuple[Place, Change]], changes: Changes) -> tuple[Correction, ...]:
-        """Changes that belong together as corrections, on top of `changes`."""
-        losses = self.loss(changes), self.loss(followed_by(changes, pairs))
+    def judge(
+        self, pairs: Sequence[tuple[Place, Change]], changes: Changes, before: float | None = None
+    ) -> tuple[Correction, ...]:
+        """Changes that belong together as corrections, on top of `changes`. before: the loss without them, if known."""
+        losses = self.loss(changes) if before is None else before, self.loss(followed_by(changes, pairs))
         return tuple(Correction(place, change, *losses) for place, change in pairs)
+
+    def walk(self, layers: Sequence[int], input_ids: Tensor) -> Walk:
+        """Samples (N, T) before they pass these of the model's layers."""
+        return Walk(self.model, self.architecture, layers, input_ids, self.batches)
 
     def loss(self, changes: Changes) -> float:
         """On the held-out samples, nats per token."""
         return pruned_loss(
-            self.model, self.architecture, self.calibration.held_out_ids, self.removed, changes, self.batch_size
+            self.model, self.architecture, self.calibration.held_out_ids, self.removed, changes, self.batches
         )
 
 
@@ -124,37 +140,23 @@ def correct_in_turn(
     return corrections
 
 
-@torch.inference_mode()
 def pruned_loss(
     model: Any,
     architecture: Architecture,
     input_ids: Tensor,
     removed: Sequence[int],
     changes: Changes,
-    batch_size: int,
+    batches: Batches,
 ) -> float:
     """Mean next-token cross-entropy (nats per token) of the pruned and corrected model on input_ids (N, T)."""
-    total = 0.0
-    with pruned_and_corrected(model, architecture, removed, changes):
-        for batch in share_of(input_ids)[0].split(batch_size):
-            batch = batch.to(model.device)
-            total += sample_losses(model(input_ids=batch, use_cache=False).logits, batch).double().sum().item()
-    total = summed(torch.tensor(total, dtype=torch.float64)).item()
-    return total / (input_ids.shape[0] * (input_ids.shape[1] - 1))
+    kept = [layer for layer in range(len(architecture.layer_list(model))) if layer not in removed]
+    return Walk(model, architecture, kept, input_ids, batches).loss(changes)
 
 
 @torch.no_grad()
 def run_and_capture(model: Any, modules: Sequence[nn.Module], input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Runs one batch (B, T) and returns what enters and leaves each module: (B, T, ...), or (B*T, ...) where a family
     flattens."""
-    captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        entering = args[0] if args else kwargs["hidden_states"]
-        captured[module] = entering, output[0] if isinstance(output, tuple) else output
-
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_hook(on_forward, with_kwargs=True).remove)
+    with capturing(modules) as captured:
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)  # logits are not needed
     return [captured[module] for module in modules]

@@ -39,6 +39,13 @@ def share_of(input_ids: Tensor) -> tuple[Tensor, int]:
     return input_ids[share], share.start
 
 
+def gathered(share: Tensor, samples: int) -> Tensor:
+    """What every process has of its `share_of` the samples, (n, ...), in their order: (N, ...)."""
+    whole = share.new_zeros(samples, *share.shape[1:])
+    whole[_share(samples)] = share
+    return summed(whole)
+
+
 def share_of_step(tensor: Tensor) -> Tensor:
     """The same of the samples of one step of training, of which a process may get none."""
     return tensor[_share(len(tensor))]

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
-from gradmap.batching import Batches, measured_batch_size
+from gradmap.batching import Batches, logits_batch, measured_batch_size
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
 from gradmap.gradient_norms import gradient_norms
 from gradmap.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
-
-# Logits are made for as many samples at once as this allows (float32).
-LOGITS_BYTES = 1 << 26
 
 Advance = Callable[[int], None]
 
@@ -137,17 +134,18 @@ def loss_gradients(
 
     Raises UserError if a loss is not finite; `first_sample` is the number of the first one in the calibration set.
     """
-    together = max(1, LOGITS_BYTES // (4 * input_ids.shape[1] * model.config.vocab_size))
+    together = logits_batch(model, input_ids)
     gradients: list[Tensor] = []
     for start in range(0, len(hidden), together):
         leaf = hidden[start : start + together].detach().requires_grad_(True)
         losses = losses_from(model, layers, leaf, input_ids[start : start + together])
-        _require_finite(losses, first_sample + start)
+        require_finite(losses, first_sample + start)
         gradients += torch.autograd.grad(losses.sum(), leaf)
     return torch.cat(gradients)
 
 
-def _require_finite(losses: Tensor, first_sample: int) -> None:
+def require_finite(losses: Tensor, first_sample: int) -> None:
+    """Raises UserError if the loss of one of the samples (B,), of which `first_sample` is the first, is not finite."""
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         raise UserError(

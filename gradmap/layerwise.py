@@ -109,6 +109,22 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 @contextmanager
+def capturing(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Yields what entered and what left each module when it ran last in the block: (B, T, ...), or (B*T, ...) where a
+    family flattens."""
+    captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        entering = args[0] if args else kwargs["hidden_states"]
+        captured[module] = entering, output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(on_forward, with_kwargs=True).remove)
+        yield captured
+
+
+@contextmanager
 def forward_replaced(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Calls `forward` in place of each module's own, and puts what was there back afterwards."""
     with ExitStack() as stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,12 +14,52 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from gradmap.console import say
 from gradmap.errors import UserError
+from gradmap.machine import WORTHWHILE, bfloat16_pays, measure_cpu, warn_if_threads_hinder
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Matrix products in bfloat16, everything else (residual stream, norms, loss) in float32.
 AUTOCAST = "autocast"
 _FLOAT32_ATTENTION = "sdpa_in_float32"
+
+
+def fastest_dtype(stored: str, device: str) -> str:
+    """What `auto` means for weights that are `stored` so.
+
+    Products in bfloat16 only where the hardware has them: a CPU that emulates them takes several times as long. On a
+    CPU all but the products stays in float32; a GPU's memory is dearer, and it computes in what is stored.
+    """
+    if device.startswith("cpu"):
+        return AUTOCAST if bfloat16_pays(device) else "float32"
+    if stored == "float16":
+        return stored
+    if not bfloat16_pays(device):
+        return "float32"
+    return "bfloat16" if stored == "bfloat16" else AUTOCAST
+
+
+@cache  # one command loads its model more than once
+def announce(dtype: str, device: str) -> None:
+    """Says once what is computed in, and why."""
+    reason = measure_cpu().describe() if device.startswith("cpu") else f"{torch.cuda.get_device_name()}"
+    say(f"Computing in {dtype} (found: {reason})")
+    if device.startswith("cpu"):
+        warn_if_threads_hinder()
+
+
+@cache
+def warn_if_slow(dtype: str, device: str) -> None:
+    """Says once that float32 would be faster, if it is."""
+    product = "bfloat16" if dtype == AUTOCAST else dtype
+    if not device.startswith("cpu") or product not in measure_cpu().by_dtype:
+        return
+    ratio = measure_cpu().ratio(product)
+    if ratio < 1 / WORTHWHILE:
+        say(
+            f"Warning: --dtype {dtype} computes {1 / ratio:.1f} times as slowly as float32 on this machine "
+            f"({measure_cpu().describe()}); --dtype auto takes the faster one"
+        )
 
 
 def weights_dtype(name: str) -> torch.dtype:

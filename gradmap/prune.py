@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.architectures import architecture_of, layer_count
-from gradmap.batching import forward_batch
+from gradmap.batching import Batches, forward_batch
 from gradmap.calibration import Calibration, build_calibration
-from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer
+from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer, resolve_device, resolve_dtype
 from gradmap.compensation import Compensation, Correction, ProjectionOptions, Pruned
 from gradmap.compensators import COMPENSATORS
 from gradmap.distributed import process_group
@@ -131,7 +131,8 @@ def _make_plan(
 ) -> Plan:
     """Both stages. done: decisions made before; keep: told of all of them after every new one."""
     architecture = architecture_of(checkpoint.config)
-    model = load_model(checkpoint, settings.dtype, settings.device, streamed=settings.stream)
+    dtype = found_dtype(checkpoint, settings)
+    model = load_model(checkpoint, dtype, settings.device, streamed=settings.stream)
     steps = list(done)
 
     def record(step: Step) -> None:
@@ -139,7 +140,7 @@ def _make_plan(
         keep(steps)
 
     timings_s: dict[str, float] = {}
-    with process_group(model.device), computing_in(settings.dtype, model):
+    with process_group(model.device), computing_in(dtype, model):
         with _timed(timings_s, "select"):
             subject = Subject(
                 model, architecture, calibration, _ends(checkpoint, settings), settings.stream, tuple(settings.layers)
@@ -155,9 +156,9 @@ def _make_plan(
         with _timed(timings_s, "compensate"):
             # streamed, each pass reads every layer once, so that all samples go at once
             ids = calibration.input_ids
-            batch_size = len(ids) if settings.stream else forward_batch(ids, model.device)
+            batches = Batches(len(ids) if settings.stream else forward_batch(ids, model.device))
             compensation = COMPENSATORS[settings.compensator](
-                Pruned(model, architecture, calibration, selection.removal_order, batch_size, settings.projection)
+                Pruned(model, architecture, calibration, selection.removal_order, batches, settings.projection)
             )
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, timings_s)
     tensors = {
@@ -171,14 +172,20 @@ def _make_plan(
     return plan
 
 
+def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:
+    """What this machine computes in: `auto` is not the same everywhere."""
+    return resolve_dtype(settings.dtype, resolve_device(settings.device), checkpoint)
+
+
 def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
     """What the removal order depends on. The number of layers does not count: a longer order begins like a shorter."""
-    names = ["selector", "layers", "protect_first", "protect_last", "one_shot", "dtype"]
+    names = ["selector", "layers", "protect_first", "protect_last", "one_shot"]
     names += ["remove"] if settings.one_shot else []
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
         "the calibration samples": calibration.sha256,
+        "--dtype": found_dtype(checkpoint, settings),
         **options,
     }
 
@@ -290,7 +297,7 @@ def _describe_plan(
         steps=[StepRecord(scores=step.scores, removed=list(step.removed)) for step in selection.steps],
         drift=dict(compensation.drift),
         corrections=[_describe_correction(correction) for correction in compensation.corrections],
-        environment=describe_environment(),
+        environment=describe_environment() | {"dtype": found_dtype(checkpoint, settings)},
         timings_s=timings_s,
     )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import packages_distributions
 
+from gradmap.machine import bfloat16_pays
+from gradmap.precision import AUTOCAST
+
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
@@ -14,6 +17,19 @@ def vllm_defaults() -> dict[str, str]:
     if _is_cpu_build():
         defaults[KV_CACHE_VARIABLE] = "2"  # GiB
     return defaults
+
+
+def vllm_dtype(dtype: str) -> str:
+    """What vLLM is told for a dtype of ours. `auto` is left to vLLM, which takes what is stored, or float16 on a GPU
+    without bfloat16; but on a CPU that only emulates bfloat16 it is float32."""
+    if dtype == AUTOCAST:
+        return "bfloat16"
+    return "float32" if dtype == "auto" and cpu_wants_float32() else dtype
+
+
+def cpu_wants_float32() -> bool:
+    """Whether vLLM runs on a CPU here, and one that multiplies float32 faster than bfloat16."""
+    return _is_cpu_build() and not bfloat16_pays()
 
 
 @cache  # reads the metadata of every package

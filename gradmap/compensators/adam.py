@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradmap.architectures import without_layers
 from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn, run_and_capture
 from gradmap.compensators.projection import mean_drift, most_drifted
-from gradmap.compensators.ridge import Fit, down_projection_weight, features_and_missing
+from gradmap.compensators.ridge import Fit, all_features, down_projection_weight
 from gradmap.console import progress
 from gradmap.corrections import (
     Change,
@@ -107,8 +107,7 @@ def _problem(pruned: Pruned, place: Place, module: nn.Module, changes: Changes) 
         size = weight_of(module).shape[0 if pruned.options.side == "left" else 1]
         return weight_of(module).new_zeros(size, size), _errors_in_layer(pruned, place, module, changes)
     fit = Fit(place.layer, place.layer, pruned.options.side)
-    batches = list(features_and_missing(pruned, fit, changes))
-    features, missing = (torch.cat([batch[part] for batch in batches]) for part in (0, 1))
+    features, missing = all_features(pruned, fit, changes)
     start = features.new_zeros(features.shape[-1], features.shape[-1])
     if fit.kind == "left":
         return start, errors_of_output(features, missing)
@@ -123,7 +122,7 @@ def _errors_in_layer(pruned: Pruned, place: Place, module: nn.Module, changes: C
     layers = architecture.layer_list(model)
     layer, behind = layers[place.layer], range(place.layer + 1, len(layers))
     entering, wanted = [], []
-    for batch in pruned.calibration.fit_ids.split(pruned.batch_size):
+    for batch in pruned.calibration.fit_ids.split(pruned.batches.size):
         with without_layers(model, architecture, behind):
             wanted.append(run_and_capture(model, [layer], batch)[0][1])
         with pruned_and_corrected(model, architecture, sorted({*pruned.removed, *behind}), changes):

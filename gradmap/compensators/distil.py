@@ -9,12 +9,16 @@ A calibration set is too small to train on again and again; the dense model itse
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradmap.architectures import Architecture
+from gradmap.batching import logits_batch
 from gradmap.compensation import Compensation, Correction, Pruned
+from gradmap.compensators.ridge import Walks
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
 from gradmap.console import progress
 from gradmap.corrections import (
@@ -25,9 +29,8 @@ from gradmap.corrections import (
     pruned_and_corrected,
     untrained_low_rank,
 )
-from gradmap.distributed import falls_to_this_process, share_of_step, sum_gradients, summed
-from gradmap.importance import LOGITS_BYTES
-from gradmap.layerwise import logits_from, run_layers
+from gradmap.distributed import falls_to_this_process, gathered, share_of_step, sum_gradients, summed
+from gradmap.layerwise import capturing, logits_from, run_layers
 
 RANK = 16
 LEARNING_RATE = 1e-3
@@ -38,42 +41,54 @@ PROMPT_TOKENS = 4
 WRITTEN_TOGETHER = 64
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """Samples (N, T) to train on, and what the dense model makes of them: the output of its last layer, (N, T, d),
+    for its logits would be far larger."""
+
+    input_ids: Tensor
+    outputs: Tensor
+
+
 def distil(pruned: Pruned) -> Compensation:
     """Repairs before every run in closed form, where that can be done, and then trains."""
-    closed_form = _closed_form(pruned)
-    trained = train_low_rank(pruned, closed_form.changes)
+    walks = Walks.start(pruned)
+    closed_form = _closed_form(pruned, walks)
+    fit_ids = pruned.calibration.fit_ids
+    known = Lessons(fit_ids, gathered(walks.dense.finish({}), len(fit_ids)))
+    trained = train_low_rank(pruned, closed_form, known)
     return Compensation((*closed_form.corrections, *trained))
 
 
-def _closed_form(pruned: Pruned) -> Compensation:
+def _closed_form(pruned: Pruned, walks: Walks) -> Compensation:
     if pruned.architecture.uncorrectable is not None:
         return Compensation()
     if pruned.architecture.expert_down_projections is not None:  # too many to refit
-        return project_before_runs(pruned)
-    return refit_before_runs(pruned)
+        return project_before_runs(pruned, walks)
+    return refit_before_runs(pruned, walks)
 
 
-def train_low_rank(pruned: Pruned, changes: Changes) -> tuple[Correction, ...]:
-    """Corrections on top of `changes`, from one pass over the calibration samples to fit on and what the dense model
-    writes itself."""
+def train_low_rank(pruned: Pruned, so_far: Compensation, known: Lessons) -> tuple[Correction, ...]:
+    """Corrections on top of those so far, from one pass over the samples that were fitted on, `known`, and what the
+    dense model writes itself."""
     generator = torch.Generator().manual_seed(pruned.calibration.seed)
     maps = linear_maps(pruned.architecture, pruned.model, pruned.kept)
     factors = [(place, untrained_low_rank(module, RANK, generator)) for place, module in maps]
     parameters = [tensor for _, factor in factors for tensor in (factor.down, factor.up)]
-    together = followed_by(changes, factors)
-    samples = torch.cat([pruned.calibration.fit_ids, written_by_dense(pruned)])
-    goal = dense_outputs(pruned, samples)
+    together = followed_by(so_far.changes, factors)
+    written = written_by_dense(pruned)
+    samples, goal = torch.cat([known.input_ids, written.input_ids]), torch.cat([known.outputs, written.outputs])
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, math.ceil(len(samples) / STEP_SAMPLES))
     with progress("Distilling (samples)", len(samples)) as advance:
         for rows in torch.randperm(len(samples), generator=generator).split(STEP_SAMPLES):
-            _take_step(pruned, together, samples[rows], goal[rows], parameters, optimizer)
+            _take_step(pruned, together, samples[rows], goal[rows.to(goal.device)], parameters, optimizer)
             schedule.step()
             advance(len(rows))
-    return pruned.judge([(place, _trained(factor)) for place, factor in factors], changes)
+    return pruned.judge([(place, _trained(factor)) for place, factor in factors], so_far.changes, so_far.held_out_loss)
 
 
-def written_by_dense(pruned: Pruned) -> Tensor:
+def written_by_dense(pruned: Pruned) -> Lessons:
     """Samples (N, T) that begin with a few tokens from the calibration samples to fit on, and go on as the dense model
     would (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888). The same for any number of processes."""
     known, seed = pruned.calibration.fit_ids, pruned.calibration.seed
@@ -84,42 +99,40 @@ def written_by_dense(pruned: Pruned) -> Tensor:
     starts = torch.randint(known.shape[1] - length + 1, (count, 1), generator=generator)
     prompts = known[rows, starts + torch.arange(length)]
     written = torch.zeros(count, known.shape[1], dtype=known.dtype)
-    with progress("The dense model writes (samples)", count) as advance:
+    outputs = torch.zeros(0)
+    with progress("The dense model writes (tokens)", written.numel()) as advance:
         for number, start in enumerate(range(0, count, WRITTEN_TOGETHER)):
             batch = slice(start, start + WRITTEN_TOGETHER)
             if falls_to_this_process(number):
-                written[batch] = write_on(pruned.model, prompts[batch], known.shape[1], seed + number)
-            advance(len(prompts[batch]))
-    return summed(written)
+                lessons = write_on(pruned.model, pruned.architecture, prompts[batch], known.shape[1], seed + number)
+                outputs = outputs if len(outputs) else lessons.outputs.new_zeros(count, *lessons.outputs.shape[1:])
+                written[batch], outputs[batch] = lessons.input_ids, lessons.outputs
+            advance(written[batch].numel())
+    return Lessons(summed(written), summed(outputs))
 
 
 @torch.no_grad()
-def write_on(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
+def write_on(model: Any, architecture: Architecture, prompts: Tensor, length: int, seed: int) -> Lessons:
     """Continues each prompt (B, P) to (B, length), every token drawn from the model's whole next-token distribution.
 
     Unlike transformers' own sampling, whatever the model's generation config says: what is wanted is its knowledge.
     """
     ids = entering = prompts.to(model.device)
+    last_layer = architecture.layer_list(model)[-1]
+    outputs: list[Tensor] = []
     cache: Any = None
     generator: torch.Generator | None = None
-    while ids.shape[1] < length:
-        output = model(input_ids=entering, past_key_values=cache, use_cache=True)
+    while True:
+        with capturing([last_layer]) as captured:
+            output = model(input_ids=entering, past_key_values=cache, use_cache=True)
+        outputs.append(captured[last_layer][1])
+        if ids.shape[1] == length:
+            return Lessons(ids.cpu(), torch.cat(outputs, dim=1))
         chances = output.logits[:, -1].float().softmax(dim=-1)
         # drawn where the logits are: to hand them to the CPU takes as long as the model does
         generator = generator or torch.Generator(chances.device).manual_seed(seed)
         entering, cache = torch.multinomial(chances, 1, generator=generator).to(ids.device), output.past_key_values
         ids = torch.cat([ids, entering], dim=1)
-    return ids.cpu()
-
-
-@torch.no_grad()
-def dense_outputs(pruned: Pruned, input_ids: Tensor) -> Tensor:
-    """The output of the dense model's last layer, (N, T, d), in the CPU's memory: its logits would be far larger."""
-    layers = pruned.architecture.layer_list(pruned.model)
-    outputs = []
-    for batch in input_ids.split(pruned.batch_size):
-        outputs.append(run_layers(pruned.model, layers, batch.to(pruned.model.device)).cpu())
-    return torch.cat(outputs)
 
 
 def distillation_gradients(
@@ -127,7 +140,7 @@ def distillation_gradients(
 ) -> Tensor:
     """dL/d hidden (B, T, d) of the last layer's output, where L is the mean over positions of the cross-entropy between
     the next-token distributions that follow from `goal` (B, T, d) and from `hidden`. A few samples at a time."""
-    together = max(1, LOGITS_BYTES // (4 * input_ids.shape[1] * model.config.vocab_size))
+    together = logits_batch(model, input_ids)
     gradients: list[Tensor] = []
     for start in range(0, len(hidden), together):
         part = slice(start, start + together)

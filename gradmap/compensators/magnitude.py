@@ -28,7 +28,7 @@ def scale_after_removals(pruned: Pruned) -> Compensation:
     with progress("Measuring magnitudes (layers)", len(pruned.removed)) as advance:
         for position, layer in enumerate(pruned.removed):
             ids, gone = pruned.calibration.fit_ids, pruned.removed[:position]
-            ratio = magnitude_ratio(model, architecture, ids, layer, gone, changes, pruned.batch_size)
+            ratio = magnitude_ratio(model, architecture, ids, layer, gone, changes, pruned.batches.size)
             changes = followed_by(changes, scales_behind(architecture, model, layer, ratio))
             advance(1)
     pairs = [(place, _product(scales)) for place, scales in changes.items() if place.layer in pruned.kept]

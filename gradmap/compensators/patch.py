@@ -16,7 +16,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn
-from gradmap.compensators.ridge import Fit, features_and_missing
+from gradmap.compensators.ridge import Fit, visit_features
 from gradmap.corrections import HIDDEN_STATE, Changes, Place, Projection
 from gradmap.distributed import summed
 from gradmap.errors import UserError
@@ -38,10 +38,13 @@ def _fit_patch(pruned: Pruned, layer: int, goal: int, changes: Changes) -> Tenso
     width = pruned.model.config.hidden_size
     basis = torch.from_numpy(hadamard_matrix(width)) / width**0.5
     total = torch.zeros(width, dtype=torch.float64)
-    for _, missing, wanted in features_and_missing(pruned, Fit(layer, goal), changes):
+
+    def add(features: Tensor, missing: Tensor, wanted: Tensor) -> None:
         wanted, missing = wanted.double().cpu(), missing.double().cpu()
         rotated, given = wanted @ basis, (wanted - missing) @ basis
-        total += (rotated.abs().mean(dim=1) / given.abs().mean(dim=1)).sum(dim=0)
+        total.add_((rotated.abs().mean(dim=1) / given.abs().mean(dim=1)).sum(dim=0))
+
+    visit_features(pruned, Fit(layer, goal), changes, add)
     ratios = summed(total) / len(pruned.calibration.fit_ids)
     patch: Tensor = basis @ ratios.diag() @ basis.mT
     return patch

@@ -45,7 +45,7 @@ def mean_drift(pruned: Pruned) -> dict[int, float]:
     """Eq. 8: || E[H_i] - E[H'_i] ||_2 of every retained layer, expectation over samples and positions."""
     layers = pruned.architecture.layer_list(pruned.model)
     modules = [layers[index] for index in pruned.kept]
-    input_ids, batch_size = pruned.calibration.fit_ids, pruned.batch_size
+    input_ids, batch_size = pruned.calibration.fit_ids, pruned.batches.size
     dense = _mean_outputs(pruned.model, modules, input_ids, batch_size)
     with without_layers(pruned.model, pruned.architecture, pruned.removed):
         without = _mean_outputs(pruned.model, modules, input_ids, batch_size)

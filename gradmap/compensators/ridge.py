@@ -11,15 +11,13 @@ X (then S is added to W_down itself). W' on the right of W_down adds W_down S X,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
-from gradmap.architectures import without_layers
-from gradmap.compensation import Correction, Pruned, run_and_capture
+from gradmap.compensation import Correction, Pruned
 from gradmap.console import progress
 from gradmap.corrections import (
     Change,
@@ -29,11 +27,12 @@ from gradmap.corrections import (
     Update,
     followed_by,
     linear_output,
-    pruned_and_corrected,
     weight_of,
 )
-from gradmap.distributed import share_of, summed
+from gradmap.distributed import summed
 from gradmap.errors import UserError
+from gradmap.machine import available_bytes
+from gradmap.walk import Walk
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
 RELATIVE_LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -78,21 +77,57 @@ class ClosedForm:
         return Projection(plus_identity(solution)), lam
 
 
-def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence[float]) -> Correction:
-    """The change with the lambda (relative, of `lambdas`) of the lowest held-out loss, on top of `changes`."""
+# Of one batch: F (B, T, f), D (B, T, d) and the target (B, T, d).
+Visit = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Walks:
+    """The samples to fit on, on their way through the dense and through the pruned model, and the held-out ones through
+    the pruned one. Fits from front to back share them, so that no layer runs again for each."""
+
+    dense: Walk
+    pruned: Walk
+    held_out: Walk
+
+    @classmethod
+    def start(cls, pruned: Pruned) -> Walks:
+        fit_ids, held_out_ids = pruned.calibration.fit_ids, pruned.calibration.held_out_ids
+        return cls(
+            dense=pruned.walk(pruned.layers, fit_ids),
+            pruned=pruned.walk(pruned.kept, fit_ids),
+            held_out=pruned.walk(pruned.kept, held_out_ids),
+        )
+
+
+def fit_correction(
+    pruned: Pruned,
+    fit: Fit,
+    changes: Changes,
+    lambdas: Sequence[float],
+    walks: Walks | None = None,
+    before: float | None = None,
+) -> Correction:
+    """The change with the lambda (relative, of `lambdas`) of the lowest held-out loss, on top of `changes`.
+
+    walks: of the fits before this one, in front of its layer at most. before: the held-out loss without it, if known.
+    """
     if fit.kind != "left":
         _require_one_down_projection(pruned)
-    gram, cross = accumulate_gram(pruned, fit, changes)
+    walks = walks or Walks.start(pruned)
+    gram, cross = accumulate_gram(pruned, fit, changes, walks)
     weight = down_projection_weight(pruned, fit.layer).to(gram.device) if fit.kind == "right" else None
     closed_form = ClosedForm(fit, gram, cross, weight)
     place = Place(fit.layer, pruned.architecture.down_projection)
     best: Correction | None = None
     with progress(f"Choosing lambda for layer {fit.layer} on held-out samples", 1 + len(lambdas)) as advance:
-        before = pruned.loss(changes)
+        walks.held_out.go_to(fit.layer, changes)
+        if before is None:
+            before = walks.held_out.loss(changes)
         advance(1)
         for relative in lambdas:
             change, lam = closed_form.solve(relative)
-            after = pruned.loss(followed_by(changes, [(place, change)]))
+            after = walks.held_out.loss(followed_by(changes, [(place, change)]))
             if best is None or after < best.held_out_loss_after:  # only one is kept: on a GPU, room is dear
                 best = Correction(place, change, before, after, lam, relative)
             advance(1)
@@ -100,42 +135,55 @@ def fit_correction(pruned: Pruned, fit: Fit, changes: Changes, lambdas: Sequence
     return best
 
 
-def accumulate_gram(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Tensor]:
+def accumulate_gram(pruned: Pruned, fit: Fit, changes: Changes, walks: Walks | None = None) -> tuple[Tensor, Tensor]:
     """Returns F F^T (f, f) and D F^T (d, f), float64, over all tokens of the samples to fit on.
 
     On the model's device, where they are solved with too: a GPU gets little done while it hands out matrices of this
     size for every batch. In the CPU's memory if the device has no room.
     """
-    gram = cross = torch.zeros((), dtype=torch.float64)
-    for features, missing, target in features_and_missing(pruned, fit, changes):
-        if gram.dim() == 0:
-            device = device_with_room(features.shape[-1], features.device)
-            gram, cross = gram.to(device), cross.to(device)
-        of_batch = ridge_sums(features, missing, target if fit.weighted else None)
-        gram, cross = gram + of_batch[0].to(gram.device), cross + of_batch[1].to(cross.device)
+    sums: list[Tensor] = []
+
+    def add(features: Tensor, missing: Tensor, target: Tensor) -> None:
+        device = sums[0].device if sums else device_with_room(features.shape[-1], features.device)
+        of_batch = [part.to(device) for part in ridge_sums(features, missing, target if fit.weighted else None)]
+        sums[:] = [total + part for total, part in zip(sums, of_batch, strict=True)] if sums else of_batch
+
+    visit_features(pruned, fit, changes, add, walks)
+    gram, cross = sums
     return summed(gram), summed(cross)
 
 
-def features_and_missing(pruned: Pruned, fit: Fit, changes: Changes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """F, D and the target of one batch after the other: (B, T, f), (B, T, d), (B, T, d). No layer runs needlessly."""
-    model, architecture = pruned.model, pruned.architecture
-    layers = architecture.layer_list(model)
-    layer, goal = layers[fit.layer], layers[fit.goal]
-    behind_goal = range(fit.goal + 1, len(layers))
-    behind_layer = sorted({*pruned.removed, *range(fit.layer + 1, len(layers))})
-    changes = {place: of_place for place, of_place in changes.items() if place.layer <= fit.layer}
-    projection = architecture.down_projection_of(layer)
-    share, _ = share_of(pruned.calibration.fit_ids)
-    with progress(f"Fitting layer {fit.layer} (samples)", len(share)) as advance:
-        for batch in share.split(pruned.batch_size):
-            with without_layers(model, architecture, behind_goal):
-                ((_, target),) = run_and_capture(model, [goal], batch)
-            with pruned_and_corrected(model, architecture, behind_layer, changes):
-                (_, output), (inputs, added) = run_and_capture(model, [layer, projection], batch)
+def visit_features(
+    pruned: Pruned,
+    fit: Fit,
+    changes: Changes,
+    visit: Callable[[Tensor, Tensor, Tensor], None],
+    walks: Walks | None = None,
+) -> None:
+    """Calls `visit` with one batch after the other of the samples to fit on."""
+    walks = walks or Walks.start(pruned)
+    projection = pruned.architecture.down_projection_of(pruned.architecture.layer_list(pruned.model)[fit.layer])
+    with progress(f"Fitting layer {fit.layer} (samples)", len(walks.pruned.hidden)) as advance:
+
+        def visit_batch(samples: slice, captured: list[tuple[Tensor, Tensor]], output: Tensor) -> None:
+            ((inputs, added),) = captured
+            target = walks.dense.hidden[samples]
             # hooks that correct come first, so that `added` is what the corrected map adds
             features = linear_output(projection, added) if fit.kind == "left" else inputs
-            yield features.reshape(*target.shape[:2], -1), widened(target) - widened(output), target
-            advance(len(batch))
+            visit(features.reshape(*target.shape[:2], -1), widened(target) - widened(output), target)
+            advance(len(target))
+
+        walks.dense.go_to(fit.goal + 1, {})
+        walks.pruned.go_to(fit.layer, changes)
+        walks.pruned.look(fit.layer, [projection], changes, visit_batch)
+
+
+def all_features(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Tensor]:
+    """F (N, T, f) and D (N, T, d) of all samples to fit on, at once."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    visit_features(pruned, fit, changes, lambda features, missing, target: batches.append((features, missing)))
+    features, missing = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return features, missing
 
 
 def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,8 +197,8 @@ def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tupl
         return (weighted.mT @ features).double(), (missing.mT @ weighted).double()
 
 
-def solve_ridge(gram: Tensor, cross: Tensor, lam: float) -> Tensor:
-    """S = cross (gram + lam I)^-1: (f, f), (d, f) -> (d, f), all float64."""
+def solve_ridge(gram: Tensor, cross: Tensor, lam: float | Tensor) -> Tensor:
+    """S = cross (gram + lam I)^-1: (f, f), (d, f), () -> (d, f), all float64."""
     regularised = gram.clone()
     regularised.diagonal().add_(lam)
     return torch.cholesky_solve(cross.mT, torch.linalg.cholesky(regularised)).mT
@@ -214,7 +262,7 @@ def device_with_room(size: int, device: torch.device) -> torch.device:
     needed = 4 * 8 * size**2  # the sum, one batch's part, the regularised matrix and its factor
     if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0]:
         return device
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     if needed > available:
         raise UserError(
             f"Gram matrices of {size} x {size} need {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free; use "

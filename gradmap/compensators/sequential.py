@@ -6,26 +6,27 @@ runs see what earlier corrections did.
 
 from __future__ import annotations
 
-from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn
-from gradmap.compensators.ridge import Fit, fit_correction
-from gradmap.corrections import Changes
+from gradmap.compensation import Compensation, Pruned
+from gradmap.compensators.ridge import Fit, Walks, fit_correction
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
 RELATIVE_LAMBDAS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-def project_before_runs(pruned: Pruned) -> Compensation:
+def project_before_runs(pruned: Pruned, walks: Walks | None = None) -> Compensation:
     """One W' (d, d) for each run."""
-    return _fit_before_runs(pruned, "left")
+    return _fit_before_runs(pruned, "left", walks or Walks.start(pruned))
 
 
-def refit_before_runs(pruned: Pruned) -> Compensation:
+def refit_before_runs(pruned: Pruned, walks: Walks | None = None) -> Compensation:
     """W_down (d, k) itself for each run: as many more weights to fit as the FFN is wider than the hidden state."""
-    return _fit_before_runs(pruned, "refit")
+    return _fit_before_runs(pruned, "refit", walks or Walks.start(pruned))
 
 
-def _fit_before_runs(pruned: Pruned, kind: str) -> Compensation:
-    def correct(run: tuple[int, int], changes: Changes) -> list[Correction]:
-        return [fit_correction(pruned, Fit(*run, kind, weighted=True), changes, RELATIVE_LAMBDAS)]
-
-    return Compensation(correct_in_turn(pruned.runs(), correct))
+def _fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
+    so_far = Compensation()
+    for run in pruned.runs():
+        fit = Fit(*run, kind, weighted=True)
+        found = fit_correction(pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, so_far.held_out_loss)
+        so_far = Compensation((*so_far.corrections, found))
+    return so_far

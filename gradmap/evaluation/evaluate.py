@@ -57,11 +57,15 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model made of it. losses: text -> (S,) nats per token. accuracies: task -> values per document."""
+    """What one model made of it. losses: text -> (S,) nats per token. accuracies: task -> values per document.
+
+    dtype: what it computed in, if that is known.
+    """
 
     layers: int | None
     parameters: int | None
     backend: str
+    dtype: str | None
     losses: dict[str, np.ndarray[Any, Any]]
     accuracies: dict[str, TaskScores]
     answers: list[Answer]
@@ -152,6 +156,7 @@ def _measure(
         layers=opened.layers,
         parameters=opened.parameters,
         backend=opened.backend.name,
+        dtype=opened.dtype,
         losses={text.name: segment_losses(scorer, text) for text in texts},
         accuracies={task.name: score_task(task, scorer, tokenizer) for task in tasks},
         answers=answer_prompts(opened.backend, tokenizer) if ask else [],
@@ -168,6 +173,7 @@ def _describe(measured: Measured) -> dict[str, Any]:
         "layers": measured.layers,
         "parameters": measured.parameters,
         "backend": measured.backend,
+        "dtype": measured.dtype,
         "perplexity": {name: asdict(perplexity_of_losses(losses)) for name, losses in measured.losses.items()},
         "accuracy": {
             name: asdict(main[name])

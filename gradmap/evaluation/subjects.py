@@ -18,17 +18,19 @@ from gradmap.evaluation.backends import Backend
 from gradmap.files import read_json, sha256_file
 from gradmap.onnx_session import ONNX_FILE
 from gradmap.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
+from gradmap.vllm_environment import vllm_dtype
 
 BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that runs. layers, parameters: None where they cannot be seen from outside."""
+    """A model that runs. dtype: what it computes in. All but the backend: None where it cannot be seen from outside."""
 
     backend: Backend
     layers: int | None
     parameters: int | None
+    dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def _find_subject(model: str, gguf_file: str | None, allow_pickle: bool, where: 
         return _onnx_subject(Path(model))
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     if backend == "vllm":
-        identity = _identity("vllm", checkpoint.file_hashes, where)
-        return Subject(checkpoint.name, identity, checkpoint.directory, lambda: _open_vllm(checkpoint, where.dtype))
+        dtype = vllm_dtype(where.dtype)
+        identity = _identity("vllm", checkpoint.file_hashes, replace(where, dtype=dtype))
+        return Subject(checkpoint.name, identity, checkpoint.directory, lambda: _open_vllm(checkpoint, dtype))
     return checkpoint_subjects(checkpoint, None, where)[0]
 
 
@@ -125,7 +128,7 @@ def _open_transformers(model: Any, checkpoint: Checkpoint, dtype: str) -> Iterat
 
     layers = architecture_of(checkpoint.config).layer_list(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    yield Opened(TransformersBackend(model, dtype, end_tokens(checkpoint.config)), len(layers), parameters)
+    yield Opened(TransformersBackend(model, dtype, end_tokens(checkpoint.config)), len(layers), parameters, dtype)
 
 
 @contextmanager
@@ -146,7 +149,7 @@ def _open_vllm(checkpoint: Checkpoint, dtype: str) -> Iterator[Opened]:
 
     backend = VllmBackend(checkpoint.directory, checkpoint.config, dtype)
     try:
-        yield Opened(backend, _layers_of(checkpoint.config), None)
+        yield Opened(backend, _layers_of(checkpoint.config), None, dtype)
     finally:
         backend.close()
 
@@ -157,7 +160,7 @@ def _open_endpoint(url: str) -> Iterator[Opened]:
 
     backend = EndpointBackend(url)
     try:
-        yield Opened(backend, None, None)
+        yield Opened(backend, None, None, None)
     finally:
         backend.close()
 
@@ -175,7 +178,7 @@ def _onnx_subject(directory: Path) -> Subject:
 def _open_onnx(directory: Path, config: dict[str, Any]) -> Iterator[Opened]:
     from gradmap.evaluation.onnx_backend import OnnxBackend
 
-    yield Opened(OnnxBackend(directory, config, end_tokens(config)), _layers_of(config), None)
+    yield Opened(OnnxBackend(directory, config, end_tokens(config)), _layers_of(config), None, None)
 
 
 def _layers_of(config: dict[str, Any]) -> int | None:

@@ -10,14 +10,13 @@ from typing import Any
 
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Request, Score
-from gradmap.precision import AUTOCAST
 from gradmap.vllm_environment import vllm_defaults
 
 MAX_TOKENS = 4096
 
 
 class VllmBackend:
-    """directory: a checkpoint. dtype: auto is what vLLM takes by itself."""
+    """directory: a checkpoint. dtype: a name that vLLM knows, see `gradmap.vllm_environment.vllm_dtype`."""
 
     name = "vllm"
 
@@ -30,7 +29,6 @@ class VllmBackend:
             raise UserError("vLLM is not installed; pip install 'gradmap[gpu]', or 'gradmap[cpu]'.") from None
         longest = int(config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS)
         window = min(MAX_TOKENS, longest)
-        dtype = "bfloat16" if dtype == AUTOCAST else dtype
         # Compiling takes longer than an evaluation on a CPU; scores are the same.
         self._llm = LLM(str(directory), dtype=dtype, max_model_len=window, enforce_eager=True, max_logprobs=1)
         self.max_tokens = window - 2  # vLLM reads the whole request, and insists on generating a token after it

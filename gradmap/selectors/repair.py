@@ -4,43 +4,93 @@ For each layer, the retained layer before it is fitted (W', in closed form, see 
 the layer gave in the dense model, and the loss of the rest of the model is measured behind it. The best removal is kept
 together with its repair. Samples to fit on and samples to measure on are different ones.
 
-Not every layer is tried in every round. Removals make others dearer, hardly ever cheaper, so that what a layer cost
-before is a lower bound, and trying stops where the bounds exceed the best (the lazy greedy algorithm, Minoux 1978).
+Not everything is computed. Removals make others dearer, hardly ever cheaper, so that what a layer cost before is a
+lower bound, and trying stops where the bounds exceed the best (the lazy greedy algorithm, Minoux 1978). A layer that is
+clearly worse than the best is given up after a few samples (gradmap.selectors.racing). And what the layers before a
+removal compute stays as it was.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from gradmap.batching import forward_batch
+from gradmap.batching import forward_batch, home_for, moved_home
 from gradmap.compensators.ridge import plus_identity, ridge_sums, solve_ridge, widened
 from gradmap.corrections import Change, Place, Projection, corrected, linear_output
-from gradmap.distributed import share_of, summed
+from gradmap.distributed import summed
 from gradmap.errors import UserError
+from gradmap.importance import require_finite
 from gradmap.layerwise import LayerCall, losses_from, record_layer_calls
+from gradmap.processes import process_count, process_rank
 from gradmap.selection import Advance, Selection, Subject
+from gradmap.selectors.racing import Race, laps
 
-# Of the samples to fit on, and of those that are held out. Their hidden states between all layers are kept in memory.
+# Of the samples to fit on, and of those that are held out. Their hidden states between all layers are kept.
 FIT_TOKENS = 6144
 MEASURE_TOKENS = 4096
 RELATIVE_LAMBDA = 0.1
+# What is kept of every sample, in hidden states: what enters and is added by each layer, in the dense model, in the
+# present one, and in the one that is tried.
+STATES_PER_LAYER = 6
 
 
 @dataclass(frozen=True)
 class States:
-    """Of some samples, in the layers that are left: what enters each layer (and leaves the last), (n, T, d) each, what
-    each down projection adds, likewise."""
+    """Of some samples, in layers that follow each other: what enters each layer and leaves the last, (n, T, d) each,
+    and what each down projection adds, likewise."""
 
     entering: list[Tensor]
     added: list[Tensor]
 
+    @classmethod
+    def joined(cls, parts: Sequence[States]) -> States:
+        """Of the samples of all parts."""
+        return cls(
+            [torch.cat(states) for states in zip(*(part.entering for part in parts), strict=True)],
+            [torch.cat(states) for states in zip(*(part.added for part in parts), strict=True)],
+        )
+
+    def before(self, place: int, samples: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What enters the layer at `place`, and what the down projection before it adds, of some samples."""
+        entering, added = self.entering[place][samples], self.added[place - 1][samples]
+        return entering.to(device, non_blocking=True), added.to(device, non_blocking=True)
+
+    def without(self, place: int, repair: Tensor, behind: States) -> States:
+        """The states once the layer at `place` is gone, and the one before it is repaired (see `repaired`).
+
+        behind: the states of the layers behind it, beginning with what enters them.
+        """
+        added = self.added[place - 1]
+        after_repair = repaired(added, added, repair.to(added.device))
+        return States(
+            [*self.entering[:place], *behind.entering], [*self.added[: place - 1], after_repair, *behind.added]
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A layer left out. repair: S (d, d) float64. losses: (m,) float64, nats per token of the samples it was measured
+    on. behind: their states in the layers behind it."""
+
+    layer: int
+    repair: Tensor
+    losses: Tensor
+    behind: States
+
 
 class RepairScorer:
-    """The loss that a removal adds after its repair, nats per token. The first layer has none before it, and stays."""
+    """The loss that a removal adds after its repair, nats per token. The first layer has none before it, and stays.
 
+    Of several processes, each tries another layer.
+    """
+
+    @torch.no_grad()
     def __init__(self, subject: Subject) -> None:
         """Raises UserError if layers cannot be repaired, or are not in memory."""
         if subject.architecture.uncorrectable is not None:
@@ -53,14 +103,17 @@ class RepairScorer:
         self._layers = list(subject.architecture.layer_list(subject.model))
         calibration = subject.calibration
         tokens = calibration.input_ids.shape[1]
-        self._fit_ids = share_of(calibration.fit_ids[: max(1, FIT_TOKENS // tokens)])[0]
-        measured = calibration.held_out_ids[: max(1, MEASURE_TOKENS // tokens)]
-        self._measured_tokens = len(measured) * (tokens - 1)
-        self._measure_ids = share_of(measured)[0]
-        self._changes: dict[Place, tuple[Change, ...]] = {}
+        self._fit_ids = calibration.fit_ids[: max(1, FIT_TOKENS // tokens)]
+        self._measure_ids = calibration.held_out_ids[: max(1, MEASURE_TOKENS // tokens)]
+        kept = STATES_PER_LAYER * (len(self._fit_ids) + len(self._measure_ids)) * tokens * len(self._layers)
+        self._home = home_for(subject.model, kept)
         self._removed: tuple[int, ...] = ()
-        self._repairs: dict[int, Tensor] = {}
-        self._wanted = self._run(self._fit_ids).entering[1:]  # what each layer gives in the dense model
+        self._changes: dict[Place, tuple[Change, ...]] = {}
+        self._fitted, self._measured = self._run(self._fit_ids), self._run(self._measure_ids)
+        self._losses = self._losses_of(self._measured, self._measure_ids)
+        require_finite(self._losses, len(calibration.fit_ids))
+        self._wanted = self._fitted.entering[1:]  # what each layer gives in the dense model
+        self._leader: Trial | None = None  # of the round, if it was tried in this process
 
     def work(self, alive: int) -> int:
         return alive
@@ -68,85 +121,114 @@ class RepairScorer:
     @torch.no_grad()
     def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
         for layer in so_far.removal_order[len(self._removed) :]:
-            if layer not in self._repairs:  # decided by a run that was interrupted
-                self._repairs[layer] = self._fit(layer, self._run(self._fit_ids))
             self._adopt(layer)
-        alive = self._subject.alive(self._removed)
-        fitted, measured = self._run(self._fit_ids), self._run(self._measure_ids)
-        base = self._loss_behind(len(alive), measured.entering[-1])
+        candidates = [layer for layer in self._alive[1:] if layer not in self._subject.protected]
         bounds = so_far.steps[-1].scores if so_far.steps else {}
-        candidates = [layer for layer in alive[1:] if layer not in self._subject.protected]
-        costs = {layer: bounds.get(layer, float("-inf")) for layer in candidates}
-        untried = sorted(candidates, key=costs.__getitem__)
-        best = float("inf")
-        while untried and best >= costs[untried[0]]:
-            layer = untried.pop(0)
-            self._repairs[layer] = self._fit(layer, fitted)
-            costs[layer] = self._loss_without(layer, measured) - base
-            best = min(best, costs[layer])
-            advance(1)
-        advance(len(alive) - len(candidates) + len(untried))
+        costs = {layer: bounds.get(layer, -math.inf) for layer in candidates}
+        untried = sorted(candidates, key=costs.__getitem__ if bounds else self._influence)
+        race, base = Race(len(self._measure_ids)), self._losses.mean().item()
+        while untried and race.best_mean - base >= costs[untried[0]]:
+            group, untried = untried[: process_count()], untried[process_count() :]
+            for layer, losses in zip(group, self._try_each(group, race), strict=True):
+                costs[layer] = race.enter(losses) - base
+            advance(len(group))
+        advance(len(self._alive) - len(candidates) + len(untried))
         return costs
+
+    @property
+    def _alive(self) -> list[int]:
+        return self._subject.alive(self._removed)
+
+    def _influence(self, layer: int) -> float:
+        """How much the layer turns the hidden state. A layer that is easy to miss goes first, for all others are held
+        against it."""
+        place = self._alive.index(layer)
+        entering, leaving = self._measured.entering[place : place + 2]
+        return 1 - cosine_similarity(entering, leaving, dim=-1).mean().item()
+
+    def _try_each(self, group: Sequence[int], race: Race) -> list[Tensor]:
+        """The losses of each layer (m,), float64; m differs. Each process tries one."""
+        known = torch.zeros(len(group), len(self._measure_ids) + 1, dtype=torch.float64)
+        if process_rank() < len(group):
+            own = self._try(group[process_rank()], race)
+            known[process_rank(), : len(own.losses)] = own.losses
+            known[process_rank(), -1] = len(own.losses)
+            if not race.is_behind(own.losses):
+                self._leader = own
+        return [row[: int(row[-1])] for row in summed(known)]
+
+    def _try(self, layer: int, race: Race) -> Trial:
+        """Measures lap after lap until the layer is lost, or all samples were measured."""
+        place, repair = self._alive.index(layer), self._fit(layer)
+        laps_behind: list[States] = []
+        losses = torch.zeros(0, dtype=torch.float64)
+        for samples in laps(len(self._measure_ids)):
+            ids = self._measure_ids[samples]
+            leaving = repaired(*self._measured.before(place, samples, repair.device), repair)
+            laps_behind.append(self._run(ids, leaving, place + 1))
+            losses = torch.cat([losses, self._losses_of(laps_behind[-1], ids)])
+            if race.is_lost(losses):
+                break
+        return Trial(layer, repair, losses, States.joined(laps_behind))
 
     def _adopt(self, layer: int) -> None:
         """Removes the layer; the repair stays."""
-        alive = self._subject.alive(self._removed)
-        before = Place(alive[alive.index(layer) - 1], self._subject.architecture.down_projection)
-        repair = Projection(plus_identity(self._repairs[layer].to(self._subject.model.device)))
-        self._changes[before] = (*self._changes.get(before, ()), repair)
+        trial, self._leader = self._leader, None
+        if trial is None or trial.layer != layer:  # decided by another process, or by a run that was interrupted
+            trial = self._try(layer, Race(len(self._measure_ids)))
+        place = self._alive.index(layer)
+        before = Place(self._alive[place - 1], self._subject.architecture.down_projection)
+        leaving = repaired(*self._fitted.before(place, slice(None), trial.repair.device), trial.repair)
+        behind = self._run(self._fit_ids, leaving, place + 1)
+        self._fitted = self._fitted.without(place, trial.repair, behind)
+        self._measured = self._measured.without(place, trial.repair, trial.behind)
+        self._losses = trial.losses
+        self._changes[before] = (*self._changes.get(before, ()), Projection(plus_identity(trial.repair)))
         self._changes.pop(Place(layer, before.target), None)
         self._removed += (layer,)
-        self._repairs.clear()
 
-    def _fit(self, layer: int, states: States) -> Tensor:
-        """S (d, d) float64: what to add to the output of the layer before, as a map of what its FFN adds.
+    def _fit(self, layer: int) -> Tensor:
+        """S (d, d) float64: what to add to the output of the layer before, as a map of what its FFN adds."""
+        device = self._subject.model.device
+        given, added = self._fitted.before(self._alive.index(layer), slice(None), device)
+        wanted = self._wanted[layer].to(device, non_blocking=True)
+        gram, cross = ridge_sums(added, widened(wanted) - widened(given), wanted)
+        return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean())
 
-        Computed on the model's device, and kept, as the states are, in the CPU's memory: there are many.
+    def _losses_of(self, states: States, input_ids: Tensor) -> Tensor:
+        """Cross-entropy of each sample, (n,) float64, nats per token, given what leaves the last layer."""
+        model = self._subject.model
+        size = forward_batch(input_ids, model.device)
+        losses = [
+            losses_from(model, self._layers, hidden.to(model.device), ids.to(model.device)).double()
+            for hidden, ids in zip(states.entering[-1].split(size), input_ids.split(size), strict=True)
+        ]
+        return torch.cat(losses).cpu() / (input_ids.shape[1] - 1)
+
+    def _run(self, input_ids: Tensor, entering: Tensor | None = None, place: int = 0) -> States:
+        """Through the layers that are left from `place` on, with the repairs so far.
+
+        input_ids: (n, T). entering: what enters the first of them, (n, T, d); the embeddings if it is None.
         """
-        place = self._subject.alive(self._removed).index(layer)
-        wanted, given, added = self._on_device(self._wanted[layer], states.entering[place], states.added[place - 1])
-        gram, cross = map(summed, ridge_sums(added, widened(wanted) - widened(given), wanted))
-        return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean().item()).cpu()
-
-    def _on_device(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self._subject.model.device) for tensor in tensors]
-
-    def _loss_without(self, layer: int, states: States) -> float:
-        place = self._subject.alive(self._removed).index(layer)
-        given, added = self._on_device(states.entering[place], states.added[place - 1])
-        return self._loss_behind(place + 1, given + added @ self._repairs[layer].to(added).mT)
-
-    def _loss_behind(self, place: int, hidden: Tensor) -> float:
-        """Mean cross-entropy (nats per token) of the samples to measure on, given what enters the layer at `place`."""
-        model, total = self._subject.model, 0.0
-        alive = self._subject.alive(self._removed)[place:]
-        size = forward_batch(self._measure_ids, model.device)
-        batches = zip(self._measure_ids.split(size), hidden.split(size), strict=True)
+        model = self._subject.model
+        parts = []
+        size = forward_batch(input_ids, model.device)
         with corrected(model, self._subject.architecture, self._changes):
-            for ids, part in batches:
-                ids, part = ids.to(model.device), part.to(model.device)
-                _, calls = record_layer_calls(model, self._layers, ids)
-                for index in alive:
-                    part = calls[index].run(self._layers[index], part)
-                total += losses_from(model, self._layers, part, ids).double().sum().item()
-        return summed(torch.tensor(total, dtype=torch.float64)).item() / self._measured_tokens
+            for start in range(0, len(input_ids), size):
+                embedded, calls = record_layer_calls(
+                    model, self._layers, input_ids[start : start + size].to(model.device)
+                )
+                hidden = embedded if entering is None else entering[start : start + size]
+                parts.append(self._run_batch(hidden, calls, self._alive[place:]))
+        return States.joined(parts)
 
-    @torch.no_grad()
-    def _run(self, input_ids: Tensor) -> States:
-        """Through the layers that are left, with the repairs so far."""
-        model, architecture = self._subject.model, self._subject.architecture
-        alive = self._subject.alive(self._removed)
-        entering: list[list[Tensor]] = [[] for _ in range(len(alive) + 1)]
-        added: list[list[Tensor]] = [[] for _ in alive]
-        with corrected(model, architecture, self._changes):
-            for ids in input_ids.split(forward_batch(input_ids, model.device)):
-                hidden, calls = record_layer_calls(model, self._layers, ids.to(model.device))
-                for place, index in enumerate(alive):
-                    entering[place].append(hidden.cpu())
-                    hidden, of_ffn = self._run_layer(index, calls[index], hidden)
-                    added[place].append(of_ffn.cpu())
-                entering[-1].append(hidden.cpu())
-        return States([torch.cat(parts) for parts in entering], [torch.cat(parts) for parts in added])
+    def _run_batch(self, hidden: Tensor, calls: Sequence[LayerCall], layers: Sequence[int]) -> States:
+        states = States([moved_home(hidden, self._home)], [])
+        for index in layers:
+            hidden, added = self._run_layer(index, calls[index], hidden)
+            states.entering.append(moved_home(hidden, self._home))
+            states.added.append(moved_home(added, self._home))
+        return states
 
     def _run_layer(self, index: int, call: LayerCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What leaves a layer, (B, T, d), and what its down projection adds to it, bias aside."""
@@ -160,3 +242,8 @@ class RepairScorer:
         (output,) = outputs
         output = output[0] if isinstance(output, tuple) else output
         return leaving, linear_output(projection, output).reshape(leaving.shape)
+
+
+def repaired(given: Tensor, added: Tensor, repair: Tensor) -> Tensor:
+    """H + S A: what H, (n, T, d), becomes with S (d, d) in front of the down projection that added A, (n, T, d)."""
+    return given + added @ repair.to(added).mT

@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from gradmap import initial_gradients
 from gradmap.architectures import without_layers
+from gradmap.batching import Batches
 from gradmap.calibration import Calibration
 from gradmap.compensation import ProjectionOptions, Pruned, run_and_capture
 from gradmap.compensators import COMPENSATORS
@@ -35,7 +36,7 @@ def prune(pico, input_ids, removed, model=None, **options):
     calibration = Calibration("test", 0, torch.cat([input_ids, input_ids[: max(1, len(input_ids) // 2)]]))
     assert torch.equal(calibration.fit_ids, input_ids)
     options = ProjectionOptions(**options)
-    return Pruned(model or pico.load(), pico.architecture, calibration, removed, 2, options)
+    return Pruned(model or pico.load(), pico.architecture, calibration, removed, Batches(2), options)
 
 
 def scores(name, pico, input_ids, steps=()):

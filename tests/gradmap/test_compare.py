@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gradmap import stages
+from gradmap.batching import Batches
 from gradmap.compare import parse_methods
 from gradmap.compensation import pruned_loss
 from gradmap.errors import UserError
@@ -79,7 +80,7 @@ def test_what_is_reported_is_what_the_plans_do(compared, picos):
     plan, model = load_plan(out / "plans" / name), picos["llama"].load()
     ids = torch.tensor([3 + (7 * index) % 190 for index in range(9 * 32)]).reshape(9, 32)
     changes = load_changes(out / "plans" / name, plan)
-    loss = pruned_loss(model, picos["llama"].architecture, ids, plan.removal_order, changes, 3)
+    loss = pruned_loss(model, picos["llama"].architecture, ids, plan.removal_order, changes, Batches(3))
     measured = json.loads((out / "evaluations" / f"{name}.json").read_text())
     assert measured["pruned"]["perplexity"]["own"]["value"] == pytest.approx(math.exp(loss), rel=1e-6)
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from gradmap.architectures import architecture_of, without_layers
+from gradmap.batching import Batches
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
-from gradmap.compensation import Pruned, pruned_loss, run_and_capture
+from gradmap.compensation import Compensation, Pruned, pruned_loss, run_and_capture
 from gradmap.compensators import COMPENSATORS
 from gradmap.compensators.adam import REGULARISATION, errors_of_output, objective, train_projection
 from gradmap.compensators.distil import (
     PROMPT_TOKENS,
-    dense_outputs,
+    Lessons,
     distillation_gradients,
     train_low_rank,
     write_on,
@@ -29,7 +30,7 @@ from gradmap.compensators.ridge import (
 )
 from gradmap.corrections import Place, Projection, Update, linear_maps, linear_output, pruned_and_corrected
 from gradmap.errors import UserError
-from gradmap.layerwise import logits_from
+from gradmap.layerwise import logits_from, run_layers
 from tests.conftest import BOOLQ, CORRECTABLE
 
 REMOVED = (1, 3)
@@ -44,7 +45,7 @@ def pico(request, picos):
 def prune(pico, input_ids, batch_size=2, removed=REMOVED):
     """Input ids (N, T) to fit on; the first of them are held out too."""
     calibration = Calibration("test", 0, torch.cat([input_ids, input_ids[:2]]))
-    pruned = Pruned(pico.load(), pico.architecture, calibration, removed, batch_size)
+    pruned = Pruned(pico.load(), pico.architecture, calibration, removed, Batches(batch_size))
     assert torch.equal(calibration.fit_ids, input_ids)
     return pruned
 
@@ -174,13 +175,13 @@ def test_identity_changes_nothing_and_the_hook_spares_the_bias(pico, input_ids):
 
 def test_the_correction_is_chosen_and_judged_on_held_out_samples(pico, input_ids):
     calibration = Calibration("test", 0, input_ids.repeat(2, 1))
-    pruned = Pruned(pico.load(), pico.architecture, calibration, REMOVED, 4)
+    pruned = Pruned(pico.load(), pico.architecture, calibration, REMOVED, Batches(4))
     compensation = project_most_drifted(pruned)
     (correction,) = compensation.corrections
     assert correction.place.layer == max(compensation.drift, key=compensation.drift.get)
     held_out = calibration.held_out_ids
     before, after = (
-        pruned_loss(pruned.model, pico.architecture, held_out, REMOVED, changes, batch_size=3)
+        pruned_loss(pruned.model, pico.architecture, held_out, REMOVED, changes, Batches(3))
         for changes in ({}, {correction.place: [correction.change]})
     )
     assert correction.held_out_loss_before == pytest.approx(before, rel=1e-9)
@@ -226,7 +227,7 @@ def test_later_runs_see_earlier_corrections(picos, input_ids):
 def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
     model, layers = pruned.model, picos["llama"].architecture.layer_list(pruned.model)
-    goal = dense_outputs(pruned, input_ids)
+    goal = pruned.walk(pruned.layers, input_ids).finish({})
     hidden = (goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))).requires_grad_(True)
     wanted = model(input_ids=input_ids).logits.float().softmax(-1)
     given = logits_from(model, layers, hidden, input_ids).float().log_softmax(-1)
@@ -240,13 +241,16 @@ def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
     while ids.shape[1] < input_ids.shape[1]:
         chances = model(input_ids=ids, use_cache=False).logits[:, -1].float().softmax(dim=-1)
         ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
-    assert torch.equal(write_on(model, input_ids[:, :4], input_ids.shape[1], seed=3), ids)
+    written = write_on(model, pico.architecture, input_ids[:, :4], input_ids.shape[1], seed=3)
+    assert torch.equal(written.input_ids, ids)
+    outputs = run_layers(model, pico.architecture.layer_list(model), ids)
+    torch.testing.assert_close(written.outputs, outputs, rtol=1e-9, atol=1e-9)  # float64, through a KV cache
 
 
 def test_what_the_dense_model_writes_begins_with_samples_that_may_be_fitted_on(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
     known = {tuple(run.tolist()) for sample in pruned.calibration.fit_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
-    written = written_by_dense(pruned)
+    written = written_by_dense(pruned).input_ids
     assert written.shape[1] == input_ids.shape[1]
     assert {tuple(sample[:PROMPT_TOKENS].tolist()) for sample in written} <= known
     assert len(written.unique(dim=0)) == len(written)
@@ -264,7 +268,9 @@ def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_clo
     model = pruned.model
     maps = dict(linear_maps(pico.architecture, model, pruned.kept))
     assert {place.layer for place in maps} == {0, 2, 4}
-    corrections = train_low_rank(AlwaysBetter(*vars(pruned).values()), {})
+    fit_ids = pruned.calibration.fit_ids
+    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
+    corrections = train_low_rank(AlwaysBetter(*vars(pruned).values()), Compensation(), known)
     assert {one.place for one in corrections if one.change.up.any()} == set(maps)
     wanted = model(input_ids=input_ids).logits.softmax(-1)
     distances = []
@@ -278,6 +284,6 @@ def test_a_real_model_is_repaired(smollm2):
     """Each repair that may change more does better: of nothing, of the layer before each cut, of all that is left."""
     calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=16, tokens=64, seed=42)
     model, architecture = load_model(smollm2, "float32"), architecture_of(smollm2.config)
-    pruned = Pruned(model, architecture, calibration, (13, 14, 16), 4)
+    pruned = Pruned(model, architecture, calibration, (13, 14, 16), Batches(4))
     losses = {name: pruned.loss(COMPENSATORS[name](pruned).changes) for name in ("none", "sequential", "distil")}
     assert losses["none"] > losses["sequential"] > losses["distil"]

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from gradmap.architectures import without_layers
+from gradmap.batching import Batches
 from gradmap.calibration import Calibration
 from gradmap.compensation import pruned_loss, run_and_capture
 from gradmap.compensators.ridge import solve_ridge_reference
@@ -156,9 +157,7 @@ def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):
     subject = subject_of(picos["llama"], input_ids)
     tried = []
     fit = RepairScorer._fit
-    monkeypatch.setattr(
-        RepairScorer, "_fit", lambda self, layer, states: tried.append(layer) or fit(self, layer, states)
-    )
+    monkeypatch.setattr(RepairScorer, "_fit", lambda self, layer: tried.append(layer) or fit(self, layer))
     bounds = {2: -100.0, 3: 1000.0, 4: 1000.0}
     scores = RepairScorer(subject).score(Selection((Step({1: -1.0, **bounds}, (1,)),)), lambda n: None)
     assert tried == [1, 2]  # 1 was decided before; 2 is the only one that could be the best
@@ -204,6 +203,6 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
     assert finished.returncode == 0, finished.stderr
     model, architecture = picos[family].load(), picos[family].architecture
     ids = torch.tensor([3 + (7 * index) % 190 for index in range(400)]).reshape(25, 16)
-    loss = pruned_loss(model, architecture, ids, plan.removal_order, load_changes(tmp_path / "plan", plan), 5)
+    loss = pruned_loss(model, architecture, ids, plan.removal_order, load_changes(tmp_path / "plan", plan), Batches(5))
     measured = json.loads(out.read_text())["pruned"]["perplexity"]["own"]["value"]
     assert measured == pytest.approx(math.exp(loss), rel=1e-6)

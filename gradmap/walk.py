@@ -1,0 +1,102 @@
+"""Samples on their way through the layers of a model: whoever works from front to back runs no layer twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmap.architectures import Architecture
+from gradmap.batching import Batches, logits_batch
+from gradmap.corrections import Changes, corrected
+from gradmap.distributed import share_of, summed
+from gradmap.layerwise import LayerCall, capturing, losses_from, record_layer_calls
+
+# What enters and leaves each watched module, (B, T, ...), and what leaves the layer, (B, T, d); of which samples.
+Look = Callable[[slice, list[tuple[Tensor, Tensor]], Tensor], None]
+
+
+class Walk:
+    """This process's share of some samples, in front of one of a model's layers.
+
+    hidden: what enters it, (n, T, d), on the model's device.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, architecture: Architecture, layers: Sequence[int], input_ids: Tensor, batches: Batches
+    ) -> None:
+        """layers: the indices of those to walk through. input_ids: (N, T)."""
+        self._model, self._architecture, self._batches = model, architecture, batches
+        self._all_layers = list(architecture.layer_list(model))
+        self._ahead = list(layers)
+        self._tokens = input_ids.numel() - len(input_ids)  # of all processes, that have a token before them
+        self.input_ids = share_of(input_ids)[0]
+        self.hidden = self._gathered(lambda samples: self._calls(samples)[0])
+
+    def go_to(self, layer: int, changes: Changes) -> None:
+        """On to the entrance of `layer`, through those before it that are ahead, with the changes."""
+        passed = [index for index in self._ahead if index < layer]
+        if passed:
+            self.hidden = self._leaving(passed, changes)
+            self._ahead = self._ahead[len(passed) :]
+
+    def finish(self, changes: Changes) -> Tensor:
+        """Through all that are ahead: what leaves the last layer, (n, T, d)."""
+        self.go_to(len(self._all_layers), changes)
+        return self.hidden
+
+    @torch.no_grad()
+    def look(self, layer: int, modules: Sequence[nn.Module], changes: Changes, visit: Look) -> None:
+        """Runs the layer, which is the next one, batch after batch without passing it; `visit` sees what its modules
+        do."""
+        assert self._ahead[0] == layer
+
+        def run_batch(samples: slice) -> None:
+            with capturing(modules) as captured:
+                leaving = self._run([layer], samples)
+            visit(samples, [captured[module] for module in modules], leaving)
+
+        with corrected(self._model, self._architecture, changes):
+            self._batches.run(len(self.hidden), run_batch)
+
+    @torch.no_grad()
+    def loss(self, changes: Changes) -> float:
+        """Mean next-token cross-entropy (nats per token) if the rest of the way is gone with the changes."""
+        losses = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
+        together = logits_batch(self._model, self.input_ids)
+
+        def run_batch(samples: slice) -> None:
+            leaving = self._run(self._ahead, samples).split(together)
+            ids = self.input_ids[samples].to(self.hidden.device).split(together)
+            parts = [
+                losses_from(self._model, self._all_layers, *part).double() for part in zip(leaving, ids, strict=True)
+            ]
+            losses[samples] = torch.cat(parts).to(losses.device)
+
+        with corrected(self._model, self._architecture, changes):
+            self._batches.run(len(self.hidden), run_batch)
+        return summed(losses.sum().cpu()).item() / self._tokens
+
+    @torch.no_grad()
+    def _leaving(self, layers: Sequence[int], changes: Changes) -> Tensor:
+        with corrected(self._model, self._architecture, changes):
+            return self._gathered(lambda samples: self._run(layers, samples))
+
+    def _run(self, layers: Sequence[int], samples: slice) -> Tensor:
+        _, calls = self._calls(samples)
+        hidden = self.hidden[samples]
+        for index in layers:
+            hidden = calls[index].run(self._all_layers[index], hidden)
+        return hidden
+
+    def _calls(self, samples: slice) -> tuple[Tensor, list[LayerCall]]:
+        return record_layer_calls(self._model, self._all_layers, self.input_ids[samples].to(self._model.device))
+
+    def _gathered(self, compute: Callable[[slice], Tensor]) -> Tensor:
+        """Of all samples (n, T, d), computed in batches."""
+        parts: list[Tensor] = []
+        self._batches.run(len(self.input_ids), lambda samples: parts.append(compute(samples)))
+        return torch.cat(parts)

@@ -1,0 +1,102 @@
+"""What is found of a machine, and what follows from it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gradmap import machine, precision
+from gradmap.checkpoint import open_checkpoint, resolve_dtype
+from gradmap.machine import Rates, available_bytes, measure_cpu, usable_cores
+
+# What oneDNN and torch are told, so that a CPU with native bfloat16 computes as one without.
+WITHOUT_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+NATIVE = Rates({"float32": 100.0, "bfloat16": 400.0, "float16": 30.0})
+EMULATED = Rates({"float32": 68.0, "bfloat16": 15.0, "float16": 16.0})
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes the CPU one with these rates."""
+
+    def pretend(rates):
+        for module in (machine, precision):
+            monkeypatch.setattr(module, "measure_cpu", lambda: rates)
+        precision.announce.cache_clear()
+        precision.warn_if_slow.cache_clear()
+
+    return pretend
+
+
+def test_a_container_s_quota_counts_where_it_is_less_than_the_cores(tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path) == cores  # no cgroup there
+    for quota, expected in (
+        ("max 100000", cores),
+        ("100000 100000", 1),
+        ("50000 100000", 1),
+        (f"{99 * 10**5} 100000", cores),
+    ):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert usable_cores(tmp_path) == expected
+
+
+def test_a_container_s_limit_counts_where_less_is_left_of_it(tmp_path):
+    free = available_bytes(tmp_path)
+    for limit, expected in (("1000", 600), ("max", free)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        (tmp_path / "memory.current").write_text("400\n")
+        assert available_bytes(tmp_path) == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize(("rates", "expected"), [(NATIVE, "autocast"), (EMULATED, "float32")])
+def test_auto_is_what_the_cpu_multiplies_fastest(picos, on, capsys, rates, expected):
+    on(rates)
+    checkpoint = open_checkpoint(str(picos["llama"].directory))
+    for _ in range(2):
+        assert resolve_dtype("auto", "cpu", checkpoint) == expected
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Computing in")]
+    assert said == [f"Computing in {expected} (found: {rates.describe()})"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "capability", "expected"),
+    [
+        ("bfloat16", (8, 0), "bfloat16"),
+        ("bfloat16", (7, 5), "float32"),
+        ("float16", (9, 0), "float16"),
+        ("float16", (7, 5), "float16"),
+        ("float32", (9, 0), "autocast"),
+        ("float32", (7, 5), "float32"),
+    ],
+)
+def test_auto_on_a_gpu_is_what_is_stored_unless_that_is_emulated(monkeypatch, stored, capability, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: ((9, 0), capability)[index])
+    assert precision.fastest_dtype(stored, "cuda:0") == expected
+
+
+def test_an_explicit_choice_is_obeyed_and_its_cost_said(picos, on, capsys):
+    on(EMULATED)
+    checkpoint = open_checkpoint(str(picos["llama"].directory))
+    assert resolve_dtype("bfloat16", "cpu", checkpoint) == "bfloat16"
+    assert "--dtype bfloat16 computes 4.5 times as slowly as float32" in capsys.readouterr().err
+    assert resolve_dtype("float32", "cpu", checkpoint) == "float32"
+    on(NATIVE)
+    assert resolve_dtype("autocast", "cpu", checkpoint) == "autocast"
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_a_cpu_whose_products_are_limited_to_avx2_is_found_out():
+    """The slow path can be forced on a fast machine."""
+    code = "from gradmap.machine import *; print(bfloat16_pays(), measure_cpu().ratio('bfloat16'))"
+    environment = {**os.environ, **WITHOUT_BFLOAT16}
+    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert finished.stdout.startswith("False"), finished.stdout
+
+
+def test_every_dtype_is_measured():
+    assert measure_cpu().by_dtype.keys() == {"float32", "bfloat16", "float16"}
+    assert min(measure_cpu().by_dtype.values()) > 0
+    assert measure_cpu().ratio("float32") == 1
