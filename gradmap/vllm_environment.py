@@ -12,9 +12,10 @@ KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def vllm_defaults() -> dict[str, str]:
-    """Environment variables for vLLM where the user set none: nothing is fetched, nothing is reported."""
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if _is_cpu_build():
+    """Environment variables for vLLM where the user set none: nothing is fetched, nothing is reported, and GPUs are
+    numbered as NVML does, which vLLM asks about them by number."""
+    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    if is_cpu_build():
         defaults[KV_CACHE_VARIABLE] = "2"  # GiB
     return defaults
 
@@ -33,5 +34,5 @@ def cpu_wants_float32() -> bool:
 
 
 @cache  # reads the metadata of every package
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
     return "vllm-cpu" in packages_distributions().get("vllm", ())

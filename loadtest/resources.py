@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pynvml
 
+from gradmap.gpus import Device, ask, visible_gpus
 from loadtest.records import GpuSample, Measurements, RequestRecord, ResourceSample
 
 INTERVAL_S = 0.5
@@ -45,11 +47,15 @@ class ResourceUse:
 
 @contextmanager
 def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
-    """Samples every half second from beginning to end of the block, in a thread; the list is whole afterwards."""
+    """Samples every half second from beginning to end of the block, in a thread; the list is whole afterwards.
+
+    GPUs are those that this process may use, as may a server that it starts. Of one that it is given the URL of, that
+    is a guess.
+    """
     samples: list[ResourceSample] = []
     ended = threading.Event()
     psutil.cpu_percent()  # counts from here
-    with _gpu_reader() as read_gpus:
+    with visible_gpus(os.environ) as gpus:
 
         def sample() -> None:
             while not ended.wait(INTERVAL_S):
@@ -58,7 +64,7 @@ def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
                         **{"arm": arm, "pair": pair, "load": load, "time_s": time.monotonic()},
                         cpu=psutil.cpu_percent() / 100,
                         memory_bytes=psutil.virtual_memory().used,
-                        gpus=tuple(read_gpus()),
+                        gpus=tuple(map(_sample_gpu, gpus)),
                     )
                 )
 
@@ -71,38 +77,20 @@ def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
             thread.join()
 
 
-@contextmanager
-def _gpu_reader() -> Iterator[Callable[[], list[GpuSample]]]:
-    """Yields what samples all GPUs of the machine; nothing where there is no NVIDIA driver."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield list
-        return
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    try:
-        yield lambda: [_sample_gpu(handle) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _sample_gpu(handle: Any) -> GpuSample:
-    """Not every card tells everything."""
-
-    def ask(question: Callable[..., Any], *details: Any) -> Any:
-        with suppress(pynvml.NVMLError):
-            return question(handle, *details)
-        return None
-
-    use = ask(pynvml.nvmlDeviceGetUtilizationRates)
-    memory = ask(pynvml.nvmlDeviceGetMemoryInfo)
-    milliwatts = ask(pynvml.nvmlDeviceGetPowerUsage)
-    reasons = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+def _sample_gpu(gpu: Device) -> GpuSample:
+    """Of a slice, only the memory is its own: its power would be that of the whole card, neighbours included."""
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, gpu.handle)
+    memory_bytes = None if memory is None else memory.used
+    if gpu.is_slice:
+        return GpuSample(utilisation=None, memory_bytes=memory_bytes, power_w=None, clock_mhz=None, throttled=None)
+    use = ask(pynvml.nvmlDeviceGetUtilizationRates, gpu.handle)
+    milliwatts = ask(pynvml.nvmlDeviceGetPowerUsage, gpu.handle)
+    reasons = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu.handle)
     return GpuSample(
         utilisation=None if use is None else use.gpu / 100,
-        memory_bytes=None if memory is None else memory.used,
+        memory_bytes=memory_bytes,
         power_w=None if milliwatts is None else milliwatts / 1000,
-        clock_mhz=ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+        clock_mhz=ask(pynvml.nvmlDeviceGetClockInfo, gpu.handle, pynvml.NVML_CLOCK_SM),
         throttled=None if reasons is None else bool(reasons & THROTTLING),
     )
 
@@ -141,9 +129,9 @@ def _summarise(samples: Sequence[ResourceSample], seconds: float, records: Seque
 
 
 def _over_gpus(samples: Sequence[ResourceSample], name: str, combine: Callable[[list[Any]], Any]) -> list[Any]:
-    """One value for each sample in which any GPU told it."""
-    told = [[value for gpu in sample.gpus if (value := getattr(gpu, name)) is not None] for sample in samples]
-    return [combine(values) for values in told if values]
+    """One value for each sample in which every GPU told it: a sum over some of them would be no sum."""
+    told = [[getattr(gpu, name) for gpu in sample.gpus] for sample in samples]
+    return [combine(values) for values in told if values and None not in values]
 
 
 def _mean(values: Sequence[float]) -> float | None:

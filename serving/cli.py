@@ -15,7 +15,7 @@ import typer
 from gradmap.cli import quiet_libraries, run_app
 from gradmap.errors import UserError
 from gradmap.files import cache_directory
-from serving.flags import flag_names
+from serving.flags import flag_names, means
 
 
 class LogFormat(StrEnum):
@@ -82,18 +82,13 @@ def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tu
         raise UserError(f"Name {count} model director{'y' if count == 1 else 'ies'}; vLLM's flags come after --.")
     flags = tuple(arguments[first_flag:])
     for name in flag_names(flags):
-        if _means(name, "--api-key"):
+        if means(name, "--api-key"):
             raise UserError("A key in the arguments is seen by every user of the machine; use --api-key-file.")
-        if any(_means(name, own) for own in ("--host", "--port", "--ssl-certfile", "--ssl-keyfile")):
+        if any(means(name, own) for own in ("--host", "--port", "--ssl-certfile", "--ssl-keyfile")):
             raise UserError(
                 f"{name} comes before --, as gradmap-serve's own option (TLS: --tls-certificate, --tls-key)."
             )
     return list(arguments[:first_flag]), flags
-
-
-def _means(name: str, flag: str) -> bool:
-    """vLLM's parser takes a flag's beginning for the flag."""
-    return len(name) > len("--") and flag.startswith(name)
 
 
 def _read_key(path: Path | None) -> None:

@@ -10,14 +10,19 @@ def flag_names(vllm_flags: Sequence[str]) -> list[str]:
     return [_split(flag)[0] for flag in vllm_flags]
 
 
-def flag_value(vllm_flags: Sequence[str], name: str) -> str | None:
-    """What `--name=value` or `--name value` says, the last one if there are several; None without."""
+def flag_value(vllm_flags: Sequence[str], *names: str) -> str | None:
+    """What `--name=value` or `--name value` says under any of a flag's names, the last if several; None without."""
     value = None
     for flag, after in zip(vllm_flags, [*vllm_flags, None][1:], strict=True):
         given, equals, inside = _split(flag)
-        if given == name:
+        if any(means(given, name) for name in names):
             value = inside if equals else after
     return value
+
+
+def means(given: str, name: str) -> bool:
+    """vLLM's parser takes a flag's beginning for the flag."""
+    return given.strip("-") != "" and name.startswith(given)
 
 
 def _split(flag: str) -> tuple[str, str, str]:

@@ -18,7 +18,7 @@ from gradmap.errors import UserError
 from gradmap.openai_api import KEY_VARIABLE
 from gradmap.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults
 from serving.admin import Admin, serving_admin
-from serving.flags import flag_names
+from serving.flags import flag_value
 from serving.guard import guard_environment
 from serving.identity import Identity, identify
 from serving.log import Log
@@ -27,8 +27,8 @@ from serving.machine import (
     GPU_UTILISATION,
     available_bytes,
     dtype_flags,
-    find_gpu,
     require_gpu_memory,
+    require_gpus,
     require_memory,
 )
 from serving.server import check_servable, require_free_port
@@ -88,19 +88,19 @@ def run(launch: Launch, log: Log) -> int:
 
 def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list[ServerSettings]:
     """The settings of each model's server, after every check that takes no start."""
-    gpu = find_gpu()
+    gpus = require_gpus(launch.settings)
     settled = []
     for number, (model, identity) in enumerate(zip(launch.models, identities, strict=True)):
         flags = launch.settings.vllm_flags
-        flags = (*memory_share(len(launch.models), gpu is not None, flags), *dtype_flags(gpu, flags), *flags)
+        flags = (*memory_share(len(launch.models), bool(gpus), flags), *dtype_flags(gpus, flags), *flags)
         settings = replace(launch.settings, directory=model, port=launch.settings.port + number, vllm_flags=flags)
         environment = guard_environment(settings, asdict(identity), secret) | cache_share(len(launch.models))
         settings = replace(settings, environment=environment)
         check_servable(settings)
         settled.append(settings)
-    if gpu is not None:
+    if gpus:
         for settings, identity in zip(settled, identities, strict=True):
-            require_gpu_memory(settings, identity, gpu)
+            require_gpu_memory(settings, identity, gpus)
     else:
         together = replace(identities[-1], weight_bytes=sum(identity.weight_bytes for identity in identities))
         require_memory(settled[-1], together, available_bytes())
@@ -109,7 +109,7 @@ def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list
 
 def memory_share(models: int, on_gpu: bool, vllm_flags: Sequence[str]) -> tuple[str, ...]:
     """vLLM's flags that give each of several models its share of a GPU, unless the user gave a share."""
-    if models == 1 or not on_gpu or GPU_SHARE_FLAG in flag_names(vllm_flags):
+    if models == 1 or not on_gpu or flag_value(vllm_flags, GPU_SHARE_FLAG) is not None:
         return ()
     return (GPU_SHARE_FLAG, f"{GPU_UTILISATION / models:.2f}")
 

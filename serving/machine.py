@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import psutil
 import pynvml
 
 from gradmap.errors import UserError
-from gradmap.vllm_environment import KV_CACHE_VARIABLE
-from serving.flags import flag_names, flag_value
+from gradmap.gpus import VISIBLE_VARIABLE, ask, visible_gpus
+from gradmap.vllm_environment import KV_CACHE_VARIABLE, is_cpu_build
+from serving.flags import flag_value
 from serving.identity import Identity
 from serving.settings import ServerSettings, server_environment
 
@@ -23,7 +24,11 @@ GPU_UTILISATION = 0.92
 GPU_SHARE_FLAG = "--gpu-memory-utilization"
 BFLOAT16_CAPABILITY = (8, 0)
 CGROUP = Path("/sys/fs/cgroup")
-SEVERAL_GPUS = ("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size", "--nnodes")
+TENSOR_FLAGS = ("--tensor-parallel-size", "-tp")
+PIPELINE_FLAGS = ("--pipeline-parallel-size", "-pp")
+# With these, which GPUs vLLM takes is not decided by what is visible here.
+PLACING_FLAGS = ("--nnodes", "-n", "--device-ids")
+EXECUTOR_FLAG = "--distributed-executor-backend"
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,47 @@ class Gpu:
     capability: tuple[int, int]
 
 
-def find_gpu() -> Gpu | None:
-    """The first NVIDIA GPU, without making a CUDA context, which would take memory from it."""
-    with suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return Gpu(memory.total, tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
-    return None
+def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs with memory of their own that a process with this environment may use, in CUDA's order."""
+    with visible_gpus(environment) as devices:
+        told = [
+            (
+                ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle),
+                ask(pynvml.nvmlDeviceGetCudaComputeCapability, device.card),  # a slice does not tell
+            )
+            for device in devices
+        ]
+    return tuple(Gpu(memory.total, tuple(capability)) for memory, capability in told if memory and capability)
+
+
+def require_gpus(settings: ServerSettings) -> tuple[Gpu, ...]:
+    """The GPUs that vLLM will compute on: the first of those that it sees; all of them where it is told otherwise
+    which to take; none where it computes on a CPU. Raises UserError if it sees fewer than it would take."""
+    if is_cpu_build() or not find_gpus({}):
+        return ()
+    environment = server_environment(settings)
+    visible = find_gpus(environment)
+    if _are_placed_elsewhere(settings.vllm_flags):
+        return visible
+    wanted = _parallel_size(settings.vllm_flags, TENSOR_FLAGS) * _parallel_size(settings.vllm_flags, PIPELINE_FLAGS)
+    if wanted > len(visible):
+        given = f"={environment[VISIBLE_VARIABLE]}" if VISIBLE_VARIABLE in environment else " is not set"
+        raise UserError(
+            f"vLLM needs {wanted} GPU{'s' if wanted > 1 else ''} and sees {len(visible)} ({VISIBLE_VARIABLE}{given}); "
+            f"let it see more, or lower {TENSOR_FLAGS[0]} or {PIPELINE_FLAGS[0]}."
+        )
+    return visible[:wanted]
+
+
+def _are_placed_elsewhere(vllm_flags: Sequence[str]) -> bool:
+    return flag_value(vllm_flags, *PLACING_FLAGS) is not None or flag_value(vllm_flags, EXECUTOR_FLAG) == "ray"
+
+
+def _parallel_size(vllm_flags: Sequence[str], names: tuple[str, ...]) -> int:
+    given = flag_value(vllm_flags, *names) or "1"
+    if not given.isdecimal() or int(given) == 0:
+        raise UserError(f"{names[0]} is {given}; give a number of GPUs.")
+    return int(given)
 
 
 def available_bytes(cgroup: Path = CGROUP) -> int:
@@ -66,24 +104,26 @@ def require_memory(settings: ServerSettings, identity: Identity, available: int)
         )
 
 
-def require_gpu_memory(settings: ServerSettings, identity: Identity, gpu: Gpu) -> None:
-    """Raises UserError if the weights do not fit into the share of one GPU that vLLM takes, or if that is no number."""
-    if set(SEVERAL_GPUS) & set(flag_names(settings.vllm_flags)):
+def require_gpu_memory(settings: ServerSettings, identity: Identity, gpus: Sequence[Gpu]) -> None:
+    """Raises UserError if an equal part of the weights does not fit into vLLM's share of the smallest of its GPUs, or
+    if that share is no number. Parts are not quite equal, so that the largest may still not fit."""
+    if _are_placed_elsewhere(settings.vllm_flags):
         return
     given = flag_value(settings.vllm_flags, GPU_SHARE_FLAG)
     try:
-        room = gpu.total_bytes * (GPU_UTILISATION if given is None else float(given))
+        room = min(gpu.total_bytes for gpu in gpus) * (GPU_UTILISATION if given is None else float(given))
     except ValueError:
         raise UserError(f"{GPU_SHARE_FLAG} is {given}; give a share of the GPU, such as 0.9.") from None
-    if identity.weight_bytes > room:
+    part = identity.weight_bytes / len(gpus)
+    if part > room:
+        each = f" on each of {len(gpus)} GPUs" if len(gpus) > 1 else ""
         raise UserError(
-            f"The weights of {identity.name} take {identity.weight_bytes / GIB:.1f} GiB, and vLLM has "
-            f"{room / GIB:.1f} GiB of this GPU; use several (-- --tensor-parallel-size N) or remove more layers."
+            f"The weights of {identity.name} take {part / GIB:.1f} GiB{each}, and vLLM has {room / GIB:.1f} GiB there; "
+            f"use more GPUs (-- {TENSOR_FLAGS[0]} N) or remove more layers."
         )
 
 
-def dtype_flags(gpu: Gpu | None, vllm_flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Flags for a GPU that does not know bfloat16, in which artifacts are stored."""
-    if gpu is None or gpu.capability >= BFLOAT16_CAPABILITY or "--dtype" in flag_names(vllm_flags):
-        return ()
-    return ("--dtype", "float16")
+def dtype_flags(gpus: Sequence[Gpu], vllm_flags: Sequence[str]) -> tuple[str, ...]:
+    """Flags for GPUs of which one does not know bfloat16, in which artifacts are stored."""
+    known = all(gpu.capability >= BFLOAT16_CAPABILITY for gpu in gpus)
+    return () if known or flag_value(vllm_flags, "--dtype") is not None else ("--dtype", "float16")

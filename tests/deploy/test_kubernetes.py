@@ -120,7 +120,7 @@ def test_leader_and_worker_form_one_group(tmp_path):
 
 
 def test_a_workers_environment_is_the_leaders(tmp_path, monkeypatch):
-    for variable in ("VLLM_NO_USAGE_STATS", "VLLM_WORKER_MULTIPROC_METHOD"):
+    for variable in ("CUDA_DEVICE_ORDER", "VLLM_NO_USAGE_STATS", "VLLM_WORKER_MULTIPROC_METHOD"):
         monkeypatch.delenv(variable, raising=False)
     of_leader = server_environment(ServerSettings(tmp_path))
     own = {name: value for name, value in environment(pods("overlays/multi-node")[1]).items() if name != "HOME"}

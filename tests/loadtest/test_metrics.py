@@ -242,3 +242,10 @@ def test_energy_is_power_times_time_over_tokens():
     assert use.energy_per_token_j == pytest.approx(300 * 0.9 / 5)
     assert (use.gpu, use.gpu_memory_bytes, use.gpu_power_w, use.gpu_clock_mhz) == (0.5, 2, 300.0, 1000)
     assert use.throttled == 0.5
+
+
+def test_a_sum_over_gpus_of_which_one_does_not_tell_is_none():
+    told = {"utilisation": None, "memory_bytes": 1, "clock_mhz": None, "throttled": None}
+    gpus = (GpuSample(power_w=100.0, **told), GpuSample(power_w=None, **told))
+    use = summarise_resources(Measurements((record(),), (), (sample(100.1, gpus=gpus),)), "dense", ONE.name)
+    assert (use.gpu_memory_bytes, use.gpu_power_w, use.energy_per_token_j) == (2, None, None)

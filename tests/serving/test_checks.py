@@ -16,7 +16,7 @@ from serving.guard import PASS_HEADER, Guard, guard_environment
 from serving.identity import Identity, identify
 from serving.launch import cache_share, memory_share
 from serving.log import Log, Output
-from serving.machine import Gpu, available_bytes, dtype_flags, require_gpu_memory, require_memory
+from serving.machine import available_bytes, require_memory
 from serving.settings import ServerSettings, build_command
 from tests.command_line import gradmap
 from tests.export.test_export import export, make_source
@@ -79,36 +79,11 @@ def test_a_containers_limit_counts(tmp_path):
     assert available_bytes(tmp_path) == pytest.approx(free, rel=0.2)
 
 
-def test_weights_must_fit_a_gpu_unless_there_are_several(tmp_path):
-    gpu, identity = Gpu(80 * GIB, (8, 0)), Identity("model", weight_bytes=75 * GIB)
-    with pytest.raises(UserError, match="--tensor-parallel-size N"):
-        require_gpu_memory(ServerSettings(tmp_path), identity, gpu)
-    require_gpu_memory(ServerSettings(tmp_path, vllm_flags=("--tensor-parallel-size=2",)), identity, gpu)
-
-
-@pytest.mark.parametrize("flags", [("--gpu-memory-utilization", "0.46"), ("--gpu_memory_utilization=0.46",)])
-def test_weights_must_fit_the_share_of_the_gpu(tmp_path, flags):
-    gpu, settings = Gpu(80 * GIB, (8, 0)), ServerSettings(tmp_path, vllm_flags=flags)
-    require_gpu_memory(settings, Identity("model", weight_bytes=36 * GIB), gpu)
-    with pytest.raises(UserError, match=r"36\.8 GiB of this GPU"):
-        require_gpu_memory(settings, Identity("model", weight_bytes=37 * GIB), gpu)
-
-
-def test_a_share_of_the_gpu_is_a_number(tmp_path):
-    settings = ServerSettings(tmp_path, vllm_flags=("--gpu-memory-utilization=half",))
-    with pytest.raises(UserError, match="is half; give a share of the GPU"):
-        require_gpu_memory(settings, Identity("model", weight_bytes=1), Gpu(80 * GIB, (8, 0)))
-
-
-def test_old_gpus_get_float16():
-    assert dtype_flags(Gpu(0, (7, 5)), ()) == ("--dtype", "float16")
-    assert dtype_flags(Gpu(0, (7, 5)), ("--dtype=float32",)) == ()
-    assert dtype_flags(Gpu(0, (9, 0)), ()) == dtype_flags(None, ()) == ()
-
-
 def test_two_models_share_the_memory(monkeypatch):
     assert memory_share(2, True, ()) == ("--gpu-memory-utilization", "0.46")
-    assert memory_share(2, True, ("--gpu-memory-utilization=0.3",)) == memory_share(1, True, ()) == ()
+    for given in ("--gpu-memory-utilization=0.3", "--gpu_memory_utilization=0.3", "--gpu-mem=0.3"):
+        assert memory_share(2, True, (given,)) == ()
+    assert memory_share(1, True, ()) == memory_share(2, False, ()) == ()
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     assert cache_share(2) == {"VLLM_CPU_KVCACHE_SPACE": "1.5"}
     assert cache_share(1) == {}

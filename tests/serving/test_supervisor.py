@@ -34,7 +34,7 @@ def stand_in(monkeypatch, picos, tmp_path):
             return [sys.executable, str(STAND_IN), str(settings.port), *arguments]
 
         monkeypatch.setattr(server, "build_command", command)
-        monkeypatch.setattr(launching, "find_gpu", lambda: None)
+        monkeypatch.setattr(launching, "require_gpus", lambda settings: ())
         settings = ServerSettings(Path(), port=free_port(), ready_timeout_s=30, drain_s=5)
         return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", free_port(), True)
 
