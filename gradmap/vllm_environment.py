@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.metadata import packages_distributions
 
-from gradmap.machine import bfloat16_pays
+from gradmap.machine import bfloat16_pays, usable_cores
 from gradmap.precision import AUTOCAST
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
@@ -20,6 +21,15 @@ def vllm_defaults() -> dict[str, str]:
     return defaults
 
 
+def threads_within_quota() -> dict[str, str]:
+    """The cores for vLLM's CPU build where a container's quota allows fewer than there are: it would take one thread
+    for each, and they would wait for each other. For one process, that is without tensor parallelism."""
+    cores = sorted(os.sched_getaffinity(0)) if is_cpu_build() else []
+    if usable_cores() >= len(cores):
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[: usable_cores()]))}
+
+
 def vllm_dtype(dtype: str) -> str:
     """What vLLM is told for a dtype of ours. `auto` is left to vLLM, which takes what is stored, or float16 on a GPU
     without bfloat16; but on a CPU that only emulates bfloat16 it is float32."""
@@ -30,7 +40,7 @@ def vllm_dtype(dtype: str) -> str:
 
 def cpu_wants_float32() -> bool:
     """Whether vLLM runs on a CPU here, and one that multiplies float32 faster than bfloat16."""
-    return _is_cpu_build() and not bfloat16_pays()
+    return is_cpu_build() and not bfloat16_pays()
 
 
 @cache  # reads the metadata of every package

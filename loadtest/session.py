@@ -22,6 +22,7 @@ from loadtest.prompts import Prompts, RandomPrompts, TextPrompts
 from loadtest.records import Measurements, append_measurements, start_files
 from loadtest.settings import DENSE_AGAIN, Block, LoadTestSettings, check_settings, is_url, schedule
 from serving.log import Log
+from serving.machine import suited_to_machine
 from serving.server import Server, free_port
 from serving.settings import ServerSettings
 
@@ -123,7 +124,7 @@ def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[
         url = target.rstrip("/")
         yield Endpoint(url, _require_model(url))
         return
-    server_settings = ServerSettings(Path(target), port=free_port(), vllm_flags=settings.vllm_flags)
+    server_settings = suited_to_machine(ServerSettings(Path(target), port=free_port(), vllm_flags=settings.vllm_flags))
     log = out / f"server-{arm}.log"
     say(f"Starting vLLM for the {arm} model (log: {log})")
     with closing(Log(log)) as output, Server(server_settings, output) as server:

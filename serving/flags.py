@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+TENSOR_FLAGS = ("--tensor-parallel-size", "-tp")
+
 
 def flag_names(vllm_flags: Sequence[str]) -> list[str]:
     """["--a=1", "--b_c", "2"] -> ["--a", "--b-c", "2"]: vLLM takes both ways of writing a name."""

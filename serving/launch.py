@@ -15,6 +15,7 @@ from typing import Any
 
 from gradmap.cli import EXIT_INTERRUPTED
 from gradmap.errors import UserError
+from gradmap.machine import available_bytes
 from gradmap.openai_api import KEY_VARIABLE
 from gradmap.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults
 from serving.admin import Admin, serving_admin
@@ -25,7 +26,7 @@ from serving.log import Log
 from serving.machine import (
     GPU_SHARE_FLAG,
     GPU_UTILISATION,
-    available_bytes,
+    bytes_in_memory,
     dtype_flags,
     require_gpu_memory,
     require_gpus,
@@ -102,7 +103,8 @@ def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list
         for settings, identity in zip(settled, identities, strict=True):
             require_gpu_memory(settings, identity, gpus)
     else:
-        together = replace(identities[-1], weight_bytes=sum(identity.weight_bytes for identity in identities))
+        in_memory = map(bytes_in_memory, settled, identities)
+        together = replace(identities[-1], weight_bytes=sum(in_memory))
         require_memory(settled[-1], together, available_bytes())
     return settled
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import psutil
 import pynvml
 
 from gradmap.errors import UserError
+from gradmap.files import read_json
 from gradmap.gpus import VISIBLE_VARIABLE, ask, visible_gpus
-from gradmap.vllm_environment import KV_CACHE_VARIABLE, is_cpu_build
-from serving.flags import flag_value
+from gradmap.machine import NATIVE_BFLOAT16_CAPABILITY
+from gradmap.vllm_environment import KV_CACHE_VARIABLE, cpu_wants_float32, is_cpu_build
+from serving.flags import TENSOR_FLAGS, flag_value
 from serving.identity import Identity
 from serving.settings import ServerSettings, server_environment
 
@@ -22,9 +22,6 @@ CPU_RUNTIME_BYTES = 2 * GIB
 # vLLM takes this share of a GPU unless told otherwise, by this flag.
 GPU_UTILISATION = 0.92
 GPU_SHARE_FLAG = "--gpu-memory-utilization"
-BFLOAT16_CAPABILITY = (8, 0)
-CGROUP = Path("/sys/fs/cgroup")
-TENSOR_FLAGS = ("--tensor-parallel-size", "-tp")
 PIPELINE_FLAGS = ("--pipeline-parallel-size", "-pp")
 # With these, which GPUs vLLM takes is not decided by what is visible here.
 PLACING_FLAGS = ("--nnodes", "-n", "--device-ids")
@@ -82,16 +79,6 @@ def _parallel_size(vllm_flags: Sequence[str], names: tuple[str, ...]) -> int:
     return int(given)
 
 
-def available_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory that can be had: the machine's, or what is left of a container's limit if that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
-
-
 def require_memory(settings: ServerSettings, identity: Identity, available: int) -> None:
     """Raises UserError if weights, KV cache and vLLM itself do not fit into `available` bytes of a CPU's memory."""
     cache = float(server_environment(settings).get(KV_CACHE_VARIABLE, 0)) * GIB
@@ -124,6 +111,25 @@ def require_gpu_memory(settings: ServerSettings, identity: Identity, gpus: Seque
 
 
 def dtype_flags(gpus: Sequence[Gpu], vllm_flags: Sequence[str]) -> tuple[str, ...]:
-    """Flags for GPUs of which one does not know bfloat16, in which artifacts are stored."""
-    known = all(gpu.capability >= BFLOAT16_CAPABILITY for gpu in gpus)
-    return () if known or flag_value(vllm_flags, "--dtype") is not None else ("--dtype", "float16")
+    """Flags for hardware that does not multiply bfloat16, in which artifacts are stored: a CPU that emulates it, or
+    GPUs of which one does not know it."""
+    if flag_value(vllm_flags, "--dtype") is not None:
+        return ()
+    if not gpus:
+        return ("--dtype", "float32") if cpu_wants_float32() else ()
+    known = all(gpu.capability >= NATIVE_BFLOAT16_CAPABILITY for gpu in gpus)
+    return () if known else ("--dtype", "float16")
+
+
+def suited_to_machine(settings: ServerSettings) -> ServerSettings:
+    """The settings with the dtype flags that this machine's hardware asks for. Raises UserError if GPUs are missing."""
+    flags = settings.vllm_flags
+    return replace(settings, vllm_flags=(*dtype_flags(require_gpus(settings), flags), *flags))
+
+
+def bytes_in_memory(settings: ServerSettings, identity: Identity) -> int:
+    """Of the weights as vLLM holds them: those stored in two bytes take four if it is told to compute in float32."""
+    config = read_json(settings.directory / "config.json")
+    halves = config.get("dtype") in ("bfloat16", "float16") and not config.get("quantization_config")
+    widened = halves and flag_value(settings.vllm_flags, "--dtype") == "float32"
+    return identity.weight_bytes * (2 if widened else 1)

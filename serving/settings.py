@@ -13,7 +13,8 @@ import httpx
 
 from export import VLLM_CONFIG_FILE
 from gradmap.openai_api import authorization
-from gradmap.vllm_environment import vllm_defaults
+from gradmap.vllm_environment import threads_within_quota, vllm_defaults
+from serving.flags import TENSOR_FLAGS, flag_value
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}
@@ -77,8 +78,10 @@ def build_command(settings: ServerSettings) -> list[str]:
 def server_environment(settings: ServerSettings) -> dict[str, str]:
     """This process's environment, with defaults for what vLLM reads. Its processes must be spawned, so that each of
     them asks for its end with its parent's (see serving.vllm_server)."""
+    parallel = flag_value(settings.vllm_flags, *TENSOR_FLAGS) is not None
     return {
         **vllm_defaults(),
+        **({} if parallel else threads_within_quota()),
         **os.environ,
         **settings.environment,
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

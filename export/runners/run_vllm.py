@@ -13,6 +13,7 @@ from torch import Tensor
 
 from export import VLLM_CONFIG_FILE
 from export.runners.probe_io import run
+from gradmap.vllm_environment import cpu_wants_float32
 
 TOP_LOGPROBS = 20  # what vLLM gives without being asked for more
 ENVIRONMENT = {
@@ -27,9 +28,10 @@ def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[
     from vllm import LLM, SamplingParams
 
     settings = yaml.safe_load((directory / VLLM_CONFIG_FILE).read_text())
+    dtype = "float32" if cpu_wants_float32() else settings["dtype"]
     engine = LLM(
         str(directory),
-        dtype=settings["dtype"],
+        dtype=dtype,
         max_model_len=input_ids.shape[1] + max(greedy_tokens, 1),
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -46,7 +48,7 @@ def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[
         "greedy_ids": torch.tensor(decoded[0].outputs[0].token_ids[:greedy_tokens], dtype=torch.int64),
     }
     distribution = packages_distributions()["vllm"][0]
-    return tensors, f"{distribution} {version(distribution)}, {settings['dtype']}"
+    return tensors, f"{distribution} {version(distribution)}, {dtype}"
 
 
 def _best(logprobs: dict[int, Any]) -> list[tuple[int, float]]:

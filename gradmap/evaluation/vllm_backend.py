@@ -10,7 +10,7 @@ from typing import Any
 
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Request, Score
-from gradmap.vllm_environment import vllm_defaults
+from gradmap.vllm_environment import threads_within_quota, vllm_defaults
 
 MAX_TOKENS = 4096
 
@@ -21,7 +21,8 @@ class VllmBackend:
     name = "vllm"
 
     def __init__(self, directory: Path, config: Mapping[str, Any], dtype: str) -> None:
-        for variable, value in (vllm_defaults() | {"VLLM_LOGGING_LEVEL": "ERROR"}).items():
+        defaults = vllm_defaults() | threads_within_quota() | {"VLLM_LOGGING_LEVEL": "ERROR"}
+        for variable, value in defaults.items():
             os.environ.setdefault(variable, value)
         try:
             from vllm import LLM

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from starlette.applications import Starlette
@@ -16,8 +17,8 @@ from serving.guard import PASS_HEADER, Guard, guard_environment
 from serving.identity import Identity, identify
 from serving.launch import cache_share, memory_share
 from serving.log import Log, Output
-from serving.machine import available_bytes, require_memory
-from serving.settings import ServerSettings, build_command
+from serving.machine import bytes_in_memory, require_memory, suited_to_machine
+from serving.settings import ServerSettings, build_command, server_environment
 from tests.command_line import gradmap
 from tests.export.test_export import export, make_source
 
@@ -70,13 +71,36 @@ def test_memory_is_asked_for_before_the_start(tmp_path, monkeypatch):
         require_memory(settings, identity, int(8.9 * GIB))
 
 
-def test_a_containers_limit_counts(tmp_path):
-    free = available_bytes(tmp_path)
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("400\n")
-    assert available_bytes(tmp_path) == 600
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(tmp_path) == pytest.approx(free, rel=0.2)
+def test_a_cpu_that_emulates_bfloat16_serves_in_float32_and_needs_the_memory_for_it(monkeypatch, tmp_path):
+    config = tmp_path / "config.json"
+    identity = Identity("model", weight_bytes=4 * GIB)
+    for emulates, dtype, flags in (
+        (True, "bfloat16", ("--dtype", "float32")),
+        (True, "bfloat16", ("--dtype=bfloat16",)),
+        (False, "bfloat16", ()),
+        (True, "float32", ("--dtype", "float32")),
+    ):
+        monkeypatch.setattr("serving.machine.cpu_wants_float32", lambda emulates=emulates: emulates)
+        config.write_text(json.dumps({"dtype": dtype}))
+        given = flags if "=" in "".join(flags) else ()
+        settings = suited_to_machine(ServerSettings(tmp_path, vllm_flags=given))
+        assert settings.vllm_flags == flags
+        doubled = dtype == "bfloat16" and flags == ("--dtype", "float32")
+        assert bytes_in_memory(settings, identity) == (8 if doubled else 4) * GIB
+    config.write_text(json.dumps({"dtype": "bfloat16", "quantization_config": {"bits": 8}}))
+    assert bytes_in_memory(replace(settings, vllm_flags=("--dtype", "float32")), identity) == 4 * GIB
+
+
+def test_vllm_gets_no_more_cores_than_a_container_s_quota(monkeypatch, tmp_path):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {7, 3, 5})
+    for quota, cores in ((2, "3,5"), (3, None)):
+        monkeypatch.setattr("gradmap.vllm_environment.usable_cores", lambda quota=quota: quota)
+        environment = server_environment(ServerSettings(tmp_path))
+        assert environment.get("VLLM_CPU_OMP_THREADS_BIND") == cores
+    monkeypatch.setattr("gradmap.vllm_environment.usable_cores", lambda: 2)
+    parallel = ServerSettings(tmp_path, vllm_flags=("-tp", "2"))  # vLLM wants cores for each of two
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in server_environment(parallel)
 
 
 def test_two_models_share_the_memory(monkeypatch):
