@@ -16,6 +16,8 @@ from gradmap.errors import UserError
 CPU_ACTIVATION_BYTES = 3 << 27
 GPU_ACTIVATION_SHARE = 0.25
 TOKENS = {"cpu": 1024, "cuda": 8192}
+# Logits in float32, made at once for a loss and its gradient.
+LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 # Samples in a pass that keeps nothing for a backward one; on a GPU, short samples are more.
 FORWARD_BATCH = 4
 GPU_FORWARD_TOKENS = 2048
@@ -24,6 +26,11 @@ GPU_FORWARD_TOKENS = 2048
 def forward_batch(input_ids: Tensor, device: torch.device) -> int:
     """How many samples of input_ids (N, T) go at once through a pass that keeps nothing for a backward one."""
     return max(FORWARD_BATCH, GPU_FORWARD_TOKENS // input_ids.shape[1]) if device.type == "cuda" else FORWARD_BATCH
+
+
+def logits_batch(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """How many samples of `tokens` tokens go at once through the output layer, whose logits are the largest tensor."""
+    return max(1, LOGITS_BYTES[device.type] // (4 * tokens * vocabulary))
 
 
 def measured_batch_size(run_one: Callable[[], object], model: nn.Module, tokens: int, device: torch.device) -> int:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
-from gradmap.batching import Batches, measured_batch_size
+from gradmap.batching import Batches, logits_batch, measured_batch_size
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
 from gradmap.gradient_norms import gradient_norms
 from gradmap.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
 
-# Logits are made for as many samples at once as this allows (float32).
-LOGITS_BYTES = 1 << 26
+LOGITS_BYTES = 1 << 26  # of gradmap.compensators.distil, until it asks gradmap.batching.logits_batch
 
 Advance = Callable[[int], None]
 
@@ -137,13 +136,15 @@ def loss_gradients(
 
     Raises UserError if a loss is not finite; `first_sample` is the number of the first one in the calibration set.
     """
-    together = max(1, LOGITS_BYTES // (4 * input_ids.shape[1] * model.config.vocab_size))
+    together = logits_batch(input_ids.shape[1], model.config.vocab_size, hidden.device)
     gradients: list[Tensor] = []
+    known: list[Tensor] = []
     for start in range(0, len(hidden), together):
         leaf = hidden[start : start + together].detach().requires_grad_(True)
         losses = losses_from(model, layers, leaf, input_ids[start : start + together])
-        _require_finite(losses, first_sample + start)
         gradients += torch.autograd.grad(losses.sum(), leaf)
+        known.append(losses.detach())
+    _require_finite(torch.cat(known), first_sample)
     return torch.cat(gradients)
 
 
