@@ -18,7 +18,7 @@ CPU_ACTIVATION_BYTES = 3 << 27
 GPU_ACTIVATION_SHARE = 0.25
 GPU_STATES_SHARE = 0.5
 TOKENS = {"cpu": 1024, "cuda": 8192}
-# Logits at once, in float32: what stays in a CPU's caches, and what keeps a GPU busy.
+# Logits in float32, made at once for a loss and its gradient.
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 # Samples in a pass that keeps nothing for a backward one; on a GPU, short samples are more.
 FORWARD_BATCH = 4
@@ -28,12 +28,6 @@ GPU_FORWARD_TOKENS = 2048
 def forward_batch(input_ids: Tensor, device: torch.device) -> int:
     """How many samples of input_ids (N, T) go at once through a pass that keeps nothing for a backward one."""
     return max(FORWARD_BATCH, GPU_FORWARD_TOKENS // input_ids.shape[1]) if device.type == "cuda" else FORWARD_BATCH
-
-
-def logits_batch(model: Any, input_ids: Tensor) -> int:
-    """How many samples of input_ids (N, T) have their logits, float32, made at once: they are the largest tensors."""
-    of_sample = 4 * input_ids.shape[1] * int(model.config.vocab_size)
-    return max(1, LOGITS_BYTES[model.device.type] // of_sample)
 
 
 def home_for(model: Any, states: int) -> torch.device:
@@ -51,6 +45,11 @@ def moved_home(tensor: Tensor, home: torch.device) -> Tensor:
         return tensor
     kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=home, pin_memory=True)
     return kept.copy_(tensor, non_blocking=True)
+
+
+def logits_batch(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """How many samples of `tokens` tokens go at once through the output layer, whose logits are the largest tensor."""
+    return max(1, LOGITS_BYTES[device.type] // (4 * tokens * vocabulary))
 
 
 def measured_batch_size(run_one: Callable[[], object], model: nn.Module, tokens: int, device: torch.device) -> int:

@@ -119,7 +119,7 @@ class Scale:
     factor: Tensor
 
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
-        return output * (self.factor.item() - 1)
+        return output * (self.factor.double() - 1)
 
     def fold(self, weight: Tensor) -> Tensor:
         return weight * self.factor.double()
@@ -216,13 +216,26 @@ def linear_output(module: nn.Module, output: Tensor) -> Tensor:
 
 
 def _apply(changes: Sequence[Change]) -> Any:
+    placed: list[Change] = []
+
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         given: Tensor = output[0] if isinstance(output, tuple) else output
+        if not placed:  # once, at the first pass, which tells where and in what dtype the module computes
+            placed.extend(_placed(change, given) for change in changes)
         bias: Any = getattr(module, "bias", None)
         bias = 0.0 if bias is None else bias
-        for change in changes:
+        for change in placed:
             given = given + change.added(args[0], given, bias).to(given.dtype)
             bias = change.fold_bias(bias)
         return (given, *output[1:]) if isinstance(output, tuple) else given
 
     return on_forward
+
+
+def _placed(change: Change, like: Tensor) -> Change:
+    """The change in the memory and the dtype of a tensor; but what is trained stays the tensor it is."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor if tensor.requires_grad or tensor.dim() == 0 else tensor.to(like)
+
+    return type(change)(**{name: place(tensor) for name, tensor in change.tensors.items()})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradmap.errors import UserError
-from gradmap.layerwise import forward_replaced
+from gradmap.layerwise import forward_replaced, stacked_on_cpu
 
 # From dL/d output: the squared norm of the gradient of each parameter, per sample (B,)
 SquaresOf = Callable[[Tensor], dict[str, Tensor]]
@@ -40,9 +41,8 @@ def gradient_norms(layers: Iterable[nn.Module], samples: int, totals: Tensor) ->
                 if any(True for _ in module.parameters(recurse=False)):
                     hooks.enter_context(_watched(module, path, samples, grams, squares[-1]))
         yield
-    for index, layer_squares in enumerate(squares):
-        # one number for a layer: a GPU is waited for whenever one is read
-        totals[index] += torch.stack(list(layer_squares.values())).clamp_min(0).sqrt().sum().item()
+    norms = [torch.stack(list(of_layer.values())).clamp_min(0).sqrt().sum() for of_layer in squares]
+    totals += stacked_on_cpu(norms)
 
 
 @contextmanager
@@ -115,20 +115,27 @@ def _linear_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _Gra
 
 
 def _affine_squares(module: nn.Module, inputs: Tensor, samples: int, grams: _GramOfLastInput) -> SquaresOf:
-    """Of a norm: y = w * n(x) + b, where w may stand for 1 + w (Gemma). Its n(x) is what w adds to y per unit."""
+    """Of a norm: y = w * n(x) + b, where w may stand for 1 + w (Gemma)."""
+    plain = _plain_parameters(module)
 
     def squares_of(gradient: Tensor) -> dict[str, Tensor]:
-        parameters = dict(module.named_parameters(recurse=False))
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        ones = zeros | {"weight": torch.ones_like(parameters["weight"])}
-        normalised = functional_call(module, ones, (inputs,))
-        if functional_call(module, zeros, (inputs[:1],)).any():
-            normalised = normalised - functional_call(module, zeros, (inputs,))
         gradient = _widened(gradient)
-        gradients = {"weight": gradient * normalised, "bias": gradient}
-        return {name: _per_sample(gradients[name], samples).sum(dim=1).square().sum(dim=-1) for name in parameters}
+        gradients = {"weight": gradient * functional_call(module, plain, (inputs,)), "bias": gradient}
+        return {name: _per_sample(gradients[name], samples).sum(dim=1).square().sum(dim=-1) for name in plain}
 
     return squares_of
+
+
+def _plain_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Those with which a norm is n(x): no bias, and a weight of 1 or, where it stands for 1 + w, of 0.
+
+    Which of the two is asked of the norm itself. The answer stays where the weights are, so that no GPU is waited for.
+    """
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters(recurse=False)}
+    weight = zeros["weight"]
+    probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)
+    adds_one = functional_call(module, zeros, (probe[None],)).any()
+    return zeros | {"weight": torch.where(adds_one, weight, torch.ones_like(weight))}
 
 
 def ghost_is_cheaper(tokens: int, d_out: int, d_in: int) -> bool:
@@ -171,11 +178,11 @@ def _watched_experts(
     for Eq. 7, whose square is the sum over its experts, each of which sees only the tokens that are routed to it.
     """
 
-    def watch(name: str, output: Tensor, inputs: Tensor, slots: _SampleSlots) -> Tensor:
+    def watch(name: str, output: Tensor, inputs: Tensor, routed: _Routed) -> Tensor:
         inputs = inputs.detach()
 
         def squares_of(gradient: Tensor) -> dict[str, Tensor]:
-            a, g = _with_range(slots.spread(inputs)), _with_range(slots.spread(gradient))
+            a, g = _with_range(routed.by_sample(inputs)), _with_range(routed.by_sample(gradient))
             ghost = ghost_is_cheaper(a.shape[1], g.shape[2], a.shape[2])
             return {name: ghost_squares(a @ a.mT, g) if ghost else direct_squares(a, g)}
 
@@ -185,34 +192,49 @@ def _watched_experts(
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """(B*T, d), expert of every token and choice (B*T, c), its weight (B*T, c) -> (B*T, d)."""
         result = torch.zeros_like(hidden)
-        for expert in chosen.unique().tolist():
-            token, choice = (chosen == expert).nonzero(as_tuple=True)
-            slots = _SampleSlots(token // (len(hidden) // samples), samples)
-            inputs = hidden[token]
+        for expert, routed in _route(chosen, samples, len(experts.gate_up_proj)):  # type: ignore[arg-type]
+            inputs = hidden[routed.token]
             gate_up = nn.functional.linear(inputs, experts.gate_up_proj[expert])  # type: ignore[index]
-            gate, up = watch("gate_up_proj", gate_up, inputs, slots).chunk(2, dim=-1)
+            gate, up = watch("gate_up_proj", gate_up, inputs, routed).chunk(2, dim=-1)
             inner = experts.act_fn(gate) * up  # type: ignore[operator]
             down = nn.functional.linear(inner, experts.down_proj[expert])  # type: ignore[index]
-            added = watch("down_proj", down, inner, slots) * weights[token, choice, None]
-            result = result.index_add(0, token, added.to(result.dtype))
+            added = watch("down_proj", down, inner, routed) * weights[routed.token, routed.choice, None]
+            result = result.index_add(0, routed.token, added.to(result.dtype))
         return result
 
     with forward_replaced([experts], forward):
         yield
 
 
-class _SampleSlots:
-    """Sorts the tokens of one expert by sample, padded with zeros, which add nothing to a norm."""
+@dataclass(frozen=True)
+class _Routed:
+    """What one expert is given, (n,) each: tokens, ascending; which choice of the token it is; whose sample it is of;
+    and its place among the expert's tokens of that sample. shape: samples, and the most tokens of any of them."""
 
-    def __init__(self, sample: Tensor, samples: int) -> None:
-        """sample: (n,), ascending: which sample each token belongs to."""
-        counts = torch.bincount(sample, minlength=samples)
-        self._sample = sample
-        self._slot = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
-        self._shape = (samples, int(counts.max()))
+    token: Tensor
+    choice: Tensor
+    sample: Tensor
+    place: Tensor
+    shape: tuple[int, int]
 
-    def spread(self, rows: Tensor) -> Tensor:
-        """(n, d) -> (B, longest, d)."""
-        spread = rows.new_zeros(*self._shape, rows.shape[-1])
-        spread[self._sample, self._slot] = rows
-        return spread
+    def by_sample(self, rows: Tensor) -> Tensor:
+        """(n, d) -> (B, longest, d), padded with zeros, which add nothing to a norm."""
+        sorted_rows = rows.new_zeros(*self.shape, rows.shape[-1])
+        sorted_rows[self.sample, self.place] = rows
+        return sorted_rows
+
+
+def _route(chosen: Tensor, samples: int, experts: int) -> Iterator[tuple[int, _Routed]]:
+    """Every expert that was chosen, and for what: (B*T, c). A GPU is waited for once, for all the numbers of tokens."""
+    expert, order = chosen.flatten().sort(stable=True)
+    token, choice = order // chosen.shape[1], order % chosen.shape[1]
+    sample = token // (len(chosen) // samples)
+    group = expert * samples + sample
+    counts = group.new_zeros(experts * samples).index_add_(0, group, torch.ones_like(group))
+    place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+    end = 0
+    for number, of_samples in enumerate(counts.reshape(experts, samples).tolist()):
+        part = slice(end, end := end + sum(of_samples))
+        if part.start < part.stop:
+            shape = samples, max(of_samples)
+            yield number, _Routed(token[part], choice[part], sample[part], place[part], shape)

@@ -134,13 +134,15 @@ def loss_gradients(
 
     Raises UserError if a loss is not finite; `first_sample` is the number of the first one in the calibration set.
     """
-    together = logits_batch(model, input_ids)
+    together = logits_batch(input_ids.shape[1], model.config.vocab_size, hidden.device)
     gradients: list[Tensor] = []
+    known: list[Tensor] = []
     for start in range(0, len(hidden), together):
         leaf = hidden[start : start + together].detach().requires_grad_(True)
         losses = losses_from(model, layers, leaf, input_ids[start : start + together])
-        require_finite(losses, first_sample + start)
         gradients += torch.autograd.grad(losses.sum(), leaf)
+        known.append(losses.detach())
+    require_finite(torch.cat(known), first_sample)
     return torch.cat(gradients)
 
 

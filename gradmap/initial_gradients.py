@@ -18,7 +18,7 @@ from gradmap.console import progress
 from gradmap.corrections import LowRank, Place, corrected, linear_maps, untrained_low_rank
 from gradmap.distributed import share_of_step, sum_gradients
 from gradmap.errors import UserError
-from gradmap.layerwise import losses_from, run_layers
+from gradmap.layerwise import losses_from, run_layers, stacked_on_cpu
 
 RANK = 8
 STEPS = 40
@@ -28,13 +28,13 @@ LEARNING_RATE = 2e-4  # the paper does not say
 
 def layer_importances(model: Any, architecture: Architecture, input_ids: Tensor, seed: int) -> list[float]:
     """The importances of a layer's weights, summed up. input_ids: (N, T)."""
-    layers = range(len(architecture.layer_list(model)))
-    totals = [0.0 for _ in layers]
+    totals: dict[int, Tensor] = {}
     for gradients in lora_gradients(model, architecture, input_ids, seed):
         for place, (up, down) in gradients.items():
             # |B A|^2 = tr(B^T B A A^T), without the product
-            totals[place.layer] += ((up.mT @ up) * (down @ down.mT)).sum().item() / STEPS
-    return totals
+            importance = ((up.mT @ up) * (down @ down.mT)).sum().double() / STEPS
+            totals[place.layer] = totals.get(place.layer, 0) + importance
+    return stacked_on_cpu([totals[layer] for layer in sorted(totals)]).tolist()
 
 
 def weight_importances(

@@ -6,7 +6,7 @@ model itself is run with its layers made to pass their input on, and the argumen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,14 @@ def run_layers(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Te
     for _, leaving in layer_passes(model, layers, input_ids):  # noqa: B007 - all but the last are let go at once
         pass
     return leaving
+
+
+def stacked_on_cpu(of_layers: Sequence[Tensor]) -> Tensor:
+    """What was computed of each layer, (...) each, as one tensor (L, ...) in the CPU's memory.
+
+    A GPU is waited for whenever something is fetched, so all is fetched at once. Layers may be on several GPUs.
+    """
+    return torch.stack([tensor.to(of_layers[0].device) for tensor in of_layers]).cpu()
 
 
 def logits_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gradmap.architectures import Architecture
 from gradmap.batching import forward_batch
 from gradmap.console import progress
-from gradmap.layerwise import layer_passes
+from gradmap.layerwise import layer_passes, stacked_on_cpu
 
 Matrix = NDArray[np.float64]
 
@@ -51,7 +51,7 @@ def last_hidden_states(model: Any, architecture: Architecture, input_ids: Tensor
     batches = []
     for batch in input_ids.split(forward_batch(input_ids, model.device)):
         passes = layer_passes(model, layers, batch.to(model.device))
-        batches.append(torch.stack([entering[:, -1].double().cpu() for entering, _ in passes]))
+        batches.append(stacked_on_cpu([entering[:, -1].double() for entering, _ in passes]))
     return np.asarray(torch.cat(batches, dim=1))
 
 

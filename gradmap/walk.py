@@ -66,7 +66,7 @@ class Walk:
     def loss(self, changes: Changes) -> float:
         """Mean next-token cross-entropy (nats per token) if the rest of the way is gone with the changes."""
         losses = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
-        together = logits_batch(self._model, self.input_ids)
+        together = logits_batch(self.input_ids.shape[1], self._model.config.vocab_size, self.hidden.device)
 
         def run_batch(samples: slice) -> None:
             leaving = self._run(self._ahead, samples).split(together)

@@ -80,9 +80,12 @@ def train_low_rank(pruned: Pruned, so_far: Compensation, known: Lessons) -> tupl
     samples, goal = torch.cat([known.input_ids, written.input_ids]), torch.cat([known.outputs, written.outputs])
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, math.ceil(len(samples) / STEP_SAMPLES))
-    with progress("Distilling (samples)", len(samples)) as advance:
+    with (
+        progress("Distilling (samples)", len(samples)) as advance,
+        pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, together),
+    ):
         for rows in torch.randperm(len(samples), generator=generator).split(STEP_SAMPLES):
-            _take_step(pruned, together, samples[rows], goal[rows.to(goal.device)], parameters, optimizer)
+            _take_step(pruned, samples[rows], goal[rows.to(goal.device)], parameters, optimizer)
             schedule.step()
             advance(len(rows))
     return pruned.judge([(place, _trained(factor)) for place, factor in factors], so_far.changes, so_far.held_out_loss)
@@ -140,7 +143,7 @@ def distillation_gradients(
 ) -> Tensor:
     """dL/d hidden (B, T, d) of the last layer's output, where L is the mean over positions of the cross-entropy between
     the next-token distributions that follow from `goal` (B, T, d) and from `hidden`. A few samples at a time."""
-    together = logits_batch(model, input_ids)
+    together = logits_batch(input_ids.shape[1], model.config.vocab_size, hidden.device)
     gradients: list[Tensor] = []
     for start in range(0, len(hidden), together):
         part = slice(start, start + together)
@@ -154,29 +157,24 @@ def distillation_gradients(
 
 
 def _take_step(
-    pruned: Pruned,
-    changes: Changes,
-    input_ids: Tensor,
-    goal: Tensor,
-    parameters: list[Tensor],
-    optimizer: torch.optim.Optimizer,
+    pruned: Pruned, input_ids: Tensor, goal: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
+    """Of the pruned model as it is now, that is with what is trained on hooks."""
     device = pruned.model.device
     ids, wanted = (share_of_step(tensor).to(device) for tensor in (input_ids, goal))
     optimizer.zero_grad()
     if len(ids):
-        _backward(pruned, changes, ids, wanted, len(input_ids))
+        _backward(pruned, ids, wanted, len(input_ids))
     sum_gradients(parameters)
     optimizer.step()
 
 
-def _backward(pruned: Pruned, changes: Changes, ids: Tensor, wanted: Tensor, samples: int) -> None:
+def _backward(pruned: Pruned, ids: Tensor, wanted: Tensor, samples: int) -> None:
     """This process's part of the mean over `samples`."""
-    with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
-        layers = pruned.architecture.layer_list(pruned.model)
-        hidden = run_layers(pruned.model, layers, ids)
-        gradients = distillation_gradients(pruned.model, layers, hidden, wanted, ids)
-        hidden.backward(gradients * (len(ids) / samples))
+    layers = pruned.architecture.layer_list(pruned.model)
+    hidden = run_layers(pruned.model, layers, ids)
+    gradients = distillation_gradients(pruned.model, layers, hidden, wanted, ids)
+    hidden.backward(gradients * (len(ids) / samples))
 
 
 def _trained(factor: LowRank) -> LowRank:

@@ -15,6 +15,7 @@ from gradmap.console import progress
 from gradmap.corrections import Changes
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
+from gradmap.layerwise import stacked_on_cpu
 
 
 def project_most_drifted(pruned: Pruned) -> Compensation:
@@ -59,6 +60,6 @@ def _mean_outputs(model: Any, modules: Sequence[nn.Module], input_ids: Tensor, b
     with progress("Measuring drift (samples)", len(share)) as advance:
         for batch in share.split(batch_size):
             outputs = [output for _, output in run_and_capture(model, modules, batch)]
-            total = total + torch.stack([output.flatten(end_dim=-2).double().sum(dim=0).cpu() for output in outputs])
+            total = total + stacked_on_cpu([output.flatten(end_dim=-2).double().sum(dim=0) for output in outputs])
             advance(len(batch))
     return summed(total) / input_ids.numel()

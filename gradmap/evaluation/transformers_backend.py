@@ -154,10 +154,10 @@ class Pack:
 
 def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[Request, Score]:
     longest = max(len(pack.tokens) for pack in packs)
-    inputs = {"input_ids": _padded([pack.tokens for pack in packs], longest, 0)}
+    inputs = {"input_ids": _padded([pack.tokens for pack in packs], longest, 0).to(model.device)}
     if packs[0].is_branched:
-        branches = _padded([pack.branches for pack in packs], longest, _PADDING)
-        inputs["position_ids"] = _padded([pack.positions for pack in packs], longest, 0)
+        branches = _padded([pack.branches for pack in packs], longest, _PADDING).to(model.device)
+        inputs["position_ids"] = _padded([pack.positions for pack in packs], longest, 0).to(model.device)
         inputs["attention_mask"] = _additive(_tree_mask(branches), model.get_input_embeddings().weight.dtype)
     # else every sequence is an ordinary one, padded on the right: causal attention alone is right
     rows = [
@@ -167,7 +167,7 @@ def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[Request, Score]:
         for place in places
     ]  # fmt: skip
     targets = [token for pack in packs for request in pack.requests for token in request.continuation]
-    logits = _logits_at(model, torch.tensor(rows), {name: value.to(model.device) for name, value in inputs.items()})
+    logits = _logits_at(model, torch.tensor(rows), inputs)
     log_likelihoods, greedy = _token_scores(logits, torch.tensor(targets, device=logits.device))
     scores, start = {}, 0
     for request in (request for pack in packs for request in pack.requests):
@@ -187,13 +187,14 @@ def _tree_mask(branches: Tensor) -> Tensor:
     """
     queries, keys = branches[:, :, None], branches[:, None, :]
     length = branches.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
     return causal & ((keys == queries) | ((keys == 0) & (queries != _PADDING)))
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, L, L) bool -> (B, 1, L, L): what every attention implementation of transformers takes."""
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _logits_at(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:

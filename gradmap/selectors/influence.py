@@ -15,7 +15,7 @@ from gradmap.batching import forward_batch
 from gradmap.compensators.magnitude import magnitude_ratio, scales_behind
 from gradmap.corrections import Changes, followed_by, pruned_and_corrected
 from gradmap.distributed import share_of, summed
-from gradmap.layerwise import layer_passes
+from gradmap.layerwise import layer_passes, stacked_on_cpu
 from gradmap.selection import Advance, ReducedModelScorer, Selection, Subject
 
 
@@ -60,8 +60,10 @@ def block_influences(
     layers = architecture.layer_list(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
     for batch in share_of(input_ids)[0].split(forward_batch(input_ids, model.device)):
-        for index, (entering, leaving) in enumerate(layer_passes(model, layers, batch.to(model.device))):
-            turned = 1 - cosine_similarity(entering, leaving.to(entering.device), dim=-1)
-            totals[index] += turned.double().sum().cpu()
+        turned = [
+            (1 - cosine_similarity(entering, leaving.to(entering.device), dim=-1)).double().sum()
+            for entering, leaving in layer_passes(model, layers, batch.to(model.device))
+        ]
+        totals += stacked_on_cpu(turned)
         advance(len(layers) * len(batch))
     return summed(totals) / input_ids.numel()

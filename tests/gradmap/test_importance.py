@@ -5,7 +5,7 @@ import torch
 from accelerate import dispatch_model
 
 from gradmap.architectures import architecture_of, without_layers
-from gradmap.batching import Batches
+from gradmap.batching import LOGITS_BYTES, Batches
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.errors import UserError
@@ -75,7 +75,10 @@ def test_loss_and_its_gradient_are_those_of_cross_entropy(picos, input_ids):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), hidden)[0])
 
 
-def test_a_nan_loss_names_the_sample(picos, input_ids):
+@pytest.mark.parametrize("logits_bytes", [1, LOGITS_BYTES["cpu"]])
+def test_a_nan_loss_names_the_sample(picos, input_ids, monkeypatch, logits_bytes):
+    """Whether the output layer takes the samples of a batch one by one or together."""
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", logits_bytes)
     pico = picos["llama"]
     model = pico.load(torch.float32)
     poisoned = int(input_ids[3, 0])

@@ -1,0 +1,294 @@
+"""What goes between host and GPU does not grow with what is computed: copies and waits of every step are counted.
+
+A wait is the host's for the GPU: a blocking copy, or a value or size that is read. Where a GPU is fast, each costs more
+than a layer does, since nothing is given to it meanwhile. The counts below are what the steps take today; a lower one
+may replace them, a higher one needs a reason.
+"""
+
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from gradmap.batching import Batches
+from gradmap.calibration import Calibration
+from gradmap.compensation import Pruned, pruned_loss
+from gradmap.compensators.distil import dense_outputs, train_low_rank, write_on
+from gradmap.compensators.projection import mean_drift
+from gradmap.compensators.ridge import Fit, accumulate_gram, fit_correction
+from gradmap.corrections import Update, linear_maps, pruned_and_corrected, weight_of
+from gradmap.evaluation.backends import Request
+from gradmap.evaluation.transformers_backend import TransformersBackend
+from gradmap.importance import layer_scores, streamed_layer_scores
+from gradmap.initial_gradients import layer_importances
+from gradmap.manifold import last_hidden_states
+from gradmap.selection import Selection, Subject
+from gradmap.selectors.influence import block_influences
+from gradmap.selectors.repair import RepairScorer
+from tests.conftest import LAYERS, VOCABULARY, make_pico
+from tests.gradmap.fake_gpu import fake_gpu
+
+REMOVED = (1,)
+MAPS = 7  # linear maps in a layer of Llama: that many corrections has a plan that corrects all
+
+
+@dataclass(frozen=True)
+class Size:
+    """Samples in all, and how many are in a batch."""
+
+    layers: int = 3
+    samples: int = 2
+    tokens: int = 8
+    batch: int = 2
+
+    @property
+    def batches(self) -> int:
+        return self.samples // self.batch
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(3, VOCABULARY, (self.samples, self.tokens), generator=generator)
+
+
+# Deeper, wider batches, longer samples, and more of them
+SIZES = [Size(), Size(layers=6), Size(samples=4, batch=4), Size(tokens=40), Size(samples=4)]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Copies and waits: once, for each batch, for each layer, for each layer and batch, and for each correction."""
+
+    once: tuple[int, int] = (0, 0)
+    batch: tuple[int, int] = (0, 0)
+    layer: tuple[int, int] = (0, 0)
+    layer_batch: tuple[int, int] = (0, 0)
+    correction: tuple[int, int] = (0, 0)
+
+    def of(self, size: Size) -> tuple[int, int]:
+        kept = size.layers - len(REMOVED)
+        factors = (1, size.batches, size.layers, size.layers * size.batches, MAPS * kept)
+        counts = (self.once, self.batch, self.layer, self.layer_batch, self.correction)
+        copies, waits = (sum(f * count[kind] for f, count in zip(factors, counts, strict=True)) for kind in (0, 1))
+        return copies, waits
+
+
+STEPS = {}
+
+
+def step(**allowed):
+    """A function of a pico, its model and a Size that returns what to run, and what that may take."""
+
+    def add(prepare):
+        STEPS[prepare.__name__] = prepare, Allowed(**allowed)
+        return prepare
+
+    return add
+
+
+# transformers looks at the positions of every batch that has no mask, and waits for the answer, in each run of a model:
+# one or two of the waits of a batch are that.
+
+
+@step(batch=(2, 5))
+def importance(pico, model, size):
+    return lambda: layer_scores(model, pico.architecture, size.input_ids, Batches(size.batch))
+
+
+@step(once=(3, 5), batch=(3, 5), layer_batch=(6, 6))  # hidden states live in the CPU's memory
+def streamed_importance(pico, model, size):
+    return lambda: streamed_layer_scores(model, pico.architecture, size.input_ids, Batches(size.batch), [])
+
+
+@step(once=(2, 3))
+def influence(pico, model, size):
+    return lambda: block_influences(model, pico.architecture, size.input_ids)
+
+
+@step(once=(2, 3))
+def similarity(pico, model, size):
+    return lambda: last_hidden_states(model, pico.architecture, size.input_ids)
+
+
+@step(once=(2 + 1, 2 * 4 + 1), layer=(MAPS, MAPS))  # factors are drawn on the CPU, whatever the device
+def first_training_steps(pico, model, size):
+    """Two of them."""
+
+    def run():
+        with patch("gradmap.initial_gradients.STEPS", 2):
+            return layer_importances(model, pico.architecture, size.input_ids, 0)
+
+    return run
+
+
+@step(layer=(12, 17))  # a layer that is tried is fitted, measured, and compared; states live in the CPU's memory
+def repair_selection(pico, model, size):
+    scorer = RepairScorer(Subject(model, pico.architecture, calibration(size)))
+    return lambda: list(scorer.score(Selection(()), lambda n: None).values())
+
+
+@step(batch=(4, 6))
+def drift(pico, model, size):
+    return lambda: list(mean_drift(pruned(pico, model, size)).values())
+
+
+@step(once=(2, 2), batch=(2, 4))
+def gram_matrices(pico, model, size):
+    return lambda: accumulate_gram(pruned(pico, model, size), Fit(0, 1, "refit", True), {})
+
+
+@step(once=(5, 14), batch=(2, 4))
+def refit(pico, model, size):
+    """With two lambdas to choose from."""
+    return lambda: fit_correction(pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2]).change.matrix
+
+
+@step(batch=(1, 3), correction=(1, 1))
+def loss_of_a_plan(pico, model, size):
+    changes = plan_changes(pico, model)
+    return lambda: pruned_loss(model, pico.architecture, size.input_ids, REMOVED, changes, size.batch)
+
+
+@step(once=(2, 2))
+def writing(pico, model, size):
+    return lambda: write_on(model, size.input_ids[:, :4], size.tokens, seed=0)
+
+
+@step(batch=(2, 3))
+def outputs_to_distil(pico, model, size):
+    return lambda: dense_outputs(pruned(pico, model, size), size.input_ids)
+
+
+@step(batch=(5, 6))
+def evaluation(pico, model, size):
+    requests = [Request(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
+    return lambda: log_likelihoods(model, requests, size.batch * (size.tokens - 1))
+
+
+@step(batch=(7, 7))
+def evaluation_of_choices(pico, model, size):
+    rows = size.input_ids.tolist()
+    requests = [Request(tuple(row[:-4]), tuple(row[-4:end])) for row in rows for end in (-2, -1, None)]
+    return lambda: log_likelihoods(model, requests, size.batch * (size.tokens + 2))
+
+
+@step(batch=(5, 6), correction=(1, 1))
+def evaluation_of_a_plan(pico, model, size):
+    requests = [Request(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
+    changes = plan_changes(pico, model)
+
+    def run():
+        with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
+            return log_likelihoods(model, requests, size.batch * (size.tokens - 1))
+
+    return run
+
+
+def calibration(size):
+    """As many samples to fit on as `size` says, and a few that are held out."""
+    ids = size.input_ids
+    made = Calibration("test", 0, torch.cat([ids, ids[: max(1, round(len(ids) / 3))]]))
+    assert torch.equal(made.fit_ids, ids)
+    return made
+
+
+def pruned(pico, model, size):
+    return Pruned(model, pico.architecture, calibration(size), REMOVED, size.batch)
+
+
+def plan_changes(pico, model):
+    """Of every linear map, in the CPU's memory and float32, as they are loaded."""
+    generator = torch.Generator().manual_seed(2)
+    maps = linear_maps(pico.architecture, model, range(len(pico.architecture.layer_list(model))))
+    return {place: [Update(0.01 * torch.randn(weight_of(module).shape, generator=generator))] for place, module in maps}
+
+
+def log_likelihoods(model, requests, batch_tokens):
+    backend = TransformersBackend(model, "float64")
+    backend._batch_tokens = batch_tokens
+    return [score.log_likelihood for score in backend.score(requests)]
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    """By their number of layers."""
+    root = tmp_path_factory.mktemp("llamas")
+    return {layers: make_pico("llama", root / str(layers), num_hidden_layers=layers) for layers in (3, 6)}
+
+
+def run_on_gpu(pico, prepare, size):
+    """The result, and the traffic."""
+    model = pico.load()
+    with fake_gpu() as gpu:
+        run = prepare(pico, gpu.move(model), size)
+        with gpu.traffic() as traffic:
+            result = run()
+        result = tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, result)
+    return result, traffic
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_takes_no_more_copies_and_waits_than_these(llamas, name, size):
+    prepare, allowed = STEPS[name]
+    _, traffic = run_on_gpu(llamas[size.layers], prepare, size)
+    copies, waits = allowed.of(size)
+    assert traffic.copies <= copies, traffic
+    assert traffic.waits <= waits, traffic
+    assert traffic.waits_in_backward == 0, traffic
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_computes_what_it_computes_on_a_cpu(llamas, name):
+    prepare, _ = STEPS[name]
+    actual, _ = run_on_gpu(llamas[3], prepare, Size())
+    expected = prepare(llamas[3], llamas[3].load(), Size())()
+    # float64 but for the losses, and attention is summed up in another order
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_mask_that_choices_need_is_made_on_the_gpu(llamas):
+    """Bytes that are copied grow with the tokens, not with their square."""
+    sizes = [Size(tokens=tokens) for tokens in (8, 40)]
+    few, many = (run_on_gpu(llamas[3], evaluation_of_choices, size)[1].copied_bytes for size in sizes)
+    assert many <= 5 * few
+
+
+def test_importance_of_every_family(pico):
+    """Experts are run one by one, so the host has to know how many tokens each was given, once in a layer."""
+    size = Size(layers=LAYERS)
+    actual, traffic = run_on_gpu(pico, importance, size)
+    allowed = Allowed(batch=(2, 7), layer_batch=(1, 1) if pico.architecture.expert_down_projections else (0, 0))
+    copies, waits = allowed.of(size)
+    assert traffic.copies <= copies, traffic
+    assert traffic.waits <= waits, traffic
+    assert traffic.waits_in_backward == 0, traffic
+    torch.testing.assert_close(actual, importance(pico, pico.load(), size)(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "prepare_changes",
+    [
+        lambda pico, model: {},
+        pytest.param(plan_changes, marks=pytest.mark.xfail(strict=True, reason="moved in every step of training")),
+    ],
+    ids=["bare", "corrected"],
+)
+def test_a_step_of_training_takes_the_same_however_deep_the_model(llamas, prepare_changes):
+    """Four samples more are twelve with what is written: three steps, and three batches of the dense model."""
+    growth = {}
+    for layers in (3, 6):
+        counts = []
+        for samples in (4, 8):
+
+            def train(pico, model, size):
+                return lambda: train_low_rank(pruned(pico, model, size), prepare_changes(pico, model))
+
+            _, traffic = run_on_gpu(llamas[layers], train, Size(layers, samples, batch=4))
+            assert traffic.waits_in_backward == 0, traffic
+            counts.append((traffic.copies, traffic.waits))
+        growth[layers] = tuple(after - before for before, after in zip(*counts, strict=True))
+    assert growth[3] == growth[6]
+    assert growth[6] <= (3 * (2 + 2), 3 * (5 + 3))
