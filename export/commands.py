@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
-from gradmap.console import print_json_line, print_table, say
+from gradmap.console import heartbeat, print_json_line, print_table, say, so_far
 
 # Differences of logits are relative; "same" counts most likely tokens, and generated tokens before the first other one.
 CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
 
 
+@heartbeat(so_far("gradmap export"))
 def export(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Each format is written to a subdirectory of its name.")],
@@ -82,6 +83,7 @@ def export(
         print_json_line(records)
 
 
+@heartbeat(so_far("gradmap verify"))
 def verify(
     directory: Annotated[Path, typer.Argument(help="An artifact, as it was received.")],
     json_line: JsonOption = False,

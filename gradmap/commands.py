@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradmap.console import print_json_line, print_table
+from gradmap.console import heartbeat, print_json_line, print_table, so_far
 from gradmap.errors import UserError
 
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory, or hub id such as org/name.")]
@@ -22,6 +22,7 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or spread (over all GPUs).")]
 
 
+@heartbeat(so_far("gradmap prune"))
 def prune(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="The plan directory to write.")],

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import JsonOption
-from gradmap.console import print_json_line, print_table
+from gradmap.console import heartbeat, print_json_line, print_table, so_far
 from gradmap.errors import UserError
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import ARRIVALS, CONCURRENCY, Load
@@ -22,6 +22,7 @@ ParquetOption = Annotated[bool, typer.Option("--parquet", help="Write the raw re
 RESERVED_ARMS = (DENSE, DENSE_AGAIN, PRUNED)
 
 
+@heartbeat(so_far("gradmap loadtest"))
 def loadtest(
     dense: Annotated[str, typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server.")],
     out: Annotated[Path, typer.Option(help="Directory for records.jsonl, blocks.jsonl and report.json.")],
@@ -98,6 +99,7 @@ def loadtest(
     return _finish(result, json_line)
 
 
+@heartbeat(so_far("gradmap report"))
 def report(
     directory: Annotated[Path, typer.Argument(help="The directory of a load test.")],
     require_speedup: Annotated[

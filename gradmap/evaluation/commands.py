@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import AllowPickleOption, DeviceOption, DtypeOption, GgufOption, JsonOption
-from gradmap.console import print_json_line, print_table
+from gradmap.console import heartbeat, print_json_line, print_table, so_far
 from gradmap.errors import UserError
 
 
+@heartbeat(so_far("gradmap eval"))
 def evaluate(
     model: Annotated[str, typer.Option("--model", help="The dense model: a directory, a hub id, or a server's URL.")],
     out: Annotated[Path, typer.Option(help="The JSON file to write; the raw records go beside it.")],
