@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -79,6 +79,11 @@ def waiting(what: str | Callable[[], str]) -> Iterator[None]:
         return
     with heartbeat(so_far(what)):
         yield
+
+
+def importing() -> AbstractContextManager[None]:
+    """For the imports that a command begins with: of torch and transformers, which take ten seconds."""
+    return waiting("Importing torch and transformers")
 
 
 @contextmanager
