@@ -14,7 +14,7 @@ from pathlib import Path
 from resource import struct_rusage
 from typing import Any
 
-from gradmap.console import say
+from gradmap.console import say, waiting
 from gradmap.errors import UserError
 from gradmap.files import read_json, sha256_file, sha256_json, write_json
 from gradmap.verdict import EXIT_CODES
@@ -43,7 +43,8 @@ def stage_key(stage: Stage) -> str:
 
 
 def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
-    key = stage_key(stage)
+    with waiting(f"{label} {stage.name}: hashing what it reads"):
+        key = stage_key(stage)
     marker = _marker(out, stage.name)
     if not forced and stage.output.exists() and marker.exists() and read_json(marker)["key"] == key:
         say(f"{label} {stage.name}: done before, inputs unchanged")

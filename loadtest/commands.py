@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import JsonOption
-from gradmap.console import print_json_line, print_table
+from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.errors import UserError
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import ARRIVALS, CONCURRENCY, Load
@@ -22,6 +22,7 @@ ParquetOption = Annotated[bool, typer.Option("--parquet", help="Write the raw re
 RESERVED_ARMS = (DENSE, DENSE_AGAIN, PRUNED)
 
 
+@heartbeat(so_far("gradmap loadtest"))
 def loadtest(
     dense: Annotated[str, typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server.")],
     out: Annotated[Path, typer.Option(help="Directory for records.jsonl, blocks.jsonl and report.json.")],
@@ -70,10 +71,11 @@ def loadtest(
     json_line: JsonOption = False,
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
-    from loadtest.outcome import Gate, read_report, run_load_test
-    from loadtest.prompts import Workload
-    from loadtest.records import read_measurements, write_parquet
-    from loadtest.slo import parse_slo
+    with importing():
+        from loadtest.outcome import Gate, read_report, run_load_test
+        from loadtest.prompts import Workload
+        from loadtest.records import read_measurements, write_parquet
+        from loadtest.slo import parse_slo
 
     settings = LoadTestSettings(
         dense=dense,
@@ -98,6 +100,7 @@ def loadtest(
     return _finish(result, json_line)
 
 
+@heartbeat(so_far("gradmap report"))
 def report(
     directory: Annotated[Path, typer.Argument(help="The directory of a load test.")],
     require_speedup: Annotated[
@@ -108,8 +111,9 @@ def report(
     json_line: JsonOption = False,
 ) -> int:
     """Compute a load test's report and verdict anew from its raw records."""
-    from loadtest.outcome import read_report, report_again
-    from loadtest.records import read_measurements, write_parquet
+    with importing():
+        from loadtest.outcome import read_report, report_again
+        from loadtest.records import read_measurements, write_parquet
 
     earlier = read_report(against) if against else None
     result = report_again(directory, require_speedup, earlier)
@@ -126,7 +130,8 @@ def run(
     json_line: JsonOption = False,
 ) -> int:
     """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not repeated."""
-    from loadtest.pipeline import run_recipe
+    with importing():
+        from loadtest.pipeline import run_recipe
 
     result = run_recipe(recipe, out or Path("out", recipe.stem), from_stage, fresh)
     if json_line:

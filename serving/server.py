@@ -17,7 +17,9 @@ from typing import Self
 import httpx
 import psutil
 
+from gradmap.console import so_far
 from gradmap.errors import UserError
+from gradmap.heartbeat import Heartbeat
 from gradmap.openai_api import served_model
 from serving.identity import require_model
 from serving.log import Log, Output
@@ -73,6 +75,11 @@ class Server:
     ) -> None:
         self.stop()
 
+    @property
+    def phase(self) -> str:
+        """How far the start has come."""
+        return self._output.phase
+
     def wait_until_ready(self, on_poll: Callable[[], None] = lambda: None) -> str:
         """Returns the served model's name once it has completed a request. Raises ServerError if it does not."""
         started = time.monotonic()
@@ -102,11 +109,12 @@ class Server:
         process = self._process
         if process is None:
             return
-        if process.poll() is None:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(self.settings.drain_s + KILL_MARGIN_S)
-        self._end()
+        with Heartbeat(self.log.say).during(so_far("Stopping vLLM")):
+            if process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(self.settings.drain_s + KILL_MARGIN_S)
+            self._end()
         self._process = None
 
     def kill(self) -> None:
