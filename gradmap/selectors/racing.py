@@ -12,18 +12,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# How many samples a layer is measured on before it is compared for the first time; then twice as many, and so on.
-FIRST_SAMPLES = 8
-# Standard errors of the mean difference. With 8 samples (t with 7 degrees of freedom), 1% of equals would be given up.
+# Standard errors of the mean difference. With SmolLM2's losses, samples in random order, 4 at a time: 2% of 360 rounds of
+# 27 to 29 layers, which measured a third of everything, ended with another layer than that of the lowest mean, whose
+# loss was 0.004 nats per token higher: a tenth of the standard error of the measurement.
 CLEARLY = 3.0
 
 
-def laps(samples: int) -> Iterator[slice]:
-    """The samples that are measured from one comparison to the next: 8, 8, 16, 32, ... of them."""
-    start, stop = 0, FIRST_SAMPLES
-    while start < samples:
-        yield slice(start, min(stop, samples))
-        start, stop = stop, 2 * stop
+def laps(samples: int, length: int) -> Iterator[slice]:
+    """The samples that are measured from one comparison to the next, so many at a time."""
+    for start in range(0, samples, length):
+        yield slice(start, min(start + length, samples))
 
 
 @dataclass
@@ -58,9 +56,14 @@ class Race:
 
 
 def is_clearly_worse(losses: Tensor, best: Tensor) -> bool:
-    """Whether losses (m,) are beyond chance above `best` (n,) on the same samples, the first m."""
-    differences = losses - best[: len(losses)]
-    if len(differences) < FIRST_SAMPLES:
+    """Whether losses (m,) are beyond chance above `best` (n,) on the same samples, the first m.
+
+    What is asked is the mean over these n samples and no others, so that its error goes to zero with the n - m that are
+    not measured yet: s sqrt(1/m - 1/n).
+    """
+    measured, samples = len(losses), len(best)
+    if not 1 < measured < samples:
         return False
-    standard_error = differences.std() / len(differences) ** 0.5
-    return bool(differences.mean() > CLEARLY * standard_error)
+    differences = losses - best[:measured]
+    error = float(differences.std()) * math.sqrt(1 / measured - 1 / samples)
+    return float(differences.mean()) > CLEARLY * error
