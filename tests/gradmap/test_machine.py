@@ -96,6 +96,20 @@ def test_a_cpu_whose_products_are_limited_to_avx2_is_found_out():
     assert finished.stdout.startswith("False"), finished.stdout
 
 
+@pytest.mark.parametrize("slower", [True, False])
+def test_threads_that_wait_for_each_other_are_said(monkeypatch, capsys, slower):
+    threads = [2]
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads[0])
+    monkeypatch.setattr("torch.set_num_threads", lambda count: threads.__setitem__(0, count))
+    monkeypatch.setattr(machine, "limit_threads", lambda: None)
+    seconds = {1: 1.0, 2: 3.0 if slower else 0.6}
+    monkeypatch.setattr(machine, "_seconds_of_product", lambda inputs, weight: seconds[threads[0]])
+    machine.warn_if_threads_hinder.cache_clear()
+    machine.warn_if_threads_hinder()
+    assert ("2 threads take 3.0 times as long as one" in capsys.readouterr().err) is slower
+    assert threads == [2]
+
+
 def test_every_dtype_is_measured():
     assert measure_cpu().by_dtype.keys() == {"float32", "bfloat16", "float16"}
     assert min(measure_cpu().by_dtype.values()) > 0
