@@ -16,6 +16,9 @@ from torch import Tensor
 # of 27 to 29 layers, which measured a third of everything, ended with another layer than that of the lowest mean. Its
 # loss was 0.004 nats per token higher, a third of the standard error of such a difference.
 CLEARLY = 3.0
+# So many are taken off what a layer that was given up is said to cost, since it is not tried again while another one
+# costs less. With none off, the best layer of a third round was not tried in 7% of cases; with these, in 1%.
+AT_LEAST = 1.5
 
 
 def laps(samples: int, length: int) -> Iterator[slice]:
@@ -45,25 +48,32 @@ class Race:
         return self.best is not None and is_clearly_worse(losses, self.best)
 
     def enter(self, losses: Tensor) -> float:
-        """Takes note of the losses (m,) of a layer; returns their mean over all samples, as far as it is known.
+        """Takes note of the losses (m,) of a layer; returns their mean over all samples.
 
-        What two layers differ by on the first samples is taken for what they differ by on all.
+        If not all were measured, that is what it is at least: what two layers differ by on the first samples is taken
+        for what they differ by on all, less some of its error.
         """
         if not self.is_behind(losses):
             self.best = losses
         assert self.best is not None, "the first one is measured on all samples"
-        return self.best_mean + float((losses - self.best[: len(losses)]).mean())
+        difference, error = mean_difference(losses, self.best)
+        return self.best_mean + difference - AT_LEAST * error
 
 
 def is_clearly_worse(losses: Tensor, best: Tensor) -> bool:
-    """Whether losses (m,) are beyond chance above `best` (n,) on the same samples, the first m.
-
-    What is asked is the mean over these n samples and no others, so that its error goes to zero with the n - m that are
-    not measured yet: s sqrt(1/m - 1/n).
-    """
-    measured, samples = len(losses), len(best)
-    if not 1 < measured < samples:
+    """Whether losses (m,) are beyond chance above `best` (n,) on the same samples, the first m."""
+    if not 1 < len(losses) < len(best):
         return False
-    differences = losses - best[:measured]
-    error = float(differences.std()) * math.sqrt(1 / measured - 1 / samples)
-    return float(differences.mean()) > CLEARLY * error
+    difference, error = mean_difference(losses, best)
+    return difference > CLEARLY * error
+
+
+def mean_difference(losses: Tensor, best: Tensor) -> tuple[float, float]:
+    """By how much the mean of losses is above that of `best` (n,), estimated from the first m, and its standard error.
+
+    What is asked is the mean over these n samples and no others, so that the error goes to zero with the n - m that are
+    not measured yet: s sqrt(1/m - 1/n). losses: (m,), 1 < m.
+    """
+    differences = losses - best[: len(losses)]
+    error = 0.0 if len(losses) == len(best) else float(differences.std()) * math.sqrt(1 / len(losses) - 1 / len(best))
+    return float(differences.mean()), error

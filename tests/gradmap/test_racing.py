@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradmap.selectors.racing import CLEARLY, Race, is_clearly_worse, laps
+from gradmap.selectors.racing import AT_LEAST, CLEARLY, Race, is_clearly_worse, laps
 
 SAMPLES = 32
 
@@ -65,3 +65,6 @@ def test_what_is_given_up_is_estimated_by_its_difference_on_the_first_samples():
     race, best = Race(SAMPLES), torch.arange(SAMPLES, dtype=torch.float64)
     race.enter(best)
     assert race.enter(best[:4] + 2) == pytest.approx(float(best.mean()) + 2)  # not the mean of the first four
+    spread = torch.tensor([3.0, 1.0, 3.0, 1.0], dtype=torch.float64)
+    error = float(spread.std()) * math.sqrt(1 / 4 - 1 / SAMPLES)
+    assert race.enter(best[:4] + spread) == pytest.approx(float(best.mean()) + 2 - AT_LEAST * error)
