@@ -42,12 +42,17 @@ def stage_key(stage: Stage) -> str:
     return sha256_json([version("gradmap"), stage.arguments, inputs])
 
 
-def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
-    key = stage_key(stage)
+def is_done(stage: Stage, out: Path) -> bool:
+    """Whether it was done before, with these inputs."""
     marker = _marker(out, stage.name)
-    if not forced and stage.output.exists() and marker.exists() and read_json(marker)["key"] == key:
+    return stage.output.exists() and marker.exists() and read_json(marker)["key"] == stage_key(stage)
+
+
+def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
+    if not forced and is_done(stage, out):
         say(f"{label} {stage.name}: done before, inputs unchanged")
         return
+    key, marker = stage_key(stage), _marker(out, stage.name)
     say(f"{label} {stage.name}")
     started = time.monotonic()
     marker.unlink(missing_ok=True)
