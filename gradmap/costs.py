@@ -20,8 +20,9 @@ HELD_OUT_FRACTION = 0.25
 SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
 # gradmap.compensators.sequential: how many are tried. ridge: the same for `projection`.
 LAMBDAS, PROJECTION_LAMBDAS = 5, 8
-# gradmap.compensators.distil: samples that the dense model writes for each that is fitted on, and how many at once.
-WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER = 2, 64
+# gradmap.compensators.distil: samples that the dense model writes for each that is fitted on, and how many at once; the
+# rank of what is trained, and samples of a step.
+WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES = 2, 64, 16, 4
 # Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are tried in each.
 TRIED_IN_LATER_ROUNDS = 2.7
 # Of the samples to measure on, that a layer which is tried sees on average before the race is decided.
@@ -29,7 +30,8 @@ MEASURED_SHARE = 0.5
 # Hidden states that a selection by repairs holds of a token it fits on: wanted, entering and added; and of one that it
 # measures on: the last two, now, of the best removal so far, and, of half of the layers each, of two more.
 FIT_STATES, MEASURE_STATES = 3, 4
-STEP_SAMPLES = 4
+# Numbers that training keeps of a token in each layer for its backward pass, over the widths of the layer's maps.
+KEPT_WIDTHS = 2
 # Of a checkpoint that is streamed from disk, in each round of scores.
 READS_PER_ROUND = 3
 # Python, torch, transformers and what they keep, as measured.
@@ -128,9 +130,7 @@ def score_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE)
 def gradient_norm_flops(shape: Shape, layers: float, tokens: int) -> float:
     """Of one token: two Gram matrices (T x T) for every linear map; maps that share an input share its own."""
     inputs = 2 * shape.width + shape.attention_width + shape.inner
-    outputs = 2 * shape.width + (1 + 2 * shape.kv_share) * shape.attention_width
-    outputs += (2 if shape.gated else 1) * shape.inner
-    return 2 * tokens * layers * (inputs + outputs)
+    return 2 * tokens * layers * (inputs + shape.map_outputs)
 
 
 def sleb_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
@@ -151,17 +151,17 @@ def taylor_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE
 
 def selection_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
     """`--selector repair`: all samples pass the dense model once; after a removal, those to fit on pass what is behind
-    it; and of those to measure on, a share passes what is behind each layer that is tried. That is half of the layers
-    on average. A trial begins with a fit (d x d), whose solution is small beside its sums."""
+    it; and of those to measure on, a share passes what is behind each layer that is tried. The first is not, so that
+    this is half of the others on average. A trial begins with a fit (d x d), of which the sums are counted."""
     fitted, measured = size.select_fit_tokens, size.select_measure_tokens
     fit = (4 * fitted + 2 * MEASURED_SHARE * measured) * shape.width**2
     total = fitted * shape.layer_flops(shape.layers) + measured * shape.forward_flops(shape.layers)
     for removed in range(rounds):
         left = shape.layers - removed
         tried = left - 1 if removed == 0 else TRIED_IN_LATER_ROUNDS
-        total += tried * (fit + MEASURED_SHARE * measured * shape.forward_flops(left / 2))
+        total += tried * (fit + MEASURED_SHARE * measured * shape.forward_flops((left - 2) / 2))
         if removed > 0:
-            total += fitted * shape.layer_flops(left / 2)
+            total += fitted * shape.layer_flops((left - 1) / 2)
     return total
 
 
@@ -173,16 +173,19 @@ def _mean_left(shape: Shape, rounds: int) -> float:
 def fits_flops(
     shape: Shape, remove: int, runs: int, features: float, size: CalibrationSize = DEFAULT_SIZE, lambdas: int = LAMBDAS
 ) -> float:
-    """A fit before each run of removed layers: either model is walked through once for all of them, a layer that is
-    fitted runs once more, and each lambda is tried on what is behind it, half of what is left.
+    """A fit before each run of removed layers. Of all runs together, the dense model is walked through to its end, and
+    the pruned one to the last of them; a layer that is fitted runs once more; and each lambda is tried on what is
+    behind it, half of what is left.
 
     features: what is fitted from, d (W') or k (the down projection itself). Solutions are left out.
     """
     left = shape.layers - remove
-    walks = size.fit_tokens * shape.layer_flops(shape.layers + left + runs)
-    trials = (1 + runs * lambdas) * shape.forward_flops(left / 2)
-    gram = 2 * features * (features + shape.width)
-    return walks + size.held_out_tokens * (shape.layer_flops(left) + trials) + runs * size.fit_tokens * gram
+    last = left * runs / (runs + 1)  # as far as the last of so many places reaches on average
+    walks = size.fit_tokens * shape.layer_flops(shape.layers + last + runs) + size.held_out_tokens * shape.layer_flops(
+        last
+    )
+    trials = (1 + runs * lambdas) * size.held_out_tokens * shape.forward_flops(left / 2)
+    return walks + trials + runs * size.fit_tokens * 2 * features * (features + shape.width)
 
 
 def refit_flops(shape: Shape, remove: int, runs: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
@@ -190,11 +193,14 @@ def refit_flops(shape: Shape, remove: int, runs: int, size: CalibrationSize = DE
 
 
 def training_flops(shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """`distil` after that: the dense model's logits, whose hidden states are known, and the pruned model forward and,
-    through its activations, backward; in the end the held-out loss."""
-    pruned = shape.forward_flops(shape.layers - remove)
+    """`distil` after that: the dense model's logits, whose hidden states are known; the pruned model forward and,
+    through its activations, backward; the low-rank corrections of every map likewise, and their own gradients; in the
+    end the held-out loss."""
+    left = shape.layers - remove
+    pruned = shape.forward_flops(left)
+    corrections = 3 * 2 * RANK * left * (shape.map_inputs + shape.map_outputs)
     lessons = (size.fit + size.written) * size.tokens
-    return lessons * (shape.head_flops + 2 * pruned) + size.held_out_tokens * pruned
+    return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * pruned
 
 
 def writing_seconds(shape: Shape, hardware: Hardware, size: CalibrationSize = DEFAULT_SIZE) -> float:
@@ -309,7 +315,8 @@ def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     backward pass, and a refit's Gram matrices (the sum, a batch's part, the regularised matrix and its factor)."""
     size, states = pruning.size, shape.layers * shape.width * hardware.state_bytes
     select = (FIT_STATES * size.select_fit_tokens + MEASURE_STATES * size.select_measure_tokens) * states
-    trained = STEP_SAMPLES * size.tokens * (shape.layers - pruning.remove) * (6 * shape.width + 4 * shape.inner)
+    widths = KEPT_WIDTHS * (shape.map_inputs + shape.map_outputs)
+    trained = STEP_SAMPLES * size.tokens * (shape.layers - pruning.remove) * widths
     needed = [
         select if pruning.selector == "repair" else 0.0,
         trained * FLOAT32_BYTES if pruning.compensator == "distil" else 0.0,

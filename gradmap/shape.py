@@ -73,6 +73,18 @@ class Shape:
         return self._parameters_with(self.inner)
 
     @property
+    def map_inputs(self) -> float:
+        """The widths of what enters a layer's linear maps, added up."""
+        gates = 2 if self.gated else 1
+        return (3 + gates) * self.width + self.attention_width + self.inner
+
+    @property
+    def map_outputs(self) -> float:
+        """Of what leaves them."""
+        gates = 2 if self.gated else 1
+        return 2 * self.width + (1 + 2 * self.kv_share) * self.attention_width + gates * self.inner
+
+    @property
     def head_parameters(self) -> float:
         return self.width * self.vocabulary
 

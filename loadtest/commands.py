@@ -24,7 +24,7 @@ AgainstOption = Annotated[
 ParquetOption = Annotated[bool, typer.Option("--parquet", help="Write the raw records as Parquet too.")]
 ESTIMATED = "estimated within a factor of two"
 DEFAULT_WORK = (
-    "This is for 128 x 128 tokens of calibration, 100 documents of each of the paper's tasks and 100 segments of a text, "
+    "This is for 128 x 128 tokens of calibration, 100 documents of each of the paper's tasks, 100 segments of a text, "
     "formats hf and vllm, and a full load test; `gradmap run RECIPE --dry-run` estimates a recipe."
 )
 ESTIMATE_COLUMNS = ("minutes", "memory (GB)", "available (GB)")

@@ -19,14 +19,13 @@ from gradmap.costs import (
     CalibrationSize,
     Hardware,
     Pruning,
-    model_bytes,
     prune_bytes,
     repair_seconds,
     select_seconds,
     streamed_bytes,
     streaming_seconds,
 )
-from gradmap.evaluation.costs import EvaluationSize, evaluation_seconds
+from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
 from gradmap.evaluation.tasks import expand_names
 from gradmap.precision import AUTOCAST
 from gradmap.prune import choose_methods, layers_to_remove, require_removable
@@ -148,7 +147,7 @@ def _estimate_eval(recipe: Recipe, shape: Shape, left: int, speeds: Speeds) -> E
         answers=bool(section.answers),
     )
     seconds = evaluation_seconds(shape, hardware, size, (shape.layers, left))
-    return Estimate(_sum(seconds, STARTING_S), RUNTIME_BYTES + model_bytes(shape, hardware), hardware.memory)
+    return Estimate(_sum(seconds, STARTING_S), evaluation_bytes(shape, hardware, size), hardware.memory)
 
 
 def _estimate_export(recipe: Recipe, shape: Shape, layers: int, formats: list[str], speeds: Speeds) -> Estimate:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from gradmap.costs import Hardware, generation_seconds
+from gradmap.costs import RUNTIME_BYTES, Hardware, generation_seconds, model_bytes
 from gradmap.evaluation.answers import NEW_TOKENS, PROMPTS
 from gradmap.shape import Shape
 
 # Of each task, besides the model's work: to load it once, and what the harness does for each model. Seven tasks of ten
 # documents took 6 s so (benchmarks.evaluation, in float32 against bfloat16), and their data 10 s to load.
 TASK_LOADING_S, TASK_S = 1.5, 1.0
+
+# lm-evaluation-harness and its data sets in memory: SmolLM2's evaluation takes 2.0 GB with tasks.
+HARNESS_BYTES = 0.7e9
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ def evaluation_seconds(
         answers_s = generation_seconds(shape, hardware, NEW_TOKENS, len(PROMPTS), layers) if size.answers else 0.0
         seconds += flops / hardware.sustained_flops + answers_s + TASK_S * len(known)
     return seconds
+
+
+def evaluation_bytes(shape: Shape, hardware: Hardware, size: EvaluationSize) -> float:
+    """The peak; one model is loaded once, and pruned in memory."""
+    return RUNTIME_BYTES + model_bytes(shape, hardware) + (HARNESS_BYTES if size.tasks else 0.0)
 
 
 def _documents(task: str, limit: int | None) -> Documents | None:
