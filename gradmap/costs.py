@@ -27,8 +27,9 @@ WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES = 2, 64, 16, 4
 TRIED_IN_LATER_ROUNDS = 2.7
 # Of the samples to measure on, that a layer which is tried sees on average before the race is decided.
 MEASURED_SHARE = 0.5
-# Hidden states that a selection by repairs holds of a token it fits on: wanted, entering and added; and of one that it
-# measures on: the last two, now, of the best removal so far, and, of half of the layers each, of two more.
+# What a selection by repairs holds in every layer, in hidden states. Of a token that it fits on: what the dense model
+# gives, and what enters and is added now. Of one that it measures on: the last two, and again behind the layer that
+# leads and behind the one that is tried, which are half of the layers each.
 FIT_STATES, MEASURE_STATES = 3, 4
 # Numbers that training keeps of a token in each layer for its backward pass, over the widths of the layer's maps.
 KEPT_WIDTHS = 2

@@ -15,7 +15,7 @@ import torch
 from gradmap.environment import cpu_model
 from gradmap.files import cache_directory
 from gradmap.gpus import ask, visible_gpus
-from gradmap.machine import available_bytes, limit_threads, usable_cores
+from gradmap.machine import available_bytes, usable_cores, warn_if_threads_hinder
 from gradmap.precision import fastest_dtype
 from gradmap.speed import Disk, measure_disk, memory_bandwidth, product_rates
 
@@ -63,7 +63,7 @@ class Machine:
 
 def examine_machine() -> Machine:
     """Takes about two seconds."""
-    limit_threads()
+    warn_if_threads_hinder()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return Machine(
         cpu=cpu_model(),

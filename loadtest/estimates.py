@@ -50,17 +50,17 @@ CURES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds: None where the arithmetic does not know. bytes: the peak of the largest process; available: what is free
-    where it runs. parts: what the seconds are the sum of, by name, where a stage has several."""
+    """seconds: None where the arithmetic does not know. peak_bytes: of the largest process; available_bytes: what is
+    free where it runs. parts: what the seconds are the sum of, by name, where a stage has several."""
 
     seconds: float | None
-    bytes: float
-    available: float
+    peak_bytes: float
+    available_bytes: float
     parts: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
-        return self.bytes <= self.available
+        return self.peak_bytes <= self.available_bytes
 
 
 class Speeds:
@@ -198,15 +198,16 @@ def estimate_rows(estimates: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
 
 
 def estimate_cells(estimate: Estimate, seconds: float | None) -> tuple[str, str, str]:
-    known = "" if estimate.bytes == 0 else f"{estimate.bytes / 1e9:.1f}"
-    return _minutes(seconds), known, "" if not known else f"{estimate.available / 1e9:.1f}"
+    sizes = (estimate.peak_bytes, estimate.available_bytes)
+    peak, available = (f"{size / 1e9:.1f}" if size else "" for size in sizes)
+    return _minutes(seconds), peak, available
 
 
 def misfits(estimates: Mapping[str, Estimate]) -> list[str]:
     """A sentence for each stage that needs more memory than there is."""
     return [
-        f"{name} needs about {one.bytes / 1e9:.0f} GB of memory and {one.available / 1e9:.0f} GB are available: "
-        f"it does not fit; {CURES[name]}."
+        f"{name} needs about {one.peak_bytes / 1e9:.0f} GB of memory and {one.available_bytes / 1e9:.0f} GB are "
+        f"available: it does not fit; {CURES[name]}."
         for name, one in estimates.items()
         if not one.fits
     ]

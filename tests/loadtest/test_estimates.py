@@ -147,7 +147,7 @@ def test_every_stage_of_a_recipe_is_estimated(picos, word_file, speeds):
     prune = found["prune"]
     assert list(prune.parts) == ["choose layers", "repair"]
     assert prune.seconds == pytest.approx(sum(prune.parts.values()))
-    assert all(estimate.seconds > 0 and estimate.bytes > 0 for estimate in found.values())
+    assert all(estimate.seconds > 0 and estimate.peak_bytes > 0 for estimate in found.values())
     unknown = estimate_stages(
         recipe_of(picos, word_file, prune={"remove": 2, "calibration": "c4", "selector": "mka"}), speeds
     )
@@ -199,7 +199,7 @@ def test_doctor_describes_the_machine_and_with_a_model_each_stage(picos, capsys)
     code, output = run_doctor(capsys, "--model", picos["llama"].directory, "--ratio", 0.4, "--json")
     assert code == 0 and "prune: choose layers" in output.out and "loadtest" in output.out
     stages = json.loads(output.out.splitlines()[-1])["stages"]
-    assert stages["prune"]["seconds"] > 0 and stages["prune"]["bytes"] < stages["prune"]["available"]
+    assert stages["prune"]["seconds"] > 0 and stages["prune"]["peak_bytes"] < stages["prune"]["available_bytes"]
 
 
 def test_doctor_refuses_what_it_cannot_estimate(picos, capsys):
