@@ -47,12 +47,13 @@ from export.writers import (
 )
 from gradmap.architectures import Architecture, architecture_of
 from gradmap.checkpoint import Checkpoint
-from gradmap.console import say
+from gradmap.console import announced, waiting
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
 from gradmap.precision import DTYPES
+from gradmap.vllm_environment import cpu_spoils_int8
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
     for name in targets:
         refuse_foreign_directory(out / name, ARTIFACT_FILE)
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
-    say("Computing reference logits")
     dtypes = {target.rounding for target in targets.values()}
-    references = compute_references(source.checkpoint, source.removed, source.changes, source.probe_ids, dtypes)
+    with announced("Computing reference logits"):
+        references = compute_references(source.checkpoint, source.removed, source.changes, source.probe_ids, dtypes)
     return {
         name: _export_one(source, FORMATS[name], target, references[target.rounding], settings, out / name)
         for name, target in targets.items()
@@ -153,6 +154,7 @@ def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -
     needed = [package for package in packages if package != "vllm"]
     if name == "vllm" and settings.quantise is not None:
         _require_quantisable(architecture_of(config))
+        _require_checkable(settings)
         needed.append("compressed_tensors")
     for package in needed:
         if find_spec(package) is None:
@@ -162,6 +164,14 @@ def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -
     if name == "gguf":
         find_gguf_converter()
     return Target(dtype, settings.quantise, settings.shard_bytes)
+
+
+def _require_checkable(settings: ExportSettings) -> None:
+    if settings.check_vllm and find_spec("vllm") and cpu_spoils_int8():
+        raise UserError(
+            "vLLM's 8-bit products overflow on this CPU, which has no VNNI, so that it cannot check an int8 artifact; "
+            "export on one that has it, or leave the check by vLLM out (--no-check-vllm)."
+        )
 
 
 def _require_quantisable(architecture: Architecture) -> None:
@@ -196,8 +206,8 @@ def verify_directory(directory: Path) -> dict[str, Any]:
     reference = load_probe(directory / PROBE_FILE)
     runner = FORMATS[record["format"]].runners[0]
     stored = record["verification"][_label(runner)]
-    say(f"Running {directory} in a fresh process")
-    outcome = run_artifact(runner, directory, reference.input_ids, len(reference.greedy_ids))
+    with announced(f"Running {directory} with {_label(runner)} in a fresh process"):
+        outcome = run_artifact(runner, directory, reference.input_ids, len(reference.greedy_ids))
     comparison = compare(reference, outcome, Bounds(stored["tolerance"], stored["min_agreement"]))
     require_faithful(comparison)
     return {"name": record["name"], "files": len(record["files"]), "verification": {_label(runner): asdict(comparison)}}
@@ -213,9 +223,9 @@ def _export_one(
         for runner in form.runners:
             if runner == "run_vllm" and not (settings.check_vllm and find_spec("vllm")):
                 continue
-            say(f"Verifying {path}: {_label(runner)} in a fresh process")
             bounds = _bounds(source, target, written, reference, runner, settings.min_agreement)
-            outcome = run_artifact(runner, partial, source.probe_ids, len(reference.greedy_ids))
+            with announced(f"Verifying {path}: {_label(runner)} in a fresh process"):
+                outcome = run_artifact(runner, partial, source.probe_ids, len(reference.greedy_ids))
             comparisons[runner] = compare(reference, outcome, bounds)
             require_faithful(comparisons[runner])
         record = _describe(source, form, target, written, comparisons)
@@ -246,7 +256,8 @@ def _label(runner: str) -> str:
 
 
 def _hash_missing(directory: Path, known: dict[str, str]) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name not in known}
+    with waiting("Hashing what was written"):
+        return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name not in known}
 
 
 def _describe(

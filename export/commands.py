@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
-from gradmap.console import print_json_line, print_table, say
+from gradmap.console import heartbeat, importing, print_json_line, print_table, say, so_far
 
 # Differences of logits are relative; "same" counts most likely tokens, and generated tokens before the first other one.
 CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
 
 
+@heartbeat(so_far("gradmap export"))
 def export(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="Each format is written to a subdirectory of its name.")],
@@ -54,10 +55,11 @@ def export(
     json_line: JsonOption = False,
 ) -> None:
     """Fold a plan into a stock checkpoint, or an ONNX graph, and prove that it is right."""
-    from export.artifact import ExportSettings, export_artifacts, open_source, read_quality
-    from export.hub import check_hub_access, push
-    from gradmap.checkpoint import open_checkpoint
-    from gradmap.errors import UserError
+    with importing():
+        from export.artifact import ExportSettings, export_artifacts, open_source, read_quality
+        from export.hub import check_hub_access, push
+        from gradmap.checkpoint import open_checkpoint
+        from gradmap.errors import UserError
 
     if push_to_hub is not None:
         if len(format_names) != 1:
@@ -82,12 +84,14 @@ def export(
         print_json_line(records)
 
 
+@heartbeat(so_far("gradmap verify"))
 def verify(
     directory: Annotated[Path, typer.Argument(help="An artifact, as it was received.")],
     json_line: JsonOption = False,
 ) -> None:
     """Check an artifact: every file's hash, and its logits against the probe stored in it."""
-    from export.artifact import verify_directory
+    with importing():
+        from export.artifact import verify_directory
 
     result = verify_directory(directory)
     rows = [(runner, *_check_cells(check)) for runner, check in result["verification"].items()]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export import ARTIFACT_FILE
 from export.card import HUB_ID
+from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.files import read_json
 
@@ -21,7 +22,7 @@ def check_hub_access(repo_id: str) -> None:
 
     if not HUB_ID.fullmatch(repo_id):
         raise UserError(f"{repo_id} is no repository of the hub; name it as owner/name.")
-    with _explained(repo_id):
+    with _explained(repo_id), waiting("Asking the hub who we are"):
         HfApi().whoami()
 
 
@@ -33,7 +34,7 @@ def push(directory: Path, repo_id: str, private: bool = True) -> str:
     from huggingface_hub import HfApi
 
     record = read_json(directory / ARTIFACT_FILE)
-    with _explained(repo_id):
+    with _explained(repo_id), waiting(f"Uploading to {repo_id}"):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(

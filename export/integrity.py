@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from export import ARTIFACT_FILE
+from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.files import read_json, sha256_file
 
@@ -26,7 +27,9 @@ def require_files(directory: Path, hashes: dict[str, str]) -> None:
     for name, expected in hashes.items():
         if name not in present:
             raise UserError(f"{directory} lacks {name}; fetch the artifact again.")
-        if sha256_file(directory / name) != expected:
+        with waiting(f"Hashing {directory / name}"):
+            found = sha256_file(directory / name)
+        if found != expected:
             raise UserError(f"{directory / name} is not what was exported (its SHA-256 differs); fetch it again.")
     if foreign := sorted(present - hashes.keys()):
         raise UserError(f"{directory / foreign[0]} is not part of the artifact; remove it.")

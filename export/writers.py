@@ -21,7 +21,7 @@ from export.quantisation import quantisation_config
 from export.verification import run_child
 from gradmap.architectures import architecture_of, prune_config
 from gradmap.checkpoint import Checkpoint
-from gradmap.console import say
+from gradmap.console import announced
 from gradmap.corrections import Changes
 from gradmap.errors import UserError
 from gradmap.files import read_json, write_json, write_text
@@ -131,9 +131,9 @@ def write_onnx(directory: Path, source: Source, target: Target) -> Written:
 
     def convert(checkpoint: Path) -> None:
         _require_memory(checkpoint)
-        say("Tracing the ONNX graph")
         command = [sys.executable, "-m", "export.onnx_export", str(checkpoint), str(directory), json.dumps(metadata)]
-        run_child([*command, *quantise], "The model cannot be exported to ONNX")
+        with announced("Tracing the ONNX graph"):
+            run_child([*command, *quantise], "The model cannot be exported to ONNX")
 
     return _write_through_checkpoint(directory, source, target, convert)
 
@@ -145,10 +145,10 @@ def write_genai(directory: Path, source: Source, target: Target) -> Written:
 
     def convert(checkpoint: Path) -> None:
         _require_memory(checkpoint)
-        say("Building the onnxruntime-genai graph")
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(checkpoint)]
         arguments = ["-o", str(directory), "-p", precision, "-e", provider, "-c", str(checkpoint / "cache")]
-        run_child([*command, *arguments], "onnxruntime-genai cannot build this model")
+        with announced("Building the onnxruntime-genai graph"):
+            run_child([*command, *arguments], "onnxruntime-genai cannot build this model")
 
     return _write_through_checkpoint(directory, source, target, convert)
 
@@ -159,9 +159,9 @@ def write_gguf(directory: Path, source: Source, target: Target) -> Written:
     stored_type = GGUF_TYPES[target.quantise or target.dtype]
 
     def convert(checkpoint: Path) -> None:
-        say("Converting to GGUF")
         command = [converter, str(checkpoint), "--outfile", str(directory / GGUF_FILE), "--outtype", stored_type]
-        run_child([*command, "--model-name", source.served_name], "llama.cpp's converter cannot convert this model")
+        with announced("Converting to GGUF"):
+            run_child([*command, "--model-name", source.served_name], "llama.cpp's converter cannot convert this model")
 
     return _write_through_checkpoint(directory, source, target, convert)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.texts import read_texts
 
@@ -59,7 +60,8 @@ def build_calibration(tokenizer: Any, source: str, samples: int, tokens: int, se
     if tokens < 2:
         raise UserError(f"--tokens is {tokens}; at least 2 are needed to predict a next token.")
     documents = read_texts(source, seed)
-    windows = _draw_windows(tokenizer, documents, samples, tokens, random.Random(seed))
+    with waiting(f"Tokenising {source}"):
+        windows = _draw_windows(tokenizer, documents, samples, tokens, random.Random(seed))
     if len(windows) < samples:
         raise UserError(
             f"Calibration text {source} is too short: it has {len(windows)} windows of {tokens} tokens and {samples} "
@@ -91,16 +93,23 @@ def build_segments(tokenizer: Any, source: str, tokens: int, limit: int | None, 
     This is the paper's perplexity protocol (section 3: 128-token segments). Raises UserError if there is no
     full segment.
     """
-    joined: list[int] = []
-    enough = None if limit is None else limit * tokens
-    for ids in _tokenise(tokenizer, [text + "\n\n" for text in read_texts(source, seed)]):
-        joined += ids
-        if enough is not None and len(joined) >= enough:
-            break
+    documents = [text + "\n\n" for text in read_texts(source, seed)]
+    with waiting(f"Tokenising {source}"):
+        joined = _join(_tokenise(tokenizer, documents), None if limit is None else limit * tokens)
     segments = _cut(joined, tokens)[:limit]
     if not segments:
         raise UserError(f"Evaluation text {source} has {len(joined)} tokens, less than one segment of {tokens}.")
     return torch.tensor(segments)
+
+
+def _join(tokenised: Iterable[list[int]], enough: int | None) -> list[int]:
+    """All of them, or as many as make up `enough` tokens."""
+    joined: list[int] = []
+    for ids in tokenised:
+        joined += ids
+        if enough is not None and len(joined) >= enough:
+            break
+    return joined
 
 
 def _tokenise(tokenizer: Any, documents: list[str]) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from gradmap.architectures import architecture_of
-from gradmap.console import say
+from gradmap.console import announced, waiting
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, sha256_json, write_json
 from gradmap.precision import (
@@ -53,7 +53,8 @@ class Checkpoint:
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and of every weight file, by file name; read once, for weights can be large."""
         paths = (self.directory / "config.json", *self.weight_files)
-        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        hashing = waiting(f"Hashing the weights of {self.name}")
+        with hashing, ThreadPoolExecutor() as threads:  # hashing lets other threads run
             return dict(zip([path.name for path in paths], threads.map(sha256_file, paths), strict=True))
 
 
@@ -113,19 +114,11 @@ def load_model(
     dtype = resolve_dtype(dtype, device, checkpoint)
     if device == SPREAD:
         placement = {"device_map": "auto"}
-    if streamed:
-        model = _load_streamed(checkpoint, dtype, device)
-    else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory,
-            dtype=weights_dtype(dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **placement,
-        )
-        model = model if placement else model.to(device)
+    with waiting(f"Loading {checkpoint.name}"):
+        if streamed:
+            model = _load_streamed(checkpoint, dtype, device)
+        else:
+            model = _load_whole(checkpoint, dtype, device, placement)
     if device == SPREAD and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{checkpoint.name} does not fit on the GPUs of this machine together; use --stream.")
     if dtype == "float64":  # not to be had from the grouped product that mixtures of experts use otherwise
@@ -133,6 +126,19 @@ def load_model(
     if dtype == AUTOCAST:
         prepare_for_autocast(model)
     return model.eval().requires_grad_(False)
+
+
+def _load_whole(checkpoint: Checkpoint, dtype: str, device: str, placement: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory,
+        dtype=weights_dtype(dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        **placement,
+    )
+    return model if placement else model.to(device)
 
 
 def _load_streamed(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
@@ -170,7 +176,8 @@ def _download(model_id: str, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
+        with waiting(f"Fetching {model_id} from the hub"):
+            return Path(snapshot_download(model_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"Model {model_id} is no local directory and could not be fetched from the hub: {_first_line(error)}"
@@ -181,11 +188,16 @@ def _dequantise_gguf(directory: Path, gguf_file: str) -> Path:
     """Returns a cached float32 checkpoint with the GGUF's weights, config and tokenizer."""
     source = directory / gguf_file
     target = _dequantised(source)
-    if (target / "config.json").exists():
-        return target
+    if not (target / "config.json").exists():
+        with announced(f"Dequantising {source} to float32 in {target} (once)"):
+            _write_dequantised(source, target)
+    return target
+
+
+def _write_dequantised(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    say(f"Dequantising {source} to float32 in {target} (once)")
+    directory, gguf_file = source.parent, source.name
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
@@ -196,14 +208,14 @@ def _dequantise_gguf(directory: Path, gguf_file: str) -> Path:
     with atomic_directory(target, marker="config.json") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    return target
 
 
 def _dequantised(source: Path) -> Path:
     """Where the checkpoint made of a GGUF file is, or will be. Raises UserError if there is no such file."""
     if not source.is_file():
         raise UserError(f"{source} does not exist; check --gguf-file.")
-    return cache_directory() / "dequantised" / sha256_file(source)[:16]
+    with waiting(f"Hashing {source}"):
+        return cache_directory() / "dequantised" / sha256_file(source)[:16]
 
 
 def _read_gguf_config(directory: Path, gguf_file: str) -> dict[str, Any]:
@@ -229,11 +241,12 @@ def _convert_pickled(directory: Path) -> Path:
     sources = sorted(directory.glob(PICKLED_WEIGHTS))
     if not sources:
         return directory  # nothing to convert: the missing weight file is reported as such
-    target = cache_directory() / "unpickled" / sha256_json([sha256_file(path) for path in sources])[:16]
+    with waiting(f"Hashing the weights of {directory}"):
+        target = cache_directory() / "unpickled" / sha256_json([sha256_file(path) for path in sources])[:16]
     if (target / "config.json").exists():
         return target
-    say(f"Converting {len(sources)} pickled weight file(s) of {directory} to safetensors in {target} (once)")
-    with atomic_directory(target, marker="config.json") as partial:
+    what = f"Converting {len(sources)} pickled weight file(s) of {directory} to safetensors in {target} (once)"
+    with announced(what), atomic_directory(target, marker="config.json") as partial:
         weight_map: dict[str, str] = {}
         for number, source in enumerate(sources, start=1):
             name = f"model-{number:05}-of-{len(sources):05}.safetensors"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradmap.console import print_json_line, print_table
+from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.errors import UserError
 
 ModelOption = Annotated[str, typer.Option("--model", help="Model directory, or hub id such as org/name.")]
@@ -22,6 +22,7 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or spread (over all GPUs).")]
 
 
+@heartbeat(so_far("gradmap prune"))
 def prune(
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="The plan directory to write.")],
@@ -82,9 +83,10 @@ def prune(
     json_line: JsonOption = False,
 ) -> None:
     """Choose which layers to remove, compute the corrections, and write a plan."""
-    from gradmap.checkpoint import open_checkpoint
-    from gradmap.prune import PruneSettings, choose_methods, layers_to_remove, prune_less, summarise
-    from gradmap.prune import prune as make_plan
+    with importing():
+        from gradmap.checkpoint import open_checkpoint
+        from gradmap.prune import PruneSettings, choose_methods, layers_to_remove, prune_less, summarise
+        from gradmap.prune import prune as make_plan
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     count = layers_to_remove(checkpoint.config, remove, ratio)
@@ -139,7 +141,8 @@ def compare(
     json_line: JsonOption = False,
 ) -> None:
     """Compare methods at several removal counts, with the same calibration and the same evaluation."""
-    from gradmap.compare import CompareSettings, compare_methods, parse_methods, table_rows
+    with importing():
+        from gradmap.compare import CompareSettings, compare_methods, parse_methods, table_rows
 
     evaluation = {"perplexity": perplexity, "tasks": tasks, "task_data": task_data and str(task_data), "limit": limit}
     evaluation |= {"segment": segment}

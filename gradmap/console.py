@@ -6,62 +6,125 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 
+from gradmap.heartbeat import Heartbeat, Pace, describe_s
 from gradmap.processes import is_main_process
 
-PLAIN_LINE_INTERVAL_S = 10.0
+# One for all, so that messages come above what is shown live, and several live things below each other.
+STDERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(message: str) -> None:
     """Prints one line to stderr, unwrapped when stderr is not a terminal. Of several processes, the first one does."""
     if not is_main_process():
         return
-    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(message)
+    STDERR.print(message, soft_wrap=True)
+    _HEARTBEAT.spoke()
+
+
+_HEARTBEAT = Heartbeat(say)
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`. A bar with ETA on a terminal; elsewhere a line when it starts, ends, and every 10 s."""
-    if sys.stderr.isatty() and is_main_process():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+    pace, started_s = Pace(total), time.monotonic()
+
+    def advance(n: int) -> None:
+        pace.advance(n, time.monotonic() - started_s)
+
+    if _is_live():
+        counted = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), _Line(pace.describe_eta))
+        with Progress(TextColumn("{task.description}", markup=False), *counted, console=STDERR) as bar:
             task = bar.add_task(description, total=total)
-            yield lambda n: bar.advance(task, n)
+
+            def advance_bar(n: int) -> None:
+                advance(n)
+                bar.advance(task, n)
+
+            yield advance_bar
         return
-    lines = _ProgressLines(description, total)
-    yield lines.advance
-    lines.finish()
+    say(f"{description}: 0/{total}")
+    with heartbeat(lambda elapsed_s: f"{description}: {pace.describe(elapsed_s)}"):
+        yield advance
+    say(f"{description}: {pace.done}/{total} in {time.monotonic() - started_s:.1f} s")
 
 
-class _ProgressLines:
-    def __init__(self, description: str, total: int) -> None:
-        self.description, self.total, self.done = description, total, 0
-        self.started = self.last_line = time.monotonic()
-        say(f"{description}: 0/{total}")
+@contextmanager
+def waiting(what: str | Callable[[], str]) -> Iterator[None]:
+    """Names what takes its time and cannot be counted: on a terminal while it lasts, elsewhere every 10 s.
 
-    def advance(self, n: int) -> None:
-        self.done += n
-        now = time.monotonic()
-        if now - self.last_line >= PLAIN_LINE_INTERVAL_S and 0 < self.done < self.total:
-            self.last_line = now
-            eta_s = (now - self.started) / self.done * (self.total - self.done)
-            say(f"{self.description}: {self.done}/{self.total}, ETA {eta_s:.0f} s")
+    Where it is quick, nothing is said. what: may change in the meantime.
+    """
+    if _is_live():
+        with Progress(SpinnerColumn(), _Line(so_far(what)), console=STDERR, transient=True) as spinner:
+            spinner.add_task("", total=None)
+            yield
+        return
+    with heartbeat(so_far(what)):
+        yield
 
-    def finish(self) -> None:
-        say(f"{self.description}: {self.done}/{self.total} in {time.monotonic() - self.started:.1f} s")
+
+def importing() -> AbstractContextManager[None]:
+    """For the imports that a command begins with: of torch and transformers, which take ten seconds."""
+    return waiting("Importing torch and transformers")
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """The same for what is seldom quick, so that it is said at once."""
+    say(what)
+    with waiting(what):
+        yield
+
+
+@contextmanager
+def heartbeat(describe: Callable[[float], str]) -> Iterator[None]:
+    """Says `describe(seconds so far)` after every 10 s of silence, and nothing on a terminal. Also a decorator.
+
+    Of such blocks inside each other, the innermost is what is said.
+    """
+    if sys.stderr.isatty() or not is_main_process():
+        yield
+        return
+    with _HEARTBEAT.during(describe):
+        yield
+
+
+def so_far(what: str | Callable[[], str]) -> Callable[[float], str]:
+    """From seconds to `what, 20 s so far`."""
+    return lambda elapsed_s: f"{what if isinstance(what, str) else what()}, {describe_s(elapsed_s)} so far"
+
+
+def _is_live() -> bool:
+    return sys.stderr.isatty() and is_main_process()
+
+
+class _Line(ProgressColumn):
+    """Text that follows from the seconds so far."""
+
+    def __init__(self, describe: Callable[[float], str]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._describe = describe
+
+    def render(self, task: Task) -> Text:
+        return Text(self._describe(task.elapsed or 0.0))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

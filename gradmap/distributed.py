@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.processes import local_device, process_count, process_rank
 
@@ -23,7 +24,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if process_count() == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with waiting(f"Waiting for all {process_count()} processes"):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from gradmap.console import waiting
 from gradmap.errors import UserError
 
 CHUNK_BYTES = 1 << 22
@@ -94,8 +95,9 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _sync_tree(partial)
-        _replace_directory(partial, path)
+        with waiting(f"Writing {path} to the disk"):
+            _sync_tree(partial)
+            _replace_directory(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

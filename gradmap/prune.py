@@ -15,6 +15,7 @@ from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer, resolve_device, resolve_dtype
 from gradmap.compensation import Compensation, Correction, ProjectionOptions, Pruned
 from gradmap.compensators import COMPENSATORS
+from gradmap.console import waiting
 from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
@@ -141,7 +142,7 @@ def _make_plan(
 
     timings_s: dict[str, float] = {}
     with process_group(model.device), computing_in(dtype, model):
-        with _timed(timings_s, "select"):
+        with _timed(timings_s, "select"), waiting("Choosing layers"):
             subject = Subject(
                 model, architecture, calibration, _ends(checkpoint, settings), settings.stream, tuple(settings.layers)
             )
@@ -153,7 +154,7 @@ def _make_plan(
                 done=done,
                 record=record,
             )
-        with _timed(timings_s, "compensate"):
+        with _timed(timings_s, "compensate"), waiting("Repairing what is left"):
             # streamed, each pass reads every layer once, so that all samples go at once
             ids = calibration.input_ids
             batches = Batches(len(ids) if settings.stream else forward_batch(ids, model.device))

@@ -32,7 +32,7 @@ TOKENS = 128
 # share of the free memory. Passes are repeated for so long, and at most so many times.
 PASS_LIMIT_S, TIMING_LIMIT_S, REPETITIONS = 0.3, 1.0, 20
 MEMORY_SHARE = 0.2
-# Where a layer is not timed: what it reaches of the FLOP/s of a product (SmolLM2's on an EPYC: 0.7 in bfloat16 and 0.9 in
+# Where a layer is not timed: what it reaches of the FLOP/s of a product (SmolLM2's on an EPYC: 0.7 in bfloat16, 0.9 in
 # float32), and what is left of that where tokens of 64 samples pass one at a time (0.35 to 0.5, docs/scaling.md).
 LAYER_SHARE, SINGLE_TOKEN_SHARE = 0.8, 0.4
 # Of the layer's model, which has no head.

@@ -14,7 +14,7 @@ from pathlib import Path
 from resource import struct_rusage
 from typing import Any
 
-from gradmap.console import say
+from gradmap.console import say, waiting
 from gradmap.errors import UserError
 from gradmap.files import read_json, sha256_file, sha256_json, write_json
 from gradmap.verdict import EXIT_CODES
@@ -43,16 +43,18 @@ def stage_key(stage: Stage) -> str:
 
 
 def is_done(stage: Stage, out: Path) -> bool:
-    """Whether it was done before, with these inputs."""
-    marker = _marker(out, stage.name)
-    return stage.output.exists() and marker.exists() and read_json(marker)["key"] == stage_key(stage)
+    """Whether it was done before, with the inputs that there are now."""
+    # without a marker there is nothing to compare, and a model takes its time to hash
+    return _marker(out, stage.name).exists() and _was_done_with(stage_key(stage), stage, out)
 
 
 def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
-    if not forced and is_done(stage, out):
+    with waiting(f"{label} {stage.name}: hashing what it reads"):
+        key = stage_key(stage)
+    if not forced and _was_done_with(key, stage, out):
         say(f"{label} {stage.name}: done before, inputs unchanged")
         return
-    key, marker = stage_key(stage), _marker(out, stage.name)
+    marker = _marker(out, stage.name)
     say(f"{label} {stage.name}")
     started = time.monotonic()
     marker.unlink(missing_ok=True)
@@ -85,6 +87,11 @@ def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rus
 def peak_bytes(usage: struct_rusage) -> int:
     """Peak resident memory."""
     return usage.ru_maxrss * 1024
+
+
+def _was_done_with(key: str, stage: Stage, out: Path) -> bool:
+    marker = _marker(out, stage.name)
+    return stage.output.exists() and marker.exists() and read_json(marker)["key"] == key
 
 
 def _marker(out: Path, stage_name: str) -> Path:

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gradmap.console import waiting
 from gradmap.errors import UserError
 
 PRESETS = {
@@ -35,8 +36,9 @@ def read_texts(spec: str, seed: int) -> list[str]:
 
     Raises UserError if the SPEC is malformed or its data is missing or empty.
     """
-    texts = _open_source(spec, seed)
-    documents = list(dict.fromkeys(text.strip() for text in texts if isinstance(text, str) and text.strip()))
+    with waiting(f"Reading {spec}"):
+        texts = _open_source(spec, seed)
+        documents = list(dict.fromkeys(text.strip() for text in texts if isinstance(text, str) and text.strip()))
     if not documents:
         raise UserError(f"Text source {spec} has no text; check its field or column.")
     random.Random(seed).shuffle(documents)

@@ -6,7 +6,7 @@ import os
 from functools import cache
 from importlib.metadata import packages_distributions
 
-from gradmap.machine import bfloat16_pays, usable_cores
+from gradmap.machine import bfloat16_pays, multiplies_int8_exactly, usable_cores
 from gradmap.precision import AUTOCAST
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
@@ -41,6 +41,11 @@ def vllm_dtype(dtype: str) -> str:
 def cpu_wants_float32() -> bool:
     """Whether vLLM runs on a CPU here, and one that multiplies float32 faster than bfloat16."""
     return is_cpu_build() and not bfloat16_pays()
+
+
+def cpu_spoils_int8() -> bool:
+    """Whether vLLM runs on a CPU here, and one on which its 8-bit products are wrong."""
+    return is_cpu_build() and not multiplies_int8_exactly()
 
 
 @cache  # reads the metadata of every package

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import GgufOption, JsonOption
-from gradmap.console import print_json_line, print_table
+from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far, waiting
 from gradmap.errors import UserError
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import parse_loads
@@ -31,6 +31,7 @@ ESTIMATE_COLUMNS = ("minutes", "memory (GB)", "available (GB)")
 RESERVED_ARMS = (DENSE, DENSE_AGAIN, PRUNED)
 
 
+@heartbeat(so_far("gradmap loadtest"))
 def loadtest(
     dense: Annotated[str, typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server.")],
     out: Annotated[Path, typer.Option(help="Directory for records.jsonl, blocks.jsonl and report.json.")],
@@ -79,10 +80,11 @@ def loadtest(
     json_line: JsonOption = False,
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
-    from loadtest.outcome import Gate, read_report, run_load_test
-    from loadtest.prompts import Workload
-    from loadtest.records import read_measurements, write_parquet
-    from loadtest.slo import parse_slo
+    with importing():
+        from loadtest.outcome import Gate, read_report, run_load_test
+        from loadtest.prompts import Workload
+        from loadtest.records import read_measurements, write_parquet
+        from loadtest.slo import parse_slo
 
     settings = LoadTestSettings(
         dense=dense,
@@ -107,6 +109,7 @@ def loadtest(
     return _finish(result, json_line)
 
 
+@heartbeat(so_far("gradmap report"))
 def report(
     directory: Annotated[Path, typer.Argument(help="The directory of a load test.")],
     require_speedup: Annotated[
@@ -117,8 +120,9 @@ def report(
     json_line: JsonOption = False,
 ) -> int:
     """Compute a load test's report and verdict anew from its raw records."""
-    from loadtest.outcome import read_report, report_again
-    from loadtest.records import read_measurements, write_parquet
+    with importing():
+        from loadtest.outcome import read_report, report_again
+        from loadtest.records import read_measurements, write_parquet
 
     earlier = read_report(against) if against else None
     result = report_again(directory, require_speedup, earlier)
@@ -138,11 +142,13 @@ def run(
     json_line: JsonOption = False,
 ) -> int:
     """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not repeated."""
-    from loadtest.pipeline import plan_run, planned_rows, run_recipe
+    with importing():
+        from loadtest.pipeline import plan_run, planned_rows, run_recipe
 
     out = out or Path("out", recipe.stem)
     if dry_run:
-        planned = plan_run(recipe, out, from_stage, fresh)
+        with waiting("Measuring this machine"):
+            planned = plan_run(recipe, out, from_stage, fresh)
         print_table(f"What would run, {ESTIMATED}", ("stage", "", *ESTIMATE_COLUMNS), planned_rows(planned))
         if json_line:
             print_json_line({"stages": [asdict(stage) for stage in planned]})
@@ -163,18 +169,21 @@ def doctor(
     json_line: JsonOption = False,
 ) -> None:
     """Say what this machine can do, and how long each stage would take with a model."""
-    from gradmap.checkpoint import read_config
-    from gradmap.doctor import examine_machine, machine_rows
-    from loadtest.estimates import Speeds, default_recipe, estimate_rows, estimate_stages, misfits
+    with importing():
+        from gradmap.checkpoint import read_config
+        from gradmap.doctor import examine_machine, machine_rows
+        from loadtest.estimates import Speeds, default_recipe, estimate_rows, estimate_stages, misfits
 
     if model is None and (gguf_file, remove, ratio) != (None, None, None):
         raise UserError("--gguf-file, --remove and --ratio are of a model; give --model.")
     config = None if model is None else read_config(model, gguf_file)
-    machine = examine_machine()
+    with waiting("Measuring this machine"):
+        machine = examine_machine()
     print_table("This machine", ("", ""), machine_rows(machine))
     result: dict[str, Any] = {"machine": asdict(machine)}
     if model is not None and config is not None:
-        estimates = estimate_stages(default_recipe(model, gguf_file, remove, ratio), Speeds(config, machine.disk))
+        with waiting("Measuring how fast it runs the model"):
+            estimates = estimate_stages(default_recipe(model, gguf_file, remove, ratio), Speeds(config, machine.disk))
         print_table(f"{model}, {ESTIMATED}", ("stage", *ESTIMATE_COLUMNS), estimate_rows(estimates))
         print(DEFAULT_WORK)
         for misfit in misfits(estimates):

@@ -85,9 +85,9 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
     salt = secrets.token_hex(8)
     requests = draw_requests(bench.prompts, name, count, load, settings.workload.seed, salt)
     stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(block.pair, f"pair {block.pair + 1}")
-    shown = bench.board.load(block.arm, stay, load, count)
+    showing = bench.board.load(block.arm, stay, load, count)
     records: list[RequestRecord] = []
-    with TemporaryDirectory(dir=bench.out, prefix=".load-") as directory:
+    with showing as shown, TemporaryDirectory(dir=bench.out, prefix=".load-") as directory:
         files = {kind: Path(directory, kind) for kind in ("requests", "records", "usage")}
         save_requests(files["requests"], requests)
         files["records"].mkdir()
@@ -101,8 +101,8 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
         tokens_before = generated_tokens(endpoint.url)
         with sampled(block.arm, block.pair, load.name) as resources:
             _run_locust(_locust_command(endpoint, block, load, settings.processes_at(load), files), look, bench.out)
+        look()  # what it wrote between the last look and its end
         busy = [read_json(path)["client_cpu"] for path in files["usage"].iterdir()]
-    shown.end(records)
     records.sort(key=lambda record: record.sent_s)
     seen = sum(record.completion_tokens for record in records)
     server_tokens = None if tokens_before is None else _tokens_since(endpoint.url, tokens_before, seen)

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 from gradmap.checkpoint import load_tokenizer
-from gradmap.console import say
+from gradmap.console import say, waiting
 from gradmap.errors import UserError
 from gradmap.files import read_json
 from gradmap.openai_api import authorization, served_model
@@ -50,7 +50,8 @@ class Session:
 def run_session(settings: LoadTestSettings, session: Session) -> None:
     """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until then stays."""
     check_settings(settings)
-    prompts = _open_prompts(settings)
+    with waiting("Reading the prompts"):
+        prompts = _open_prompts(settings)
     session.start()
     stays = list(_consecutive(schedule(settings), fresh=settings.interleaved))
     board = Board(len(stays) + sum(len(blocks) for _, blocks in stays) * len(settings.loads))
@@ -126,14 +127,18 @@ def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[
         return
     server_settings = suited_to_machine(ServerSettings(Path(target), port=free_port(), vllm_flags=settings.vllm_flags))
     log = out / f"server-{arm}.log"
-    say(f"Starting vLLM for the {arm} model (log: {log})")
+    starting = f"Starting vLLM for the {arm} model"
+    say(f"{starting} (log: {log})")
     with closing(Log(log)) as output, Server(server_settings, output) as server:
-        yield Endpoint(server_settings.url, server.wait_until_ready())
+        with waiting(lambda: f"{starting}: {server.phase}"):
+            model = server.wait_until_ready()
+        yield Endpoint(server_settings.url, model)
 
 
 def _require_model(url: str) -> str:
     try:
-        with httpx.Client(base_url=url, headers=authorization(), timeout=30.0) as client:
+        client = httpx.Client(base_url=url, headers=authorization(), timeout=30.0)
+        with waiting(f"Asking {url} for its model"), client:
             return served_model(client)
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise UserError(f"{url} does not answer as an OpenAI-compatible server: {error}.") from None

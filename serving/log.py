@@ -22,6 +22,10 @@ PHASES = {
     "Resolved architecture": "starting the engine",
     "Starting to load model": "loading weights",
     "Loading weights took": "warming up",
+    "Warming up model for the compilation": "compiling",  # on a CPU
+    "Starting torch.compile": "compiling",
+    "torch.compile took": "profiling memory",
+    "Profiling CUDA graph memory": "capturing CUDA graphs",
     "init engine": "starting the API",
     "Application startup complete": "first completion",
 }
@@ -84,6 +88,7 @@ class Output:
 
     def __init__(self, log: Log, on_phase: Callable[[str], None] = lambda phase: None) -> None:
         self._log, self._on_phase = log, on_phase
+        self.phase = FIRST_PHASE
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def follow(self, lines: Iterable[bytes]) -> None:
@@ -94,6 +99,7 @@ class Output:
             self._log.relay(line)
             for sign, phase in PHASES.items():
                 if sign in line:
+                    self.phase = phase
                     self._on_phase(phase)
 
     def error(self) -> str | None:

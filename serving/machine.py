@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pynvml
 
@@ -11,7 +12,7 @@ from gradmap.errors import UserError
 from gradmap.files import read_json
 from gradmap.gpus import VISIBLE_VARIABLE, ask, visible_gpus
 from gradmap.machine import NATIVE_BFLOAT16_CAPABILITY
-from gradmap.vllm_environment import KV_CACHE_VARIABLE, cpu_wants_float32, is_cpu_build
+from gradmap.vllm_environment import KV_CACHE_VARIABLE, cpu_spoils_int8, cpu_wants_float32, is_cpu_build
 from serving.flags import TENSOR_FLAGS, flag_value
 from serving.identity import Identity
 from serving.settings import ServerSettings, server_environment
@@ -125,6 +126,15 @@ def suited_to_machine(settings: ServerSettings) -> ServerSettings:
     """The settings with the dtype flags that this machine's hardware asks for. Raises UserError if GPUs are missing."""
     flags = settings.vllm_flags
     return replace(settings, vllm_flags=(*dtype_flags(require_gpus(settings), flags), *flags))
+
+
+def require_exact_products(directory: Path) -> None:
+    """Raises UserError for an 8-bit model on a CPU that would compute it wrongly."""
+    if read_json(directory / "config.json").get("quantization_config") and cpu_spoils_int8():
+        raise UserError(
+            f"{directory} is quantised to 8 bits, and vLLM's 8-bit products overflow on this CPU, which has no VNNI; "
+            "serve it on one that has it, or export without --quantise."
+        )
 
 
 def bytes_in_memory(settings: ServerSettings, identity: Identity) -> int:

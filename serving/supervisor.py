@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from threading import Event
 
+from gradmap.heartbeat import Heartbeat
 from serving.identity import Identity
 from serving.log import FIRST_PHASE, Log
 from serving.server import Server, ServerError
@@ -71,6 +72,7 @@ class Supervisor:
         self.settings, self.identity, self.policy, self.log = settings, identity, policy, log
         self.status = Status()
         self._server: Server | None = None
+        self._heartbeat = Heartbeat(log.say)
 
     def run(self, stopping: Event) -> None:
         """Serves until `stopping` is set, or fails for good. A first start that fails is not repeated: it would fail
@@ -106,7 +108,8 @@ class Supervisor:
 
         try:
             with Server(self.settings, self.log, self._enter_phase) as self._server:
-                model = self._server.wait_until_ready(stop_if_asked)
+                with self._heartbeat.during(lambda _: self._describe_start()):
+                    model = self._server.wait_until_ready(stop_if_asked)
                 self._become_ready(model)
                 while not stopping.wait(POLL_S):
                     self._server.require_running()
@@ -118,7 +121,11 @@ class Supervisor:
         if phase not in self.status.phases:
             elapsed_s = time.monotonic() - self.status.started
             self.status = replace(self.status, phases={**self.status.phases, phase: elapsed_s})
-            self.log.say(f"[{elapsed_s:4.0f} s] {phase}")
+            self.log.say(self._describe_start())
+            self._heartbeat.spoke()
+
+    def _describe_start(self) -> str:
+        return f"[{time.monotonic() - self.status.started:4.0f} s] {self.status.phase}"
 
     def _become_ready(self, model: str) -> None:
         elapsed_s = time.monotonic() - self.status.started

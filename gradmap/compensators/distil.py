@@ -22,7 +22,6 @@ from gradmap.compensators.ridge import Walks
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
 from gradmap.console import progress
 from gradmap.corrections import (
-    Changes,
     LowRank,
     followed_by,
     linear_maps,
@@ -131,11 +130,22 @@ def write_on(model: Any, architecture: Architecture, prompts: Tensor, length: in
         outputs.append(captured[last_layer][1])
         if ids.shape[1] == length:
             return Lessons(ids.cpu(), torch.cat(outputs, dim=1))
-        chances = output.logits[:, -1].float().softmax(dim=-1)
+        logits, cache = output.logits[:, -1], output.past_key_values
         # drawn where the logits are: to hand them to the CPU takes as long as the model does
-        generator = generator or torch.Generator(chances.device).manual_seed(seed)
-        entering, cache = torch.multinomial(chances, 1, generator=generator).to(ids.device), output.past_key_values
+        generator = generator or torch.Generator(logits.device).manual_seed(seed)
+        entering = draw_tokens(logits, generator).to(ids.device)
         ids = torch.cat([ids, entering], dim=1)
+
+
+def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token (B, 1) from each distribution (B, V): the first whose cumulative probability exceeds a uniform number.
+
+    torch.multinomial draws a number for every token of the vocabulary, which takes a CPU as long as the model does.
+    """
+    chances = (logits.double() - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    total = chances[:, -1:]
+    uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
+    return torch.searchsorted(chances, uniform * total, right=True).clamp(max=chances.shape[1] - 1)
 
 
 def distillation_gradients(

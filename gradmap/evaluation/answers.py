@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradmap.console import waiting
 from gradmap.evaluation.backends import Backend
 
 NEW_TOKENS = 48
@@ -33,7 +34,8 @@ class Answer:
 
 def answer_prompts(backend: Backend, tokenizer: Any) -> list[Answer]:
     """Greedy answers to PROMPTS, asked through the tokenizer's chat template if it has one."""
-    answers = backend.generate([_encode(tokenizer, prompt) for prompt in PROMPTS], NEW_TOKENS)
+    with waiting("Answering the fixed prompts"):
+        answers = backend.generate([_encode(tokenizer, prompt) for prompt in PROMPTS], NEW_TOKENS)
     return [
         Answer(tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens), repeated_share(tokens))
         for tokens in answers

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import AllowPickleOption, DeviceOption, DtypeOption, GgufOption, JsonOption
-from gradmap.console import print_json_line, print_table
+from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.errors import UserError
 
 
+@heartbeat(so_far("gradmap eval"))
 def evaluate(
     model: Annotated[str, typer.Option("--model", help="The dense model: a directory, a hub id, or a server's URL.")],
     out: Annotated[Path, typer.Option(help="The JSON file to write; the raw records go beside it.")],
@@ -53,12 +54,13 @@ def evaluate(
     json_line: JsonOption = False,
 ) -> int:
     """Measure perplexity and zero-shot accuracy of a model, and of the same model pruned; compare, and judge."""
-    from gradmap.evaluation.comparison import Gate
-    from gradmap.evaluation.evaluate import EvaluationSettings
-    from gradmap.evaluation.evaluate import evaluate as measure
-    from gradmap.evaluation.subjects import Where, find_subjects
-    from gradmap.evaluation.tasks import expand_names
-    from gradmap.verdict import EXIT_CODES, Verdict
+    with importing():
+        from gradmap.evaluation.comparison import Gate
+        from gradmap.evaluation.evaluate import EvaluationSettings
+        from gradmap.evaluation.evaluate import evaluate as measure
+        from gradmap.evaluation.subjects import Where, find_subjects
+        from gradmap.evaluation.tasks import expand_names
+        from gradmap.verdict import EXIT_CODES, Verdict
 
     settings = EvaluationSettings(
         texts=_named_sources(perplexity or []),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from gradmap.console import progress
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Request
 from gradmap.evaluation.scoring import Scorer
@@ -65,15 +66,19 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         answers = []
-        for request in requests:
-            prompt, options = request.args
-            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-                raise UserError(f"{self._description} samples its answers; only greedy tasks are supported.")
-            new_tokens = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
-            ids = self.tok_encode(prompt)[-(self._scorer.backend.max_tokens - new_tokens) :]
-            (answer,) = self._scorer.backend.generate([ids], new_tokens)
-            answers.append(_until(self.tokenizer.decode(answer, skip_special_tokens=True), options.get("until") or []))
+        with progress(f"{self._description}, {self._scorer.label}", len(requests)) as advance:
+            for request in requests:
+                answers.append(self._answer(*request.args))
+                advance(1)
         return answers
+
+    def _answer(self, prompt: str, options: Mapping[str, Any]) -> str:
+        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+            raise UserError(f"{self._description} samples its answers; only greedy tasks are supported.")
+        new_tokens = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        ids = self.tok_encode(prompt)[-(self._scorer.backend.max_tokens - new_tokens) :]
+        (answer,) = self._scorer.backend.generate([ids], new_tokens)
+        return _until(self.tokenizer.decode(answer, skip_special_tokens=True), options.get("until") or [])
 
     def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         """Cuts the context on the left, so that all but the last token fit."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from gradmap.architectures import architecture_of
 from gradmap.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_device, resolve_dtype
+from gradmap.console import waiting
 from gradmap.corrections import pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Backend
@@ -147,7 +148,8 @@ def _open_pruned(model: Any, checkpoint: Checkpoint, plan: Path, dtype: str) -> 
 def _open_vllm(checkpoint: Checkpoint, dtype: str) -> Iterator[Opened]:
     from gradmap.evaluation.vllm_backend import VllmBackend
 
-    backend = VllmBackend(checkpoint.directory, checkpoint.config, dtype)
+    with waiting(f"vLLM loads {checkpoint.name}"):
+        backend = VllmBackend(checkpoint.directory, checkpoint.config, dtype)
     try:
         yield Opened(backend, _layers_of(checkpoint.config), None, dtype)
     finally:
@@ -158,7 +160,8 @@ def _open_vllm(checkpoint: Checkpoint, dtype: str) -> Iterator[Opened]:
 def _open_endpoint(url: str) -> Iterator[Opened]:
     from gradmap.evaluation.endpoint_backend import EndpointBackend
 
-    backend = EndpointBackend(url)
+    with waiting(f"Asking {url} for its model"):
+        backend = EndpointBackend(url)
     try:
         yield Opened(backend, None, None, None)
     finally:
@@ -169,7 +172,8 @@ def _onnx_subject(directory: Path) -> Subject:
     if not (directory / ONNX_FILE).is_file():
         raise UserError(f"{directory} has no {ONNX_FILE}; give a directory of `gradmap export --format onnx`.")
     config = read_json(directory / "config.json")
-    files = {path.name: sha256_file(path) for path in sorted(directory.glob("*.onnx*"))}
+    with waiting(f"Hashing {directory}"):
+        files = {path.name: sha256_file(path) for path in sorted(directory.glob("*.onnx*"))}
     identity = _identity("onnxruntime", files, Where())
     return Subject(str(directory), identity, directory, lambda: _open_onnx(directory, config))
 
@@ -178,7 +182,9 @@ def _onnx_subject(directory: Path) -> Subject:
 def _open_onnx(directory: Path, config: dict[str, Any]) -> Iterator[Opened]:
     from gradmap.evaluation.onnx_backend import OnnxBackend
 
-    yield Opened(OnnxBackend(directory, config, end_tokens(config)), _layers_of(config), None, None)
+    with waiting(f"ONNX Runtime loads {directory}"):
+        backend = OnnxBackend(directory, config, end_tokens(config))
+    yield Opened(backend, _layers_of(config), None, None)
 
 
 def _layers_of(config: dict[str, Any]) -> int | None:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gradmap.console import say
+from gradmap.console import say, waiting
 from gradmap.errors import UserError
 from gradmap.evaluation.scoring import Scorer
 
@@ -96,11 +96,12 @@ def load_task(
     data: the directory of saved data sets; None takes the harness's own source, the hub.
     Raises UserError if the harness has no such task, or its data is missing.
     """
-    parts = {part: _load_part(part, data) for part in _expand(name)}
-    usable = {
-        part: [index for index, document in enumerate(task.eval_docs) if not _is_known(document, calibration_texts)]
-        for part, task in parts.items()
-    }
+    with waiting(f"Loading task {name}"):
+        parts = {part: _load_part(part, data) for part in _expand(name)}
+        usable = {
+            part: [index for index, document in enumerate(task.eval_docs) if not _is_known(document, calibration_texts)]
+            for part, task in parts.items()
+        }
     left_out = sum(len(task.eval_docs) - len(usable[part]) for part, task in parts.items())
     source = "hub" if data is None else str(data / _saved_data(name).folder)
     return LoadedTask(name, parts, _draw(name, usable, limit, seed), left_out, source)
@@ -118,12 +119,13 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
     from lm_eval.evaluator import evaluate
 
     documents = {part: indices for part, indices in task.documents.items() if indices}
-    results = evaluate(
-        model,
-        {"tasks": {part: task.parts[part] for part in documents}},
-        samples=documents,
-        bootstrap_iters=0,
-    )
+    with waiting(f"Evaluating {task.name}"):
+        results = evaluate(
+            model,
+            {"tasks": {part: task.parts[part] for part in documents}},
+            samples=documents,
+            bootstrap_iters=0,
+        )
     samples = [(part, sample) for part in documents for sample in _first_filter(results["samples"][part])]
     values = {
         metric: tuple(float(sample[metric]) for _, sample in samples)

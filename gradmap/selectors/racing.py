@@ -12,18 +12,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# How many samples a layer is measured on before it is compared for the first time; then twice as many, and so on.
-FIRST_SAMPLES = 8
-# Standard errors of the mean difference. With 8 samples (t with 7 degrees of freedom), 1% of equals would be given up.
+# Standard errors of the mean difference. With SmolLM2's losses, samples in random order, 4 at a time: 2% of 360 rounds
+# of 27 to 29 layers, which measured a third of everything, ended with another layer than that of the lowest mean. Its
+# loss was 0.004 nats per token higher, a third of the standard error of such a difference.
 CLEARLY = 3.0
+# So many are taken off what a layer that was given up is said to cost, since it is not tried again while another one
+# costs less. With none off, the best layer of a third round was not tried in 7% of cases; with these, in 1%.
+AT_LEAST = 1.5
 
 
-def laps(samples: int) -> Iterator[slice]:
-    """The samples that are measured from one comparison to the next: 8, 8, 16, 32, ... of them."""
-    start, stop = 0, FIRST_SAMPLES
-    while start < samples:
-        yield slice(start, min(stop, samples))
-        start, stop = stop, 2 * stop
+def laps(samples: int, length: int) -> Iterator[slice]:
+    """The samples that are measured from one comparison to the next, so many at a time."""
+    for start in range(0, samples, length):
+        yield slice(start, min(start + length, samples))
 
 
 @dataclass
@@ -47,20 +48,32 @@ class Race:
         return self.best is not None and is_clearly_worse(losses, self.best)
 
     def enter(self, losses: Tensor) -> float:
-        """Takes note of the losses (m,) of a layer; returns their mean over all samples, as far as it is known.
+        """Takes note of the losses (m,) of a layer; returns their mean over all samples.
 
-        What two layers differ by on the first samples is taken for what they differ by on all.
+        If not all were measured, that is what it is at least: what two layers differ by on the first samples is taken
+        for what they differ by on all, less some of its error.
         """
         if not self.is_behind(losses):
             self.best = losses
         assert self.best is not None, "the first one is measured on all samples"
-        return self.best_mean + float((losses - self.best[: len(losses)]).mean())
+        difference, error = mean_difference(losses, self.best)
+        return self.best_mean + difference - AT_LEAST * error
 
 
 def is_clearly_worse(losses: Tensor, best: Tensor) -> bool:
     """Whether losses (m,) are beyond chance above `best` (n,) on the same samples, the first m."""
-    differences = losses - best[: len(losses)]
-    if len(differences) < FIRST_SAMPLES:
+    if not 1 < len(losses) < len(best):
         return False
-    standard_error = differences.std() / len(differences) ** 0.5
-    return bool(differences.mean() > CLEARLY * standard_error)
+    difference, error = mean_difference(losses, best)
+    return difference > CLEARLY * error
+
+
+def mean_difference(losses: Tensor, best: Tensor) -> tuple[float, float]:
+    """By how much the mean of losses is above that of `best` (n,), estimated from the first m, and its standard error.
+
+    What is asked is the mean over these n samples and no others, so that the error goes to zero with the n - m that are
+    not measured yet: s sqrt(1/m - 1/n). losses: (m,), 1 < m.
+    """
+    differences = losses - best[: len(losses)]
+    error = 0.0 if len(losses) == len(best) else float(differences.std()) * math.sqrt(1 / len(losses) - 1 / len(best))
+    return float(differences.mean()), error

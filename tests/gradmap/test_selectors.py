@@ -22,7 +22,7 @@ from gradmap.selectors.removal_loss import losses_without, losses_without_refere
 from gradmap.selectors.repair import RELATIVE_LAMBDA, RepairScorer
 from gradmap.selectors.weights import taylor_scores
 from tests.command_line import gradmap
-from tests.conftest import CORRECTABLE, LAYERS
+from tests.conftest import CORRECTABLE, LAYERS, VOCABULARY
 from tests.gradmap.test_prune import prune_arguments
 
 
@@ -119,38 +119,72 @@ def test_orders_that_measure_nothing(picos, input_ids):
             SELECTORS["manual"](subject_of(picos["llama"], input_ids, order=order))
 
 
-def repaired_loss(pico, calibration, layer):
-    """By hand: the loss without one layer of the whole model, after least squares for the layer before it."""
-    model = pico.load()
-    layers = pico.architecture.layer_list(model)
-    projection = pico.architecture.down_projection_of(layers[layer - 1])
-    (_, output), (_, wanted), (_, added) = run_and_capture(
-        model, [layers[layer - 1], layers[layer], projection], calibration.fit_ids
-    )
+def mend_by_hand(pico, model, ids, before, wanted):
+    """Least squares for the layer `before`, towards `wanted`, in the model as it is now; the hook that does it."""
+    projection = pico.architecture.down_projection_of(before)
+    (_, output), (_, added) = run_and_capture(model, [before, projection], ids)
     scale = 1 / wanted.flatten(0, 1).norm(dim=1, keepdim=True)
     features = linear_output(projection, added).flatten(end_dim=-2) * scale
     missing = (wanted - output).flatten(0, 1) * scale
     lam = RELATIVE_LAMBDA * (features.square().sum() / features.shape[1]).item()
     solution = solve_ridge_reference(features, missing, lam)
-    hook = projection.register_forward_hook(
+    return projection.register_forward_hook(
         lambda module, args, output: output + linear_output(module, output) @ solution.mT
     )
-    ids = calibration.held_out_ids
-    with without_layers(model, pico.architecture, [layer]):
-        logits = model(input_ids=ids).logits[:, :-1]
-    hook.remove()
+
+
+def mean_loss(model, ids):
+    logits = model(input_ids=ids).logits[:, :-1]
     return cross_entropy(logits.flatten(end_dim=1), ids[:, 1:].flatten()).item()
 
 
+@pytest.mark.parametrize("removed", [(), (2,)])
 @pytest.mark.parametrize("family", CORRECTABLE)
-def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, family):
+def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, family, removed):
+    """Also in a later round, which goes on from what the one before it left."""
     pico = picos[family]
     subject = subject_of(pico, input_ids)
-    ids = subject.calibration.held_out_ids
-    whole = cross_entropy(subject.model(input_ids=ids).logits[:, :-1].flatten(end_dim=1), ids[:, 1:].flatten()).item()
-    (step,) = choose("repair", subject, 1).steps
-    expected = {layer: repaired_loss(pico, subject.calibration, layer) - whole for layer in range(1, LAYERS)}
-    assert step.scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # losses are summed in float32
+    model, calibration = pico.load(), subject.calibration
+    layers = list(pico.architecture.layer_list(model))
+    wanted = [output for _, output in run_and_capture(model, layers, calibration.fit_ids)]
+    for layer in removed:
+        with without_layers(model, pico.architecture, [layer]):
+            mend_by_hand(pico, model, calibration.fit_ids, layers[layer - 1], wanted[layer])
+    with without_layers(model, pico.architecture, removed):
+        whole = mean_loss(model, calibration.held_out_ids)
+    expected = {}
+    for layer in (layer for layer in range(1, LAYERS) if layer not in removed):
+        before = max(other for other in range(layer) if other not in removed)
+        with without_layers(model, pico.architecture, sorted({*removed, layer})):
+            hook = mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
+            expected[layer] = mean_loss(model, calibration.held_out_ids) - whole
+            hook.remove()
+    unknown = dict.fromkeys(range(1, LAYERS), -math.inf)
+    so_far = Selection(tuple(Step(unknown, (layer,)) for layer in removed))
+    scores = RepairScorer(subject).score(so_far, lambda n: None)
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # losses are summed in float32
+
+
+def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, monkeypatch):
+    ids = torch.randint(3, VOCABULARY, (128, 12), generator=torch.Generator().manual_seed(1))
+    subject = subject_of(picos["llama"], ids)
+    measured = {}
+    run = RepairScorer._try
+    monkeypatch.setattr("gradmap.selectors.racing.CLEARLY", 0.3)  # layers of a random model are much alike
+
+    def spy(self, layer, race):
+        trial = run(self, layer, race)
+        measured[layer] = len(trial.losses)
+        return trial
+
+    monkeypatch.setattr(RepairScorer, "_try", spy)
+    scores = RepairScorer(subject).score(Selection(()), lambda n: None)
+    held_out = len(subject.calibration.held_out_ids)
+    assert measured.keys() == scores.keys() == set(range(1, LAYERS))
+    best = min(scores, key=scores.__getitem__)
+    assert measured[best] == held_out > min(measured.values())
+    for layer, count in measured.items():
+        assert count == held_out or scores[layer] > scores[best]
 
 
 def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -16,7 +18,7 @@ from serving.cli import split_arguments
 from serving.guard import PASS_HEADER, Guard, guard_environment
 from serving.identity import Identity, identify
 from serving.launch import cache_share, memory_share
-from serving.log import Log, Output
+from serving.log import PHASES, Log, Output
 from serving.machine import bytes_in_memory, require_memory, suited_to_machine
 from serving.settings import ServerSettings, build_command, server_environment
 from tests.command_line import gradmap
@@ -179,6 +181,38 @@ def test_an_error_is_told_from_what_it_led_to(tmp_path):
     ])  # fmt: skip
     assert output.error() == "OutOfMemoryError: CUDA out of memory"
     assert (tmp_path / "log").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("lines", "phases"),
+    [
+        (
+            ["Loading weights took 0.12 seconds", "Warming up model for the compilation...", "Warming up done."],
+            ["warming up", "compiling"],
+        ),
+        (
+            ["Starting torch.compile", "Dynamo bytecode transform time: 5.21 s", "torch.compile took 31.40 s in total",
+             "Profiling CUDA graph memory: FULL=35 (largest=512)", "init engine (profile, create kv cache) took 60 s"],
+            ["compiling", "profiling memory", "capturing CUDA graphs", "starting the API"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_start_says_what_it_waits_for(tmp_path, lines, phases):
+    seen = []
+    output = Output(Log(tmp_path / "log"), seen.append)
+    assert output.phase == "importing vLLM"
+    output.follow([f"(EngineCore pid=7) INFO 11-25 09:14:31 [a.py:1] {line}\n".encode() for line in lines])
+    assert (seen, output.phase) == (phases, phases[-1])
+
+
+def test_phases_are_told_by_lines_that_this_vllm_logs():
+    packages = [find_spec(name) for name in ("vllm", "uvicorn")]
+    if None in packages:
+        pytest.skip("vLLM is not installed")
+    missing = set(PHASES)
+    for path in [path for package in packages for path in Path(package.origin).parent.rglob("*.py")]:
+        missing -= {sign for sign in missing if sign in path.read_text()}
+    assert not missing
 
 
 def test_logs_can_be_objects(tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -14,13 +15,15 @@ import psutil
 import pytest
 
 from gradmap.errors import UserError
+from gradmap.heartbeat import Heartbeat
 from serving import launch as launching
 from serving import server, supervisor
+from serving.identity import Identity
 from serving.launch import Launch, run
 from serving.log import Log
 from serving.server import free_port
 from serving.settings import ServerSettings
-from serving.supervisor import Policy, back_off_s
+from serving.supervisor import Policy, Supervisor, back_off_s
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -79,6 +82,40 @@ def test_an_exit_that_nobody_asked_for_is_mended_so_many_times(stand_in, tmp_pat
     assert "Restart 1 of 2" in said
     assert "Restart 2 of 2" in said
     assert "Gave up after 2 restarts: vLLM ended with code 0" in said
+
+
+def test_a_start_that_takes_long_says_again_what_it_waits_for(tmp_path, picos, monkeypatch):
+    said, heard_again, stopping = [], threading.Event(), threading.Event()
+
+    class SlowServer:
+        """Is ready when the phase has been said three times."""
+
+        def __init__(self, settings, log, on_phase):
+            self._on_phase = on_phase
+
+        def __enter__(self):
+            self._on_phase("compiling")
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_until_ready(self, on_poll):
+            assert heard_again.wait(60)
+            stopping.set()
+            return "model"
+
+    class Listening(Log):
+        def say(self, message, level="INFO"):
+            said.append(message)
+            if sum(line.endswith("s] compiling") for line in said) == 3:
+                heard_again.set()
+
+    monkeypatch.setattr(supervisor, "Server", SlowServer)
+    monkeypatch.setattr(supervisor, "Heartbeat", partial(Heartbeat, interval_s=0.001))
+    settings = ServerSettings(picos["llama"].directory)
+    Supervisor(settings, Identity("model", 1), Policy(), Listening(tmp_path / "log")).run(stopping)
+    assert any(line.startswith("Ready after") for line in said)
 
 
 def test_the_back_off_doubles_up_to_a_minute():
