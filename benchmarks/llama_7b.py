@@ -22,20 +22,19 @@ import httpx
 import typer
 
 from benchmarks.fold import write_random_model
-from benchmarks.scaling import (
-    HARDWARE,
-    SHAPES,
+from benchmarks.scaling import HARDWARE, SHAPES
+from gradmap.console import print_table, say
+from gradmap.costs import (
     Hardware,
-    Shape,
     decode_speed_up,
     default_seconds,
     prefill_speed_up,
     score_seconds,
     token_seconds,
 )
-from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import read_json, write_json
+from gradmap.shape import Shape
 from gradmap.stages import run_process
 from serving.server import free_port
 

@@ -66,7 +66,8 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
     Raises UserError for: a missing model, an adapter, a quantised or encoder model, an unsupported family,
     pickled weights, a missing or truncated weight file.
     """
-    directory = _find_directory(model, allow_pickle)
+    weights = ["*.safetensors", *([PICKLED_WEIGHTS] if allow_pickle else [])]
+    directory = _find_directory(model, [*COMPANION_PATTERNS, *weights])
     if gguf_file is not None:
         directory = _dequantise_gguf(directory, gguf_file)
     config = _read_config(directory, model)
@@ -78,6 +79,26 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
         check_safetensors(path)
     name = model if gguf_file is None else f"{model}/{gguf_file}"
     return Checkpoint(name, directory, config, weight_files)
+
+
+def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
+    """The config alone of a model, with its family's defaults filled in: no weights are read, converted or fetched.
+
+    Raises UserError as `open_checkpoint` does, where a config tells.
+    """
+    directory = _find_directory(model, ["config.json", "adapter_config.json"])
+    if gguf_file is not None:
+        return _read_gguf_config(directory, gguf_file)
+    config = _read_config(directory, model)
+    _refuse_unsuitable(config, model)
+    return _completed(config)
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**config).to_dict()
+    return completed
 
 
 def load_model(
@@ -138,7 +159,8 @@ def load_tokenizer(directory: Path) -> Any:
         raise UserError(f"{directory} has no usable tokenizer: {_first_line(error)}") from None
 
 
-def _find_directory(model: str, allow_pickle: bool) -> Path:
+def _find_directory(model: str, patterns: list[str]) -> Path:
+    """patterns: of the files that are fetched if it is a model of the hub."""
     path = Path(model)
     if path.is_dir():
         return path
@@ -146,7 +168,7 @@ def _find_directory(model: str, allow_pickle: bool) -> Path:
         raise UserError(f"{model} is a file; name its directory (for a GGUF: --model DIRECTORY --gguf-file NAME).")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"Model {model} does not exist; give a directory or a hub id such as org/name.")
-    return _download(model, [*COMPANION_PATTERNS, "*.safetensors", *([PICKLED_WEIGHTS] if allow_pickle else [])])
+    return _download(model, patterns)
 
 
 def _download(model_id: str, patterns: list[str]) -> Path:
@@ -165,10 +187,7 @@ def _download(model_id: str, patterns: list[str]) -> Path:
 def _dequantise_gguf(directory: Path, gguf_file: str) -> Path:
     """Returns a cached float32 checkpoint with the GGUF's weights, config and tokenizer."""
     source = directory / gguf_file
-    if not source.is_file():
-        raise UserError(f"{source} does not exist; check --gguf-file.")
-    with waiting(f"Hashing {source}"):
-        target = cache_directory() / "dequantised" / sha256_file(source)[:16]
+    target = _dequantised(source)
     if not (target / "config.json").exists():
         with announced(f"Dequantising {source} to float32 in {target} (once)"):
             _write_dequantised(source, target)
@@ -189,6 +208,29 @@ def _write_dequantised(source: Path, target: Path) -> None:
     with atomic_directory(target, marker="config.json") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def _dequantised(source: Path) -> Path:
+    """Where the checkpoint made of a GGUF file is, or will be. Raises UserError if there is no such file."""
+    if not source.is_file():
+        raise UserError(f"{source} does not exist; check --gguf-file.")
+    with waiting(f"Hashing {source}"):
+        return cache_directory() / "dequantised" / sha256_file(source)[:16]
+
+
+def _read_gguf_config(directory: Path, gguf_file: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    source = directory / gguf_file
+    target = _dequantised(source)
+    if (target / "config.json").exists():
+        return _completed(read_json(target / "config.json"))
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(directory, gguf_file=gguf_file).to_dict()
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{source} cannot be read as a GGUF model: {_first_line(error)}") from None
+    architecture_of(config)
+    return config
 
 
 def _convert_pickled(directory: Path) -> Path:
@@ -303,7 +345,11 @@ def resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> str:
         weights_dtype(dtype)
         warn_if_slow(dtype, device)
         return dtype
-    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-    found = fastest_dtype(stored, device)
+    found = auto_dtype(checkpoint.config, device)
     announce(found, device)
     return found
+
+
+def auto_dtype(config: dict[str, Any], device: str) -> str:
+    """What `auto` is for a model with this config."""
+    return fastest_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"), device)

@@ -89,7 +89,7 @@ def prune(
         from gradmap.prune import prune as make_plan
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
-    count = layers_to_remove(checkpoint, remove, ratio)
+    count = layers_to_remove(checkpoint.config, remove, ratio)
     selector, compensator = choose_methods(preset, selector, compensator, from_plan)
     settings = PruneSettings(
         remove=count,

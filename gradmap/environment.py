@@ -21,7 +21,7 @@ def describe_environment() -> dict[str, str]:
             facts[package] = version(package)
         except PackageNotFoundError:
             continue
-    facts["cpu"] = f"{_cpu_model()}, {os.cpu_count()} cores"
+    facts["cpu"] = f"{cpu_model()}, {os.cpu_count()} cores"
     facts["memory"] = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     facts["torch_threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
@@ -29,7 +29,7 @@ def describe_environment() -> dict[str, str]:
     return facts
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         with Path("/proc/cpuinfo").open() as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -204,7 +204,7 @@ def choose_methods(
     return selector or default[0], compensator or default[1]
 
 
-def layers_to_remove(checkpoint: Checkpoint, remove: int | None, ratio: float | None) -> int:
+def layers_to_remove(config: dict[str, Any], remove: int | None, ratio: float | None) -> int:
     """Returns K from --remove, or from --ratio rounded to whole layers. Exactly one of the two must be given."""
     if (remove is None) == (ratio is None):
         raise UserError("Give either --remove K or --ratio R.")
@@ -213,17 +213,19 @@ def layers_to_remove(checkpoint: Checkpoint, remove: int | None, ratio: float | 
     assert ratio is not None
     if not 0 < ratio < 1:
         raise UserError(f"--ratio is {ratio}; give a share between 0 and 1, such as 0.25.")
-    return max(1, round(ratio * layer_count(checkpoint.config)))
+    return max(1, round(ratio * layer_count(config)))
+
+
+def require_removable(remove: int, layers: int, name: str) -> None:
+    """Raises UserError if nothing would go, or nothing stay."""
+    if not 1 <= remove < layers:
+        raise UserError(f"Cannot remove {remove} of the {layers} layers of {name}; remove between 1 and {layers - 1}.")
 
 
 def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     """Raises UserError if the settings do not fit the model."""
     layers = layer_count(checkpoint.config)
-    if not 1 <= settings.remove < layers:
-        raise UserError(
-            f"Cannot remove {settings.remove} of the {layers} layers of {checkpoint.name}; "
-            f"remove between 1 and {layers - 1}."
-        )
+    require_removable(settings.remove, layers, checkpoint.name)
     protected = _ends(checkpoint, settings)
     if layers - len(protected) < settings.remove:
         raise UserError(

@@ -42,13 +42,19 @@ def stage_key(stage: Stage) -> str:
     return sha256_json([version("gradmap"), stage.arguments, inputs])
 
 
+def is_done(stage: Stage, out: Path) -> bool:
+    """Whether it was done before, with the inputs that there are now."""
+    # without a marker there is nothing to compare, and a model takes its time to hash
+    return _marker(out, stage.name).exists() and _was_done_with(stage_key(stage), stage, out)
+
+
 def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
     with waiting(f"{label} {stage.name}: hashing what it reads"):
         key = stage_key(stage)
-    marker = _marker(out, stage.name)
-    if not forced and stage.output.exists() and marker.exists() and read_json(marker)["key"] == key:
+    if not forced and _was_done_with(key, stage, out):
         say(f"{label} {stage.name}: done before, inputs unchanged")
         return
+    marker = _marker(out, stage.name)
     say(f"{label} {stage.name}")
     started = time.monotonic()
     marker.unlink(missing_ok=True)
@@ -81,6 +87,11 @@ def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rus
 def peak_bytes(usage: struct_rusage) -> int:
     """Peak resident memory."""
     return usage.ru_maxrss * 1024
+
+
+def _was_done_with(key: str, stage: Stage, out: Path) -> bool:
+    marker = _marker(out, stage.name)
+    return stage.output.exists() and marker.exists() and read_json(marker)["key"] == key
 
 
 def _marker(out: Path, stage_name: str) -> Path:

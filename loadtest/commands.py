@@ -1,24 +1,33 @@
-"""`gradmap loadtest` and `gradmap run`. A verdict is an exit code: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 4 INVALID."""
+"""`gradmap loadtest`, `gradmap run`, and `gradmap doctor`, which knows what every stage takes.
+
+A verdict is an exit code: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 4 INVALID.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gradmap.commands import JsonOption
-from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
+from gradmap.commands import GgufOption, JsonOption
+from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far, waiting
 from gradmap.errors import UserError
 from gradmap.verdict import EXIT_CODES, Verdict
-from loadtest.loads import ARRIVALS, CONCURRENCY, Load
-from loadtest.settings import DENSE, DENSE_AGAIN, PRUNED, LoadTestSettings
+from loadtest.loads import parse_loads
+from loadtest.settings import DENSE, DENSE_AGAIN, PRUNED, QUICK_PAIRS, LoadTestSettings
 
-QUICK_PAIRS = 3
 AgainstOption = Annotated[
     Path | None, typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now.")
 ]
 ParquetOption = Annotated[bool, typer.Option("--parquet", help="Write the raw records as Parquet too.")]
+ESTIMATED = "estimated within a factor of two"
+DEFAULT_WORK = (
+    "This is for 128 x 128 tokens of calibration, 100 documents of each of the paper's tasks, 100 segments of a text, "
+    "formats hf and vllm, and a full load test; `gradmap run RECIPE --dry-run` estimates a recipe."
+)
+ESTIMATE_COLUMNS = ("minutes", "memory (GB)", "available (GB)")
 RESERVED_ARMS = (DENSE, DENSE_AGAIN, PRUNED)
 
 
@@ -80,8 +89,8 @@ def loadtest(
     settings = LoadTestSettings(
         dense=dense,
         candidates=({PRUNED: pruned} if pruned else {}) | _parse_candidates(candidate or []),
-        loads=_parse_loads(concurrency or [1, 8], rate or [], arrivals),
-        pairs=pairs if pairs is not None else QUICK_PAIRS if quick else 6,
+        loads=parse_loads(concurrency, rate, arrivals),
+        pairs=pairs if pairs is not None else QUICK_PAIRS if quick else LoadTestSettings.pairs,
         interleaved=not quick,
         requests_per_load=requests,
         open_loop_s=open_loop_s,
@@ -127,16 +136,61 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Result directory; default out/RECIPE.")] = None,
     from_stage: Annotated[str | None, typer.Option("--from", help="Run this stage and all later ones again.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would run, and how long it would take.")
+    ] = False,
     json_line: JsonOption = False,
 ) -> int:
     """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not repeated."""
     with importing():
-        from loadtest.pipeline import run_recipe
+        from loadtest.pipeline import plan_run, planned_rows, run_recipe
 
-    result = run_recipe(recipe, out or Path("out", recipe.stem), from_stage, fresh)
+    out = out or Path("out", recipe.stem)
+    if dry_run:
+        with waiting("Measuring this machine"):
+            planned = plan_run(recipe, out, from_stage, fresh)
+        print_table(f"What would run, {ESTIMATED}", ("stage", "", *ESTIMATE_COLUMNS), planned_rows(planned))
+        if json_line:
+            print_json_line({"stages": [asdict(stage) for stage in planned]})
+        return 0
+    result = run_recipe(recipe, out, from_stage, fresh)
     if json_line:
         print_json_line(result)
     return EXIT_CODES[Verdict(result["verdict"])]
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", help="Estimate each stage for this model: a directory, or a hub id.")
+    ] = None,
+    gguf_file: GgufOption = None,
+    remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
+    json_line: JsonOption = False,
+) -> None:
+    """Say what this machine can do, and how long each stage would take with a model."""
+    with importing():
+        from gradmap.checkpoint import read_config
+        from gradmap.doctor import examine_machine, machine_rows
+        from loadtest.estimates import Speeds, default_recipe, estimate_rows, estimate_stages, misfits
+
+    if model is None and (gguf_file, remove, ratio) != (None, None, None):
+        raise UserError("--gguf-file, --remove and --ratio are of a model; give --model.")
+    config = None if model is None else read_config(model, gguf_file)
+    with waiting("Measuring this machine"):
+        machine = examine_machine()
+    print_table("This machine", ("", ""), machine_rows(machine))
+    result: dict[str, Any] = {"machine": asdict(machine)}
+    if model is not None and config is not None:
+        with waiting("Measuring how fast it runs the model"):
+            estimates = estimate_stages(default_recipe(model, gguf_file, remove, ratio), Speeds(config, machine.disk))
+        print_table(f"{model}, {ESTIMATED}", ("stage", *ESTIMATE_COLUMNS), estimate_rows(estimates))
+        print(DEFAULT_WORK)
+        for misfit in misfits(estimates):
+            print(misfit)
+        result["stages"] = {name: asdict(estimate) for name, estimate in estimates.items()}
+    if json_line:
+        print_json_line(result)
 
 
 def _parse_candidates(texts: list[str]) -> dict[str, str]:
@@ -150,13 +204,6 @@ def _parse_candidates(texts: list[str]) -> dict[str, str]:
             )
         candidates[name] = target
     return candidates
-
-
-def _parse_loads(concurrency: list[int], rates: list[float], arrivals: str) -> tuple[Load, ...]:
-    if arrivals not in ARRIVALS:
-        raise UserError(f"--arrivals {arrivals} is unknown; known are {', '.join(ARRIVALS)}.")
-    closed = [Load(CONCURRENCY, level) for level in sorted(set(concurrency))]
-    return (*closed, *(Load(arrivals, rate) for rate in sorted(set(rates))))
 
 
 def _finish(report: dict[str, Any], json_line: bool) -> int:

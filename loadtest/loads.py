@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
+
+from gradmap.errors import UserError
 
 CONCURRENCY = "concurrency"
 Arrivals = Literal["poisson", "constant", "burst"]
@@ -42,6 +44,18 @@ def readable(name: str) -> str:
     """Of Load.name: `poisson_4` -> `poisson 4/s`, `concurrency_8` -> `concurrency 8`."""
     pattern, _, level = name.partition("_")
     return f"{pattern} {level}" + ("" if pattern == CONCURRENCY else "/s")
+
+
+def parse_loads(
+    concurrency: Sequence[int] | None, rates: Sequence[float] | None, arrivals: str | None
+) -> tuple[Load, ...]:
+    """Closed loops, of one request at a time and of eight if nothing is said; then open ones. Raises UserError for
+    unknown arrivals."""
+    arrivals = arrivals or "poisson"
+    if arrivals not in ARRIVALS:
+        raise UserError(f"--arrivals {arrivals} is unknown; known are {', '.join(ARRIVALS)}.")
+    closed = [Load(CONCURRENCY, level) for level in sorted(set(concurrency or (1, 8)))]
+    return (*closed, *(Load(arrivals, rate) for rate in sorted(set(rates or ()))))
 
 
 def arrival_times(load: Load, count: int, seed: str) -> list[float]:

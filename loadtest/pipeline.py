@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.artifact import ExportSettings, choose_target
-from gradmap.checkpoint import open_checkpoint
+from gradmap.checkpoint import open_checkpoint, read_config
 from gradmap.console import print_table
 from gradmap.errors import UserError
-from gradmap.files import refuse_foreign_directory
-from gradmap.stages import Stage, as_flags, run_stage, source_files, stage_record
+from gradmap.files import cache_directory, refuse_foreign_directory
+from gradmap.speed import measure_disk
+from gradmap.stages import Stage, as_flags, is_done, run_stage, source_files, stage_record
+from loadtest.estimates import Estimate, Speeds, estimate_cells, estimate_stages
 from loadtest.recipe import Recipe, load_recipe
 from loadtest.report import judgements, summary_rows, write_report
 
@@ -87,15 +90,18 @@ def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
     return recipe.eval.model_dump() | {"perplexity": texts, "tasks": tasks} | recipe.quality.model_dump()
 
 
-def require_possible(recipe: Recipe, stages: Sequence[Stage]) -> None:
-    """Raises UserError for what a late stage would refuse, before the first one has taken its hours."""
+def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Raises UserError for what a late stage would not find, before the first one has taken its hours."""
     known = {Path(recipe.model, recipe.gguf_file or "")}  # open_checkpoint looks for it, and it may be on the hub
     for stage in stages:
         for path in stage.inputs:
             if path not in known and not path.exists():
                 raise UserError(f"{path}, which the recipe names, does not exist; check the path.")
         known |= {stage.output, stage.output.parent}
-    config = open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config
+
+
+def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Likewise for what cannot be exported of a model with this config."""
     settings = ExportSettings(recipe.export.formats, recipe.export.dtype, recipe.export.quantise)
     for name in recipe.export.formats:
         choose_target(name, settings, config)
@@ -109,13 +115,12 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     recipe = load_recipe(recipe_path)
     stages = plan_stages(recipe, out)
     names = [stage.name for stage in stages]
-    if from_stage is not None and from_stage not in names:
-        raise UserError(f"Unknown stage {from_stage!r} for --from; stages are {', '.join(names)}.")
-    require_possible(recipe, stages)
+    forced_from = _forced_from(names, from_stage, fresh)
+    require_inputs(recipe, stages)
+    require_formats(recipe, open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config)
     refuse_foreign_directory(out, RECIPE_COPY)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(recipe_path, out / RECIPE_COPY)
-    forced_from = 0 if fresh else names.index(from_stage) if from_stage else len(stages)
     for number, stage in enumerate(stages):
         run_stage(stage, f"[{number + 1}/{len(stages)}]", out, forced=number >= forced_from)
     timings_s = {name: stage_record(out, name)["seconds"] for name in names}
@@ -125,3 +130,51 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
         print(f"Verdict on {gate}: {judgement['verdict']}: {judgement['reason']}")
     print(f"Report: {out / 'report.html'}")
     return result
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a stage would do: run, or nothing because it is done and no input of it would change."""
+
+    name: str
+    runs: bool
+    estimate: Estimate
+
+
+def plan_run(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool) -> list[PlannedStage]:
+    """What `run_recipe` would do, and how long it would take. Nothing is written, and no weights are read or fetched.
+
+    Raises UserError as that does before the first stage.
+    """
+    recipe = load_recipe(recipe_path)
+    stages = plan_stages(recipe, out)
+    forced_from = _forced_from([stage.name for stage in stages], from_stage, fresh)
+    require_inputs(recipe, stages)
+    config = read_config(recipe.model, recipe.gguf_file)
+    require_formats(recipe, config)
+    refuse_foreign_directory(out, RECIPE_COPY)
+    estimates = estimate_stages(recipe, Speeds(config, measure_disk(cache_directory())))
+    planned: list[PlannedStage] = []
+    changed: set[Path] = set()
+    for number, stage in enumerate(stages):
+        runs = number >= forced_from or bool(changed & set(stage.inputs)) or not is_done(stage, out)
+        changed |= {stage.output, stage.output.parent} if runs else set()
+        planned.append(PlannedStage(stage.name, runs, estimates[stage.name]))
+    return planned
+
+
+def planned_rows(planned: Sequence[PlannedStage]) -> list[tuple[str, ...]]:
+    """Stage, whether it runs, minutes, memory and what is available."""
+    return [
+        (stage.name, "runs", *estimate_cells(stage.estimate, stage.estimate.seconds))
+        if stage.runs
+        else (stage.name, "done, inputs unchanged", "", "", "")
+        for stage in planned
+    ]
+
+
+def _forced_from(names: Sequence[str], from_stage: str | None, fresh: bool) -> int:
+    """The number of the first stage that runs whatever is done. Raises UserError for an unknown one."""
+    if from_stage is not None and from_stage not in names:
+        raise UserError(f"Unknown stage {from_stage!r} for --from; stages are {', '.join(names)}.")
+    return 0 if fresh else names.index(from_stage) if from_stage else len(names)

@@ -14,7 +14,7 @@ from loadtest.prompts import LEAST_OUTPUT_TOKENS, Workload
 from loadtest.slo import Slo
 
 DENSE, PRUNED = "dense", "pruned"
-PAIRS_FOR_A_VERDICT = 6
+PAIRS_FOR_A_VERDICT, QUICK_PAIRS = 6, 3
 # The dense model once more, in one block: what two equal models differ by.
 DENSE_AGAIN = "dense-again"
 

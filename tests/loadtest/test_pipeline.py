@@ -1,14 +1,17 @@
 """Recipes are strict, and a stage runs again exactly when something it depends on has changed."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from gradmap.cli import build_app
 from gradmap.errors import UserError
-from gradmap.stages import stage_key
-from loadtest.pipeline import plan_stages, run_recipe
+from gradmap.files import write_json, write_text
+from gradmap.stages import STAGES_DIRECTORY, stage_key
+from loadtest.pipeline import plan_run, plan_stages, run_recipe
 from loadtest.recipe import load_recipe
+from tests.command_line import gradmap
 from tests.conftest import ROOT
 
 MINIMAL = """
@@ -104,3 +107,70 @@ eval: {perplexity: {a: "file:b"}}
     assert changed_input != first
     recipe = recipe.replace("remove: 2", "remove: 3")
     assert key() != changed_input
+
+
+NAMES = ["prune", "eval", "export", "baseline", "loadtest"]
+
+
+def finish(recipe_file, out, *names):
+    """Leaves behind what these stages would have."""
+    for stage in plan_stages(load_recipe(recipe_file), out):
+        if stage.name in names:
+            write_text(stage.output, "{}")
+            write_json(out / STAGES_DIRECTORY / f"{stage.name}.json", {"key": stage_key(stage), "seconds": 1})
+    write_text(out / "recipe.yaml", "")
+
+
+def running(recipe_file, out, from_stage=None, fresh=False):
+    planned = plan_run(recipe_file, out, from_stage, fresh)
+    assert [stage.name for stage in planned] == NAMES
+    return [stage.name for stage in planned if stage.runs]
+
+
+def files_below(directory):
+    return {path: path.stat().st_mtime_ns for path in sorted(directory.rglob("*"))}
+
+
+def test_a_dry_run_writes_nothing_and_estimates_every_stage(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    before = files_below(tmp_path)
+    finished = gradmap("run", recipe_file, "--dry-run", "--out", tmp_path / "out", "--json")
+    assert finished.returncode == 0, finished.stderr
+    assert files_below(tmp_path) == before
+    stages = json.loads(finished.stdout.splitlines()[-1])["stages"]
+    assert [stage["name"] for stage in stages] == NAMES and all(stage["runs"] for stage in stages)
+    assert all(name in finished.stdout for name in NAMES)
+    assert stages[0]["estimate"]["seconds"] > 0
+    assert stages[1]["estimate"]["seconds"] is None and "not known" in finished.stdout  # the text is not limited
+
+
+def test_a_dry_run_says_which_stages_are_done_and_which_would_run_for_an_earlier_one(recipe_file, tmp_path):
+    out = tmp_path / "out"
+    assert running(recipe_file, out) == NAMES
+    finish(recipe_file, out, *NAMES)
+    assert running(recipe_file, out) == []
+    assert running(recipe_file, out, fresh=True) == NAMES
+    assert running(recipe_file, out, from_stage="baseline") == ["baseline", "loadtest"]
+    (out / "vllm" / "gradmap.json").unlink()
+    assert running(recipe_file, out) == ["export", "loadtest"]
+    (out / "plan" / "plan.json").write_text("{ }")
+    assert running(recipe_file, out) == NAMES[1:]  # whose input it is; the plan itself is taken as it is
+    recipe_file.write_text(recipe_file.read_text().replace("remove: 2", "remove: 3"))
+    assert running(recipe_file, out) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("prunes: {}", "prunes: is no key of a recipe"),
+        ("loadtest: {against: none.json}", r"none\.json, which the recipe names, does not exist"),
+        ("export: {formats: [vllm, exe]}", "Unknown format 'exe'"),
+        ("export: {formats: [vllm, hf], quantise: int8}", "Format hf has no quantisation 'int8'"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(recipe_file, tmp_path, extra, message):
+    recipe_file.write_text(recipe_file.read_text() + extra)
+    with pytest.raises(UserError, match=message):
+        plan_run(recipe_file, tmp_path / "out", None, False)
+    with pytest.raises(UserError, match="Unknown stage 'bake'"):
+        plan_run(ROOT / "recipes" / "smollm2.yaml", tmp_path / "out", "bake", False)

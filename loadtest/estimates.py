@@ -1,0 +1,223 @@
+"""What the stages of a recipe will take on this machine: seconds, within a factor of two, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from export.artifact import FORMATS
+from export.costs import ExportSize, export_bytes, export_seconds
+from gradmap.architectures import architecture_of
+from gradmap.checkpoint import SPREAD, auto_dtype, resolve_device
+from gradmap.costs import (
+    RUNTIME_BYTES,
+    STARTING_S,
+    CalibrationSize,
+    Hardware,
+    Pruning,
+    prune_bytes,
+    repair_seconds,
+    select_seconds,
+    streamed_bytes,
+    streaming_seconds,
+)
+from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
+from gradmap.evaluation.tasks import expand_names
+from gradmap.precision import AUTOCAST
+from gradmap.prune import choose_methods, layers_to_remove, require_removable
+from gradmap.shape import Shape
+from gradmap.speed import Disk, measure_hardware
+from gradmap.vllm_environment import cpu_wants_float32, is_cpu_build
+from loadtest.costs import CPU_SERVER, GPU_SERVER, ServerSpeed, load_test_seconds, serving_bytes
+from loadtest.loads import parse_loads
+from loadtest.prompts import Workload
+from loadtest.recipe import EvalSection, LoadTestSection, PruneSection, Recipe
+from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, LoadTestSettings
+
+# Where a stage does not fit into memory.
+CURES = {
+    "prune": "use --stream, with --selector gradient and --compensator sequential",
+    "eval": "use a larger machine",
+    "export": "leave out the ONNX formats, or use a larger machine",
+    "baseline": "use a larger machine",
+    "loadtest": "remove more layers, or use a larger machine",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds: None where the arithmetic does not know. peak_bytes: of the largest process; available_bytes: what is
+    free where it runs. parts: what the seconds are the sum of, by name, where a stage has several."""
+
+    seconds: float | None
+    peak_bytes: float
+    available_bytes: float
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.available_bytes
+
+
+class Speeds:
+    """What this machine makes of one model, in any dtype. Each is measured when it is first asked for."""
+
+    def __init__(self, config: dict[str, Any], disk: Disk) -> None:
+        self.config, self.disk = config, disk
+        self._known: dict[tuple[str, str], Hardware] = {}
+
+    def of(self, dtype: str | None, device: str | None) -> Hardware:
+        """dtype, device: as the commands take them; None is auto."""
+        place = resolve_device(device or "auto")
+        spread = place == SPREAD
+        place = "cuda:0" if spread else place
+        found = auto_dtype(self.config, place) if dtype in (None, "auto") else str(dtype)
+        if (found, place) not in self._known:
+            self._known[found, place] = measure_hardware(self.config, found, place)
+        hardware = self._known[found, place]
+        return replace(hardware, memory=hardware.memory * torch.cuda.device_count()) if spread else hardware
+
+    def of_server(self) -> tuple[Hardware, ServerSpeed] | None:
+        """What vLLM computes on; None if it is not installed, or finds nothing to compute on."""
+        if is_cpu_build():
+            return self.of("float32" if cpu_wants_float32() else AUTOCAST, "cpu"), CPU_SERVER
+        if find_spec("vllm") is None or not torch.cuda.is_available():
+            return None
+        return self.of("bfloat16", "cuda"), GPU_SERVER
+
+
+def default_recipe(model: str, gguf_file: str | None, remove: int | None, ratio: float | None) -> Recipe:
+    """What a first run of everything may look like; texts and tasks are limited, as in recipes/smollm2.yaml."""
+    return Recipe(
+        model=model,
+        gguf_file=gguf_file,
+        prune=PruneSection(calibration="wikipedia", remove=remove, ratio=ratio),
+        eval=EvalSection(perplexity={"wikitext2": "wikitext2"}, tasks=["paper"], limit=100),
+    )
+
+
+def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
+    """By the name of the stage. Raises UserError if so many layers cannot be removed, or if the model's sizes are not
+    known."""
+    shape = Shape.of_config(speeds.config, recipe.model)
+    remove = layers_to_remove(speeds.config, recipe.prune.remove, recipe.prune.ratio)
+    require_removable(remove, shape.layers, recipe.model)
+    left = shape.layers - remove
+    return {
+        "prune": _estimate_prune(recipe.prune, shape, remove, speeds),
+        "eval": _estimate_eval(recipe, shape, left, speeds),
+        "export": _estimate_export(recipe, shape, left, recipe.export.formats, speeds),
+        "baseline": _estimate_export(recipe, shape, shape.layers, ["vllm"], speeds),
+        "loadtest": _estimate_load_test(recipe.loadtest, shape, left, speeds),
+    }
+
+
+def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
+    hardware = speeds.of(section.dtype, section.device)
+    selector, compensator = choose_methods(section.preset, section.selector, section.compensator, None)
+    given = {name: value for name in ("samples", "tokens") if (value := getattr(section, name)) is not None}
+    correctable = architecture_of(speeds.config).uncorrectable is None
+    size = CalibrationSize(**given)
+    pruning = Pruning(remove, selector, compensator, size, bool(section.one_shot), correctable)
+    needed = prune_bytes(shape, hardware, pruning)
+    parts = {
+        "choose layers": select_seconds(shape, hardware, pruning),
+        "repair": repair_seconds(shape, hardware, pruning),
+    }
+    reading_s = hardware.weight_bytes * shape.parameters(shape.layers) / speeds.disk.read
+    if section.stream:
+        needed = RUNTIME_BYTES + streamed_bytes(shape, size)
+        reading_s += streaming_seconds(shape, hardware, pruning, speeds.disk.read)
+    parts["choose layers"] = _sum(parts["choose layers"], STARTING_S + reading_s)
+    return Estimate(_sum(*parts.values()), needed, hardware.memory, parts)
+
+
+def _estimate_eval(recipe: Recipe, shape: Shape, left: int, speeds: Speeds) -> Estimate:
+    section = recipe.eval
+    hardware = speeds.of(section.dtype, section.device)
+    size = EvaluationSize(
+        texts=len(section.perplexity),
+        segment=section.segment or EvaluationSize.segment,
+        tasks=expand_names(",".join(section.tasks)),
+        limit=section.limit,
+        answers=bool(section.answers),
+    )
+    seconds = evaluation_seconds(shape, hardware, size, (shape.layers, left))
+    return Estimate(_sum(seconds, STARTING_S), evaluation_bytes(shape, hardware, size), hardware.memory)
+
+
+def _estimate_export(recipe: Recipe, shape: Shape, layers: int, formats: list[str], speeds: Speeds) -> Estimate:
+    """Verified in float32 on the CPU."""
+    section, cpu = recipe.export, speeds.of("float32", "cpu")
+    dtypes = [section.dtype or FORMATS[name].dtypes[0] for name in formats if name in FORMATS]
+    roundings = {dtype if dtype in ("float16", "bfloat16") else None for dtype in dtypes}
+    size = ExportSize(formats, len(roundings), section.check_vllm and find_spec("vllm") is not None)
+    seconds = export_seconds(shape, cpu, size, layers, speeds.disk)
+    return Estimate(seconds, export_bytes(shape, cpu, size, layers), cpu.memory)
+
+
+def _estimate_load_test(section: LoadTestSection, shape: Shape, left: int, speeds: Speeds) -> Estimate:
+    found = speeds.of_server()
+    if found is None:
+        return Estimate(None, 0.0, 0.0)
+    settings = load_test_settings(section)
+    seconds = load_test_seconds(settings, shape, {DENSE: shape.layers, PRUNED: left}, *found)
+    return Estimate(seconds, serving_bytes(shape, found[0]), found[0].memory)
+
+
+def load_test_settings(section: LoadTestSection) -> LoadTestSettings:
+    """As `gradmap loadtest` makes them of these options, for two models."""
+    given = section.model_dump(exclude_none=True)
+    quick = given.get("quick", False)
+    lengths = ("prompt_tokens", "output_tokens", "length_spread", "shared_prefix", "seed")
+    return LoadTestSettings(
+        DENSE,
+        {PRUNED: PRUNED},
+        loads=parse_loads(given.get("concurrency"), given.get("rate"), given.get("arrivals")),
+        pairs=given.get("pairs", QUICK_PAIRS if quick else LoadTestSettings.pairs),
+        interleaved=not quick,
+        requests_per_load=given.get("requests", LoadTestSettings.requests_per_load),
+        open_loop_s=given.get("open_loop_s", LoadTestSettings.open_loop_s),
+        workload=Workload(**{name: given[name] for name in lengths if name in given}),
+        find_rate=given.get("find_rate", LoadTestSettings.find_rate),
+    )
+
+
+def estimate_rows(estimates: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
+    """Stage, minutes, memory and what is available; a row for each part of a stage that has several."""
+    rows = []
+    for name, estimate in estimates.items():
+        parts = {f"{name}: {part}": seconds for part, seconds in estimate.parts.items()}
+        for label, seconds in (parts or {name: estimate.seconds}).items():
+            rows.append((label, *estimate_cells(estimate, seconds)))
+    return [*rows, ("all", _minutes(_sum(*(estimate.seconds for estimate in estimates.values()))), "", "")]
+
+
+def estimate_cells(estimate: Estimate, seconds: float | None) -> tuple[str, str, str]:
+    sizes = (estimate.peak_bytes, estimate.available_bytes)
+    peak, available = (f"{size / 1e9:.1f}" if size else "" for size in sizes)
+    return _minutes(seconds), peak, available
+
+
+def misfits(estimates: Mapping[str, Estimate]) -> list[str]:
+    """A sentence for each stage that needs more memory than there is."""
+    return [
+        f"{name} needs about {one.peak_bytes / 1e9:.0f} GB of memory and {one.available_bytes / 1e9:.0f} GB are "
+        f"available: it does not fit; {CURES[name]}."
+        for name, one in estimates.items()
+        if not one.fits
+    ]
+
+
+def _minutes(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds / 60:,.1f}"
+
+
+def _sum(*parts: float | None) -> float | None:
+    """None if one is not known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
