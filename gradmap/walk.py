@@ -12,7 +12,7 @@ from gradmap.architectures import Architecture
 from gradmap.batching import Batches, logits_batch
 from gradmap.corrections import Changes, corrected
 from gradmap.distributed import share_of, summed
-from gradmap.layerwise import LayerCall, capturing, losses_from, record_layer_calls
+from gradmap.layerwise import capturing, losses_from, record_layer_calls
 
 # What enters and leaves each watched module, (B, T, ...), and what leaves the layer, (B, T, d); of which samples.
 Look = Callable[[slice, list[tuple[Tensor, Tensor]], Tensor], None]
@@ -21,7 +21,7 @@ Look = Callable[[slice, list[tuple[Tensor, Tensor]], Tensor], None]
 class Walk:
     """This process's share of some samples, in front of one of a model's layers.
 
-    hidden: what enters it, (n, T, d), on the model's device.
+    hidden: what enters it, (n, T, d), on the model's device. input_ids: (n, T), likewise.
     """
 
     @torch.no_grad()
@@ -33,8 +33,9 @@ class Walk:
         self._all_layers = list(architecture.layer_list(model))
         self._ahead = list(layers)
         self._tokens = input_ids.numel() - len(input_ids)  # of all processes, that have a token before them
-        self.input_ids = share_of(input_ids)[0]
-        self.hidden = self._gathered(lambda samples: self._calls(samples)[0])
+        self.input_ids = share_of(input_ids)[0].to(model.device)
+        _, self._calls = record_layer_calls(model, self._all_layers, self.input_ids[:1])  # the same for every sample
+        self.hidden = self._gathered(self._embed)
 
     def go_to(self, layer: int, changes: Changes) -> None:
         """On to the entrance of `layer`, through those before it that are ahead, with the changes."""
@@ -70,7 +71,7 @@ class Walk:
 
         def run_batch(samples: slice) -> None:
             leaving = self._run(self._ahead, samples).split(together)
-            ids = self.input_ids[samples].to(self.hidden.device).split(together)
+            ids = self.input_ids[samples].split(together)
             parts = [
                 losses_from(self._model, self._all_layers, *part).double() for part in zip(leaving, ids, strict=True)
             ]
@@ -86,14 +87,13 @@ class Walk:
             return self._gathered(lambda samples: self._run(layers, samples))
 
     def _run(self, layers: Sequence[int], samples: slice) -> Tensor:
-        _, calls = self._calls(samples)
         hidden = self.hidden[samples]
         for index in layers:
-            hidden = calls[index].run(self._all_layers[index], hidden)
+            hidden = self._calls[index].run(self._all_layers[index], hidden)
         return hidden
 
-    def _calls(self, samples: slice) -> tuple[Tensor, list[LayerCall]]:
-        return record_layer_calls(self._model, self._all_layers, self.input_ids[samples].to(self._model.device))
+    def _embed(self, samples: slice) -> Tensor:
+        return record_layer_calls(self._model, self._all_layers, self.input_ids[samples])[0]
 
     def _gathered(self, compute: Callable[[slice], Tensor]) -> Tensor:
         """Of all samples (n, T, d), computed in batches."""

@@ -21,13 +21,7 @@ from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators.ridge import Walks
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
 from gradmap.console import progress
-from gradmap.corrections import (
-    LowRank,
-    followed_by,
-    linear_maps,
-    pruned_and_corrected,
-    untrained_low_rank,
-)
+from gradmap.corrections import LowRank, followed_by, linear_maps, pruned_and_corrected, untrained_low_rank
 from gradmap.distributed import falls_to_this_process, gathered, share_of_step, sum_gradients, summed
 from gradmap.layerwise import capturing, logits_from, run_layers
 
@@ -76,15 +70,17 @@ def train_low_rank(pruned: Pruned, so_far: Compensation, known: Lessons) -> tupl
     parameters = [tensor for _, factor in factors for tensor in (factor.down, factor.up)]
     together = followed_by(so_far.changes, factors)
     written = written_by_dense(pruned)
-    samples, goal = torch.cat([known.input_ids, written.input_ids]), torch.cat([known.outputs, written.outputs])
+    goal = torch.cat([known.outputs, written.outputs.to(known.outputs.device)])
+    samples = torch.cat([known.input_ids, written.input_ids]).to(goal.device)
+    order = torch.randperm(len(samples), generator=generator).to(goal.device)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, math.ceil(len(samples) / STEP_SAMPLES))
     with (
         progress("Distilling (samples)", len(samples)) as advance,
         pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, together),
     ):
-        for rows in torch.randperm(len(samples), generator=generator).split(STEP_SAMPLES):
-            _take_step(pruned, samples[rows], goal[rows.to(goal.device)], parameters, optimizer)
+        for rows in order.split(STEP_SAMPLES):
+            _take_step(pruned, samples[rows], goal[rows], parameters, optimizer)
             schedule.step()
             advance(len(rows))
     return pruned.judge([(place, _trained(factor)) for place, factor in factors], so_far.changes, so_far.held_out_loss)
@@ -101,13 +97,13 @@ def written_by_dense(pruned: Pruned) -> Lessons:
     starts = torch.randint(known.shape[1] - length + 1, (count, 1), generator=generator)
     prompts = known[rows, starts + torch.arange(length)]
     written = torch.zeros(count, known.shape[1], dtype=known.dtype)
-    outputs = torch.zeros(0)
+    embeddings = pruned.model.get_input_embeddings().weight
+    outputs = embeddings.new_zeros(*written.shape, embeddings.shape[1])
     with progress("The dense model writes (tokens)", written.numel()) as advance:
         for number, start in enumerate(range(0, count, WRITTEN_TOGETHER)):
             batch = slice(start, start + WRITTEN_TOGETHER)
             if falls_to_this_process(number):
                 lessons = write_on(pruned.model, pruned.architecture, prompts[batch], known.shape[1], seed + number)
-                outputs = outputs if len(outputs) else lessons.outputs.new_zeros(count, *lessons.outputs.shape[1:])
                 written[batch], outputs[batch] = lessons.input_ids, lessons.outputs
             advance(written[batch].numel())
     return Lessons(summed(written), summed(outputs))
@@ -188,4 +184,4 @@ def _backward(pruned: Pruned, ids: Tensor, wanted: Tensor, samples: int) -> None
 
 
 def _trained(factor: LowRank) -> LowRank:
-    return LowRank(factor.down.detach().cpu(), factor.up.detach().cpu())
+    return LowRank(factor.down.detach(), factor.up.detach())

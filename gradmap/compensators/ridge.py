@@ -167,7 +167,7 @@ def visit_features(
 
         def visit_batch(samples: slice, captured: list[tuple[Tensor, Tensor]], output: Tensor) -> None:
             ((inputs, added),) = captured
-            target = walks.dense.hidden[samples]
+            target = walks.dense.hidden[samples].to(output.device)
             # hooks that correct come first, so that `added` is what the corrected map adds
             features = linear_output(projection, added) if fit.kind == "left" else inputs
             visit(features.reshape(*target.shape[:2], -1), widened(target) - widened(output), target)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from gradmap.corrections import Change, Place, Projection, corrected, linear_out
 from gradmap.distributed import summed
 from gradmap.errors import UserError
 from gradmap.importance import require_finite
-from gradmap.layerwise import LayerCall, losses_from, record_layer_calls
+from gradmap.layerwise import capturing, losses_from, record_layer_calls, stacked_on_cpu
 from gradmap.processes import process_count, process_rank
 from gradmap.selection import Advance, Selection, Subject
 from gradmap.selectors.racing import Race, laps
@@ -101,15 +102,19 @@ class RepairScorer:
             raise UserError("--selector repair needs all weights in memory; leave out --stream, or use gradient.")
         self._subject = subject
         self._layers = list(subject.architecture.layer_list(subject.model))
-        calibration = subject.calibration
+        model, calibration = subject.model, subject.calibration
         tokens = calibration.input_ids.shape[1]
-        self._fit_ids = calibration.fit_ids[: max(1, FIT_TOKENS // tokens)]
-        self._measure_ids = calibration.held_out_ids[: max(1, MEASURE_TOKENS // tokens)]
-        kept = STATES_PER_LAYER * (len(self._fit_ids) + len(self._measure_ids)) * tokens * len(self._layers)
-        self._home = home_for(subject.model, kept)
+        fit_ids = calibration.fit_ids[: max(1, FIT_TOKENS // tokens)].to(model.device)
+        self._measure_ids = calibration.held_out_ids[: max(1, MEASURE_TOKENS // tokens)].to(model.device)
+        kept = STATES_PER_LAYER * (len(fit_ids) + len(self._measure_ids)) * tokens * len(self._layers)
+        self._home = home_for(model, kept)
+        self._batch_size = forward_batch(fit_ids, model.device)
+        _, self._calls = record_layer_calls(model, self._layers, fit_ids[:1])  # the same for every sample
         self._removed: tuple[int, ...] = ()
         self._changes: dict[Place, tuple[Change, ...]] = {}
-        self._fitted, self._measured = self._run(self._fit_ids), self._run(self._measure_ids)
+        self._fitted, self._measured = (
+            self._run(record_layer_calls(model, self._layers, ids)[0]) for ids in (fit_ids, self._measure_ids)
+        )
         self._losses = self._losses_of(self._measured, self._measure_ids)
         require_finite(self._losses, len(calibration.fit_ids))
         self._wanted = self._fitted.entering[1:]  # what each layer gives in the dense model
@@ -125,7 +130,7 @@ class RepairScorer:
         candidates = [layer for layer in self._alive[1:] if layer not in self._subject.protected]
         bounds = so_far.steps[-1].scores if so_far.steps else {}
         costs = {layer: bounds.get(layer, -math.inf) for layer in candidates}
-        untried = sorted(candidates, key=costs.__getitem__ if bounds else self._influence)
+        untried = sorted(candidates, key=(costs if bounds else self._influences()).__getitem__)
         race, base = Race(len(self._measure_ids)), self._losses.mean().item()
         while untried and race.best_mean - base >= costs[untried[0]]:
             group, untried = untried[: process_count()], untried[process_count() :]
@@ -139,12 +144,14 @@ class RepairScorer:
     def _alive(self) -> list[int]:
         return self._subject.alive(self._removed)
 
-    def _influence(self, layer: int) -> float:
-        """How much the layer turns the hidden state. A layer that is easy to miss goes first, for all others are held
+    def _influences(self) -> dict[int, float]:
+        """How much each layer turns the hidden state. A layer that is easy to miss goes first, for all others are held
         against it."""
-        place = self._alive.index(layer)
-        entering, leaving = self._measured.entering[place : place + 2]
-        return 1 - cosine_similarity(entering, leaving, dim=-1).mean().item()
+        cosines = [
+            cosine_similarity(entering, leaving.to(entering.device), dim=-1).mean()
+            for entering, leaving in pairwise(self._measured.entering)
+        ]
+        return dict(zip(self._alive, (1 - stacked_on_cpu(cosines).double()).tolist(), strict=True))
 
     def _try_each(self, group: Sequence[int], race: Race) -> list[Tensor]:
         """The losses of each layer (m,), float64; m differs. Each process tries one."""
@@ -162,10 +169,10 @@ class RepairScorer:
         place, repair = self._alive.index(layer), self._fit(layer)
         laps_behind: list[States] = []
         losses = torch.zeros(0, dtype=torch.float64)
-        for samples in laps(len(self._measure_ids), forward_batch(self._measure_ids, repair.device)):
+        for samples in laps(len(self._measure_ids), self._batch_size):
             ids = self._measure_ids[samples]
             leaving = repaired(*self._measured.before(place, samples, repair.device), repair)
-            laps_behind.append(self._run(ids, leaving, place + 1))
+            laps_behind.append(self._run(leaving, place + 1))
             losses = torch.cat([losses, self._losses_of(laps_behind[-1], ids)])
             if race.is_lost(losses):
                 break
@@ -179,7 +186,7 @@ class RepairScorer:
         place = self._alive.index(layer)
         before = Place(self._alive[place - 1], self._subject.architecture.down_projection)
         leaving = repaired(*self._fitted.before(place, slice(None), trial.repair.device), trial.repair)
-        behind = self._run(self._fit_ids, leaving, place + 1)
+        behind = self._run(leaving, place + 1)
         self._fitted = self._fitted.without(place, trial.repair, behind)
         self._measured = self._measured.without(place, trial.repair, trial.behind)
         self._losses = trial.losses
@@ -198,50 +205,36 @@ class RepairScorer:
     def _losses_of(self, states: States, input_ids: Tensor) -> Tensor:
         """Cross-entropy of each sample, (n,) float64, nats per token, given what leaves the last layer."""
         model = self._subject.model
-        size = forward_batch(input_ids, model.device)
+        hidden = states.entering[-1].to(model.device, non_blocking=True)
         losses = [
-            losses_from(model, self._layers, hidden.to(model.device), ids.to(model.device)).double()
-            for hidden, ids in zip(states.entering[-1].split(size), input_ids.split(size), strict=True)
+            losses_from(model, self._layers, *batch).double()
+            for batch in zip(hidden.split(self._batch_size), input_ids.split(self._batch_size), strict=True)
         ]
         return torch.cat(losses).cpu() / (input_ids.shape[1] - 1)
 
-    def _run(self, input_ids: Tensor, entering: Tensor | None = None, place: int = 0) -> States:
+    def _run(self, hidden: Tensor, place: int = 0) -> States:
         """Through the layers that are left from `place` on, with the repairs so far.
 
-        input_ids: (n, T). entering: what enters the first of them, (n, T, d); the embeddings if it is None.
+        hidden: what enters the first of them, (n, T, d).
         """
-        model = self._subject.model
-        parts = []
-        size = forward_batch(input_ids, model.device)
-        with corrected(model, self._subject.architecture, self._changes):
-            for start in range(0, len(input_ids), size):
-                embedded, calls = record_layer_calls(
-                    model, self._layers, input_ids[start : start + size].to(model.device)
-                )
-                hidden = embedded if entering is None else entering[start : start + size]
-                parts.append(self._run_batch(hidden, calls, self._alive[place:]))
-        return States.joined(parts)
-
-    def _run_batch(self, hidden: Tensor, calls: Sequence[LayerCall], layers: Sequence[int]) -> States:
         states = States([moved_home(hidden, self._home)], [])
-        for index in layers:
-            hidden, added = self._run_layer(index, calls[index], hidden)
-            states.entering.append(moved_home(hidden, self._home))
-            states.added.append(moved_home(added, self._home))
+        with corrected(self._subject.model, self._subject.architecture, self._changes):
+            for index in self._alive[place:]:
+                hidden, added = self._run_layer(index, hidden)
+                states.entering.append(moved_home(hidden, self._home))
+                states.added.append(moved_home(added, self._home))
         return states
 
-    def _run_layer(self, index: int, call: LayerCall, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What leaves a layer, (B, T, d), and what its down projection adds to it, bias aside."""
+    def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What leaves a layer, and what its down projection adds to it, bias aside, (n, T, d) both; in batches."""
         projection = self._subject.architecture.down_projection_of(self._layers[index])
-        outputs: list[Tensor] = []
-        handle = projection.register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
-            leaving = call.run(self._layers[index], hidden)
-        finally:
-            handle.remove()
-        (output,) = outputs
-        output = output[0] if isinstance(output, tuple) else output
-        return leaving, linear_output(projection, output).reshape(leaving.shape)
+        leaving: list[Tensor] = []
+        added: list[Tensor] = []
+        with capturing([projection]) as captured:
+            for batch in hidden.split(self._batch_size):
+                leaving.append(self._calls[index].run(self._layers[index], batch))
+                added.append(linear_output(projection, captured[projection][1]).reshape(leaving[-1].shape))
+        return torch.cat(leaving), torch.cat(added)
 
 
 def repaired(given: Tensor, added: Tensor, repair: Tensor) -> Tensor:

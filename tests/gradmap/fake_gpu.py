@@ -1,7 +1,8 @@
 """A GPU without a GPU: tensors that say they are on `cuda`, while a plain tensor on the CPU does the work.
 
 The numbers are real, so a test can compare them with those of the CPU. What a GPU would mind is counted or refused:
-copies between the two memories, waits of the host for the GPU, and operands that are in the wrong memory.
+copies between the two memories, waits of the host for the GPU, operands that are in the wrong memory, and what the CPU
+reads before the GPU has sent it.
 
 torch's own FakeTensorMode has no numbers, and a build of torch without CUDA aborts in its backward pass.
 """
@@ -173,6 +174,7 @@ class _Devices(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_stand_in, (args, kwargs or {}))
+        kwargs.pop("pin_memory", None)  # which only a real GPU can do
         if func is Tensor.cuda:
             return args[0].to(_STAND_IN)
         if func in (torch.tensor, torch.as_tensor):  # C++ would not make the values for `meta`
@@ -194,6 +196,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.traffic = Traffic()
+        self._on_the_way: list[Tensor] = []  # into the CPU's memory, by copies that nothing has waited for
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -203,7 +206,8 @@ class _Recorder(TorchDispatchMode):
         operands = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         on_gpu = any(isinstance(operand, GpuTensor) for operand in operands)
         packet = func.overloadpacket
-        if packet in (_aten._to_copy, _aten.copy_):
+        is_copy = packet in (_aten._to_copy, _aten.copy_)
+        if is_copy:
             self._count_copy(args, kwargs)
         elif on_gpu:
             self._count_waits(packet, args)
@@ -214,7 +218,12 @@ class _Recorder(TorchDispatchMode):
             result_on_gpu = isinstance(args[0], GpuTensor)
         if device is not None:
             kwargs = kwargs | {"device": _CPU}
-        return self._run(func, args, kwargs, operands, result_on_gpu)
+        if not (on_gpu or result_on_gpu or func.is_view):
+            self._refuse_early(func, operands)
+        result = self._run(func, args, kwargs, operands, result_on_gpu)
+        if is_copy and on_gpu and not result_on_gpu and _is_non_blocking(args, kwargs):
+            self._on_the_way.append(result)
+        return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], on_gpu: bool) -> Any:
         known = {id(operand.inner): operand for operand in operands if isinstance(operand, GpuTensor)}
@@ -236,7 +245,7 @@ class _Recorder(TorchDispatchMode):
             return
         if source.numel() and isinstance(source, GpuTensor) != to_gpu:
             self._add("copy", source.nbytes)
-            if not (kwargs.get("non_blocking") or any(value is True for value in args[2:])):
+            if not _is_non_blocking(args, kwargs):
                 self._add("wait")
 
     def _count_waits(self, packet: Any, args: Any) -> None:
@@ -250,9 +259,23 @@ class _Recorder(TorchDispatchMode):
                 elif index is not None and index.dtype == torch.bool:  # nonzero
                     self._add("wait")
 
+    def _refuse_early(self, func: Any, operands: Iterable[Tensor]) -> None:
+        """What the CPU computes with must have arrived. The GPU itself does one after the other."""
+        on_the_way = {tensor.untyped_storage().data_ptr() for tensor in self._on_the_way}
+        for operand in operands if on_the_way else ():
+            if operand.untyped_storage().data_ptr() in on_the_way:
+                raise RuntimeError(f"{func}: a tensor of shape {tuple(operand.shape)} is still on the way to the CPU")
+
     def _add(self, kind: str, size_bytes: int = 0) -> None:
+        if kind == "wait":
+            self._on_the_way.clear()
         in_backward = torch._C._current_graph_task_id() != -1
         self.traffic.events.append(Event(kind, size_bytes, _caller(), in_backward))
+
+
+def _is_non_blocking(args: Any, kwargs: Any) -> bool:
+    """Of `_to_copy` or `copy_`."""
+    return bool(kwargs.get("non_blocking")) or any(value is True for value in args[2:])
 
 
 def _refuse_mixed(func: Any, operands: Iterable[Any]) -> None:

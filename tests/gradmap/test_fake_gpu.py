@@ -142,6 +142,26 @@ def test_an_upload_that_does_not_block_does_not_wait():
     assert (traffic.copies, traffic.waits) == (1, 0)
 
 
+DOWNLOADS = {
+    "copy_": lambda tensor: torch.empty(2, 3, pin_memory=True).copy_(tensor, non_blocking=True),
+    "to": lambda tensor: tensor.to("cpu", non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("kind", DOWNLOADS)
+def test_what_is_still_on_the_way_to_the_cpu_cannot_be_read_there(kind):
+    with fake_gpu() as gpu:
+        tensor = VALUES.to(GPU)
+        with gpu.traffic() as traffic:
+            sent = DOWNLOADS[kind](tensor)
+            back = sent[:1].to(GPU, non_blocking=True)  # the GPU does one after the other
+            with pytest.raises(RuntimeError, match="still on the way to the CPU"):
+                torch.cat([sent, sent])
+        assert (traffic.copies, traffic.waits) == (2, 0)
+        assert back.tolist() == VALUES[:1].tolist()  # waits
+        assert torch.cat([sent, sent]).tolist() == 2 * VALUES.tolist()
+
+
 def test_a_wait_in_a_backward_pass_is_told_from_others():
     """A hook that reads a value, as a norm's once did."""
     with fake_gpu() as gpu:

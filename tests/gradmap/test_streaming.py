@@ -9,6 +9,8 @@ from gradmap.architectures import without_layers
 from gradmap.batching import Batches
 from gradmap.checkpoint import load_model
 from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
+from gradmap.streaming import _TensorsOnDisk
+from gradmap.walk import Walk
 from tests.command_line import gradmap
 from tests.gradmap.test_prune import prune_arguments
 
@@ -40,6 +42,18 @@ def test_hidden_states_before_the_first_removal_are_used_again(pico, input_ids):
     with without_layers(whole, pico.architecture, [2]):
         expected = layer_scores(whole, pico.architecture, input_ids, Batches(5))
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+
+
+def test_a_layer_is_read_only_where_it_runs(picos, input_ids, monkeypatch):
+    """Not for embeddings, for logits, or for the arguments of the layers, and not if it is removed."""
+    pico, reads = picos["llama"], []
+    model = load_model(pico.checkpoint, "float64", streamed=True)
+    load = _TensorsOnDisk.load
+    monkeypatch.setattr(_TensorsOnDisk, "load", lambda self, layer: reads.append(layer) or load(self, layer))
+    walk = Walk(model, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids)))
+    walk.go_to(2, {})
+    walk.loss({})
+    assert reads == [0, 2, 4]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
