@@ -73,6 +73,9 @@ def prune(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     stream: Annotated[bool, typer.Option("--stream", help="Read layers one by one: for models beyond memory.")] = False,
+    budget_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Use fewer samples if so many would take longer on this machine.")
+    ] = None,
     resume: Annotated[
         bool | None,
         typer.Option("--resume/--fresh", help="Insist on going on with an interrupted run, or on starting over."),
@@ -110,6 +113,7 @@ def prune(
         dtype=dtype,
         device=device,
         stream=stream,
+        budget_minutes=budget_minutes,
     )
     if from_plan is None:
         plan = make_plan(checkpoint, settings, out, resume)

@@ -24,6 +24,13 @@ class Journal:
     def beside(cls, out: Path, key: dict[str, Any]) -> Journal:
         return cls(out.with_name(f".{out.name}.journal.json"), key)
 
+    @classmethod
+    def recorded(cls, out: Path, inputs: dict[str, Any], name: str) -> Any:
+        """What the journal beside `out` has under `name` in its key, if its run had these inputs; else None."""
+        path = cls.beside(out, {}).path
+        key = read_json(path)["key"] if path.exists() else {}
+        return key.get(name) if inputs.items() <= key.items() else None
+
     def open(self, resume: bool | None) -> list[Step]:
         """Returns the decisions to go on from.
 

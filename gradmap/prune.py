@@ -15,7 +15,8 @@ from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer, resolve_device, resolve_dtype
 from gradmap.compensation import Compensation, Correction, ProjectionOptions, Pruned
 from gradmap.compensators import COMPENSATORS
-from gradmap.console import waiting
+from gradmap.console import say, waiting
+from gradmap.costs import CalibrationSize, Pruning, affordable_samples
 from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
@@ -34,9 +35,11 @@ from gradmap.plan import (
     save_plan,
 )
 from gradmap.precision import computing_in
-from gradmap.processes import is_main_process
+from gradmap.processes import is_main_process, process_count
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
+from gradmap.shape import Shape
+from gradmap.speed import measure_hardware
 
 # best: what did best in our own comparison. gradmap: the method as it was published.
 DEFAULT_PRESET = "best"
@@ -44,6 +47,8 @@ PRESETS = {"best": ("repair", "distil"), "gradmap": ("gradient", "projection")}
 
 # What a plan that is made from a larger one may have differently.
 REPAIR_SETTINGS = ("remove", "compensator", "device", "top_z", "side", "target", "unregularised")
+# In a journal's key: an interrupted run goes on with the samples that its budget once gave it.
+BUDGET, SAMPLES = "--budget-minutes", "--samples"
 # Repairs that need no linear map behind which nothing follows but the addition to the hidden state.
 ANYWHERE = ("none", "distil", "mka", "gradpruner", "linear-patch")
 # Methods that change or differentiate every weight, so that all must be in memory.
@@ -56,7 +61,8 @@ class PruneSettings:
 
     layers: the order of removal, for selector manual. protect_first, protect_last: so many layers at either end stay.
     top_z, side, target, unregularised: see ProjectionOptions. stream: read layers from disk one at a time, for a model
-    that is larger than memory.
+    that is larger than memory. budget_minutes: fewer samples are used if so many would
+    take longer on this machine.
     """
 
     remove: int
@@ -77,6 +83,7 @@ class PruneSettings:
     dtype: str = "auto"
     device: str = "auto"
     stream: bool = False
+    budget_minutes: float | None = None
 
     @property
     def projection(self) -> ProjectionOptions:
@@ -91,7 +98,11 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bo
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
     tokenizer = load_tokenizer(checkpoint.directory)
-    calibration = build_calibration(tokenizer, settings.calibration, settings.samples, settings.tokens, settings.seed)
+    samples = settings.samples
+    if settings.budget_minutes is not None:
+        known = None if resume is False else Journal.recorded(out, {BUDGET: settings.budget_minutes}, SAMPLES)
+        samples = known or samples_within_budget(checkpoint, settings, settings.budget_minutes)
+    calibration = build_calibration(tokenizer, settings.calibration, samples, settings.tokens, settings.seed)
     journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
     done = journal.open(resume)
     plan = _make_plan(checkpoint, settings, calibration, out, done, journal.write)
@@ -178,15 +189,43 @@ def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:
     return resolve_dtype(settings.dtype, resolve_device(settings.device), checkpoint)
 
 
+def samples_within_budget(checkpoint: Checkpoint, settings: PruneSettings, minutes: float) -> int:
+    """How many of the samples this machine is estimated to choose and repair with in so many minutes; says so if it is
+    not all. With samples everything shrinks: what is fitted, measured, written and trained on.
+
+    Raises UserError if the costs of the methods, or the model's sizes, are not known.
+    """
+    if process_count() > 1:
+        raise UserError("--budget-minutes measures one process, and several must agree; give --samples.")
+    hardware = measure_hardware(checkpoint.config, found_dtype(checkpoint, settings), resolve_device(settings.device))
+    shape, pruning = Shape.of_config(checkpoint.config, checkpoint.name), _pruning_costs(checkpoint, settings)
+    samples = affordable_samples(shape, hardware, pruning, 60 * minutes)
+    if samples < settings.samples:
+        say(f"Within {minutes:g} minutes this machine is estimated to manage {samples} of {settings.samples} samples")
+    return samples
+
+
+def _pruning_costs(checkpoint: Checkpoint, settings: PruneSettings) -> Pruning:
+    return Pruning(
+        settings.remove,
+        settings.selector,
+        settings.compensator,
+        CalibrationSize(settings.samples, settings.tokens),
+        settings.one_shot,
+        correctable=architecture_of(checkpoint.config).uncorrectable is None,
+    )
+
+
 def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
     """What the removal order depends on. The number of layers does not count: a longer order begins like a shorter."""
-    names = ["selector", "layers", "protect_first", "protect_last", "one_shot"]
+    names = ["selector", "layers", "protect_first", "protect_last", "one_shot", "budget_minutes"]
     names += ["remove"] if settings.one_shot else []
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
         "the calibration samples": calibration.sha256,
         "--dtype": found_dtype(checkpoint, settings),
+        SAMPLES: len(calibration.input_ids),
         **options,
     }
 
@@ -323,7 +362,14 @@ def summarise(plan: Plan) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = [
         ("layers", f"{plan.base_model.layers} -> {len(plan.kept_layers)}"),
         ("removed, in order", ", ".join(map(str, plan.removal_order))),
+        ("calibration samples", _describe_samples(plan)),
     ]
     rows += [("repair", repair.describe()) for repair in plan.repairs]
     rows += [(f"{stage} time", f"{seconds:.1f} s") for stage, seconds in plan.timings_s.items()]
     return rows
+
+
+def _describe_samples(plan: Plan) -> str:
+    asked, minutes = plan.recipe["samples"], plan.recipe["budget_minutes"]
+    used = plan.calibration.samples
+    return str(used) if minutes is None else f"{used} of {asked}, within a budget of {minutes:g} minutes"

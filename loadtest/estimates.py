@@ -19,6 +19,7 @@ from gradmap.costs import (
     CalibrationSize,
     Hardware,
     Pruning,
+    affordable_samples,
     prune_bytes,
     repair_seconds,
     select_seconds,
@@ -123,6 +124,9 @@ def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Sp
     correctable = architecture_of(speeds.config).uncorrectable is None
     size = CalibrationSize(**given)
     pruning = Pruning(remove, selector, compensator, size, bool(section.one_shot), correctable)
+    if section.budget_minutes is not None:
+        samples = affordable_samples(shape, hardware, pruning, 60 * section.budget_minutes)
+        pruning = replace(pruning, size=replace(size, samples=samples))
     needed = prune_bytes(shape, hardware, pruning)
     parts = {
         "choose layers": select_seconds(shape, hardware, pruning),

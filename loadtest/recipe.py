@@ -58,6 +58,7 @@ class PruneSection(_Section):
     dtype: str | None = None
     device: str | None = None
     stream: bool | None = None
+    budget_minutes: PositiveFloat | None = None
 
 
 class ExportSection(_Section):

@@ -249,3 +249,22 @@ def test_memory_holds_the_weights_as_they_are_computed_with():
 def test_torch_is_not_needed():
     code = "import sys, gradmap.costs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_budget_buys_as_many_samples_as_are_estimated_to_fit():
+    shape = shape_of("llama")
+    hardware = Hardware("here", flops=1e9, bandwidth=1e9, memory=1e9, efficiency=1.0)
+    pruning = Pruning(remove=2)
+
+    def seconds(samples):
+        smaller = replace(pruning, size=CalibrationSize(samples, pruning.size.tokens))
+        return costs.select_seconds(shape, hardware, smaller) + costs.repair_seconds(shape, hardware, smaller)
+
+    whole_s = seconds(pruning.size.samples)
+    assert costs.affordable_samples(shape, hardware, pruning, whole_s) == pruning.size.samples
+    bought = [costs.affordable_samples(shape, hardware, pruning, share * whole_s) for share in (0.9, 0.5, 0.25, 0.0)]
+    assert bought == sorted(bought, reverse=True)
+    assert bought[0] < pruning.size.samples
+    assert bought[-1] == costs.LEAST_SAMPLES
+    for share, samples in zip((0.9, 0.5), bought, strict=False):
+        assert seconds(samples) <= share * whole_s

@@ -90,5 +90,15 @@ def test_the_key_holds_what_decisions_depend_on_and_nothing_else(picos, word_fil
     settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="projection")
     plain = key("llama", settings)
     assert key("llama", replace(settings, remove=3, compensator="none", device="cpu", stream=True)) == plain
-    others = ({"seed": 1}, {"dtype": "float64"}, {"one_shot": True})
+    others = ({"seed": 1}, {"dtype": "float64"}, {"one_shot": True}, {"budget_minutes": 1.0})
     assert plain not in [key("mistral", settings), *(key("llama", replace(settings, **changes)) for changes in others)]
+
+
+def test_a_run_with_a_budget_goes_on_with_the_samples_that_it_once_got(tmp_path):
+    """The machine may be faster now."""
+    out = tmp_path / "plan"
+    journal = Journal.beside(out, {"--budget-minutes": 5.0, "--samples": 48})
+    assert Journal.recorded(out, {"--budget-minutes": 5.0}, "--samples") is None
+    journal.write([])
+    assert Journal.recorded(out, {"--budget-minutes": 5.0}, "--samples") == 48
+    assert Journal.recorded(out, {"--budget-minutes": 6.0}, "--samples") is None

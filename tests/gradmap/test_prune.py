@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gradmap.architectures import without_layers
+from gradmap.costs import LEAST_SAMPLES
 from gradmap.errors import UserError
 from gradmap.importance import layer_scores_reference
 from gradmap.layerwise import sample_losses
@@ -129,3 +130,22 @@ def test_a_rejected_correction_is_not_loaded(planned):
         update={"corrections": [one.model_copy(update={"accepted": False}) for one in plan.corrections]}
     )
     assert load_changes(planned[1], rejected) == {}
+
+
+@pytest.mark.parametrize(("minutes", "samples"), [(1e-9, LEAST_SAMPLES), (1e9, 24)])
+def test_a_budget_scales_the_samples_to_what_the_machine_manages(picos, word_file, tmp_path, minutes, samples):
+    out = tmp_path / "plan"
+    arguments = prune_arguments(picos["llama"], word_file, out)
+    finished = gradmap(*arguments, "--samples", 24, "--budget-minutes", minutes)
+    assert finished.returncode == 0, finished.stderr
+    plan = load_plan(out)
+    assert (plan.calibration.samples, plan.recipe["samples"]) == (samples, 24)
+    assert f"{samples} of 24, within a budget of {minutes:g} minutes" in " ".join(finished.stdout.split())
+    assert ("is estimated to manage" in finished.stderr) is (samples < 24)
+
+
+def test_a_budget_needs_methods_whose_costs_are_known(picos, word_file, tmp_path):
+    arguments = prune_arguments(picos["llama"], word_file, tmp_path / "plan")
+    finished = gradmap(*arguments, "--budget-minutes", "1", "--selector", "mka")
+    assert finished.returncode == 2
+    assert "What mka and projection cost is not known" in finished.stderr
