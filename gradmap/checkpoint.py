@@ -17,14 +17,7 @@ from gradmap.architectures import architecture_of
 from gradmap.console import announced, waiting
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, sha256_json, write_json
-from gradmap.precision import (
-    AUTOCAST,
-    announce,
-    fastest_dtype,
-    prepare_for_autocast,
-    warn_if_slow,
-    weights_dtype,
-)
+from gradmap.precision import AUTOCAST, announce, fastest_dtype, prepare_for_autocast, warn_if_slow, weights_dtype
 from gradmap.processes import local_device
 from gradmap.safetensors_reader import check_safetensors
 

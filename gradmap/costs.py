@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from gradmap.errors import UserError
 from gradmap.shape import Shape
 
 BF16_BYTES, FLOAT32_BYTES, FLOAT64_BYTES = 2, 4, 8
@@ -43,8 +42,6 @@ RUNTIME_BYTES = 0.8e9
 STARTING_S = 10.0
 # A layer in transformers for one token, however small it is: SmolLM2's 22 take 44 ms (benchmarks.generation).
 LAYER_CALL_S = 0.002
-# A budget does not go below so many samples: with fewer, a refit has fewer tokens than the weights of a row.
-LEAST_SAMPLES = 16
 # Of the peak, that products of this size reach in practice; an assumption.
 EFFICIENCY = 0.4
 
@@ -295,24 +292,6 @@ def streaming_seconds(shape: Shape, hardware: Hardware, pruning: Pruning, disk_b
     if pruning.compensator != "none":
         reads += 2 + pruning.runs * LAMBDAS / 2
     return reads * hardware.weight_bytes * shape.parameters(shape.layers) / disk_bytes_per_s
-
-
-def affordable_samples(shape: Shape, hardware: Hardware, pruning: Pruning, budget_s: float) -> int:
-    """How many of the samples can be chosen and repaired with in so many seconds: all, three quarters, half, and so on,
-    but LEAST_SAMPLES at least. Raises UserError for methods whose costs are not known."""
-    samples = pruning.size.samples
-    while True:
-        size = replace(pruning.size, samples=samples)
-        parts = [cost(shape, hardware, replace(pruning, size=size)) for cost in (select_seconds, repair_seconds)]
-        seconds = [part for part in parts if part is not None]
-        if len(seconds) < len(parts):
-            raise UserError(
-                f"What {pruning.selector} and {pruning.compensator} cost is not known, so that no budget can be kept; "
-                "leave out --budget-minutes, and give --samples."
-            )
-        if sum(seconds) <= budget_s or samples <= LEAST_SAMPLES:
-            return samples
-        samples = max(LEAST_SAMPLES, samples * 3 // 4)
 
 
 def score_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:

@@ -39,9 +39,16 @@ def available_bytes(cgroup: Path = CGROUP) -> int:
     return available if limit == "max" else min(available, int(limit) - int(used))
 
 
+def allowed_cores() -> list[int]:
+    """The numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def usable_cores(cgroup: Path = CGROUP) -> int:
     """Cores that this process may keep busy: those it may run on, or a container's quota if that is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(allowed_cores())
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -11,12 +11,12 @@ from typing import Any
 
 from gradmap.architectures import architecture_of, layer_count
 from gradmap.batching import Batches, forward_batch
+from gradmap.budget import samples_within_budget
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer, resolve_device, resolve_dtype
 from gradmap.compensation import Compensation, Correction, ProjectionOptions, Pruned
 from gradmap.compensators import COMPENSATORS
-from gradmap.console import say, waiting
-from gradmap.costs import CalibrationSize, Pruning, affordable_samples
+from gradmap.console import waiting
 from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
@@ -35,11 +35,9 @@ from gradmap.plan import (
     save_plan,
 )
 from gradmap.precision import computing_in
-from gradmap.processes import is_main_process, process_count
+from gradmap.processes import is_main_process
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
-from gradmap.shape import Shape
-from gradmap.speed import measure_hardware
 
 # best: what did best in our own comparison. gradmap: the method as it was published.
 DEFAULT_PRESET = "best"
@@ -61,8 +59,7 @@ class PruneSettings:
 
     layers: the order of removal, for selector manual. protect_first, protect_last: so many layers at either end stay.
     top_z, side, target, unregularised: see ProjectionOptions. stream: read layers from disk one at a time, for a model
-    that is larger than memory. budget_minutes: fewer samples are used if so many would
-    take longer on this machine.
+    that is larger than memory. budget_minutes: fewer samples are used if all would take longer on this machine.
     """
 
     remove: int
@@ -101,7 +98,7 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bo
     samples = settings.samples
     if settings.budget_minutes is not None:
         known = None if resume is False else Journal.recorded(out, {BUDGET: settings.budget_minutes}, SAMPLES)
-        samples = known or samples_within_budget(checkpoint, settings, settings.budget_minutes)
+        samples = known or samples_within_budget(checkpoint, settings, found_dtype(checkpoint, settings))
     calibration = build_calibration(tokenizer, settings.calibration, samples, settings.tokens, settings.seed)
     journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
     done = journal.open(resume)
@@ -187,33 +184,6 @@ def _make_plan(
 def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:
     """What this machine computes in: `auto` is not the same everywhere."""
     return resolve_dtype(settings.dtype, resolve_device(settings.device), checkpoint)
-
-
-def samples_within_budget(checkpoint: Checkpoint, settings: PruneSettings, minutes: float) -> int:
-    """How many of the samples this machine is estimated to choose and repair with in so many minutes; says so if it is
-    not all. With samples everything shrinks: what is fitted, measured, written and trained on.
-
-    Raises UserError if the costs of the methods, or the model's sizes, are not known.
-    """
-    if process_count() > 1:
-        raise UserError("--budget-minutes measures one process, and several must agree; give --samples.")
-    hardware = measure_hardware(checkpoint.config, found_dtype(checkpoint, settings), resolve_device(settings.device))
-    shape, pruning = Shape.of_config(checkpoint.config, checkpoint.name), _pruning_costs(checkpoint, settings)
-    samples = affordable_samples(shape, hardware, pruning, 60 * minutes)
-    if samples < settings.samples:
-        say(f"Within {minutes:g} minutes this machine is estimated to manage {samples} of {settings.samples} samples")
-    return samples
-
-
-def _pruning_costs(checkpoint: Checkpoint, settings: PruneSettings) -> Pruning:
-    return Pruning(
-        settings.remove,
-        settings.selector,
-        settings.compensator,
-        CalibrationSize(settings.samples, settings.tokens),
-        settings.one_shot,
-        correctable=architecture_of(checkpoint.config).uncorrectable is None,
-    )
 
 
 def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from importlib.metadata import packages_distributions
 
-from gradmap.machine import bfloat16_pays, multiplies_int8_exactly, usable_cores
+from gradmap.machine import allowed_cores, bfloat16_pays, multiplies_int8_exactly, usable_cores
 from gradmap.precision import AUTOCAST
 
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
@@ -24,8 +23,8 @@ def vllm_defaults() -> dict[str, str]:
 def threads_within_quota() -> dict[str, str]:
     """The cores for vLLM's CPU build where a container's quota allows fewer than there are: it would take one thread
     for each, and they would wait for each other. For one process, that is without tensor parallelism."""
-    cores = sorted(os.sched_getaffinity(0)) if is_cpu_build() else []
-    if usable_cores() >= len(cores):
+    cores = allowed_cores()
+    if not is_cpu_build() or usable_cores() >= len(cores):
         return {}
     return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[: usable_cores()]))}
 

@@ -12,6 +12,7 @@ import torch
 from export.artifact import FORMATS
 from export.costs import ExportSize, export_bytes, export_seconds
 from gradmap.architectures import architecture_of
+from gradmap.budget import affordable_samples
 from gradmap.checkpoint import SPREAD, auto_dtype, resolve_device
 from gradmap.costs import (
     RUNTIME_BYTES,
@@ -19,7 +20,6 @@ from gradmap.costs import (
     CalibrationSize,
     Hardware,
     Pruning,
-    affordable_samples,
     prune_bytes,
     repair_seconds,
     select_seconds,

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING
 from gradmap import costs
 from gradmap.architectures import ARCHITECTURES
 from gradmap.batching import Batches
+from gradmap.budget import LEAST_SAMPLES, affordable_samples
 from gradmap.calibration import HELD_OUT_FRACTION, Calibration
 from gradmap.checkpoint import read_config
 from gradmap.compensation import Pruned
@@ -261,10 +262,10 @@ def test_a_budget_buys_as_many_samples_as_are_estimated_to_fit():
         return costs.select_seconds(shape, hardware, smaller) + costs.repair_seconds(shape, hardware, smaller)
 
     whole_s = seconds(pruning.size.samples)
-    assert costs.affordable_samples(shape, hardware, pruning, whole_s) == pruning.size.samples
-    bought = [costs.affordable_samples(shape, hardware, pruning, share * whole_s) for share in (0.9, 0.5, 0.25, 0.0)]
+    assert affordable_samples(shape, hardware, pruning, whole_s) == pruning.size.samples
+    bought = [affordable_samples(shape, hardware, pruning, share * whole_s) for share in (0.9, 0.5, 0.25, 0.0)]
     assert bought == sorted(bought, reverse=True)
     assert bought[0] < pruning.size.samples
-    assert bought[-1] == costs.LEAST_SAMPLES
+    assert bought[-1] == LEAST_SAMPLES
     for share, samples in zip((0.9, 0.5), bought, strict=False):
         assert seconds(samples) <= share * whole_s

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradmap.architectures import without_layers
-from gradmap.costs import LEAST_SAMPLES
+from gradmap.budget import LEAST_SAMPLES
 from gradmap.errors import UserError
 from gradmap.importance import layer_scores_reference
 from gradmap.layerwise import sample_losses
