@@ -12,23 +12,51 @@ from rich.live import Live
 from rich.table import Table
 
 from gradmap.console import STDERR, heartbeat, say
-from gradmap.heartbeat import Pace
+from gradmap.heartbeat import Pace, describe_s
 from loadtest.loads import Load
 from loadtest.metrics import measure, values_of, window_s
 from loadtest.records import RequestRecord
 
 REFRESHES_PER_S = 4
+# What a session spends its time on.
+START, LOAD = "start", "load"
+
+
+class Ahead:
+    """How long the rest of a session takes. Servers that start take longer than loads, so that each has a pace of its
+    own. Times are seconds."""
+
+    def __init__(self, starts: int, loads: int) -> None:
+        self._paces = {START: Pace(starts), LOAD: Pace(loads)}
+        self._spent_s = {START: 0.0, LOAD: 0.0}
+
+    def done(self, kind: str, seconds: float) -> None:
+        """Counts a start or a load that took so long."""
+        self._spent_s[kind] += seconds
+        self._paces[kind].advance(1, self._spent_s[kind])
+
+    def eta_s(self, kind: str, so_far_s: float) -> float | None:
+        """kind: what has been going on for `so_far_s`. None if nothing tells, or if it should have been done by now."""
+        total_s = 0.0
+        for each, pace in self._paces.items():
+            if pace.done == pace.total:
+                continue
+            rest_s = pace.eta_s(self._spent_s[each] + (so_far_s if each == kind else 0.0))
+            if rest_s is None:
+                return None
+            total_s += rest_s
+        return total_s
 
 
 class Board:
     """Rate, TTFT and TPOT of every load that ran or runs, and how long the rest will take.
 
-    loads_in_all: how many loads the session has; those of the search for the highest rate are not known beforehand.
+    starts, loads: how many there are in all; those of the search for the highest rate are not known beforehand.
     """
 
-    def __init__(self, loads_in_all: int) -> None:
-        self._pace = Pace(loads_in_all)
-        self._started_s = time.monotonic()
+    def __init__(self, starts: int, loads: int) -> None:
+        self._ahead = Ahead(starts, loads)
+        self._started_s = self._turned_s = time.monotonic()
         self._rows: dict[tuple[str, str], tuple[str, ...]] = {}
         self._now = ""
 
@@ -38,6 +66,10 @@ class Board:
         live = Live(get_renderable=self._table, console=STDERR, refresh_per_second=REFRESHES_PER_S)
         with live if sys.stderr.isatty() else nullcontext():
             yield
+
+    def started(self) -> None:
+        """A server has, since the last load ended."""
+        self._turn(START)
 
     @contextmanager
     def load(self, arm: str, stay: str, load: Load, count: int) -> Iterator[LoadProgress]:
@@ -49,7 +81,7 @@ class Board:
         progress = LoadProgress(self, arm, load, count)
         with heartbeat(lambda _: self._line(progress)):
             yield progress
-        self._pace.advance(1, self._passed_s)
+        self._turn(LOAD)
         if not sys.stderr.isatty():
             say(self._line(progress))
 
@@ -59,14 +91,20 @@ class Board:
     def _line(self, progress: LoadProgress) -> str:
         requests, rate, ttft, tpot, failed = progress.cells
         line = f"{self._now}: {requests} requests, {rate}/s, TTFT {ttft} ms, TPOT {tpot} ms, {failed} failed"
-        return f"{line}   {self._pace.describe_eta(self._passed_s)}".rstrip()
+        return f"{line}   {self._describe_eta()}".rstrip()
 
-    @property
-    def _passed_s(self) -> float:
-        return time.monotonic() - self._started_s
+    def _turn(self, kind: str) -> None:
+        """Counts what ends now."""
+        now_s = time.monotonic()
+        self._ahead.done(kind, now_s - self._turned_s)
+        self._turned_s = now_s
+
+    def _describe_eta(self) -> str:
+        eta_s = self._ahead.eta_s(LOAD, time.monotonic() - self._turned_s)
+        return "" if eta_s is None else f"ETA {describe_s(eta_s)}"
 
     def _table(self) -> Table:
-        title = f"{self._now}   {self._passed_s:.0f} s   {self._pace.describe_eta(self._passed_s)}"
+        title = f"{self._now}   {time.monotonic() - self._started_s:.0f} s   {self._describe_eta()}"
         table = Table(title=title, title_justify="left")
         for column in ("load", "requests", "requests/s", "TTFT (ms)", "TPOT (ms)", "failed"):
             table.add_column(column, justify="left" if column == "load" else "right")

@@ -54,7 +54,8 @@ def run_session(settings: LoadTestSettings, session: Session) -> None:
         prompts = _open_prompts(settings)
     session.start()
     stays = list(_consecutive(schedule(settings), fresh=settings.interleaved))
-    board = Board(len(stays) + sum(len(blocks) for _, blocks in stays) * len(settings.loads))
+    loads = len(stays) + sum(len(blocks) for _, blocks in stays) * len(settings.loads)  # each stay has a warm-up
+    board = Board(len(stays), loads)
     bench = Bench(settings, prompts, board, session.directory)
     with board.showing():
         for arm, blocks in stays:
@@ -82,6 +83,7 @@ def _search_rate(endpoint: Endpoint, bench: Bench, arm: str, session: Session) -
 @contextmanager
 def _warm_endpoint(bench: Bench, arm: str) -> Iterator[Endpoint]:
     with _open_endpoint(bench.settings, arm, bench.out) as endpoint:
+        bench.board.started()
         warm_up = replace(bench, settings=replace(bench.settings, requests_per_load=WARM_UP_REQUESTS))
         run_load(endpoint, warm_up, Block(arm, WARM_UP_PAIR), WARM_UP_LOAD)
         yield endpoint
