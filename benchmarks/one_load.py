@@ -19,5 +19,5 @@ def send_load(endpoint: Endpoint, load: Load, workload: Workload, vocabulary: in
     arms = {"pruned": endpoint.url}  # no load test is without one; only the dense endpoint is asked
     chosen = LoadTestSettings(endpoint.url, arms, loads=(load,), workload=workload, **settings)
     with TemporaryDirectory() as directory:
-        bench = Bench(chosen, RandomPrompts(workload, vocabulary), Board(1), Path(directory))
+        bench = Bench(chosen, RandomPrompts(workload, vocabulary), Board(starts=0, loads=1), Path(directory))
         return run_load(endpoint, bench, Block("dense", 0), load)

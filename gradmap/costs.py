@@ -18,13 +18,13 @@ BF16_BYTES, FLOAT32_BYTES, FLOAT64_BYTES = 2, 4, 8
 HELD_OUT_FRACTION = 0.25
 # gradmap.selectors.repair: tokens that a selection fits and measures on.
 SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
-# gradmap.compensators.sequential: how many are tried. ridge: the same for `projection`.
-LAMBDAS, PROJECTION_LAMBDAS = 5, 8
 # gradmap.compensators.distil: samples that the dense model writes for each that is fitted on, and how many at once; the
 # rank of what is trained, and samples of a step.
 WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES = 2, 64, 16, 4
 # Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are tried in each.
 TRIED_IN_LATER_ROUNDS = 2.7
+# Likewise, so many lambdas are tried in each fit, of the five and of the eight that there are.
+LAMBDAS = 3.2
 # Of the samples to measure on, that a layer which is tried sees before the race is decided: what meets the FLOPs that
 # were counted (SmolLM2 without 8 layers). It is a third in the first round; later, more are tried on few samples each.
 MEASURED_SHARE = 0.72
@@ -172,9 +172,7 @@ def _mean_left(shape: Shape, rounds: int) -> float:
     return shape.layers - (rounds - 1) / 2
 
 
-def fits_flops(
-    shape: Shape, remove: int, runs: int, features: float, size: CalibrationSize = DEFAULT_SIZE, lambdas: int = LAMBDAS
-) -> float:
+def fits_flops(shape: Shape, remove: int, runs: int, features: float, size: CalibrationSize = DEFAULT_SIZE) -> float:
     """A fit before each run of removed layers. Of all runs together, the dense model is walked through to its end, and
     the pruned one to the last of them; a layer that is fitted runs once more; and each lambda is tried on what is
     behind it, half of what is left.
@@ -186,7 +184,7 @@ def fits_flops(
     walks = size.fit_tokens * shape.layer_flops(shape.layers + last + runs) + size.held_out_tokens * shape.layer_flops(
         last
     )
-    trials = (1 + runs * lambdas) * size.held_out_tokens * shape.forward_flops(left / 2)
+    trials = (1 + runs * LAMBDAS) * size.held_out_tokens * shape.forward_flops(left / 2)
     return walks + trials + runs * size.fit_tokens * 2 * features * (features + shape.width)
 
 
@@ -277,7 +275,7 @@ def repair_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float 
         "refit": fits,
         "sequential": fits,
         "distil": fits + training_flops(shape, remove, size),
-        "projection": drift + fits_flops(shape, remove, 1, shape.width, size, PROJECTION_LAMBDAS),
+        "projection": drift + fits_flops(shape, remove, 1, shape.width, size),
     }.get(pruning.compensator)
     if flops is None:
         return None

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gradmap.compensation import Correction, Pruned
-from gradmap.console import progress
+from gradmap.console import announced, progress
 from gradmap.corrections import (
     Change,
     Changes,
@@ -79,6 +80,7 @@ class ClosedForm:
 
 # Of one batch: F (B, T, f), D (B, T, d) and the target (B, T, d).
 Visit = Callable[[Tensor, Tensor, Tensor], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def fit_correction(
     walks: Walks | None = None,
     before: float | None = None,
 ) -> Correction:
-    """The change with the lambda (relative, of `lambdas`) of the lowest held-out loss, on top of `changes`.
+    """The change with the lambda (relative, of `lambdas`, in order) of the lowest held-out loss, on top of `changes`.
 
     walks: of the fits before this one, in front of its layer at most. before: the held-out loss without it, if known.
     """
@@ -119,19 +121,35 @@ def fit_correction(
     weight = down_projection_weight(pruned, fit.layer).to(gram.device) if fit.kind == "right" else None
     closed_form = ClosedForm(fit, gram, cross, weight)
     place = Place(fit.layer, pruned.architecture.down_projection)
-    best: Correction | None = None
-    with progress(f"Choosing lambda for layer {fit.layer} on held-out samples", 1 + len(lambdas)) as advance:
-        walks.held_out.go_to(fit.layer, changes)
-        if before is None:
-            before = walks.held_out.loss(changes)
-        advance(1)
-        for relative in lambdas:
-            change, lam = closed_form.solve(relative)
-            after = walks.held_out.loss(followed_by(changes, [(place, change)]))
-            if best is None or after < best.held_out_loss_after:  # only one is kept: on a GPU, room is dear
-                best = Correction(place, change, before, after, lam, relative)
-            advance(1)
-    assert best is not None, "no lambda to choose from"
+    walks.held_out.go_to(fit.layer, changes)
+    before = walks.held_out.loss(changes) if before is None else before
+
+    def attempt(relative: float) -> Correction:
+        change, lam = closed_form.solve(relative)
+        after = walks.held_out.loss(followed_by(changes, [(place, change)]))
+        return Correction(place, change, before, after, lam, relative)
+
+    with announced(f"Choosing lambda for layer {fit.layer} on held-out samples"):
+        return best_downhill(lambdas, attempt, loss=lambda correction: correction.held_out_loss_after)
+
+
+def best_downhill(
+    values: Sequence[float], attempt: Callable[[float], Result], loss: Callable[[Result], float]
+) -> Result:
+    """The result with the lowest loss, if along the ordered values the loss falls and then rises: tries neighbours,
+    from the middle value on, until it does. Such is lambda: too little of it fits noise, too much fits nothing.
+    """
+    middle = len(values) // 2
+    best = attempt(values[middle])
+    for further in (values[middle + 1 :], values[:middle][::-1]):
+        start = best
+        for value in further:
+            result = attempt(value)
+            if not loss(result) < loss(best):  # nor where it is not a number
+                break
+            best = result  # no more than two are held: on a GPU, room is dear
+        if best is not start:  # it rises the other way
+            break
     return best
 
 
@@ -157,7 +175,7 @@ def visit_features(
     pruned: Pruned,
     fit: Fit,
     changes: Changes,
-    visit: Callable[[Tensor, Tensor, Tensor], None],
+    visit: Visit,
     walks: Walks | None = None,
 ) -> None:
     """Calls `visit` with one batch after the other of the samples to fit on."""

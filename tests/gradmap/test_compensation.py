@@ -1,5 +1,6 @@
 """The closed form solves Eq. 10, changes on hooks are what the equations say, and no repair makes anything worse."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ from gradmap.compensators.projection import mean_drift, project_most_drifted
 from gradmap.compensators.ridge import (
     Fit,
     accumulate_gram,
+    best_downhill,
     device_with_room,
     solve_ridge,
     solve_ridge_reference,
@@ -80,6 +82,25 @@ def test_closed_form_equals_least_squares(pico, input_ids, kind, weighted):
     torch.testing.assert_close(
         solve_ridge(gram, cross, lam), solve_ridge_reference(features, missing, lam), rtol=0, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_the_lowest_of_losses_that_fall_and_then_rise_is_found_without_trying_all(count):
+    values = range(count)
+    for lowest in values:
+        tried = []
+
+        def attempt(value, tried=tried):
+            tried.append(value)
+            return value
+
+        assert best_downhill(values, attempt, loss=lambda value, lowest=lowest: abs(value - lowest)) == lowest
+        assert len(tried) == len(set(tried)) <= max(3, abs(lowest - count // 2) + 3)
+
+
+def test_a_loss_that_is_not_a_number_is_not_the_lowest():
+    losses = {1: 2.0, 2: math.nan, 0: 1.0}
+    assert best_downhill([0, 1, 2], attempt=lambda value: value, loss=losses.__getitem__) == 0
 
 
 @pytest.mark.gpu
