@@ -32,6 +32,7 @@ from export.verification import (
     logit_tolerance,
     require_faithful,
     run_artifact,
+    run_artifact_in_each,
 )
 from export.writers import (
     Source,
@@ -167,7 +168,7 @@ def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -
 
 
 def _require_checkable(settings: ExportSettings) -> None:
-    if settings.check_vllm and find_spec("vllm") and cpu_spoils_int8():
+    if _asks_vllm(settings) and cpu_spoils_int8():
         raise UserError(
             "vLLM's 8-bit products overflow on this CPU, which has no VNNI, so that it cannot check an int8 artifact; "
             "export on one that has it, or leave the check by vLLM out (--no-check-vllm)."
@@ -207,7 +208,7 @@ def verify_directory(directory: Path) -> dict[str, Any]:
     runner = FORMATS[record["format"]].runners[0]
     stored = record["verification"][_label(runner)]
     with announced(f"Running {directory} with {_label(runner)} in a fresh process"):
-        outcome = run_artifact(runner, directory, reference.input_ids, len(reference.greedy_ids))
+        outcome = run_artifact(runner, directory, reference)
     comparison = compare(reference, outcome, Bounds(stored["tolerance"], stored["min_agreement"]))
     require_faithful(comparison)
     return {"name": record["name"], "files": len(record["files"]), "verification": {_label(runner): asdict(comparison)}}
@@ -219,13 +220,13 @@ def _export_one(
     with atomic_directory(path, marker=ARTIFACT_FILE) as partial:
         written = form.write(partial, source, target)
         save_probe(partial / PROBE_FILE, reference)
+        runners = [runner for runner in form.runners if runner != "run_vllm" or _asks_vllm(settings)]
+        fresh = "a fresh process" if len(runners) == 1 else "fresh processes"
+        with announced(f"Verifying {path}: {' and '.join(map(_label, runners))} in {fresh}"):
+            outcomes = run_artifact_in_each(runners, partial, reference, written.weight_bytes)
         comparisons = {}
-        for runner in form.runners:
-            if runner == "run_vllm" and not (settings.check_vllm and find_spec("vllm")):
-                continue
+        for runner, outcome in zip(runners, outcomes, strict=True):
             bounds = _bounds(source, target, written, reference, runner, settings.min_agreement)
-            with announced(f"Verifying {path}: {_label(runner)} in a fresh process"):
-                outcome = run_artifact(runner, partial, source.probe_ids, len(reference.greedy_ids))
             comparisons[runner] = compare(reference, outcome, bounds)
             require_faithful(comparisons[runner])
         record = _describe(source, form, target, written, comparisons)
@@ -233,6 +234,10 @@ def _export_one(
         record["files"] = written.hashes | _hash_missing(partial, written.hashes)
         write_json(partial / ARTIFACT_FILE, record)
     return record
+
+
+def _asks_vllm(settings: ExportSettings) -> bool:
+    return settings.check_vllm and find_spec("vllm") is not None
 
 
 def _bounds(

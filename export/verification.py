@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,14 @@ from torch import Tensor
 
 from export.reference import Reference
 from gradmap.errors import UserError
+from gradmap.machine import available_bytes
 
 # Room for the constants. A structural error (a lost layer, a lost W') changed SmolLM2's logits by 0.3 to 1.0.
 SAFETY_FACTOR = 3.0
+# What a runtime takes besides the weights (vLLM with its cache the most), and the weights as it holds them at most,
+# over what they take as stored: eight bits widened to 32.
+RUNTIME_BYTES = 4e9
+WIDENED = 4
 # Two linear maps in a row on each of a layer's two updates; and the tensors that each update rounds on its way.
 LINEAR_MAPS_PER_LAYER = 4
 ROUNDED_TENSORS_PER_LAYER = 12
@@ -86,16 +93,27 @@ def logit_tolerance(
     return float(SAFETY_FACTOR * (arithmetic + activations + weights) ** 0.5)
 
 
-def run_artifact(runner: str, directory: Path, input_ids: Tensor, greedy_tokens: int) -> Outcome:
+def run_artifact_in_each(
+    runners: Sequence[str], directory: Path, reference: Reference, weight_bytes: int
+) -> list[Outcome]:
+    """`run_artifact` in each runner: at once if memory has room for all, since most of their time goes into imports."""
+    needed = len(runners) * (RUNTIME_BYTES + WIDENED * weight_bytes)
+    together = len(runners) if needed <= available_bytes() else 1
+    with ThreadPoolExecutor(together) as pool:
+        return list(pool.map(lambda runner: run_artifact(runner, directory, reference), runners))
+
+
+def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
     """Runs `export.runners.RUNNER` in a fresh process. Raises UserError with its last line if it fails."""
+    tensors = {"input_ids": reference.input_ids.contiguous(), "greedy_tokens": torch.tensor(len(reference.greedy_ids))}
     with tempfile.TemporaryDirectory() as temporary:
         probe, out = Path(temporary, "probe.safetensors"), Path(temporary, "outcome.safetensors")
-        save_file({"input_ids": input_ids.contiguous(), "greedy_tokens": torch.tensor(greedy_tokens)}, probe)
+        save_file(tensors, probe)
         command = [sys.executable, "-m", f"export.runners.{runner}", str(directory.resolve()), str(probe), str(out)]
         run_child(command, f"The exported model does not run ({runner.removeprefix('run_')})")
         with safe_open(out, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
-            return Outcome(file.metadata()["runtime"], **tensors)
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
+            return Outcome(file.metadata()["runtime"], **found)
 
 
 def run_child(command: list[str], problem: str) -> None:

@@ -1,10 +1,13 @@
 """The judgement on an artifact: what passes, what does not, and what a refusal says."""
 
+import threading
+
 import pytest
 import torch
 
+from export import verification
 from export.reference import Reference, load_probe, save_probe
-from export.verification import Bounds, Outcome, compare, find_problem, logit_tolerance
+from export.verification import Bounds, Outcome, compare, find_problem, logit_tolerance, run_artifact_in_each
 from gradmap.errors import UserError
 
 SAMPLES, TOKENS, VOCABULARY = 2, 6, 50
@@ -98,3 +101,22 @@ def test_the_tolerance_follows_what_is_rounded():
     served = logit_tolerance(22, 576, torch.bfloat16, 1, torch.bfloat16)
     assert exact < 1e-4 < one_map < 1e-2 < served < 0.15  # a lost W' moved SmolLM2's logits by 0.3
     assert served < logit_tolerance(80, 576, torch.bfloat16, 1, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("available", "at_once"), [(10**12, 2), (10**9, 1)])
+def test_runners_go_at_once_where_memory_has_room_for_all(reference, tmp_path, monkeypatch, available, at_once):
+    running, most = set(), []
+    meeting = threading.Barrier(at_once, timeout=60)
+
+    def run(runner, directory, reference):
+        running.add(runner)
+        meeting.wait()
+        most.append(len(running))
+        meeting.wait()
+        running.remove(runner)
+        return runner
+
+    monkeypatch.setattr(verification, "run_artifact", run)
+    monkeypatch.setattr(verification, "available_bytes", lambda: available)
+    assert run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9) == ["first", "second"]
+    assert most == [at_once, at_once]
