@@ -154,7 +154,7 @@ def artifact(picos, tmp_path_factory):
     return out / "hf", source, export(source, out, "hf", quality=QUALITY)["hf"]
 
 
-def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path):
+def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path, fresh_processes):
     received = shutil.copytree(artifact[0], tmp_path / "received")
     result = verify_directory(received)
     assert result["files"] == len(artifact[2]["files"])

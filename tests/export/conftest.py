@@ -1,0 +1,39 @@
+"""Runners of exported models, without the seconds that each takes to import what this process has imported."""
+
+import sys
+from importlib import import_module
+
+import pytest
+
+from export import verification
+from export.runners.probe_io import run
+from gradmap.errors import UserError
+
+IMPORTED_HERE = ("export.runners.run_transformers", "export.runners.run_onnxruntime")
+run_in_a_fresh_process = verification.run_child
+
+
+def run_here(command, problem):
+    """As `run_child`, for those runners that this process can run."""
+    *python, module = command[:3]
+    if python != [sys.executable, "-m"] or module not in IMPORTED_HERE:
+        return run_in_a_fresh_process(command, problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command[2:])
+        try:
+            run(import_module(module).outcome_of)
+        except Exception as error:
+            raise UserError(f"{problem}: {type(error).__name__}: {error}") from None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runners_in_this_process():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "run_child", run_here)
+        yield
+
+
+@pytest.fixture
+def fresh_processes(monkeypatch):
+    """As users have it."""
+    monkeypatch.setattr(verification, "run_child", run_in_a_fresh_process)
