@@ -6,14 +6,14 @@ up; then all decide the same. Without such a launcher there is one process, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from gradmap.console import waiting
+from gradmap.console import say, waiting
 from gradmap.errors import UserError
 from gradmap.processes import local_device, process_count, process_rank
 
@@ -58,11 +58,27 @@ def falls_to_this_process(number: int) -> bool:
     return number % process_count() == process_rank()
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
+def say_if_some_are_idle(step_samples: int) -> None:
+    """Before training with steps of so many samples."""
+    idle = process_count() - step_samples
+    if idle > 0:
+        say(f"A step of training takes {step_samples} samples, so that {idle} of {process_count()} processes are idle.")
+
+
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Adds up the gradients of every process; a process without samples has none."""
-    for parameter in parameters:
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = summed(gradient)
+    gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+    for parameter, total in zip(parameters, _summed_at_once(gradients), strict=True):
+        parameter.grad = total
+
+
+def _summed_at_once(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`summed` of each, in one message: whoever sends one waits for the slowest process."""
+    if process_count() == 1:
+        return tensors
+    total = summed(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = total.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def summed(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradmap.architectures import Architecture
 from gradmap.console import progress
 from gradmap.corrections import LowRank, Place, corrected, linear_maps, untrained_low_rank
-from gradmap.distributed import share_of_step, sum_gradients
+from gradmap.distributed import say_if_some_are_idle, share_of_step, sum_gradients
 from gradmap.errors import UserError
 from gradmap.layerwise import losses_from, run_layers, stacked_on_cpu
 
@@ -59,6 +59,7 @@ def lora_gradients(
     factors = {place: untrained_low_rank(module, RANK, generator) for place, module in maps}
     parameters = [tensor for factor in factors.values() for tensor in (factor.up, factor.down)]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
+    say_if_some_are_idle(STEP_SAMPLES)
     with progress("First steps of LoRA", STEPS) as advance:
         for rows in islice(_rows(len(input_ids), generator), STEPS):
             optimizer.zero_grad()

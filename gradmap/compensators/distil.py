@@ -22,7 +22,14 @@ from gradmap.compensators.ridge import Walks
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
 from gradmap.console import progress
 from gradmap.corrections import LowRank, followed_by, linear_maps, pruned_and_corrected, untrained_low_rank
-from gradmap.distributed import falls_to_this_process, gathered, share_of_step, sum_gradients, summed
+from gradmap.distributed import (
+    falls_to_this_process,
+    gathered,
+    say_if_some_are_idle,
+    share_of_step,
+    sum_gradients,
+    summed,
+)
 from gradmap.layerwise import capturing, logits_from, run_layers
 
 RANK = 16
@@ -75,6 +82,7 @@ def train_low_rank(pruned: Pruned, so_far: Compensation, known: Lessons) -> tupl
     order = torch.randperm(len(samples), generator=generator).to(goal.device)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, math.ceil(len(samples) / STEP_SAMPLES))
+    say_if_some_are_idle(STEP_SAMPLES)
     with (
         progress("Distilling (samples)", len(samples)) as advance,
         pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, together),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gradmap.distributed import say_if_some_are_idle, sum_gradients
 from tests.command_line import gradmap
 from tests.gradmap.test_prune import prune_arguments
 
@@ -44,6 +45,29 @@ def test_two_processes_make_the_same_plan(picos, alone, word_file, tmp_path):
     assert matrices.keys() == expected_matrices.keys()
     for name, matrix in matrices.items():
         torch.testing.assert_close(matrix, expected_matrices[name], rtol=1e-6, atol=1e-8)
+
+
+def test_gradients_are_summed_up_in_one_message(monkeypatch):
+    """With a process that has the same ones."""
+    messages = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: messages.append(len(tensor.mul_(2))))
+    parameters = [torch.zeros(shape, requires_grad=True) for shape in ((2, 3), (4,), (1, 1))]
+    (parameters[0].sum() + 3 * parameters[2].sum()).backward()
+    sum_gradients(parameters)
+    assert messages == [6 + 4 + 1]
+    for parameter, expected in zip(parameters, (2.0, 0.0, 6.0), strict=True):
+        assert torch.equal(parameter.grad, torch.full_like(parameter, expected))
+
+
+@pytest.mark.parametrize(("processes", "said"), [(1, ""), (4, ""), (7, "3 of 7 processes are idle")])
+def test_processes_for_which_a_step_of_training_has_no_sample_are_named(monkeypatch, capsys, processes, said):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    say_if_some_are_idle(4)
+    message = capsys.readouterr().err
+    assert said in message
+    assert bool(message) == bool(said)
 
 
 @pytest.mark.slow
