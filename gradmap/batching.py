@@ -39,6 +39,11 @@ def home_for(model: Any, states: int) -> torch.device:
     return device if needed <= GPU_STATES_SHARE * torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
 
 
+def states_batch(bytes_of_one: int, device: torch.device) -> int:
+    """How many samples, whose states take so much each, have room on a GPU at once."""
+    return max(1, int(GPU_STATES_SHARE * torch.cuda.mem_get_info(device)[0]) // bytes_of_one)
+
+
 def moved_home(tensor: Tensor, home: torch.device) -> Tensor:
     """The tensor there. From a GPU into memory that it reaches by itself, so that nothing waits for the copy; something
     has to before the CPU reads it."""

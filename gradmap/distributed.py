@@ -53,11 +53,6 @@ def share_of_step(tensor: Tensor) -> Tensor:
     return tensor[_share(len(tensor))]
 
 
-def falls_to_this_process(number: int) -> bool:
-    """Whether the piece of work with this number is this process's; pieces are dealt out in turn."""
-    return number % process_count() == process_rank()
-
-
 def say_if_some_are_idle(step_samples: int) -> None:
     """Before training with steps of so many samples."""
     idle = process_count() - step_samples

@@ -16,26 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
-from gradmap.batching import logits_batch
+from gradmap.batching import Batches, logits_batch, states_batch
 from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators.ridge import Walks
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
 from gradmap.console import progress
 from gradmap.corrections import LowRank, followed_by, linear_maps, pruned_and_corrected, untrained_low_rank
 from gradmap.distributed import (
-    falls_to_this_process,
     gathered,
     say_if_some_are_idle,
+    share_of,
     share_of_step,
     sum_gradients,
-    summed,
 )
 from gradmap.layerwise import capturing, logits_from, run_layers
 
 RANK = 16
 LEARNING_RATE = 1e-3
 STEP_SAMPLES = 4
-# Of texts that the dense model writes: how many for each calibration sample, and how many tokens they begin with.
+# Of texts that the dense model writes: how many for each calibration sample, how many tokens they begin with, and how
+# many a CPU writes at once.
 WRITTEN_PER_SAMPLE = 2
 PROMPT_TOKENS = 4
 WRITTEN_TOGETHER = 64
@@ -96,60 +96,91 @@ def train_low_rank(pruned: Pruned, so_far: Compensation, known: Lessons) -> tupl
 
 def written_by_dense(pruned: Pruned) -> Lessons:
     """Samples (N, T) that begin with a few tokens from the calibration samples to fit on, and go on as the dense model
-    would (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888). The same for any number of processes."""
+    would (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888).
+
+    Up to rounding the same on every device and for any number of processes, which write a share each. Rounding may turn
+    a token into another, and the text goes on from there.
+    """
     known, seed = pruned.calibration.fit_ids, pruned.calibration.seed
     length = min(PROMPT_TOKENS, known.shape[1])
     count = WRITTEN_PER_SAMPLE * len(known)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(known), (count, 1), generator=generator)
     starts = torch.randint(known.shape[1] - length + 1, (count, 1), generator=generator)
-    prompts = known[rows, starts + torch.arange(length)]
-    written = torch.zeros(count, known.shape[1], dtype=known.dtype)
-    embeddings = pruned.model.get_input_embeddings().weight
-    outputs = embeddings.new_zeros(*written.shape, embeddings.shape[1])
-    with progress("The dense model writes (tokens)", written.numel()) as advance:
-        for number, start in enumerate(range(0, count, WRITTEN_TOGETHER)):
-            batch = slice(start, start + WRITTEN_TOGETHER)
-            if falls_to_this_process(number):
-                lessons = write_on(pruned.model, pruned.architecture, prompts[batch], known.shape[1], seed + number)
-                written[batch], outputs[batch] = lessons.input_ids, lessons.outputs
-            advance(written[batch].numel())
-    return Lessons(summed(written), summed(outputs))
+    prompts, _ = share_of(known[rows, starts + torch.arange(length)])
+    numbers, _ = share_of(uniform_numbers(count, known.shape[1] - length, seed))
+    parts: list[Lessons] = []
+    with progress("The dense model writes (tokens)", len(prompts) * known.shape[1]) as advance:
+
+        def write_batch(batch: slice) -> None:
+            parts.append(write_on(pruned.model, pruned.architecture, prompts[batch], numbers[batch]))
+            advance(parts[-1].input_ids.numel())
+
+        Batches(_written_together(pruned.model, prompts, known.shape[1])).run(len(prompts), write_batch)
+    return Lessons(
+        gathered(torch.cat([part.input_ids for part in parts]), count),
+        gathered(torch.cat([part.outputs for part in parts]), count),
+    )
+
+
+def uniform_numbers(count: int, tokens: int, seed: int) -> Tensor:
+    """From 0 to 1, one for every token of so many texts that is drawn: (count, tokens) float64.
+
+    In the CPU's memory, wherever the model is: generators of other devices give other numbers. What a CPU writes at
+    once has a seed of its own.
+    """
+    parts: list[Tensor] = []
+    for number, start in enumerate(range(0, count, WRITTEN_TOGETHER)):
+        generator = torch.Generator().manual_seed(seed + number)
+        shape = tokens, min(WRITTEN_TOGETHER, count - start)
+        parts.append(torch.rand(shape, dtype=torch.float64, generator=generator).mT)
+    return torch.cat(parts)
 
 
 @torch.no_grad()
-def write_on(model: Any, architecture: Architecture, prompts: Tensor, length: int, seed: int) -> Lessons:
-    """Continues each prompt (B, P) to (B, length), every token drawn from the model's whole next-token distribution.
+def _written_together(model: Any, prompts: Tensor, length: int) -> int:
+    """How many prompts (N, P) are continued at once to so many tokens. A GPU takes as long for a few as for many, so
+    there it is as many as have room for their KV cache."""
+    if model.device.type == "cpu":
+        return WRITTEN_TOGETHER
+    cache = model(input_ids=prompts[:1].to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+    of_prompt = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+    return states_batch(of_prompt * length // prompts.shape[1], model.device)
+
+
+@torch.no_grad()
+def write_on(model: Any, architecture: Architecture, prompts: Tensor, numbers: Tensor) -> Lessons:
+    """Continues each prompt (B, P) by a token for each of its `numbers` (B, n), which is drawn by that number from the
+    model's whole next-token distribution.
 
     Unlike transformers' own sampling, whatever the model's generation config says: what is wanted is its knowledge.
     """
-    ids = entering = prompts.to(model.device)
+    ids = entering = prompts.to(model.device, non_blocking=True)
+    numbers = numbers.to(model.device, non_blocking=True)
     last_layer = architecture.layer_list(model)[-1]
     outputs: list[Tensor] = []
     cache: Any = None
-    generator: torch.Generator | None = None
     while True:
         with capturing([last_layer]) as captured:
-            output = model(input_ids=entering, past_key_values=cache, use_cache=True)
+            output = model(input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1)
         outputs.append(captured[last_layer][1])
-        if ids.shape[1] == length:
+        if len(outputs) > numbers.shape[1]:
             return Lessons(ids.cpu(), torch.cat(outputs, dim=1))
         logits, cache = output.logits[:, -1], output.past_key_values
         # drawn where the logits are: to hand them to the CPU takes as long as the model does
-        generator = generator or torch.Generator(logits.device).manual_seed(seed)
-        entering = draw_tokens(logits, generator).to(ids.device)
+        number = numbers[:, len(outputs) - 1, None].to(logits.device)
+        entering = draw_tokens(logits, number).to(ids.device)
         ids = torch.cat([ids, entering], dim=1)
 
 
-def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token (B, 1) from each distribution (B, V): the first whose cumulative probability exceeds a uniform number.
+def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:
+    """One token (B, 1) from each distribution (B, V): the first whose cumulative probability exceeds the number between
+    0 and 1, (B, 1) float64.
 
     torch.multinomial draws a number for every token of the vocabulary, which takes a CPU as long as the model does.
     """
     chances = (logits.double() - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
-    total = chances[:, -1:]
-    uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
-    return torch.searchsorted(chances, uniform * total, right=True).clamp(max=chances.shape[1] - 1)
+    return torch.searchsorted(chances, numbers * chances[:, -1:], right=True).clamp(max=chances.shape[1] - 1)
 
 
 def distillation_gradients(

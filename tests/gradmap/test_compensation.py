@@ -19,6 +19,7 @@ from gradmap.compensators.distil import (
     distillation_gradients,
     draw_tokens,
     train_low_rank,
+    uniform_numbers,
     write_on,
     written_by_dense,
 )
@@ -259,11 +260,12 @@ def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(pic
 
 
 def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
-    model, generator, ids = pico.load(), torch.Generator().manual_seed(3), input_ids[:, :4]
-    while ids.shape[1] < input_ids.shape[1]:
+    model, ids = pico.load(), input_ids[:, :4]
+    numbers = uniform_numbers(len(ids), input_ids.shape[1] - ids.shape[1], seed=3)
+    written = write_on(model, pico.architecture, ids, numbers)
+    for number in numbers.split(1, dim=1):
         logits = model(input_ids=ids, use_cache=False).logits[:, -1]
-        ids = torch.cat([ids, draw_tokens(logits, generator)], dim=1)
-    written = write_on(model, pico.architecture, input_ids[:, :4], input_ids.shape[1], seed=3)
+        ids = torch.cat([ids, draw_tokens(logits, number)], dim=1)
     assert torch.equal(written.input_ids, ids)
     outputs = run_layers(model, pico.architecture.layer_list(model), ids)
     torch.testing.assert_close(written.outputs, outputs, rtol=1e-9, atol=1e-9)  # float64, through a KV cache
@@ -271,7 +273,7 @@ def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
 
 def test_tokens_are_drawn_from_the_whole_distribution():
     draws, chances = 20000, torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
-    tokens = draw_tokens(chances.log().expand(draws, -1), torch.Generator().manual_seed(5))
+    tokens = draw_tokens(chances.log().expand(draws, -1), uniform_numbers(draws, 1, seed=5))
     assert tokens.shape == (draws, 1)
     shares = tokens[:, 0].bincount(minlength=len(chances)) / draws
     deviations = (chances * (1 - chances) / draws).sqrt()

@@ -7,6 +7,7 @@ may replace them, a higher one needs a reason.
 
 import math
 from dataclasses import dataclass, replace
+from importlib import import_module
 from unittest.mock import patch
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 from gradmap.batching import Batches
 from gradmap.calibration import Calibration
 from gradmap.compensation import Compensation, Correction, Pruned, pruned_loss
-from gradmap.compensators.distil import Lessons, train_low_rank, write_on
+from gradmap.compensators.distil import Lessons, train_low_rank, uniform_numbers, write_on, written_by_dense
 from gradmap.compensators.projection import mean_drift
 from gradmap.compensators.ridge import Fit, accumulate_gram, fit_correction
 from gradmap.compensators.sequential import refit_before_runs
@@ -181,9 +182,10 @@ def loss_of_a_plan(pico, model, size):
     return lambda: pruned_loss(model, pico.architecture, size.input_ids, REMOVED, changes, Batches(size.batch))
 
 
-@step(once=(2, 2))
+@step(once=(3, 1))  # prompts and random numbers there, and tokens back
 def writing(pico, model, size):
-    return lambda: vars(write_on(model, pico.architecture, size.input_ids[:, :4], size.tokens, seed=0))
+    numbers = uniform_numbers(size.samples, size.tokens - 4, seed=0)
+    return lambda: vars(write_on(model, pico.architecture, size.input_ids[:, :4], numbers))
 
 
 @step(once=(1, 2), batch=(0, 1))
@@ -312,6 +314,32 @@ def test_states_that_have_no_room_on_the_gpu_are_sent_to_the_cpu_without_a_wait(
     assert without_room.copies > 2 * with_room.copies
     assert without_room.waits <= with_room.waits + 2, without_room  # states without a removed layer are the CPU's work
     assert scores_without == pytest.approx(scores, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("free_bytes", "batches"), [(1 << 30, [10]), (9 * 40 * 2**10, [4, 4, 2])])
+def test_a_gpu_writes_as_many_texts_at_once_as_have_room(llamas, monkeypatch, free_bytes, batches):
+    """And what a CPU writes in batches of its own. A token's keys and values of 2 x 8 float64 in 4 layers are 1 KiB."""
+    size, prompts = Size(samples=5, tokens=40), []
+    distil = import_module("gradmap.compensators.distil")  # the package has a function of the same name
+    monkeypatch.setattr(distil, "WRITTEN_TOGETHER", 3)
+    expected = written_by_dense(pruned(llamas[4], llamas[4].load(), size))
+
+    def recorded(model, architecture, some, numbers):
+        prompts.append(len(some))
+        return write_on(model, architecture, some, numbers)
+
+    def prepare(pico, model, size):
+        def run():
+            with patch("torch.cuda.mem_get_info", lambda device: (free_bytes, free_bytes)):
+                return vars(written_by_dense(pruned(pico, model, size)))
+
+        return run
+
+    monkeypatch.setattr(distil, "write_on", recorded)
+    actual, _ = run_on_gpu(llamas[4], prepare, size)
+    assert prompts == batches
+    assert torch.equal(actual["input_ids"], expected.input_ids)
+    torch.testing.assert_close(actual["outputs"], expected.outputs, rtol=1e-9, atol=1e-9)
 
 
 def training(pico, model, size, changes):
