@@ -331,7 +331,8 @@ def repair_bytes(shape: Shape) -> float:
 
 
 def streamed_bytes(shape: Shape, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """One layer, and the hidden states between all layers."""
+    """One layer, and the hidden states between all layers. With a GPU this is of the CPU's memory, and the layer is the
+    next one: that which runs is on the GPU."""
     return BF16_BYTES * (shape.layer_parameters + (shape.layers + 1) * size.all_tokens * shape.width)
 
 

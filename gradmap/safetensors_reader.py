@@ -86,16 +86,17 @@ def read_tensors(stored: Sequence[StoredTensor]) -> Iterator[Tensor]:
             yield _read_into(buffer[: tensor.spec.bytes], files[tensor.file], tensor)
 
 
-def read_tensor(stored: StoredTensor) -> Tensor:
-    """Reads one tensor into memory of its own."""
+def read_tensor(stored: StoredTensor, pinned: bool = False) -> Tensor:
+    """Reads one tensor into memory of its own. pinned: in which a GPU copies it by itself."""
     with stored.file.open("rb") as file:
-        return _read_into(torch.empty(stored.spec.bytes, dtype=torch.uint8), file, stored)
+        return _read_into(torch.empty(stored.spec.bytes, dtype=torch.uint8, pin_memory=pinned), file, stored)
 
 
 def _read_into(buffer: Tensor, file: BinaryIO, stored: StoredTensor) -> Tensor:
     file.seek(stored.offset)
     count = file.readinto(buffer.numpy().data)  # type: ignore[attr-defined]
-    assert count == stored.spec.bytes, stored  # the file's length was checked when it was opened
+    if count != stored.spec.bytes:  # the file's length was checked when it was opened
+        raise UserError(f"{stored.file} was cut short while it was read; copy it again.")
     return buffer.view(stored.spec.dtype).reshape(stored.spec.shape)
 
 

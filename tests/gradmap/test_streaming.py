@@ -1,14 +1,19 @@
 """Scores and plans of a model of which one layer at a time is in memory."""
 
 import json
+import os
+import shutil
+import threading
 
 import pytest
 import torch
 
 from gradmap.architectures import without_layers
 from gradmap.batching import Batches
-from gradmap.checkpoint import load_model
+from gradmap.checkpoint import load_model, open_checkpoint
+from gradmap.errors import UserError
 from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
+from gradmap.safetensors_reader import list_tensors
 from gradmap.streaming import _TensorsOnDisk
 from gradmap.walk import Walk
 from tests.command_line import gradmap
@@ -48,12 +53,95 @@ def test_a_layer_is_read_only_where_it_runs(picos, input_ids, monkeypatch):
     """Not for embeddings, for logits, or for the arguments of the layers, and not if it is removed."""
     pico, reads = picos["llama"], []
     model = load_model(pico.checkpoint, "float64", streamed=True)
-    load = _TensorsOnDisk.load
-    monkeypatch.setattr(_TensorsOnDisk, "load", lambda self, layer: reads.append(layer) or load(self, layer))
+    read = _TensorsOnDisk.read
+    monkeypatch.setattr(_TensorsOnDisk, "read", lambda self, layer: reads.append(layer) or read(self, layer))
     walk = Walk(model, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids)))
     walk.go_to(2, {})
     walk.loss({})
     assert reads == [0, 2, 4]
+
+
+@pytest.fixture
+def no_thread_is_left():
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def read_ahead(monkeypatch, ahead=True):
+    """As for a GPU."""
+    monkeypatch.setattr("gradmap.streaming.reads_ahead", lambda device: ahead)
+
+
+def test_the_next_layer_is_read_while_one_is_computed(picos, input_ids, monkeypatch, no_thread_is_left):
+    """Forward and backward, without the layer that is removed, and no more than two are held."""
+    read_ahead(monkeypatch)
+    pico = picos["llama"]
+    model = load_model(pico.checkpoint, "float64", streamed=True)
+    layers = list(pico.architecture.layer_list(model))
+    reads, held, unplaced, arrived = [], [], [], threading.Condition()
+    read, place = _TensorsOnDisk.read, _TensorsOnDisk.place
+
+    def recorded_read(self, layer):
+        unplaced.append(layer)
+        held.append(layers_in_memory(pico, model) + len(unplaced))
+        tensors = read(self, layer)
+        with arrived:
+            reads.append(layer)
+            arrived.notify()
+        return tensors
+
+    def recorded_place(self, tensors):
+        place(self, tensors)
+        unplaced.pop(0)
+
+    # so many were read by the end of each layer's run, though nobody has asked for the last of them yet
+    runs = iter([(0, 2), (1, 3), (3, 4), (4, 4), (4, 4), (3, 6), (1, 7), (0, 7)])
+
+    def wait_for_the_next(layer, args, output):
+        if "forward" not in vars(layer):
+            index, count = next(runs)
+            assert layer is layers[index]
+            with arrived:
+                assert arrived.wait_for(lambda: len(reads) == count, timeout=60), reads
+
+    monkeypatch.setattr(_TensorsOnDisk, "read", recorded_read)
+    monkeypatch.setattr(_TensorsOnDisk, "place", recorded_place)
+    for layer in layers:
+        layer.register_forward_hook(wait_for_the_next)
+    with without_layers(model, pico.architecture, [2]):
+        actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(len(input_ids)), [])
+    assert reads == [0, 1, 3, 4, 3, 1, 0]
+    assert held == [1, 2, 2, 2, 1, 2, 2]
+    whole = pico.load()
+    with without_layers(whole, pico.architecture, [2]):
+        expected = layer_scores(whole, pico.architecture, input_ids, Batches(5))
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+
+
+def test_a_layer_that_was_read_in_vain_is_let_go(picos, input_ids, monkeypatch, no_thread_is_left):
+    read_ahead(monkeypatch)
+    pico = picos["mixtral"]
+    model, whole = load_model(pico.checkpoint, "float64", streamed=True), pico.load()
+    losses = [
+        Walk(one, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids))).loss({}) for one in (model, whole)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-7)
+    assert layers_in_memory(pico, model) == 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_file_that_is_cut_short_meanwhile_is_named(picos, input_ids, monkeypatch, tmp_path, no_thread_is_left, ahead):
+    read_ahead(monkeypatch, ahead)
+    pico, directory = picos["llama"], tmp_path / "model"
+    shutil.copytree(pico.directory, directory)
+    (file,) = directory.glob("*.safetensors")
+    model = load_model(open_checkpoint(str(directory)), "float64", streamed=True)
+    os.truncate(file, min(stored.offset for stored in list_tensors(file) if ".layers.1." in stored.spec.name))
+    with pytest.raises(UserError, match=f"^{file} was cut short while it was read; copy it again.$"):
+        streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
