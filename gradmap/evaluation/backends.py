@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,14 @@ class Score:
     greedy: bool
 
 
+# Of the tokens of an answer so far: whether more are needless.
+IsDone = Callable[[Sequence[int]], bool]
+
+
+def never(answer: Sequence[int]) -> bool:
+    return False
+
+
 class Backend(Protocol):
     """A model that runs.
 
@@ -40,6 +48,9 @@ class Backend(Protocol):
         """Scores requests of at most max_tokens + 1 tokens (the last one is only predicted), in any order."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        """Continues each prompt greedily until the model ends or `new_tokens` are there; the end token is left out."""
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
+        """Continues each prompt greedily until the model ends or `new_tokens` are there; the end token is left out.
+
+        What follows once an answer is done may be missing, or anything. A runtime that cannot be stopped goes on.
+        """
         ...

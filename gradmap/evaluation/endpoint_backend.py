@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from gradmap.errors import UserError
-from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.evaluation.vllm_backend import score_of_logprobs
 from gradmap.openai_api import authorization, served_model
 
@@ -39,7 +39,7 @@ class EndpointBackend:
         with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as threads:
             return list(threads.map(self._score, requests))
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
         def continue_one(prompt: Sequence[int]) -> list[int]:
             choice = self._complete(list(prompt), max_tokens=new_tokens, return_token_ids=True)
             ended = choice["finish_reason"] == "stop"

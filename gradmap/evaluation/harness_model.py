@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -15,6 +17,8 @@ from gradmap.evaluation.backends import Request
 from gradmap.evaluation.scoring import Scorer
 
 DEFAULT_NEW_TOKENS = 256
+# Questions that a backend gets at once, between two looks at the progress.
+ASKED_TOGETHER = 64
 
 
 class HarnessModel(TemplateLM):
@@ -65,20 +69,36 @@ class HarnessModel(TemplateLM):
         return [sum(next(scores).log_likelihood for _ in text) for text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        answers = []
+        questions = [self._question(*request.args) for request in requests]
+        answers: list[str] = []
         with progress(f"{self._description}, {self._scorer.label}", len(requests)) as advance:
-            for request in requests:
-                answers.append(self._answer(*request.args))
-                advance(1)
+            for limits, group in groupby(questions, key=lambda question: question.limits):
+                together = list(group)
+                for start in range(0, len(together), ASKED_TOGETHER):
+                    asked = together[start : start + ASKED_TOGETHER]
+                    answers += self._answers([question.prompt for question in asked], *limits)
+                    advance(len(asked))
         return answers
 
-    def _answer(self, prompt: str, options: Mapping[str, Any]) -> str:
+    def _question(self, prompt: str, options: Mapping[str, Any]) -> _Question:
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
             raise UserError(f"{self._description} samples its answers; only greedy tasks are supported.")
         new_tokens = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
         ids = self.tok_encode(prompt)[-(self._scorer.backend.max_tokens - new_tokens) :]
-        (answer,) = self._scorer.backend.generate([ids], new_tokens)
-        return _until(self.tokenizer.decode(answer, skip_special_tokens=True), options.get("until") or [])
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else until
+        return _Question(ids, (new_tokens, tuple(stop for stop in stops if stop)))
+
+    def _answers(self, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str]) -> list[str]:
+        def text_of(answer: Sequence[int]) -> str:
+            return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+        def is_done(answer: Sequence[int]) -> bool:
+            text = text_of(answer)
+            return any(stop in text for stop in stops)
+
+        answers = self._scorer.backend.generate(prompts, new_tokens, is_done)
+        return [_until(text_of(answer), stops) for answer in answers]
 
     def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         """Cuts the context on the left, so that all but the last token fit."""
@@ -103,7 +123,15 @@ class HarnessModel(TemplateLM):
         return token
 
 
-def _until(text: str, stops: Sequence[str] | str) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.partition(stop)[0] if stop else text
+@dataclass(frozen=True)
+class _Question:
+    """limits: how many tokens its answer has at most, and the texts before which it ends."""
+
+    prompt: list[int]
+    limits: tuple[int, tuple[str, ...]]
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.partition(stop)[0]
     return text

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import log_softmax
 
-from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.onnx_session import OnnxCausalLM
 
 BATCH_TOKENS = 1024
@@ -44,14 +44,16 @@ class OnnxBackend:
             inputs = inputs[len(batch) :]
         return [scores[request] for request in requests]
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-        return [self._generate(prompt, new_tokens) for prompt in prompts]
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
+        return [self._generate(prompt, new_tokens, is_done) for prompt in prompts]
 
-    def _generate(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    def _generate(self, prompt: Sequence[int], new_tokens: int, is_done: IsDone) -> list[int]:
         answer: list[int] = []
         logits, cache = self._session.step(np.array([prompt], dtype=np.int64), None)
         while len(answer) < new_tokens and (token := int(logits[0, -1].argmax())) not in self._end_tokens:
             answer.append(token)
+            if is_done(answer):
+                break
             logits, cache = self._session.step(np.array([[token]], dtype=np.int64), cache)
         return answer
 

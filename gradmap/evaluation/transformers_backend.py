@@ -16,7 +16,7 @@ from torch import Tensor
 from gradmap.batching import is_out_of_memory
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.precision import computing_in
 
 # Tokens in one pass; halved when memory runs out. More brings no speed.
@@ -68,11 +68,11 @@ class TransformersBackend:
         return scores
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
         answers: list[list[int]] = []
         for start in range(0, len(prompts), GENERATION_BATCH):
             with computing_in(self._dtype, self._model):
-                answers += self._generate_batch(prompts[start : start + GENERATION_BATCH], new_tokens)
+                answers += self._generate_batch(prompts[start : start + GENERATION_BATCH], new_tokens, is_done)
         return answers
 
     def _pack(self, requests: Sequence[Request]) -> Iterator[Pack]:
@@ -92,11 +92,16 @@ class TransformersBackend:
         self._batch_tokens //= 2
         say(f"Memory ran out; going on with {self._batch_tokens} tokens at once")
 
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone) -> list[list[int]]:
+        """Until the last one ends or is done."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
         mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
+
+        def which_are_done(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.tensor([is_done(answer) for answer in ids[:, longest:].tolist()], device=ids.device)
+
         output = self._model.generate(
             input_ids=ids.to(self._model.device),
             attention_mask=mask.long().to(self._model.device),
@@ -108,6 +113,7 @@ class TransformersBackend:
             top_k=None,
             eos_token_id=self._end_tokens or None,
             pad_token_id=0,
+            stopping_criteria=[which_are_done],
         )
         return [self._until_end(answer) for answer in output[:, longest:].tolist()]
 

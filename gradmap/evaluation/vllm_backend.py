@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.errors import UserError
-from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.vllm_environment import threads_within_quota, vllm_defaults
 
 MAX_TOKENS = 4096
@@ -51,7 +51,7 @@ class VllmBackend:
             for request, output in zip(requests, outputs, strict=True)
         ]
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
         from vllm import SamplingParams
 
         outputs = self._generate(prompts, SamplingParams(max_tokens=new_tokens, temperature=0, detokenize=False))

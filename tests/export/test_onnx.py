@@ -168,3 +168,4 @@ def test_evaluation_in_onnx_runtime_gives_the_scores_of_transformers(picos, tmp_
     (answer,) = backend.generate([prompt], 6)
     assert len(answer) == 6
     assert score_reference(model, Request(tuple(prompt), tuple(answer))).greedy
+    assert backend.generate([prompt], 6, lambda tokens: len(tokens) == 2) == [answer[:2]]

@@ -75,6 +75,19 @@ def test_a_greedy_continuation_is_recognised_and_generated(picos):
         assert not backend.score([Request(tuple(prompt), other)])[0].greedy
 
 
+def test_a_batch_of_answers_ends_when_all_are_done(picos):
+    model, passes = picos["llama"].load(), []
+    backend, prompts = TransformersBackend(model, "float64"), [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    whole = backend.generate(prompts, 20)
+    stops = [answer[place] for answer, place in zip(whole, (3, 1, 6), strict=True)]
+    needed = [min(answer.index(stop) for stop in stops if stop in answer) + 1 for answer in whole]
+    model.register_forward_hook(lambda *_: passes.append(1))
+    answers = backend.generate(prompts, 20, lambda answer: any(stop in answer for stop in stops))
+    assert len(passes) == max(needed) < 20
+    for answer, expected, count in zip(answers, whole, needed, strict=True):
+        assert answer[:count] == expected[:count]
+
+
 def test_batches_are_halved_when_memory_runs_out(picos, monkeypatch):
     model = picos["llama"].load()
     requests = random_requests(torch.Generator().manual_seed(6))

@@ -130,9 +130,21 @@ class UnevenBackend:
     max_tokens = 6
     vocabulary = None
 
+    def __init__(self):
+        self.asked = []
+
     def score(self, requests):
         self.scored = list(requests)
         return [Score(-float(len(request.continuation)), False) for request in requests]
+
+    def generate(self, prompts, new_tokens, is_done):
+        """Counts on from the last word, until it is done."""
+        self.asked.append(len(prompts))
+        answers = [[prompt[-1]] for prompt in prompts]
+        for answer in answers:
+            while len(answer) < new_tokens and not is_done(answer):
+                answer.append(answer[-1] + 1)
+        return answers
 
 
 class WordTokenizer:
@@ -145,6 +157,9 @@ class WordTokenizer:
 
     def encode(self, text, **_):
         return [len(word) for word in text.split()]
+
+    def decode(self, tokens, **_):
+        return " ".join("x" * token for token in tokens)
 
 
 def ask(eos_token_id, context, continuation):
@@ -167,3 +182,17 @@ def test_a_tokenizer_without_special_tokens_is_refused_where_one_is_needed():
 def test_long_contexts_lose_their_beginning():
     backend, _ = ask(2, "a bb ccc dddd eeeee ffffff ggggggg", " aa aaa")
     assert (backend.scored[0].context, backend.scored[0].continuation) == ((3, 4, 5, 6, 7), (2, 3))
+
+
+def test_answers_end_before_what_a_task_says_and_are_asked_for_together(monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setattr("gradmap.evaluation.harness_model.ASKED_TOGETHER", 2)
+    asked = [("a", "xxx"), ("bb", ["xxxx", "q"]), ("bb", ["xxxx", "q"]), ("a", ["xxxx", "q"]), ("ccc", [])]
+    backend = UnevenBackend()
+    model = HarnessModel(Scorer(backend, None, "dense"), WordTokenizer(2), "task")
+    requests = [
+        Instance("generate_until", {}, (prompt, {"until": until, "max_gen_toks": 3}), 0) for prompt, until in asked
+    ]
+    assert model.generate_until(requests) == ["x xx ", "xx xxx ", "xx xxx ", "x xx xxx", "xxx xxxx xxxxx"]
+    assert backend.asked == [1, 2, 1, 1]
