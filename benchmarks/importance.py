@@ -6,8 +6,8 @@
 A run removes `--remove` layers one after another, scoring the smaller model each time. Every run is a process of its
 own (so that its peak memory is its own), and the methods take turns, round after round. All of them use the same
 samples; but for `repair`, which fits on some and measures on the others, cost is proportional to their number. Timed is
-the choosing alone, after a warm-up on two samples. FLOPs of matrix products are counted in a process apart, once for
-each run, for counting takes time.
+the choosing alone, after a warm-up on two samples. FLOPs of matrix products are counted before, in a process apart, for
+counting takes time: once for each method, in the first dtype that it runs in.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BATCH_SIZE = 4  # of the methods that only run forward
 @dataclass(frozen=True)
 class Run:
     """seconds: of all decisions. peak_bytes: of the process, beyond what it held once the model was loaded. flop: of
-    the matrix products, counted in another run."""
+    the method's matrix products, counted in another run."""
 
     method: str
     dtype: str
@@ -169,12 +169,13 @@ def main(
     source = [] if random_7b else ["--model", model or "", "--calibration", calibration]
     source += ["--gguf-file", gguf_file] if gguf_file else []
     common = [*source, f"--remove={remove}", f"--samples={samples}", f"--tokens={tokens}"]
-    counts = {name: _in_a_process(name, *common, "--count") for name in names}
+    first_names = {name.partition("@")[0]: name for name in reversed(names)}
+    flops = {method: _in_a_process(name, *common, "--count")["flop"] for method, name in first_names.items()}
     runs: list[Run] = []
     for number in range(rounds):
         for name in names:
             method, _, dtype = name.partition("@")
-            runs.append(Run(method, dtype, **_in_a_process(name, *common), **counts[name]))
+            runs.append(Run(method, dtype, **_in_a_process(name, *common), flop=flops[method]))
             say(f"round {number + 1}/{rounds}, {name}: {runs[-1].seconds:.1f} s, {runs[-1].removal_order}")
     size = {"remove": remove, "samples": samples, "tokens": tokens}
     write_json(out, {"environment": describe_environment(), **size, "runs": [asdict(one) for one in runs]})

@@ -48,7 +48,6 @@ from gradmap.costs import (
     writing_seconds,
 )
 from gradmap.environment import describe_environment
-from gradmap.errors import UserError
 from gradmap.files import read_json, write_json
 from gradmap.selection import Subject, select
 from gradmap.selectors import SELECTORS
@@ -69,6 +68,10 @@ class Task:
 
     shape: Shape
     size: CalibrationSize
+
+    def described(self) -> dict[str, Any]:
+        size = {"samples": self.size.samples, "tokens": self.size.tokens}
+        return {"shape": self.shape.name, "layers": self.shape.layers, "removed": self.remove, **size}
 
     @property
     def remove(self) -> int:
@@ -99,6 +102,11 @@ class Case:
     def pruned(self) -> Pruned:
         batches = Batches(forward_batch(self.calibration.input_ids, self.model.device))
         return Pruned(self.model, self.architecture, self.calibration, self.task.removed, batches)
+
+
+def machine() -> str:
+    environment = describe_environment()
+    return environment.get("gpu", environment["cpu"])
 
 
 @lru_cache(maxsize=1)
@@ -171,7 +179,10 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Record:
-    """The file with all results so far, step by step: facts with `seconds`, an `error`, or why it was `not_begun`."""
+    """The file with all results so far, step by step: facts with `seconds`, an `error`, or why it was `not_begun`.
+
+    task: what was done on which machine, which is the same for all of them.
+    """
 
     path: Path
     task: dict[str, Any]
@@ -179,10 +190,10 @@ class Record:
 
     @classmethod
     def open(cls, path: Path, task: dict[str, Any]) -> Record:
-        """Raises UserError if the file is about another task."""
+        """Raises BadParameter if the file is about another task."""
         known = read_json(path) if path.exists() else {"task": task, "steps": {}}
         if known["task"] != task:
-            raise UserError(f"{path} holds a drill of {known['task']}, not of {task}; name another file by --out.")
+            raise typer.BadParameter(f"{path} holds a drill of {known['task']}, not of {task}; name another file")
         return cls(path, task, known["steps"])
 
     def add(self, name: str, facts: Facts) -> None:
@@ -232,7 +243,7 @@ def main(
     task = Task(KNOWN_SHAPES[shape.lower()], CalibrationSize(samples, tokens))
     if serve and task.shape is not LLAMA_2_7B:
         raise typer.BadParameter(f"the load test is of {LLAMA_2_7B.name}'s shape; give --no-serve with another")
-    record = Record.open(out, {"shape": task.shape.name, "samples": samples, "tokens": tokens, "remove": task.remove})
+    record = Record.open(out, task.described() | {"machine": machine()})
     for name, step in STEPS.items():
         record.run(name, ends, partial(measure, step, task))
     record.run(PROFILE, ends, partial(profile_slowest, record, task))
@@ -268,7 +279,7 @@ def profile_slowest(record: Record, task: Task) -> Facts:
     """What takes the time in the step that took longest; not at its beginning, which is special."""
     measured_s = {name: record.steps[name]["seconds"] for name in STEPS if record.has(name)}
     if not measured_s:
-        raise UserError("No step was measured, so that none can be profiled.")
+        raise RuntimeError("no step was measured, so that none can be profiled")
     started = time.perf_counter()
     slowest = max(measured_s, key=measured_s.__getitem__)
     case, after_s = make_case(task), min(measured_s[slowest] / 3, PROFILE_AFTER_AT_MOST_S)
@@ -289,8 +300,7 @@ def load_test(task: Task, directory: Path, tokenizer: Path, calibration: str, pr
 
 def report(record: Record, task: Task) -> None:
     """Prints what is recorded; predictions where the hardware is known."""
-    gpu = describe_environment().get("gpu", "")
-    hardware = next((one for one in KNOWN_HARDWARE if one.name in gpu), None)
+    hardware = next((one for one in KNOWN_HARDWARE if one.name in machine()), None)
     columns = ("step", "seconds", "goal", "peak GB", "predicted", "predicted / measured - 1")
     rows = [describe_step(name, record.steps[name], task, hardware) for name in STEPS]
     print_table(f"{task.shape.name}'s shape, {task.remove} of {task.shape.layers} layers removed", columns, rows)

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from benchmarks import llama_7b
-from gradmap.errors import UserError
+from tests.conftest import ROOT
 
 SMALL = {"shape": "pico", "samples": 4, "tokens": 8, "serve": False}
 
@@ -56,11 +56,14 @@ def test_no_step_is_begun_once_the_minutes_are_over(tmp_path, capsys):
     assert capsys.readouterr().out.count("not begun") == len(llama_7b.STEPS)
 
 
-def test_results_of_another_size_are_not_mixed(tmp_path):
+def test_results_of_another_size_or_machine_are_not_mixed(tmp_path, monkeypatch):
     out = tmp_path / "drill.json"
     drill(out, minutes=0)
-    with pytest.raises(UserError, match="'tokens': 8"):
+    with pytest.raises(typer.BadParameter, match="'tokens': 8"):
         drill(out, minutes=0, tokens=9)
+    monkeypatch.setattr(llama_7b, "machine", lambda: "1 x another GPU")
+    with pytest.raises(typer.BadParameter, match="another GPU"):
+        drill(out, minutes=0)
 
 
 def test_serving_needs_its_texts_and_the_shape_that_is_served(tmp_path):
@@ -70,7 +73,7 @@ def test_serving_needs_its_texts_and_the_shape_that_is_served(tmp_path):
         drill(tmp_path / "drill.json", serve=True, tokenizer=tmp_path, calibration="file:texts.txt")
 
 
-def test_as_many_layers_go_as_predictions_have_it():
+def test_layers_go_in_as_many_runs_as_predictions_have_it():
     for shape in llama_7b.KNOWN_SHAPES.values():
         task = llama_7b.Task(shape, llama_7b.CalibrationSize())
         assert len(set(task.removed)) == task.remove == max(1, round(shape.layers / 4))
@@ -78,10 +81,8 @@ def test_as_many_layers_go_as_predictions_have_it():
         assert len(starts) == task.runs and min(task.removed) > 0 and max(task.removed) < shape.layers - 1
 
 
-def test_nothing_that_serves_or_loads_is_imported_for_it():
-    """It runs where vLLM and the load test's own dependencies are not installed."""
+def test_it_runs_where_only_what_prunes_is_installed():
     code = "import sys, benchmarks.llama_7b; print(*{name.partition('.')[0] for name in sys.modules})"
-    imported = set(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    )
-    assert not imported & {"httpx", "locust", "vllm", "uvicorn", "export", "serving", "loadtest"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    absent = {"datasets", "locust", "pydantic", "uvicorn", "vllm", "export", "serving", "loadtest"}
+    assert not absent & set(found.stdout.split())
