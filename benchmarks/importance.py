@@ -5,18 +5,19 @@
 
 A run removes `--remove` layers one after another, scoring the smaller model each time. Every run is a process of its
 own (so that its peak memory is its own), and the methods take turns, round after round. All of them use the same
-samples, cost being proportional to their number. Timed is the choosing alone, after a warm-up on one sample.
+samples; but for `repair`, which fits on some and measures on the others, cost is proportional to their number. Timed is
+the choosing alone, after a warm-up on two samples. FLOPs of matrix products are counted before, in a process apart, for
+counting takes time: once for each method, in the first dtype that it runs in.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -27,28 +28,30 @@ import typer
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.flops import counted
+from benchmarks.random_model import make_random_llama
+from benchmarks.scaling import LLAMA_2_7B
 from gradmap.architectures import Architecture, architecture_of, without_layers
-from gradmap.batching import Batches
-from gradmap.calibration import build_calibration
+from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
-from gradmap.importance import fitting_batches, layer_scores, layer_scores_reference
+from gradmap.importance import layer_scores_reference
 from gradmap.layerwise import losses_from, record_layer_calls, sample_losses
-from gradmap.precision import computing_in
+from gradmap.precision import computing_in, weights_dtype
+from gradmap.selection import Advance, Measure, ReducedModelScorer, Selection, Selector, Subject, select
+from gradmap.selectors.gradient import GradientScorer
+from gradmap.selectors.repair import RepairScorer
 
 BATCH_SIZE = 4  # of the methods that only run forward
-LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-
-# The scores of the layers alive; the lowest goes. Of a model, without the layers removed before.
-Score = Callable[[Any, Architecture, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Run:
-    """seconds: of all decisions. peak_bytes: of the process, beyond what it held once the model was loaded."""
+    """seconds: of all decisions. peak_bytes: of the process, beyond what it held once the model was loaded. flop: of
+    the method's matrix products, counted in another run."""
 
     method: str
     dtype: str
@@ -57,22 +60,11 @@ class Run:
     peak_bytes: int
     removal_order: list[int]
     first_scores: list[float]
-
-
-def ours() -> Score:
-    """Measures how many samples fit once in a run, as `gradmap prune` does."""
-    batches: list[Batches] = []
-
-    def score(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
-        if not batches:
-            batches.append(fitting_batches(model, architecture, input_ids, False))
-        return layer_scores(model, architecture, input_ids, batches[0])
-
-    return score
+    flop: int
 
 
 @torch.inference_mode()
-def run_forward(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
+def run_forward(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
     """The floor: no score at all, the last layer goes."""
     for batch in input_ids.split(BATCH_SIZE):
         sample_losses(model(input_ids=batch.to(model.device), use_cache=False).logits, batch)
@@ -80,7 +72,7 @@ def run_forward(model: Any, architecture: Architecture, input_ids: Tensor) -> Te
 
 
 @torch.inference_mode()
-def score_by_block_influence(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
+def score_by_block_influence(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
     """ShortGPT: 1 - cos(input, output) of every layer, one forward pass."""
     layers = architecture.layer_list(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
@@ -94,7 +86,7 @@ def score_by_block_influence(model: Any, architecture: Architecture, input_ids: 
 
 
 @torch.inference_mode()
-def score_by_loss_as_released(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
+def score_by_loss_as_released(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
     """SLEB: the loss without each block in turn, from whole forward passes. The first and last block stay."""
     count = len(architecture.layer_list(model))
     losses = torch.full((count,), torch.inf, dtype=torch.float64)
@@ -108,7 +100,7 @@ def score_by_loss_as_released(model: Any, architecture: Architecture, input_ids:
 
 
 @torch.inference_mode()
-def score_by_loss_with_prefixes(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
+def score_by_loss_with_prefixes(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
     """SLEB, each candidate from the hidden state that enters it on."""
     layers = list(architecture.layer_list(model))
     losses = torch.full((len(layers),), torch.inf, dtype=torch.float64)
@@ -126,13 +118,23 @@ def score_by_loss_with_prefixes(model: Any, architecture: Architecture, input_id
     return losses
 
 
-METHODS: dict[str, Score] = {
-    "naive": layer_scores_reference,
-    "ours": ours(),
-    "forward only": run_forward,
-    "ShortGPT": score_by_block_influence,
-    "SLEB, prefix caching": score_by_loss_with_prefixes,
-    "SLEB as released": score_by_loss_as_released,
+def score_as_written(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
+    """The paper's Eq. 7, every gradient formed."""
+    return layer_scores_reference(model, architecture, input_ids)
+
+
+def measured_by(measure: Measure) -> Selector:
+    return lambda subject: ReducedModelScorer(subject, measure)
+
+
+METHODS: dict[str, Selector] = {
+    "naive": measured_by(score_as_written),
+    "ours": GradientScorer,
+    "repair": RepairScorer,
+    "forward only": measured_by(run_forward),
+    "ShortGPT": measured_by(score_by_block_influence),
+    "SLEB, prefix caching": measured_by(score_by_loss_with_prefixes),
+    "SLEB as released": measured_by(score_by_loss_as_released),
 }
 DEFAULT_RUNS = [
     *(f"{method}@float32" for method in METHODS),
@@ -153,85 +155,86 @@ def main(
     rounds: int = 2,
     out: Path = Path("out/benchmark/importance.json"),
     worker: Annotated[bool, typer.Option(hidden=True)] = False,
+    count: Annotated[bool, typer.Option("--count", hidden=True)] = False,
 ) -> None:
     if worker:
         assert run is not None
-        print(json.dumps(asdict(_measure(run[0], model, gguf_file, calibration, remove, samples, tokens))))
+        method, _, dtype = run[0].partition("@")
+        subject = _subject_of(model, gguf_file, calibration, dtype, samples, tokens)
+        with computing_in(dtype, subject.model):
+            measure = _count if count else _time
+            print(json.dumps(measure(METHODS[method], subject, remove)))
         return
     names = run or (["naive@bfloat16", "ours@bfloat16", "forward only@bfloat16"] if random_7b else DEFAULT_RUNS)
     source = [] if random_7b else ["--model", model or "", "--calibration", calibration]
     source += ["--gguf-file", gguf_file] if gguf_file else []
-    common = [*source, f"--remove={remove}", f"--samples={samples}", f"--tokens={tokens}", "--worker"]
+    common = [*source, f"--remove={remove}", f"--samples={samples}", f"--tokens={tokens}"]
+    first_names = {name.partition("@")[0]: name for name in reversed(names)}
+    flops = {method: _in_a_process(name, *common, "--count")["flop"] for method, name in first_names.items()}
     runs: list[Run] = []
     for number in range(rounds):
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.importance", *common, "--run", name]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
-            runs.append(Run(**json.loads(finished.stdout.splitlines()[-1])))
+            method, _, dtype = name.partition("@")
+            runs.append(Run(method, dtype, **_in_a_process(name, *common), flop=flops[method]))
             say(f"round {number + 1}/{rounds}, {name}: {runs[-1].seconds:.1f} s, {runs[-1].removal_order}")
     size = {"remove": remove, "samples": samples, "tokens": tokens}
     write_json(out, {"environment": describe_environment(), **size, "runs": [asdict(one) for one in runs]})
     _print(runs, names, samples)
 
 
-def _measure(
-    name: str, path: str | None, gguf_file: str | None, calibration: str, remove: int, samples: int, tokens: int
-) -> Run:
+def _in_a_process(name: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.importance", *arguments, "--worker", "--run", name]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return found
+
+
+def _subject_of(
+    path: str | None, gguf_file: str | None, calibration: str, dtype: str, samples: int, tokens: int
+) -> Subject:
+    """Without a path, of LLaMA-2-7B's shape."""
     quiet_libraries()
-    method, _, dtype = name.partition("@")
     if path is None:
-        model, architecture, input_ids = _random_7b(samples, tokens)
-    else:
-        checkpoint = open_checkpoint(path, gguf_file)
-        tokenizer = load_tokenizer(checkpoint.directory)
-        input_ids = build_calibration(tokenizer, calibration, max(2, samples), tokens, seed=42).input_ids[:samples]
-        model, architecture = load_model(checkpoint, dtype), architecture_of(checkpoint.config)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, architecture = make_random_llama(LLAMA_2_7B, weights_dtype(dtype), device)
+        return Subject(model, architecture, Calibration("random", 0, torch.randint(32000, (samples, tokens))))
+    checkpoint = open_checkpoint(path, gguf_file)
+    drawn = build_calibration(load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42)
+    return Subject(load_model(checkpoint, dtype), architecture_of(checkpoint.config), drawn)
+
+
+def _count(method: Selector, subject: Subject, remove: int) -> dict[str, int]:
+    return {"flop": counted(lambda: _choose(method, subject, remove))}
+
+
+def _time(method: Selector, subject: Subject, remove: int) -> dict[str, Any]:
+    """What a Run holds, but for its names and FLOPs."""
+    model = subject.model
     for parameter in model.parameters():
         parameter.sum()  # mapped weights are in memory only once they were read
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
     held = psutil.Process().memory_info().rss
-    with computing_in(dtype, model):
-        METHODS[method](model, architecture, input_ids[:1])
-        started = time.perf_counter()
-        order, first_scores = _choose(METHODS[method], model, architecture, input_ids, remove)
-        seconds = time.perf_counter() - started
+    two_samples = replace(subject.calibration, input_ids=subject.calibration.input_ids[:2])
+    _choose(method, replace(subject, calibration=two_samples), 1)
+    started = time.perf_counter()
+    selection = _choose(method, subject, remove)
+    seconds = time.perf_counter() - started
     if model.device.type == "cuda":
         held, peak = 0, torch.cuda.max_memory_allocated()
     else:
         status = Path("/proc/self/status").read_text()
         peak = 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return Run(method, dtype, seconds, weights, peak - held, order, first_scores)
+    return {
+        "seconds": seconds,
+        "model_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "peak_bytes": peak - held,
+        "removal_order": selection.removal_order,
+        "first_scores": list(selection.steps[0].scores.values()),
+    }
 
 
-def _choose(
-    score: Score, model: Any, architecture: Architecture, input_ids: Tensor, remove: int
-) -> tuple[list[int], list[float]]:
-    """The removal order (original indices), and the scores of the whole model."""
-    alive = list(range(len(architecture.layer_list(model))))
-    removed: list[int] = []
-    first_scores: list[float] = []
-    for _ in range(remove):
-        with without_layers(model, architecture, removed):
-            scores = score(model, architecture, input_ids)
-        first_scores = first_scores or scores.tolist()
-        removed.append(alive.pop(int(scores.argmin())))
-    return removed, first_scores
-
-
-def _random_7b(samples: int, tokens: int) -> tuple[Any, Architecture, Tensor]:
-    """Weights do not matter for speed."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32000, **LLAMA_2_7B)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return (
-        model.eval().requires_grad_(False),
-        architecture_of(config.to_dict()),
-        torch.randint(32000, (samples, tokens)),
-    )
+def _choose(method: Selector, subject: Subject, remove: int) -> Selection:
+    return select(method, subject, remove, one_shot=False, done=(), record=lambda step: None)
 
 
 def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
@@ -246,22 +249,28 @@ def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
     rows = []
     for name, own in per_name.items():
         ours_in_dtype = per_name.get(f"ours@{own[0].dtype}")
-        gradient = own[0].method in ("naive", "ours")
-        correlation = spearmanr(naive[0].first_scores, own[0].first_scores).statistic if gradient else None
-        error = max(abs(one / base - 1) for one, base in zip(own[0].first_scores, naive[0].first_scores, strict=True))
+        comparable = {own[0].method, naive[0].method} <= {"naive", "ours"}
         rows.append(
             (
                 name,
                 f"{median(one.seconds for one in own) / samples:.2f}",
                 times(naive, own),
                 times(own, ours_in_dtype) if ours_in_dtype else "",
+                f"{own[0].flop / 1e12:.2f}",
                 f"{max(one.peak_bytes for one in own) / 1e9:.2f}",
-                f"{error:.1e}, {correlation:.4f}" if gradient else "",
+                describe_agreement(own[0].first_scores, naive[0].first_scores) if comparable else "",
                 " ".join(map(str, own[0].removal_order)) if own[0].method != "forward only" else "",
             )
         )
-    columns = ("run", "s / sample", f"{names[0]} / it", "it / ours", "peak GB", "score error, rank corr.", "removed")
+    against = (f"{names[0]} / it", "it / ours")
+    columns = ("run", "s / sample", *against, "TFLOP", "peak GB", "score error, rank corr.", "removed")
     print_table("Choosing layers", columns, rows)
+
+
+def describe_agreement(scores: Sequence[float], true: Sequence[float]) -> str:
+    """The largest relative error, and the correlation of the ranks."""
+    error = max(abs(one / base - 1) for one, base in zip(scores, true, strict=True))
+    return f"{error:.1e}, {spearmanr(true, scores).statistic:.4f}"
 
 
 if __name__ == "__main__":

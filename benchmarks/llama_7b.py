@@ -1,137 +1,330 @@
-"""LLaMA-2-7B's shape, from scores to two served models on one GPU, beside what benchmarks.scaling predicts for them.
+"""A drill on one GPU: what pruning LLaMA-2-7B's shape takes, step by step within minutes, beside what costs predict.
 
-    python -m benchmarks.llama_7b --tokenizer DIR --calibration SPEC [--directory out/benchmark/llama-7b] [--no-serve]
+    python -m benchmarks.llama_7b --no-serve [--minutes 12]
+    python -m benchmarks.llama_7b --tokenizer DIR --calibration SPEC --minutes 60    # and a load test of two servers
+    python -m benchmarks.llama_7b --no-serve --shape pico                            # to try the drill, on a CPU
 
-Needs 30 GB of disk in --directory, and a GPU of 80 GB; without one there are no predictions of times. Weights are
-random: only sizes matter here. The tokenizer is that of DIR, whose vocabulary the model gets. What is there already
-is not done again. Both models are served at once, each from half of the GPU, and the load test asks one at a time.
+A quarter of the layers goes, with 128 x 128 tokens. The steps are those of `gradmap prune`, what is known least first,
+then a profile of the slowest. Each stands alone, so that one that fails spoils no other: what a step would get from
+those before it (which layers go) is the same for all. Weights and samples are random, for time depends on sizes alone;
+they are made on the GPU in bfloat16, and nothing is read from a disk or a hub.
+
+Every result is in the file as soon as it exists. A drill that is started again does what is not there yet; no step is
+begun once the minutes are over. The load test needs 30 GB of disk and vLLM, see benchmarks.llama_7b_serving. For the
+first step the paper has 123 s and 13.7 GB, on an A40.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
+import torch
 import typer
 
-from benchmarks.fold import write_random_model
-from benchmarks.scaling import HARDWARE, SHAPES
+from benchmarks.profiling import RECORDED_S, profile_tables
+from benchmarks.random_model import make_random_llama
+from benchmarks.scaling import HARDWARE, LLAMA_2_7B, SHAPES
+from gradmap.architectures import Architecture
+from gradmap.batching import Batches, forward_batch
+from gradmap.calibration import Calibration
+from gradmap.compensation import Compensation, Pruned
+from gradmap.compensators.distil import Lessons, train_low_rank, written_by_dense
+from gradmap.compensators.sequential import refit_before_runs
 from gradmap.console import print_table, say
 from gradmap.costs import (
+    CalibrationSize,
     Hardware,
-    decode_speed_up,
-    default_seconds,
-    prefill_speed_up,
-    score_seconds,
-    token_seconds,
+    refit_flops,
+    score_flops,
+    selection_flops,
+    training_flops,
+    writing_seconds,
 )
 from gradmap.environment import describe_environment
 from gradmap.files import read_json, write_json
+from gradmap.selection import Subject, select
+from gradmap.selectors import SELECTORS
 from gradmap.shape import Shape
-from gradmap.stages import run_process
-from serving.server import free_port
 
-GRADMAP, BEST = "gradmap", "best"
-LLAMA_7B = next(shape for shape in SHAPES if shape.name == "Llama-2-7B")
-READY_TIMEOUT_S = 600
+PICO = Shape("pico", width=64, inner=96, layers=8, kv_share=0.5, vocabulary=200)
+KNOWN_SHAPES = {shape.name.lower(): shape for shape in (*SHAPES, PICO)}
+KNOWN_HARDWARE = (*HARDWARE, Hardware("H200", 989e12, 4.8e12, 141e9))
+PROFILE, LOAD_TEST = "profile", "load test"
+PROFILE_AFTER_AT_MOST_S = 60.0
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is pruned, and on how many samples."""
+
+    shape: Shape
+    size: CalibrationSize
+
+    def described(self) -> dict[str, Any]:
+        size = {"samples": self.size.samples, "tokens": self.size.tokens}
+        return {"shape": self.shape.name, "layers": self.shape.layers, "removed": self.remove, **size}
+
+    @property
+    def remove(self) -> int:
+        return max(1, round(self.shape.layers / 4))
+
+    @property
+    def runs(self) -> int:
+        """Of two layers each, as predictions have it."""
+        return -(-self.remove // 2)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """For the steps that only repair: runs that are as far from each other as they can be."""
+        starts = [self.shape.layers * number // (self.runs + 1) for number in range(1, self.runs + 1)]
+        return tuple(start + further for further in (0, 1) for start in starts)[: self.remove]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The task's model and samples."""
+
+    task: Task
+    model: Any
+    architecture: Architecture
+    calibration: Calibration
+
+    @property
+    def pruned(self) -> Pruned:
+        batches = Batches(forward_batch(self.calibration.input_ids, self.model.device))
+        return Pruned(self.model, self.architecture, self.calibration, self.task.removed, batches)
+
+
+def machine() -> str:
+    environment = describe_environment()
+    return environment.get("gpu", environment["cpu"])
+
+
+@lru_cache(maxsize=1)
+def make_case(task: Task) -> Case:
+    on_gpu = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")
+    model, architecture = make_random_llama(task.shape, dtype, device)
+    ids = torch.randint(task.shape.vocabulary, (task.size.samples, task.size.tokens))
+    return Case(task, model, architecture, Calibration("random", 0, ids))
+
+
+def choose_by(selector: str) -> Callable[[Case], Facts]:
+    def choose(case: Case) -> Facts:
+        subject = Subject(case.model, case.architecture, case.calibration)
+        chosen = select(
+            SELECTORS[selector], subject, case.task.remove, one_shot=False, done=(), record=lambda step: None
+        )
+        return {"removed": chosen.removal_order}
+
+    return choose
+
+
+def refit(case: Case) -> Facts:
+    corrections = refit_before_runs(case.pruned).corrections
+    return {"relative_lambdas": [correction.relative_lambda for correction in corrections]}
+
+
+def write(case: Case) -> Facts:
+    return {"samples": len(written_by_dense(case.pruned).input_ids)}
+
+
+def train(case: Case) -> Facts:
+    """With what it learns from: what the dense model gives on the samples, and what it writes."""
+    pruned, fit_ids = case.pruned, case.calibration.fit_ids
+    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
+    return {"corrections": len(train_low_rank(pruned, Compensation(), known))}
+
+
+def predict_training(task: Task, hardware: Hardware) -> float:
+    dense = task.size.fit_tokens * task.shape.layer_flops(task.shape.layers)
+    flops = dense + training_flops(task.shape, task.remove, task.size)
+    return flops / hardware.sustained_flops + writing_seconds(task.shape, hardware, task.size)
+
+
+def by_flops(flops: Callable[[Task], float]) -> Callable[[Task, Hardware], float]:
+    return lambda task, hardware: flops(task) / hardware.sustained_flops
+
+
+@dataclass(frozen=True)
+class Step:
+    """run: the work. predict: its seconds. goal_s: for LLaMA-2-7B on an H100."""
+
+    run: Callable[[Case], Facts]
+    predict: Callable[[Task, Hardware], float]
+    goal_s: float | None = None
+
+
+STEPS = {
+    "gradient scores": Step(
+        choose_by("gradient"), by_flops(lambda task: score_flops(task.shape, task.remove, task.size)), 10
+    ),
+    "the default's selection": Step(
+        choose_by("repair"), by_flops(lambda task: selection_flops(task.shape, task.remove, task.size)), 10
+    ),
+    "refit": Step(refit, by_flops(lambda task: refit_flops(task.shape, task.remove, task.runs, task.size)), 20),
+    "writing": Step(write, lambda task, hardware: writing_seconds(task.shape, hardware, task.size), 5),
+    "training, with writing": Step(train, predict_training),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The file with all results so far, step by step: facts with `seconds`, an `error`, or why it was `not_begun`.
+
+    task: what was done on which machine, which is the same for all of them.
+    """
+
+    path: Path
+    task: dict[str, Any]
+    steps: dict[str, Facts]
+
+    @classmethod
+    def open(cls, path: Path, task: dict[str, Any]) -> Record:
+        """Raises BadParameter if the file is about another task."""
+        known = read_json(path) if path.exists() else {"task": task, "steps": {}}
+        if known["task"] != task:
+            raise typer.BadParameter(f"{path} holds a drill of {known['task']}, not of {task}; name another file")
+        return cls(path, task, known["steps"])
+
+    def add(self, name: str, facts: Facts) -> None:
+        self.steps[name] = facts
+        write_json(self.path, {"environment": describe_environment(), "task": self.task, "steps": self.steps})
+
+    def has(self, name: str) -> bool:
+        return "seconds" in self.steps.get(name, {})
+
+    def run(self, name: str, ends: float, work: Callable[[], Facts]) -> None:
+        """Does the work and records what came of it, unless that is known, or the time is over."""
+        if self.has(name):
+            say(f"{name}: measured before")
+            return
+        if time.monotonic() > ends:
+            say(f"{name}: not begun, the minutes are over")
+            self.add(name, {"not_begun": "the minutes were over"})
+            return
+        try:
+            self.add(name, work())
+            say(f"{name}: {self.steps[name]['seconds']:.1f} s")
+        except Exception as error:
+            traceback.print_exc()
+            self.add(name, {"error": f"{type(error).__name__}: {error}"})
 
 
 def main(
-    tokenizer: Annotated[Path, typer.Option(help="A model directory with a tokenizer.")],
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")],
-    directory: Path = Path("out/benchmark/llama-7b"),
-    layers: int = 32,
-    remove: int = 8,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(KNOWN_SHAPES)}.")] = "llama-2-7b",
     samples: int = 128,
-    serve: bool = True,
+    tokens: int = 128,
+    minutes: Annotated[float, typer.Option(help="No step is begun after so many.")] = 12.0,
+    out: Path = Path("out/benchmark/llama_7b.json"),
+    serve: Annotated[bool, typer.Option(help="End with a load test of the dense and the pruned model.")] = True,
+    tokenizer: Annotated[Path | None, typer.Option(help="To serve: a model directory with a tokenizer.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="To serve: a text source, see gradmap/texts.py.")] = None,
+    directory: Annotated[Path, typer.Option(help="To serve: where models are written.")] = Path(
+        "out/benchmark/llama-7b"
+    ),
     prompt_tokens: int = 1024,
     pairs: int = 6,
 ) -> None:
-    dense, pruned, loaded = directory / "dense", directory / "vllm", directory / "loadtest"
-    vocabulary = write_random_model(dense, layers, tokenizer)
-    for preset in (GRADMAP, BEST):
-        choice = ("--preset", preset, "--remove", remove, "--samples", samples, "--dtype", "bfloat16")
-        plan = directory / preset
-        once(plan / "plan.json", "prune", "--model", dense, *choice, "--calibration", calibration, "--out", plan)
-    artifact = ("--plan", directory / BEST, "--format", "vllm", "--no-check-vllm", "--out", directory)
-    once(pruned / "config.json", "export", "--model", dense, *artifact)
-    measured = {preset: read_json(directory / preset / "plan.json")["timings_s"] for preset in (GRADMAP, BEST)}
+    ends = time.monotonic() + 60 * minutes
+    if shape.lower() not in KNOWN_SHAPES:
+        raise typer.BadParameter(f"{shape} is none of {', '.join(KNOWN_SHAPES)}", param_hint="--shape")
+    if serve and (tokenizer is None or calibration is None):
+        raise typer.BadParameter("the load test needs --tokenizer and --calibration; give both, or --no-serve")
+    task = Task(KNOWN_SHAPES[shape.lower()], CalibrationSize(samples, tokens))
+    if serve and task.shape is not LLAMA_2_7B:
+        raise typer.BadParameter(f"the load test is of {LLAMA_2_7B.name}'s shape; give --no-serve with another")
+    record = Record.open(out, task.described() | {"machine": machine()})
+    for name, step in STEPS.items():
+        record.run(name, ends, partial(measure, step, task))
+    record.run(PROFILE, ends, partial(profile_slowest, record, task))
     if serve:
-        with two_models(dense, pruned, directory) as urls:
-            load = ("--vocabulary", vocabulary, "--prompt-tokens", prompt_tokens, "--pairs", pairs)
-            arms = ("--dense", urls[0], "--pruned", urls[1])
-            once(loaded / "report.json", "loadtest", *arms, *load, "--out", loaded)
-        measured["loadtest"] = read_json(loaded / "report.json")
-    environment = describe_environment()
-    write_json(directory.with_suffix(".json"), {"environment": environment, "measured": measured})
-    shape = replace(LLAMA_7B, layers=layers, vocabulary=vocabulary)
-    hardware = next((one for one in HARDWARE if one.name in environment.get("gpu", "")), None)
-    columns = ("", "measured", "predicted", "predicted / measured - 1")
-    title = f"{LLAMA_7B.name}'s shape, {remove} of {layers} layers removed"
-    print_table(title, columns, rows_of(measured, shape, hardware, remove))
+        assert tokenizer is not None and calibration is not None
+        record.run(LOAD_TEST, ends, partial(load_test, task, directory, tokenizer, calibration, prompt_tokens, pairs))
+    report(record, task)
+    if any("error" in facts for facts in record.steps.values()):
+        raise typer.Exit(1)
 
 
-def once(made: Path, *command: str | int | Path) -> None:
-    """Runs a command of gradmap's, unless what it makes is there."""
-    if made.exists():
-        return
+def measure(step: Step, task: Task) -> Facts:
+    """What the step found, its seconds, and the most memory that was held on the GPU meanwhile."""
+    case, on_gpu = make_case(task), torch.cuda.is_available()
+    free_memory()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    code, _ = run_process([sys.executable, "-m", "gradmap", *map(str, command)])
-    if not made.exists():
-        raise typer.Exit(code)
-    say(f"{command[0]} took {time.perf_counter() - started:.0f} s")
+    found = step.run(case)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None, **found}
 
 
-@contextmanager
-def two_models(dense: Path, pruned: Path, directory: Path) -> Iterator[tuple[str, str]]:
-    """Serves both, and yields their URLs once both are ready."""
-    port, admin_port = free_port(), free_port()
-    command = [sys.executable, "-m", "gradmap", "serve", str(dense), "--compare", str(pruned), "--no-verify"]
-    command += ["--port", str(port), "--admin-port", str(admin_port), "--log", str(directory / "vllm.log")]
-    server = subprocess.Popen(command)
-    try:
-        wait_until_ready(f"http://127.0.0.1:{admin_port}/readyz", server)
-        yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"
-    finally:
-        server.terminate()
-        server.wait()
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline and server.poll() is None:
-        with suppress(httpx.TransportError):
-            if httpx.get(url).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise SystemExit("gradmap-serve did not become ready; see above.")
+def profile_slowest(record: Record, task: Task) -> Facts:
+    """What takes the time in the step that took longest; not at its beginning, which is special."""
+    measured_s = {name: record.steps[name]["seconds"] for name in STEPS if record.has(name)}
+    if not measured_s:
+        raise RuntimeError("no step was measured, so that none can be profiled")
+    started = time.perf_counter()
+    slowest = max(measured_s, key=measured_s.__getitem__)
+    case, after_s = make_case(task), min(measured_s[slowest] / 3, PROFILE_AFTER_AT_MOST_S)
+    layers = case.architecture.layer_list(case.model)
+    tables = profile_tables(lambda: STEPS[slowest].run(case), layers, after_s)
+    return {"seconds": time.perf_counter() - started, "step": slowest, **tables}
 
 
-def rows_of(measured: dict[str, Any], shape: Shape, hardware: Hardware | None, remove: int) -> list[tuple[str, ...]]:
-    """What was measured, what was predicted for it, and how far that was off; times only for known hardware."""
-    rows: list[tuple[str, float, float]] = []
-    if hardware is not None:
-        default_s = sum(measured[BEST].values())
-        rows.append(("the paper's scores (s)", measured[GRADMAP]["select"], score_seconds(shape, hardware, remove)))
-        rows.append(("the default, selection and repair (s)", default_s, default_seconds(shape, hardware, remove)))
-    if report := measured.get("loadtest"):
-        if hardware is not None:
-            tpot_s = report["arms"]["dense"]["concurrency_1"]["tpot_s"]["median"]
-            rows.append(("dense, a token of one stream (ms)", 1000 * tpot_s, 1000 * token_seconds(shape, hardware)))
-        loads = report["candidates"]["pruned"]["loads"]
-        for name, load in loads.items():
-            rows.append((f"TPOT speed-up, {name}", load["tpot"]["value"], decode_speed_up(shape, remove)))
-            rows.append((f"TTFT speed-up, {name}", load["ttft"]["value"], prefill_speed_up(shape, remove)))
-    return [
-        (name, f"{found:.2f}", f"{predicted:.2f}", f"{predicted / found - 1:+.0%}") for name, found, predicted in rows
-    ]
+def load_test(task: Task, directory: Path, tokenizer: Path, calibration: str, prompt_tokens: int, pairs: int) -> Facts:
+    from benchmarks.llama_7b_serving import load_test_both  # what it needs is not on every machine that prunes
+
+    make_case.cache_clear()  # the servers need the memory
+    free_memory()
+    started = time.perf_counter()
+    found = load_test_both(directory, tokenizer, calibration, task.removed, prompt_tokens, pairs)
+    return {"seconds": time.perf_counter() - started, **found}
+
+
+def report(record: Record, task: Task) -> None:
+    """Prints what is recorded; predictions where the hardware is known."""
+    hardware = next((one for one in KNOWN_HARDWARE if one.name in machine()), None)
+    columns = ("step", "seconds", "goal", "peak GB", "predicted", "predicted / measured - 1")
+    rows = [describe_step(name, record.steps[name], task, hardware) for name in STEPS]
+    print_table(f"{task.shape.name}'s shape, {task.remove} of {task.shape.layers} layers removed", columns, rows)
+    if record.has(PROFILE):
+        profiled = record.steps[PROFILE]
+        print(f"{profiled['step']}, {RECORDED_S:g} s of it:", profiled["device"], profiled["cpu"], sep="\n")
+    if record.has(LOAD_TEST):
+        from benchmarks.llama_7b_serving import print_both
+
+        print_both(record.steps[LOAD_TEST], hardware, task.remove)
+
+
+def describe_step(name: str, facts: Facts, task: Task, hardware: Hardware | None) -> tuple[str, ...]:
+    step = STEPS[name]
+    seconds, peak_bytes = facts.get("seconds"), facts.get("peak_bytes")
+    predicted_s = None if hardware is None else step.predict(task, hardware)
+    return (
+        name,
+        f"{seconds:.1f}" if seconds is not None else "failed" if "error" in facts else "not begun",
+        f"{step.goal_s}" if step.goal_s is not None and task.shape is LLAMA_2_7B else "",
+        f"{peak_bytes / 1e9:.1f}" if peak_bytes is not None else "",
+        f"{predicted_s:.1f}" if predicted_s is not None else "",
+        f"{predicted_s / seconds - 1:+.0%}" if predicted_s is not None and seconds is not None else "",
+    )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from gradmap.costs import (
 )
 from gradmap.shape import Shape
 
+LLAMA_2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 1, 32000)
 SHAPES = (
     Shape("Llama-3.2-1B", 2048, 8192, 16, 8 / 32, 128256, tied=True),
-    Shape("Llama-2-7B", 4096, 11008, 32, 1, 32000),
+    LLAMA_2_7B,
     Shape("Llama-2-13B", 5120, 13824, 40, 1, 32000),
     Shape("Llama-3.1-70B", 8192, 28672, 80, 8 / 64, 128256),
     Shape("Llama-3.1-405B", 16384, 53248, 126, 8 / 128, 128256),

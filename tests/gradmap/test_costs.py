@@ -7,10 +7,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import CONFIG_MAPPING
 
+from benchmarks.flops import counted
 from gradmap import costs
 from gradmap.architectures import ARCHITECTURES
 from gradmap.batching import Batches
@@ -29,38 +28,9 @@ from gradmap.shape import Shape
 from tests.conftest import FAMILIES, PICO_CONFIGS, VOCABULARY, make_pico
 
 distilling = import_module("gradmap.compensators.distil")  # the package has a function of that name
-aten = torch.ops.aten
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
 # Short samples, so that a weight's gradient norm is cheapest by Gram matrices, as for models of a real width.
 SIZE = CalibrationSize(samples=8, tokens=8)
 LAYERS = 13
-
-
-class CountedFlops(TorchDispatchMode):
-    """Of matrix products. Attention's own are left out here as they are in the arithmetic."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        packet = func._overloadpacket
-        if packet not in flop_registry and packet is not torch.ops.prim.device:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        if packet in PRODUCTS:
-            self.total += flop_registry[packet](*args, **kwargs, out_val=result)
-        return result
-
-
-def counted(run):
-    with CountedFlops() as counter:
-        run()
-    return counter.total
 
 
 def shape_of(family, **changes):
