@@ -24,7 +24,7 @@ endif
 
 export GRADMAP_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: setup assets consumers demo test test-slow test-image bench lint constraints
+.PHONY: setup assets assets-gemma assets-qwen assets-qwen-large assets-tasks consumers demo test test-slow test-image bench lint constraints
 
 setup: $(VENV)/.installed
 
@@ -44,9 +44,18 @@ $(CONSUMERS)/.installed: constraints/consumers.txt | setup
 
 assets: $(ASSETS)
 
-$(ASSETS): scripts/fetch_assets.py | setup
-	rm -rf $@
-	$(VENV)/bin/python $< $@
+$(ASSETS): scripts/fetch_assets.py scripts/asset_sets.py | setup
+	$(VENV)/bin/python -m scripts.fetch_assets demo $@
+	@touch $@
+
+# Optional: other models and tasks, which neither the demo nor a test needs, in .assets-gemma and so on.
+assets-gemma: .assets-gemma
+assets-qwen: .assets-qwen
+assets-qwen-large: .assets-qwen-large
+assets-tasks: .assets-tasks
+
+.assets-%: scripts/fetch_assets.py scripts/asset_sets.py | setup
+	$(VENV)/bin/python -m scripts.fetch_assets $* $@
 	@touch $@
 
 # Only a broken step fails the demo: PASS (0), FAIL (1) and INCONCLUSIVE (3) are results, and quick mode cannot pass.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from export import ARTIFACT_FILE
+from export import ARTIFACT_FILE, GGUF_FILE
 from export.card import render_card
 from export.fold import count_parameters, require_foldable
 from export.integrity import SCHEMA_VERSION, read_record, require_files
@@ -47,11 +47,13 @@ from export.writers import (
     write_vllm,
 )
 from gradmap.architectures import Architecture, architecture_of
-from gradmap.checkpoint import Checkpoint
+from gradmap.checkpoint import Checkpoint, load_tokenizer
 from gradmap.console import announced, waiting
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
+from gradmap.gguf_model import read_license
+from gradmap.gguf_tokenizer import require_same_tokens
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
 from gradmap.precision import DTYPES
 from gradmap.vllm_environment import cpu_spoils_int8
@@ -219,6 +221,8 @@ def _export_one(
 ) -> dict[str, Any]:
     with atomic_directory(path, marker=ARTIFACT_FILE) as partial:
         written = form.write(partial, source, target)
+        if source.checkpoint.gguf_file is not None:
+            _require_tokenizer(partial, source.checkpoint.gguf_file)
         save_probe(partial / PROBE_FILE, reference)
         runners = [runner for runner in form.runners if runner != "run_vllm" or _asks_vllm(settings)]
         fresh = "a fresh process" if len(runners) == 1 else "fresh processes"
@@ -238,6 +242,14 @@ def _export_one(
 
 def _asks_vllm(settings: ExportSettings) -> bool:
     return settings.check_vllm and find_spec("vllm") is not None
+
+
+def _require_tokenizer(directory: Path, gguf_file: Path) -> None:
+    """Raises UserError unless the artifact's tokenizer is that of the GGUF file it comes from, and of the one it is."""
+    tokenizer = load_tokenizer(directory)
+    for described in (gguf_file, directory / GGUF_FILE):
+        if described.exists():
+            require_same_tokens(tokenizer, described)
 
 
 def _bounds(
@@ -278,7 +290,7 @@ def _describe(
         "layers": written.config[architecture_of(written.config).layer_count_key],
         "parameters": count_parameters(written.folded),
         "weight_bytes": written.weight_bytes,
-        "base_model": {"name": source.checkpoint.name, "files": source.checkpoint.file_hashes},
+        "base_model": _describe_base(source.checkpoint),
         "plan": None
         if plan is None
         else {
@@ -290,3 +302,8 @@ def _describe(
         "verification": {_label(runner): asdict(comparison) for runner, comparison in comparisons.items()},
         "environment": describe_environment(),
     }
+
+
+def _describe_base(checkpoint: Checkpoint) -> dict[str, Any]:
+    base_license = None if checkpoint.gguf_file is None else read_license(checkpoint.gguf_file)
+    return {"name": checkpoint.name, "files": checkpoint.file_hashes, "license": base_license}

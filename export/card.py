@@ -45,6 +45,7 @@ def render_card(plan: Plan | None, record: dict[str, Any], quality: dict[str, An
 def _metadata(record: dict[str, Any], quality: dict[str, Any]) -> str:
     hub_id = record["base_model"]["name"]
     card = ModelCardData(
+        license=record["base_model"]["license"],
         base_model=hub_id if HUB_ID.fullmatch(hub_id) else None,
         library_name=LIBRARIES[record["format"]],
         pipeline_tag="text-generation",

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from gradmap.architectures import architecture_of
 from gradmap.console import announced, waiting
-from gradmap.errors import UserError
+from gradmap.errors import UserError, first_line
 from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, sha256_json, write_json
+from gradmap.gguf_model import dequantise_gguf, read_gguf_config
 from gradmap.precision import AUTOCAST, announce, fastest_dtype, prepare_for_autocast, warn_if_slow, weights_dtype
 from gradmap.processes import local_device
 from gradmap.safetensors_reader import check_safetensors
@@ -35,12 +36,14 @@ class Checkpoint:
     name: what the user typed (with the GGUF file, if any).
     config: the contents of config.json.
     weight_files: the safetensors files, in order.
+    gguf_file: what it was dequantised from, if it was.
     """
 
     name: str
     directory: Path
     config: dict[str, Any]
     weight_files: tuple[Path, ...]
+    gguf_file: Path | None = None
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
@@ -59,10 +62,12 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
     Raises UserError for: a missing model, an adapter, a quantised or encoder model, an unsupported family,
     pickled weights, a missing or truncated weight file.
     """
+    source = None
     weights = ["*.safetensors", *([PICKLED_WEIGHTS] if allow_pickle else [])]
     directory = _find_directory(model, [*COMPANION_PATTERNS, *weights])
     if gguf_file is not None:
-        directory = _dequantise_gguf(directory, gguf_file)
+        source = directory / gguf_file
+        directory = dequantise_gguf(source)
     config = _read_config(directory, model)
     _refuse_unsuitable(config, model)
     if allow_pickle and not _safetensors_names(directory):
@@ -71,7 +76,7 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
     for path in weight_files:
         check_safetensors(path)
     name = model if gguf_file is None else f"{model}/{gguf_file}"
-    return Checkpoint(name, directory, config, weight_files)
+    return Checkpoint(name, directory, config, weight_files, source)
 
 
 def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
@@ -81,7 +86,9 @@ def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
     """
     directory = _find_directory(model, ["config.json", "adapter_config.json"])
     if gguf_file is not None:
-        return _read_gguf_config(directory, gguf_file)
+        config = read_gguf_config(directory / gguf_file)
+        architecture_of(config)
+        return _completed(config)
     config = _read_config(directory, model)
     _refuse_unsuitable(config, model)
     return _completed(config)
@@ -149,7 +156,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} has no usable tokenizer: {_first_line(error)}") from None
+        raise UserError(f"{directory} has no usable tokenizer: {first_line(error)}") from None
 
 
 def _find_directory(model: str, patterns: list[str]) -> Path:
@@ -173,57 +180,8 @@ def _download(model_id: str, patterns: list[str]) -> Path:
             return Path(snapshot_download(model_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"Model {model_id} is no local directory and could not be fetched from the hub: {_first_line(error)}"
+            f"Model {model_id} is no local directory and could not be fetched from the hub: {first_line(error)}"
         ) from None
-
-
-def _dequantise_gguf(directory: Path, gguf_file: str) -> Path:
-    """Returns a cached float32 checkpoint with the GGUF's weights, config and tokenizer."""
-    source = directory / gguf_file
-    target = _dequantised(source)
-    if not (target / "config.json").exists():
-        with announced(f"Dequantising {source} to float32 in {target} (once)"):
-            _write_dequantised(source, target)
-    return target
-
-
-def _write_dequantised(source: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    directory, gguf_file = source.parent, source.name
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"{source} cannot be read as a GGUF model: {_first_line(error)}") from None
-    with atomic_directory(target, marker="config.json") as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-
-
-def _dequantised(source: Path) -> Path:
-    """Where the checkpoint made of a GGUF file is, or will be. Raises UserError if there is no such file."""
-    if not source.is_file():
-        raise UserError(f"{source} does not exist; check --gguf-file.")
-    with waiting(f"Hashing {source}"):
-        return cache_directory() / "dequantised" / sha256_file(source)[:16]
-
-
-def _read_gguf_config(directory: Path, gguf_file: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    source = directory / gguf_file
-    target = _dequantised(source)
-    if (target / "config.json").exists():
-        return _completed(read_json(target / "config.json"))
-    try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(directory, gguf_file=gguf_file).to_dict()
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"{source} cannot be read as a GGUF model: {_first_line(error)}") from None
-    architecture_of(config)
-    return config
 
 
 def _convert_pickled(directory: Path) -> Path:
@@ -257,7 +215,7 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a file of plain tensors, or is damaged: {_first_line(error)}") from None
+        raise UserError(f"{path} is not a file of plain tensors, or is damaged: {first_line(error)}") from None
     # a copy each: tied weights share memory, which safetensors does not store
     return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
@@ -312,10 +270,6 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
     if missing:
         raise UserError(f"{directory} lacks the weight file {missing[0]}; fetch the checkpoint again.")
     return paths
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def resolve_device(device: str) -> str:

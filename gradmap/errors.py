@@ -1,5 +1,10 @@
-"""The one exception that users see."""
+"""The one exception that users see, and what is quoted of others."""
 
 
 class UserError(ValueError):
     """Wrong usage or input. The message is one sentence: what is wrong and how to cure it. Exit code 2."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, for a sentence of ours; its name if it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

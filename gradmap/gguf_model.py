@@ -1,0 +1,111 @@
+"""A GGUF file as a checkpoint: dequantised once to float32 safetensors, with the tokenizer that the file describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradmap.console import announced, say, waiting
+from gradmap.errors import UserError, first_line
+from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, write_json
+from gradmap.gguf_head import Stored, finer_of, judge_head
+from gradmap.gguf_tokenizer import load_gguf_tokenizer, read_metadata, require_same_tokens
+
+# Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
+CONVERSION = 2
+
+
+def dequantise_gguf(source: Path) -> Path:
+    """Returns a cached float32 checkpoint with the GGUF's weights, config and tokenizer.
+
+    Raises UserError if there is no such file, or none that transformers reads.
+    """
+    target = _dequantised(source)
+    if not (target / "config.json").exists():
+        with announced(f"Dequantising {source} to float32 in {target} (once)"):
+            _write_dequantised(source, target)
+    return target
+
+
+def read_gguf_config(source: Path) -> dict[str, Any]:
+    """The config alone, of the dequantised checkpoint if there is one. Raises UserError as `dequantise_gguf` does."""
+    from transformers import AutoConfig
+
+    target = _dequantised(source)
+    if (target / "config.json").exists():
+        return dict(read_json(target / "config.json"))
+    try:
+        return dict(AutoConfig.from_pretrained(source.parent, gguf_file=source.name).to_dict())
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise _unreadable(source, error) from None
+
+
+def read_license(source: Path) -> str | None:
+    """The license that the file names, such as `apache-2.0`; None if it names none."""
+    name = read_metadata(source).get("general.license")
+    return None if name is None else str(name)
+
+
+def _write_dequantised(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        _settle_head(model, source)
+        tokenizer = load_gguf_tokenizer(source)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise _unreadable(source, error) from None
+    with atomic_directory(target, marker="config.json") as partial:
+        model.save_pretrained(partial)
+        _save_tokenizer(tokenizer, source, partial)
+
+
+def _settle_head(model: Any, source: Path) -> None:
+    """Ties a head that is the embeddings stored a second time, and says what was found."""
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is embeddings:
+        return
+    types = _tensor_types(source)
+    stored = Stored(head.detach(), types["output.weight"]), Stored(embeddings.detach(), types["token_embd.weight"])
+    verdict = judge_head(*stored)
+    say(f"In {source}, {verdict.describe()}")
+    if verdict.tied:
+        embeddings.data = finer_of(*stored).values
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+
+
+def _tensor_types(source: Path) -> dict[str, str]:
+    """The names of the GGML types that the tensors of a file are stored in, by the tensors' names."""
+    from gguf import GGUFReader
+
+    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(source).tensors}
+
+
+def _save_tokenizer(tokenizer: Any, source: Path, directory: Path) -> None:
+    """Under the class that takes tokenizer.json as it is; a family's own would rebuild it from the vocabulary."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(directory)
+    settings = directory / "tokenizer_config.json"
+    write_json(settings, read_json(settings) | {"tokenizer_class": "TokenizersBackend"})
+    require_same_tokens(AutoTokenizer.from_pretrained(directory), source)
+
+
+def _dequantised(source: Path) -> Path:
+    """Where the checkpoint made of a GGUF file is, or will be. Raises UserError if there is no such file."""
+    if not source.is_file():
+        raise UserError(f"{source} does not exist; check --gguf-file.")
+    with waiting(f"Hashing {source}"):
+        return cache_directory() / "dequantised" / f"{sha256_file(source)[:16]}-{CONVERSION}"
+
+
+def _unreadable(source: Path, error: Exception) -> UserError:
+    return UserError(f"{source} cannot be read as a GGUF model: {first_line(error)}")
