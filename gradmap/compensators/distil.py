@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
 from gradmap.batching import logits_batch
+from gradmap.calibration import with_bos, without_bos
 from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators.ridge import Walks
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
@@ -90,12 +91,8 @@ def written_by_dense(pruned: Pruned) -> Lessons:
     """Samples (N, T) that begin with a few tokens from the calibration samples to fit on, and go on as the dense model
     would (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888). The same for any number of processes."""
     known, seed = pruned.calibration.fit_ids, pruned.calibration.seed
-    length = min(PROMPT_TOKENS, known.shape[1])
-    count = WRITTEN_PER_SAMPLE * len(known)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(known), (count, 1), generator=generator)
-    starts = torch.randint(known.shape[1] - length + 1, (count, 1), generator=generator)
-    prompts = known[rows, starts + torch.arange(length)]
+    prompts = draw_prompts(known, pruned.calibration.bos, seed)
+    count = len(prompts)
     written = torch.zeros(count, known.shape[1], dtype=known.dtype)
     embeddings = pruned.model.get_input_embeddings().weight
     outputs = embeddings.new_zeros(*written.shape, embeddings.shape[1])
@@ -107,6 +104,18 @@ def written_by_dense(pruned: Pruned) -> Lessons:
                 written[batch], outputs[batch] = lessons.input_ids, lessons.outputs
             advance(written[batch].numel())
     return Lessons(summed(written), summed(outputs))
+
+
+def draw_prompts(known: Tensor, bos: int | None, seed: int) -> Tensor:
+    """PROMPT_TOKENS tokens from random places of random samples (N, T); before them the BOS token, where samples begin
+    with it: (WRITTEN_PER_SAMPLE * N, PROMPT_TOKENS or one more)."""
+    texts = without_bos(known, bos)
+    length = min(PROMPT_TOKENS, texts.shape[1])
+    count = WRITTEN_PER_SAMPLE * len(texts)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(texts), (count, 1), generator=generator)
+    starts = torch.randint(texts.shape[1] - length + 1, (count, 1), generator=generator)
+    return with_bos(texts[rows, starts + torch.arange(length)], bos)
 
 
 @torch.no_grad()
