@@ -51,7 +51,8 @@ from gradmap.checkpoint import Checkpoint, load_tokenizer
 from gradmap.console import announced, waiting
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import atomic_directory, read_json, refuse_foreign_directory, sha256_file, write_json, write_text
+from gradmap.evaluation.result import read_evaluation
+from gradmap.files import atomic_directory, refuse_foreign_directory, sha256_file, write_json, write_text
 from gradmap.gguf_model import read_license
 from gradmap.gguf_tokenizer import require_same_tokens
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
@@ -189,9 +190,9 @@ def _require_quantisable(architecture: Architecture) -> None:
 def read_quality(path: Path, source: Source) -> dict[str, Any]:
     """Reads what `gradmap eval` found about the model that is exported, with the length of its segments.
 
-    Raises UserError if it evaluated another model.
+    Raises UserError if it evaluated another model, or as another version does.
     """
-    evaluation = read_json(path)
+    evaluation = read_evaluation(path)
     same_plan = source.plan is None or evaluation.get("plan_sha256") == source.plan_hash
     if evaluation.get("model") != source.checkpoint.name or not same_plan:
         raise UserError(f"{path} evaluates another model or plan than the one that is exported; evaluate this one.")

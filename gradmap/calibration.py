@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +12,27 @@ from torch import Tensor
 
 from gradmap.console import waiting
 from gradmap.errors import UserError
-from gradmap.texts import read_texts
+from gradmap.texts import read_joined, read_texts
 
 # Eq. 7 uses every sample; the corrections are fitted on three quarters and judged on the held-out last quarter.
 HELD_OUT_FRACTION = 0.25
+# Of a long text only a beginning is tokenised, which is lengthened until it has enough tokens; what follows the place
+# where it ends can change how its last tokens are split, so that these are more than any one word has.
+CHARACTERS_PER_TOKEN = 8
+UNSETTLED_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """N samples of T tokens: `input_ids` (N, T), int64. `source` is the SPEC they were drawn from."""
+    """N samples of T tokens: `input_ids` (N, T), int64. `source` is the SPEC they were drawn from.
+
+    bos: the first of the T tokens of every sample, if the tokenizer begins a text with one. It is not predicted.
+    """
 
     source: str
     seed: int
     input_ids: Tensor
+    bos: int | None = None
 
     @property
     def sha256(self) -> str:
@@ -50,8 +57,31 @@ def hash_token_ids(input_ids: Tensor) -> str:
     return hashlib.sha256(str(tuple(ids.shape)).encode() + ids.numpy().tobytes()).hexdigest()
 
 
+def bos_of(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts in front of a text, None if it puts none. Raises UserError for several."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    begins = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    front = whole[: begins[0]]
+    if len(front) > 1:
+        raise UserError(f"The tokenizer puts {len(front)} tokens in front of a text; only one, or none, is supported.")
+    return front[0] if front else None
+
+
+def with_bos(text_ids: Tensor, bos: int | None) -> Tensor:
+    """(N, T) -> (N, T + 1), or the same if there is no BOS."""
+    if bos is None:
+        return text_ids
+    return torch.cat([text_ids.new_full((len(text_ids), 1), bos), text_ids], dim=1)
+
+
+def without_bos(input_ids: Tensor, bos: int | None) -> Tensor:
+    """The inverse of `with_bos`."""
+    return input_ids if bos is None else input_ids[:, 1:]
+
+
 def build_calibration(tokenizer: Any, source: str, samples: int, tokens: int, seed: int) -> Calibration:
-    """Draws `samples` windows of `tokens` tokens, from as many different documents as there are.
+    """Draws `samples` windows from as many different documents as there are. With the BOS token, where the tokenizer
+    puts one, each has `tokens` tokens.
 
     Raises UserError if the text is too short.
     """
@@ -59,15 +89,17 @@ def build_calibration(tokenizer: Any, source: str, samples: int, tokens: int, se
         raise UserError(f"--samples is {samples}; at least 2 are needed, since some are held out.")
     if tokens < 2:
         raise UserError(f"--tokens is {tokens}; at least 2 are needed to predict a next token.")
+    bos = bos_of(tokenizer)
+    text_tokens = tokens if bos is None else tokens - 1
     documents = read_texts(source, seed)
     with waiting(f"Tokenising {source}"):
-        windows = _draw_windows(tokenizer, documents, samples, tokens, random.Random(seed))
+        windows = _draw_windows(tokenizer, documents, samples, text_tokens, random.Random(seed))
     if len(windows) < samples:
         raise UserError(
-            f"Calibration text {source} is too short: it has {len(windows)} windows of {tokens} tokens and {samples} "
-            f"are needed; give more text, or fewer --samples or --tokens."
+            f"Calibration text {source} is too short: it has {len(windows)} windows of {text_tokens} tokens and "
+            f"{samples} are needed; give more text, or fewer --samples or --tokens."
         )
-    return Calibration(source, seed, torch.tensor(windows))
+    return Calibration(source, seed, with_bos(torch.tensor(windows), bos), bos)
 
 
 def _draw_windows(
@@ -76,8 +108,8 @@ def _draw_windows(
     """Takes one random window of every document, then a second one, and so on until there are enough."""
     chosen: list[list[int]] = []
     spare: list[list[int]] = []
-    for ids in _tokenise(tokenizer, documents):
-        windows = _cut(ids, tokens)
+    for text in documents:
+        windows = _cut(_tokenise(tokenizer, text), tokens)
         generator.shuffle(windows)
         chosen += windows[:1]
         spare += windows[1:]
@@ -87,34 +119,37 @@ def _draw_windows(
     return chosen + spare[: samples - len(chosen)]
 
 
-def build_segments(tokenizer: Any, source: str, tokens: int, limit: int | None, seed: int) -> Tensor:
-    """Joins the documents of a source and cuts them into segments of `tokens` tokens: (S, T), at most `limit`.
+def build_segments(tokenizer: Any, source: str, tokens: int, limit: int | None) -> Tensor:
+    """Cuts the joined rows of a source into segments of `tokens` tokens, without BOS: (S, T), the first `limit`.
 
-    This is the paper's perplexity protocol (section 3: 128-token segments). Raises UserError if there is no
-    full segment.
+    This is the paper's perplexity protocol (section 3: 128-token segments), as public code has it: rows in their order
+    and as they are, joined, tokenised as one text. Raises UserError if there is no full segment.
     """
-    documents = [text + "\n\n" for text in read_texts(source, seed)]
+    text = read_joined(source)
     with waiting(f"Tokenising {source}"):
-        joined = _join(_tokenise(tokenizer, documents), None if limit is None else limit * tokens)
-    segments = _cut(joined, tokens)[:limit]
+        ids = _tokenise_beginning(tokenizer, text, None if limit is None else limit * tokens)
+    segments = _cut(ids, tokens)[:limit]
     if not segments:
-        raise UserError(f"Evaluation text {source} has {len(joined)} tokens, less than one segment of {tokens}.")
+        raise UserError(f"Evaluation text {source} has {len(ids)} tokens, less than one segment of {tokens}.")
     return torch.tensor(segments)
 
 
-def _join(tokenised: Iterable[list[int]], enough: int | None) -> list[int]:
-    """All of them, or as many as make up `enough` tokens."""
-    joined: list[int] = []
-    for ids in tokenised:
-        joined += ids
-        if enough is not None and len(joined) >= enough:
-            break
-    return joined
+def _tokenise_beginning(tokenizer: Any, text: str, enough: int | None) -> list[int]:
+    """The text's first tokens, at least `enough` if it has so many; all of them for None."""
+    if enough is None:
+        return _tokenise(tokenizer, text)
+    characters = CHARACTERS_PER_TOKEN * enough
+    while characters < len(text):
+        ids = _tokenise(tokenizer, text[:characters])
+        if len(ids) >= enough + UNSETTLED_TOKENS:
+            return ids
+        characters *= 2
+    return _tokenise(tokenizer, text)
 
 
-def _tokenise(tokenizer: Any, documents: list[str]) -> Iterator[list[int]]:
-    for text in documents:
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _tokenise(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _cut(ids: list[int], tokens: int) -> list[list[int]]:

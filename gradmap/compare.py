@@ -16,7 +16,10 @@ from typing import Any
 from gradmap.compensators import COMPENSATORS
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import read_json, refuse_foreign_directory, write_json, write_text
+from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
+from gradmap.evaluation.result import read_evaluation
+from gradmap.files import refuse_foreign_directory, write_json, write_text
+from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.plan import load_plan
 from gradmap.selectors import SELECTORS
 from gradmap.stages import Stage, as_flags, run_stage, source_files, stage_record
@@ -74,7 +77,7 @@ def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         options = {"selector": selector, "one_shot": selection != selector, "compensator": "none", "seed": seed}
         most, directory = max(settings.counts), _selection(out, selection, seed)
         flags = as_flags({**settings.model, **settings.calibration, **options, "remove": most, "out": directory})
-        yield Stage(directory.name, ("prune", *flags), _inputs(settings), directory / "plan.json")
+        yield Stage(directory.name, ("prune", *flags), _inputs(settings), directory / "plan.json", schema=PLAN_SCHEMA)
 
 
 def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
@@ -85,7 +88,8 @@ def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         directory = _plan(out, method, count, seed)
         options = {"from_plan": source, "compensator": method.compensator, "remove": count, "out": directory}
         flags = as_flags({**settings.model, **device, **options})
-        yield Stage(directory.name, ("prune", *flags), (source, *_inputs(settings)), directory / "plan.json")
+        inputs = (source, *_inputs(settings))
+        yield Stage(directory.name, ("prune", *flags), inputs, directory / "plan.json", schema=PLAN_SCHEMA)
 
 
 def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
@@ -94,7 +98,7 @@ def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         plan = _plan(out, method, count, seed)
         target = out / "evaluations" / f"{plan.name}.json"
         flags = as_flags({**settings.model, **settings.evaluation, "plan": plan, "out": target})
-        yield Stage(f"eval {plan.name}", ("eval", *flags), (plan, *_inputs(settings)), target)
+        yield Stage(f"eval {plan.name}", ("eval", *flags), (plan, *_inputs(settings)), target, schema=EVALUATION_SCHEMA)
 
 
 def compare_methods(settings: CompareSettings, out: Path) -> dict[str, Any]:
@@ -111,10 +115,12 @@ def compare_methods(settings: CompareSettings, out: Path) -> dict[str, Any]:
         describe_row(settings, out, method, count)
         for method, count in product(settings.methods, settings.counts)
     ]  # fmt: skip
-    first = read_json(_evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]))
+    first = read_evaluation(_evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]))
     result = {
         "finished": True,
         "settings": asdict(settings),
+        "evaluation_schema_version": EVALUATION_SCHEMA,
+        "texts": first["texts"],
         "dense": {key: first["dense"][key] for key in ("layers", "perplexity", "accuracy", "average_accuracy")},
         "rows": rows,
         "environment": describe_environment(),
@@ -131,7 +137,7 @@ def describe_row(settings: CompareSettings, out: Path, method: Method, count: in
     perplexity, ratio (to dense), average_accuracy: `value`, the mean over seeds; `stderr`, of the evaluation; `spread`,
     the standard deviation over seeds (None with one). select_s: of the selection of the largest count.
     """
-    evaluations = [read_json(_evaluation(out, method, count, seed)) for seed in settings.seeds]
+    evaluations = [read_evaluation(_evaluation(out, method, count, seed)) for seed in settings.seeds]
     plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
     selections = [_selection(out, method.selection, seed) for seed in settings.seeds]
     names = [directory.name for directory in selections]

@@ -31,7 +31,7 @@ from gradmap.corrections import (
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PLAN_FILE = "plan.json"
 CORRECTIONS_FILE = "corrections.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -53,12 +53,16 @@ class BaseModelIdentity(_Strict):
 
 
 class CalibrationRecord(_Strict):
-    """Where the calibration samples came from; the token ids are in `calibration.safetensors` (`input_ids`, (N, T))."""
+    """Where the calibration samples came from; the token ids are in `calibration.safetensors` (`input_ids`, (N, T)).
+
+    tokens: T, of which the first is `bos` where the tokenizer puts one in front of a text; else bos is null.
+    """
 
     source: str
     seed: int
     samples: int
     tokens: int
+    bos: int | None
     held_out_samples: int
     sha256: str
 

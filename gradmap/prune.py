@@ -55,7 +55,7 @@ IN_MEMORY = ("distil", "mka", "gradpruner")
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set.
+    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set, a BOS token included.
 
     layers: the order of removal, for selector manual. protect_first, protect_last: so many layers at either end stay.
     top_z, side, target, unregularised: see ProjectionOptions. stream: read layers from disk one at a time, for a model
@@ -124,8 +124,8 @@ def prune_less(checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettin
     settings = PruneSettings(**(larger.recipe | {name: getattr(wanted, name) for name in REPAIR_SETTINGS}))
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
-    input_ids = load_calibration_ids(plan_directory, larger)
-    calibration = Calibration(larger.calibration.source, larger.calibration.seed, input_ids)
+    record, input_ids = larger.calibration, load_calibration_ids(plan_directory, larger)
+    calibration = Calibration(record.source, record.seed, input_ids, record.bos)
     steps = [Step(step.scores, tuple(step.removed)) for step in larger.steps]
     return _make_plan(checkpoint, settings, calibration, out, steps, lambda steps: None)
 
@@ -302,6 +302,7 @@ def _describe_plan(
             seed=calibration.seed,
             samples=samples,
             tokens=tokens,
+            bos=calibration.bos,
             held_out_samples=calibration.held_out_samples,
             sha256=calibration.sha256,
         ),

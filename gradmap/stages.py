@@ -26,6 +26,7 @@ STAGES_DIRECTORY = ".stages"
 class Stage:
     """One `gradmap` command. inputs: files and directories it reads; output: what must exist when it is done.
 
+    schema: the version in which `output` is written now; one of an older version is made again.
     verdicts: whether exit codes other than 0 are results of a gate and not failures.
     """
 
@@ -33,13 +34,14 @@ class Stage:
     arguments: tuple[str, ...]
     inputs: tuple[Path, ...]
     output: Path
+    schema: int
     verdicts: bool = False
 
 
 def stage_key(stage: Stage) -> str:
-    """Hashes all that a stage's result depends on: its command, its inputs' bytes, and our version."""
+    """Hashes all that a stage's result depends on: its command, its inputs' bytes, our version and the output's."""
     inputs = {str(path): _hash_path(path) for path in stage.inputs}
-    return sha256_json([version("gradmap"), stage.arguments, inputs])
+    return sha256_json([version("gradmap"), stage.schema, stage.arguments, inputs])
 
 
 def is_done(stage: Stage, out: Path) -> bool:

@@ -1,6 +1,6 @@
 """Text sources: a SPEC on the command line or in a recipe becomes a list of documents.
 
-wikipedia, wikitext2, c4, ptb, stackexchange, bookcorpus     a preset (the paper's Table 7)
+wikipedia, wikitext2, c4, ptb, stackexchange, bookcorpus     a preset (the data sets of the paper's Table 7)
 hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]                           a data set on the hub
 file:PATH[#FIELD]                                            txt, jsonl, jsonl.gz or parquet
 disk:DIR:COLUMN                                              a directory written by `datasets.save_to_disk`
@@ -12,6 +12,7 @@ import gzip
 import json
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,84 @@ from typing import Any
 from gradmap.console import waiting
 from gradmap.errors import UserError
 
-PRESETS = {
-    "wikipedia": "hub:wikimedia/wikipedia:20231101.en:train:text",
-    "wikitext2": "hub:mikasenghaas/wikitext-2::test:text",
-    "c4": "hub:allenai/c4:en:validation:text",
-    "ptb": "hub:ptb-text-only/ptb_text_only::test:sentence",
-    "stackexchange": "hub:ArmelR/stack-exchange-instruction::train:question",  # the paper's Table 7 has ArmelIR
-    "bookcorpus": "hub:bookcorpus/bookcorpus::train:text",
-}
-# A hub data set can be far larger than what calibration needs: shuffled reading stops here.
+# A hub data set can be far larger than what is needed: reading stops here.
 HUB_DOCUMENTS = 10_000
+# Between the rows of a text that perplexity is measured on, where public code has nothing else for it.
+SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A data set of the hub. calibration, evaluation: SPECs; the same where it has one split only.
+
+    separator, rows: what public code joins the rows with that perplexity is measured on, and how many it takes.
+    """
+
+    calibration: str
+    evaluation: str
+    separator: str = SEPARATOR
+    rows: int | None = None
+
+
+WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en:train:text"
+STACK_EXCHANGE = "hub:ArmelR/stack-exchange-instruction::train:question"  # the paper's Table 7 has ArmelIR
+BOOK_CORPUS = "hub:bookcorpus/bookcorpus::train:text"
+# WikiText2 and PTB are evaluated as in LLM-Pruner, whose segments have 128 tokens too; C4 as in SparseGPT and SLEB.
+PRESETS = {
+    "wikipedia": Preset(WIKIPEDIA, WIKIPEDIA),
+    "wikitext2": Preset(
+        "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text", "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+    ),
+    "c4": Preset("hub:allenai/c4:en:train:text", "hub:allenai/c4:en:validation:text", separator=" ", rows=1100),
+    "ptb": Preset(
+        "hub:ptb-text-only/ptb_text_only::train:sentence", "hub:ptb-text-only/ptb_text_only::validation:sentence"
+    ),
+    "stackexchange": Preset(STACK_EXCHANGE, STACK_EXCHANGE),
+    "bookcorpus": Preset(BOOK_CORPUS, BOOK_CORPUS),
+}
 
 
 def read_texts(spec: str, seed: int) -> list[str]:
-    """Returns the distinct non-empty documents of a SPEC in an order that `seed` fixes.
+    """Returns the distinct non-empty documents of a SPEC in an order that `seed` fixes; of a preset, its calibration
+    split.
 
     Raises UserError if the SPEC is malformed or its data is missing or empty.
     """
     with waiting(f"Reading {spec}"):
-        texts = _open_source(spec, seed)
+        texts = _open_source(preset_of(spec).calibration, seed)
         documents = list(dict.fromkeys(text.strip() for text in texts if isinstance(text, str) and text.strip()))
     if not documents:
-        raise UserError(f"Text source {spec} has no text; check its field or column.")
+        raise _no_text(spec)
     random.Random(seed).shuffle(documents)
     return documents
 
 
-def _open_source(spec: str, seed: int) -> Iterable[Any]:
-    match PRESETS.get(spec, spec).partition(":"):
+def read_joined(spec: str) -> str:
+    """Returns the rows of a SPEC as one text, in their order and as they are; of a preset, its evaluation split.
+
+    Raises UserError as `read_texts` does.
+    """
+    preset = preset_of(spec)
+    with waiting(f"Reading {spec}"):
+        rows = [row for row in _open_source(preset.evaluation, None) if isinstance(row, str)]
+        text = preset.separator.join(rows[: preset.rows])
+    if not text.strip():
+        raise _no_text(spec)
+    return text
+
+
+def preset_of(spec: str) -> Preset:
+    """A SPEC that is no preset's name is read for calibration and evaluation alike."""
+    return PRESETS.get(spec) or Preset(spec, spec)
+
+
+def _no_text(spec: str) -> UserError:
+    return UserError(f"Text source {spec} has no text; check its field or column.")
+
+
+def _open_source(spec: str, seed: int | None) -> Iterable[Any]:
+    """seed: shuffles what is too large to be read whole; None reads it in its order."""
+    match spec.partition(":"):
         case "file", ":", rest if rest:
             return _read_file(rest)
         case "disk", ":", rest if ":" in rest:
@@ -107,15 +158,16 @@ def _read_disk(rest: str) -> Iterator[Any]:
     return iter(dataset[column])
 
 
-def _read_hub(rest: str, seed: int) -> Iterator[Any]:
+def _read_hub(rest: str, seed: int | None) -> Iterator[Any]:
     from datasets import load_dataset
 
     name, config, split, column = [*rest.split(":"), "", "", ""][:4]
     column = column or "text"
     try:
         stream = load_dataset(name, config or None, split=split or "train", streaming=True)
-        shuffled = stream.shuffle(seed=seed, buffer_size=HUB_DOCUMENTS)
-        return iter([row[column] for row in islice(shuffled, HUB_DOCUMENTS)])
+        if seed is not None:
+            stream = stream.shuffle(seed=seed, buffer_size=HUB_DOCUMENTS)
+        return iter([row[column] for row in islice(stream, HUB_DOCUMENTS)])
     except KeyError:
         raise UserError(f"Hub data set {name} has no column {column!r}.") from None
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script

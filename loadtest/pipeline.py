@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from export.artifact import ExportSettings, choose_target
+from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
 from gradmap.checkpoint import open_checkpoint, read_config
 from gradmap.console import print_table
 from gradmap.errors import UserError
+from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.files import cache_directory, refuse_foreign_directory
+from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.speed import measure_disk
 from gradmap.stages import Stage, as_flags, is_done, run_stage, source_files, stage_record
 from loadtest.estimates import Estimate, Speeds, estimate_cells, estimate_stages
 from loadtest.recipe import Recipe, load_recipe
 from loadtest.report import judgements, summary_rows, write_report
+from loadtest.schema import SCHEMA_VERSION as LOAD_TEST_SCHEMA
 
 RECIPE_COPY = "recipe.yaml"
 
@@ -37,6 +41,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             ("prune", *model, *as_flags(recipe.prune.model_dump()), "--out", str(plan)),
             (*model_files, *source_files(recipe.prune.calibration)),
             plan / "plan.json",
+            schema=PLAN_SCHEMA,
         ),
         Stage(
             "eval",
@@ -46,6 +51,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             ),
             (*model_files, plan, *text_files, *task_data),
             evaluation,
+            schema=EVALUATION_SCHEMA,
             verdicts=True,
         ),
         Stage(
@@ -56,6 +62,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             ),
             (*model_files, plan, evaluation),
             out / "vllm" / "gradmap.json",
+            schema=ARTIFACT_SCHEMA,
         ),
         Stage(
             "baseline",
@@ -65,6 +72,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             ),
             (*model_files, evaluation),
             out / "dense" / "vllm" / "gradmap.json",
+            schema=ARTIFACT_SCHEMA,
         ),
         Stage(
             "loadtest",
@@ -74,6 +82,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             ),
             (out / "dense" / "vllm" / "gradmap.json", out / "vllm" / "gradmap.json", *earlier, *prompt_files),
             out / "loadtest" / "report.json",
+            schema=LOAD_TEST_SCHEMA,
             verdicts=True,
         ),
     ]

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from gradmap.environment import describe_environment
 from gradmap.evaluation.answers import NEW_TOKENS
+from gradmap.evaluation.result import read_evaluation
 from gradmap.evaluation.table import describe_retained, tabulate
 from gradmap.files import read_json, sha256_file, write_json, write_text
 from gradmap.plan import Plan, load_plan
@@ -45,7 +46,7 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
 
 def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, float]) -> dict[str, Any]:
     """Assembles result.json. Sizes are of the vLLM-ready weights, the ones that were served."""
-    evaluation = read_json(out / "eval.json")
+    evaluation = read_evaluation(out / "eval.json")
     artifacts = {"pruned": out / "vllm", "dense": out / "dense" / "vllm"}
     sides = {
         arm: evaluation[arm] | {"bytes": read_json(artifacts[arm] / "gradmap.json")["weight_bytes"]}
@@ -54,7 +55,7 @@ def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, fl
     quality = evaluation["quality"]
     verdicts = [judged["verdict"] for judged in (load_report, quality) if judged]
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "verdict": str(worst(map(Verdict, verdicts))),
         "model": evaluation["model"],
         **sides,

@@ -38,6 +38,7 @@ loadtest:
 """
 LAYERS = 5
 VOCABULARY = 200
+BOS = 1  # of the picos whose tokenizer puts one in front of a text
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -127,12 +128,15 @@ def make_pico(family: str, directory: Path, **changes: int) -> Pico:
     return Pico(family, directory)
 
 
-def _word_tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def _word_tokenizer(puts_bos: bool = False) -> PreTrainedTokenizerFast:
+    """puts_bos: in front of a text, as Llama's and Gemma's do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, VOCABULARY))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if puts_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
     )
@@ -142,6 +146,14 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
 def picos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pico]:
     root = tmp_path_factory.mktemp("pico")
     return {family: make_pico(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def pico_with_bos(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """Its tokenizer puts BOS in front of a text; that of all others puts nothing."""
+    pico = make_pico("llama", tmp_path_factory.mktemp("pico") / "bos")
+    _word_tokenizer(puts_bos=True).save_pretrained(pico.directory)
+    return pico
 
 
 @pytest.fixture(params=FAMILIES)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
 from gradmap.batching import Batches, logits_batch, states_batch
+from gradmap.calibration import with_bos, without_bos
 from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators.ridge import Walks
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
@@ -102,12 +103,9 @@ def written_by_dense(pruned: Pruned) -> Lessons:
     a token into another, and the text goes on from there.
     """
     known, seed = pruned.calibration.fit_ids, pruned.calibration.seed
-    length = min(PROMPT_TOKENS, known.shape[1])
-    count = WRITTEN_PER_SAMPLE * len(known)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(known), (count, 1), generator=generator)
-    starts = torch.randint(known.shape[1] - length + 1, (count, 1), generator=generator)
-    prompts, _ = share_of(known[rows, starts + torch.arange(length)])
+    drawn = draw_prompts(known, pruned.calibration.bos, seed)
+    count, length = drawn.shape
+    prompts, _ = share_of(drawn)
     numbers, _ = share_of(uniform_numbers(count, known.shape[1] - length, seed))
     parts: list[Lessons] = []
     with progress("The dense model writes (tokens)", len(prompts) * known.shape[1]) as advance:
@@ -135,6 +133,18 @@ def uniform_numbers(count: int, tokens: int, seed: int) -> Tensor:
         shape = tokens, min(WRITTEN_TOGETHER, count - start)
         parts.append(torch.rand(shape, dtype=torch.float64, generator=generator).mT)
     return torch.cat(parts)
+
+
+def draw_prompts(known: Tensor, bos: int | None, seed: int) -> Tensor:
+    """PROMPT_TOKENS tokens from random places of random samples (N, T); before them the BOS token, where samples begin
+    with it: (WRITTEN_PER_SAMPLE * N, PROMPT_TOKENS or one more)."""
+    texts = without_bos(known, bos)
+    length = min(PROMPT_TOKENS, texts.shape[1])
+    count = WRITTEN_PER_SAMPLE * len(texts)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(texts), (count, 1), generator=generator)
+    starts = torch.randint(texts.shape[1] - length + 1, (count, 1), generator=generator)
+    return with_bos(texts[rows, starts + torch.arange(length)], bos)
 
 
 @torch.no_grad()

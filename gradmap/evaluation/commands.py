@@ -35,9 +35,9 @@ def evaluate(
     ] = None,
     answers: Annotated[bool, typer.Option("--answers", help="Also answer a few fixed prompts.")] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many segments of each text and documents of each task.")
+        int | None, typer.Option(min=1, help="So many first segments of each text, and documents of each task.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws documents.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the documents of tasks.")] = 0,
     backend: Annotated[
         str, typer.Option(help="transformers, vllm, onnxruntime, endpoint; auto goes by what --model is.")
     ] = "auto",

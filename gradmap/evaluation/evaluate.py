@@ -23,14 +23,15 @@ from gradmap.evaluation.comparison import (
     judge_quality,
     mean_estimate,
 )
+from gradmap.evaluation.contamination import CalibratedOn
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
+from gradmap.evaluation.result import SCHEMA_VERSION
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.subjects import Opened, Subject
 from gradmap.evaluation.tasks import LoadedTask, TaskScores, load_task, score_task
 from gradmap.files import sha256_file, write_json, write_text
-from gradmap.plan import PLAN_FILE, load_calibration_ids, load_plan
+from gradmap.plan import PLAN_FILE
 
-SCHEMA_VERSION = 2
 SEGMENT_TOKENS = 128
 ARMS = ("dense", "pruned")
 
@@ -40,8 +41,8 @@ class EvaluationSettings:
     """What to evaluate on.
 
     texts: name -> SPEC. segment: tokens of a segment. tasks: names of the harness; task_data: saved data sets.
-    answers: whether to ask the fixed prompts. limit: at most so many segments of each text, and documents of each
-    task; seed: draws them. fresh: ignores scores of earlier runs.
+    answers: whether to ask the fixed prompts. limit: at most so many segments of each text, the first ones, and as many
+    documents of each task; seed: draws those. fresh: ignores scores of earlier runs.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
@@ -82,9 +83,9 @@ def evaluate(
     """
     _refuse_empty(settings, len(subjects))
     tokenizer = load_tokenizer(tokenizer_directory)
-    calibration = _Calibration.of(plan, tokenizer)
+    calibration = CalibratedOn.of(plan, tokenizer)
     texts = [
-        Segments.read(tokenizer, name, source, settings.segment, settings.limit, settings.seed)
+        Segments.read(tokenizer, name, source, settings.segment, settings.limit)
         for name, source in settings.texts.items()
     ]
     for text in texts:
@@ -123,30 +124,6 @@ def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:
         raise UserError("--max-average-drop is about the average accuracy; give --tasks.")
     if gate.max_perplexity_ratio is not None and not settings.texts:
         raise UserError("--max-perplexity-ratio is about perplexity; give --perplexity.")
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    """What must not be evaluated on: the SPEC, the hash of each sample's ids, and the samples as text."""
-
-    source: str | None
-    samples: frozenset[tuple[int, ...]]
-    texts: tuple[str, ...]
-
-    @classmethod
-    def of(cls, plan: Path | None, tokenizer: Any) -> _Calibration:
-        if plan is None:
-            return cls(None, frozenset(), ())
-        contents = load_plan(plan)
-        rows = load_calibration_ids(plan, contents).tolist()
-        decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-        # A window may begin or end within a character of several bytes.
-        texts = (" ".join(text.strip("\ufffd").split()) for text in decoded)
-        return cls(contents.calibration.source, frozenset(map(tuple, rows)), tuple(text for text in texts if text))
-
-    def refuse(self, text: Segments) -> None:
-        if text.source == self.source or self.samples & set(map(tuple, text.input_ids.tolist())):
-            raise UserError(f"{text.source} was used for calibration; evaluate on other text.")
 
 
 def _measure(

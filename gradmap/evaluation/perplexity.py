@@ -1,4 +1,8 @@
-"""Perplexity on segments of a fixed number of tokens: the paper's protocol (section 3)."""
+"""Perplexity on segments of a fixed number of tokens: the paper's protocol (section 3).
+
+Where the tokenizer begins a text with BOS, so does every segment, and all tokens of the segment are predicted. Else its
+first token is context only.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from gradmap.calibration import build_segments, hash_token_ids
+from gradmap.calibration import bos_of, build_segments, hash_token_ids, with_bos
 from gradmap.evaluation.backends import Request
 from gradmap.evaluation.scoring import Scorer
+from gradmap.texts import preset_of
 
 
 @dataclass(frozen=True)
@@ -24,29 +29,46 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Segments:
-    """Evaluation text as token ids (S, T); `source` is the SPEC it was cut from."""
+    """Evaluation text as token ids (S, T), without BOS; `source` is the SPEC it was cut from.
+
+    bos: the token that stands before each segment, if the tokenizer puts one.
+    """
 
     name: str
     source: str
     input_ids: Tensor
+    bos: int | None = None
 
     @classmethod
-    def read(cls, tokenizer: Any, name: str, source: str, tokens: int, limit: int | None, seed: int) -> Segments:
-        return cls(name, source, build_segments(tokenizer, source, tokens, limit, seed))
+    def read(cls, tokenizer: Any, name: str, source: str, tokens: int, limit: int | None) -> Segments:
+        return cls(name, source, build_segments(tokenizer, source, tokens, limit), bos_of(tokenizer))
+
+    @property
+    def predicted_tokens(self) -> int:
+        """Of each segment."""
+        tokens = self.input_ids.shape[1]
+        return tokens - 1 if self.bos is None else tokens
 
     def describe(self) -> dict[str, Any]:
         """What was evaluated on, for the record."""
         segments, tokens = self.input_ids.shape
-        sha256 = hash_token_ids(self.input_ids)
-        return {"source": self.source, "segments": segments, "tokens": tokens, "sha256": sha256}
+        return {
+            "source": self.source,
+            "separator": preset_of(self.source).separator,
+            "segments": segments,
+            "tokens": tokens,
+            "bos": self.bos,
+            "predicted_tokens": self.predicted_tokens,
+            "sha256": hash_token_ids(self.input_ids),
+        }
 
 
 def segment_losses(scorer: Scorer, segments: Segments) -> npt.NDArray[np.float64]:
     """Mean next-token cross-entropy of every segment, nats per token: (S,)."""
-    rows = segments.input_ids.tolist()
+    rows = with_bos(segments.input_ids, segments.bos).tolist()
     requests = [Request((row[0],), tuple(row[1:])) for row in rows]
     scores = scorer.score(requests, f"Perplexity on {segments.name}")
-    return np.array([-score.log_likelihood for score in scores]) / (segments.input_ids.shape[1] - 1)
+    return np.array([-score.log_likelihood for score in scores]) / segments.predicted_tokens
 
 
 def perplexity_of_losses(losses: npt.NDArray[np.float64]) -> Estimate:

@@ -33,6 +33,7 @@ from gradmap.corrections import (
     weight_of,
 )
 from gradmap.errors import UserError
+from gradmap.evaluation.result import SCHEMA_VERSION
 from gradmap.files import sha256_file
 from gradmap.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
 from gradmap.safetensors_reader import TensorSpec
@@ -58,7 +59,9 @@ def make_source(pico, correction=1.0) -> Source:
             name=checkpoint.name, model_type=pico.family, layers=LAYERS, files=checkpoint.file_hashes
         ),
         recipe={},
-        calibration=CalibrationRecord(source="-", seed=0, samples=1, tokens=1, held_out_samples=1, sha256="-"),
+        calibration=CalibrationRecord(
+            source="-", seed=0, samples=1, tokens=1, bos=None, held_out_samples=1, sha256="-"
+        ),
         removal_order=list(REMOVED),
         steps=[StepRecord(scores={}, removed=list(REMOVED))],
         drift={},
@@ -209,9 +212,21 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
 
 def test_results_of_another_model_do_not_get_into_the_card(artifact, tmp_path):
     results = tmp_path / "eval.json"
-    results.write_text(json.dumps({"model": artifact[1].checkpoint.name, "plan_sha256": "other", "pruned": QUALITY}))
+    contents = {"model": artifact[1].checkpoint.name, "plan_sha256": "other", "pruned": QUALITY}
+    results.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **contents}))
     with pytest.raises(UserError, match="evaluates another model or plan"):
         read_quality(results, artifact[1])
+
+
+def test_results_of_another_protocol_do_not_get_into_the_card(artifact, tmp_path):
+    results, source = tmp_path / "eval.json", artifact[1]
+    contents = {"model": source.checkpoint.name, "plan_sha256": source.plan_hash, "pruned": QUALITY}
+    contents["settings"] = {"segment": 128}
+    results.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **contents}))
+    assert read_quality(results, source)["perplexity"] == QUALITY["perplexity"]
+    results.write_text(json.dumps({"schema_version": 2, **contents}))
+    with pytest.raises(UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"):
+        read_quality(results, source)
 
 
 def run_export_command(out, *arguments, preamble=""):

@@ -74,6 +74,16 @@ def test_every_method_at_every_count_with_every_seed(compared, picos, commands):
     assert len(commands) == ran  # nothing is done twice
 
 
+def test_an_evaluation_of_another_protocol_is_not_put_beside_the_others(compared):
+    out, _, arguments = compared
+    one = out / "evaluations" / f"{METHODS[1]}-1-seed-2.json"
+    one.write_text(json.dumps(json.loads(one.read_text()) | {"schema_version": 2}))
+    finished = gradmap(*arguments)
+    assert finished.returncode == 2
+    assert "seed-2.json has evaluation schema 2, this version reads 3" in finished.stderr
+    assert json.loads((out / "compare.json").read_text()) == {"finished": False}
+
+
 def test_what_is_reported_is_what_the_plans_do(compared, picos):
     out, _, _ = compared
     name = "gradient+projection-2-seed-1"

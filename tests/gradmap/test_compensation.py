@@ -35,7 +35,7 @@ from gradmap.compensators.ridge import (
 from gradmap.corrections import Place, Projection, Update, linear_maps, linear_output, pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.layerwise import logits_from, run_layers
-from tests.conftest import BOOLQ, CORRECTABLE
+from tests.conftest import BOOLQ, BOS, CORRECTABLE
 
 REMOVED = (1, 3)
 LAYER = 4
@@ -287,6 +287,18 @@ def test_what_the_dense_model_writes_begins_with_samples_that_may_be_fitted_on(p
     assert written.shape[1] == input_ids.shape[1]
     assert {tuple(sample[:PROMPT_TOKENS].tolist()) for sample in written} <= known
     assert len(written.unique(dim=0)) == len(written)
+
+
+def test_what_the_dense_model_writes_begins_with_bos_where_samples_do(picos, input_ids):
+    pruned = prune(picos["llama"], torch.cat([torch.full((5, 1), BOS), input_ids], dim=1))
+    pruned = replace(pruned, calibration=replace(pruned.calibration, bos=BOS))
+    known = {tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
+    written = written_by_dense(pruned).input_ids
+    assert written.shape == (2 * len(input_ids), input_ids.shape[1] + 1)
+    assert set(written[:, 0].tolist()) == {BOS}
+    prompts = {tuple(sample[1 : 1 + PROMPT_TOKENS].tolist()) for sample in written}
+    assert prompts <= known  # which have no BOS
+    assert len(prompts) > 1
 
 
 class AlwaysBetter(Pruned):

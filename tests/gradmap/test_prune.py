@@ -13,7 +13,7 @@ from gradmap.importance import layer_scores_reference
 from gradmap.layerwise import sample_losses
 from gradmap.plan import load_calibration_ids, load_changes, load_plan, require_same_model
 from tests.command_line import gradmap
-from tests.conftest import LAYERS
+from tests.conftest import BOS, LAYERS
 
 
 def prune_arguments(pico, word_file, out, remove=2):
@@ -75,6 +75,50 @@ def test_eval_measures_dense_and_pruned(planned, tmp_path):
     assert estimate["stderr"] == pytest.approx(estimate["value"] * losses.std().item() / math.sqrt(6), rel=1e-9)
 
 
+@pytest.fixture(scope="module")
+def planned_with_bos(pico_with_bos, word_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bos") / "plan"
+    assert gradmap(*prune_arguments(pico_with_bos, word_file, out), "--selector", "gradient").returncode == 0
+    return pico_with_bos, out
+
+
+def test_a_plan_is_made_of_samples_that_begin_with_bos(planned_with_bos, tmp_path):
+    pico, out = planned_with_bos
+    plan = load_plan(out)
+    input_ids = load_calibration_ids(out, plan)
+    assert (plan.calibration.bos, plan.calibration.tokens) == (BOS, 16)
+    assert input_ids.shape == (12, 16)
+    assert set(input_ids[:, 0].tolist()) == {BOS}
+    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+    assert list(plan.steps[0].scores.values()) == pytest.approx(expected.tolist(), rel=1e-7)
+    smaller = ("--from-plan", out, "--remove", 1, "--compensator", "distil", "--out", tmp_path / "smaller")
+    finished = gradmap("prune", "--model", pico.directory, *smaller)
+    assert finished.returncode == 0, finished.stderr
+    assert load_plan(tmp_path / "smaller").calibration == plan.calibration
+
+
+def test_a_tokenizer_without_bos_is_recorded_as_such(planned):
+    assert json.loads((planned[1] / "plan.json").read_text())["calibration"]["bos"] is None
+
+
+def test_eval_puts_bos_before_every_segment(planned_with_bos, tmp_path):
+    pico, plan = planned_with_bos
+    tokens = [3 + (7 * index) % 190 for index in range(384)]
+    (tmp_path / "other.txt").write_text(" ".join(f"w{token}" for token in tokens))
+    finished = gradmap(
+        *("eval", "--model", pico.directory, "--plan", plan, "--perplexity", f"own=file:{tmp_path}/other.txt"),
+        *("--segment", 48, "--limit", 5, "--dtype", "float64", "--out", tmp_path / "eval.json"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads((tmp_path / "eval.json").read_text())
+    text = result["texts"]["own"]
+    assert (text["segments"], text["tokens"], text["bos"], text["predicted_tokens"]) == (5, 48, BOS, 48)
+    segments = torch.tensor(tokens[: 5 * 48]).reshape(5, 48)
+    ids = torch.cat([torch.full((5, 1), BOS), segments], dim=1)
+    losses = sample_losses(pico.load()(input_ids=ids).logits, ids) / 48
+    assert result["dense"]["perplexity"]["own"]["value"] == pytest.approx(losses.mean().exp().item(), rel=1e-9)
+
+
 def test_evaluating_on_the_calibration_text_is_refused(planned, word_file, tmp_path):
     pico, plan, _ = planned
     text = ("--perplexity", f"file:{word_file}", "--out", tmp_path / "eval.json")
@@ -116,6 +160,7 @@ def test_a_tampered_plan_is_refused(planned, tmp_path):
     contents = json.loads((planned[1] / "plan.json").read_text())
     for key, value, message in (
         ("schema_version", 99, "schema 99"),
+        ("schema_version", 2, "plan schema 2, this version reads 3; prune again"),
         ("removal_order", contents["removal_order"][::-1], "contradicts itself"),
         ("surprise", 1, "surprise"),
     ):

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from gradmap.errors import UserError
-from gradmap.texts import read_texts
+from gradmap.texts import read_joined, read_texts
 
 DOCUMENTS = ["first", "second", "third"]
 
@@ -44,6 +44,50 @@ def test_the_seed_decides_the_order(sources):
     spec = f"file:{sources}/a.jsonl"
     assert read_texts(spec, seed=5) == read_texts(spec, seed=5)
     assert len({tuple(read_texts(spec, seed=seed)) for seed in range(20)}) > 1
+
+
+@pytest.fixture
+def opened_splits(monkeypatch):
+    """A hub whose splits have three rows each; the list of those that were opened."""
+    opened = []
+
+    def load_dataset(name, config, split, streaming):
+        opened.append(split)
+        rows = [f" {split} {row}\n" for row in range(3)]
+        return datasets.Dataset.from_dict({"text": rows, "sentence": rows}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("preset", "calibration", "evaluation", "joined"),
+    [
+        ("wikitext2", "train", "test", " test 0\n\n\n test 1\n\n\n test 2\n"),
+        ("ptb", "train", "validation", " validation 0\n\n\n validation 1\n\n\n validation 2\n"),
+        ("c4", "train", "validation", " validation 0\n  validation 1\n  validation 2\n"),
+        ("wikipedia", "train", "train", " train 0\n\n\n train 1\n\n\n train 2\n"),
+    ],
+)
+def test_a_preset_is_evaluated_on_the_split_that_public_code_uses(
+    opened_splits, preset, calibration, evaluation, joined
+):
+    assert sorted(read_texts(preset, seed=0)) == [f"{calibration} {row}" for row in range(3)]
+    assert read_joined(preset) == joined
+    assert opened_splits == [calibration, evaluation]
+
+
+def test_rows_keep_their_order_and_their_repetitions(sources):
+    (sources / "b.jsonl").write_text('{"text": "b "}\n{"text": ""}\n{"text": "a"}\n{"text": "b "}\n')
+    assert read_joined(f"file:{sources}/b.jsonl") == "b \n\n\n\na\n\nb "
+    assert sorted(read_texts(f"file:{sources}/b.jsonl", seed=0)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("read", [read_joined, lambda spec: read_texts(spec, seed=0)])
+def test_a_source_without_text_is_refused(sources, read):
+    (sources / "blank.jsonl").write_text('{"text": " "}\n{"text": null}\n')
+    with pytest.raises(UserError, match="has no text"):
+        read(f"file:{sources}/blank.jsonl")
 
 
 @pytest.mark.parametrize(

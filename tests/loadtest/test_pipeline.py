@@ -1,6 +1,7 @@
 """Recipes are strict, and a stage runs again exactly when something it depends on has changed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from gradmap.files import write_json, write_text
 from gradmap.stages import STAGES_DIRECTORY, stage_key
 from loadtest.pipeline import plan_run, plan_stages, run_recipe
 from loadtest.recipe import load_recipe
+from loadtest.report import build_result
 from tests.command_line import gradmap
 from tests.conftest import ROOT
 
@@ -174,3 +176,16 @@ def test_a_dry_run_refuses_what_a_run_would(recipe_file, tmp_path, extra, messag
         plan_run(recipe_file, tmp_path / "out", None, False)
     with pytest.raises(UserError, match="Unknown stage 'bake'"):
         plan_run(ROOT / "recipes" / "smollm2.yaml", tmp_path / "out", "bake", False)
+
+
+def test_a_stage_whose_output_is_of_an_older_format_runs_again(recipe_file, tmp_path):
+    evaluation = plan_stages(load_recipe(recipe_file), tmp_path)[1]
+    older = replace(evaluation, schema=evaluation.schema - 1)
+    assert stage_key(older) != stage_key(evaluation)
+    assert stage_key(replace(evaluation)) == stage_key(evaluation)
+
+
+def test_a_report_has_no_results_of_another_protocol(tmp_path):
+    write_json(tmp_path / "eval.json", {"schema_version": 2, "dense": {}, "pruned": {}})
+    with pytest.raises(UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"):
+        build_result(tmp_path, {}, {})

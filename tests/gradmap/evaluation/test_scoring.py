@@ -14,7 +14,7 @@ from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segmen
 from gradmap.evaluation.scoring import CHUNK_REQUESTS, Scorer
 from gradmap.evaluation.transformers_backend import TransformersBackend, score_reference
 from gradmap.layerwise import sample_losses
-from tests.conftest import VOCABULARY
+from tests.conftest import BOS, VOCABULARY
 
 # Of a float64 log likelihood: products of at most 40 terms in 5 layers, over the batch in another order
 FLOAT64_TOLERANCE = 1e-10
@@ -110,7 +110,7 @@ def test_batches_are_halved_when_memory_runs_out(picos, monkeypatch):
 
 def test_perplexity_is_that_of_the_loss_of_calibration(picos, word_file):
     model, directory = picos["llama"].load(), picos["llama"].directory
-    ids = build_segments(load_tokenizer(directory), f"file:{word_file}", 16, 20, 0)
+    ids = build_segments(load_tokenizer(directory), f"file:{word_file}", 16, 20)
     scorer = Scorer(TransformersBackend(model, "float64"), None, "dense")
     losses = segment_losses(scorer, Segments("words", "", ids))
     expected = sample_losses(model(input_ids=ids).logits, ids) / 15
@@ -119,6 +119,19 @@ def test_perplexity_is_that_of_the_loss_of_calibration(picos, word_file):
     assert estimate.value == pytest.approx(expected.mean().exp().item(), rel=FLOAT64_TOLERANCE)
     assert estimate.stderr == pytest.approx(estimate.value * expected.std().item() / 20**0.5, rel=1e-9)
     assert math.isnan(perplexity_of_losses(losses[:1]).stderr)
+
+
+def test_behind_bos_every_token_of_a_segment_is_predicted(pico_with_bos, word_file):
+    model = pico_with_bos.load()
+    segments = Segments.read(load_tokenizer(pico_with_bos.directory), "words", f"file:{word_file}", 16, 20)
+    assert segments.input_ids.shape == (20, 16)
+    record = segments.describe()
+    assert (record["bos"], record["tokens"], record["predicted_tokens"]) == (BOS, 16, 16)
+    losses = segment_losses(Scorer(TransformersBackend(model, "float64"), None, "dense"), segments)
+    for loss, tokens in zip(losses, segments.input_ids.tolist(), strict=True):
+        chances = model(input_ids=torch.tensor([[BOS, *tokens]])).logits[0].log_softmax(-1)
+        expected = -sum(chances[place, token].item() for place, token in enumerate(tokens)) / 16
+        assert loss == pytest.approx(expected, rel=FLOAT64_TOLERANCE)
 
 
 class CountingBackend:

