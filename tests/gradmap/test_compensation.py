@@ -12,7 +12,7 @@ from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import Compensation, Pruned, pruned_loss, run_and_capture
 from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.adam import REGULARISATION, errors_of_output, objective, train_projection
+from gradmap.compensators.adam import errors_of_output, objective, train_projection
 from gradmap.compensators.distil import (
     PROMPT_TOKENS,
     Lessons,
@@ -24,6 +24,7 @@ from gradmap.compensators.distil import (
 )
 from gradmap.compensators.projection import mean_drift, project_most_drifted
 from gradmap.compensators.ridge import (
+    REGULARISATION,
     Fit,
     accumulate_gram,
     best_downhill,
@@ -53,10 +54,10 @@ def prune(pico, input_ids, batch_size=2, removed=REMOVED):
     return pruned
 
 
-def activations(pruned, refit):
+def activations(pruned, refit, layer=LAYER):
     """F and D of one layer as (n, f) and (n, d) float64, from whole forward passes."""
     ids = pruned.calibration.fit_ids
-    module = pruned.architecture.layer_list(pruned.model)[LAYER]
+    module = pruned.architecture.layer_list(pruned.model)[layer]
     projection = pruned.architecture.down_projection_of(module)
     ((_, dense),) = run_and_capture(pruned.model, [module], ids)
     with without_layers(pruned.model, pruned.architecture, REMOVED):
@@ -147,13 +148,54 @@ def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
     gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER), {})
     features, missing = (tensor.reshape(*input_ids.shape, -1) for tensor in activations(pruned, refit=False))
-    exact = solve_ridge(gram, cross, REGULARISATION * len(input_ids))
+    exact = solve_ridge(gram, cross, REGULARISATION * missing.numel())
     training = train_projection(
         torch.zeros_like(exact), errors_of_output(features, missing), len(input_ids), epochs=30, seed=0
     )
     values = [objective(update, features @ update.mT - missing).item() for update in training]
     best = objective(exact, features @ exact.mT - missing)
-    assert best < values[-1] < values[0] < missing.square().sum() / len(input_ids)
+    assert best < values[-1] < values[0] < missing.square().mean()
+
+
+def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied(pico, input_ids):
+    """Eq. 11 as a mean over tokens and channels, beside 1e-3 of Eq. 12: from all samples."""
+    calibration = Calibration("test", 0, input_ids, held_out=0)
+    pruned = Pruned(pico.load(), pico.architecture, calibration, REMOVED, Batches(2), accept_all=True)
+    compensation = project_most_drifted(pruned)
+    (correction,) = compensation.corrections
+    assert correction.accepted
+    assert (correction.held_out_loss_before, correction.held_out_loss_after) == (None, None)
+    added, missing = activations(pruned, refit=False, layer=correction.place.layer)
+    identity = torch.eye(added.shape[1], dtype=torch.float64)
+
+    def slope(matrix):
+        matrix = matrix.clone().requires_grad_(True)
+        objective = (added @ matrix.mT - (added + missing)).square().mean()
+        objective = objective + 1e-3 * (matrix - identity).square().sum()
+        return torch.autograd.grad(objective, matrix)[0].norm()
+
+    assert slope(correction.change.matrix) < 1e-9 * slope(identity)
+
+
+def test_repairs_that_are_always_accepted_are_applied_though_they_do_harm(picos, input_ids):
+    class Worse(Pruned):
+        def loss(self, changes):
+            return float(len(changes))
+
+    pruned = prune(picos["llama"], input_ids)
+    for accept_all in (False, True):
+        judged = Worse(*vars(replace(pruned, accept_all=accept_all)).values()).judge([(Place(4, "x"), None)], {})
+        assert [one.accepted for one in judged] == [accept_all]
+        assert Compensation(judged).held_out_loss == float(accept_all)
+
+
+def test_adam_trains_in_float32_whatever_the_model_is_in(picos, input_ids):
+    exact = prune(picos["llama"], input_ids)
+    coarse = replace(exact, model=picos["llama"].load(torch.bfloat16))
+    (correction,) = COMPENSATORS["projection-adam"](coarse).corrections
+    matrix = correction.change.matrix
+    # a step of 1e-3 is below half of bfloat16's spacing beside one: there, W' could not move off the diagonal's 1
+    assert not torch.equal(matrix.bfloat16().double(), matrix)
 
 
 def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):

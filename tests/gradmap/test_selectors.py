@@ -96,7 +96,7 @@ def test_taylor_is_weight_times_gradient(picos, input_ids):
     logits = model(input_ids=input_ids).logits[:, :-1]
     cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum").backward()
     expected = [
-        sum((p * p.grad).abs().sum().item() for p in layer.parameters() if p.dim() == 2)
+        sum((p * p.grad).abs().sum().item() for p in layer.parameters())
         for layer in pico.architecture.layer_list(model)
     ]
     assert actual == pytest.approx(expected, rel=1e-5)  # the loss's own gradient is float32
@@ -106,8 +106,9 @@ def test_magnitude_is_the_sum_of_absolute_weights(picos, input_ids):
     pico = picos["gpt2"]
     (step,) = choose("magnitude", subject_of(pico, input_ids), 1).steps
     layer = pico.architecture.layer_list(pico.load())[2]
-    weights = (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj)
-    assert step.scores[2] == pytest.approx(sum(module.weight.abs().sum().item() for module in weights))
+    maps = (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj, layer.ln_1, layer.ln_2)
+    expected = sum(module.weight.abs().sum().item() + module.bias.abs().sum().item() for module in maps)
+    assert step.scores[2] == pytest.approx(expected)
 
 
 def test_orders_that_measure_nothing(picos, input_ids):
