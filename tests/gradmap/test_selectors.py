@@ -19,7 +19,7 @@ from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
 from gradmap.selectors.influence import block_influences
 from gradmap.selectors.removal_loss import losses_without, losses_without_reference
-from gradmap.selectors.repair import RELATIVE_LAMBDA, RepairScorer
+from gradmap.selectors.repair import RepairScorer
 from gradmap.selectors.weights import taylor_scores
 from tests.command_line import gradmap
 from tests.conftest import CORRECTABLE, LAYERS, VOCABULARY
@@ -127,7 +127,7 @@ def mend_by_hand(pico, model, ids, before, wanted):
     scale = 1 / wanted.flatten(0, 1).norm(dim=1, keepdim=True)
     features = linear_output(projection, added).flatten(end_dim=-2) * scale
     missing = (wanted - output).flatten(0, 1) * scale
-    lam = RELATIVE_LAMBDA * (features.square().sum() / features.shape[1]).item()
+    lam = 0.1 * (features.square().sum() / features.shape[1]).item()
     solution = solve_ridge_reference(features, missing, lam)
     return projection.register_forward_hook(
         lambda module, args, output: output + linear_output(module, output) @ solution.mT
@@ -139,18 +139,21 @@ def mean_loss(model, ids):
     return cross_entropy(logits.flatten(end_dim=1), ids[:, 1:].flatten()).item()
 
 
-@pytest.mark.parametrize("removed", [(), (2,)])
+@pytest.mark.parametrize("removed", [(), (2,), (4,), (3, 2), (3, 4)])
 @pytest.mark.parametrize("family", CORRECTABLE)
 def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, family, removed):
-    """Also in a later round, which goes on from what the one before it left."""
+    """Also in later rounds, which go on from what those before them left: a repair in front of which another layer may
+    go (4), one in a layer that went itself (3, 2), and two in one layer (3, 4)."""
     pico = picos[family]
     subject = subject_of(pico, input_ids)
     model, calibration = pico.load(), subject.calibration
     layers = list(pico.architecture.layer_list(model))
     wanted = [output for _, output in run_and_capture(model, layers, calibration.fit_ids)]
-    for layer in removed:
-        with without_layers(model, pico.architecture, [layer]):
-            mend_by_hand(pico, model, calibration.fit_ids, layers[layer - 1], wanted[layer])
+    for number, layer in enumerate(removed):
+        gone = removed[: number + 1]
+        before = max(other for other in range(layer) if other not in gone)
+        with without_layers(model, pico.architecture, gone):
+            mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
     with without_layers(model, pico.architecture, removed):
         whole = mean_loss(model, calibration.held_out_ids)
     expected = {}
