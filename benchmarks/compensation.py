@@ -26,9 +26,9 @@ from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
 from gradmap.compensation import Pruned
-from gradmap.compensators.adam import REGULARISATION, errors_of_output, objective, train_projection
+from gradmap.compensators.adam import errors_of_output, objective, train_projection
 from gradmap.compensators.projection import mean_drift
-from gradmap.compensators.ridge import Fit, all_features, ridge_sums, solve_ridge
+from gradmap.compensators.ridge import REGULARISATION, Fit, all_features, ridge_sums, solve_ridge
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
@@ -66,8 +66,8 @@ def main(
     drift = mean_drift(pruned)
     layer = max(drift, key=drift.__getitem__)
     added, missing = all_features(pruned, Fit(layer, goal=layer), {})
-    untouched = missing.square().sum().item() / len(missing)
-    say(f"Layer {layer} drifted most; objective without a correction: {untouched:.0f}")
+    untouched = missing.square().mean().item()
+    say(f"Layer {layer} drifted most; objective without a correction: {untouched:.4g}")
     measured = [measure(added, missing, epochs) for _ in range(rounds)]
     described = [asdict(one) for one in measured]
     write_json(out, {"environment": describe_environment(), "layer": layer, "none": untouched, "rounds": described})
@@ -77,7 +77,7 @@ def main(
 def measure(added: Tensor, missing: Tensor, epochs: int) -> Round:
     started = time.perf_counter()
     gram, cross = ridge_sums(added, missing, None)
-    update = solve_ridge(gram, cross, REGULARISATION * len(added))
+    update = solve_ridge(gram, cross, REGULARISATION * missing.numel())
     closed_form_s = time.perf_counter() - started
     exact, wanted = added.double(), missing.double()
     adam_s, adam = [], []
@@ -93,14 +93,14 @@ def measure(added: Tensor, missing: Tensor, epochs: int) -> Round:
 
 
 def report(rounds: list[Round], untouched: float) -> None:
-    rows = [("no correction", f"{untouched:.0f}", "", "")]
+    rows = [("no correction", f"{untouched:.4g}", "", "")]
     exact_s = statistics.median(one.closed_form_s for one in rounds)
-    rows.append(("closed form", f"{rounds[0].closed_form:.0f}", f"{exact_s:.3f}", ""))
+    rows.append(("closed form", f"{rounds[0].closed_form:.4g}", f"{exact_s:.3f}", ""))
     for epoch in range(len(rounds[0].adam)):
         ratios = [sum(one.adam_s[: epoch + 1]) / one.closed_form_s for one in rounds]
         seconds = statistics.median(sum(one.adam_s[: epoch + 1]) for one in rounds)
         spread = f"{statistics.median(ratios):.0f}x ({min(ratios):.0f}-{max(ratios):.0f})"
-        rows.append((f"Adam, {epoch + 1} epochs", f"{rounds[0].adam[epoch]:.0f}", f"{seconds:.2f}", spread))
+        rows.append((f"Adam, {epoch + 1} epochs", f"{rounds[0].adam[epoch]:.4g}", f"{seconds:.2f}", spread))
     print_table("Stage 2", ("", "objective", "s (median)", "times the closed form's"), rows)
 
 

@@ -15,7 +15,7 @@ from gradmap.shape import Shape
 from gradmap.speed import measure_hardware
 
 if TYPE_CHECKING:
-    from gradmap.prune import PruneSettings
+    from gradmap.prune_settings import PruneSettings
 
 # A budget does not go below so many samples: with fewer, a refit has fewer tokens than the weights of a row.
 LEAST_SAMPLES = 16

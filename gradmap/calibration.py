@@ -27,12 +27,14 @@ class Calibration:
     """N samples of T tokens: `input_ids` (N, T), int64. `source` is the SPEC they were drawn from.
 
     bos: the first of the T tokens of every sample, if the tokenizer begins a text with one. It is not predicted.
+    held_out: how many of them, the last, are not fitted on; None for a quarter.
     """
 
     source: str
     seed: int
     input_ids: Tensor
     bos: int | None = None
+    held_out: int | None = None
 
     @property
     def sha256(self) -> str:
@@ -40,15 +42,17 @@ class Calibration:
 
     @property
     def held_out_samples(self) -> int:
+        if self.held_out is not None:
+            return self.held_out
         return max(1, round(len(self.input_ids) * HELD_OUT_FRACTION))
 
     @property
     def fit_ids(self) -> Tensor:
-        return self.input_ids[: -self.held_out_samples]
+        return self.input_ids[: len(self.input_ids) - self.held_out_samples]
 
     @property
     def held_out_ids(self) -> Tensor:
-        return self.input_ids[-self.held_out_samples :]
+        return self.input_ids[len(self.input_ids) - self.held_out_samples :]
 
 
 def hash_token_ids(input_ids: Tensor) -> str:

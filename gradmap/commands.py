@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,8 @@ def prune(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="best: repair and distil, the default. gradmap, the published method: gradient and projection."
+            help="best: repair and distil, the default. gradmap, the published method: gradient and projection, "
+            "--accept always, --held-out 0."
         ),
     ] = None,
     selector: Annotated[
@@ -49,6 +51,15 @@ def prune(
             help="How the loss is repaired: distil, refit, sequential, projection, projection-adam, magnitude, mka, "
             "gradpruner, linear-patch, none."
         ),
+    ] = None,
+    accept: Annotated[
+        str | None,
+        typer.Option(
+            help="Which repairs are applied: held-out, those that lower the loss on held-out samples, or always all."
+        ),
+    ] = None,
+    held_out: Annotated[
+        int | None, typer.Option(min=0, help="So many samples are not fitted on; a quarter if not given.")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="For --selector manual: which layers, in order of removal, such as 21,22.")
@@ -88,17 +99,19 @@ def prune(
     """Choose which layers to remove, compute the corrections, and write a plan."""
     with importing():
         from gradmap.checkpoint import open_checkpoint
-        from gradmap.prune import PruneSettings, choose_methods, layers_to_remove, prune_less, summarise
+        from gradmap.presets import choose_methods
         from gradmap.prune import prune as make_plan
+        from gradmap.prune import prune_less, summarise
+        from gradmap.prune_settings import PruneSettings, layers_to_remove
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     count = layers_to_remove(checkpoint.config, remove, ratio)
-    selector, compensator = choose_methods(preset, selector, compensator, from_plan)
+    given = {"selector": selector, "compensator": compensator, "accept": accept, "held_out": held_out}
+    methods = choose_methods(preset, from_plan, **given)
     settings = PruneSettings(
         remove=count,
         calibration=calibration,
-        selector=selector,
-        compensator=compensator,
+        **asdict(methods),
         one_shot=one_shot,
         layers=_parse_numbers("--layers", layers) if layers else [],
         protect_first=protect_first,

@@ -7,7 +7,7 @@ with after a crash. One selection of the most layers serves every smaller count 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -21,28 +21,30 @@ from gradmap.evaluation.result import read_evaluation
 from gradmap.files import refuse_foreign_directory, write_json, write_text
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.plan import load_plan
+from gradmap.presets import ALWAYS
 from gradmap.selectors import SELECTORS
 from gradmap.stages import Stage, as_flags, run_stage, source_files, stage_record
 
 RESULT_FILE = "compare.json"
-ONE_SHOT = "-one-shot"
+Variants = Mapping[str, Mapping[str, Any]]
+# What may follow the name of a selector or a compensator, and which options of `gradmap prune` it stands for.
+OF_SELECTORS: Variants = {
+    "-one-shot": {"one_shot": True},
+    "-protected": {"protect_first": 4, "protect_last": 2},  # Shortened LLaMA's
+}
+OF_COMPENSATORS: Variants = {"-as-published": {"accept": ALWAYS, "held_out": 0}}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A selector, whether it scores only once, and a compensator: `gradient+projection`, `gradient-one-shot+none`."""
+    """A selector and a compensator, either with a variant: `gradient+projection`, `gradient-one-shot+none`."""
 
-    selector: str
-    one_shot: bool
-    compensator: str
-
-    @property
-    def selection(self) -> str:
-        return self.selector + ONE_SHOT * self.one_shot
+    selection: str
+    repair: str
 
     @property
     def name(self) -> str:
-        return f"{self.selection}+{self.compensator}"
+        return f"{self.selection}+{self.repair}"
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,30 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     """`gradient+projection,sleb+none` -> methods. Raises UserError for an unknown one."""
     methods = []
     for name in text.split(","):
-        selection, plus, compensator = name.strip().partition("+")
-        selector = selection.removesuffix(ONE_SHOT)
-        if not plus or selector not in SELECTORS or selector == "manual" or compensator not in COMPENSATORS:
+        selection, _, repair = name.strip().partition("+")
+        selector, _ = split_variant(selection, OF_SELECTORS)
+        compensator, _ = split_variant(repair, OF_COMPENSATORS)
+        if selector not in SELECTORS or selector == "manual" or compensator not in COMPENSATORS:
             known = f"{', '.join(set(SELECTORS) - {'manual'})}; compensators: {', '.join(COMPENSATORS)}"
-            raise UserError(f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}.")
-        methods.append(Method(selector, selection != selector, compensator))
+            variants = ", ".join((*OF_SELECTORS, *OF_COMPENSATORS))
+            raise UserError(f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}; variants: {variants}.")
+        methods.append(Method(selection, repair))
     return tuple(dict.fromkeys(methods))
+
+
+def split_variant(name: str, variants: Variants) -> tuple[str, Mapping[str, Any]]:
+    """`gradient-one-shot` -> `gradient`, and the options that `-one-shot` stands for."""
+    for suffix, options in variants.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), options
+    return name, {}
 
 
 def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
     """One for each selector and seed, of as many layers as any count asks for."""
     for selection, seed in product(dict.fromkeys(method.selection for method in settings.methods), settings.seeds):
-        selector = selection.removesuffix(ONE_SHOT)
-        options = {"selector": selector, "one_shot": selection != selector, "compensator": "none", "seed": seed}
+        selector, variant = split_variant(selection, OF_SELECTORS)
+        options = {"selector": selector, **variant, "compensator": "none", "seed": seed}
         most, directory = max(settings.counts), _selection(out, selection, seed)
         flags = as_flags({**settings.model, **settings.calibration, **options, "remove": most, "out": directory})
         yield Stage(directory.name, ("prune", *flags), _inputs(settings), directory / "plan.json", schema=PLAN_SCHEMA)
@@ -86,7 +98,8 @@ def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
     for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
         source = _selection(out, method.selection, seed)
         directory = _plan(out, method, count, seed)
-        options = {"from_plan": source, "compensator": method.compensator, "remove": count, "out": directory}
+        compensator, variant = split_variant(method.repair, OF_COMPENSATORS)
+        options = {"from_plan": source, "compensator": compensator, **variant, "remove": count, "out": directory}
         flags = as_flags({**settings.model, **device, **options})
         inputs = (source, *_inputs(settings))
         yield Stage(directory.name, ("prune", *flags), inputs, directory / "plan.json", schema=PLAN_SCHEMA)

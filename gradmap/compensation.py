@@ -1,7 +1,7 @@
 """Stage 2: what pruning broke is repaired in the weights that stay. Compensators are in `gradmap.compensators`.
 
 Every correction is judged by the loss on calibration samples that it was not fitted on; one that does not lower it is
-left out.
+left out, unless all are to be applied, as the papers do.
 """
 
 from __future__ import annotations
@@ -27,20 +27,17 @@ class Correction:
 
     lam: the regularisation it was fitted with (Eq. 12), and relative_lambda the same over the mean diagonal of the
     Gram matrix; None if it was not fitted in closed form. losses: mean next-token cross-entropy on the held-out
-    samples, nats per token; corrections that were fitted together have the same.
+    samples, nats per token; corrections that were fitted together have the same. None if no samples are held out.
+    accepted: a correction that is not must not be applied.
     """
 
     place: Place
     change: Change
-    held_out_loss_before: float
-    held_out_loss_after: float
+    held_out_loss_before: float | None
+    held_out_loss_after: float | None
+    accepted: bool
     lam: float | None = None
     relative_lambda: float | None = None
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the held-out loss improved; a correction that is not accepted must not be applied."""
-        return self.held_out_loss_after < self.held_out_loss_before
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,11 @@ class Compensation:
 
     @property
     def held_out_loss(self) -> float | None:
-        """With those that are accepted, nats per token; None if nothing was tried, so that nothing was measured."""
-        losses = [min(one.held_out_loss_before, one.held_out_loss_after) for one in self.corrections]
-        return losses[-1] if losses else None
+        """With those that are accepted, nats per token; None if nothing was measured."""
+        if not self.corrections:
+            return None
+        last = self.corrections[-1]
+        return last.held_out_loss_after if last.accepted else last.held_out_loss_before
 
     @property
     def changes(self) -> Changes:
@@ -81,7 +80,8 @@ class ProjectionOptions:
 class Pruned:
     """What a compensator repairs: `model`, which is whole, without the `removed` layers, and the samples to do it on.
 
-    removed: in the order of removal. batches: of samples in a forward pass. options: of `projection`.
+    removed: in the order of removal. batches: of samples in a forward pass. options: of `projection`. accept_all:
+    whether corrections are applied whatever they do to the held-out loss.
     """
 
     model: Any
@@ -90,6 +90,7 @@ class Pruned:
     removed: tuple[int, ...]
     batches: Batches
     options: ProjectionOptions = ProjectionOptions()
+    accept_all: bool = False
 
     @property
     def layers(self) -> range:
@@ -112,14 +113,23 @@ class Pruned:
     ) -> tuple[Correction, ...]:
         """Changes that belong together as corrections, on top of `changes`. before: the loss without them, if known."""
         losses = self.loss(changes) if before is None else before, self.loss(followed_by(changes, pairs))
-        return tuple(Correction(place, change, *losses) for place, change in pairs)
+        return tuple(Correction(place, change, *losses, self.accepts(*losses)) for place, change in pairs)
+
+    def accepts(self, before: float | None, after: float | None) -> bool:
+        """Whether a correction is applied that changes the held-out loss so."""
+        if self.accept_all:
+            return True
+        assert before is not None and after is not None, "check_settings sees to it that samples are held out"
+        return after < before
 
     def walk(self, layers: Sequence[int], input_ids: Tensor) -> Walk:
         """Samples (N, T) before they pass these of the model's layers."""
         return Walk(self.model, self.architecture, layers, input_ids, self.batches)
 
-    def loss(self, changes: Changes) -> float:
-        """On the held-out samples, nats per token."""
+    def loss(self, changes: Changes) -> float | None:
+        """On the held-out samples, nats per token; None if there are none."""
+        if not self.calibration.held_out_samples:
+            return None
         return pruned_loss(
             self.model, self.architecture, self.calibration.held_out_ids, self.removed, changes, self.batches
         )

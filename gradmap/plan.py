@@ -79,7 +79,8 @@ class CorrectionRecord(_Strict):
 
     kind: one of gradmap.corrections.CHANGES; its tensors (float32) are in `corrections.safetensors` as `name`.TENSOR if
     it was accepted. Corrections of one weight apply in order. `lambda` is Eq. 12's, relative_lambda the same over the
-    mean diagonal of the Gram matrix; null for what was trained. Losses are nats per token.
+    mean diagonal of the Gram matrix; null for what was trained. Losses are nats per token, or null if nothing was held
+    out.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -89,8 +90,8 @@ class CorrectionRecord(_Strict):
     kind: str
     lam: float | None = Field(alias="lambda")
     relative_lambda: float | None
-    held_out_loss_before: float
-    held_out_loss_after: float
+    held_out_loss_before: float | None
+    held_out_loss_after: float | None
     accepted: bool
 
     @property
@@ -111,6 +112,8 @@ class Repair:
     def describe(self) -> str:
         first = self.corrections[0]
         what = self._what(first)
+        if first.held_out_loss_before is None:
+            return f"{what}, applied as it is: nothing was held out to judge it by"
         change = f"held-out loss {first.held_out_loss_before:.3f} -> {first.held_out_loss_after:.3f} nats per token"
         return f"{what}: {change}{'' if self.accepted else ', left out, because it does not help'}"
 
@@ -140,6 +143,7 @@ class Plan(_Strict):
     corrections: list[CorrectionRecord]
     environment: dict[str, str]
     timings_s: dict[str, float]
+    peak_gpu_bytes: dict[str, int] = {}
 
     @property
     def kept_layers(self) -> list[int]:

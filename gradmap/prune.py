@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gradmap.architectures import architecture_of, layer_count
 from gradmap.batching import Batches, forward_batch
 from gradmap.budget import samples_within_budget
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import Checkpoint, load_model, load_tokenizer, resolve_device, resolve_dtype
-from gradmap.compensation import Compensation, Correction, ProjectionOptions, Pruned
+from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators import COMPENSATORS
 from gradmap.console import waiting
 from gradmap.distributed import process_group
@@ -35,56 +37,16 @@ from gradmap.plan import (
     save_plan,
 )
 from gradmap.precision import computing_in
+from gradmap.presets import ALWAYS
 from gradmap.processes import is_main_process
+from gradmap.prune_settings import PruneSettings, check_settings, protected_layers
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
 
-# best: what did best in our own comparison. gradmap: the method as it was published.
-DEFAULT_PRESET = "best"
-PRESETS = {"best": ("repair", "distil"), "gradmap": ("gradient", "projection")}
-
 # What a plan that is made from a larger one may have differently.
-REPAIR_SETTINGS = ("remove", "compensator", "device", "top_z", "side", "target", "unregularised")
+REPAIR_SETTINGS = ("remove", "compensator", "accept", "held_out", "device", "top_z", "side", "target", "unregularised")
 # In a journal's key: an interrupted run goes on with the samples that its budget once gave it.
 BUDGET, SAMPLES = "--budget-minutes", "--samples"
-# Repairs that need no linear map behind which nothing follows but the addition to the hidden state.
-ANYWHERE = ("none", "distil", "mka", "gradpruner", "linear-patch")
-# Methods that change or differentiate every weight, so that all must be in memory.
-IN_MEMORY = ("distil", "mka", "gradpruner")
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set, a BOS token included.
-
-    layers: the order of removal, for selector manual. protect_first, protect_last: so many layers at either end stay.
-    top_z, side, target, unregularised: see ProjectionOptions. stream: read layers from disk one at a time, for a model
-    that is larger than memory. budget_minutes: fewer samples are used if all would take longer on this machine.
-    """
-
-    remove: int
-    calibration: str
-    selector: str
-    compensator: str
-    one_shot: bool = False
-    layers: list[int] = field(default_factory=list)
-    protect_first: int = 0
-    protect_last: int = 0
-    top_z: int = 1
-    side: str = "left"
-    target: str = "down"
-    unregularised: bool = False
-    samples: int = 128
-    tokens: int = 128
-    seed: int = 42
-    dtype: str = "auto"
-    device: str = "auto"
-    stream: bool = False
-    budget_minutes: float | None = None
-
-    @property
-    def projection(self) -> ProjectionOptions:
-        return ProjectionOptions(self.top_z, self.side, self.target, self.unregularised)
 
 
 def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None = None) -> Plan:
@@ -99,7 +61,8 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bo
     if settings.budget_minutes is not None:
         known = None if resume is False else Journal.recorded(out, {BUDGET: settings.budget_minutes}, SAMPLES)
         samples = known or samples_within_budget(checkpoint, settings, found_dtype(checkpoint, settings))
-    calibration = build_calibration(tokenizer, settings.calibration, samples, settings.tokens, settings.seed)
+    drawn = build_calibration(tokenizer, settings.calibration, samples, settings.tokens, settings.seed)
+    calibration = _holding_out(drawn, settings.held_out)
     journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
     done = journal.open(resume)
     plan = _make_plan(checkpoint, settings, calibration, out, done, journal.write)
@@ -125,9 +88,17 @@ def prune_less(checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettin
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
     record, input_ids = larger.calibration, load_calibration_ids(plan_directory, larger)
-    calibration = Calibration(record.source, record.seed, input_ids, record.bos)
+    drawn = Calibration(record.source, record.seed, input_ids, record.bos)
+    calibration = _holding_out(drawn, settings.held_out)
     steps = [Step(step.scores, tuple(step.removed)) for step in larger.steps]
     return _make_plan(checkpoint, settings, calibration, out, steps, lambda steps: None)
+
+
+def _holding_out(calibration: Calibration, held_out: int | None) -> Calibration:
+    samples = len(calibration.input_ids)
+    if held_out is not None and held_out >= samples:
+        raise UserError(f"--held-out is {held_out} of {samples} samples, which leaves none to fit on; hold out fewer.")
+    return replace(calibration, held_out=held_out)
 
 
 def _make_plan(
@@ -148,12 +119,11 @@ def _make_plan(
         steps.append(step)
         keep(steps)
 
-    timings_s: dict[str, float] = {}
+    costs = StageCosts()
     with process_group(model.device), computing_in(dtype, model):
-        with _timed(timings_s, "select"), waiting("Choosing layers"):
-            subject = Subject(
-                model, architecture, calibration, _ends(checkpoint, settings), settings.stream, tuple(settings.layers)
-            )
+        with costs.measured("select", model.device), waiting("Choosing layers"):
+            stay = protected_layers(checkpoint, settings)
+            subject = Subject(model, architecture, calibration, stay, settings.stream, tuple(settings.layers))
             selection = select(
                 SELECTORS[settings.selector],
                 subject,
@@ -162,14 +132,22 @@ def _make_plan(
                 done=done,
                 record=record,
             )
-        with _timed(timings_s, "compensate"), waiting("Repairing what is left"):
+        with costs.measured("compensate", model.device), waiting("Repairing what is left"):
             # streamed, each pass reads every layer once, so that all samples go at once
             ids = calibration.input_ids
             batches = Batches(len(ids) if settings.stream else forward_batch(ids, model.device))
             compensation = COMPENSATORS[settings.compensator](
-                Pruned(model, architecture, calibration, selection.removal_order, batches, settings.projection)
+                Pruned(
+                    model,
+                    architecture,
+                    calibration,
+                    selection.removal_order,
+                    batches,
+                    settings.projection,
+                    accept_all=settings.accept == ALWAYS,
+                )
             )
-    plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, timings_s)
+    plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, costs)
     tensors = {
         f"{record.name}.{name}": tensor.float().cpu()
         for record, correction in zip(plan.corrections, compensation.corrections, strict=True)
@@ -188,7 +166,7 @@ def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:
 
 def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
     """What the removal order depends on. The number of layers does not count: a longer order begins like a shorter."""
-    names = ["selector", "layers", "protect_first", "protect_last", "one_shot", "budget_minutes"]
+    names = ["selector", "layers", "protect_first", "protect_last", "one_shot", "held_out", "budget_minutes"]
     names += ["remove"] if settings.one_shot else []
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     return {
@@ -200,84 +178,23 @@ def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Ca
     }
 
 
-def choose_methods(
-    preset: str | None, selector: str | None, compensator: str | None, from_plan: Path | None
-) -> tuple[str, str]:
-    """The selector and the compensator: those that are given, else the preset's, else those of the larger plan."""
-    if preset is not None and preset not in PRESETS:
-        raise UserError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
-    if preset is None and from_plan is not None:
-        recipe = load_plan(from_plan).recipe
-        return selector or recipe["selector"], compensator or recipe["compensator"]
-    default = PRESETS[preset or DEFAULT_PRESET]
-    return selector or default[0], compensator or default[1]
+@dataclass(frozen=True)
+class StageCosts:
+    """What each stage took: seconds, and on GPUs the most memory that torch had on all of them, model included."""
 
+    timings_s: dict[str, float] = field(default_factory=dict)
+    peak_gpu_bytes: dict[str, int] = field(default_factory=dict)
 
-def layers_to_remove(config: dict[str, Any], remove: int | None, ratio: float | None) -> int:
-    """Returns K from --remove, or from --ratio rounded to whole layers. Exactly one of the two must be given."""
-    if (remove is None) == (ratio is None):
-        raise UserError("Give either --remove K or --ratio R.")
-    if remove is not None:
-        return remove
-    assert ratio is not None
-    if not 0 < ratio < 1:
-        raise UserError(f"--ratio is {ratio}; give a share between 0 and 1, such as 0.25.")
-    return max(1, round(ratio * layer_count(config)))
-
-
-def require_removable(remove: int, layers: int, name: str) -> None:
-    """Raises UserError if nothing would go, or nothing stay."""
-    if not 1 <= remove < layers:
-        raise UserError(f"Cannot remove {remove} of the {layers} layers of {name}; remove between 1 and {layers - 1}.")
-
-
-def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
-    """Raises UserError if the settings do not fit the model."""
-    layers = layer_count(checkpoint.config)
-    require_removable(settings.remove, layers, checkpoint.name)
-    protected = _ends(checkpoint, settings)
-    if layers - len(protected) < settings.remove:
-        raise UserError(
-            f"{len(protected)} of the {layers} layers are protected, so that {settings.remove} cannot be removed; "
-            "lower --protect-first, --protect-last or --remove."
-        )
-    for kind, name, known in (
-        ("selector", settings.selector, SELECTORS),
-        ("compensator", settings.compensator, COMPENSATORS),
-    ):
-        if name not in known:
-            raise UserError(f"Unknown {kind} {name!r}; known are {', '.join(known)}.")
-    uncorrectable = architecture_of(checkpoint.config).uncorrectable
-    if uncorrectable is not None and settings.compensator not in ANYWHERE:
-        raise UserError(
-            f"The down projections of a {checkpoint.config['model_type']} model cannot be fitted in closed form: "
-            f"{uncorrectable}; use --compensator distil or none."
-        )
-    if settings.stream and settings.compensator in IN_MEMORY:
-        raise UserError(
-            f"--compensator {settings.compensator} needs all weights in memory; leave out --stream, or use sequential."
-        )
-    if settings.projection != ProjectionOptions() and settings.compensator not in ("projection", "projection-adam"):
-        raise UserError(
-            "--top-z, --side, --target and --unregularised are for --compensator projection and projection-adam."
-        )
-    if settings.side not in ("left", "right"):
-        raise UserError(f"--side is {settings.side}; give left or right.")
-    if bool(settings.layers) != (settings.selector == "manual"):
-        raise UserError("--layers is the order of removal for --selector manual; give both, or neither.")
-
-
-def _ends(checkpoint: Checkpoint, settings: PruneSettings) -> frozenset[int]:
-    """The layers that are protected."""
-    layers = range(layer_count(checkpoint.config))
-    return frozenset((*layers[: settings.protect_first], *layers[len(layers) - settings.protect_last :]))
-
-
-@contextmanager
-def _timed(timings_s: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    timings_s[stage] = round(time.monotonic() - started, 3)
+    @contextmanager
+    def measured(self, stage: str, device: torch.device) -> Iterator[None]:
+        gpus = range(torch.cuda.device_count()) if device.type == "cuda" else range(0)
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        started = time.monotonic()
+        yield
+        self.timings_s[stage] = round(time.monotonic() - started, 3)
+        if gpus:
+            self.peak_gpu_bytes[stage] = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
 
 
 def _describe_plan(
@@ -286,7 +203,7 @@ def _describe_plan(
     calibration: Calibration,
     selection: Selection,
     compensation: Compensation,
-    timings_s: dict[str, float],
+    costs: StageCosts,
 ) -> Plan:
     samples, tokens = calibration.input_ids.shape
     return Plan(
@@ -311,7 +228,8 @@ def _describe_plan(
         drift=dict(compensation.drift),
         corrections=[_describe_correction(correction) for correction in compensation.corrections],
         environment=describe_environment() | {"dtype": found_dtype(checkpoint, settings)},
-        timings_s=timings_s,
+        timings_s=costs.timings_s,
+        peak_gpu_bytes=costs.peak_gpu_bytes,
     )
 
 
@@ -337,6 +255,7 @@ def summarise(plan: Plan) -> list[tuple[str, Any]]:
     ]
     rows += [("repair", repair.describe()) for repair in plan.repairs]
     rows += [(f"{stage} time", f"{seconds:.1f} s") for stage, seconds in plan.timings_s.items()]
+    rows += [(f"{stage} GPU memory", f"{peak / 1e9:.1f} GB") for stage, peak in plan.peak_gpu_bytes.items()]
     return rows
 
 

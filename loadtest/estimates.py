@@ -29,7 +29,8 @@ from gradmap.costs import (
 from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
 from gradmap.evaluation.tasks import expand_names
 from gradmap.precision import AUTOCAST
-from gradmap.prune import choose_methods, layers_to_remove, require_removable
+from gradmap.presets import choose_methods
+from gradmap.prune_settings import layers_to_remove, require_removable
 from gradmap.shape import Shape
 from gradmap.speed import Disk, measure_hardware
 from gradmap.vllm_environment import cpu_wants_float32, is_cpu_build
@@ -119,11 +120,11 @@ def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
 
 def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
     hardware = speeds.of(section.dtype, section.device)
-    selector, compensator = choose_methods(section.preset, section.selector, section.compensator, None)
+    methods = choose_methods(section.preset, selector=section.selector, compensator=section.compensator)
     given = {name: value for name in ("samples", "tokens") if (value := getattr(section, name)) is not None}
     correctable = architecture_of(speeds.config).uncorrectable is None
     size = CalibrationSize(**given)
-    pruning = Pruning(remove, selector, compensator, size, bool(section.one_shot), correctable)
+    pruning = Pruning(remove, methods.selector, methods.compensator, size, bool(section.one_shot), correctable)
     if section.budget_minutes is not None:
         samples = affordable_samples(shape, hardware, pruning, 60 * section.budget_minutes)
         pruning = replace(pruning, size=replace(size, samples=samples))

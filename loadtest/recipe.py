@@ -44,6 +44,8 @@ class PruneSection(_Section):
     preset: str | None = None
     selector: str | None = None
     compensator: str | None = None
+    accept: str | None = None
+    held_out: int | None = None
     layers: str | None = None
     protect_first: int | None = None
     protect_last: int | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradmap.architectures import without_layers
 from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn, run_and_capture
 from gradmap.compensators.projection import mean_drift, most_drifted
-from gradmap.compensators.ridge import Fit, all_features, down_projection_weight
+from gradmap.compensators.ridge import REGULARISATION, Fit, all_features, down_projection_weight, widened
 from gradmap.console import progress
 from gradmap.corrections import (
     Change,
@@ -32,7 +32,6 @@ from gradmap.layerwise import record_layer_calls
 from gradmap.processes import process_count
 
 LEARNING_RATE = 1e-3
-REGULARISATION = 1e-3
 EPOCHS = 10  # the paper does not say
 
 # (W' - I, index of a sample) -> what the layer's output lacks, (T, d)
@@ -89,8 +88,11 @@ def train_projection(
 
 
 def objective(update: Tensor, errors: Tensor, regularisation: float = REGULARISATION) -> Tensor:
-    """Eq. 11 and 12 for W' = I + update, mean over samples: (s, s), (N, T, d) -> scalar."""
-    return errors.square().sum() / len(errors) + regularisation * update.square().sum()
+    """Eq. 11 and 12 for W' = I + update: (s, s), (N, T, d) -> scalar.
+
+    Eq. 11 as a mean over tokens and channels, as a loss of that name is: beside a sum, Table 8's weight does nothing.
+    """
+    return errors.square().mean() + regularisation * update.square().sum()
 
 
 def errors_of_output(added: Tensor, missing: Tensor) -> Errors:
@@ -102,12 +104,13 @@ def errors_of_output(added: Tensor, missing: Tensor) -> Errors:
 
 
 def _problem(pruned: Pruned, place: Place, module: nn.Module, changes: Changes) -> tuple[Tensor, Errors]:
-    """W' - I to begin with, and what is to become small."""
+    """W' - I to begin with, in float32 at least, which a learning rate of 1e-3 needs; and what is to become small."""
     if place.target != pruned.architecture.down_projection:
-        size = weight_of(module).shape[0 if pruned.options.side == "left" else 1]
-        return weight_of(module).new_zeros(size, size), _errors_in_layer(pruned, place, module, changes)
+        weight = widened(weight_of(module))
+        size = weight.shape[0 if pruned.options.side == "left" else 1]
+        return weight.new_zeros(size, size), _errors_in_layer(pruned, place, module, changes)
     fit = Fit(place.layer, place.layer, pruned.options.side)
-    features, missing = all_features(pruned, fit, changes)
+    features, missing = map(widened, all_features(pruned, fit, changes))
     start = features.new_zeros(features.shape[-1], features.shape[-1])
     if fit.kind == "left":
         return start, errors_of_output(features, missing)

@@ -6,7 +6,7 @@ layer's output, F (f, n) being something the layer computes, is best, in the sen
     S = D F^T (F F^T + lam I)^-1
 
 F may be what the down projection adds, A = W_down X (then W' = I + S, Eq. 10-12: W' A = A + S A), or what enters it,
-X (then S is added to W_down itself). W' on the right of W_down adds W_down S X, which `solve_right` finds.
+X (then S is added to W_down itself). W' on the right of W_down adds W_down S X, which `RightSolver` finds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from gradmap.walk import Walk
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
 RELATIVE_LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+REGULARISATION = 1e-3  # of Eq. 12, in Table 8
 SINGULAR = 1e-13  # relative: what float64 makes of a zero
 
 
@@ -63,13 +64,18 @@ class ClosedForm:
         self._scale = gram.diagonal().mean().item()
         if weight is not None:
             self._scale *= weight.square().sum(dim=0).mean().item()
+            self._right = RightSolver(gram, cross, weight)
+
+    def relative_of_mean(self, regularisation: float, tokens: int) -> float:
+        """The lambda that stands for a weight of Eq. 12 beside a mean over tokens and channels in Eq. 11."""
+        return regularisation * tokens * len(self._cross) / self._scale
 
     def solve(self, relative_lambda: float) -> tuple[Change, float]:
         """The change, and lambda. Raises UserError where there is no solution without regularisation."""
         lam = relative_lambda * self._scale
         try:
             if self._weight is not None:
-                return Update(self._weight @ solve_right(self._gram, self._cross, self._weight, lam)), lam
+                return Update(self._weight @ self._right.solve(lam)), lam
             solution = solve_ridge(self._gram, self._cross, lam)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise UserError("There are too few calibration tokens to fit without regularisation.") from None
@@ -85,12 +91,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Walks:
-    """The samples to fit on, on their way through the dense and through the pruned model, and the held-out ones through
-    the pruned one. Fits from front to back share them, so that no layer runs again for each."""
+    """The samples to fit on, on their way through the dense and through the pruned model, and the held-out ones, if
+    there are any, through the pruned one. Fits from front to back share them, so that no layer runs again for each."""
 
     dense: Walk
     pruned: Walk
-    held_out: Walk
+    held_out: Walk | None
 
     @classmethod
     def start(cls, pruned: Pruned) -> Walks:
@@ -98,8 +104,12 @@ class Walks:
         return cls(
             dense=pruned.walk(pruned.layers, fit_ids),
             pruned=pruned.walk(pruned.kept, fit_ids),
-            held_out=pruned.walk(pruned.kept, held_out_ids),
+            held_out=pruned.walk(pruned.kept, held_out_ids) if len(held_out_ids) else None,
         )
+
+    def held_out_loss(self, changes: Changes) -> float | None:
+        """Nats per token, if the rest of the way is gone with the changes; None if nothing is held out."""
+        return None if self.held_out is None else self.held_out.loss(changes)
 
 
 def fit_correction(
@@ -112,7 +122,8 @@ def fit_correction(
 ) -> Correction:
     """The change with the lambda (relative, of `lambdas`, in order) of the lowest held-out loss, on top of `changes`.
 
-    walks: of the fits before this one, in front of its layer at most. before: the held-out loss without it, if known.
+    Where nothing is held out to choose by, lambda is the paper's. walks: of the fits before this one, in front of its
+    layer at most. before: the held-out loss without it, if known.
     """
     if fit.kind != "left":
         _require_one_down_projection(pruned)
@@ -121,16 +132,24 @@ def fit_correction(
     weight = down_projection_weight(pruned, fit.layer).to(gram.device) if fit.kind == "right" else None
     closed_form = ClosedForm(fit, gram, cross, weight)
     place = Place(fit.layer, pruned.architecture.down_projection)
-    walks.held_out.go_to(fit.layer, changes)
-    before = walks.held_out.loss(changes) if before is None else before
+    if walks.held_out is not None:
+        walks.held_out.go_to(fit.layer, changes)
+    before = walks.held_out_loss(changes) if before is None else before
 
     def attempt(relative: float) -> Correction:
         change, lam = closed_form.solve(relative)
-        after = walks.held_out.loss(followed_by(changes, [(place, change)]))
-        return Correction(place, change, before, after, lam, relative)
+        after = walks.held_out_loss(followed_by(changes, [(place, change)]))
+        return Correction(place, change, before, after, pruned.accepts(before, after), lam, relative)
 
+    if walks.held_out is None and len(lambdas) > 1:
+        return attempt(closed_form.relative_of_mean(REGULARISATION, pruned.calibration.fit_ids.numel()))
     with announced(f"Choosing lambda for layer {fit.layer} on held-out samples"):
-        return best_downhill(lambdas, attempt, loss=lambda correction: correction.held_out_loss_after)
+        return best_downhill(lambdas, attempt, loss=_loss_after)
+
+
+def _loss_after(correction: Correction) -> float:
+    assert correction.held_out_loss_after is not None
+    return correction.held_out_loss_after
 
 
 def best_downhill(
@@ -227,18 +246,25 @@ def plus_identity(matrix: Tensor) -> Tensor:
     return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def solve_right(gram: Tensor, cross: Tensor, weight: Tensor, lam: float) -> Tensor:
+class RightSolver:
     """S (k, k) with the least |D - W S X|^2 + lam |S|^2, from X X^T (k, k), D X^T (d, k) and W (d, k), all float64.
 
-    The normal equations, W^T W S X X^T + lam S = W^T D X^T, fall apart in the eigenvectors of the two matrices.
+    The normal equations, W^T W S X X^T + lam S = W^T D X^T, fall apart in the eigenvectors of the two matrices, which
+    are found once for all lam.
     """
-    left_values, left = torch.linalg.eigh(weight.mT @ weight)
-    right_values, right = torch.linalg.eigh(gram)
-    divisor = left_values.clamp(min=0)[:, None] * right_values.clamp(min=0) + lam
-    rotated = left.mT @ weight.mT @ cross @ right
-    # where nothing is observed and nothing regularised, the least S is 0
-    solution: Tensor = left @ torch.where(divisor > divisor.max() * SINGULAR, rotated / divisor, 0) @ right.mT
-    return solution
+
+    def __init__(self, gram: Tensor, cross: Tensor, weight: Tensor) -> None:
+        left_values, self._left = torch.linalg.eigh(weight.mT @ weight)
+        right_values, self._right = torch.linalg.eigh(gram)
+        self._products = left_values.clamp(min=0)[:, None] * right_values.clamp(min=0)
+        self._rotated = self._left.mT @ weight.mT @ cross @ self._right
+
+    def solve(self, lam: float) -> Tensor:
+        divisor = self._products + lam
+        # where nothing is observed and nothing regularised, the least S is 0
+        rotated = torch.where(divisor > divisor.max() * SINGULAR, self._rotated / divisor, 0)
+        solution: Tensor = self._left @ rotated @ self._right.mT
+        return solution
 
 
 def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmap.architectures import Architecture
 from gradmap.batching import FORWARD_BATCH
@@ -16,7 +16,7 @@ from gradmap.selection import Advance, ReducedModelScorer, Selection, Subject
 
 
 class MagnitudeScorer:
-    """Sum of |w| over the weight matrices of a layer. Removals change nothing about it."""
+    """Sum of |w| over the weights of a layer, norms included. Removals change nothing about it."""
 
     def __init__(self, subject: Subject) -> None:
         _refuse_streamed(subject, "magnitude")
@@ -30,13 +30,13 @@ class MagnitudeScorer:
         layers = self._subject.architecture.layer_list(self._subject.model)
         scores = {}
         for index in self._subject.alive(removed):
-            scores[index] = sum(weight.double().abs().sum().item() for weight in _matrices(layers[index]))
+            scores[index] = sum(weight.double().abs().sum().item() for weight in layers[index].parameters())
             advance(1)
         return scores
 
 
 def taylor(subject: Subject) -> ReducedModelScorer:
-    """Sum of |w dL/dw| over the weight matrices of a layer; L is the loss of all samples together."""
+    """Sum of |w dL/dw| over the weights of a layer, norms included; L is the loss of all samples together."""
     _refuse_streamed(subject, "taylor")
     return ReducedModelScorer(subject, taylor_scores)
 
@@ -46,8 +46,8 @@ def taylor_scores(
 ) -> Tensor:
     """The score of every layer: (L,) float64. Forms the gradient of every weight. input_ids: (N, T)."""
     layers = architecture.layer_list(model)
-    matrices = [list(_matrices(layer)) for layer in layers]
-    weights = [weight for of_layer in matrices for weight in of_layer]
+    of_layers = [list(layer.parameters()) for layer in layers]
+    weights = [weight for of_layer in of_layers for weight in of_layer]
     gradients = [torch.zeros_like(weight) for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
@@ -65,11 +65,7 @@ def taylor_scores(
             weight.requires_grad_(False)
     products = [weight * summed(gradient) for weight, gradient in zip(weights, gradients, strict=True)]
     sizes = iter([product.double().abs().sum().item() for product in products])
-    return torch.tensor([sum(next(sizes) for _ in of_layer) for of_layer in matrices], dtype=torch.float64)
-
-
-def _matrices(layer: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in layer.parameters() if parameter.dim() >= 2]
+    return torch.tensor([sum(next(sizes) for _ in of_layer) for of_layer in of_layers], dtype=torch.float64)
 
 
 def _refuse_streamed(subject: Subject, name: str) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from gradmap.compensation import run_and_capture
 from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.ridge import Fit, accumulate_gram, down_projection_weight, solve_right
+from gradmap.compensators.ridge import Fit, RightSolver, accumulate_gram, down_projection_weight
 from gradmap.corrections import Projection, Update, pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.plan import load_plan
@@ -30,11 +30,13 @@ def test_the_right_side_in_closed_form_is_least_squares(picos, input_ids):
     pruned = prune(pico, input_ids, (1, 3))
     gram, cross = accumulate_gram(pruned, Fit(4, 4, "right"), {})
     weight = down_projection_weight(pruned, 4)
-    lam = 0.1 * gram.diagonal().mean().item() * weight.square().sum(dim=0).mean().item()
-    # minimise |D - W S X|^2 + lam |S|^2 over vec(S): (X X^T kron W^T W + lam I) vec(S) = vec(W^T D X^T)
-    system = torch.kron(gram, weight.mT @ weight) + lam * torch.eye(len(gram) ** 2, dtype=torch.float64)
-    expected = torch.linalg.solve(system, (weight.mT @ cross).mT.flatten()).reshape(len(gram), len(gram)).mT
-    torch.testing.assert_close(solve_right(gram, cross, weight, lam), expected, rtol=0, atol=1e-9)
+    solver = RightSolver(gram, cross, weight)
+    for relative in (0.1, 1.0):
+        lam = relative * gram.diagonal().mean().item() * weight.square().sum(dim=0).mean().item()
+        # minimise |D - W S X|^2 + lam |S|^2 over vec(S): (X X^T kron W^T W + lam I) vec(S) = vec(W^T D X^T)
+        system = torch.kron(gram, weight.mT @ weight) + lam * torch.eye(len(gram) ** 2, dtype=torch.float64)
+        expected = torch.linalg.solve(system, (weight.mT @ cross).mT.flatten()).reshape(len(gram), len(gram)).mT
+        torch.testing.assert_close(solver.solve(lam), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["projection", "projection-adam"])

@@ -51,6 +51,16 @@ def test_samples_are_windows_of_different_documents(tokenizer, tmp_path):
     assert sorted(calibration.input_ids[:, 0].tolist()) == [5, 6]
 
 
+def test_samples_are_from_anywhere_in_their_documents(tokenizer, tmp_path):
+    """Documents begin alike, as articles do: titles, and what they are about."""
+    path = tmp_path / "numbered.jsonl"
+    words = " ".join(f"w{place}" for place in range(3, 67))
+    path.write_text("".join(f'{{"text": "{words} w{last}"}}\n' for last in range(100, 140)))  # none is repeated
+    calibration = build_calibration(tokenizer, f"file:{path}", samples=40, tokens=16, seed=0)
+    # one of four windows each; that none of 40 is a given one has a chance of 1e-5
+    assert set(calibration.input_ids[:, 0].tolist()) == {3, 19, 35, 51}
+
+
 def test_held_out_samples_are_not_fitted_on(tokenizer, word_file):
     calibration = build_calibration(tokenizer, f"file:{word_file}", samples=8, tokens=16, seed=0)
     assert (len(calibration.fit_ids), len(calibration.held_out_ids)) == (6, 2)

@@ -9,13 +9,13 @@ import torch
 
 from gradmap import stages
 from gradmap.batching import Batches
-from gradmap.compare import parse_methods
+from gradmap.compare import OF_SELECTORS, parse_methods, split_variant
 from gradmap.compensation import pruned_loss
 from gradmap.errors import UserError
 from gradmap.plan import load_changes, load_plan
 from tests.command_line import gradmap
 
-METHODS = ("gradient+projection", "gradient+none", "random-one-shot+sequential")
+METHODS = ("gradient+projection-as-published", "gradient+none", "random-one-shot+sequential")
 
 
 @pytest.fixture
@@ -86,18 +86,20 @@ def test_an_evaluation_of_another_protocol_is_not_put_beside_the_others(compared
 
 def test_what_is_reported_is_what_the_plans_do(compared, picos):
     out, _, _ = compared
-    name = "gradient+projection-2-seed-1"
+    name = "gradient+projection-as-published-2-seed-1"
     plan, model = load_plan(out / "plans" / name), picos["llama"].load()
     ids = torch.tensor([3 + (7 * index) % 190 for index in range(9 * 32)]).reshape(9, 32)
     changes = load_changes(out / "plans" / name, plan)
+    assert len(changes) == 1  # applied, whatever it does
     loss = pruned_loss(model, picos["llama"].architecture, ids, plan.removal_order, changes, Batches(3))
     measured = json.loads((out / "evaluations" / f"{name}.json").read_text())
     assert measured["pruned"]["perplexity"]["own"]["value"] == pytest.approx(math.exp(loss), rel=1e-6)
 
 
 def test_methods_are_named_by_selector_and_compensator():
-    (method,) = parse_methods("sleb+refit, sleb+refit")
-    assert (method.selector, method.one_shot, method.compensator, method.name) == ("sleb", False, "refit", "sleb+refit")
-    for text in ("sleb", "magic+none", "sleb+magic", "manual+none", ""):
+    assert [method.name for method in parse_methods("sleb+refit, sleb+refit")] == ["sleb+refit"]
+    assert split_variant("taylor-protected", OF_SELECTORS) == ("taylor", {"protect_first": 4, "protect_last": 2})
+    assert split_variant("mka-as-released", OF_SELECTORS) == ("mka-as-released", {})
+    for text in ("sleb", "magic+none", "sleb+magic", "manual+none", "sleb-magic+none", "sleb+none-one-shot", ""):
         with pytest.raises(UserError, match="is no SELECTOR\\+COMPENSATOR"):
             parse_methods(text)

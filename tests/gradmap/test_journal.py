@@ -13,7 +13,8 @@ from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_tokenizer
 from gradmap.errors import UserError
 from gradmap.journal import Journal
-from gradmap.prune import PruneSettings, journal_key
+from gradmap.prune import journal_key
+from gradmap.prune_settings import PruneSettings
 from gradmap.selection import Step
 from tests.command_line import gradmap
 from tests.gradmap.test_distributed import without_record

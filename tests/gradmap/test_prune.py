@@ -57,6 +57,17 @@ def test_plan_json_keeps_the_agreed_names(planned):
     ].keys()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_plan_tells_what_each_stage_took(picos, word_file, tmp_path, device):
+    finished = gradmap(*prune_arguments(picos["llama"], word_file, tmp_path / "plan"), "--device", device)
+    assert finished.returncode == 0, finished.stderr
+    plan = load_plan(tmp_path / "plan")
+    assert list(plan.timings_s) == ["select", "compensate"]
+    assert list(plan.peak_gpu_bytes) == (["select", "compensate"] if device == "cuda" else [])
+    weights = sum(parameter.nbytes for parameter in picos["llama"].load().parameters())
+    assert all(peak > weights for peak in plan.peak_gpu_bytes.values())
+
+
 def test_eval_measures_dense_and_pruned(planned, tmp_path):
     pico, plan, _ = planned
     (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(400)))
@@ -175,6 +186,42 @@ def test_a_rejected_correction_is_not_loaded(planned):
         update={"corrections": [one.model_copy(update={"accepted": False}) for one in plan.corrections]}
     )
     assert load_changes(planned[1], rejected) == {}
+
+
+def test_the_published_method_fits_on_all_samples_and_applies_what_it_fitted(planned):
+    plan = load_plan(planned[1])
+    assert plan.calibration.held_out_samples == 0
+    (correction,) = plan.corrections
+    assert correction.accepted
+    assert correction.held_out_loss_after is None
+    assert "nothing was held out to judge it by" in plan.repairs[0].describe()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--selector", "repair", "--held-out", 0), "repair chooses by the loss on held-out samples"),
+        (("--compensator", "refit", "--held-out", 0), "refit chooses by the loss on held-out samples"),
+        (("--accept", "held-out"), "give --accept always"),
+        (("--accept", "never"), "give held-out or always"),
+        (("--held-out", 12), "leaves none to fit on"),
+    ],
+)
+def test_what_held_out_samples_are_needed_for_is_said(picos, word_file, tmp_path, changes, message):
+    finished = gradmap(*prune_arguments(picos["llama"], word_file, tmp_path / "plan"), *changes)
+    assert finished.returncode == 2
+    assert message in finished.stderr
+
+
+def test_a_preset_with_another_method_holds_out_what_that_needs(picos, word_file, tmp_path):
+    arguments = prune_arguments(picos["llama"], word_file, tmp_path / "plan")
+    assert gradmap(*arguments, "--compensator", "refit", "--held-out", 2).returncode == 0
+    plan = load_plan(tmp_path / "plan")
+    assert (plan.recipe["selector"], plan.recipe["accept"], plan.calibration.held_out_samples) == (
+        "gradient",
+        "held-out",
+        2,
+    )
 
 
 @pytest.mark.parametrize(("minutes", "samples"), [(1e-9, LEAST_SAMPLES), (1e9, 24)])

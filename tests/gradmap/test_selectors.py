@@ -19,7 +19,7 @@ from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
 from gradmap.selectors.influence import block_influences
 from gradmap.selectors.removal_loss import losses_without, losses_without_reference
-from gradmap.selectors.repair import RELATIVE_LAMBDA, RepairScorer
+from gradmap.selectors.repair import RepairScorer
 from gradmap.selectors.weights import taylor_scores
 from tests.command_line import gradmap
 from tests.conftest import CORRECTABLE, LAYERS, VOCABULARY
@@ -96,7 +96,7 @@ def test_taylor_is_weight_times_gradient(picos, input_ids):
     logits = model(input_ids=input_ids).logits[:, :-1]
     cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum").backward()
     expected = [
-        sum((p * p.grad).abs().sum().item() for p in layer.parameters() if p.dim() == 2)
+        sum((p * p.grad).abs().sum().item() for p in layer.parameters())
         for layer in pico.architecture.layer_list(model)
     ]
     assert actual == pytest.approx(expected, rel=1e-5)  # the loss's own gradient is float32
@@ -106,8 +106,9 @@ def test_magnitude_is_the_sum_of_absolute_weights(picos, input_ids):
     pico = picos["gpt2"]
     (step,) = choose("magnitude", subject_of(pico, input_ids), 1).steps
     layer = pico.architecture.layer_list(pico.load())[2]
-    weights = (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj)
-    assert step.scores[2] == pytest.approx(sum(module.weight.abs().sum().item() for module in weights))
+    maps = (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj, layer.ln_1, layer.ln_2)
+    expected = sum(module.weight.abs().sum().item() + module.bias.abs().sum().item() for module in maps)
+    assert step.scores[2] == pytest.approx(expected)
 
 
 def test_orders_that_measure_nothing(picos, input_ids):
@@ -126,7 +127,7 @@ def mend_by_hand(pico, model, ids, before, wanted):
     scale = 1 / wanted.flatten(0, 1).norm(dim=1, keepdim=True)
     features = linear_output(projection, added).flatten(end_dim=-2) * scale
     missing = (wanted - output).flatten(0, 1) * scale
-    lam = RELATIVE_LAMBDA * (features.square().sum() / features.shape[1]).item()
+    lam = 0.1 * (features.square().sum() / features.shape[1]).item()
     solution = solve_ridge_reference(features, missing, lam)
     return projection.register_forward_hook(
         lambda module, args, output: output + linear_output(module, output) @ solution.mT
@@ -138,18 +139,21 @@ def mean_loss(model, ids):
     return cross_entropy(logits.flatten(end_dim=1), ids[:, 1:].flatten()).item()
 
 
-@pytest.mark.parametrize("removed", [(), (2,)])
+@pytest.mark.parametrize("removed", [(), (2,), (4,), (3, 2), (3, 4)])
 @pytest.mark.parametrize("family", CORRECTABLE)
 def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, family, removed):
-    """Also in a later round, which goes on from what the one before it left."""
+    """Also in later rounds, which go on from what those before them left: a repair in front of which another layer may
+    go (4), one in a layer that went itself (3, 2), and two in one layer (3, 4)."""
     pico = picos[family]
     subject = subject_of(pico, input_ids)
     model, calibration = pico.load(), subject.calibration
     layers = list(pico.architecture.layer_list(model))
     wanted = [output for _, output in run_and_capture(model, layers, calibration.fit_ids)]
-    for layer in removed:
-        with without_layers(model, pico.architecture, [layer]):
-            mend_by_hand(pico, model, calibration.fit_ids, layers[layer - 1], wanted[layer])
+    for number, layer in enumerate(removed):
+        gone = removed[: number + 1]
+        before = max(other for other in range(layer) if other not in gone)
+        with without_layers(model, pico.architecture, gone):
+            mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
     with without_layers(model, pico.architecture, removed):
         whole = mean_loss(model, calibration.held_out_ids)
     expected = {}
