@@ -65,6 +65,8 @@ def bos_of(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts in front of a text, None if it puts none. Raises UserError for several."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     begins = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    if not begins:
+        raise UserError("The tokenizer splits a text otherwise when it adds special tokens, which is not supported.")
     front = whole[: begins[0]]
     if len(front) > 1:
         raise UserError(f"The tokenizer puts {len(front)} tokens in front of a text; only one, or none, is supported.")

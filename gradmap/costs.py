@@ -23,7 +23,7 @@ SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
 WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES = 2, 64, 16, 4
 # Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are tried in each.
 TRIED_IN_LATER_ROUNDS = 2.7
-# Likewise, of the five lambdas so many are tried in each fit.
+# Likewise, so many lambdas are tried in each fit.
 LAMBDAS = 3
 # Of the samples to measure on, that a layer which is tried sees before the race is decided: what meets the FLOPs that
 # were counted (SmolLM2 without 8 layers). It is a third in the first round; later, more are tried on few samples each.

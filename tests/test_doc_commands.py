@@ -27,6 +27,7 @@ ELSEWHERE = {
     r"^make (demo|test-slow|bench)\b": "takes long; executed by hand before a release",
     r"^\.venv/bin/pytest ": "CI executes all tests",
     r"^pip install mkdocs-material|^mkdocs build": "an environment of its own; executed by hand",
+    r"benchmarks.llama_7b ": "needs a large GPU; tests/benchmarks/test_llama_7b.py runs the drill on a pico shape",
     r"scripts.write_schemas ": "tests/test_schemas.py compares what it writes",
     r"^head -n 1 calibration.jsonl|^{": "shows a file",
 }

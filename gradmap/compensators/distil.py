@@ -83,13 +83,14 @@ def train_low_rank(pruned: Pruned, so_far: Compensation, known: Lessons) -> tupl
     order = torch.randperm(len(samples), generator=generator).to(goal.device)
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, math.ceil(len(samples) / STEP_SAMPLES))
+    batches = Batches(STEP_SAMPLES)
     say_if_some_are_idle(STEP_SAMPLES)
     with (
         progress("Distilling (samples)", len(samples)) as advance,
         pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, together),
     ):
         for rows in order.split(STEP_SAMPLES):
-            _take_step(pruned, samples[rows], goal[rows], parameters, optimizer)
+            _take_step(pruned, Lessons(samples[rows], goal[rows]), parameters, optimizer, batches)
             schedule.step()
             advance(len(rows))
     return pruned.judge([(place, _trained(factor)) for place, factor in factors], so_far.changes, so_far.held_out_loss)
@@ -212,24 +213,32 @@ def distillation_gradients(
 
 
 def _take_step(
-    pruned: Pruned, input_ids: Tensor, goal: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer
+    pruned: Pruned, lessons: Lessons, parameters: list[Tensor], optimizer: torch.optim.Optimizer, batches: Batches
 ) -> None:
     """Of the pruned model as it is now, that is with what is trained on hooks."""
-    device = pruned.model.device
-    ids, wanted = (share_of_step(tensor).to(device) for tensor in (input_ids, goal))
+    device, samples = pruned.model.device, len(lessons.input_ids)
+    ids, goal = (share_of_step(tensor).to(device) for tensor in (lessons.input_ids, lessons.outputs))
     optimizer.zero_grad()
-    if len(ids):
-        _backward(pruned, ids, wanted, len(input_ids))
+
+    def add_gradients(batch: slice) -> None:
+        """This process's part of the mean over all samples of the step."""
+        gradients = _gradients(pruned, ids[batch], goal[batch], parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                part = gradient * (len(ids[batch]) / samples)
+                parameter.grad = part if parameter.grad is None else parameter.grad + part
+
+    batches.run(len(ids), add_gradients)
     sum_gradients(parameters)
     optimizer.step()
 
 
-def _backward(pruned: Pruned, ids: Tensor, wanted: Tensor, samples: int) -> None:
-    """This process's part of the mean over `samples`."""
+def _gradients(pruned: Pruned, ids: Tensor, goal: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of the mean over these samples. All of them or, where memory runs out, none. None for experts that were idle."""
     layers = pruned.architecture.layer_list(pruned.model)
     hidden = run_layers(pruned.model, layers, ids)
-    gradients = distillation_gradients(pruned.model, layers, hidden, wanted, ids)
-    hidden.backward(gradients * (len(ids) / samples))
+    at_the_end = distillation_gradients(pruned.model, layers, hidden, goal, ids)
+    return torch.autograd.grad(hidden, parameters, at_the_end, allow_unused=True)
 
 
 def _trained(factor: LowRank) -> LowRank:

@@ -35,8 +35,9 @@ from gradmap.errors import UserError
 from gradmap.machine import available_bytes
 from gradmap.walk import Walk
 
-# Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
-RELATIVE_LAMBDAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+# Candidates for lambda, relative to the mean of the Gram matrix's diagonal. They are tried from the middle on until the
+# loss rises, so that those far out cost nothing where they are of no use. The last one hardly changes anything.
+RELATIVE_LAMBDAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 REGULARISATION = 1e-3  # of Eq. 12, in Table 8
 SINGULAR = 1e-13  # relative: what float64 makes of a zero
 

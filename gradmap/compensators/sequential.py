@@ -7,10 +7,7 @@ runs see what earlier corrections did.
 from __future__ import annotations
 
 from gradmap.compensation import Compensation, Pruned
-from gradmap.compensators.ridge import Fit, Walks, fit_correction
-
-# Candidates for lambda, relative to the mean of the Gram matrix's diagonal.
-RELATIVE_LAMBDAS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, Walks, fit_correction
 
 
 def project_before_runs(pruned: Pruned, walks: Walks | None = None) -> Compensation:

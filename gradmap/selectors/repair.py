@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gradmap.batching import forward_batch, home_for, moved_home
+from gradmap.batching import Batches, forward_batch, home_for, moved_home
 from gradmap.compensators.ridge import plus_identity, ridge_sums, solve_ridge, widened
 from gradmap.corrections import Change, Place, Projection, corrected, linear_output
 from gradmap.distributed import summed
@@ -108,7 +108,7 @@ class RepairScorer:
         self._measure_ids = calibration.held_out_ids[: max(1, MEASURE_TOKENS // tokens)].to(model.device)
         kept = STATES_PER_LAYER * (len(fit_ids) + len(self._measure_ids)) * tokens * len(self._layers)
         self._home = home_for(model, kept)
-        self._batch_size = forward_batch(fit_ids, model.device)
+        self._batches = Batches(forward_batch(fit_ids, model.device))
         _, self._calls = record_layer_calls(model, self._layers, fit_ids[:1])  # the same for every sample
         self._removed: tuple[int, ...] = ()
         self._changes: dict[Place, tuple[Change, ...]] = {}
@@ -169,7 +169,7 @@ class RepairScorer:
         place, repair = self._alive.index(layer), self._fit(layer)
         laps_behind: list[States] = []
         losses = torch.zeros(0, dtype=torch.float64)
-        for samples in laps(len(self._measure_ids), self._batch_size):
+        for samples in laps(len(self._measure_ids), self._batches.size):
             ids = self._measure_ids[samples]
             leaving = repaired(*self._measured.before(place, samples, repair.device), repair)
             laps_behind.append(self._run(leaving, place + 1))
@@ -206,11 +206,13 @@ class RepairScorer:
         """Cross-entropy of each sample, (n,) float64, nats per token, given what leaves the last layer."""
         model = self._subject.model
         hidden = states.entering[-1].to(model.device, non_blocking=True)
-        losses = [
-            losses_from(model, self._layers, *batch).double()
-            for batch in zip(hidden.split(self._batch_size), input_ids.split(self._batch_size), strict=True)
-        ]
-        return torch.cat(losses).cpu() / (input_ids.shape[1] - 1)
+        losses = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+
+        def run_batch(samples: slice) -> None:
+            losses[samples] = losses_from(model, self._layers, hidden[samples], input_ids[samples]).double()
+
+        self._batches.run(len(hidden), run_batch)
+        return losses.cpu() / (input_ids.shape[1] - 1)
 
     def _run(self, hidden: Tensor, place: int = 0) -> States:
         """Through the layers that are left from `place` on, with the repairs so far.
@@ -228,13 +230,17 @@ class RepairScorer:
     def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What leaves a layer, and what its down projection adds to it, bias aside, (n, T, d) both; in batches."""
         projection = self._subject.architecture.down_projection_of(self._layers[index])
-        leaving: list[Tensor] = []
-        added: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor]] = []
+
+        def run_batch(samples: slice) -> None:
+            leaving = self._calls[index].run(self._layers[index], hidden[samples])
+            added = linear_output(projection, captured[projection][1]).reshape(leaving.shape)
+            parts.append((leaving, added))
+
         with capturing([projection]) as captured:
-            for batch in hidden.split(self._batch_size):
-                leaving.append(self._calls[index].run(self._layers[index], batch))
-                added.append(linear_output(projection, captured[projection][1]).reshape(leaving[-1].shape))
-        return torch.cat(leaving), torch.cat(added)
+            self._batches.run(len(hidden), run_batch)
+        leaving, added = map(torch.cat, zip(*parts, strict=True))
+        return leaving, added
 
 
 def repaired(given: Tensor, added: Tensor, repair: Tensor) -> Tensor:

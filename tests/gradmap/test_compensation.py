@@ -347,12 +347,34 @@ def test_training_sees_every_sample_and_all_that_the_dense_model_wrote_once(pico
     fit_ids, seen = pruned.calibration.fit_ids, []
     take_step = distilling._take_step
     monkeypatch.setattr(
-        distilling, "_take_step", lambda pruned, ids, *rest: (seen.append(ids), take_step(pruned, ids, *rest))
+        distilling,
+        "_take_step",
+        lambda pruned, step, *rest: (seen.append(step.input_ids), take_step(pruned, step, *rest)),
     )
     known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
     train_low_rank(pruned, Compensation(), known)
     expected = torch.cat([fit_ids, written_by_dense(pruned).input_ids])
     assert sorted(torch.cat(seen).tolist()) == sorted(expected.tolist())
+
+
+def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(picos, input_ids, monkeypatch, capsys):
+    pruned = prune(picos["llama"], input_ids)
+    fit_ids = pruned.calibration.fit_ids
+    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
+    expected = train_low_rank(pruned, Compensation(), known)
+    gradients = distilling._gradients
+
+    def short_of_memory(pruned, ids, *rest):
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError
+        return gradients(pruned, ids, *rest)
+
+    monkeypatch.setattr(distilling, "_gradients", short_of_memory)
+    actual = train_low_rank(pruned, Compensation(), known)
+    assert "going on with 1 samples at once" in capsys.readouterr().err
+    for one, other in zip(actual, expected, strict=True):
+        # gradients are sums in another order: of losses in float32. Adam's steps follow their sign where they are small
+        torch.testing.assert_close(one.change.up, other.change.up, rtol=1e-3, atol=1e-5)
 
 
 def test_tokens_are_drawn_from_the_whole_distribution():

@@ -14,6 +14,7 @@ from gradmap.compensation import pruned_loss, run_and_capture
 from gradmap.compensators.ridge import solve_ridge_reference
 from gradmap.corrections import linear_output
 from gradmap.errors import UserError
+from gradmap.layerwise import LayerCall
 from gradmap.plan import load_changes, load_plan
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
@@ -166,6 +167,22 @@ def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, famil
     unknown = dict.fromkeys(range(1, LAYERS), -math.inf)
     so_far = Selection(tuple(Step(unknown, (layer,)) for layer in removed))
     scores = RepairScorer(subject).score(so_far, lambda n: None)
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # losses are summed in float32
+
+
+def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(picos, input_ids, monkeypatch, capsys):
+    subject = subject_of(picos["llama"], input_ids)
+    expected = RepairScorer(subject).score(Selection(()), lambda n: None)
+    run = LayerCall.run
+
+    def short_of_memory(self, layer, hidden):
+        if len(hidden) > 1:
+            raise torch.OutOfMemoryError
+        return run(self, layer, hidden)
+
+    monkeypatch.setattr(LayerCall, "run", short_of_memory)
+    scores = RepairScorer(subject).score(Selection(()), lambda n: None)
+    assert "going on with 1 samples at once" in capsys.readouterr().err
     assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # losses are summed in float32
 
 
