@@ -98,6 +98,16 @@ def prepare_for_autocast(model: Any) -> None:
         model.set_attn_implementation(_FLOAT32_ATTENTION)
 
 
+def count_parameters(model: Any) -> int:
+    """As they are stored: a head that has parted from its embedding here (see `prepare_for_autocast`) counts once."""
+    parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    if getattr(model.config, "tie_word_embeddings", False):
+        parameters.pop(id(model.get_output_embeddings().weight), None)
+        embedding = model.get_input_embeddings().weight
+        parameters[id(embedding)] = embedding.numel()
+    return sum(parameters.values())
+
+
 class _CastOnce:
     """Casts the input of linear maps to bfloat16, once for those that share it (query, key, value; gate, up)."""
 

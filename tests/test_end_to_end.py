@@ -72,6 +72,9 @@ def test_the_result_directory_is_as_agreed(finished_run):
     assert result["pruned"]["layers"] == result["dense"]["layers"] - REMOVED
     assert result["pruned"]["parameters"] < result["dense"]["parameters"]
     assert result["pruned"]["bytes"] < result["dense"]["bytes"]
+    for arm, artifact in (("dense", "dense/vllm"), ("pruned", "vllm")):
+        record = json.loads((out / artifact / "gradmap.json").read_text())
+        assert result[arm]["parameters"] == record["parameters"]
     for arm in ("dense", "pruned"):
         assert result[arm]["perplexity"]["squad"]["stderr"] > 0
     assert 20 < result["dense"]["perplexity"]["squad"]["value"] < 80  # of 8 segments; 100 segments give 31

@@ -19,6 +19,7 @@ from gradmap.evaluation.backends import Backend
 from gradmap.files import read_json, sha256_file
 from gradmap.onnx_session import ONNX_FILE
 from gradmap.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
+from gradmap.precision import count_parameters
 from gradmap.vllm_environment import vllm_dtype
 
 BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")
@@ -128,8 +129,8 @@ def _open_transformers(model: Any, checkpoint: Checkpoint, dtype: str) -> Iterat
     from gradmap.evaluation.transformers_backend import TransformersBackend
 
     layers = architecture_of(checkpoint.config).layer_list(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    yield Opened(TransformersBackend(model, dtype, end_tokens(checkpoint.config)), len(layers), parameters, dtype)
+    backend = TransformersBackend(model, dtype, end_tokens(checkpoint.config))
+    yield Opened(backend, len(layers), count_parameters(model), dtype)
 
 
 @contextmanager

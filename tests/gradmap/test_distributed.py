@@ -30,11 +30,15 @@ def alone(picos, word_file, tmp_path_factory):
     return out
 
 
-def test_two_processes_make_the_same_plan(picos, alone, word_file, tmp_path):
+def in_two_processes(*arguments):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gradmap")
-    arguments = prune_arguments(picos["llama"], word_file, tmp_path / "plan", remove=3)
     finished = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished
+
+
+def test_two_processes_make_the_same_plan(picos, alone, word_file, tmp_path):
+    finished = in_two_processes(*prune_arguments(picos["llama"], word_file, tmp_path / "plan", remove=3))
     assert finished.stdout.count("removed, in order") == 1  # one of them talks
     expected, actual = read(alone), read(tmp_path / "plan")
     assert actual["removal_order"] == expected["removal_order"]
@@ -70,17 +74,11 @@ def test_processes_for_which_a_step_of_training_has_no_sample_are_named(monkeypa
     assert bool(message) == bool(said)
 
 
-@pytest.mark.slow
 def test_two_processes_repair_as_one_does(picos, word_file, tmp_path):
     plans = []
-    for name, launcher in (
-        ("one", ()),
-        ("two", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
-    ):
+    for name, run in (("one", gradmap), ("two", in_two_processes)):
         arguments = prune_arguments(picos["llama"], word_file, tmp_path / name)
-        command = [sys.executable, "-m", *launcher, "gradmap", *map(str, arguments), "--preset", "best"]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert run(*arguments, "--preset", "best").returncode == 0
         plans.append(read(tmp_path / name))
     one, two = plans
     assert one["removal_order"] == two["removal_order"]

@@ -12,7 +12,7 @@ from gradmap.errors import UserError
 from gradmap.gradient_norms import direct_squares, ghost_is_cheaper, ghost_squares, gradient_norms
 from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
 from gradmap.layerwise import losses_from, sample_losses
-from gradmap.precision import computing_in
+from gradmap.precision import computing_in, count_parameters
 from tests.conftest import BOOLQ, LAYERS, VOCABULARY
 
 
@@ -103,9 +103,11 @@ def test_float32_scores_on_smollm2(smollm2):
 def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smollm2):
     calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42)
     architecture = architecture_of(smollm2.config)
-    expected = layer_scores(load_model(smollm2, "float32"), architecture, calibration.input_ids, Batches(4))
+    exact = load_model(smollm2, "float32")
+    expected = layer_scores(exact, architecture, calibration.input_ids, Batches(4))
     model = load_model(smollm2, "autocast")
     assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert count_parameters(model) == count_parameters(exact) == 134_515_008  # though the head has parted
     with computing_in("autocast", model):
         actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
     assert not torch.equal(actual, expected)

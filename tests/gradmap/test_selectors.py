@@ -61,6 +61,12 @@ def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_i
         choose(name, subject, 4)
 
 
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual"}))
+def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
+    longer, shorter = (choose(name, subject_of(picos["llama"], input_ids), count).removal_order for count in (3, 2))
+    assert longer[:2] == shorter
+
+
 def test_block_influence_is_one_minus_the_mean_cosine(pico, input_ids):
     model = pico.load()
     layers = list(pico.architecture.layer_list(model))
