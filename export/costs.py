@@ -43,9 +43,10 @@ def export_seconds(shape: Shape, cpu: Hardware, size: ExportSize, layers: int, d
     child_s = STARTING_S + weights / disk.read + PASSES_OF_CHILD * pass_s + greedy_s
     seconds = STARTING_S + size.roundings * reference_s
     for name in size.formats:
-        seconds += weights / disk.read + weights / disk.write + child_s
+        by_vllm_too = name == "vllm" and size.check_vllm
+        seconds += weights / disk.read + weights / disk.write
+        seconds += max(child_s, VLLM_CHECK_S) if by_vllm_too else child_s  # at once
         seconds += STARTING_S + TRACING_S_PER_LAYER * layers if name == "onnx" else 0.0
-        seconds += VLLM_CHECK_S if name == "vllm" and size.check_vllm else 0.0
     return seconds
 
 

@@ -48,7 +48,7 @@ def recipe_file(tmp_path, picos, word_file):
         ("loadtest: {output_tokens: 1}", r"loadtest\.output_tokens: .*greater than or equal to 2"),
         ("loadtest: {against: none.json}", r"none\.json, which the recipe names, does not exist"),
         ("export: {formats: [vllm, exe]}", "Unknown format 'exe'"),
-        ("export: {formats: [vllm, hf], quantise: int8}", "Format hf has no quantisation 'int8'"),
+        ("export: {formats: [hf, vllm], quantise: int8}", "Format hf has no quantisation 'int8'"),
     ],
 )
 def test_recipes_with_mistakes_are_refused(recipe_file, tmp_path, extra, message):
@@ -167,7 +167,7 @@ def test_a_dry_run_says_which_stages_are_done_and_which_would_run_for_an_earlier
         ("prunes: {}", "prunes: is no key of a recipe"),
         ("loadtest: {against: none.json}", r"none\.json, which the recipe names, does not exist"),
         ("export: {formats: [vllm, exe]}", "Unknown format 'exe'"),
-        ("export: {formats: [vllm, hf], quantise: int8}", "Format hf has no quantisation 'int8'"),
+        ("export: {formats: [hf, vllm], quantise: int8}", "Format hf has no quantisation 'int8'"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(recipe_file, tmp_path, extra, message):
