@@ -24,7 +24,7 @@ from gradmap.machine import available_bytes
 SAFETY_FACTOR = 3.0
 # What a runtime takes besides the weights (vLLM with its cache the most), and the weights as it holds them at most,
 # over what they take as stored: eight bits widened to 32.
-RUNTIME_BYTES = 4e9
+LARGEST_RUNTIME_BYTES = 4e9
 WIDENED = 4
 # Two linear maps in a row on each of a layer's two updates; and the tensors that each update rounds on its way.
 LINEAR_MAPS_PER_LAYER = 4
@@ -97,7 +97,7 @@ def run_artifact_in_each(
     runners: Sequence[str], directory: Path, reference: Reference, weight_bytes: int
 ) -> list[Outcome]:
     """`run_artifact` in each runner: at once if memory has room for all, since most of their time goes into imports."""
-    needed = len(runners) * (RUNTIME_BYTES + WIDENED * weight_bytes)
+    needed = len(runners) * (LARGEST_RUNTIME_BYTES + WIDENED * weight_bytes)
     together = len(runners) if needed <= available_bytes() else 1
     with ThreadPoolExecutor(together) as pool:
         return list(pool.map(lambda runner: run_artifact(runner, directory, reference), runners))

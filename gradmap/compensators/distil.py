@@ -221,24 +221,25 @@ def _take_step(
     optimizer.zero_grad()
 
     def add_gradients(batch: slice) -> None:
-        """This process's part of the mean over all samples of the step."""
-        gradients = _gradients(pruned, ids[batch], goal[batch], parameters)
+        gradients = _gradients(pruned, ids[batch], goal[batch], samples, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                part = gradient * (len(ids[batch]) / samples)
-                parameter.grad = part if parameter.grad is None else parameter.grad + part
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     batches.run(len(ids), add_gradients)
     sum_gradients(parameters)
     optimizer.step()
 
 
-def _gradients(pruned: Pruned, ids: Tensor, goal: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Of the mean over these samples. All of them or, where memory runs out, none. None for experts that were idle."""
+def _gradients(
+    pruned: Pruned, ids: Tensor, goal: Tensor, samples: int, parameters: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of these samples' part of the mean over `samples`: all of them or, where memory runs out, none. None for experts
+    that were idle."""
     layers = pruned.architecture.layer_list(pruned.model)
     hidden = run_layers(pruned.model, layers, ids)
     at_the_end = distillation_gradients(pruned.model, layers, hidden, goal, ids)
-    return torch.autograd.grad(hidden, parameters, at_the_end, allow_unused=True)
+    return torch.autograd.grad(hidden, parameters, at_the_end * (len(ids) / samples), allow_unused=True)
 
 
 def _trained(factor: LowRank) -> LowRank:
