@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -14,16 +13,6 @@ from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import Compensation, Pruned, pruned_loss, run_and_capture
 from gradmap.compensators import COMPENSATORS
 from gradmap.compensators.adam import errors_of_output, objective, train_projection
-from gradmap.compensators.distil import (
-    PROMPT_TOKENS,
-    Lessons,
-    distillation_gradients,
-    draw_tokens,
-    train_low_rank,
-    uniform_numbers,
-    write_on,
-    written_by_dense,
-)
 from gradmap.compensators.projection import mean_drift, project_most_drifted
 from gradmap.compensators.ridge import (
     REGULARISATION,
@@ -34,12 +23,10 @@ from gradmap.compensators.ridge import (
     solve_ridge,
     solve_ridge_reference,
 )
-from gradmap.corrections import Place, Projection, linear_maps, linear_output, pruned_and_corrected
+from gradmap.corrections import Place, Projection, linear_output, pruned_and_corrected
 from gradmap.errors import UserError
-from gradmap.layerwise import logits_from, run_layers
-from tests.conftest import BOOLQ, BOS, CORRECTABLE
+from tests.conftest import BOOLQ, CORRECTABLE
 
-distilling = import_module("gradmap.compensators.distil")  # the package has a function of that name
 REMOVED = (1, 3)
 LAYER = 4
 
@@ -316,119 +303,6 @@ def test_repairs_before_runs_by_hand(picos, input_ids, name):
             solution = solution + torch.eye(len(solution))
         torch.testing.assert_close(repair.change.matrix, solution, rtol=0, atol=1e-9)
         changes[repair.place] = (repair.change,)
-
-
-def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(picos, input_ids):
-    pruned = prune(picos["llama"], input_ids)
-    model, layers = pruned.model, picos["llama"].architecture.layer_list(pruned.model)
-    goal = pruned.walk(pruned.layers, input_ids).finish({})
-    hidden = (goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))).requires_grad_(True)
-    wanted = model(input_ids=input_ids).logits.float().softmax(-1)
-    given = logits_from(model, layers, hidden, input_ids).float().log_softmax(-1)
-    (-(wanted * given).sum(-1).mean()).backward()
-    actual = distillation_gradients(model, layers, hidden.detach(), goal, input_ids)
-    torch.testing.assert_close(actual, hidden.grad, rtol=1e-4, atol=1e-8)  # the loss is computed in float32
-
-
-def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
-    model, ids = pico.load(), input_ids[:, :4]
-    numbers = uniform_numbers(len(ids), input_ids.shape[1] - ids.shape[1], seed=3)
-    written = write_on(model, pico.architecture, ids, numbers)
-    for number in numbers.split(1, dim=1):
-        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
-        ids = torch.cat([ids, draw_tokens(logits, number)], dim=1)
-    assert torch.equal(written.input_ids, ids)
-    outputs = run_layers(model, pico.architecture.layer_list(model), ids)
-    torch.testing.assert_close(written.outputs, outputs, rtol=1e-9, atol=1e-9)  # float64, through a KV cache
-
-
-def test_training_sees_every_sample_and_all_that_the_dense_model_wrote_once(picos, input_ids, monkeypatch):
-    pruned = prune(picos["llama"], input_ids)
-    fit_ids, seen = pruned.calibration.fit_ids, []
-    take_step = distilling._take_step
-    monkeypatch.setattr(
-        distilling,
-        "_take_step",
-        lambda pruned, step, *rest: (seen.append(step.input_ids), take_step(pruned, step, *rest)),
-    )
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    train_low_rank(pruned, Compensation(), known)
-    expected = torch.cat([fit_ids, written_by_dense(pruned).input_ids])
-    assert sorted(torch.cat(seen).tolist()) == sorted(expected.tolist())
-
-
-def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(picos, input_ids, monkeypatch, capsys):
-    pruned = prune(picos["llama"], input_ids)
-    fit_ids = pruned.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    expected = train_low_rank(pruned, Compensation(), known)
-    gradients = distilling._gradients
-
-    def short_of_memory(pruned, ids, *rest):
-        if len(ids) > 1:
-            raise torch.OutOfMemoryError
-        return gradients(pruned, ids, *rest)
-
-    monkeypatch.setattr(distilling, "_gradients", short_of_memory)
-    actual = train_low_rank(pruned, Compensation(), known)
-    assert "going on with 1 samples at once" in capsys.readouterr().err
-    for one, other in zip(actual, expected, strict=True):
-        # gradients are sums in another order: of losses in float32. Adam's steps follow their sign where they are small
-        torch.testing.assert_close(one.change.up, other.change.up, rtol=1e-3, atol=1e-5)
-
-
-def test_tokens_are_drawn_from_the_whole_distribution():
-    draws, chances = 20000, torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05], dtype=torch.float64)
-    tokens = draw_tokens(chances.log().expand(draws, -1), uniform_numbers(draws, 1, seed=5))
-    assert tokens.shape == (draws, 1)
-    shares = tokens[:, 0].bincount(minlength=len(chances)) / draws
-    deviations = (chances * (1 - chances) / draws).sqrt()
-    assert ((shares - chances).abs() <= 4 * deviations).all(), shares  # and never the one that has no chance
-
-
-def test_what_the_dense_model_writes_begins_with_samples_that_may_be_fitted_on(picos, input_ids):
-    pruned = prune(picos["llama"], input_ids)
-    known = {tuple(run.tolist()) for sample in pruned.calibration.fit_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
-    written = written_by_dense(pruned).input_ids
-    assert written.shape[1] == input_ids.shape[1]
-    assert {tuple(sample[:PROMPT_TOKENS].tolist()) for sample in written} <= known
-    assert len(written.unique(dim=0)) == len(written)
-
-
-def test_what_the_dense_model_writes_begins_with_bos_where_samples_do(picos, input_ids):
-    pruned = prune(picos["llama"], torch.cat([torch.full((5, 1), BOS), input_ids], dim=1))
-    pruned = replace(pruned, calibration=replace(pruned.calibration, bos=BOS))
-    known = {tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
-    written = written_by_dense(pruned).input_ids
-    assert written.shape == (2 * len(input_ids), input_ids.shape[1] + 1)
-    assert set(written[:, 0].tolist()) == {BOS}
-    prompts = {tuple(sample[1 : 1 + PROMPT_TOKENS].tolist()) for sample in written}
-    assert prompts <= known  # which have no BOS
-    assert len(prompts) > 1
-
-
-class AlwaysBetter(Pruned):
-    """Keeps what was trained, whatever it did to the loss: labels are random here."""
-
-    def loss(self, changes):
-        return -sum(change.up.abs().sum().item() for of_place in changes.values() for change in of_place)
-
-
-def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_closer(pico, input_ids):
-    pruned = prune(pico, input_ids)
-    model = pruned.model
-    maps = dict(linear_maps(pico.architecture, model, pruned.kept))
-    assert {place.layer for place in maps} == {0, 2, 4}
-    fit_ids = pruned.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    corrections = train_low_rank(AlwaysBetter(*vars(pruned).values()), Compensation(), known)
-    assert {one.place for one in corrections if one.change.up.any()} == set(maps)
-    wanted = model(input_ids=input_ids).logits.softmax(-1)
-    distances = []
-    for changes in ({}, {one.place: (one.change,) for one in corrections}):
-        with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
-            distances.append(-(wanted * model(input_ids=input_ids).logits.log_softmax(-1)).sum(-1).mean())
-    assert distances[1] < distances[0]
 
 
 def test_a_real_model_is_repaired(smollm2):
