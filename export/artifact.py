@@ -13,6 +13,7 @@ import torch
 from export import ARTIFACT_FILE, GGUF_FILE
 from export.card import render_card
 from export.fold import count_parameters, require_foldable
+from export.folded_model import hidden_size, stored_dtype
 from export.integrity import SCHEMA_VERSION, read_record, require_files
 from export.reference import (
     PROBE_FILE,
@@ -24,12 +25,11 @@ from export.reference import (
     random_probe,
     save_probe,
 )
+from export.tolerance import logit_tolerance, share_of_strays
 from export.verification import (
-    LINEAR_MAPS_PER_LAYER,
     Bounds,
     Comparison,
     compare,
-    logit_tolerance,
     require_faithful,
     run_artifact,
     run_artifact_in_each,
@@ -46,7 +46,7 @@ from export.writers import (
     write_onnx,
     write_vllm,
 )
-from gradmap.architectures import Architecture, architecture_of
+from gradmap.architectures import Architecture, architecture_of, layer_count
 from gradmap.checkpoint import Checkpoint, load_tokenizer
 from gradmap.console import announced, waiting
 from gradmap.environment import describe_environment
@@ -134,13 +134,21 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
     for name in targets:
         refuse_foreign_directory(out / name, ARTIFACT_FILE)
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
-    dtypes = {target.rounding for target in targets.values()}
+    dtypes = {name: _reference_dtype(target, source.checkpoint) for name, target in targets.items()}
     with announced("Computing reference logits"):
-        references = compute_references(source.checkpoint, source.removed, source.changes, source.probe_ids, dtypes)
+        references = compute_references(
+            source.checkpoint, source.removed, source.changes, source.probe_ids, set(dtypes.values())
+        )
     return {
-        name: _export_one(source, FORMATS[name], target, references[target.rounding], settings, out / name)
+        name: _export_one(source, FORMATS[name], target, references[dtypes[name]], settings, out / name)
         for name, target in targets.items()
     }
+
+
+def _reference_dtype(target: Target, checkpoint: Checkpoint) -> torch.dtype | None:
+    """What an artifact's weights are rounded to when they are run in float32; None if each keeps a dtype of its own."""
+    dtype = target.torch_dtype or stored_dtype(checkpoint)
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -> Target:
@@ -212,7 +220,8 @@ def verify_directory(directory: Path) -> dict[str, Any]:
     stored = record["verification"][_label(runner)]
     with announced(f"Running {directory} with {_label(runner)} in a fresh process"):
         outcome = run_artifact(runner, directory, reference)
-    comparison = compare(reference, outcome, Bounds(stored["tolerance"], stored["min_agreement"]))
+    bounds = Bounds(stored["tolerance"], stored["min_agreement"], stored["stray_share"])
+    comparison = compare(reference, outcome, bounds)
     require_faithful(comparison)
     return {"name": record["name"], "files": len(record["files"]), "verification": {_label(runner): asdict(comparison)}}
 
@@ -259,14 +268,13 @@ def _bounds(
     if target.quantise is not None:
         return Bounds(min_agreement=min_agreement)
     config = written.config
-    layers = int(config[architecture_of(config).layer_count_key])
-    stored = {tensor.spec.dtype for tensor in written.folded if tensor.spec.dtype.is_floating_point}
-    widest = max(stored, key=lambda dtype: torch.finfo(dtype).eps)
-    served = DTYPES.get(str(config.get("dtype")), widest)
+    dtypes = {tensor.spec.dtype for tensor in written.folded if tensor.spec.dtype.is_floating_point}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    served = DTYPES.get(str(config.get("dtype")), coarsest)
     compute = torch.float32 if runner == "run_transformers" else served
-    rounded_maps = len(source.changes) if reference.exact else LINEAR_MAPS_PER_LAYER * layers
-    hidden_size = int(config.get("hidden_size") or config["n_embd"])
-    return Bounds(tolerance=logit_tolerance(layers, hidden_size, compute, rounded_maps, widest))
+    stored = torch.float32 if reference.exact else coarsest
+    tolerance = logit_tolerance(layer_count(config), hidden_size(config), compute, stored)
+    return Bounds(tolerance, stray_share=share_of_strays(compute, stored))
 
 
 def _label(runner: str) -> str:
@@ -288,7 +296,7 @@ def _describe(
         "format": form.name,
         "dtype": target.dtype,
         "quantise": target.quantise,
-        "layers": written.config[architecture_of(written.config).layer_count_key],
+        "layers": layer_count(written.config),
         "parameters": count_parameters(written.folded),
         "weight_bytes": written.weight_bytes,
         "base_model": _describe_base(source.checkpoint),

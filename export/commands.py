@@ -113,7 +113,7 @@ def _summary_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _check_cells(check: dict[str, Any]) -> tuple[str, ...]:
     return (
-        _number(check["relative_difference"]),
+        _number(check["typical_difference"]),
         _number(check["cached_difference"]),
         _number(check["tolerance"]),
         f"{check['argmax_agreement']:.1%}",

@@ -10,7 +10,7 @@ from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.files import read_json, sha256_file
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def read_record(directory: Path) -> dict[str, Any]:

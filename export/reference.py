@@ -1,9 +1,9 @@
-"""What an artifact has to reproduce: the logits of the base model with the plan applied in memory, W' unfolded."""
+"""What an artifact has to reproduce: the logits of the base model with the plan applied in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from export.folded_model import finite_logits, fold_and_round, require_exact_fold, stored_dtype
 from export.runners.probe_io import decode_greedily, placement_for, transformers_step
-from gradmap.architectures import Architecture, architecture_of
+from gradmap.architectures import architecture_of, without_layers
 from gradmap.checkpoint import Checkpoint, load_model
 from gradmap.corrections import Changes, pruned_and_corrected
 from gradmap.errors import UserError
@@ -34,7 +35,7 @@ class Reference:
     input_ids: (B, T). logits: (B, T, V) float32, or (B, T, k) where only those of `token_ids` (B, T, k) are kept.
     scale: root mean square of all logits (B, T, V), the unit of relative differences.
     greedy_ids: (G,), the continuation of the first sample; greedy_margins: (G,), by how much each led the second best.
-    exact: whether the model's weights were rounded as the artifact's are, so that rounding explains no difference.
+    exact: whether the model's weights were those of the artifact, so that rounding them explains no difference.
     """
 
     input_ids: Tensor
@@ -70,27 +71,20 @@ def compute_references(
     input_ids: Tensor,
     dtypes: Collection[torch.dtype | None],
 ) -> dict[torch.dtype | None, Reference]:
-    """Runs the unfolded compensated model in float32 on the CPU, as a reloaded artifact will be.
+    """Runs the pruned and corrected model in float32 on the CPU, as a reloaded artifact will be.
 
-    dtypes: for each of these (None: as stored), one reference with the weights rounded to it; those that
-    are corrected are not rounded, since an artifact rounds the corrected ones. A model too large for memory is read
-    from disk layer by layer; then weights stay as stored and no text is generated.
+    dtypes: for each of these, one reference with its weights (see `fold_and_round`). A model too large for memory is
+    read from disk layer by layer; then weights stay as stored, corrections on hooks, and no text is generated.
+    Raises UserError if folding the corrections does not compute what they do.
     """
     placement = placement_for(checkpoint.directory)
-    architecture = architecture_of(checkpoint.config)
-    references: dict[torch.dtype | None, Reference] = {}
-    model = None
-    rounded = False
-    for dtype in sorted(dtypes, key=lambda dtype: (dtype is not None, str(dtype))):
-        if model is None or rounded:  # rounding twice is not rounding once
-            model = load_model(checkpoint, "float32", "cpu", **placement)
-        if dtype is not None and not placement:
-            _round_parameters(model, architecture, dtype, keep=changes)
-            rounded = True
-        greedy_tokens = 0 if placement else _greedy_tokens(checkpoint.config, input_ids)
-        with pruned_and_corrected(model, architecture, removed, changes):
-            references[dtype] = _run(model, input_ids, greedy_tokens, exact=dtype is None or not placement)
-    return references
+    if placement:
+        reference = _run_from_disk(checkpoint, removed, changes, input_ids, placement)
+        alike = () if changes else (None, torch.float32, stored_dtype(checkpoint))
+        return {dtype: replace(reference, exact=dtype in alike) for dtype in dtypes}
+    if changes:
+        require_exact_fold(checkpoint, removed, changes, input_ids)
+    return {dtype: _run_folded(checkpoint, removed, changes, input_ids, dtype) for dtype in dtypes}
 
 
 def save_probe(path: Path, reference: Reference) -> None:
@@ -123,22 +117,27 @@ def load_probe(path: Path) -> Reference:
         raise UserError(f"{path} is missing or damaged; export the artifact again.") from None
 
 
-def _run(model: Any, input_ids: Tensor, greedy_tokens: int, exact: bool) -> Reference:
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    if not logits.isfinite().all():
-        raise UserError("The model's logits are not finite; its weights are damaged.")
+def _run_folded(
+    checkpoint: Checkpoint, removed: tuple[int, ...], changes: Changes, input_ids: Tensor, dtype: torch.dtype | None
+) -> Reference:
+    model = load_model(checkpoint, "float32", "cpu")
+    fold_and_round(model, checkpoint, changes, dtype)
+    with without_layers(model, architecture_of(checkpoint.config), removed):
+        return _run(model, input_ids, _greedy_tokens(checkpoint.config, input_ids))
+
+
+def _run_from_disk(
+    checkpoint: Checkpoint, removed: tuple[int, ...], changes: Changes, input_ids: Tensor, placement: dict[str, Any]
+) -> Reference:
+    model = load_model(checkpoint, "float32", "cpu", **placement)
+    with pruned_and_corrected(model, architecture_of(checkpoint.config), removed, changes):
+        return _run(model, input_ids, greedy_tokens=0)
+
+
+def _run(model: Any, input_ids: Tensor, greedy_tokens: int) -> Reference:
+    logits = finite_logits(model, input_ids)
     greedy_ids, margins = decode_greedily(transformers_step(model), input_ids[:1], greedy_tokens)
-    return Reference(input_ids, logits, logits.double().square().mean().sqrt().item(), greedy_ids, margins, exact)
-
-
-def _round_parameters(model: Any, architecture: Architecture, dtype: torch.dtype, keep: Changes) -> None:
-    layers = architecture.layer_list(model)
-    kept = {id(weight) for place in keep for weight in architecture.weights_of(layers[place.layer], place.target)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in kept:
-            parameter.copy_(parameter.to(dtype))
-            if not parameter.isfinite().all():
-                raise UserError(f"{name} does not fit in {dtype}; export with --dtype bfloat16 or float32.")
+    return Reference(input_ids, logits, logits.double().square().mean().sqrt().item(), greedy_ids, margins)
 
 
 def _greedy_tokens(config: dict[str, Any], input_ids: Tensor) -> int:

@@ -87,11 +87,6 @@ class Target:
         """None keeps each tensor's own."""
         return None if self.dtype == "keep" else DTYPES[self.dtype]
 
-    @property
-    def rounding(self) -> torch.dtype | None:
-        """What the weights are rounded to, seen from float32; None if they are not."""
-        return self.torch_dtype if self.dtype in ("float16", "bfloat16") else None
-
 
 @dataclass(frozen=True)
 class Written:

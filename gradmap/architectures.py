@@ -81,11 +81,13 @@ class Architecture:
         """Whether it is the weight or the bias of the map."""
         return self.is_weight_of(target, name) or name == f"{target}.bias"
 
-    def weights_of(self, layer: nn.Module, target: str) -> list[nn.Parameter]:
-        """The same of a layer in memory; several for the down projections of experts."""
-        if target == self.down_projection:
-            return self.down_projection_weights(layer)
-        return [layer.get_submodule(target).get_parameter("weight")]
+    def parts_of(self, layer: nn.Module, target: str) -> list[nn.Parameter]:
+        """The same of a layer in memory; several weights for the down projections of experts."""
+        module = layer.get_submodule(target)
+        is_down_projection = target == self.down_projection
+        weights = self.down_projection_weights(layer) if is_down_projection else [module.get_parameter("weight")]
+        bias: nn.Parameter | None = getattr(module, "bias", None)
+        return weights if bias is None else [*weights, bias]
 
     def parse_tensor_name(self, name: str) -> tuple[str, int, str] | None:
         """Splits `model.layers.7.mlp.up_proj.weight` into (`model.layers`, 7, `mlp.up_proj.weight`).

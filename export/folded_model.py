@@ -1,0 +1,120 @@
+"""A model in memory that has an artifact's weights: corrections folded in float64, and everything rounded once.
+
+What is written is folded from the files, tensor by tensor (export.fold). Both share `fold_changes`, so that a mistake
+in it would pass their comparison; `require_exact_fold` compares it with the corrections on hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.tolerance import logit_tolerance
+from gradmap.architectures import Architecture, architecture_of, layer_count, without_layers
+from gradmap.checkpoint import Checkpoint, load_model
+from gradmap.corrections import Change, Changes, Place, fold_changes, pruned_and_corrected
+from gradmap.errors import UserError
+from gradmap.safetensors_reader import StoredTensor, list_tensors
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """That of all floating-point tensors of a checkpoint; None if they differ."""
+    dtypes = {tensor.spec.dtype for tensor in _floating_tensors(checkpoint)}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+@torch.inference_mode()
+def require_exact_fold(checkpoint: Checkpoint, removed: Sequence[int], changes: Changes, input_ids: Tensor) -> None:
+    """Raises UserError unless the changes compute the same folded as on hooks, as far as float32 can tell."""
+    architecture = architecture_of(checkpoint.config)
+    model = load_model(checkpoint, "float32", "cpu")
+    with pruned_and_corrected(model, architecture, removed, changes):
+        unfolded = finite_logits(model, input_ids)
+    fold_and_round(model, checkpoint, changes, torch.float32)
+    with without_layers(model, architecture, removed):
+        folded = finite_logits(model, input_ids)
+    difference = ((folded - unfolded).double().norm() / unfolded.double().norm()).item()
+    layers = layer_count(checkpoint.config) - len(removed)
+    tolerance = logit_tolerance(layers, hidden_size(checkpoint.config), torch.float32)
+    if not difference <= tolerance:
+        raise UserError(
+            f"Folded into the weights, the plan's corrections do not compute what they do unfolded: logits differ by "
+            f"{difference:.2g} (relative), where rounding explains {tolerance:.2g}; nothing was written."
+        )
+
+
+@torch.inference_mode()
+def fold_and_round(model: Any, checkpoint: Checkpoint, changes: Changes, dtype: torch.dtype | None) -> None:
+    """Gives a model in float32 the weights that its artifact has, rounded to `dtype`.
+
+    dtype: None rounds what is changed to the dtype that the checkpoint stores it in, and nothing else. From float64 it
+    is reached directly, since by way of float32 it would be rounding twice. Raises UserError for what does not fit.
+    """
+    architecture = architecture_of(checkpoint.config)
+    place_of = _places_by_parameter(model, architecture, changes)
+    stored = {} if dtype is not None else _stored_dtypes(checkpoint, changes)
+    for name, parameter in model.named_parameters():
+        place = place_of.get(id(parameter))
+        if place is not None:
+            # what the checkpoint lacks is reported when its tensors are listed for writing
+            target = dtype or stored.get((place, parameter.dim() == 1), torch.float32)
+            _fold_parameter(name, parameter, changes[place], architecture.transposed_linear, target)
+        elif dtype not in (None, parameter.dtype):
+            parameter.copy_(_rounded(name, parameter, dtype))
+
+
+def finite_logits(model: Any, input_ids: Tensor) -> Tensor:
+    """(B, T, V) float32. Raises UserError if one is not finite."""
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise UserError("The model's logits are not finite; its weights are damaged.")
+    return logits
+
+
+def hidden_size(config: dict[str, Any]) -> int:
+    return int(config.get("hidden_size") or config["n_embd"])
+
+
+def _places_by_parameter(model: Any, architecture: Architecture, changes: Changes) -> dict[int, Place]:
+    """Which changed map a parameter (its id) is the weight or the bias of."""
+    layers = architecture.layer_list(model)
+    parts = {place: architecture.parts_of(layers[place.layer], place.target) for place in changes}
+    return {id(parameter): place for place, parameters in parts.items() for parameter in parameters}
+
+
+def _fold_parameter(
+    name: str, parameter: Tensor, changes: Sequence[Change], transposed: bool, dtype: torch.dtype
+) -> None:
+    """Of stacked experts (E, d_out, d_in), one at a time: in float64 all together would be large."""
+    for part in parameter if parameter.dim() == 3 else (parameter,):
+        part.copy_(_rounded(name, fold_changes(part, changes, transposed), dtype))
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = value.to(dtype)
+    if (value.isfinite() & ~rounded.isfinite()).any():
+        raise UserError(f"{name} does not fit in {dtype}; export with --dtype bfloat16 or float32.")
+    return rounded
+
+
+def _stored_dtypes(checkpoint: Checkpoint, changes: Changes) -> dict[tuple[Place, bool], torch.dtype]:
+    """How the weights (False) and biases (True) of the changed maps are stored; of experts, all are stored alike."""
+    architecture = architecture_of(checkpoint.config)
+    dtypes = {}
+    for tensor in _floating_tensors(checkpoint):
+        parsed = architecture.parse_tensor_name(tensor.spec.name)
+        if parsed is None:
+            continue
+        _, index, suffix = parsed
+        for place in changes:
+            if place.layer == index and architecture.is_part_of(place.target, suffix):
+                dtypes[place, len(tensor.spec.shape) == 1] = tensor.spec.dtype
+    return dtypes
+
+
+def _floating_tensors(checkpoint: Checkpoint) -> list[StoredTensor]:
+    tensors = [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]
+    return [tensor for tensor in tensors if tensor.spec.dtype.is_floating_point]
