@@ -115,9 +115,10 @@ def _describe_check(check: dict[str, Any]) -> str:
         if check["tolerance"] is not None
         else f"quantised; at least {check['min_agreement']:.0%} of positions must agree"
     )
+    others = f" without the worst {check['stray_share']:.0%} of positions" if check["stray_share"] else ""
     return (
-        f"- {check['runtime']}: logits differ by {check['relative_difference']:.2g} (root mean square, relative; "
-        f"{bound}), "
+        f"- {check['runtime']}: logits differ by {check['typical_difference']:.2g} "
+        f"(root mean square{others}, relative; {bound}), "
         f"the most likely token is the same at {check['argmax_agreement']:.1%} of positions, "
         f"{check['greedy_identical']} of {check['greedy_tokens']} generated tokens are the same"
     )

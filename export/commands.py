@@ -10,7 +10,8 @@ import typer
 from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
 from gradmap.console import heartbeat, importing, print_json_line, print_table, say, so_far
 
-# Differences of logits are relative; "same" counts most likely tokens, and generated tokens before the first other one.
+# Differences of logits are relative and typical (see Comparison); "same" counts most likely tokens, "greedy" generated
+# ones before the first other one.
 CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
 
 
