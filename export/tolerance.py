@@ -12,8 +12,9 @@ ROUNDED_TENSORS_PER_LAYER = 12
 # Two logits that err by sigma each may swap places if their distance is below a few times sqrt(2) sigma.
 SWAP_FACTOR = 6.0
 # Some hidden states are thousands of times larger than others, until a later layer cancels them (massive activations,
-# Sun et al. 2024, arXiv 2402.17762). Eight bits of such a state leave nothing of what remains, so that a position can
-# come out anyhow: one of 256 of SmolLM2, off by 1.4 where the median is 0.004. An error in the weights moves all.
+# Sun et al. 2024, arXiv 2402.17762). Eight bits of such a state can leave nothing of what remains, so that a position
+# comes out anyhow: weights rounded to bfloat16 moved one of 256 of SmolLM2's by 1.4, and the median by 0.004. A lost
+# layer or correction moves far more than a few positions.
 STRAY_SHARE = 0.05
 
 

@@ -17,7 +17,7 @@ from tests.conftest import LAYERS, Pico
 from tests.export.test_export import CORRECTED, REMOVED, export, make_source
 
 KEPT = LAYERS - len(REMOVED)
-# In float32, of the picos: more than any of them needs, and less than one weight's last bit in bfloat16 does
+# Of the picos in float32
 EXACT = logit_tolerance(KEPT, 32, torch.float32)
 
 
