@@ -40,6 +40,7 @@ def main(
     write_random_model(source, layers, tokenizer)
     group = _limited_group(round(limit_gb * 1e9))
     command = [sys.executable, "-m", "gradmap", "prune", "--model", str(source), "--stream", "--dtype", "bfloat16"]
+    command += ["--selector", "gradient", "--compensator", "sequential"]  # what streams
     command += [
         f"--calibration={calibration}",
         f"--samples={samples}",

@@ -148,7 +148,8 @@ def describe_row(settings: CompareSettings, out: Path, method: Method, count: in
     """One method at one count: what it removed with each seed, and means over the seeds.
 
     perplexity, ratio (to dense), average_accuracy: `value`, the mean over seeds; `stderr`, of the evaluation; `spread`,
-    the standard deviation over seeds (None with one). select_s: of the selection of the largest count.
+    the standard deviation over seeds (None with one). select_s: of the selection of the largest count. peak_bytes: of
+    the CPU's memory that this selection or the repair had resident; evaluation is left out.
     """
     evaluations = [read_evaluation(_evaluation(out, method, count, seed)) for seed in settings.seeds]
     plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]

@@ -34,8 +34,8 @@ MEASURED_SHARE = 0.72
 FIT_STATES, MEASURE_STATES = 3, 4
 # Numbers that training keeps of a token in each layer for its backward pass, over the widths of the layer's maps.
 KEPT_WIDTHS = 2
-# Of a checkpoint that is streamed from disk, in each round of scores.
-READS_PER_ROUND = 3
+# Of a checkpoint that is streamed from disk, in each round of gradient scores: forward and backward.
+READS_PER_ROUND = 2
 # Python, torch, transformers and what they keep, as measured.
 RUNTIME_BYTES = 0.8e9
 # To start Python and import torch and transformers: 8 to 10 s of one core of an EPYC.
@@ -284,8 +284,8 @@ def repair_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float 
 
 
 def streaming_seconds(shape: Shape, hardware: Hardware, pruning: Pruning, disk_bytes_per_s: float) -> float:
-    """To read the checkpoint again and again: about three times in each round of scores; for repairs, once for either
-    model, and half of it for each lambda of each run."""
+    """To read the checkpoint again and again: twice in each round of gradient scores (others read it for every few
+    samples, which is not counted); for repairs, once for either model, and half of it for each lambda of each run."""
     reads = float(READS_PER_ROUND * pruning.rounds)
     if pruning.compensator != "none":
         reads += 2 + pruning.runs * LAMBDAS / 2
@@ -312,7 +312,7 @@ def model_bytes(shape: Shape, hardware: Hardware) -> float:
 
 def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     """The peak of `gradmap prune`: what a selection by repairs keeps of its samples, or what training keeps for its
-    backward pass, and a refit's Gram matrices (the sum, a batch's part, the regularised matrix and its factor)."""
+    backward pass, and a refit."""
     size, states = pruning.size, shape.layers * shape.width * hardware.state_bytes
     select = (FIT_STATES * size.select_fit_tokens + MEASURE_STATES * size.select_measure_tokens) * states
     widths = KEPT_WIDTHS * (shape.map_inputs + shape.map_outputs)
@@ -320,14 +320,15 @@ def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     needed = [
         select if pruning.selector == "repair" else 0.0,
         trained * FLOAT32_BYTES if pruning.compensator == "distil" else 0.0,
-        2 * repair_bytes(shape) if pruning.compensator in ("distil", "refit") and not shape.experts else 0.0,
+        repair_bytes(shape) if pruning.compensator in ("distil", "refit") and not shape.experts else 0.0,
     ]
     return RUNTIME_BYTES + model_bytes(shape, hardware) + max(needed)
 
 
 def repair_bytes(shape: Shape) -> float:
-    """The Gram matrix of a down projection's inputs (k x k), once to sum into and once to solve with."""
-    return 2 * shape.inner**2 * FLOAT64_BYTES
+    """A refit while it is solved. Of the down projection's inputs, k x k: the Gram matrix, the same regularised, its
+    factor, and the copy of it that torch solves with; d x k: what is missing by inputs, a copy, the solution."""
+    return (4 * shape.inner**2 + 3 * shape.width * shape.inner) * FLOAT64_BYTES
 
 
 def streamed_bytes(shape: Shape, size: CalibrationSize = DEFAULT_SIZE) -> float:

@@ -1,4 +1,7 @@
-"""Samples on their way through the layers of a model: whoever works from front to back runs no layer twice."""
+"""Samples on their way through the layers of a model: whoever works from front to back need not begin again.
+
+A layer that is looked at runs once more when it is passed, and a loss runs what is ahead without passing it.
+"""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Walks:
     """The samples to fit on, on their way through the dense and through the pruned model, and the held-out ones, if
-    there are any, through the pruned one. Fits from front to back share them, so that no layer runs again for each."""
+    there are any, through the pruned one. Fits from front to back share them, so that none begins at layer 0 again."""
 
     dense: Walk
     pruned: Walk

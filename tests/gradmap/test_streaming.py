@@ -11,12 +11,14 @@ import torch
 from gradmap.architectures import without_layers
 from gradmap.batching import Batches
 from gradmap.checkpoint import load_model, open_checkpoint
+from gradmap.costs import READS_PER_ROUND
 from gradmap.errors import UserError
 from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
 from gradmap.safetensors_reader import list_tensors
 from gradmap.streaming import _TensorsOnDisk
 from gradmap.walk import Walk
 from tests.command_line import gradmap
+from tests.conftest import LAYERS
 from tests.gradmap.test_prune import prune_arguments
 
 
@@ -59,6 +61,10 @@ def test_a_layer_is_read_only_where_it_runs(picos, input_ids, monkeypatch):
     walk.go_to(2, {})
     walk.loss({})
     assert reads == [0, 2, 4]
+    reads.clear()
+    streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
+    forward_and_backward = READS_PER_ROUND * LAYERS - 1  # the last layer runs twice in a row
+    assert reads.count(LAYERS - 1) == 1 and len(reads) == forward_and_backward
 
 
 @pytest.fixture
