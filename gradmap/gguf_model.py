@@ -11,10 +11,16 @@ from gradmap.console import announced, say, waiting
 from gradmap.errors import UserError, first_line
 from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, write_json
 from gradmap.gguf_head import Stored, finer_of, judge_head
-from gradmap.gguf_tokenizer import load_gguf_tokenizer, read_metadata, require_same_tokens
+from gradmap.gguf_tokenizer import (
+    TokenizerSettings,
+    load_gguf_tokenizer,
+    read_metadata,
+    read_settings,
+    require_same_tokens,
+)
 
 # Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
-CONVERSION = 2
+CONVERSION = 3
 
 
 def dequantise_gguf(source: Path) -> Path:
@@ -59,12 +65,22 @@ def _write_dequantised(source: Path, target: Path) -> None:
             dtype=torch.float32,
         )
         _settle_head(model, source)
+        _set_ends(model, read_settings(source))
         tokenizer = load_gguf_tokenizer(source)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise _unreadable(source, error) from None
     with atomic_directory(target, marker="config.json") as partial:
         model.save_pretrained(partial)
         _save_tokenizer(tokenizer, source, partial)
+
+
+def _set_ends(model: Any, settings: TokenizerSettings) -> None:
+    """Says in config.json and generation_config.json what begins and ends a generation; transformers' reader does not
+    know the end of a turn, so that a chat would not stop there."""
+    ends = list(settings.end_ids)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = settings.special_ids.get("bos_token")
+        config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def _settle_head(model: Any, source: Path) -> None:

@@ -20,6 +20,8 @@ SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+# After any of these llama.cpp stops: at the end of the text, of a turn of a chat, of a message to a tool.
+END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # tokenizer.ggml.pre, as llama.cpp's llama-vocab.cpp understands it:
 # every digit is cut off by itself before the rest is cut as GPT-2 does it;
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
@@ -42,6 +44,7 @@ class TokenizerSettings:
 
     kind: SENTENCEPIECE or BYTE_LEVEL. splitting: the name of how text is cut before merges, if it has one.
     add_bos, add_eos: whether a text begins and ends with those tokens. special_ids: `bos_token` and so on, to ids.
+    end_ids: the tokens after which a generation ends, each once.
     """
 
     kind: str
@@ -50,6 +53,7 @@ class TokenizerSettings:
     add_eos: bool
     add_space_prefix: bool
     special_ids: dict[str, int]
+    end_ids: tuple[int, ...]
     chat_template: str | None
 
 
@@ -74,6 +78,7 @@ def settings_of(metadata: dict[str, Any]) -> TokenizerSettings:
 
     kind, splitting = setting("model", BYTE_LEVEL), setting("pre", None)
     ids = {token: setting(name, None) for token, name in SPECIAL_TOKENS.items()}
+    ends = [setting(name, None) for name in END_TOKENS]
     return TokenizerSettings(
         kind=kind,
         splitting=splitting,
@@ -81,6 +86,7 @@ def settings_of(metadata: dict[str, Any]) -> TokenizerSettings:
         add_eos=bool(setting("add_eos_token", False)),
         add_space_prefix=bool(setting("add_space_prefix", True)),
         special_ids={token: int(index) for token, index in ids.items() if index is not None},
+        end_ids=tuple(dict.fromkeys(int(index) for index in ends if index is not None)),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from export.artifact import ExportSettings, export_artifacts, open_source
 from gradmap.checkpoint import open_checkpoint
 from gradmap.errors import UserError
-from tests.pico_gguf import BOS, TEMPLATE, write_gguf
+from tests.pico_gguf import BOS, EOS, TEMPLATE, write_gguf
 
 
 @pytest.fixture
@@ -31,6 +31,22 @@ def test_the_artifact_has_the_files_tokenizer_and_license(source, tmp_path):
     assert tokenizer.chat_template == TEMPLATE
     assert ModelCard.load(tmp_path / "out" / "hf" / "README.md").data.license == "gemma"
     assert record["base_model"]["license"] == "gemma"
+
+
+EOT, EOM = 5, 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [({}, EOS), ({"eot_token_id": EOS}, EOS), ({"eot_token_id": EOT, "eom_token_id": EOM}, [EOS, EOT, EOM])],
+)
+def test_a_generation_ends_where_the_file_says(tmp_path, monkeypatch, settings, ends):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "pico.gguf", "gpt2", **settings)
+    export(open_source(open_checkpoint(str(tmp_path), "pico.gguf"), None), tmp_path / "out")
+    config = GenerationConfig.from_pretrained(tmp_path / "out" / "hf")  # as transformers and vLLM do
+    assert (config.bos_token_id, config.eos_token_id) == (BOS, ends)
+    assert AutoConfig.from_pretrained(tmp_path / "out" / "hf").eos_token_id == ends
 
 
 def test_an_artifact_whose_tokenizer_lost_its_bos_is_refused(source, tmp_path):
