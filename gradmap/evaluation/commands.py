@@ -20,7 +20,11 @@ def evaluate(
     allow_pickle: AllowPickleOption = False,
     plan: Annotated[Path | None, typer.Option(help="Also evaluate the model pruned by this plan.")] = None,
     pruned: Annotated[
-        str | None, typer.Option(help="Also evaluate this pruned model: a directory, or a server's URL.")
+        str | None,
+        typer.Option(
+            help="Also evaluate this pruned model: a directory, or a server's URL (of which overlaps with its "
+            "calibration are not known)."
+        ),
     ] = None,
     perplexity: Annotated[
         list[str] | None, typer.Option(help="[NAME=]SPEC of a text; may be given several times.")
@@ -77,7 +81,7 @@ def evaluate(
     tokenizer = tokenizer or subjects[0].tokenizer
     if tokenizer is None:
         raise UserError("A server has no tokenizer to be read; give --tokenizer DIR.")
-    result = measure(subjects, tokenizer, settings, plan, out)
+    result = measure(subjects, tokenizer, settings, out, plan=plan, pruned=pruned)
     _print_result(result)
     if json_line:
         print_json_line(result)

@@ -8,41 +8,64 @@ English words.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from gradmap.calibration import without_bos
+from gradmap.calibration import build_calibration, without_bos
+from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.evaluation.perplexity import Segments
-from gradmap.plan import load_calibration_ids, load_plan
+from gradmap.files import read_json
+from gradmap.plan import CalibrationRecord, load_calibration_ids, load_plan
 from gradmap.texts import preset_of
 
 GRAM_TOKENS = 13
+ARTIFACT_FILE = "gradmap.json"  # what `gradmap export` says of an artifact
 
 
 @dataclass(frozen=True)
 class CalibratedOn:
-    """source: the SPEC that was read, None without a plan. samples: (N, T) token ids without BOS. texts: the samples as
-    text, words with one space between them."""
+    """source: the SPEC that was read, None if that is not known. samples: (N, T) token ids without BOS. texts: the
+    samples as text, words with one space between them."""
 
-    source: str | None
-    samples: Tensor
-    texts: tuple[str, ...]
+    source: str | None = None
+    samples: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    texts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, plan: Path | None, tokenizer: Any) -> CalibratedOn:
-        if plan is None:
-            return cls(None, torch.empty(0, 0, dtype=torch.int64), ())
+    def of_plan(cls, plan: Path, tokenizer: Any) -> CalibratedOn:
         contents = load_plan(plan)
-        samples = without_bos(load_calibration_ids(plan, contents), contents.calibration.bos)
+        return cls._of_samples(contents.calibration, load_calibration_ids(plan, contents), tokenizer)
+
+    @classmethod
+    def of_pruned(cls, pruned: str, tokenizer: Any) -> CalibratedOn:
+        """An artifact says where its samples came from, and their hash: they are drawn again, if that can be done.
+        Says so where it cannot, and what is not checked then."""
+        record = _calibration_of_artifact(Path(pruned) / ARTIFACT_FILE)
+        if record is None:
+            say(f"What {pruned} was calibrated on is not known: whether it is evaluated on that is not checked")
+            return cls()
+        samples = _drawn_again(record, tokenizer)
+        if samples is None:
+            say(
+                f"The calibration samples of {pruned} cannot be drawn from {record.source} again: whether texts and "
+                "tasks overlap with them is not checked (with --plan it is)"
+            )
+            return cls(preset_of(record.source).calibration)
+        return cls._of_samples(record, samples, tokenizer)
+
+    @classmethod
+    def _of_samples(cls, record: CalibrationRecord, input_ids: Tensor, tokenizer: Any) -> CalibratedOn:
+        samples = without_bos(input_ids, record.bos)
         decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in samples.tolist()]
         # A window may begin or end within a character of several bytes.
         texts = (" ".join(text.strip("\ufffd").split()) for text in decoded)
-        return cls(preset_of(contents.calibration.source).calibration, samples, tuple(text for text in texts if text))
+        return cls(preset_of(record.source).calibration, samples, tuple(text for text in texts if text))
 
     def refuse(self, text: Segments) -> None:
         """Raises UserError if the text is the calibration's source, or overlaps with its samples."""
@@ -55,6 +78,25 @@ class CalibratedOn:
                 f"{text.source} overlaps with the calibration samples: {len(overlapping)} of {len(text.input_ids)} "
                 f"segments share {tokens} tokens in a row with them; evaluate on other text, or calibrate on other."
             )
+
+
+def _calibration_of_artifact(path: Path) -> CalibrationRecord | None:
+    """None if there is no such file, as for a server, or it says nothing of a calibration that is understood."""
+    if not path.is_file():
+        return None
+    try:
+        return CalibrationRecord.model_validate(read_json(path)["plan"]["calibration"])
+    except (KeyError, TypeError, ValidationError):
+        return None
+
+
+def _drawn_again(record: CalibrationRecord, tokenizer: Any) -> Tensor | None:
+    """The samples (N, T), BOS included; None if the text is not there any more, or is another."""
+    try:
+        drawn = build_calibration(tokenizer, record.source, record.samples, record.tokens, record.seed)
+    except UserError:
+        return None
+    return drawn.input_ids if drawn.sha256 == record.sha256 else None
 
 
 def overlapping_segments(segments: Tensor, samples: Tensor, tokens: int) -> set[int]:

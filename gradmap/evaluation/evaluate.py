@@ -73,17 +73,23 @@ class Measured:
 
 
 def evaluate(
-    subjects: Sequence[Subject], tokenizer_directory: Path, settings: EvaluationSettings, plan: Path | None, out: Path
+    subjects: Sequence[Subject],
+    tokenizer_directory: Path,
+    settings: EvaluationSettings,
+    out: Path,
+    *,
+    plan: Path | None = None,
+    pruned: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates the dense model and, if there is a second subject, the pruned one; writes `out` and the raw records.
 
-    plan: what was used to calibrate it is not evaluated on. Returns the contents of `out`.
+    plan, pruned: what the second one is. What it was calibrated on is not evaluated on. Returns the contents of `out`.
     Raises UserError if there is nothing to evaluate, or a text was used for calibration; what was scored until then
     is kept in the cache.
     """
     _refuse_empty(settings, len(subjects))
     tokenizer = load_tokenizer(tokenizer_directory)
-    calibration = CalibratedOn.of(plan, tokenizer)
+    calibration = _calibrated_on(plan, pruned, tokenizer)
     texts = [
         Segments.read(tokenizer, name, source, settings.segment, settings.limit)
         for name, source in settings.texts.items()
@@ -112,6 +118,12 @@ def evaluate(
     }
     write_json(out, result)
     return result
+
+
+def _calibrated_on(plan: Path | None, pruned: str | None, tokenizer: Any) -> CalibratedOn:
+    if plan is not None:
+        return CalibratedOn.of_plan(plan, tokenizer)
+    return CalibratedOn() if pruned is None else CalibratedOn.of_pruned(pruned, tokenizer)
 
 
 def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:

@@ -1,8 +1,11 @@
 """A text that shares 13 tokens in a row with a calibration sample is not evaluated on, wherever they stand."""
 
+import shutil
+
 import pytest
 import torch
 
+from export import ARTIFACT_FILE
 from gradmap.evaluation.contamination import GRAM_TOKENS, overlapping_segments
 from gradmap.plan import load_calibration_ids, load_plan
 from tests.command_line import gradmap
@@ -40,6 +43,32 @@ def planned(pico_with_bos, word_file, tmp_path_factory):
     plan = tmp_path_factory.mktemp("contamination") / "plan"
     assert gradmap(*prune_arguments(pico_with_bos, word_file, plan)).returncode == 0
     return pico_with_bos, plan, load_calibration_ids(plan, load_plan(plan))[3].tolist()
+
+
+@pytest.mark.parametrize("lost", [None, "source", "record"])
+def test_an_artifacts_samples_are_drawn_again(pico_with_bos, word_file, tmp_path, lost):
+    pico, texts, plan, out = pico_with_bos, tmp_path / "words.txt", tmp_path / "plan", tmp_path / "out"
+    shutil.copy(word_file, texts)
+    assert gradmap(*prune_arguments(pico, texts, plan)).returncode == 0
+    exported = gradmap("export", "--model", pico.directory, "--plan", plan, "--format", "hf", "--out", out)
+    assert exported.returncode == 0, exported.stderr
+    own = " ".join(f"w{token}" for token in load_calibration_ids(plan, load_plan(plan))[3, 1:].tolist())
+    (tmp_path / "own.txt").write_text(" ".join([own] * 4))
+    if lost == "source":
+        texts.write_text(texts.read_text().replace("w7", "w8"))
+    elif lost == "record":
+        (out / "hf" / ARTIFACT_FILE).unlink()
+    text = ("--perplexity", f"file:{tmp_path}/own.txt", "--segment", SEGMENT, "--dtype", "float64")
+    finished = gradmap(
+        *("eval", "--model", pico.directory, "--pruned", out / "hf"), *text, *("--out", tmp_path / "eval.json")
+    )
+    said = {
+        None: "overlaps with the calibration samples",
+        "source": "with them is not checked",
+        "record": "is evaluated on that is not checked",
+    }[lost]
+    assert said in " ".join(finished.stderr.split())
+    assert finished.returncode == (0 if lost else 2), finished.stderr
 
 
 @pytest.mark.parametrize(
