@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from gradmap.architectures import without_layers
+from gradmap.architectures import architecture_of, without_layers
 from gradmap.batching import Batches
-from gradmap.calibration import Calibration
+from gradmap.calibration import Calibration, build_calibration
+from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import pruned_loss, run_and_capture
 from gradmap.compensators.ridge import solve_ridge_reference
 from gradmap.corrections import linear_output
 from gradmap.errors import UserError
 from gradmap.layerwise import LayerCall
 from gradmap.plan import load_changes, load_plan
+from gradmap.precision import computing_in
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import SELECTORS
 from gradmap.selectors.influence import block_influences
@@ -23,7 +25,7 @@ from gradmap.selectors.removal_loss import losses_without, losses_without_refere
 from gradmap.selectors.repair import RepairScorer
 from gradmap.selectors.weights import taylor_scores
 from tests.command_line import gradmap
-from tests.conftest import CORRECTABLE, LAYERS, VOCABULARY
+from tests.conftest import BOOLQ, CORRECTABLE, LAYERS, VOCABULARY
 from tests.gradmap.test_prune import prune_arguments
 
 
@@ -267,3 +269,15 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
     loss = pruned_loss(model, architecture, ids, plan.removal_order, load_changes(tmp_path / "plan", plan), Batches(5))
     measured = json.loads(out.read_text())["pruned"]["perplexity"]["own"]["value"]
     assert measured == pytest.approx(math.exp(loss), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "count"), [("gradient", 3), ("block-influence", 3), ("sleb", 1)])
+def test_autocast_removes_the_layers_of_smollm2_that_float32_does(smollm2, name, count):
+    calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=8, tokens=64, seed=42)
+    orders = []
+    for dtype in ("float32", "autocast"):
+        model = load_model(smollm2, dtype)
+        with computing_in(dtype, model):
+            subject = Subject(model, architecture_of(smollm2.config), calibration)
+            orders.append(choose(name, subject, count).removal_order)
+    assert orders[0] == orders[1]
