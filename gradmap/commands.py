@@ -42,7 +42,7 @@ def prune(
         str | None,
         typer.Option(
             help="How layers are chosen: repair, gradient, block-influence, sleb, prune-comp, mka, mka-as-released, "
-            "gradpruner, taylor, magnitude, random, manual."
+            "gradpruner, window, taylor, magnitude, random, manual."
         ),
     ] = None,
     compensator: Annotated[

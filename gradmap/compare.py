@@ -1,7 +1,8 @@
 """`gradmap compare`: methods x removal counts x calibration seeds, under one calibration and one evaluation.
 
 Every selection, every repair and every evaluation is a stage of its own (gradmap.stages): done once, kept, and gone on
-with after a crash. One selection of the most layers serves every smaller count and every compensator.
+with after a crash. One selection of the most layers serves every smaller count and every compensator; a selector whose
+choices are not nested is asked once for each count.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gradmap.files import refuse_foreign_directory, write_json, write_text
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.plan import load_plan
 from gradmap.presets import ALWAYS
-from gradmap.selectors import SELECTORS
+from gradmap.selectors import NOT_NESTED, SELECTORS
 from gradmap.stages import Stage, as_flags, run_stage, source_files, stage_record
 
 RESULT_FILE = "compare.json"
@@ -83,20 +84,30 @@ def split_variant(name: str, variants: Variants) -> tuple[str, Mapping[str, Any]
 
 
 def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
-    """One for each selector and seed, of as many layers as any count asks for."""
-    for selection, seed in product(dict.fromkeys(method.selection for method in settings.methods), settings.seeds):
+    """One for each selector and seed, of as many layers as any count asks for, or for each count."""
+    selections = dict.fromkeys(
+        (method.selection, selected_count(settings, method, count))
+        for method, count in product(settings.methods, settings.counts)
+    )
+    for (selection, count), seed in product(selections, settings.seeds):
         selector, variant = split_variant(selection, OF_SELECTORS)
         options = {"selector": selector, **variant, "compensator": "none", "seed": seed}
-        most, directory = max(settings.counts), _selection(out, selection, seed)
-        flags = as_flags({**settings.model, **settings.calibration, **options, "remove": most, "out": directory})
+        directory = _selection(out, selection, count, seed)
+        flags = as_flags({**settings.model, **settings.calibration, **options, "remove": count, "out": directory})
         yield Stage(directory.name, ("prune", *flags), _inputs(settings), directory / "plan.json", schema=PLAN_SCHEMA)
+
+
+def selected_count(settings: CompareSettings, method: Method, count: int) -> int:
+    """How many layers are in the selection that serves a method at this count."""
+    selector, _ = split_variant(method.selection, OF_SELECTORS)
+    return count if selector in NOT_NESTED else max(settings.counts)
 
 
 def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
     """One for each method, count and seed."""
     device = {"device": settings.calibration.get("device")}
     for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
-        source = _selection(out, method.selection, seed)
+        source = _selection(out, method.selection, selected_count(settings, method, count), seed)
         directory = _plan(out, method, count, seed)
         compensator, variant = split_variant(method.repair, OF_COMPENSATORS)
         options = {"from_plan": source, "compensator": compensator, **variant, "remove": count, "out": directory}
@@ -153,7 +164,8 @@ def describe_row(settings: CompareSettings, out: Path, method: Method, count: in
     """
     evaluations = [read_evaluation(_evaluation(out, method, count, seed)) for seed in settings.seeds]
     plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
-    selections = [_selection(out, method.selection, seed) for seed in settings.seeds]
+    chosen = selected_count(settings, method, count)
+    selections = [_selection(out, method.selection, chosen, seed) for seed in settings.seeds]
     names = [directory.name for directory in selections]
     repairs = [_plan(out, method, count, seed).name for seed in settings.seeds]
     pruned = [evaluation["pruned"] for evaluation in evaluations]
@@ -210,8 +222,9 @@ def _mean(estimates: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _selection(out: Path, selection: str, seed: int) -> Path:
-    return out / "selections" / f"{selection}-seed-{seed}"
+def _selection(out: Path, selection: str, count: int, seed: int) -> Path:
+    of_count = f"-{count}" if split_variant(selection, OF_SELECTORS)[0] in NOT_NESTED else ""
+    return out / "selections" / f"{selection}{of_count}-seed-{seed}"
 
 
 def _plan(out: Path, method: Method, count: int, seed: int) -> Path:

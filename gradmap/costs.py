@@ -248,6 +248,7 @@ SELECTORS: Mapping[str, Callable[[Shape, int, CalibrationSize], float]] = {
     "gradient": score_flops,
     "sleb": sleb_flops,
     "block-influence": influence_flops,
+    "window": lambda shape, rounds, size: influence_flops(shape, 1, size),
     "taylor": taylor_flops,
     **dict.fromkeys(("magnitude", "random", "manual", "mka-as-released"), lambda shape, rounds, size: 0.0),
 }

@@ -41,7 +41,7 @@ from gradmap.presets import ALWAYS
 from gradmap.processes import is_main_process
 from gradmap.prune_settings import PruneSettings, check_settings, protected_layers
 from gradmap.selection import Selection, Step, Subject, select
-from gradmap.selectors import SELECTORS
+from gradmap.selectors import NOT_NESTED, SELECTORS
 
 # What a plan that is made from a larger one may have differently.
 REPAIR_SETTINGS = ("remove", "compensator", "accept", "held_out", "device", "top_z", "side", "target", "unregularised")
@@ -84,6 +84,12 @@ def prune_less(checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettin
             f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that --remove cannot be "
             f"{wanted.remove}; give 1 to {len(larger.removal_order)}."
         )
+    selector = larger.recipe["selector"]
+    if selector in NOT_NESTED and wanted.remove < len(larger.removal_order):
+        raise UserError(
+            f"--selector {selector} chooses {wanted.remove} layers otherwise than {len(larger.removal_order)}, so that "
+            f"the plan in {plan_directory} does not hold that choice; prune again with --remove {wanted.remove}."
+        )
     settings = PruneSettings(**(larger.recipe | {name: getattr(wanted, name) for name in REPAIR_SETTINGS}))
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
@@ -123,12 +129,14 @@ def _make_plan(
     with process_group(model.device), computing_in(dtype, model):
         with costs.measured("select", model.device), waiting("Choosing layers"):
             stay = protected_layers(checkpoint, settings)
-            subject = Subject(model, architecture, calibration, stay, settings.stream, tuple(settings.layers))
+            subject = Subject(
+                model, architecture, calibration, stay, settings.stream, tuple(settings.layers), settings.remove
+            )
             selection = select(
                 SELECTORS[settings.selector],
                 subject,
                 settings.remove,
-                one_shot=settings.one_shot,
+                one_shot=settings.at_once,
                 done=done,
                 record=record,
             )
@@ -165,9 +173,10 @@ def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:
 
 
 def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
-    """What the removal order depends on. The number of layers does not count: a longer order begins like a shorter."""
+    """What the removal order depends on. The number of layers does not count where a longer order begins like a
+    shorter one."""
     names = ["selector", "layers", "protect_first", "protect_last", "one_shot", "held_out", "budget_minutes"]
-    names += ["remove"] if settings.one_shot else []
+    names += ["remove"] if settings.at_once else []
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),

@@ -11,7 +11,7 @@ from gradmap.compensation import ProjectionOptions
 from gradmap.compensators import COMPENSATORS
 from gradmap.errors import UserError
 from gradmap.presets import ALWAYS, HELD_OUT, Methods
-from gradmap.selectors import SELECTORS
+from gradmap.selectors import NOT_NESTED, SELECTORS
 
 # Repairs that need no linear map behind which nothing follows but the addition to the hidden state.
 ANYWHERE = ("none", "distil", "mka", "gradpruner", "linear-patch")
@@ -50,6 +50,11 @@ class PruneSettings:
     device: str = "auto"
     stream: bool = False
     budget_minutes: float | None = None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all layers are chosen by the first scores."""
+        return self.one_shot or self.selector in NOT_NESTED
 
     @property
     def projection(self) -> ProjectionOptions:

@@ -52,7 +52,7 @@ class Subject:
     """What is scored: the model, whole, and the samples to score it on.
 
     protected: layers that stay. streamed: whether only one layer of it is in memory at a time. order: of removal, for
-    `manual`.
+    `manual`. count: how many layers go, for a selector that chooses them all at once.
     """
 
     model: Any
@@ -61,6 +61,7 @@ class Subject:
     protected: frozenset[int] = frozenset()
     streamed: bool = False
     order: tuple[int, ...] = ()
+    count: int = 1
 
     @property
     def layers(self) -> range:

@@ -8,6 +8,7 @@ from gradmap.selectors.merging import InitialGradientScorer, SimilarityScorer, f
 from gradmap.selectors.removal_loss import RemovalLossScorer
 from gradmap.selectors.repair import RepairScorer
 from gradmap.selectors.weights import MagnitudeScorer, taylor
+from gradmap.selectors.window import WindowScorer
 
 SELECTORS: dict[str, Selector] = {
     "repair": RepairScorer,
@@ -18,8 +19,11 @@ SELECTORS: dict[str, Selector] = {
     "mka": SimilarityScorer,
     "mka-as-released": from_the_end,
     "gradpruner": InitialGradientScorer,
+    "window": WindowScorer,
     "taylor": taylor,
     "magnitude": MagnitudeScorer,
     "random": shuffled,
     "manual": listed,
 }
+# Those that choose all layers at once, for one count: what they remove for fewer is no beginning of it.
+NOT_NESTED = ("window",)

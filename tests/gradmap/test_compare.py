@@ -15,7 +15,7 @@ from gradmap.errors import UserError
 from gradmap.plan import load_changes, load_plan
 from tests.command_line import gradmap
 
-METHODS = ("gradient+projection-as-published", "gradient+none", "random-one-shot+sequential")
+METHODS = ("gradient+projection-as-published", "gradient+none", "random-one-shot+sequential", "window+none")
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def test_every_method_at_every_count_with_every_seed(compared, picos, commands):
     assert "| random-one-shot+sequential | 2 |" in table
     assert "Comparison" in finished.stdout
     assert "layers removed" in (out / "perplexity.svg").read_text()
-    # two selections and three methods at two counts, with two seeds; the rest is shared
-    assert [command[0] for command in commands].count("prune") == 2 * 2 + 3 * 2 * 2
+    # two selections, one more at each of two counts, and four methods at two counts, with two seeds; the rest is shared
+    assert [command[0] for command in commands].count("prune") == 2 * 2 + 2 * 2 + 4 * 2 * 2
     ran = len(commands)
     assert gradmap(*arguments).returncode == 0
     assert len(commands) == ran  # nothing is done twice

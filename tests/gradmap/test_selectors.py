@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from gradmap.layerwise import LayerCall
 from gradmap.plan import load_changes, load_plan
 from gradmap.precision import computing_in
 from gradmap.selection import Selection, Step, Subject, select
-from gradmap.selectors import SELECTORS
+from gradmap.selectors import NOT_NESTED, SELECTORS
 from gradmap.selectors.influence import block_influences
 from gradmap.selectors.removal_loss import losses_without, losses_without_reference
 from gradmap.selectors.repair import RepairScorer
 from gradmap.selectors.weights import taylor_scores
+from gradmap.selectors.window import window_influences, window_influences_reference
 from tests.command_line import gradmap
 from tests.conftest import BOOLQ, CORRECTABLE, LAYERS, VOCABULARY
 from tests.gradmap.test_prune import prune_arguments
@@ -35,12 +37,13 @@ def subject_of(pico, input_ids, **options):
 
 def choose(name, subject, count, done=(), one_shot=False):
     steps = []
+    one_shot, subject = one_shot or name in NOT_NESTED, replace(subject, count=count)
     selection = select(SELECTORS[name], subject, count, one_shot=one_shot, done=list(done), record=steps.append)
     assert list(selection.steps)[len(done) :] == steps
     return selection
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", "repair"}))
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", "repair", *NOT_NESTED}))
 def test_the_lowest_score_goes_and_the_model_stays_whole(pico, input_ids, name):
     subject = subject_of(pico, input_ids)
     before = subject.model(input_ids=input_ids).logits
@@ -53,7 +56,7 @@ def test_the_lowest_score_goes_and_the_model_stays_whole(pico, input_ids, name):
     assert not any(parameter.requires_grad for parameter in subject.model.parameters())
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual"}))
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", *NOT_NESTED}))
 def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_ids, name):
     subject = subject_of(picos["llama"], input_ids, protected=frozenset({0, 2}))
     selection = choose(name, subject, 2)
@@ -63,7 +66,7 @@ def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_i
         choose(name, subject, 4)
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual"}))
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", *NOT_NESTED}))
 def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
     longer, shorter = (choose(name, subject_of(picos["llama"], input_ids), count).removal_order for count in (3, 2))
     assert longer[:2] == shorter
@@ -269,6 +272,44 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
     loss = pruned_loss(model, architecture, ids, plan.removal_order, load_changes(tmp_path / "plan", plan), Batches(5))
     measured = json.loads(out.read_text())["pruned"]["perplexity"]["own"]["value"]
     assert measured == pytest.approx(math.exp(loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, LAYERS - 1])
+def test_a_window_is_the_block_that_turns_the_hidden_state_least(pico, input_ids, count):
+    subject = subject_of(pico, input_ids)
+    influences = window_influences(subject.model, pico.architecture, input_ids, count).tolist()
+    reference = window_influences_reference(subject.model, input_ids, count)
+    assert influences[:-1] == pytest.approx(reference, rel=1e-9, abs=1e-12)
+    first = influences.index(min(influences))
+    selection = choose("window", subject, count)
+    assert selection.removal_order == tuple(range(first, first + count))
+    assert len(selection.steps) == 1
+
+
+def test_a_window_keeps_to_the_layers_that_may_go(picos, input_ids):
+    protected = frozenset({0, LAYERS - 1})
+    subject = subject_of(picos["gpt2"], input_ids, protected=protected)
+    assert choose("window", subject, LAYERS - 2).removal_order == tuple(range(1, LAYERS - 1))
+    with pytest.raises(UserError, match="leave no 2 consecutive ones"):
+        choose("window", replace(subject, protected=frozenset(range(0, LAYERS, 2))), 2)
+
+
+def test_of_equal_windows_the_first_one_goes(picos, input_ids):
+    subject = subject_of(picos["llama"], input_ids)
+    for layer in picos["llama"].architecture.layer_list(subject.model):
+        for parameter in layer.parameters():
+            parameter.zero_()  # no layer adds anything
+    assert choose("window", subject, 3).removal_order == (0, 1, 2)
+
+
+def test_a_window_for_fewer_layers_is_chosen_anew(picos, word_file, tmp_path):
+    larger = prune_arguments(picos["llama"], word_file, tmp_path / "plan", remove=3)
+    assert gradmap(*larger, "--selector", "window").returncode == 0
+    of_larger = ("prune", "--model", picos["llama"].directory, "--from-plan", tmp_path / "plan")
+    finished = gradmap(*of_larger, "--remove", 2, "--out", tmp_path / "fewer")
+    assert finished.returncode == 2
+    assert "does not hold that choice; prune again with --remove 2" in " ".join(finished.stderr.split())
+    assert gradmap(*of_larger, "--remove", 3, "--compensator", "none", "--out", tmp_path / "same").returncode == 0
 
 
 @pytest.mark.parametrize(("name", "count"), [("gradient", 3), ("block-influence", 3), ("sleb", 1)])
