@@ -55,7 +55,8 @@ def prune(
     accept: Annotated[
         str | None,
         typer.Option(
-            help="Which repairs are applied: held-out, those that lower the loss on held-out samples, or always all."
+            help="Which repairs are applied: held-out, those that bring the model nearer to the dense one on held-out "
+            "samples, or always all."
         ),
     ] = None,
     held_out: Annotated[

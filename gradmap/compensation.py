@@ -1,13 +1,14 @@
 """Stage 2: what pruning broke is repaired in the weights that stay. Compensators are in `gradmap.compensators`.
 
-Every correction is judged by the loss on calibration samples that it was not fitted on; one that does not lower it is
-left out, unless all are to be applied, as the papers do.
+Every correction is judged on calibration samples that it was not fitted on, by how far the next-token distributions are
+from the dense model's; one that does not bring them nearer is left out, unless all are to be applied, as the papers do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -26,15 +27,16 @@ class Correction:
     """A change of one weight, and what it did on held-out samples.
 
     lam: the regularisation it was fitted with (Eq. 12), and relative_lambda the same over the mean diagonal of the
-    Gram matrix; None if it was not fitted in closed form. losses: mean next-token cross-entropy on the held-out
-    samples, nats per token; corrections that were fitted together have the same. None if no samples are held out.
+    Gram matrix; None if it was not fitted in closed form. divergences: of the next-token distributions from the dense
+    model's, KL(dense || pruned), the mean over the held-out samples, nats per token; corrections that were fitted
+    together have the same. None if no samples are held out.
     accepted: a correction that is not must not be applied.
     """
 
     place: Place
     change: Change
-    held_out_loss_before: float | None
-    held_out_loss_after: float | None
+    held_out_divergence_before: float | None
+    held_out_divergence_after: float | None
     accepted: bool
     lam: float | None = None
     relative_lambda: float | None = None
@@ -48,12 +50,12 @@ class Compensation:
     drift: Mapping[int, float] = field(default_factory=dict)
 
     @property
-    def held_out_loss(self) -> float | None:
+    def held_out_divergence(self) -> float | None:
         """With those that are accepted, nats per token; None if nothing was measured."""
         if not self.corrections:
             return None
         last = self.corrections[-1]
-        return last.held_out_loss_after if last.accepted else last.held_out_loss_before
+        return last.held_out_divergence_after if last.accepted else last.held_out_divergence_before
 
     @property
     def changes(self) -> Changes:
@@ -81,7 +83,7 @@ class Pruned:
     """What a compensator repairs: `model`, which is whole, without the `removed` layers, and the samples to do it on.
 
     removed: in the order of removal. batches: of samples in a forward pass. options: of `projection`. accept_all:
-    whether corrections are applied whatever they do to the held-out loss.
+    whether corrections are applied whatever they do to the held-out divergence.
     """
 
     model: Any
@@ -111,12 +113,13 @@ class Pruned:
     def judge(
         self, pairs: Sequence[tuple[Place, Change]], changes: Changes, before: float | None = None
     ) -> tuple[Correction, ...]:
-        """Changes that belong together as corrections, on top of `changes`. before: the loss without them, if known."""
-        losses = self.loss(changes) if before is None else before, self.loss(followed_by(changes, pairs))
-        return tuple(Correction(place, change, *losses, self.accepts(*losses)) for place, change in pairs)
+        """Changes that belong together as corrections, on top of `changes`. before: without them, if known."""
+        before = self.divergence(changes) if before is None else before
+        after = self.divergence(followed_by(changes, pairs))
+        return tuple(Correction(place, change, before, after, self.accepts(before, after)) for place, change in pairs)
 
     def accepts(self, before: float | None, after: float | None) -> bool:
-        """Whether a correction is applied that changes the held-out loss so."""
+        """Whether a correction is applied that changes the held-out divergence so."""
         if self.accept_all:
             return True
         assert before is not None and after is not None, "check_settings sees to it that samples are held out"
@@ -126,13 +129,16 @@ class Pruned:
         """Samples (N, T) before they pass these of the model's layers."""
         return Walk(self.model, self.architecture, layers, input_ids, self.batches)
 
-    def loss(self, changes: Changes) -> float | None:
+    @cached_property
+    def wanted(self) -> Tensor:
+        """What the dense model's last layer gives for this process's share of the held-out samples, (n, T, d)."""
+        return self.walk(self.layers, self.calibration.held_out_ids).finish({})
+
+    def divergence(self, changes: Changes) -> float | None:
         """On the held-out samples, nats per token; None if there are none."""
         if not self.calibration.held_out_samples:
             return None
-        return pruned_loss(
-            self.model, self.architecture, self.calibration.held_out_ids, self.removed, changes, self.batches
-        )
+        return self.walk(self.kept, self.calibration.held_out_ids).divergence(self.wanted, changes)
 
 
 # Repairs a pruned model, which is left as it was.
@@ -148,19 +154,6 @@ def correct_in_turn(
     for item in items:
         corrections += tuple(correct(item, Compensation(corrections).changes))
     return corrections
-
-
-def pruned_loss(
-    model: Any,
-    architecture: Architecture,
-    input_ids: Tensor,
-    removed: Sequence[int],
-    changes: Changes,
-    batches: Batches,
-) -> float:
-    """Mean next-token cross-entropy (nats per token) of the pruned and corrected model on input_ids (N, T)."""
-    kept = [layer for layer in range(len(architecture.layer_list(model))) if layer not in removed]
-    return Walk(model, architecture, kept, input_ids, batches).loss(changes)
 
 
 @torch.no_grad()

@@ -154,14 +154,17 @@ def taylor_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE
 def selection_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
     """`--selector repair`: all samples pass the dense model once; after a removal, those to fit on pass what is behind
     it; and of those to measure on, a share passes what is behind each layer that is tried. The first is not, so that
-    this is half of the others on average. A trial begins with a fit (d x d), of which the sums are counted."""
+    this is half of the others on average, and two output layers. A trial begins with a fit (d x d), of which the sums
+    are counted."""
     fitted, measured = size.select_fit_tokens, size.select_measure_tokens
     fit = (4 * fitted + 2 * MEASURED_SHARE * measured) * shape.width**2
-    total = fitted * shape.layer_flops(shape.layers) + measured * shape.forward_flops(shape.layers)
+    total = fitted * shape.layer_flops(shape.layers)
+    total += measured * (shape.forward_flops(shape.layers) + shape.head_flops)
     for removed in range(rounds):
         left = shape.layers - removed
         tried = left - 1 if removed == 0 else TRIED_IN_LATER_ROUNDS
-        total += tried * (fit + MEASURED_SHARE * measured * shape.forward_flops((left - 2) / 2))
+        measuring = shape.forward_flops((left - 2) / 2) + shape.head_flops
+        total += tried * (fit + MEASURED_SHARE * measured * measuring)
         if removed > 0:
             total += fitted * shape.layer_flops((left - 1) / 2)
     return total
@@ -173,18 +176,17 @@ def _mean_left(shape: Shape, rounds: int) -> float:
 
 
 def fits_flops(shape: Shape, remove: int, runs: int, features: float, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """A fit before each run of removed layers. Of all runs together, the dense model is walked through to its end, and
-    the pruned one to the last of them; a layer that is fitted runs once more; and each lambda is tried on what is
-    behind it, half of what is left.
+    """A fit before each run of removed layers. Of all runs together, the dense model is walked through to its end, by
+    all samples, and the pruned one to the last of them; a layer that is fitted runs once more; and each lambda is tried
+    on what is behind it, half of what is left.
 
     features: what is fitted from, d (W') or k (the down projection itself). Solutions are left out.
     """
     left = shape.layers - remove
     last = left * runs / (runs + 1)  # as far as the last of so many places reaches on average
-    walks = size.fit_tokens * shape.layer_flops(shape.layers + last + runs) + size.held_out_tokens * shape.layer_flops(
-        last
-    )
-    trials = (1 + runs * LAMBDAS) * size.held_out_tokens * shape.forward_flops(left / 2)
+    walks = size.fit_tokens * shape.layer_flops(shape.layers + last + runs)
+    walks += size.held_out_tokens * shape.layer_flops(shape.layers + last)
+    trials = (1 + runs * LAMBDAS) * size.held_out_tokens * (shape.forward_flops(left / 2) + shape.head_flops)
     return walks + trials + runs * size.fit_tokens * 2 * features * (features + shape.width)
 
 
@@ -195,12 +197,12 @@ def refit_flops(shape: Shape, remove: int, runs: int, size: CalibrationSize = DE
 def training_flops(shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
     """`distil` after that: the dense model's logits, whose hidden states are known; the pruned model forward and,
     through its activations, backward; the low-rank corrections of every map likewise, and their own gradients; in the
-    end the held-out loss."""
+    end the held-out divergence."""
     left = shape.layers - remove
     pruned = shape.forward_flops(left)
     corrections = 3 * 2 * RANK * left * (shape.map_inputs + shape.map_outputs)
     lessons = (size.fit + size.written) * size.tokens
-    return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * pruned
+    return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * (pruned + shape.head_flops)
 
 
 def writing_seconds(shape: Shape, hardware: Hardware, size: CalibrationSize = DEFAULT_SIZE) -> float:

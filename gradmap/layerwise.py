@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from gradmap.batching import logits_batch
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,38 @@ def sample_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
     targets = input_ids[:, 1:].to(logits.device)
     token_losses = nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
     return token_losses.reshape(targets.shape).sum(dim=1)
+
+
+def divergences_from(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, wanted: Tensor, input_ids: Tensor
+) -> Tensor:
+    """`sample_divergences` of the output of the last layer from what it is in the dense model: (B, T, d) both, (B, T)
+    -> (B,). A few samples at a time."""
+    together = logits_batch(2 * input_ids.shape[1], model.config.vocab_size, hidden.device)
+    parts: list[Tensor] = []
+    for start in range(0, len(hidden), together):
+        part = slice(start, start + together)
+        both = torch.cat([hidden[part], wanted[part]])
+        logits, dense = logits_from(model, layers, both, input_ids[part].repeat(2, 1)).chunk(2)
+        parts.append(sample_divergences(logits, dense))
+    return torch.cat(parts)
+
+
+def sample_divergences(logits: Tensor, dense: Tensor) -> Tensor:
+    """KL(dense || model) of the next-token distributions: the sum over positions, per sample, in nats. (B, T, V) both
+    -> (B,) float32 or wider."""
+    logits, dense = _at_least_float32(logits), _at_least_float32(dense)
+    expected = (dense.softmax(dim=-1) * (dense - logits)).sum(dim=-1)
+    return (expected - dense.logsumexp(dim=-1) + logits.logsumexp(dim=-1)).sum(dim=1)
+
+
+def sample_divergences_reference(logits: Tensor, dense: Tensor) -> Tensor:
+    """The same by the definition, one position after the other."""
+    divergences = torch.zeros(len(logits), dtype=logits.dtype)
+    for sample, position in product(*map(range, logits.shape[:2])):
+        given, wanted = logits[sample, position].softmax(dim=-1), dense[sample, position].softmax(dim=-1)
+        divergences[sample] += (wanted * (wanted / given).log()).sum()
+    return divergences
 
 
 class _SumOfTokenLosses(torch.autograd.Function):

@@ -31,7 +31,7 @@ from gradmap.corrections import (
 from gradmap.errors import UserError
 from gradmap.files import atomic_directory, read_json, write_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PLAN_FILE = "plan.json"
 CORRECTIONS_FILE = "corrections.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -90,8 +90,8 @@ class CorrectionRecord(_Strict):
     kind: str
     lam: float | None = Field(alias="lambda")
     relative_lambda: float | None
-    held_out_loss_before: float | None
-    held_out_loss_after: float | None
+    held_out_divergence_before: float | None
+    held_out_divergence_after: float | None
     accepted: bool
 
     @property
@@ -112,9 +112,10 @@ class Repair:
     def describe(self) -> str:
         first = self.corrections[0]
         what = self._what(first)
-        if first.held_out_loss_before is None:
+        if first.held_out_divergence_before is None:
             return f"{what}, applied as it is: nothing was held out to judge it by"
-        change = f"held-out loss {first.held_out_loss_before:.3f} -> {first.held_out_loss_after:.3f} nats per token"
+        before, after = first.held_out_divergence_before, first.held_out_divergence_after
+        change = f"held-out divergence {before:.3f} -> {after:.3f} nats per token"
         return f"{what}: {change}{'' if self.accepted else ', left out, because it does not help'}"
 
     def _what(self, first: CorrectionRecord) -> str:
@@ -152,7 +153,9 @@ class Plan(_Strict):
     @property
     def repairs(self) -> list[Repair]:
         """The corrections, those that were fitted together as one."""
-        together = groupby(self.corrections, lambda one: (one.kind, one.held_out_loss_before, one.held_out_loss_after))
+        together = groupby(
+            self.corrections, lambda one: (one.kind, one.held_out_divergence_before, one.held_out_divergence_after)
+        )
         return [Repair(tuple(corrections)) for _, corrections in together]
 
 

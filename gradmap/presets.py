@@ -10,7 +10,7 @@ from gradmap.errors import UserError
 from gradmap.plan import load_plan
 
 HELD_OUT, ALWAYS = "held-out", "always"
-# Methods that choose by the loss on held-out samples: layers, or a lambda that no paper says.
+# Methods that choose by what they do on held-out samples: layers, or a lambda that no paper says.
 BY_HELD_OUT_LOSS = ("repair", "sequential", "refit", "distil")
 
 
@@ -18,7 +18,8 @@ BY_HELD_OUT_LOSS = ("repair", "sequential", "refit", "distil")
 class Methods:
     """How layers are chosen and the loss is repaired.
 
-    accept: which repairs are applied, those that lower the loss on held-out samples, or `always` all of them.
+    accept: which repairs are applied, those that bring the model nearer to the dense one on held-out samples, or
+    `always` all of them.
     held_out: how many samples are not fitted on, None for a quarter.
     """
 
@@ -28,7 +29,7 @@ class Methods:
     held_out: int | None = None
 
     @property
-    def by_held_out_loss(self) -> str | None:
+    def by_held_out_samples(self) -> str | None:
         """The one that needs held-out samples, if one does."""
         return next((name for name in (self.selector, self.compensator) if name in BY_HELD_OUT_LOSS), None)
 
@@ -54,6 +55,6 @@ def choose_methods(preset: str | None, from_plan: Path | None = None, **given: A
         chosen = Methods(**{name: recipe[name] for name in vars(chosen)})
     given = {name: value for name, value in given.items() if value is not None}
     methods = replace(chosen, **given)
-    if methods.by_held_out_loss and not chosen.by_held_out_loss:
+    if methods.by_held_out_samples and not chosen.by_held_out_samples:
         methods = replace(Methods(methods.selector, methods.compensator), **given)
     return methods

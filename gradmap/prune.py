@@ -249,8 +249,8 @@ def _describe_correction(correction: Correction) -> CorrectionRecord:
         kind=correction.change.kind,
         lam=correction.lam,
         relative_lambda=correction.relative_lambda,
-        held_out_loss_before=correction.held_out_loss_before,
-        held_out_loss_after=correction.held_out_loss_after,
+        held_out_divergence_before=correction.held_out_divergence_before,
+        held_out_divergence_after=correction.held_out_divergence_after,
         accepted=correction.accepted,
     )
 

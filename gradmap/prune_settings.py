@@ -120,9 +120,9 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
 
 
 def _require_nothing_held_out(settings: PruneSettings) -> None:
-    name = Methods(settings.selector, settings.compensator).by_held_out_loss
+    name = Methods(settings.selector, settings.compensator).by_held_out_samples
     if name is not None:
-        raise UserError(f"{name} chooses by the loss on held-out samples, and --held-out is 0; leave it out.")
+        raise UserError(f"{name} chooses by what it does on held-out samples, and --held-out is 0; leave it out.")
     if settings.accept != ALWAYS and settings.compensator != "none":
         raise UserError(f"With --held-out 0 no repair can be judged; give --accept {ALWAYS}, or hold samples out.")
 

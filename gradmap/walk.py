@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gradmap.architectures import Architecture
-from gradmap.batching import Batches, logits_batch
+from gradmap.batching import Batches
 from gradmap.corrections import Changes, corrected
 from gradmap.distributed import share_of, summed
-from gradmap.layerwise import capturing, losses_from, record_layer_calls
+from gradmap.layerwise import capturing, divergences_from, record_layer_calls
 
 # What enters and leaves each watched module, (B, T, ...), and what leaves the layer, (B, T, d); of which samples.
 Look = Callable[[slice, list[tuple[Tensor, Tensor]], Tensor], None]
@@ -35,7 +35,7 @@ class Walk:
         self._model, self._architecture, self._batches = model, architecture, batches
         self._all_layers = list(architecture.layer_list(model))
         self._ahead = list(layers)
-        self._tokens = input_ids.numel() - len(input_ids)  # of all processes, that have a token before them
+        self._tokens = input_ids.numel()  # of all processes
         self.input_ids = share_of(input_ids)[0].to(model.device)
         _, self._calls = record_layer_calls(model, self._all_layers, self.input_ids[:1])  # the same for every sample
         self.hidden = self._gathered(self._embed)
@@ -67,22 +67,21 @@ class Walk:
             self._batches.run(len(self.hidden), run_batch)
 
     @torch.no_grad()
-    def loss(self, changes: Changes) -> float:
-        """Mean next-token cross-entropy (nats per token) if the rest of the way is gone with the changes."""
-        losses = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
-        together = logits_batch(self.input_ids.shape[1], self._model.config.vocab_size, self.hidden.device)
+    def divergence(self, wanted: Tensor, changes: Changes) -> float:
+        """Mean divergence of the next-token distributions (nats per token) from those that follow from `wanted`, the
+        dense model's last output (n, T, d), if the rest of the way is gone with the changes."""
+        divergences = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
 
         def run_batch(samples: slice) -> None:
-            leaving = self._run(self._ahead, samples).split(together)
-            ids = self.input_ids[samples].split(together)
-            parts = [
-                losses_from(self._model, self._all_layers, *part).double() for part in zip(leaving, ids, strict=True)
-            ]
-            losses[samples] = torch.cat(parts).to(losses.device)
+            leaving = self._run(self._ahead, samples)
+            of_batch = divergences_from(
+                self._model, self._all_layers, leaving, wanted[samples], self.input_ids[samples]
+            )
+            divergences[samples] = of_batch.double().to(divergences.device)
 
         with corrected(self._model, self._architecture, changes):
             self._batches.run(len(self.hidden), run_batch)
-        return summed(losses.sum().cpu()).item() / self._tokens
+        return summed(divergences.sum().cpu()).item() / self._tokens
 
     @torch.no_grad()
     def _leaving(self, layers: Sequence[int], changes: Changes) -> Tensor:

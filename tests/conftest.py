@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from gradmap.architectures import ARCHITECTURES, architecture_of
 from gradmap.checkpoint import Checkpoint, open_checkpoint
 from gradmap.cli import quiet_libraries
+from gradmap.corrections import pruned_and_corrected
+from gradmap.layerwise import sample_losses
+from gradmap.plan import load_changes, load_plan
 
 quiet_libraries()
 
@@ -126,6 +130,15 @@ def make_pico(family: str, directory: Path, **changes: int) -> Pico:
     model.save_pretrained(directory)
     _word_tokenizer().save_pretrained(directory)
     return Pico(family, directory)
+
+
+@torch.no_grad()
+def perplexity_of_plan(pico: Pico, directory: Path, input_ids: torch.Tensor) -> float:
+    """Of the segments (S, T), of the model as the plan leaves it."""
+    plan, model = load_plan(directory), pico.load()
+    with pruned_and_corrected(model, pico.architecture, plan.removal_order, load_changes(directory, plan)):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    return math.exp(sample_losses(logits, input_ids).sum().item() / input_ids[:, 1:].numel())
 
 
 def _word_tokenizer(puts_bos: bool = False) -> PreTrainedTokenizerFast:

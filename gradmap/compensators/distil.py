@@ -93,7 +93,9 @@ def train_low_rank(pruned: Pruned, so_far: Compensation, known: Lessons) -> tupl
             _take_step(pruned, Lessons(samples[rows], goal[rows]), parameters, optimizer, batches)
             schedule.step()
             advance(len(rows))
-    return pruned.judge([(place, _trained(factor)) for place, factor in factors], so_far.changes, so_far.held_out_loss)
+    return pruned.judge(
+        [(place, _trained(factor)) for place, factor in factors], so_far.changes, so_far.held_out_divergence
+    )
 
 
 def written_by_dense(pruned: Pruned) -> Lessons:

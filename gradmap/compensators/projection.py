@@ -19,7 +19,7 @@ from gradmap.layerwise import stacked_on_cpu
 
 
 def project_most_drifted(pruned: Pruned) -> Compensation:
-    """With the exact solution of Eq. 10; lambda by the loss on held-out samples.
+    """With the exact solution of Eq. 10; lambda by the divergence on held-out samples.
 
     Raises UserError for a map other than the down projection: the layer's output does not follow it linearly.
     """

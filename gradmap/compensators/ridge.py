@@ -93,24 +93,30 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Walks:
     """The samples to fit on, on their way through the dense and through the pruned model, and the held-out ones, if
-    there are any, through the pruned one. Fits from front to back share them, so that none begins at layer 0 again."""
+    there are any, through the pruned one. Fits from front to back share them, so that none begins at layer 0
+    again.
+
+    wanted: see Pruned.
+    """
 
     dense: Walk
     pruned: Walk
-    held_out: Walk | None
+    held_out: Walk | None = None
+    wanted: Tensor | None = None
 
     @classmethod
     def start(cls, pruned: Pruned) -> Walks:
         fit_ids, held_out_ids = pruned.calibration.fit_ids, pruned.calibration.held_out_ids
-        return cls(
-            dense=pruned.walk(pruned.layers, fit_ids),
-            pruned=pruned.walk(pruned.kept, fit_ids),
-            held_out=pruned.walk(pruned.kept, held_out_ids) if len(held_out_ids) else None,
-        )
+        to_fit_on = pruned.walk(pruned.layers, fit_ids), pruned.walk(pruned.kept, fit_ids)
+        if not len(held_out_ids):
+            return cls(*to_fit_on)
+        return cls(*to_fit_on, pruned.walk(pruned.kept, held_out_ids), pruned.wanted)
 
-    def held_out_loss(self, changes: Changes) -> float | None:
+    def held_out_divergence(self, changes: Changes) -> float | None:
         """Nats per token, if the rest of the way is gone with the changes; None if nothing is held out."""
-        return None if self.held_out is None else self.held_out.loss(changes)
+        if self.held_out is None or self.wanted is None:
+            return None
+        return self.held_out.divergence(self.wanted, changes)
 
 
 def fit_correction(
@@ -121,10 +127,11 @@ def fit_correction(
     walks: Walks | None = None,
     before: float | None = None,
 ) -> Correction:
-    """The change with the lambda (relative, of `lambdas`, in order) of the lowest held-out loss, on top of `changes`.
+    """The change, on top of `changes`, with the lambda (relative, of `lambdas`, in order) of the lowest held-out
+    divergence.
 
     Where nothing is held out to choose by, lambda is the paper's. walks: of the fits before this one, in front of its
-    layer at most. before: the held-out loss without it, if known.
+    layer at most. before: the held-out divergence without it, if known.
     """
     if fit.kind != "left":
         _require_one_down_projection(pruned)
@@ -135,22 +142,22 @@ def fit_correction(
     place = Place(fit.layer, pruned.architecture.down_projection)
     if walks.held_out is not None:
         walks.held_out.go_to(fit.layer, changes)
-    before = walks.held_out_loss(changes) if before is None else before
+    before = walks.held_out_divergence(changes) if before is None else before
 
     def attempt(relative: float) -> Correction:
         change, lam = closed_form.solve(relative)
-        after = walks.held_out_loss(followed_by(changes, [(place, change)]))
+        after = walks.held_out_divergence(followed_by(changes, [(place, change)]))
         return Correction(place, change, before, after, pruned.accepts(before, after), lam, relative)
 
     if walks.held_out is None and len(lambdas) > 1:
         return attempt(closed_form.relative_of_mean(REGULARISATION, pruned.calibration.fit_ids.numel()))
     with announced(f"Choosing lambda for layer {fit.layer} on held-out samples"):
-        return best_downhill(lambdas, attempt, loss=_loss_after)
+        return best_downhill(lambdas, attempt, loss=_divergence_after)
 
 
-def _loss_after(correction: Correction) -> float:
-    assert correction.held_out_loss_after is not None
-    return correction.held_out_loss_after
+def _divergence_after(correction: Correction) -> float:
+    assert correction.held_out_divergence_after is not None
+    return correction.held_out_divergence_after
 
 
 def best_downhill(

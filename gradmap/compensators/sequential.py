@@ -24,6 +24,6 @@ def _fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
     so_far = Compensation()
     for run in pruned.runs():
         fit = Fit(*run, kind, weighted=True)
-        found = fit_correction(pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, so_far.held_out_loss)
+        found = fit_correction(pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, so_far.held_out_divergence)
         so_far = Compensation((*so_far.corrections, found))
     return so_far

@@ -1,8 +1,12 @@
-"""Ours: the loss without a layer after the damage was repaired, so that what a repair can mend does not count.
+"""Ours: the damage without a layer after it was repaired, so that what a repair can mend does not count.
 
 For each layer, the retained layer before it is fitted (W', in closed form, see gradmap.compensators.ridge) to give what
-the layer gave in the dense model, and the loss of the rest of the model is measured behind it. The best removal is kept
-together with its repair. Samples to fit on and samples to measure on are different ones.
+the layer gave in the dense model, and it is measured behind it how far the next-token distributions are from the dense
+model's. The best removal is kept together with its repair. Samples to fit on and samples to measure on are different
+ones.
+
+Not the loss is measured, which asks for the one token that follows in the text: that depends far more on chance, and a
+fit to texts of one kind lowers it on such texts and raises it on others.
 
 Not everything is computed. Removals make others dearer, hardly ever cheaper, so that what a layer cost before is a
 lower bound, and trying stops where the bounds exceed the best (the lazy greedy algorithm, Minoux 1978). A layer that is
@@ -27,7 +31,7 @@ from gradmap.corrections import Change, Place, Projection, corrected, linear_out
 from gradmap.distributed import summed
 from gradmap.errors import UserError
 from gradmap.importance import require_finite
-from gradmap.layerwise import capturing, losses_from, record_layer_calls, stacked_on_cpu
+from gradmap.layerwise import capturing, divergences_from, record_layer_calls, stacked_on_cpu
 from gradmap.processes import process_count, process_rank
 from gradmap.selection import Advance, Selection, Subject
 from gradmap.selectors.racing import Race, laps
@@ -76,17 +80,18 @@ class States:
 
 @dataclass(frozen=True)
 class Trial:
-    """A layer left out. repair: S (d, d) float64. losses: (m,) float64, nats per token of the samples it was measured
-    on. behind: their states in the layers behind it."""
+    """A layer left out. repair: S (d, d) float64. divergences: (m,) float64, nats per token of the samples it was
+    measured on. behind: their states in the layers behind it."""
 
     layer: int
     repair: Tensor
-    losses: Tensor
+    divergences: Tensor
     behind: States
 
 
 class RepairScorer:
-    """The loss that a removal adds after its repair, nats per token. The first layer has none before it, and stays.
+    """The divergence that a removal adds after its repair, nats per token. The first layer has none before it, and
+    stays.
 
     Of several processes, each tries another layer.
     """
@@ -115,9 +120,10 @@ class RepairScorer:
         self._fitted, self._measured = (
             self._run(record_layer_calls(model, self._layers, ids)[0]) for ids in (fit_ids, self._measure_ids)
         )
-        self._losses = self._losses_of(self._measured, self._measure_ids)
-        require_finite(self._losses, len(calibration.fit_ids))
         self._wanted = self._fitted.entering[1:]  # what each layer gives in the dense model
+        self._wanted_at_last = self._measured.entering[-1]
+        self._divergences = self._divergences_of(self._measured, slice(None))
+        require_finite(self._divergences, len(calibration.fit_ids))
         self._leader: Trial | None = None  # of the round, if it was tried in this process
 
     def work(self, alive: int) -> int:
@@ -131,11 +137,12 @@ class RepairScorer:
         bounds = so_far.steps[-1].scores if so_far.steps else {}
         costs = {layer: bounds.get(layer, -math.inf) for layer in candidates}
         untried = sorted(candidates, key=(costs if bounds else self._influences()).__getitem__)
-        race, base = Race(len(self._measure_ids)), self._losses.mean().item()
+        race, base = Race(len(self._measure_ids)), self._divergences.mean().item()
         while untried and race.best_mean - base >= costs[untried[0]]:
             group, untried = untried[: process_count()], untried[process_count() :]
-            for layer, losses in zip(group, self._try_each(group, race), strict=True):
-                costs[layer] = race.enter(losses) - base
+            for layer, divergences in zip(group, self._try_each(group, race), strict=True):
+                if race.best_mean - base >= costs[layer]:  # else one process alone would not have tried it
+                    costs[layer] = race.enter(divergences) - base
             advance(len(group))
         advance(len(self._alive) - len(candidates) + len(untried))
         return costs
@@ -154,13 +161,13 @@ class RepairScorer:
         return dict(zip(self._alive, (1 - stacked_on_cpu(cosines).double()).tolist(), strict=True))
 
     def _try_each(self, group: Sequence[int], race: Race) -> list[Tensor]:
-        """The losses of each layer (m,), float64; m differs. Each process tries one."""
+        """The divergences of each layer (m,), float64; m differs. Each process tries one."""
         known = torch.zeros(len(group), len(self._measure_ids) + 1, dtype=torch.float64)
         if process_rank() < len(group):
             own = self._try(group[process_rank()], race)
-            known[process_rank(), : len(own.losses)] = own.losses
-            known[process_rank(), -1] = len(own.losses)
-            if not race.is_behind(own.losses):
+            known[process_rank(), : len(own.divergences)] = own.divergences
+            known[process_rank(), -1] = len(own.divergences)
+            if not race.is_behind(own.divergences):
                 self._leader = own
         return [row[: int(row[-1])] for row in summed(known)]
 
@@ -168,15 +175,14 @@ class RepairScorer:
         """Measures lap after lap until the layer is lost, or all samples were measured."""
         place, repair = self._alive.index(layer), self._fit(layer)
         laps_behind: list[States] = []
-        losses = torch.zeros(0, dtype=torch.float64)
+        divergences = torch.zeros(0, dtype=torch.float64)
         for samples in laps(len(self._measure_ids), self._batches.size):
-            ids = self._measure_ids[samples]
             leaving = repaired(*self._measured.before(place, samples, repair.device), repair)
             laps_behind.append(self._run(leaving, place + 1))
-            losses = torch.cat([losses, self._losses_of(laps_behind[-1], ids)])
-            if race.is_lost(losses):
+            divergences = torch.cat([divergences, self._divergences_of(laps_behind[-1], samples)])
+            if race.is_lost(divergences):
                 break
-        return Trial(layer, repair, losses, States.joined(laps_behind))
+        return Trial(layer, repair, divergences, States.joined(laps_behind))
 
     def _adopt(self, layer: int) -> None:
         """Removes the layer; the repair stays."""
@@ -189,7 +195,7 @@ class RepairScorer:
         behind = self._run(leaving, place + 1)
         self._fitted = self._fitted.without(place, trial.repair, behind)
         self._measured = self._measured.without(place, trial.repair, trial.behind)
-        self._losses = trial.losses
+        self._divergences = trial.divergences
         self._changes[before] = (*self._changes.get(before, ()), Projection(plus_identity(trial.repair)))
         self._changes.pop(Place(layer, before.target), None)
         self._removed += (layer,)
@@ -202,17 +208,19 @@ class RepairScorer:
         gram, cross = ridge_sums(added, widened(wanted) - widened(given), wanted)
         return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean())
 
-    def _losses_of(self, states: States, input_ids: Tensor) -> Tensor:
-        """Cross-entropy of each sample, (n,) float64, nats per token, given what leaves the last layer."""
-        model = self._subject.model
+    def _divergences_of(self, states: States, samples: slice) -> Tensor:
+        """Of each of these samples to measure on, (n,) float64, nats per token, given what leaves the last layer."""
+        model, input_ids = self._subject.model, self._measure_ids[samples]
         hidden = states.entering[-1].to(model.device, non_blocking=True)
-        losses = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+        wanted = self._wanted_at_last[samples].to(model.device, non_blocking=True)
+        divergences = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
 
-        def run_batch(samples: slice) -> None:
-            losses[samples] = losses_from(model, self._layers, hidden[samples], input_ids[samples]).double()
+        def run_batch(batch: slice) -> None:
+            states = hidden[batch], wanted[batch]
+            divergences[batch] = divergences_from(model, self._layers, *states, input_ids[batch]).double()
 
         self._batches.run(len(hidden), run_batch)
-        return losses.cpu() / (input_ids.shape[1] - 1)
+        return divergences.cpu() / input_ids.shape[1]
 
     def _run(self, hidden: Tensor, place: int = 0) -> States:
         """Through the layers that are left from `place` on, with the repairs so far.

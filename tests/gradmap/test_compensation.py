@@ -10,7 +10,7 @@ from gradmap.architectures import architecture_of, without_layers
 from gradmap.batching import Batches
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
-from gradmap.compensation import Compensation, Pruned, pruned_loss, run_and_capture
+from gradmap.compensation import Compensation, Pruned, run_and_capture
 from gradmap.compensators import COMPENSATORS
 from gradmap.compensators.adam import errors_of_output, objective, train_projection
 from gradmap.compensators.projection import mean_drift, project_most_drifted
@@ -25,6 +25,7 @@ from gradmap.compensators.ridge import (
 )
 from gradmap.corrections import Place, Projection, linear_output, pruned_and_corrected
 from gradmap.errors import UserError
+from gradmap.layerwise import sample_divergences_reference
 from tests.conftest import BOOLQ, CORRECTABLE
 
 REMOVED = (1, 3)
@@ -169,7 +170,7 @@ def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied
     compensation = project_most_drifted(pruned)
     (correction,) = compensation.corrections
     assert correction.accepted
-    assert (correction.held_out_loss_before, correction.held_out_loss_after) == (None, None)
+    assert (correction.held_out_divergence_before, correction.held_out_divergence_after) == (None, None)
     added, missing = activations(pruned, refit=False, layer=correction.place.layer)
     identity = torch.eye(added.shape[1], dtype=torch.float64)
 
@@ -184,14 +185,14 @@ def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied
 
 def test_repairs_that_are_always_accepted_are_applied_though_they_do_harm(picos, input_ids):
     class Worse(Pruned):
-        def loss(self, changes):
+        def divergence(self, changes):
             return float(len(changes))
 
     pruned = prune(picos["llama"], input_ids)
     for accept_all in (False, True):
         judged = Worse(*vars(replace(pruned, accept_all=accept_all)).values()).judge([(Place(4, "x"), None)], {})
         assert [one.accepted for one in judged] == [accept_all]
-        assert Compensation(judged).held_out_loss == float(accept_all)
+        assert Compensation(judged).held_out_divergence == float(accept_all)
 
 
 def test_adam_trains_in_float32_whatever_the_model_is_in(picos, input_ids):
@@ -207,7 +208,7 @@ def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
     (trained,), (exact,) = (COMPENSATORS[name](pruned).corrections for name in ("projection-adam", "projection"))
     assert trained.place == exact.place
-    assert trained.held_out_loss_before == pytest.approx(exact.held_out_loss_before, rel=1e-12)
+    assert trained.held_out_divergence_before == pytest.approx(exact.held_out_divergence_before, rel=1e-12)
 
 
 def test_drift_is_the_distance_of_mean_outputs(pico, input_ids):
@@ -248,13 +249,17 @@ def test_the_correction_is_chosen_and_judged_on_held_out_samples(pico, input_ids
     compensation = project_most_drifted(pruned)
     (correction,) = compensation.corrections
     assert correction.place.layer == max(compensation.drift, key=compensation.drift.get)
-    held_out = calibration.held_out_ids
-    before, after = (
-        pruned_loss(pruned.model, pico.architecture, held_out, REMOVED, changes, Batches(3))
-        for changes in ({}, {correction.place: [correction.change]})
-    )
-    assert correction.held_out_loss_before == pytest.approx(before, rel=1e-9)
-    assert correction.held_out_loss_after == pytest.approx(after, rel=1e-9)
+    model, held_out = pruned.model, calibration.held_out_ids
+    dense = model(input_ids=held_out).logits
+
+    def divergence(changes):
+        with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
+            logits = model(input_ids=held_out).logits
+        return sample_divergences_reference(logits, dense).sum().item() / held_out.numel()
+
+    before, after = divergence({}), divergence({correction.place: [correction.change]})
+    assert correction.held_out_divergence_before == pytest.approx(before, rel=1e-9)
+    assert correction.held_out_divergence_after == pytest.approx(after, rel=1e-9)
     assert correction.accepted == (after < before)
 
 
@@ -265,7 +270,7 @@ def test_runs_are_repaired_in_the_layer_before_them(picos, input_ids, removed):
 
 
 @pytest.mark.parametrize("name", ["sequential", "refit", "distil"])
-def test_only_what_lowers_the_held_out_loss_is_kept(pico, input_ids, name):
+def test_only_what_brings_the_model_nearer_to_the_dense_one_is_kept(pico, input_ids, name):
     if name == "refit" and pico.architecture.expert_down_projections is not None:
         with pytest.raises(UserError, match="use sequential"):
             COMPENSATORS[name](prune(pico, input_ids))
@@ -273,11 +278,12 @@ def test_only_what_lowers_the_held_out_loss_is_kept(pico, input_ids, name):
     pruned = prune(pico, input_ids)
     whole = pruned.model(input_ids=input_ids).logits
     compensation = COMPENSATORS[name](pruned)
-    losses = [pruned.loss({})]
-    for before, after in {(one.held_out_loss_before, one.held_out_loss_after): 0 for one in compensation.corrections}:
-        assert before == pytest.approx(losses[-1], rel=1e-9)
-        losses.append(min(before, after))
-    assert pruned.loss(compensation.changes) == pytest.approx(losses[-1], rel=1e-9)
+    divergences = [pruned.divergence({})]
+    judged = [(one.held_out_divergence_before, one.held_out_divergence_after) for one in compensation.corrections]
+    for before, after in dict.fromkeys(judged):
+        assert before == pytest.approx(divergences[-1], rel=1e-9)
+        divergences.append(min(before, after))
+    assert pruned.divergence(compensation.changes) == pytest.approx(divergences[-1], rel=1e-9)
     torch.testing.assert_close(pruned.model(input_ids=input_ids).logits, whole, rtol=0, atol=0)
 
 
@@ -311,5 +317,5 @@ def test_a_real_model_is_repaired(smollm2):
     model, architecture = load_model(smollm2, "float32"), architecture_of(smollm2.config)
     pruned = Pruned(model, architecture, calibration, (13, 14, 16), Batches(4))
     names = ("none", "sequential", "refit", "distil")
-    losses = {name: pruned.loss(COMPENSATORS[name](pruned).changes) for name in names}
-    assert losses["none"] > losses["sequential"] > losses["refit"] > losses["distil"]
+    divergences = {name: pruned.divergence(COMPENSATORS[name](pruned).changes) for name in names}
+    assert sorted(divergences, key=divergences.__getitem__, reverse=True) == list(names)

@@ -83,7 +83,7 @@ def test_two_processes_repair_as_one_does(picos, word_file, tmp_path):
     one, two = plans
     assert one["removal_order"] == two["removal_order"]
     for a, b in zip(one["corrections"], two["corrections"], strict=True):  # sums in another order, over many steps
-        assert b["held_out_loss_after"] == pytest.approx(a["held_out_loss_after"], rel=1e-6)
+        assert b["held_out_divergence_after"] == pytest.approx(a["held_out_divergence_after"], rel=1e-6)
 
 
 def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path):

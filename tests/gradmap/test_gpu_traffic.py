@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from gradmap.batching import Batches
 from gradmap.calibration import Calibration
-from gradmap.compensation import Compensation, Correction, Pruned, pruned_loss
+from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators.distil import Lessons, train_low_rank, uniform_numbers, write_on, written_by_dense
 from gradmap.compensators.projection import mean_drift
 from gradmap.compensators.ridge import Fit, accumulate_gram, fit_correction
@@ -128,7 +128,7 @@ def first_training_steps(pico, model, size):
 
 @step(once=(3, 7))
 def repair_start(pico, model, size):
-    return lambda: repair_scorer(pico, model, size)._losses
+    return lambda: repair_scorer(pico, model, size)._divergences
 
 
 @step(layer=(1, 3))  # a layer that is tried is fitted, runs through the output layer, and is compared
@@ -151,35 +151,36 @@ def drift(pico, model, size):
     return lambda: list(mean_drift(pruned(pico, model, size)).values())
 
 
-@step(once=(3, 7), batch=(0, 2))  # it walks the dense model, the pruned one, and that with held-out samples
+@step(once=(4, 10), batch=(0, 2))  # it walks the dense model and the pruned one, with held-out samples too
 def gram_matrices(pico, model, size):
     return lambda: accumulate_gram(pruned(pico, model, size), Fit(0, 1, "refit", True), {})
 
 
-@step(once=(6, 16), batch=(0, 2))
+@step(once=(7, 19), batch=(0, 2))
 def refit(pico, model, size):
     """With two lambdas to choose from."""
     return lambda: fit_correction(pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2]).change.matrix
 
 
-@step(once=(17, 50), batch=(0, 2))
+@step(once=(19, 56), batch=(0, 2))
 def refits_before_two_runs(pico, model, size):
-    """With all lambdas to choose from, of which up to ten are tried here; each takes one copy and three waits."""
+    """With all lambdas to choose from, of which up to eleven are tried here; each takes one copy and three waits."""
     without_two = replace(pruned(pico, model, size), removed=(1, 3))
     return lambda: [one.change.matrix for one in refit_before_runs(without_two).corrections]
 
 
 @step(once=(1, 1), batch=(0, 1))
-def loss_of_a_walk(pico, model, size):
+def divergence_of_a_walk(pico, model, size):
     walk = pruned(pico, model, size).walk(range(size.layers), size.input_ids)
     walk.go_to(1, {})
-    return lambda: walk.loss({})
+    wanted = walk.hidden.flip(0)
+    return lambda: walk.divergence(wanted, {})
 
 
-@step(once=(2, 3), batch=(0, 2), correction=(1, 1))
-def loss_of_a_plan(pico, model, size):
+@step(once=(3, 6), batch=(0, 2), correction=(1, 1))  # it walks the dense model as well
+def divergence_of_a_plan(pico, model, size):
     changes = plan_changes(pico, model)
-    return lambda: pruned_loss(model, pico.architecture, size.input_ids, REMOVED, changes, Batches(size.batch))
+    return lambda: pruned(pico, model, size).divergence(changes)
 
 
 @step(once=(3, 1))  # prompts and random numbers there, and tokens back

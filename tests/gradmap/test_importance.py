@@ -11,7 +11,14 @@ from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.errors import UserError
 from gradmap.gradient_norms import direct_squares, ghost_is_cheaper, ghost_squares, gradient_norms
 from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
-from gradmap.layerwise import losses_from, sample_losses
+from gradmap.layerwise import (
+    divergences_from,
+    logits_from,
+    losses_from,
+    run_layers,
+    sample_divergences_reference,
+    sample_losses,
+)
 from gradmap.precision import computing_in, count_parameters
 from tests.conftest import BOOLQ, LAYERS, VOCABULARY
 
@@ -73,6 +80,18 @@ def test_loss_and_its_gradient_are_those_of_cross_entropy(picos, input_ids):
     expected = sample_losses(capped, input_ids)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), hidden)[0])
+
+
+def test_divergences_are_those_of_the_definition(picos, input_ids):
+    model = picos["gemma2"].load()  # whose logits are capped
+    layers = picos["gemma2"].architecture.layer_list(model)
+    hidden = run_layers(model, layers, input_ids)
+    other = hidden + 0.1 * hidden.roll(1, dims=0)
+    logits, dense = (logits_from(model, layers, states, input_ids) for states in (other, hidden))
+    expected = sample_divergences_reference(logits, dense)
+    assert expected.min() > 1e-3
+    actual = divergences_from(model, layers, other, hidden, input_ids)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("logits_bytes", [1, LOGITS_BYTES["cpu"]])

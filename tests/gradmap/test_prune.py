@@ -52,9 +52,8 @@ def test_the_plan_can_be_recomputed_from_its_own_files(planned):
 def test_plan_json_keeps_the_agreed_names(planned):
     contents = json.loads((planned[1] / "plan.json").read_text())
     assert {"removal_order", "steps", "corrections", "calibration", "recipe", "base_model"} <= contents.keys()
-    assert {"layer", "target", "lambda", "held_out_loss_before", "held_out_loss_after"} <= contents["corrections"][
-        0
-    ].keys()
+    (correction,) = contents["corrections"]
+    assert {"layer", "target", "lambda", "held_out_divergence_before", "held_out_divergence_after"} <= correction.keys()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -172,7 +171,7 @@ def test_a_tampered_plan_is_refused(planned, tmp_path):
     contents = json.loads((planned[1] / "plan.json").read_text())
     for key, value, message in (
         ("schema_version", 99, "schema 99"),
-        ("schema_version", 2, "plan schema 2, this version reads 3; prune again"),
+        ("schema_version", 3, "plan schema 3, this version reads 4; prune again"),
         ("removal_order", contents["removal_order"][::-1], "contradicts itself"),
         ("surprise", 1, "surprise"),
     ):
@@ -194,15 +193,15 @@ def test_the_published_method_fits_on_all_samples_and_applies_what_it_fitted(pla
     assert plan.calibration.held_out_samples == 0
     (correction,) = plan.corrections
     assert correction.accepted
-    assert correction.held_out_loss_after is None
+    assert correction.held_out_divergence_after is None
     assert "nothing was held out to judge it by" in plan.repairs[0].describe()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--selector", "repair", "--held-out", 0), "repair chooses by the loss on held-out samples"),
-        (("--compensator", "refit", "--held-out", 0), "refit chooses by the loss on held-out samples"),
+        (("--selector", "repair", "--held-out", 0), "repair chooses by what it does on held-out samples"),
+        (("--compensator", "refit", "--held-out", 0), "refit chooses by what it does on held-out samples"),
         (("--accept", "held-out"), "give --accept always"),
         (("--accept", "never"), "give held-out or always"),
         (("--held-out", 12), "leaves none to fit on"),

@@ -9,15 +9,13 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from gradmap.architectures import architecture_of, without_layers
-from gradmap.batching import Batches
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
-from gradmap.compensation import pruned_loss, run_and_capture
+from gradmap.compensation import run_and_capture
 from gradmap.compensators.ridge import solve_ridge_reference
 from gradmap.corrections import linear_output
 from gradmap.errors import UserError
-from gradmap.layerwise import LayerCall
-from gradmap.plan import load_changes, load_plan
+from gradmap.layerwise import LayerCall, sample_divergences_reference
 from gradmap.precision import computing_in
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import NOT_NESTED, SELECTORS
@@ -27,7 +25,7 @@ from gradmap.selectors.repair import RepairScorer
 from gradmap.selectors.weights import taylor_scores
 from gradmap.selectors.window import window_influences, window_influences_reference
 from tests.command_line import gradmap
-from tests.conftest import BOOLQ, CORRECTABLE, LAYERS, VOCABULARY
+from tests.conftest import BOOLQ, CORRECTABLE, LAYERS, VOCABULARY, perplexity_of_plan
 from tests.gradmap.test_prune import prune_arguments
 
 
@@ -146,14 +144,13 @@ def mend_by_hand(pico, model, ids, before, wanted):
     )
 
 
-def mean_loss(model, ids):
-    logits = model(input_ids=ids).logits[:, :-1]
-    return cross_entropy(logits.flatten(end_dim=1), ids[:, 1:].flatten()).item()
+def mean_divergence(model, ids, dense):
+    return sample_divergences_reference(model(input_ids=ids).logits, dense).sum().item() / ids.numel()
 
 
 @pytest.mark.parametrize("removed", [(), (2,), (4,), (3, 2), (3, 4)])
 @pytest.mark.parametrize("family", CORRECTABLE)
-def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, family, removed):
+def test_repair_scores_are_divergences_after_a_repair_by_hand(picos, input_ids, family, removed):
     """Also in later rounds, which go on from what those before them left: a repair in front of which another layer may
     go (4), one in a layer that went itself (3, 2), and two in one layer (3, 4)."""
     pico = picos[family]
@@ -166,14 +163,15 @@ def test_repair_scores_are_losses_after_a_repair_by_hand(picos, input_ids, famil
         before = max(other for other in range(layer) if other not in gone)
         with without_layers(model, pico.architecture, gone):
             mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
+    dense = pico.load()(input_ids=calibration.held_out_ids).logits
     with without_layers(model, pico.architecture, removed):
-        whole = mean_loss(model, calibration.held_out_ids)
+        whole = mean_divergence(model, calibration.held_out_ids, dense)
     expected = {}
     for layer in (layer for layer in range(1, LAYERS) if layer not in removed):
         before = max(other for other in range(layer) if other not in removed)
         with without_layers(model, pico.architecture, sorted({*removed, layer})):
             hook = mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
-            expected[layer] = mean_loss(model, calibration.held_out_ids) - whole
+            expected[layer] = mean_divergence(model, calibration.held_out_ids, dense) - whole
             hook.remove()
     unknown = dict.fromkeys(range(1, LAYERS), -math.inf)
     so_far = Selection(tuple(Step(unknown, (layer,)) for layer in removed))
@@ -203,10 +201,11 @@ def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, mon
     measured = {}
     run = RepairScorer._try
     monkeypatch.setattr("gradmap.selectors.racing.CLEARLY", 0.3)  # layers of a random model are much alike
+    monkeypatch.setattr("gradmap.selectors.racing.AT_LEAST", 0.15)
 
     def spy(self, layer, race):
         trial = run(self, layer, race)
-        measured[layer] = len(trial.losses)
+        measured[layer] = len(trial.divergences)
         return trial
 
     monkeypatch.setattr(RepairScorer, "_try", spy)
@@ -261,17 +260,14 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
     arguments = prune_arguments(picos[family], word_file, tmp_path / "plan")
     finished = gradmap(*arguments, "--selector", selector, "--compensator", "distil")
     assert finished.returncode == 0, finished.stderr
-    plan = load_plan(tmp_path / "plan")
     (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(400)))
     text = ("--perplexity", f"own=file:{tmp_path}/other.txt", "--segment", 16, "--dtype", "float64")
     out = tmp_path / "eval.json"
     finished = gradmap(*("eval", "--model", picos[family].directory, "--plan", tmp_path / "plan", *text, "--out", out))
     assert finished.returncode == 0, finished.stderr
-    model, architecture = picos[family].load(), picos[family].architecture
     ids = torch.tensor([3 + (7 * index) % 190 for index in range(400)]).reshape(25, 16)
-    loss = pruned_loss(model, architecture, ids, plan.removal_order, load_changes(tmp_path / "plan", plan), Batches(5))
     measured = json.loads(out.read_text())["pruned"]["perplexity"]["own"]["value"]
-    assert measured == pytest.approx(math.exp(loss), rel=1e-6)
+    assert measured == pytest.approx(perplexity_of_plan(picos[family], tmp_path / "plan", ids), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, LAYERS - 1])

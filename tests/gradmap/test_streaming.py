@@ -59,7 +59,7 @@ def test_a_layer_is_read_only_where_it_runs(picos, input_ids, monkeypatch):
     monkeypatch.setattr(_TensorsOnDisk, "read", lambda self, layer: reads.append(layer) or read(self, layer))
     walk = Walk(model, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids)))
     walk.go_to(2, {})
-    walk.loss({})
+    walk.divergence(walk.hidden, {})
     assert reads == [0, 2, 4]
     reads.clear()
     streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
@@ -131,10 +131,9 @@ def test_a_layer_that_was_read_in_vain_is_let_go(picos, input_ids, monkeypatch, 
     read_ahead(monkeypatch)
     pico = picos["mixtral"]
     model, whole = load_model(pico.checkpoint, "float64", streamed=True), pico.load()
-    losses = [
-        Walk(one, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids))).loss({}) for one in (model, whole)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-7)
+    walks = [Walk(one, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids))) for one in (model, whole)]
+    streamed, at_once = (walk.divergence(walks[1].hidden, {}) for walk in walks)
+    assert streamed == pytest.approx(at_once, rel=1e-7)
     assert layers_in_memory(pico, model) == 1
 
 
