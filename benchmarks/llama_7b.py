@@ -142,7 +142,8 @@ def train(case: Case) -> Facts:
     """With what it learns from: what the dense model gives on the samples, and what it writes."""
     pruned, fit_ids = case.pruned, case.calibration.fit_ids
     known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    return {"corrections": len(train_low_rank(pruned, Compensation(), known))}
+    lessons = known.followed_by(written_by_dense(pruned))
+    return {"corrections": len(train_low_rank(pruned, Compensation(), lessons))}
 
 
 def predict_training(task: Task, hardware: Hardware) -> float:

@@ -23,7 +23,7 @@ LEAST_SAMPLES = 16
 
 def samples_within_budget(checkpoint: Checkpoint, settings: PruneSettings, dtype: str) -> int:
     """How many of the samples this machine is estimated to choose and repair with in the budget; says so if it is not
-    all. With samples everything shrinks: what is fitted, measured, written and trained on.
+    all. With samples shrinks what is fitted, measured and trained on.
 
     dtype: what is computed in. Raises UserError if the costs of the methods, or the model's sizes, are not known.
     """

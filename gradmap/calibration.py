@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class Calibration:
     @property
     def held_out_ids(self) -> Tensor:
         return self.input_ids[len(self.input_ids) - self.held_out_samples :]
+
+    def fitted_also_on(self, input_ids: Tensor) -> Calibration:
+        """With more samples to fit on, (n, T), and the same ones held out."""
+        together = torch.cat([self.fit_ids, input_ids, self.held_out_ids])
+        return replace(self, input_ids=together, held_out=self.held_out_samples)
 
 
 def hash_token_ids(input_ids: Tensor) -> str:

@@ -19,8 +19,8 @@ HELD_OUT_FRACTION = 0.25
 # gradmap.selectors.repair: tokens that a selection fits and measures on.
 SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
 # gradmap.compensators.distil: samples that the dense model writes for each that is fitted on, and how many at once; the
-# rank of what is trained, and samples of a step.
-WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES = 2, 64, 16, 4
+# rank of what is trained, and samples of a step; tokens that a closed form is fitted on, for each input of a map.
+WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES, TOKENS_PER_INPUT = 2, 64, 16, 4, 8
 # Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are tried in each.
 TRIED_IN_LATER_ROUNDS = 2.7
 # Likewise, so many lambdas are tried in each fit.
@@ -73,9 +73,12 @@ class CalibrationSize:
     def held_out_tokens(self) -> int:
         return self.held_out * self.tokens
 
-    @property
-    def written(self) -> int:
-        return WRITTEN_PER_SAMPLE * self.fit
+    def lacking(self, inputs: float) -> int:
+        """Samples that `distil` fits on beside these, where a map has so many inputs."""
+        return max(0, math.ceil(TOKENS_PER_INPUT * inputs / self.tokens) - self.fit)
+
+    def written(self, inputs: float) -> int:
+        return max(WRITTEN_PER_SAMPLE * self.fit, self.lacking(inputs))
 
     @property
     def select_fit_tokens(self) -> int:
@@ -175,39 +178,52 @@ def _mean_left(shape: Shape, rounds: int) -> float:
     return shape.layers - (rounds - 1) / 2
 
 
-def fits_flops(shape: Shape, remove: int, runs: int, features: float, size: CalibrationSize = DEFAULT_SIZE) -> float:
+def fits_flops(
+    shape: Shape, remove: int, runs: int, features: float, size: CalibrationSize = DEFAULT_SIZE, more: int = 0
+) -> float:
     """A fit before each run of removed layers. Of all runs together, the dense model is walked through to its end, by
     all samples, and the pruned one to the last of them; a layer that is fitted runs once more; and each lambda is tried
     on what is behind it, half of what is left.
 
-    features: what is fitted from, d (W') or k (the down projection itself). Solutions are left out.
+    features: what is fitted from, d (W') or k (the down projection itself). more: samples that the dense model wrote.
+    Solutions are left out.
     """
+    fit_tokens = size.fit_tokens + more * size.tokens
     left = shape.layers - remove
     last = left * runs / (runs + 1)  # as far as the last of so many places reaches on average
-    walks = size.fit_tokens * shape.layer_flops(shape.layers + last + runs)
+    walks = fit_tokens * shape.layer_flops(shape.layers + last + runs)
     walks += size.held_out_tokens * shape.layer_flops(shape.layers + last)
     trials = (1 + runs * LAMBDAS) * size.held_out_tokens * (shape.forward_flops(left / 2) + shape.head_flops)
-    return walks + trials + runs * size.fit_tokens * 2 * features * (features + shape.width)
+    return walks + trials + runs * fit_tokens * 2 * features * (features + shape.width)
 
 
 def refit_flops(shape: Shape, remove: int, runs: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
     return fits_flops(shape, remove, runs, shape.inner, size)
 
 
-def training_flops(shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
+def distil_inputs(shape: Shape, correctable: bool = True) -> float:
+    """Of the maps that `distil` fits: of experts, which are too many to refit, what they give is fitted on."""
+    if not correctable:
+        return 0.0
+    return shape.width if shape.experts else shape.inner
+
+
+def training_flops(shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True) -> float:
     """`distil` after that: the dense model's logits, whose hidden states are known; the pruned model forward and,
     through its activations, backward; the low-rank corrections of every map likewise, and their own gradients; in the
     end the held-out divergence."""
     left = shape.layers - remove
     pruned = shape.forward_flops(left)
     corrections = 3 * 2 * RANK * left * (shape.map_inputs + shape.map_outputs)
-    lessons = (size.fit + size.written) * size.tokens
+    lessons = (size.fit + size.written(distil_inputs(shape, correctable))) * size.tokens
     return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * (pruned + shape.head_flops)
 
 
-def writing_seconds(shape: Shape, hardware: Hardware, size: CalibrationSize = DEFAULT_SIZE) -> float:
+def writing_seconds(
+    shape: Shape, hardware: Hardware, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True
+) -> float:
     """What the dense model writes, a token of some samples at a time."""
-    steps = size.tokens * size.written / WRITTEN_TOGETHER
+    steps = size.tokens * size.written(distil_inputs(shape, correctable)) / WRITTEN_TOGETHER
     return steps * token_seconds(shape, hardware, WRITTEN_TOGETHER)
 
 
@@ -268,21 +284,22 @@ def repair_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float 
     """None for a compensator whose costs are not known here."""
     shape = hardware.sees(shape)
     remove, runs, size = pruning.remove, pruning.runs, pruning.size
-    fits = 0.0
-    if pruning.correctable:
-        wide = pruning.compensator in ("refit", "distil") and not shape.experts  # whose experts are too many to refit
-        fits = fits_flops(shape, remove, runs, shape.inner if wide else shape.width, size)
+    inputs = distil_inputs(shape, pruning.correctable)
+
+    def fits(features: float, more: int = 0) -> float:
+        return fits_flops(shape, remove, runs, features, size, more) if pruning.correctable else 0.0
+
     drift = size.fit_tokens * shape.layer_flops(2 * shape.layers - remove)
     flops = {
         "none": 0.0,
-        "refit": fits,
-        "sequential": fits,
-        "distil": fits + training_flops(shape, remove, size),
+        "refit": fits(shape.inner),
+        "sequential": fits(shape.width),
+        "distil": fits(inputs, size.lacking(inputs)) + training_flops(shape, remove, size, pruning.correctable),
         "projection": drift + fits_flops(shape, remove, 1, shape.width, size),
     }.get(pruning.compensator)
     if flops is None:
         return None
-    written_s = writing_seconds(shape, hardware, size) if pruning.compensator == "distil" else 0.0
+    written_s = writing_seconds(shape, hardware, size, pruning.correctable) if pruning.compensator == "distil" else 0.0
     return flops / hardware.sustained_flops + written_s
 
 

@@ -146,7 +146,9 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
     monkeypatch.setattr(costs, "LAMBDAS", len(tried))
     assert flops == pytest.approx(costs.refit_flops(shape, 1, 1, SIZE), rel=0.1)
     known = distilling.Lessons(subject.calibration.fit_ids, walks.dense.hidden)
-    training = counted(lambda: distilling.train_low_rank(subject, closed_form, known))
+    training = counted(
+        lambda: distilling.train_low_rank(subject, closed_form, known.followed_by(distilling.written_by_dense(subject)))
+    )
     one_flop_a_second = Hardware("one FLOP/s", 1.0, float("inf"), 0, efficiency=1.0)
     writing = costs.writing_seconds(shape, one_flop_a_second, SIZE)
     assert training == pytest.approx(costs.training_flops(shape, 1, SIZE) + writing, rel=0.1)
@@ -155,7 +157,7 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
 def test_choices_of_other_modules_are_the_same_here():
     assert costs.HELD_OUT_FRACTION == HELD_OUT_FRACTION
     assert (costs.SELECT_FIT_TOKENS, costs.SELECT_MEASURE_TOKENS) == (repair.FIT_TOKENS, repair.MEASURE_TOKENS)
-    names = ("WRITTEN_PER_SAMPLE", "WRITTEN_TOGETHER", "RANK", "STEP_SAMPLES")
+    names = ("WRITTEN_PER_SAMPLE", "WRITTEN_TOGETHER", "RANK", "STEP_SAMPLES", "TOKENS_PER_INPUT")
     assert [getattr(costs, name) for name in names] == [getattr(distilling, name) for name in names]
     assert set(costs.SELECTORS) <= set(SELECTORS)
 

@@ -1,8 +1,10 @@
 """What `distil` trains on, and what training and writing do."""
 
+import math
 from dataclasses import replace
 from importlib import import_module
 
+import pytest
 import torch
 
 from gradmap.compensation import Compensation
@@ -16,6 +18,7 @@ from gradmap.compensators.distil import (
     write_on,
     written_by_dense,
 )
+from gradmap.compensators.sequential import refit_before_runs
 from gradmap.corrections import linear_maps, pruned_and_corrected
 from gradmap.layerwise import logits_from, run_layers
 from tests.conftest import BOS
@@ -48,26 +51,30 @@ def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
     torch.testing.assert_close(written.outputs, outputs, rtol=1e-9, atol=1e-9)  # float64, through a KV cache
 
 
+def lessons_of(pruned):
+    fit_ids = pruned.calibration.fit_ids
+    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
+    return known.followed_by(written_by_dense(pruned))
+
+
 def test_training_sees_every_sample_and_all_that_the_dense_model_wrote_once(picos, input_ids, monkeypatch):
     pruned = prune(picos["llama"], input_ids)
-    fit_ids, seen = pruned.calibration.fit_ids, []
+    seen = []
     take_step = distilling._take_step
     monkeypatch.setattr(
         distilling,
         "_take_step",
         lambda pruned, step, *rest: (seen.append(step.input_ids), take_step(pruned, step, *rest)),
     )
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    train_low_rank(pruned, Compensation(), known)
-    expected = torch.cat([fit_ids, written_by_dense(pruned).input_ids])
+    distilling.distil(pruned)
+    expected = torch.cat([pruned.calibration.fit_ids, written_by_dense(pruned).input_ids])
     assert sorted(torch.cat(seen).tolist()) == sorted(expected.tolist())
 
 
 def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(picos, input_ids, monkeypatch, capsys):
     pruned = prune(picos["llama"], input_ids)
-    fit_ids = pruned.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    expected = train_low_rank(pruned, Compensation(), known)
+    lessons = lessons_of(pruned)
+    expected = train_low_rank(pruned, Compensation(), lessons)
     gradients = distilling._gradients
 
     def short_of_memory(pruned, ids, *rest):
@@ -76,11 +83,31 @@ def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(picos
         return gradients(pruned, ids, *rest)
 
     monkeypatch.setattr(distilling, "_gradients", short_of_memory)
-    actual = train_low_rank(pruned, Compensation(), known)
+    actual = train_low_rank(pruned, Compensation(), lessons)
     assert "going on with 1 samples at once" in capsys.readouterr().err
     for one, other in zip(actual, expected, strict=True):
         # gradients are sums in another order: of losses in float32. Adam's steps follow their sign where they are small
         torch.testing.assert_close(one.change.up, other.change.up, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_input", [0, 8])
+def test_where_tokens_are_few_what_the_dense_model_writes_is_fitted_on(picos, input_ids, monkeypatch, tokens_per_input):
+    pico = picos["llama"]
+    monkeypatch.setattr(distilling, "TOKENS_PER_INPUT", tokens_per_input)
+    pruned = replace(prune(pico, input_ids), accept_all=True)
+    known, held_out = pruned.calibration.fit_ids, pruned.calibration.held_out_ids
+    inputs = pico.load().config.intermediate_size
+    lacking = max(0, math.ceil(tokens_per_input * inputs / known.shape[1]) - len(known))
+    assert (lacking > 2 * len(known)) == (tokens_per_input > 0)
+    written = written_by_dense(pruned).input_ids
+    assert len(written) == max(2 * len(known), lacking)
+    together = torch.cat([known, written[:lacking], held_out])
+    calibration = replace(pruned.calibration, input_ids=together, held_out=len(held_out))
+    expected = refit_before_runs(replace(pruned, calibration=calibration)).corrections
+    actual = distilling.distil(pruned).corrections[: len(expected)]
+    for one, other in zip(actual, expected, strict=True):
+        assert one.place == other.place
+        torch.testing.assert_close(one.change.matrix, other.change.matrix, rtol=1e-9, atol=1e-12)
 
 
 def test_tokens_are_drawn_from_the_whole_distribution():
@@ -106,7 +133,7 @@ def test_what_the_dense_model_writes_begins_with_bos_where_samples_do(picos, inp
     pruned = replace(pruned, calibration=replace(pruned.calibration, bos=BOS))
     known = {tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
     written = written_by_dense(pruned).input_ids
-    assert written.shape == (2 * len(input_ids), input_ids.shape[1] + 1)
+    assert written.shape[1] == input_ids.shape[1] + 1
     assert set(written[:, 0].tolist()) == {BOS}
     prompts = {tuple(sample[1 : 1 + PROMPT_TOKENS].tolist()) for sample in written}
     assert prompts <= known  # which have no BOS
@@ -118,9 +145,7 @@ def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_clo
     model = pruned.model
     maps = dict(linear_maps(pico.architecture, model, pruned.kept))
     assert {place.layer for place in maps} == {0, 2, 4}
-    fit_ids = pruned.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    corrections = train_low_rank(pruned, Compensation(), known)
+    corrections = train_low_rank(pruned, Compensation(), lessons_of(pruned))
     assert {one.place for one in corrections if one.change.up.any()} == set(maps)
     wanted = model(input_ids=input_ids).logits.softmax(-1)
     distances = []

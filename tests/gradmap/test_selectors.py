@@ -176,7 +176,7 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(picos, input_ids, 
     unknown = dict.fromkeys(range(1, LAYERS), -math.inf)
     so_far = Selection(tuple(Step(unknown, (layer,)) for layer in removed))
     scores = RepairScorer(subject).score(so_far, lambda n: None)
-    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # losses are summed in float32
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # divergences are summed in float32
 
 
 def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(picos, input_ids, monkeypatch, capsys):
@@ -192,7 +192,7 @@ def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(pico
     monkeypatch.setattr(LayerCall, "run", short_of_memory)
     scores = RepairScorer(subject).score(Selection(()), lambda n: None)
     assert "going on with 1 samples at once" in capsys.readouterr().err
-    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # losses are summed in float32
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # divergences are summed in float32
 
 
 def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, monkeypatch):
