@@ -8,6 +8,8 @@ ones.
 Not the loss is measured, which asks for the one token that follows in the text: that depends far more on chance, and a
 fit to texts of one kind lowers it on such texts and raises it on others.
 
+Where a norm follows the down projection (Gemma 2 and 3), there is no such repair, and the removal itself is measured.
+
 Not everything is computed. Removals make others dearer, hardly ever cheaper, so that what a layer cost before is a
 lower bound, and trying stops where the bounds exceed the best (the lazy greedy algorithm, Minoux 1978). A layer that is
 clearly worse than the best is given up after a few samples (gradmap.selectors.racing). And what the layers before a
@@ -98,11 +100,7 @@ class RepairScorer:
 
     @torch.no_grad()
     def __init__(self, subject: Subject) -> None:
-        """Raises UserError if layers cannot be repaired, or are not in memory."""
-        if subject.architecture.uncorrectable is not None:
-            raise UserError(
-                f"--selector repair tries repairs, and {subject.architecture.uncorrectable}; use --selector sleb."
-            )
+        """Raises UserError if layers are not in memory."""
         if subject.streamed:
             raise UserError("--selector repair needs all weights in memory; leave out --stream, or use gradient.")
         self._subject = subject
@@ -151,6 +149,10 @@ class RepairScorer:
     def _alive(self) -> list[int]:
         return self._subject.alive(self._removed)
 
+    @property
+    def _repairable(self) -> bool:
+        return self._subject.architecture.uncorrectable is None
+
     def _influences(self) -> dict[int, float]:
         """How much each layer turns the hidden state. A layer that is easy to miss goes first, for all others are held
         against it."""
@@ -196,13 +198,18 @@ class RepairScorer:
         self._fitted = self._fitted.without(place, trial.repair, behind)
         self._measured = self._measured.without(place, trial.repair, trial.behind)
         self._divergences = trial.divergences
-        self._changes[before] = (*self._changes.get(before, ()), Projection(plus_identity(trial.repair)))
+        if self._repairable:
+            self._changes[before] = (*self._changes.get(before, ()), Projection(plus_identity(trial.repair)))
         self._changes.pop(Place(layer, before.target), None)
         self._removed += (layer,)
 
     def _fit(self, layer: int) -> Tensor:
-        """S (d, d) float64: what to add to the output of the layer before, as a map of what its FFN adds."""
+        """S (d, d) float64: what to add to the output of the layer before, as a map of what its FFN adds; nothing where
+        that is no linear map any more."""
         device = self._subject.model.device
+        if not self._repairable:
+            width = self._wanted[layer].shape[-1]
+            return torch.zeros(width, width, dtype=torch.float64, device=device)
         given, added = self._fitted.before(self._alive.index(layer), slice(None), device)
         wanted = self._wanted[layer].to(device, non_blocking=True)
         gram, cross = ridge_sums(added, widened(wanted) - widened(given), wanted)
