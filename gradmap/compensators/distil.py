@@ -20,10 +20,10 @@ from gradmap.architectures import Architecture
 from gradmap.batching import Batches, logits_batch, states_batch
 from gradmap.calibration import with_bos, without_bos
 from gradmap.compensation import Compensation, Correction, Pruned
-from gradmap.compensators.ridge import Walks
+from gradmap.compensators.ridge import TOKENS_PER_INPUT, Walks, fitted_inputs
 from gradmap.compensators.sequential import project_before_runs, refit_before_runs
 from gradmap.console import progress
-from gradmap.corrections import LowRank, followed_by, linear_maps, pruned_and_corrected, untrained_low_rank, weight_of
+from gradmap.corrections import LowRank, followed_by, linear_maps, pruned_and_corrected, untrained_low_rank
 from gradmap.distributed import (
     gathered,
     say_if_some_are_idle,
@@ -41,8 +41,6 @@ STEP_SAMPLES = 4
 WRITTEN_PER_SAMPLE = 2
 PROMPT_TOKENS = 4
 WRITTEN_TOGETHER = 64
-# With fewer tokens, a fit in closed form takes what the dense model writes as well.
-TOKENS_PER_INPUT = 8
 
 
 @dataclass(frozen=True)
@@ -75,22 +73,12 @@ def distil(pruned: Pruned) -> Compensation:
 
 
 def samples_lacking(pruned: Pruned) -> int:
-    """How many samples the closed form lacks: it fits noise where tokens are not many times the inputs of what it fits.
-
-    SmolLM2's refit gained a quarter less with 1.2 tokens for each input than with 8.
-    """
-    count, length = pruned.calibration.fit_ids.shape
-    return max(0, math.ceil(TOKENS_PER_INPUT * _fitted_inputs(pruned) / length) - count)
-
-
-def _fitted_inputs(pruned: Pruned) -> int:
-    """Of a map that the closed form changes; 0 if there is none."""
-    architecture = pruned.architecture
-    if architecture.uncorrectable is not None:
+    """How many samples the closed form lacks, with which the dense model helps out."""
+    if pruned.architecture.uncorrectable is not None:
         return 0
-    if architecture.expert_down_projections is not None:
-        return int(pruned.model.config.hidden_size)
-    return weight_of(architecture.down_projection_of(architecture.layer_list(pruned.model)[0])).shape[1]
+    count, length = pruned.calibration.fit_ids.shape
+    kind = "refit" if pruned.architecture.expert_down_projections is None else "left"
+    return max(0, math.ceil(TOKENS_PER_INPUT * fitted_inputs(pruned, kind) / length) - count)
 
 
 def _closed_form(pruned: Pruned, walks: Walks) -> Compensation:

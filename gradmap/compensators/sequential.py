@@ -7,7 +7,7 @@ runs see what earlier corrections did.
 from __future__ import annotations
 
 from gradmap.compensation import Compensation, Pruned
-from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, Walks, fit_correction
+from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, Walks, fit_correction, say_if_tokens_are_few
 
 
 def project_before_runs(pruned: Pruned, walks: Walks | None = None) -> Compensation:
@@ -21,6 +21,7 @@ def refit_before_runs(pruned: Pruned, walks: Walks | None = None) -> Compensatio
 
 
 def _fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
+    say_if_tokens_are_few(pruned, kind)
     so_far = Compensation()
     for run in pruned.runs():
         fit = Fit(*run, kind, weighted=True)

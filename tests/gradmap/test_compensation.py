@@ -287,6 +287,18 @@ def test_only_what_brings_the_model_nearer_to_the_dense_one_is_kept(pico, input_
     torch.testing.assert_close(pruned.model(input_ids=input_ids).logits, whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["sequential", "refit", "distil"])
+@pytest.mark.parametrize("enough", [False, True])
+def test_too_few_tokens_to_fit_on_are_told(picos, input_ids, capsys, monkeypatch, name, enough):
+    pruned = prune(picos["llama"], input_ids)
+    config, tokens = pruned.model.config, pruned.calibration.fit_ids.numel()
+    inputs = config.hidden_size if name == "sequential" else config.intermediate_size
+    monkeypatch.setattr("gradmap.compensators.ridge.TOKENS_PER_INPUT", tokens / inputs + (0 if enough else 0.01))
+    COMPENSATORS[name](pruned)
+    told = "tokens are few to fit so wide a map on" in capsys.readouterr().err
+    assert told == (not enough and name != "distil")  # which writes what is missing
+
+
 @pytest.mark.parametrize("name", ["sequential", "refit"])
 def test_repairs_before_runs_by_hand(picos, input_ids, name):
     """Towards what the last layer of each run gave in the dense model, the second one behind the first one's repair."""
