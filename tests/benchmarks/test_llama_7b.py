@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import typer
@@ -27,7 +28,7 @@ def test_a_step_that_fails_spoils_no_other_and_is_all_that_is_done_again(tmp_pat
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch, pytest.raises(typer.Exit):
-        patch.setattr(llama_7b, "written_by_dense", fail)
+        patch.setitem(llama_7b.STEPS, "writing", replace(llama_7b.STEPS["writing"], run=fail))
         drill(out)
     first = json.loads(out.read_text())["steps"]
     assert first.pop("writing") == {"error": "MemoryError: no room"}
