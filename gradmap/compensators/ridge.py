@@ -162,6 +162,7 @@ def fitted_inputs(pruned: Pruned, kind: str) -> int:
     """Of the map that a Fit of this kind finds: d of W', k of the down projection."""
     if kind == "left":
         return int(pruned.model.config.hidden_size)
+    _require_one_down_projection(pruned)
     layer = pruned.architecture.layer_list(pruned.model)[0]
     return weight_of(pruned.architecture.down_projection_of(layer)).shape[1]
 
