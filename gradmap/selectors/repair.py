@@ -8,7 +8,8 @@ ones.
 Not the loss is measured, which asks for the one token that follows in the text: that depends far more on chance, and a
 fit to texts of one kind lowers it on such texts and raises it on others.
 
-Where a norm follows the down projection (Gemma 2 and 3), there is no such repair, and the removal itself is measured.
+Where a norm follows the down projection (Gemma 2 and 3), there is no such repair. The removal itself is measured, on
+all samples, for none is fitted on.
 
 Not everything is computed. Removals make others dearer, hardly ever cheaper, so that what a layer cost before is a
 lower bound, and trying stops where the bounds exceed the best (the lazy greedy algorithm, Minoux 1978). A layer that is
@@ -107,8 +108,9 @@ class RepairScorer:
         self._layers = list(subject.architecture.layer_list(subject.model))
         model, calibration = subject.model, subject.calibration
         tokens = calibration.input_ids.shape[1]
-        fit_ids = calibration.fit_ids[: max(1, FIT_TOKENS // tokens)].to(model.device)
-        self._measure_ids = calibration.held_out_ids[: max(1, MEASURE_TOKENS // tokens)].to(model.device)
+        fit_ids = calibration.fit_ids[: max(1, FIT_TOKENS // tokens) if self._repairable else 1].to(model.device)
+        unseen = calibration.held_out_ids if self._repairable else calibration.input_ids
+        self._measure_ids = unseen[: max(1, MEASURE_TOKENS // tokens)].to(model.device)
         kept = STATES_PER_LAYER * (len(fit_ids) + len(self._measure_ids)) * tokens * len(self._layers)
         self._home = home_for(model, kept)
         self._batches = Batches(forward_batch(fit_ids, model.device))
