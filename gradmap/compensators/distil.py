@@ -21,7 +21,7 @@ from gradmap.batching import Batches, logits_batch, states_batch
 from gradmap.calibration import with_bos, without_bos
 from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators.ridge import TOKENS_PER_INPUT, Walks, fitted_inputs
-from gradmap.compensators.sequential import project_before_runs, refit_before_runs
+from gradmap.compensators.sequential import fit_before_runs
 from gradmap.console import progress
 from gradmap.corrections import LowRank, followed_by, linear_maps, pruned_and_corrected, untrained_low_rank
 from gradmap.distributed import (
@@ -66,7 +66,8 @@ def distil(pruned: Pruned) -> Compensation:
     calibration = pruned.calibration.fitted_also_on(written.input_ids[:lacking])
     pruned = replace(pruned, calibration=calibration)
     walks = Walks.start(pruned)
-    closed_form = _closed_form(pruned, walks)
+    kind = _closed_form_kind(pruned)
+    closed_form = Compensation() if kind is None else fit_before_runs(pruned, kind, walks)
     known = Lessons(calibration.fit_ids, gathered(walks.dense.finish({}), len(calibration.fit_ids)))
     trained = train_low_rank(pruned, closed_form, known.followed_by(written.behind(lacking)))
     return Compensation((*closed_form.corrections, *trained))
@@ -74,19 +75,18 @@ def distil(pruned: Pruned) -> Compensation:
 
 def samples_lacking(pruned: Pruned) -> int:
     """How many samples the closed form lacks, with which the dense model helps out."""
-    if pruned.architecture.uncorrectable is not None:
+    kind = _closed_form_kind(pruned)
+    if kind is None:
         return 0
     count, length = pruned.calibration.fit_ids.shape
-    kind = "refit" if pruned.architecture.expert_down_projections is None else "left"
     return max(0, math.ceil(TOKENS_PER_INPUT * fitted_inputs(pruned, kind) / length) - count)
 
 
-def _closed_form(pruned: Pruned, walks: Walks) -> Compensation:
+def _closed_form_kind(pruned: Pruned) -> str | None:
+    """Of a Fit; None where there is no closed form."""
     if pruned.architecture.uncorrectable is not None:
-        return Compensation()
-    if pruned.architecture.expert_down_projections is not None:  # too many to refit
-        return project_before_runs(pruned, walks)
-    return refit_before_runs(pruned, walks)
+        return None
+    return "refit" if pruned.architecture.expert_down_projections is None else "left"  # experts are too many to refit
 
 
 def train_low_rank(pruned: Pruned, so_far: Compensation, lessons: Lessons) -> tuple[Correction, ...]:

@@ -10,17 +10,18 @@ from gradmap.compensation import Compensation, Pruned
 from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, Walks, fit_correction, say_if_tokens_are_few
 
 
-def project_before_runs(pruned: Pruned, walks: Walks | None = None) -> Compensation:
+def project_before_runs(pruned: Pruned) -> Compensation:
     """One W' (d, d) for each run."""
-    return _fit_before_runs(pruned, "left", walks or Walks.start(pruned))
+    return fit_before_runs(pruned, "left", Walks.start(pruned))
 
 
-def refit_before_runs(pruned: Pruned, walks: Walks | None = None) -> Compensation:
+def refit_before_runs(pruned: Pruned) -> Compensation:
     """W_down (d, k) itself for each run: as many more weights to fit as the FFN is wider than the hidden state."""
-    return _fit_before_runs(pruned, "refit", walks or Walks.start(pruned))
+    return fit_before_runs(pruned, "refit", Walks.start(pruned))
 
 
-def _fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
+def fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
+    """Of a kind of Fit, one for each run."""
     say_if_tokens_are_few(pruned, kind)
     so_far = Compensation()
     for run in pruned.runs():

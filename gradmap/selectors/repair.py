@@ -138,10 +138,14 @@ class RepairScorer:
         costs = {layer: bounds.get(layer, -math.inf) for layer in candidates}
         untried = sorted(candidates, key=(costs if bounds else self._influences()).__getitem__)
         race, base = Race(len(self._measure_ids)), self._divergences.mean().item()
-        while untried and race.best_mean - base >= costs[untried[0]]:
+
+        def may_be_best(layer: int) -> bool:
+            return race.best_mean - base >= costs[layer]
+
+        while untried and may_be_best(untried[0]):
             group, untried = untried[: process_count()], untried[process_count() :]
             for layer, divergences in zip(group, self._try_each(group, race), strict=True):
-                if race.best_mean - base >= costs[layer]:  # else one process alone would not have tried it
+                if may_be_best(layer):  # else one process alone would not have tried it
                     costs[layer] = race.enter(divergences) - base
             advance(len(group))
         advance(len(self._alive) - len(candidates) + len(untried))

@@ -136,7 +136,7 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
 
     def fit():
         nonlocal closed_form
-        closed_form = sequential.refit_before_runs(subject, walks)
+        closed_form = sequential.fit_before_runs(subject, "refit", walks)
         walks.dense.finish({})
 
     tried = []
