@@ -18,16 +18,15 @@ from gradmap.costs import (
     default_seconds,
     prefill_speed_up,
     refit_flops,
-    repair_bytes,
     score_flops,
     score_seconds,
     selection_flops,
     sleb_flops,
-    streamed_bytes,
     token_seconds,
     training_flops,
     writing_seconds,
 )
+from gradmap.footprint import repair_bytes, streamed_bytes
 from gradmap.shape import Shape
 
 LLAMA_2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 1, 32000)

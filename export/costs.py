@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from export.reference import GREEDY_TOKENS, PROBE_SAMPLES, PROBE_TOKENS
 from export.runners.probe_io import MEMORY_SHARE
 from export.writers import ONNX_MEMORY_FACTOR
-from gradmap.costs import FLOAT32_BYTES, RUNTIME_BYTES, STARTING_S, Hardware, generation_seconds
+from gradmap.costs import STARTING_S, Hardware, generation_seconds
+from gradmap.footprint import FLOAT32_BYTES, RUNTIME_BYTES
 from gradmap.shape import Shape
 from gradmap.speed import Disk
 

@@ -1,4 +1,4 @@
-"""What pruning costs by arithmetic: FLOPs and bytes of each stage, and what they make of seconds on given hardware.
+"""What pruning costs by arithmetic: FLOPs of each stage, and what they make of seconds on given hardware.
 
 docs/scaling.md has the numbers from 1B to 405B (python -m benchmarks.scaling) and holds them against measurements;
 `gradmap doctor` takes the hardware that it measured. Nothing is measured here, and torch is not needed.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from gradmap.shape import Shape
 
-BF16_BYTES, FLOAT32_BYTES, FLOAT64_BYTES = 2, 4, 8
+BF16_BYTES = 2
 # What follows is a choice of other modules, which import torch; a test compares.
 # gradmap.calibration: the share of the samples that is held out.
 HELD_OUT_FRACTION = 0.25
@@ -28,16 +28,8 @@ LAMBDAS = 3
 # Of the samples to measure on, that a layer which is tried sees before the race is decided: what meets the FLOPs that
 # were counted (SmolLM2 without 8 layers). It is a third in the first round; later, more are tried on few samples each.
 MEASURED_SHARE = 0.72
-# What a selection by repairs holds in every layer, in hidden states. Of a token that it fits on: what the dense model
-# gives, and what enters and is added now. Of one that it measures on: the last two, and again behind the layer that
-# leads and behind the one that is tried, which are half of the layers each.
-FIT_STATES, MEASURE_STATES = 3, 4
-# Numbers that training keeps of a token in each layer for its backward pass, over the widths of the layer's maps.
-KEPT_WIDTHS = 2
 # Of a checkpoint that is streamed from disk, in each round of gradient scores: forward and backward.
 READS_PER_ROUND = 2
-# Python, torch, transformers and what they keep, as measured.
-RUNTIME_BYTES = 0.8e9
 # To start Python and import torch and transformers: 8 to 10 s of one core of an EPYC.
 STARTING_S = 10.0
 # A layer in transformers for one token, however small it is: SmolLM2's 22 take 44 ms (benchmarks.generation).
@@ -321,40 +313,6 @@ def default_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
     pruning = Pruning(remove)
     parts = select_seconds(shape, hardware, pruning), repair_seconds(shape, hardware, pruning)
     return math.fsum(part for part in parts if part is not None)
-
-
-def model_bytes(shape: Shape, hardware: Hardware) -> float:
-    """Of the weights in memory. A head that is multiplied in another dtype parts from its embedding."""
-    shared = shape.tied and hardware.weight_bytes == hardware.state_bytes
-    of_token = hardware.state_bytes + (0 if shared else hardware.weight_bytes)
-    return shape.layers * shape.layer_parameters * hardware.weight_bytes + shape.head_parameters * of_token
-
-
-def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """The peak of `gradmap prune`: what a selection by repairs keeps of its samples, or what training keeps for its
-    backward pass, and a refit."""
-    size, states = pruning.size, shape.layers * shape.width * hardware.state_bytes
-    select = (FIT_STATES * size.select_fit_tokens + MEASURE_STATES * size.select_measure_tokens) * states
-    widths = KEPT_WIDTHS * (shape.map_inputs + shape.map_outputs)
-    trained = STEP_SAMPLES * size.tokens * (shape.layers - pruning.remove) * widths
-    needed = [
-        select if pruning.selector == "repair" else 0.0,
-        trained * FLOAT32_BYTES if pruning.compensator == "distil" else 0.0,
-        repair_bytes(shape) if pruning.compensator in ("distil", "refit") and not shape.experts else 0.0,
-    ]
-    return RUNTIME_BYTES + model_bytes(shape, hardware) + max(needed)
-
-
-def repair_bytes(shape: Shape) -> float:
-    """A refit while it is solved. Of the down projection's inputs, k x k: the Gram matrix, the same regularised, its
-    factor, and the copy of it that torch solves with; d x k: what is missing by inputs, a copy, the solution."""
-    return (4 * shape.inner**2 + 3 * shape.width * shape.inner) * FLOAT64_BYTES
-
-
-def streamed_bytes(shape: Shape, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """One layer, and the hidden states between all layers. With a GPU this is of the CPU's memory, and the layer is the
-    next one: that which runs is on the GPU."""
-    return BF16_BYTES * (shape.layer_parameters + (shape.layers + 1) * size.all_tokens * shape.width)
 
 
 def decode_speed_up(shape: Shape, remove: int) -> float:

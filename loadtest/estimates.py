@@ -15,19 +15,17 @@ from gradmap.architectures import architecture_of
 from gradmap.budget import affordable_samples
 from gradmap.checkpoint import SPREAD, auto_dtype, resolve_device
 from gradmap.costs import (
-    RUNTIME_BYTES,
     STARTING_S,
     CalibrationSize,
     Hardware,
     Pruning,
-    prune_bytes,
     repair_seconds,
     select_seconds,
-    streamed_bytes,
     streaming_seconds,
 )
 from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
 from gradmap.evaluation.tasks import expand_names
+from gradmap.footprint import RUNTIME_BYTES, prune_bytes, streamed_bytes
 from gradmap.precision import AUTOCAST
 from gradmap.presets import choose_methods
 from gradmap.prune_settings import layers_to_remove, require_removable

@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from benchmarks.flops import counted
-from gradmap import costs
+from gradmap import costs, footprint
 from gradmap.architectures import ARCHITECTURES
 from gradmap.batching import Batches
 from gradmap.budget import LEAST_SAMPLES, affordable_samples
@@ -211,13 +211,13 @@ def test_a_single_stream_waits_for_its_weights_and_many_for_products():
 
 def test_memory_holds_the_weights_as_they_are_computed_with():
     stored = SHAPE.parameters(12)
-    assert costs.model_bytes(SHAPE, HARDWARE) == 2 * stored
+    assert footprint.model_bytes(SHAPE, HARDWARE) == 2 * stored
     autocast = replace(HARDWARE, state_bytes=4)
     tied = replace(SHAPE, tied=True)
-    assert costs.model_bytes(tied, HARDWARE) == 2 * tied.parameters(12)
+    assert footprint.model_bytes(tied, HARDWARE) == 2 * tied.parameters(12)
     # the embedding stays in float32, and the head parts from it
-    assert costs.model_bytes(tied, autocast) == 2 * 12 * tied.layer_parameters + 6 * tied.head_parameters
-    assert costs.prune_bytes(SHAPE, HARDWARE, Pruning(2)) > costs.prune_bytes(
+    assert footprint.model_bytes(tied, autocast) == 2 * 12 * tied.layer_parameters + 6 * tied.head_parameters
+    assert footprint.prune_bytes(SHAPE, HARDWARE, Pruning(2)) > footprint.prune_bytes(
         SHAPE, HARDWARE, Pruning(2, "random", "none")
     )
 
