@@ -22,10 +22,9 @@ from typing import Annotated
 
 import typer
 
-from export import ARTIFACT_FILE
 from gradmap.console import print_table, progress, say
 from gradmap.environment import describe_environment
-from gradmap.files import read_json, write_json
+from gradmap.files import ARTIFACT_FILE, read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from export import ARTIFACT_FILE, GGUF_FILE
+from export import GGUF_FILE
 from export.card import render_card
 from export.fold import count_parameters, require_foldable
 from export.folded_model import hidden_size, stored_dtype
@@ -52,7 +52,7 @@ from gradmap.console import announced, waiting
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.evaluation.result import read_evaluation
-from gradmap.files import atomic_directory, refuse_foreign_directory, sha256_file, write_json, write_text
+from gradmap.files import ARTIFACT_FILE, atomic_directory, refuse_foreign_directory, sha256_file, write_json, write_text
 from gradmap.gguf_model import read_license
 from gradmap.gguf_tokenizer import require_same_tokens
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from export import ARTIFACT_FILE
 from export.card import HUB_ID
 from gradmap.console import waiting
 from gradmap.errors import UserError
-from gradmap.files import read_json
+from gradmap.files import ARTIFACT_FILE, read_json
 
 
 def check_hub_access(repo_id: str) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from export import ARTIFACT_FILE
 from gradmap.console import waiting
 from gradmap.errors import UserError
-from gradmap.files import read_json, sha256_file
+from gradmap.files import ARTIFACT_FILE, read_json, sha256_file
 
 SCHEMA_VERSION = 3
 

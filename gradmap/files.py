@@ -18,6 +18,8 @@ from gradmap.console import waiting
 from gradmap.errors import UserError
 
 CHUNK_BYTES = 1 << 22
+# In every artifact: what it is, its files' hashes, and how it was verified.
+ARTIFACT_FILE = "gradmap.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 

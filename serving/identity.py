@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from export import ARTIFACT_FILE
 from export.integrity import read_record, require_files
 from gradmap.errors import UserError
-from gradmap.files import sha256_file
+from gradmap.files import ARTIFACT_FILE, sha256_file
 
 
 @dataclass(frozen=True)

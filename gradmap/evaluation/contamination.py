@@ -20,12 +20,11 @@ from gradmap.calibration import build_calibration, without_bos
 from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.evaluation.perplexity import Segments
-from gradmap.files import read_json
+from gradmap.files import ARTIFACT_FILE, read_json
 from gradmap.plan import CalibrationRecord, load_calibration_ids, load_plan
 from gradmap.texts import preset_of
 
 GRAM_TOKENS = 13
-ARTIFACT_FILE = "gradmap.json"  # what `gradmap export` says of an artifact
 
 
 @dataclass(frozen=True)
