@@ -1,12 +1,9 @@
 """What goes between host and GPU does not grow with what is computed: copies and waits of every step are counted.
 
 A wait is the host's for the GPU: a blocking copy, or a value or size that is read. Where a GPU is fast, each costs more
-than a layer does, since nothing is given to it meanwhile. The counts below are what the steps take today; a lower one
-may replace them, a higher one needs a reason.
+than a layer does, since nothing is given to it meanwhile. The steps and their counts are in tests/gradmap/gpu_steps.py.
 """
 
-import math
-from dataclasses import dataclass, replace
 from importlib import import_module
 from unittest.mock import patch
 
@@ -14,239 +11,23 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from gradmap.batching import Batches
-from gradmap.calibration import Calibration
-from gradmap.compensation import Compensation, Correction, Pruned
-from gradmap.compensators.distil import Lessons, train_low_rank, uniform_numbers, write_on, written_by_dense
-from gradmap.compensators.projection import mean_drift
-from gradmap.compensators.ridge import Fit, accumulate_gram, fit_correction
-from gradmap.compensators.sequential import refit_before_runs
-from gradmap.corrections import Update, linear_maps, pruned_and_corrected, weight_of
-from gradmap.evaluation.backends import Request
-from gradmap.evaluation.transformers_backend import TransformersBackend
-from gradmap.importance import layer_scores, streamed_layer_scores
-from gradmap.initial_gradients import layer_importances
-from gradmap.manifold import last_hidden_states
-from gradmap.selection import Selection, Step, Subject
-from gradmap.selectors.influence import block_influences
-from gradmap.selectors.repair import RepairScorer
-from tests.conftest import LAYERS, VOCABULARY, make_pico
+from gradmap.compensation import Compensation, Correction
+from gradmap.compensators.distil import Lessons, train_low_rank, write_on, written_by_dense
+from tests.conftest import LAYERS, make_pico
 from tests.gradmap.fake_gpu import fake_gpu
-
-REMOVED = (1,)
-MAPS = 7  # linear maps in a layer of Llama: that many corrections has a plan that corrects all
-
-
-@dataclass(frozen=True)
-class Size:
-    """Samples in all, and how many are in a batch."""
-
-    layers: int = 4
-    samples: int = 2
-    tokens: int = 8
-    batch: int = 2
-
-    @property
-    def batches(self) -> int:
-        return self.samples // self.batch
-
-    @property
-    def input_ids(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(3, VOCABULARY, (self.samples, self.tokens), generator=generator)
-
-
-# Deeper, wider batches, longer samples, and more of them
-SIZES = [Size(), Size(layers=8), Size(samples=4, batch=4), Size(tokens=40), Size(samples=4)]
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """Copies and waits: once, for each batch, for each layer, for each layer and batch, and for each correction."""
-
-    once: tuple[int, int] = (0, 0)
-    batch: tuple[int, int] = (0, 0)
-    layer: tuple[int, int] = (0, 0)
-    layer_batch: tuple[int, int] = (0, 0)
-    correction: tuple[int, int] = (0, 0)
-
-    def of(self, size: Size) -> tuple[int, int]:
-        kept = size.layers - len(REMOVED)
-        factors = (1, size.batches, size.layers, size.layers * size.batches, MAPS * kept)
-        counts = (self.once, self.batch, self.layer, self.layer_batch, self.correction)
-        copies, waits = (sum(f * count[kind] for f, count in zip(factors, counts, strict=True)) for kind in (0, 1))
-        return copies, waits
-
-
-STEPS = {}
-
-
-def step(**allowed):
-    """A function of a pico, its model and a Size that returns what to run, and what that may take."""
-
-    def add(prepare):
-        STEPS[prepare.__name__] = prepare, Allowed(**allowed)
-        return prepare
-
-    return add
-
-
-# transformers looks at the positions of every batch that has no mask, and waits for the answer, in each run of a model:
-# for embeddings, for logits, and once for the arguments of its layers. torch waits to see if a Cholesky factor exists.
-
-
-@step(batch=(2, 5))
-def importance(pico, model, size):
-    return lambda: layer_scores(model, pico.architecture, size.input_ids, Batches(size.batch))
-
-
-@step(once=(3, 5), batch=(3, 5), layer_batch=(6, 6))  # hidden states live in the CPU's memory
-def streamed_importance(pico, model, size):
-    return lambda: streamed_layer_scores(model, pico.architecture, size.input_ids, Batches(size.batch), [])
-
-
-@step(once=(2, 3))
-def influence(pico, model, size):
-    return lambda: block_influences(model, pico.architecture, size.input_ids)
-
-
-@step(once=(2, 3))
-def similarity(pico, model, size):
-    return lambda: last_hidden_states(model, pico.architecture, size.input_ids)
-
-
-@step(once=(2 + 1, 2 * 4 + 1), layer=(MAPS, MAPS))  # factors are drawn on the CPU, whatever the device
-def first_training_steps(pico, model, size):
-    """Two of them."""
-
-    def run():
-        with patch("gradmap.initial_gradients.STEPS", 2):
-            return layer_importances(model, pico.architecture, size.input_ids, 0)
-
-    return run
-
-
-@step(once=(3, 7))
-def repair_start(pico, model, size):
-    return lambda: repair_scorer(pico, model, size)._divergences
-
-
-@step(layer=(1, 3))  # a layer that is tried is fitted, runs through the output layer, and is compared
-def repair_round(pico, model, size):
-    scorer = repair_scorer(pico, model, size)
-    return lambda: scorer.score(Selection(()), lambda n: None)
-
-
-@step(layer=(1, 3))
-def repair_round_after_a_removal(pico, model, size):
-    """Without bounds, so that all layers are tried."""
-    scorer = repair_scorer(pico, model, size)
-    scores = scorer.score(Selection(()), lambda n: None)
-    step = Step(dict.fromkeys(scores, -math.inf), (min(scores, key=scores.get),))
-    return lambda: scorer.score(Selection((step,)), lambda n: None)
-
-
-@step(batch=(4, 6))
-def drift(pico, model, size):
-    return lambda: list(mean_drift(pruned(pico, model, size)).values())
-
-
-@step(once=(4, 10), batch=(0, 2))  # it walks the dense model and the pruned one, with held-out samples too
-def gram_matrices(pico, model, size):
-    return lambda: accumulate_gram(pruned(pico, model, size), Fit(0, 1, "refit", True), {})
-
-
-@step(once=(7, 19), batch=(0, 2))
-def refit(pico, model, size):
-    """With two lambdas to choose from."""
-    return lambda: fit_correction(pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2]).change.matrix
-
-
-@step(once=(19, 56), batch=(0, 2))
-def refits_before_two_runs(pico, model, size):
-    """With all lambdas to choose from, of which up to eleven are tried here; each takes one copy and three waits."""
-    without_two = replace(pruned(pico, model, size), removed=(1, 3))
-    return lambda: [one.change.matrix for one in refit_before_runs(without_two).corrections]
-
-
-@step(once=(1, 1), batch=(0, 1))
-def divergence_of_a_walk(pico, model, size):
-    walk = pruned(pico, model, size).walk(range(size.layers), size.input_ids)
-    walk.go_to(1, {})
-    wanted = walk.hidden.flip(0)
-    return lambda: walk.divergence(wanted, {})
-
-
-@step(once=(3, 6), batch=(0, 2), correction=(1, 1))  # it walks the dense model as well
-def divergence_of_a_plan(pico, model, size):
-    changes = plan_changes(pico, model)
-    return lambda: pruned(pico, model, size).divergence(changes)
-
-
-@step(once=(3, 1))  # prompts and random numbers there, and tokens back
-def writing(pico, model, size):
-    numbers = uniform_numbers(size.samples, size.tokens - 4, seed=0)
-    return lambda: vars(write_on(model, pico.architecture, size.input_ids[:, :4], numbers))
-
-
-@step(once=(1, 2), batch=(0, 1))
-def outputs_to_distil(pico, model, size):
-    return lambda: pruned(pico, model, size).walk(range(size.layers), size.input_ids).finish({})
-
-
-@step(batch=(5, 6))
-def evaluation(pico, model, size):
-    requests = [Request(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
-    return lambda: log_likelihoods(model, requests, size.batch * (size.tokens - 1))
-
-
-@step(batch=(7, 7))
-def evaluation_of_choices(pico, model, size):
-    rows = size.input_ids.tolist()
-    requests = [Request(tuple(row[:-4]), tuple(row[-4:end])) for row in rows for end in (-2, -1, None)]
-    return lambda: log_likelihoods(model, requests, size.batch * (size.tokens + 2))
-
-
-@step(batch=(5, 6), correction=(1, 1))
-def evaluation_of_a_plan(pico, model, size):
-    requests = [Request(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
-    changes = plan_changes(pico, model)
-
-    def run():
-        with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
-            return log_likelihoods(model, requests, size.batch * (size.tokens - 1))
-
-    return run
-
-
-def calibration(size):
-    """As many samples to fit on as `size` says, and a few that are held out."""
-    ids = size.input_ids
-    made = Calibration("test", 0, torch.cat([ids, ids[: max(1, round(len(ids) / 3))]]))
-    assert torch.equal(made.fit_ids, ids)
-    return made
-
-
-def pruned(pico, model, size):
-    return Pruned(model, pico.architecture, calibration(size), REMOVED, Batches(size.batch))
-
-
-def repair_scorer(pico, model, size):
-    with patch("gradmap.selectors.repair.forward_batch", lambda input_ids, device: size.batch):
-        return RepairScorer(Subject(model, pico.architecture, calibration(size)))
-
-
-def plan_changes(pico, model):
-    """Of every linear map, in the CPU's memory and float32, as they are loaded."""
-    generator = torch.Generator().manual_seed(2)
-    maps = linear_maps(pico.architecture, model, range(len(pico.architecture.layer_list(model))))
-    return {place: [Update(0.01 * torch.randn(weight_of(module).shape, generator=generator))] for place, module in maps}
-
-
-def log_likelihoods(model, requests, batch_tokens):
-    backend = TransformersBackend(model, "float64")
-    backend._batch_tokens = batch_tokens
-    return [score.log_likelihood for score in backend.score(requests)]
+from tests.gradmap.gpu_steps import (
+    MAPS,
+    SIZES,
+    STEPS,
+    Allowed,
+    Size,
+    evaluation_of_choices,
+    importance,
+    plan_changes,
+    pruned,
+    repair_round,
+    repair_round_after_a_removal,
+)
 
 
 @pytest.fixture(scope="module")
