@@ -21,7 +21,8 @@ import typer
 
 from gradmap.console import say
 from gradmap.environment import describe_environment
-from gradmap.files import read_json, write_json, write_text
+from gradmap.files import write_json, write_text
+from gradmap.reading import read_json
 
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(".assets")

@@ -14,7 +14,8 @@ from pathlib import Path
 import typer
 
 from gradmap.console import print_table
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
+from gradmap.reading import read_json
 from gradmap.stages import stage_record
 from gradmap.verdict import EXIT_CODES
 

@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from export.safetensors_writer import write_safetensors
 from gradmap.checkpoint import INDEX_NAME
 from gradmap.environment import describe_environment
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
+from gradmap.reading import read_json
 from gradmap.safetensors_reader import TensorSpec
 
 SHARD_BYTES = 5 * 10**9

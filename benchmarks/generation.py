@@ -24,7 +24,8 @@ import typer
 
 from gradmap.console import print_table, progress, say
 from gradmap.environment import describe_environment
-from gradmap.files import ARTIFACT_FILE, read_json, write_json
+from gradmap.files import ARTIFACT_FILE, write_json
+from gradmap.reading import read_json
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ from gradmap.costs import (
     writing_seconds,
 )
 from gradmap.environment import describe_environment
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
+from gradmap.reading import read_json
 from gradmap.selection import Subject, select
 from gradmap.selectors import SELECTORS
 from gradmap.shape import Shape

@@ -22,7 +22,7 @@ from benchmarks.fold import write_random_model
 from benchmarks.scaling import LLAMA_2_7B
 from gradmap.console import print_table, say
 from gradmap.costs import Hardware, decode_speed_up, prefill_speed_up, token_seconds
-from gradmap.files import read_json
+from gradmap.reading import read_json
 from gradmap.shape import Shape
 from gradmap.stages import run_process
 from serving.server import free_port

@@ -24,7 +24,8 @@ import typer
 from benchmarks.load_generator import Case, fake_endpoint
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
+from gradmap.reading import read_json
 from loadtest.loads import CONCURRENCY, Load
 
 LOCUSTFILES = "benchmarks/raw_locustfile.py,loadtest/driver/locustfile.py"

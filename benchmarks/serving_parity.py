@@ -24,7 +24,8 @@ import typer
 from benchmarks.one_load import send_load
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
+from gradmap.reading import read_json
 from loadtest.driving import Endpoint
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load

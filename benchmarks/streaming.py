@@ -21,7 +21,8 @@ import typer
 
 from benchmarks.fold import write_random_model
 from gradmap.environment import describe_environment
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
+from gradmap.reading import read_json
 
 GROUP = "gradmap-streaming"
 

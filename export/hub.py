@@ -12,7 +12,8 @@ from pathlib import Path
 from export.card import HUB_ID
 from gradmap.console import waiting
 from gradmap.errors import UserError
-from gradmap.files import ARTIFACT_FILE, read_json
+from gradmap.files import ARTIFACT_FILE
+from gradmap.reading import read_json
 
 
 def check_hub_access(repo_id: str) -> None:

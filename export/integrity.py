@@ -7,7 +7,8 @@ from typing import Any
 
 from gradmap.console import waiting
 from gradmap.errors import UserError
-from gradmap.files import ARTIFACT_FILE, read_json, sha256_file
+from gradmap.files import ARTIFACT_FILE, sha256_file
+from gradmap.reading import read_json
 
 SCHEMA_VERSION = 3
 

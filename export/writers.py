@@ -24,9 +24,10 @@ from gradmap.checkpoint import Checkpoint
 from gradmap.console import announced
 from gradmap.corrections import Changes
 from gradmap.errors import UserError
-from gradmap.files import read_json, write_json, write_text
+from gradmap.files import write_json, write_text
 from gradmap.plan import Plan
 from gradmap.precision import DTYPES
+from gradmap.reading import read_json
 
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
 COPIED_PATTERNS = (

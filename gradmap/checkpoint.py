@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from gradmap.architectures import architecture_of
 from gradmap.console import announced, waiting
 from gradmap.errors import UserError, first_line
-from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, sha256_json, write_json
+from gradmap.files import atomic_directory, cache_directory, sha256_file, sha256_json, write_json
 from gradmap.gguf_model import dequantise_gguf, read_gguf_config
 from gradmap.precision import AUTOCAST, announce, fastest_dtype, prepare_for_autocast, warn_if_slow, weights_dtype
 from gradmap.processes import local_device
+from gradmap.reading import read_json
 from gradmap.safetensors_reader import check_safetensors
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -42,19 +42,9 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises UserError if it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it may be truncated, write it again.") from None
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically: readers see the old file or the whole new one."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Writes JSON atomically: readers see the old file or the whole new one. Raises ValueError on NaN and infinity."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from gradmap.console import announced, say, waiting
 from gradmap.errors import UserError, first_line
-from gradmap.files import atomic_directory, cache_directory, read_json, sha256_file, write_json
+from gradmap.files import atomic_directory, cache_directory, sha256_file, write_json
 from gradmap.gguf_head import Stored, finer_of, judge_head
 from gradmap.gguf_tokenizer import (
     TokenizerSettings,
@@ -18,6 +18,7 @@ from gradmap.gguf_tokenizer import (
     read_settings,
     require_same_tokens,
 )
+from gradmap.reading import read_json
 
 # Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
 CONVERSION = 3

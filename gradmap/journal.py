@@ -8,8 +8,9 @@ from typing import Any
 
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
 from gradmap.processes import is_main_process
+from gradmap.reading import read_json
 from gradmap.selection import Step
 
 

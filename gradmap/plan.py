@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,7 +29,8 @@ from gradmap.corrections import (
     gather_changes,
 )
 from gradmap.errors import UserError
-from gradmap.files import atomic_directory, read_json, write_json
+from gradmap.files import atomic_directory, write_json
+from gradmap.reading import checked, read_json
 
 SCHEMA_VERSION = 4
 PLAN_FILE = "plan.json"
@@ -40,7 +41,7 @@ CALIBRATION_FILE = "calibration.safetensors"
 class _Strict(BaseModel):
     """Part of a file format: unknown keys are refused, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseModelIdentity(_Strict):
@@ -173,12 +174,7 @@ def load_plan(directory: Path) -> Plan:
     version = contents.get("schema_version") if isinstance(contents, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{directory} has plan schema {version}, this version reads {SCHEMA_VERSION}; prune again.")
-    try:
-        plan = Plan.model_validate(contents)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{directory / PLAN_FILE} is not a plan: {place}: {first['msg']}.") from None
+    plan = checked(Plan, contents, directory / PLAN_FILE)
     removed = [layer for step in plan.steps for layer in step.removed]
     if removed != plan.removal_order or not set(removed) <= set(range(plan.base_model.layers)):
         raise UserError(f"{directory / PLAN_FILE} contradicts itself: removal_order is not what its steps removed.")

@@ -16,7 +16,8 @@ from typing import Any
 
 from gradmap.console import say, waiting
 from gradmap.errors import UserError
-from gradmap.files import read_json, sha256_file, sha256_json, write_json
+from gradmap.files import sha256_file, sha256_json, write_json
+from gradmap.reading import read_json
 from gradmap.verdict import EXIT_CODES
 
 STAGES_DIRECTORY = ".stages"

@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 import httpx
 
 from gradmap.errors import UserError
-from gradmap.files import read_json
 from gradmap.openai_api import authorization
+from gradmap.reading import read_json
 from loadtest.board import Board
 from loadtest.loads import Load
 from loadtest.prompts import Prompts

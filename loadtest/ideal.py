@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gradmap.architectures import architecture_of
 from gradmap.errors import UserError
-from gradmap.files import read_json
+from gradmap.reading import read_json
 from gradmap.safetensors_reader import list_tensors
 
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")

@@ -9,7 +9,8 @@ from typing import Any
 
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import read_json, refuse_foreign_directory, write_json, write_text
+from gradmap.files import refuse_foreign_directory, write_json, write_text
+from gradmap.reading import read_json
 from gradmap.verdict import Judgement, Verdict, worst
 from loadtest.driving import SEARCH_PAIR
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes

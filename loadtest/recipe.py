@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -13,11 +12,11 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
 from gradmap.errors import UserError
+from gradmap.reading import checked, read_yaml
 from loadtest.loads import Arrivals
 from loadtest.prompts import LEAST_OUTPUT_TOKENS
 from loadtest.slo import parse_slo
@@ -34,7 +33,7 @@ def _written_slo(text: str) -> str:
 class _Section(BaseModel):
     """A section's fields are named as the options of the command it is for; None leaves the command its default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PruneSection(_Section):
@@ -150,15 +149,4 @@ class Recipe(_Section):
 
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe; raises UserError that names the key at fault."""
-    try:
-        contents = yaml.safe_load(path.read_text())
-        return Recipe.model_validate(contents)
-    except FileNotFoundError:
-        raise UserError(f"Recipe {path} does not exist; check the path.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"Recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the recipe"
-        problem = "is no key of a recipe; check its spelling" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(f"Recipe {path}: {key}: {problem}.") from None
+    return checked(Recipe, read_yaml(path), path)

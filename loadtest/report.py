@@ -12,8 +12,9 @@ from gradmap.environment import describe_environment
 from gradmap.evaluation.answers import NEW_TOKENS
 from gradmap.evaluation.result import read_evaluation
 from gradmap.evaluation.table import describe_retained, tabulate
-from gradmap.files import read_json, sha256_file, write_json, write_text
+from gradmap.files import sha256_file, write_json, write_text
 from gradmap.plan import Plan, load_plan
+from gradmap.reading import read_json
 from gradmap.verdict import Verdict, worst
 from loadtest import figures
 from loadtest.load_figures import Drawing, draw_load_test

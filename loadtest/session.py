@@ -12,8 +12,8 @@ import httpx
 from gradmap.checkpoint import load_tokenizer
 from gradmap.console import say, waiting
 from gradmap.errors import UserError
-from gradmap.files import read_json
 from gradmap.openai_api import authorization, served_model
+from gradmap.reading import read_json
 from loadtest.board import Board
 from loadtest.driving import SEARCH_PAIR, WARM_UP_PAIR, Bench, Endpoint, run_load
 from loadtest.loads import CONCURRENCY, Load, find_highest_rate

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gradmap.files import read_json, write_json
+from gradmap.files import write_json
+from gradmap.reading import read_json
 from loadtest.loads import Load, arrival_times
 from loadtest.prompts import Prompts
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pynvml
 
 from gradmap.errors import UserError
-from gradmap.files import read_json
 from gradmap.gpus import VISIBLE_VARIABLE, ask, visible_gpus
 from gradmap.machine import NATIVE_BFLOAT16_CAPABILITY
+from gradmap.reading import read_json
 from gradmap.vllm_environment import KV_CACHE_VARIABLE, cpu_spoils_int8, cpu_wants_float32, is_cpu_build
 from serving.flags import TENSOR_FLAGS, flag_value
 from serving.identity import Identity

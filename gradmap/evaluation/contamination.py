@@ -20,8 +20,9 @@ from gradmap.calibration import build_calibration, without_bos
 from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.evaluation.perplexity import Segments
-from gradmap.files import ARTIFACT_FILE, read_json
+from gradmap.files import ARTIFACT_FILE
 from gradmap.plan import CalibrationRecord, load_calibration_ids, load_plan
+from gradmap.reading import read_json
 from gradmap.texts import preset_of
 
 GRAM_TOKENS = 13

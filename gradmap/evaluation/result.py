@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.errors import UserError
-from gradmap.files import read_json
+from gradmap.reading import read_json
 
 # 3: segments are of joined rows in their order, and begin with BOS where the tokenizer puts one.
 SCHEMA_VERSION = 3

@@ -16,10 +16,11 @@ from gradmap.console import waiting
 from gradmap.corrections import pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Backend
-from gradmap.files import read_json, sha256_file
+from gradmap.files import sha256_file
 from gradmap.onnx_session import ONNX_FILE
 from gradmap.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
 from gradmap.precision import count_parameters
+from gradmap.reading import read_json
 from gradmap.vllm_environment import vllm_dtype
 
 BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")

@@ -13,7 +13,7 @@ from gradmap.costs import STARTING_S, Hardware
 from gradmap.errors import UserError
 from gradmap.evaluation.costs import PAPER_TASKS, EvaluationSize, evaluation_seconds
 from gradmap.evaluation.tasks import PAPER_TASKS as TASK_NAMES
-from gradmap.files import read_json
+from gradmap.reading import read_json
 from gradmap.shape import Shape
 from gradmap.speed import Disk
 from loadtest import commands, estimates
