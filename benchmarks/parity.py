@@ -11,11 +11,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from export.artifact import ExportSettings, export_artifacts, open_source
+from export.comparison import Comparison
 from export.reference import random_probe
 from export.writers import Source
 from gradmap.checkpoint import open_checkpoint
@@ -48,7 +48,7 @@ class Row:
 
     model: str
     kind: str
-    check: dict[str, Any] | str
+    check: Comparison | str
 
 
 def main(
@@ -80,8 +80,8 @@ def check_all(name: str, source: Source, out: Path) -> list[Row]:
         except UserError as error:
             rows.append(Row(name, f"{form} {quantise or ''}", str(error)))
             continue
-        stored = record["quantise"] or record["dtype"]
-        rows += [Row(name, f"{form} {stored} in {runtime}", check) for runtime, check in record["verification"].items()]
+        stored = record.quantise or record.dtype
+        rows += [Row(name, f"{form} {stored} in {runtime}", check) for runtime, check in record.verification.items()]
     return rows
 
 
@@ -91,10 +91,10 @@ def cells_of(row: Row) -> tuple[str, ...]:
     return (
         row.model,
         row.kind,
-        f"{row.check['max_absolute_difference']:.2g}",
-        f"{row.check['relative_difference']:.2g}",
-        f"{row.check['argmax_agreement']:.1%}",
-        f"{row.check['greedy_identical']}/{row.check['greedy_tokens']}",
+        f"{row.check.max_absolute_difference:.2g}",
+        f"{row.check.relative_difference:.2g}",
+        f"{row.check.argmax_agreement:.1%}",
+        f"{row.check.greedy_identical}/{row.check.greedy_tokens}",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,19 @@ import torch
 
 from export import GGUF_FILE
 from export.card import render_card
+from export.comparison import Bounds, Comparison
 from export.fold import count_parameters, require_foldable
 from export.folded_model import hidden_size, stored_dtype
-from export.integrity import SCHEMA_VERSION, read_record, require_files
+from export.integrity import (
+    SCHEMA_VERSION,
+    ArtifactRecord,
+    BaseRecord,
+    PlanRecord,
+    list_files,
+    read_record,
+    refuse_code,
+    require_files,
+)
 from export.reference import (
     PROBE_FILE,
     PROBE_SAMPLES,
@@ -26,14 +36,7 @@ from export.reference import (
     save_probe,
 )
 from export.tolerance import logit_tolerance, share_of_strays
-from export.verification import (
-    Bounds,
-    Comparison,
-    compare,
-    require_faithful,
-    run_artifact,
-    run_artifact_in_each,
-)
+from export.verification import compare, require_faithful, run_artifact, run_artifact_in_each
 from export.writers import (
     Source,
     Target,
@@ -57,6 +60,7 @@ from gradmap.gguf_model import read_license
 from gradmap.gguf_tokenizer import require_same_tokens
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
 from gradmap.precision import DTYPES
+from gradmap.reading import read_json_object
 from gradmap.vllm_environment import cpu_spoils_int8
 
 
@@ -92,8 +96,19 @@ FORMATS = {
         Format("gguf", write_gguf, ("float16", "bfloat16", "float32"), ("int8",), ("run_transformers",)),
     )
 }
+# Of the most likely tokens of a quantised model, those that must be the reference's.
+MIN_AGREEMENT = 0.9
 # The package that a runner needs besides ours.
 RUNTIME_PACKAGES = {"run_vllm": "vllm", "run_onnxruntime": "onnxruntime", "run_genai": "onnxruntime_genai"}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a received artifact is. files: how many were hashed. verification: by runtime."""
+
+    name: str
+    files: int
+    verification: dict[str, Comparison]
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class ExportSettings:
     dtype: str | None = None
     quantise: str | None = None
     shard_bytes: int = 5 * 10**9
-    min_agreement: float = 0.9
+    min_agreement: float = MIN_AGREEMENT
     check_vllm: bool = True
     quality: dict[str, Any] = field(default_factory=dict)
 
@@ -125,8 +140,8 @@ def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
     return Source(checkpoint, plan, sha256_file(plan_directory / PLAN_FILE), changes, probe_ids)
 
 
-def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dict[str, dict[str, Any]]:
-    """Writes and verifies `out`/FORMAT for every format; returns their gradmap.json contents by format.
+def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dict[str, ArtifactRecord]:
+    """Writes and verifies `out`/FORMAT for every format; returns what each gradmap.json says, by format.
 
     Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing of it is left.
     """
@@ -208,27 +223,44 @@ def read_quality(path: Path, source: Source) -> dict[str, Any]:
     return side | {"segment": evaluation["settings"]["segment"]}
 
 
-def verify_directory(directory: Path) -> dict[str, Any]:
+def verify_directory(
+    directory: Path, expected_sha256: str | None = None, min_agreement: float = MIN_AGREEMENT
+) -> Verified:
     """Checks an artifact as it was received: every file's hash, and the logits of its stored probe.
 
-    Returns what was compared; raises UserError if a file is missing, changed or foreign, or if the logits differ.
+    expected_sha256: of gradmap.json, where it is known from elsewhere. min_agreement: of a quantised artifact, whatever
+    it was exported with. Raises UserError if a file is missing, changed, foreign, a program or a link to another place,
+    or if the logits differ by more than the artifact's record or rounding allows.
     """
-    record = read_record(directory)
-    require_files(directory, record["files"])
+    record = read_record(directory, expected_sha256)
+    require_files(directory, record.files)
+    refuse_code(directory)
+    form = FORMATS.get(record.format)
+    if form is None:
+        raise UserError(f"{directory} is of the unknown format {record.format!r}; known are {', '.join(FORMATS)}.")
     reference = load_probe(directory / PROBE_FILE)
-    runner = FORMATS[record["format"]].runners[0]
-    stored = record["verification"][_label(runner)]
+    runner = form.runners[0]
     with announced(f"Running {directory} with {_label(runner)} in a fresh process"):
         outcome = run_artifact(runner, directory, reference)
-    bounds = Bounds(stored["tolerance"], stored["min_agreement"], stored["stray_share"])
-    comparison = compare(reference, outcome, bounds)
+    allowed = _widest_bounds(record, read_json_object(directory / "config.json"), min_agreement)
+    recorded = record.verification.get(_label(runner))
+    comparison = compare(reference, outcome, allowed if recorded is None else allowed.within(recorded.bounds))
     require_faithful(comparison)
-    return {"name": record["name"], "files": len(record["files"]), "verification": {_label(runner): asdict(comparison)}}
+    return Verified(record.name, len(record.files), {_label(runner): comparison})
+
+
+def _widest_bounds(record: ArtifactRecord, config: dict[str, Any], min_agreement: float) -> Bounds:
+    """What a received artifact may differ by at most, whatever its record allows."""
+    if record.quantise is not None:
+        return Bounds(min_agreement=min_agreement)
+    dtype = DTYPES.get(record.dtype) or DTYPES.get(str(config.get("dtype")), torch.bfloat16)
+    tolerance = logit_tolerance(layer_count(config), hidden_size(config), dtype, dtype)
+    return Bounds(tolerance, stray_share=share_of_strays(dtype, dtype))
 
 
 def _export_one(
     source: Source, form: Format, target: Target, reference: Reference, settings: ExportSettings, path: Path
-) -> dict[str, Any]:
+) -> ArtifactRecord:
     with atomic_directory(path, marker=ARTIFACT_FILE) as partial:
         written = form.write(partial, source, target)
         if source.checkpoint.gguf_file is not None:
@@ -245,8 +277,9 @@ def _export_one(
             require_faithful(comparisons[runner])
         record = _describe(source, form, target, written, comparisons)
         write_text(partial / "README.md", render_card(source.plan, record, settings.quality))
-        record["files"] = written.hashes | _hash_missing(partial, written.hashes)
-        write_json(partial / ARTIFACT_FILE, record)
+        hashes = written.hashes | _hash_missing(partial, written.hashes)
+        record = record.model_copy(update={"files": hashes})
+        write_json(partial / ARTIFACT_FILE, record.model_dump(mode="json"))
     return record
 
 
@@ -283,36 +316,41 @@ def _label(runner: str) -> str:
 
 def _hash_missing(directory: Path, known: dict[str, str]) -> dict[str, str]:
     with waiting("Hashing what was written"):
-        return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name not in known}
+        return {name: sha256_file(directory / name) for name in sorted(list_files(directory) - known.keys())}
 
 
 def _describe(
     source: Source, form: Format, target: Target, written: Written, comparisons: dict[str, Comparison]
-) -> dict[str, Any]:
-    plan = source.plan
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": source.served_name,
-        "format": form.name,
-        "dtype": target.dtype,
-        "quantise": target.quantise,
-        "layers": layer_count(written.config),
-        "parameters": count_parameters(written.folded),
-        "weight_bytes": written.weight_bytes,
-        "base_model": _describe_base(source.checkpoint),
-        "plan": None
-        if plan is None
-        else {
-            "sha256": source.plan_hash,
-            "removal_order": plan.removal_order,
-            "corrected_layers": sorted({place.layer for place in source.changes}),
-            "calibration": plan.calibration.model_dump(),
-        },
-        "verification": {_label(runner): asdict(comparison) for runner, comparison in comparisons.items()},
-        "environment": describe_environment(),
-    }
+) -> ArtifactRecord:
+    """gradmap.json without the files' hashes."""
+    return ArtifactRecord(
+        schema_version=SCHEMA_VERSION,
+        name=source.served_name,
+        format=form.name,
+        dtype=target.dtype,
+        quantise=target.quantise,
+        layers=layer_count(written.config),
+        parameters=count_parameters(written.folded),
+        weight_bytes=written.weight_bytes,
+        base_model=_describe_base(source.checkpoint),
+        plan=_describe_plan(source),
+        verification={_label(runner): comparison for runner, comparison in comparisons.items()},
+        environment=describe_environment(),
+        files={},
+    )
 
 
-def _describe_base(checkpoint: Checkpoint) -> dict[str, Any]:
+def _describe_plan(source: Source) -> PlanRecord | None:
+    if source.plan is None or source.plan_hash is None:
+        return None
+    return PlanRecord(
+        sha256=source.plan_hash,
+        removal_order=source.plan.removal_order,
+        corrected_layers=sorted({place.layer for place in source.changes}),
+        calibration=source.plan.calibration.model_dump(),
+    )
+
+
+def _describe_base(checkpoint: Checkpoint) -> BaseRecord:
     base_license = None if checkpoint.gguf_file is None else read_license(checkpoint.gguf_file)
-    return {"name": checkpoint.name, "files": checkpoint.file_hashes, "license": base_license}
+    return BaseRecord(name=checkpoint.name, files=checkpoint.file_hashes, license=base_license)

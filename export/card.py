@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from export.comparison import Comparison
+from export.integrity import ArtifactRecord
 from gradmap.plan import Plan
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -20,21 +22,21 @@ USE = {
 LIBRARIES = {"hf": "transformers", "vllm": "transformers", "onnx": "onnx", "onnx-genai": "onnx", "gguf": "gguf"}
 
 
-def render_card(plan: Plan | None, record: dict[str, Any], quality: dict[str, Any]) -> str:
-    """Renders the card from the plan (None for a dense model), the contents of gradmap.json, and what was evaluated.
+def render_card(plan: Plan | None, record: ArtifactRecord, quality: dict[str, Any]) -> str:
+    """Renders the card from the plan (None for a dense model), gradmap.json, and what was evaluated.
 
     quality: what `export.artifact.read_quality` found, or empty.
     """
-    sections = [f"---\n{_metadata(record, quality)}\n---", f"# {record['name']}"]
+    sections = [f"---\n{_metadata(record, quality)}\n---", f"# {record.name}"]
     if plan is None:
-        sections.append(f"The unpruned weights of {record['base_model']['name']} in {record['dtype']} precision.")
+        sections.append(f"The unpruned weights of {record.base_model.name} in {record.dtype} precision.")
     else:
         sections.append(_describe_pruning(plan))
     if quality:
         sections.append(_describe_quality(quality))
     sections.append("Before it was released, the directory was run in a fresh process and compared with the reference:")
-    sections.append("\n".join(_describe_check(check) for check in record["verification"].values()))
-    sections.append(USE[record["format"]])
+    sections.append("\n".join(_describe_check(check) for check in record.verification.values()))
+    sections.append(USE[record.format])
     sections.append(
         "`gradmap.json` lists the SHA-256 of every file, and `gradmap.probe` holds the highest logits of a few "
         "texts: `gradmap verify DIRECTORY` checks both. Nothing here needs gradmap, or remote code, to run."
@@ -42,15 +44,15 @@ def render_card(plan: Plan | None, record: dict[str, Any], quality: dict[str, An
     return "\n\n".join(sections) + "\n"
 
 
-def _metadata(record: dict[str, Any], quality: dict[str, Any]) -> str:
-    hub_id = record["base_model"]["name"]
+def _metadata(record: ArtifactRecord, quality: dict[str, Any]) -> str:
+    hub_id = record.base_model.name
     card = ModelCardData(
-        license=record["base_model"]["license"],
+        license=record.base_model.license,
         base_model=hub_id if HUB_ID.fullmatch(hub_id) else None,
-        library_name=LIBRARIES[record["format"]],
+        library_name=LIBRARIES[record.format],
         pipeline_tag="text-generation",
-        tags=["gradmap"] if record["plan"] is None else ["gradmap", "pruned", "layer-pruning"],
-        model_name=record["name"],
+        tags=["gradmap"] if record.plan is None else ["gradmap", "pruned", "layer-pruning"],
+        model_name=record.name,
         eval_results=_eval_results(quality) or None,
     )
     return str(card.to_yaml())
@@ -109,16 +111,16 @@ def _describe_quality(quality: dict[str, Any]) -> str:
     return "\n".join(["| evaluated on | value ± standard error |", "|---|---:|", *rows])
 
 
-def _describe_check(check: dict[str, Any]) -> str:
+def _describe_check(check: Comparison) -> str:
     bound = (
-        f"tolerance {check['tolerance']:.2g}"
-        if check["tolerance"] is not None
-        else f"quantised; at least {check['min_agreement']:.0%} of positions must agree"
+        f"tolerance {check.tolerance:.2g}"
+        if check.tolerance is not None
+        else f"quantised; at least {check.min_agreement:.0%} of positions must agree"
     )
-    others = f" without the worst {check['stray_share']:.0%} of positions" if check["stray_share"] else ""
+    others = f" without the worst {check.stray_share:.0%} of positions" if check.stray_share else ""
     return (
-        f"- {check['runtime']}: logits differ by {check['typical_difference']:.2g} "
+        f"- {check.runtime}: logits differ by {check.typical_difference:.2g} "
         f"(root mean square{others}, relative; {bound}), "
-        f"the most likely token is the same at {check['argmax_agreement']:.1%} of positions, "
-        f"{check['greedy_identical']} of {check['greedy_tokens']} generated tokens are the same"
+        f"the most likely token is the same at {check.argmax_agreement:.1%} of positions, "
+        f"{check.greedy_identical} of {check.greedy_tokens} generated tokens are the same"
     )

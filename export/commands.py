@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
 from gradmap.console import heartbeat, importing, print_json_line, print_table, say, so_far
 
+if TYPE_CHECKING:
+    from export.comparison import Comparison
+    from export.integrity import ArtifactRecord
+
 # Differences of logits are relative and typical (see Comparison); "same" counts most likely tokens, "greedy" generated
 # ones before the first other one.
 CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
+
+
+MinAgreementOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Refuse a quantised model whose best token agrees more rarely.")
+]
 
 
 @heartbeat(so_far("gradmap export"))
@@ -36,9 +46,7 @@ def export(
     quantise: Annotated[
         str | None, typer.Option(help="int8: the layers' weights as 8-bit integers (all but hf).")
     ] = None,
-    min_agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="Refuse a quantised model whose best token agrees more rarely.")
-    ] = 0.9,
+    min_agreement: MinAgreementOption = 0.9,
     shard_size_gb: Annotated[
         float, typer.Option(min=0.001, help="Largest size of a weight file, in 10^9 bytes.")
     ] = 5.0,
@@ -82,43 +90,48 @@ def export(
     if push_to_hub is not None:
         say(f"Uploaded: {push(out / format_names[0], push_to_hub, private=not public)}")
     if json_line:
-        print_json_line(records)
+        print_json_line({name: record.model_dump(mode="json") for name, record in records.items()})
 
 
 @heartbeat(so_far("gradmap verify"))
 def verify(
     directory: Annotated[Path, typer.Argument(help="An artifact, as it was received.")],
+    expect_sha256: Annotated[
+        str | None,
+        typer.Option(help="SHA-256 of gradmap.json, as its exporter knows it; the other files' are in it."),
+    ] = None,
+    min_agreement: MinAgreementOption = 0.9,
     json_line: JsonOption = False,
 ) -> None:
     """Check an artifact: every file's hash, and its logits against the probe stored in it."""
     with importing():
         from export.artifact import verify_directory
 
-    result = verify_directory(directory)
-    rows = [(runner, *_check_cells(check)) for runner, check in result["verification"].items()]
-    print_table(f"{directory} is {result['name']}, whole and faithful", ("", *CHECK_COLUMNS), rows)
+    result = verify_directory(directory, expect_sha256, min_agreement)
+    rows = [(runner, *_check_cells(check)) for runner, check in result.verification.items()]
+    print_table(f"{directory} is {result.name}, whole and faithful", ("", *CHECK_COLUMNS), rows)
     if json_line:
-        print_json_line(result)
+        print_json_line(asdict(result))
 
 
-def _summary_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+def _summary_rows(record: ArtifactRecord) -> list[tuple[str, ...]]:
     """One row for every runtime that checked the artifact; what it is stands in the first."""
-    stored = f"{record['weight_bytes'] / 1e6:.0f} MB {record['quantise'] or record['dtype']}"
-    facts = (str(record["layers"]), f"{record['parameters'] / 1e6:.1f} M", stored)
+    stored = f"{record.weight_bytes / 1e6:.0f} MB {record.quantise or record.dtype}"
+    facts = (str(record.layers), f"{record.parameters / 1e6:.1f} M", stored)
     rows = []
-    for check in record["verification"].values():
-        rows.append((f"{record['format']} in {check['runtime'].split()[0]}", *facts, *_check_cells(check)))
+    for check in record.verification.values():
+        rows.append((f"{record.format} in {check.runtime.split()[0]}", *facts, *_check_cells(check)))
         facts = ("", "", "")
     return rows
 
 
-def _check_cells(check: dict[str, Any]) -> tuple[str, ...]:
+def _check_cells(check: Comparison) -> tuple[str, ...]:
     return (
-        _number(check["typical_difference"]),
-        _number(check["cached_difference"]),
-        _number(check["tolerance"]),
-        f"{check['argmax_agreement']:.1%}",
-        f"{check['greedy_identical']}/{check['greedy_tokens']}",
+        _number(check.typical_difference),
+        _number(check.cached_difference),
+        _number(check.tolerance),
+        f"{check.argmax_agreement:.1%}",
+        f"{check.greedy_identical}/{check.greedy_tokens}",
     )
 
 

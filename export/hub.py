@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from export.card import HUB_ID
+from export.integrity import read_record
 from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.files import ARTIFACT_FILE
-from gradmap.reading import read_json
 
 
 def check_hub_access(repo_id: str) -> None:
@@ -33,15 +33,15 @@ def push(directory: Path, repo_id: str, private: bool = True) -> str:
     """
     from huggingface_hub import HfApi
 
-    record = read_json(directory / ARTIFACT_FILE)
+    record = read_record(directory)
     with _explained(repo_id), waiting(f"Uploading to {repo_id}"):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
-            allow_patterns=[ARTIFACT_FILE, *record["files"]],
-            commit_message=f"Add {record['name']} ({record['format']})",
+            allow_patterns=[ARTIFACT_FILE, *record.files],
+            commit_message=f"Add {record.name} ({record.format})",
         )
     return str(commit.commit_url)
 

@@ -5,25 +5,79 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from export.comparison import Comparison
 from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.files import ARTIFACT_FILE, sha256_file
-from gradmap.reading import read_json
+from gradmap.model_files import CODE_KEY, PlainName, own_file, own_files
+from gradmap.reading import checked, read_json_object
 
 SCHEMA_VERSION = 3
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """Returns the contents of gradmap.json. Raises UserError if there is none, or one of another version."""
-    record: dict[str, Any] = read_json(directory / ARTIFACT_FILE)
-    if record.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{directory / ARTIFACT_FILE} is of another version of gradmap; export the artifact again.")
-    return record
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BaseRecord(_Strict):
+    """Which checkpoint the artifact was made of. files: name -> SHA-256."""
+
+    name: str
+    files: dict[PlainName, str]
+    license: str | None
+
+
+class PlanRecord(_Strict):
+    """Of the plan that was applied: original layer indices, and the calibration record of plan.json."""
+
+    sha256: str
+    removal_order: list[int]
+    corrected_layers: list[int]
+    calibration: dict[str, Any]
+
+
+class ArtifactRecord(_Strict):
+    """The contents of gradmap.json.
+
+    format, dtype and quantise are those of export.artifact.FORMATS. verification: what was found when it was exported,
+    by runtime. files: name -> SHA-256 of every other file.
+    """
+
+    schema_version: int
+    name: str
+    format: str
+    dtype: str
+    quantise: str | None
+    layers: int
+    parameters: int
+    weight_bytes: int
+    base_model: BaseRecord
+    plan: PlanRecord | None
+    verification: dict[str, Comparison]
+    environment: dict[str, str]
+    files: dict[PlainName, str]
+
+
+def read_record(directory: Path, expected_sha256: str | None = None) -> ArtifactRecord:
+    """Returns the contents of gradmap.json.
+
+    expected_sha256: of that file, where it is known from elsewhere; whoever can change the directory can change the
+    hashes in it as well. Raises UserError if there is none, one of another version, a damaged or another one.
+    """
+    path = own_file(directory, ARTIFACT_FILE)
+    contents = read_json_object(path)
+    if contents.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path} is of another version of gradmap; export the artifact again.")
+    if expected_sha256 is not None and sha256_file(path) != expected_sha256.lower():
+        raise UserError(f"{path} is not the one that is expected: its SHA-256 is {sha256_file(path)}.")
+    return checked(ArtifactRecord, contents, path)
 
 
 def require_files(directory: Path, hashes: dict[str, str]) -> None:
     """Raises UserError unless the directory holds exactly the files of `hashes` (hidden ones aside), unchanged."""
-    present = {path.name for path in directory.iterdir() if not path.name.startswith(".")} - {ARTIFACT_FILE}
+    present = list_files(directory)
     for name, expected in hashes.items():
         if name not in present:
             raise UserError(f"{directory} lacks {name}; fetch the artifact again.")
@@ -33,3 +87,20 @@ def require_files(directory: Path, hashes: dict[str, str]) -> None:
             raise UserError(f"{directory / name} is not what was exported (its SHA-256 differs); fetch it again.")
     if foreign := sorted(present - hashes.keys()):
         raise UserError(f"{directory / foreign[0]} is not part of the artifact; remove it.")
+
+
+def refuse_code(directory: Path) -> None:
+    """Raises UserError if files of an artifact are programs, or name some: nothing that gradmap exports needs any."""
+    if programs := own_files(directory, ["**/*.py"]):
+        raise UserError(f"{programs[0]} is a program, which no artifact of gradmap has; do not trust this directory.")
+    for path in own_files(directory, ["*.json"]):
+        if path.name.endswith("config.json") and CODE_KEY in read_json_object(path):
+            raise UserError(
+                f"{path} names code to run ({CODE_KEY}), which no artifact of gradmap does; do not trust it."
+            )
+
+
+def list_files(directory: Path) -> set[str]:
+    """The names of an artifact's files, relative to it, without hidden ones and its record."""
+    names = {str(path.relative_to(directory)) for path in own_files(directory, ["**/*"])}
+    return {name for name in names if not name.startswith(".")} - {ARTIFACT_FILE}

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from export.comparison import Bounds, Comparison
 from export.reference import Reference
 from export.tolerance import SWAP_FACTOR
 from gradmap.errors import UserError
@@ -38,45 +39,6 @@ class Outcome:
     cached_logits: Tensor | None = None
     logprob_ids: Tensor | None = None
     logprobs: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What an artifact must keep: `tolerance` on relative differences, or `min_agreement` if it is quantised.
-
-    stray_share: of the positions, which may differ by more than the tolerance (export.tolerance).
-    """
-
-    tolerance: float | None = None
-    min_agreement: float | None = None
-    stray_share: float = 0.0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How an artifact compares with the reference. Relative differences are root mean squares over that of the logits.
-
-    typical_difference: the same without the worst `stray_share` of the positions. This is held against the tolerance.
-    cached_difference: the typical one for the samples' last positions, reached through the KV cache.
-    argmax_agreement: share of positions with the same most likely token.
-    greedy_identical: how many of `greedy_tokens` generated tokens are the reference's before the first other one.
-    greedy_margin: by how much the reference preferred its own token there (in logits, relative); None if none differs.
-    worst: where the largest difference is, in words.
-    """
-
-    runtime: str
-    relative_difference: float
-    typical_difference: float
-    cached_difference: float | None
-    max_absolute_difference: float
-    argmax_agreement: float
-    greedy_tokens: int
-    greedy_identical: int
-    greedy_margin: float | None
-    worst: str
-    tolerance: float | None
-    min_agreement: float | None
-    stray_share: float
 
 
 def run_artifact_in_each(
@@ -105,7 +67,9 @@ def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
 def run_child(command: list[str], problem: str) -> None:
     """Runs a program in a fresh process, offline; raises UserError(problem: what it said last) if it fails."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if finished.returncode != 0:
         raise UserError(f"{problem}: {_find_reason(finished.stderr)}")
 

@@ -12,22 +12,23 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from torch import Tensor
 
-from export import GGUF_FILE, VLLM_CONFIG_FILE
+from export import GGUF_FILE
 from export.fold import FoldedTensor, plan_fold, write_folded
 from export.quantisation import quantisation_config
 from export.verification import run_child
+from export.vllm_file import write_vllm_file
 from gradmap.architectures import architecture_of, prune_config
 from gradmap.checkpoint import Checkpoint
 from gradmap.console import announced
 from gradmap.corrections import Changes
 from gradmap.errors import UserError
-from gradmap.files import write_json, write_text
+from gradmap.files import write_json
+from gradmap.model_files import CODE_KEY, copy_files
 from gradmap.plan import Plan
 from gradmap.precision import DTYPES
-from gradmap.reading import read_json
+from gradmap.reading import read_json_object
 
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
 COPIED_PATTERNS = (
@@ -37,9 +38,12 @@ COPIED_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*processor_config.json",
     "generation_config.json",
     "*.model",
-    "*.py",  # code of the model's author, if its config names any; nothing here runs it
+    "*.tiktoken",
+    "tekken.json",
     "LICENSE*",
     "NOTICE*",
 )
@@ -114,9 +118,8 @@ def write_checkpoint(directory: Path, source: Source, target: Target) -> Written
 def write_vllm(directory: Path, source: Source, target: Target) -> Written:
     """The same, quantised if asked for, with vllm.yaml for `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`."""
     written = _write_weights(directory, source, target, quantise=target.quantise is not None)
-    settings = {"served-model-name": source.served_name, "dtype": "auto" if target.dtype == "keep" else target.dtype}
-    header = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"
-    write_text(directory / VLLM_CONFIG_FILE, header + yaml.safe_dump(settings, sort_keys=False))
+    dtype = "auto" if target.dtype == "keep" else target.dtype
+    write_vllm_file(directory, source.served_name, dtype)
     return written
 
 
@@ -180,8 +183,8 @@ def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: 
     ignore the new names (and would silently use a theta of 10000), so both are written.
     """
     pruned = prune_config(config, removed)
-    pruned.pop("_name_or_path", None)
-    pruned.pop("_model_name_or_path", None)
+    for key in ("_name_or_path", "_model_name_or_path", CODE_KEY):
+        pruned.pop(key, None)
     dtype = dtype_name if dtype_name != "keep" else pruned.get("dtype") or pruned.get("torch_dtype")
     if dtype is not None:
         pruned |= {"dtype": dtype, "torch_dtype": dtype}
@@ -229,17 +232,19 @@ def _write_through_checkpoint(
 
 
 def _copy_companions(source: Path, target: Path) -> None:
-    for pattern in COPIED_PATTERNS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, target / path.name)
-    _name_tokenizer_class(target / "tokenizer_config.json")
+    copy_files(source, target, COPIED_PATTERNS)
+    path = target / "tokenizer_config.json"
+    if path.exists() and (stock := _stock_tokenizer(settings := read_json_object(path))) != settings:
+        write_json(path, stock)
 
 
-def _name_tokenizer_class(path: Path) -> None:
-    """transformers 5 calls its fast tokenizer TokenizersBackend, which transformers 4 does not know; 5 knows both."""
-    if path.exists() and (settings := read_json(path)).get("tokenizer_class") == "TokenizersBackend":
-        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+def _stock_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as any reader knows them, without code of the model's author: transformers 5 calls its fast
+    tokenizer TokenizersBackend, which transformers 4 does not know; 5 knows both."""
+    stock = {key: value for key, value in settings.items() if key != CODE_KEY}
+    if stock.get("tokenizer_class") == "TokenizersBackend":
+        stock["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return stock
 
 
 def _require_space(directory: Path, needed_bytes: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from gradmap.architectures import architecture_of
@@ -18,13 +18,16 @@ from gradmap.console import announced, waiting
 from gradmap.errors import UserError, first_line
 from gradmap.files import atomic_directory, cache_directory, sha256_file, sha256_json, write_json
 from gradmap.gguf_model import dequantise_gguf, read_gguf_config
+from gradmap.model_files import PlainName, copy_files, own_file, own_files
 from gradmap.precision import AUTOCAST, announce, fastest_dtype, prepare_for_autocast, warn_if_slow, weights_dtype
 from gradmap.processes import local_device
-from gradmap.reading import read_json
+from gradmap.reading import checked, read_json, read_json_object
 from gradmap.safetensors_reader import check_safetensors
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-COMPANION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+# All of a model but its weights that transformers reads, or that its users need.
+COMPANION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja")
 PICKLED_WEIGHTS = "pytorch_model*.bin"
 SPREAD = "spread"  # over all GPUs
 DEVICES = ("auto", "cpu", "cuda", SPREAD)
@@ -48,11 +51,18 @@ class Checkpoint:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config.json and of every weight file, by file name; read once, for weights can be large."""
+        """SHA-256 of config.json and of every weight file, by name; read once, for they can be large."""
         paths = (self.directory / "config.json", *self.weight_files)
+        names = [str(path.relative_to(self.directory)) for path in paths]
         hashing = waiting(f"Hashing the weights of {self.name}")
         with hashing, ThreadPoolExecutor() as threads:  # hashing lets other threads run
-            return dict(zip([path.name for path in paths], threads.map(sha256_file, paths), strict=True))
+            return dict(zip(names, threads.map(sha256_file, paths), strict=True))
+
+
+class _Index(BaseModel):
+    """What is read of an index. weight_map: tensor -> weight file."""
+
+    weight_map: dict[str, PlainName]
 
 
 def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Checkpoint:
@@ -71,6 +81,7 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
         directory = dequantise_gguf(source)
     config = _read_config(directory, model)
     _refuse_unsuitable(config, model)
+    own_files(directory, COMPANION_PATTERNS)
     if allow_pickle and not _safetensors_names(directory):
         directory = _convert_pickled(directory)
     weight_files = _weight_files(directory)
@@ -190,7 +201,7 @@ def _convert_pickled(directory: Path) -> Path:
 
     torch.load(weights_only=True) builds tensors and plain containers only; it calls no code of the file.
     """
-    sources = sorted(directory.glob(PICKLED_WEIGHTS))
+    sources = own_files(directory, [PICKLED_WEIGHTS])
     if not sources:
         return directory  # nothing to convert: the missing weight file is reported as such
     with waiting(f"Hashing the weights of {directory}"):
@@ -206,9 +217,7 @@ def _convert_pickled(directory: Path) -> Path:
             save_file(tensors, partial / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
         write_json(partial / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
-        for pattern in COMPANION_PATTERNS:
-            for companion in directory.glob(pattern):
-                shutil.copy(companion, partial / companion.name)
+        copy_files(directory, partial, COMPANION_PATTERNS)
     return target
 
 
@@ -222,14 +231,13 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_config(directory: Path, model: str) -> dict[str, Any]:
-    if (directory / "adapter_config.json").exists():
+    if own_file(directory, "adapter_config.json").exists():
         raise UserError(f"{model} is an adapter; merge it into its base model first (peft: merge_and_unload).")
-    if not (directory / "config.json").exists():
+    if not own_file(directory, "config.json").exists():
         ggufs = sorted(path.name for path in directory.glob("*.gguf"))
         cure = f"add --gguf-file {ggufs[0]}" if ggufs else "name a Hugging Face model directory"
         raise UserError(f"{model} has no config.json; {cure}.")
-    config: dict[str, Any] = read_json(directory / "config.json")
-    return config
+    return read_json_object(directory / "config.json")
 
 
 def _refuse_unsuitable(config: dict[str, Any], model: str) -> None:
@@ -253,10 +261,12 @@ def _is_native(model_type: str | None, architectures: list[str]) -> bool:
 
 
 def _safetensors_names(directory: Path) -> list[str]:
-    """The weight files that the directory's index names, or its single one; empty if it has neither."""
-    if (directory / INDEX_NAME).exists():
-        return sorted(set(read_json(directory / INDEX_NAME)["weight_map"].values()))
-    return ["model.safetensors"] if (directory / "model.safetensors").exists() else []
+    """The single weight file, or those that the directory's index names: transformers, too, does not read an index
+    beside a single file. Empty if it has neither."""
+    if own_file(directory, SINGLE_NAME).exists():
+        return [SINGLE_NAME]
+    index = own_file(directory, INDEX_NAME)
+    return sorted(set(checked(_Index, read_json(index), index).weight_map.values())) if index.exists() else []
 
 
 def _weight_files(directory: Path) -> tuple[Path, ...]:
@@ -266,7 +276,7 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
             f"{directory} has pickled weights only, and a pickle can run code when it is read; with --allow-pickle "
             "they are converted to safetensors by torch's restricted reader (plain tensors only)."
         )
-    paths = tuple(directory / name for name in names or ["model.safetensors"])
+    paths = tuple(own_file(directory, name) for name in names or [SINGLE_NAME])
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise UserError(f"{directory} lacks the weight file {missing[0]}; fetch the checkpoint again.")

@@ -34,6 +34,12 @@ def serve(
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; serves https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the artifact's files with their hashes first.")] = True,
+    require_artifact: Annotated[
+        bool, typer.Option("--require-artifact", help="Refuse a directory that gradmap did not export.")
+    ] = False,
+    expect_sha256: Annotated[
+        list[str] | None, typer.Option(help="SHA-256 of the artifact's gradmap.json; with --compare, one of each.")
+    ] = None,
     restarts: Annotated[int, typer.Option(min=0, help="How often in a row a server that fails is restarted.")] = 3,
     drain_s: Annotated[int, typer.Option(min=0, help="Seconds that requests may go on when asked to stop.")] = 20,
     balancer_wait_s: Annotated[
@@ -48,6 +54,7 @@ def serve(
     /livez, /readyz, /startupz, /info and /metrics are at the admin port. Exit code 0 after SIGTERM, 130 after ctrl-C,
     1 if the server failed and was not to be restarted any more, 2 if it could not start.
     """
+    from serving.identity import Trust
     from serving.launch import Launch, run
     from serving.log import Log
     from serving.settings import ServerSettings
@@ -61,6 +68,9 @@ def serve(
         Path(), host, port, vllm_flags, ready_timeout_s, drain_s, certificate=tls_certificate, private_key=tls_key
     )
     wait_s = balancer_wait_s if balancer_wait_s is not None else 5.0 * settings.is_public
+    expected_hashes: Sequence[str | None] = expect_sha256 or [None] * len(models)
+    if len(expected_hashes) != len(models):
+        raise UserError("Give --expect-sha256 once for every model, in their order, or not at all.")
     path = Path(log) if log else cache_directory() / "serve" / f"{port}.log"
     launch = Launch(
         models=[Path(model) for model in models],
@@ -68,7 +78,7 @@ def serve(
         policy=Policy(restarts, wait_s),
         admin_host=admin_host,
         admin_port=admin_port if admin_port is not None else port + 1000,
-        verify=verify,
+        trusts=[Trust(verify, require_artifact, expected) for expected in expected_hashes],
     )
     with closing(Log(None if log == "-" else path, log_format is LogFormat.JSON)) as output:
         code = run(launch, output)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.integrity import read_record, require_files
+from export.integrity import read_record, refuse_code, require_files
+from export.vllm_file import read_vllm_file
 from gradmap.errors import UserError
 from gradmap.files import ARTIFACT_FILE, sha256_file
+from gradmap.model_files import own_file, own_files
 
 
 @dataclass(frozen=True)
@@ -26,31 +28,50 @@ class Identity:
 
 def require_model(directory: Path) -> None:
     """Raises UserError if there is no model in the directory."""
-    if not (directory / "config.json").is_file():
+    if not own_file(directory, "config.json").exists():
         raise UserError(f"{directory} is no model directory (it has no config.json); export one first.")
 
 
-def identify(directory: Path, verify: bool) -> Identity:
-    """Reads gradmap.json, and with `verify` compares every file's SHA-256 with it.
+@dataclass(frozen=True)
+class Trust:
+    """What has to be known of a directory before it is served.
 
-    Raises UserError if the directory holds no model, an artifact for another runtime, or other files than exported.
+    verify: compare every file's SHA-256 with gradmap.json. artifact: it must be an artifact; without this, whoever
+    removes gradmap.json turns it into a model that nothing is known of. expected_sha256: of gradmap.json, from
+    elsewhere; the hashes of all other files are in it.
+    """
+
+    verify: bool = True
+    artifact: bool = False
+    expected_sha256: str | None = None
+
+
+def identify(directory: Path, trust: Trust) -> Identity:
+    """Reads gradmap.json and compares what `trust` asks for.
+
+    Raises UserError if the directory holds no model, an artifact for another runtime, other files than exported, or
+    code.
     """
     require_model(directory)
-    if not (directory / ARTIFACT_FILE).is_file():
-        weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    read_vllm_file(directory)
+    if not own_file(directory, ARTIFACT_FILE).exists():
+        if trust.artifact or trust.expected_sha256 is not None:
+            raise UserError(f"{directory} is no artifact (it has no {ARTIFACT_FILE}); serve one, or do not ask for it.")
+        weights = sum(path.stat().st_size for path in own_files(directory, ["*.safetensors"]))
         return Identity(directory.resolve().name, weights)
-    record = read_record(directory)
-    if record["format"] not in ("hf", "vllm"):
-        raise UserError(f"{directory} was exported as {record['format']}, which vLLM does not read; use --format vllm.")
-    if verify:
-        require_files(directory, record["files"])
-    plan = record["plan"]
+    record = read_record(directory, trust.expected_sha256)
+    refuse_code(directory)
+    if record.format not in ("hf", "vllm"):
+        raise UserError(f"{directory} was exported as {record.format}, which vLLM does not read; use --format vllm.")
+    if trust.verify:
+        require_files(directory, record.files)
+    plan = record.plan
     return Identity(
-        name=record["name"],
-        weight_bytes=record["weight_bytes"],
-        layers=record["layers"],
-        base_model=record["base_model"]["name"],
-        removed_layers=tuple(plan["removal_order"]) if plan else (),
-        plan_sha256=plan["sha256"] if plan else None,
+        name=record.name,
+        weight_bytes=record.weight_bytes,
+        layers=record.layers,
+        base_model=record.base_model.name,
+        removed_layers=tuple(plan.removal_order) if plan else (),
+        plan_sha256=plan.sha256 if plan else None,
         artifact_sha256=sha256_file(directory / ARTIFACT_FILE),
     )

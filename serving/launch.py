@@ -21,7 +21,7 @@ from gradmap.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults
 from serving.admin import Admin, serving_admin
 from serving.flags import flag_value
 from serving.guard import guard_environment
-from serving.identity import Identity, identify
+from serving.identity import Identity, Trust, identify
 from serving.log import Log
 from serving.machine import (
     GPU_SHARE_FLAG,
@@ -42,14 +42,14 @@ EXIT_FAILED = 1
 
 @dataclass(frozen=True)
 class Launch:
-    """One or two models. settings: of the first; the second listens on the next port."""
+    """One or two models, with what has to be known of each. settings: of the first; the second has the next port."""
 
     models: Sequence[Path]
     settings: ServerSettings
     policy: Policy
     admin_host: str
     admin_port: int
-    verify: bool
+    trusts: Sequence[Trust]
 
 
 @dataclass
@@ -72,7 +72,7 @@ def run(launch: Launch, log: Log) -> int:
 
     Raises UserError if the model, the machine or a port does not allow a start, or if the first start failed.
     """
-    identities = [identify(model, launch.verify) for model in launch.models]
+    identities = [identify(model, trust) for model, trust in zip(launch.models, launch.trusts, strict=True)]
     secret = secrets.token_urlsafe()
     settings = _settle(launch, identities, secret)
     require_free_port(launch.admin_host, launch.admin_port, "--admin-port")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx
 
-from export import VLLM_CONFIG_FILE
 from gradmap.openai_api import authorization
 from gradmap.vllm_environment import threads_within_quota, vllm_defaults
 from serving.flags import TENSOR_FLAGS, flag_value
@@ -61,13 +60,8 @@ class ServerSettings:
 
 
 def build_command(settings: ServerSettings) -> list[str]:
-    """Returns vLLM's command line; the artifact's vllm.yaml gives defaults, `vllm_flags` override them."""
+    """Returns vLLM's command line, to which serving.vllm_server adds what the artifact says; `vllm_flags` come last."""
     command = [sys.executable, "-m", "serving.vllm_server", str(settings.directory)]
-    config = settings.directory / VLLM_CONFIG_FILE
-    if config.exists():
-        command += ["--config", str(config)]
-    else:
-        command += ["--served-model-name", settings.directory.resolve().name]
     command += ["--host", settings.host, "--port", str(settings.port), "--shutdown-timeout", str(settings.drain_s)]
     command += ["--middleware", GUARD]
     if settings.certificate and settings.private_key:

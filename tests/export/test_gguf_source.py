@@ -30,7 +30,7 @@ def test_the_artifact_has_the_files_tokenizer_and_license(source, tmp_path):
     assert tokenizer("12")["input_ids"] == [BOS, *tokenizer.convert_tokens_to_ids(["1", "2"])]
     assert tokenizer.chat_template == TEMPLATE
     assert ModelCard.load(tmp_path / "out" / "hf" / "README.md").data.license == "gemma"
-    assert record["base_model"]["license"] == "gemma"
+    assert record.base_model.license == "gemma"
 
 
 EOT, EOM = 5, 9

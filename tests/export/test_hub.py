@@ -13,6 +13,7 @@ from threading import Thread
 import pytest
 
 from export.hub import check_hub_access
+from export.integrity import SCHEMA_VERSION, ArtifactRecord, BaseRecord
 from gradmap.errors import UserError
 
 TOKEN = "hf_secret"
@@ -96,8 +97,22 @@ def artifact(tmp_path):
     directory.mkdir()
     for name, content in {"config.json": "{}", "model.safetensors": "weights", "stray.txt": "private"}.items():
         (directory / name).write_text(content)
-    record = {"name": "pico", "format": "hf", "files": {"config.json": "-", "model.safetensors": "-"}}
-    (directory / "gradmap.json").write_text(json.dumps(record))
+    record = ArtifactRecord(
+        schema_version=SCHEMA_VERSION,
+        name="pico",
+        format="hf",
+        dtype="keep",
+        quantise=None,
+        layers=1,
+        parameters=1,
+        weight_bytes=7,
+        base_model=BaseRecord(name="base", files={}, license=None),
+        plan=None,
+        verification={},
+        environment={},
+        files={"config.json": "-", "model.safetensors": "-"},
+    )
+    (directory / "gradmap.json").write_text(record.model_dump_json())
     return directory
 
 

@@ -90,12 +90,12 @@ def artifact(picos, tmp_path_factory):
 
 def test_an_onnx_artifact_is_verified_and_labelled(artifact):
     directory, record = artifact
-    check = record["verification"]["onnxruntime"]
-    assert "CPUExecutionProvider" in check["runtime"]
-    assert check["relative_difference"] <= check["tolerance"]
-    assert check["greedy_identical"] == check["greedy_tokens"] == 44  # positions 20 to 64 of the model
+    check = record.verification["onnxruntime"]
+    assert "CPUExecutionProvider" in check.runtime
+    assert check.relative_difference <= check.tolerance
+    assert check.greedy_identical == check.greedy_tokens == 44  # positions 20 to 64 of the model
     model = onnx.load(directory / "model.onnx")
-    assert {prop.key: prop.value for prop in model.metadata_props}["gradmap.name"] == record["name"]
+    assert {prop.key: prop.value for prop in model.metadata_props}["gradmap.name"] == record.name
     files = {path.name for path in directory.iterdir()}
     assert {"config.json", "tokenizer.json", "model.onnx", "README.md", "gradmap.probe"} <= files
     assert not [name for name in files if name.endswith(".safetensors")]
@@ -103,19 +103,19 @@ def test_an_onnx_artifact_is_verified_and_labelled(artifact):
 
 def test_a_half_precision_artifact_keeps_its_cache_in_half_precision_too(picos, artifact, tmp_path):
     record = export(make_source(picos["llama"]), tmp_path, "onnx", dtype="float16")["onnx"]
-    check = record["verification"]["onnxruntime"]
-    assert artifact[1]["verification"]["onnxruntime"]["relative_difference"] < check["relative_difference"]
-    assert check["typical_difference"] <= check["tolerance"]
-    assert (check["stray_share"], artifact[1]["verification"]["onnxruntime"]["stray_share"]) == (STRAY_SHARE, 0)
+    check = record.verification["onnxruntime"]
+    assert artifact[1].verification["onnxruntime"].relative_difference < check.relative_difference
+    assert check.typical_difference <= check.tolerance
+    assert (check.stray_share, artifact[1].verification["onnxruntime"].stray_share) == (STRAY_SHARE, 0)
     inputs = {value.name: value.type.tensor_type for value in onnx.load(tmp_path / "onnx" / "model.onnx").graph.input}
     assert inputs["past_key_values.0.key"].elem_type == onnx.TensorProto.FLOAT16
 
 
 def test_a_quantised_artifact_is_judged_by_agreement(picos, tmp_path):
-    check = export(make_source(picos["opt"]), tmp_path, "onnx", quantise="int8")["onnx"]["verification"]["onnxruntime"]
-    assert check["tolerance"] is None
-    assert check["min_agreement"] == 0.9 <= check["argmax_agreement"]
-    assert check["relative_difference"] > 1e-4
+    check = export(make_source(picos["opt"]), tmp_path, "onnx", quantise="int8")["onnx"].verification["onnxruntime"]
+    assert check.tolerance is None
+    assert check.min_agreement == 0.9 <= check.argmax_agreement
+    assert check.relative_difference > 1e-4
     nodes = onnx.load(tmp_path / "onnx" / "model.onnx").graph.node
     widths = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "N"]
     assert VOCABULARY in widths  # the output layer too, though it shares the embedding's weights
@@ -137,7 +137,7 @@ def test_a_plain_onnxruntime_session_runs_it_without_our_packages(artifact):
 def test_onnxruntime_genai_runs_its_own_artifact(tmp_path):
     pico = make_pico("llama", tmp_path / "pico", hidden_size=64)  # its attention wants heads of a multiple of 16
     record = export(make_source(pico), tmp_path, "onnx-genai")["onnx-genai"]
-    assert record["verification"]["genai"]["relative_difference"] <= record["verification"]["genai"]["tolerance"]
+    assert record.verification["genai"].relative_difference <= record.verification["genai"].tolerance
     assert json.loads((tmp_path / "onnx-genai" / "genai_config.json").read_text())["model"]["type"] == "llama"
 
 

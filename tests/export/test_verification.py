@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from export import verification
+from export.comparison import Bounds
 from export.reference import Reference, load_probe, save_probe
 from export.tolerance import STRAY_SHARE, logit_tolerance, share_of_strays
-from export.verification import Bounds, Outcome, compare, find_problem, run_artifact_in_each
+from export.verification import Outcome, compare, find_problem, run_artifact_in_each
 from gradmap.errors import UserError
 
 SAMPLES, TOKENS, VOCABULARY = 2, 6, 50

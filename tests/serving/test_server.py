@@ -22,11 +22,8 @@ def settings(picos):
 
 
 def test_flags_of_the_user_come_last(picos, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "vllm.yaml").write_text("dtype: bfloat16\n")
     command = build_command(ServerSettings(tmp_path, port=1234, vllm_flags=("--max-model-len", "64")))
     assert command[-2:] == ["--max-model-len", "64"]
-    assert command[command.index("--config") + 1] == str(tmp_path / "vllm.yaml")
     assert command[command.index("--host") + 1] == "127.0.0.1"
 
 

@@ -18,7 +18,7 @@ from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
 from serving import launch as launching
 from serving import server, supervisor
-from serving.identity import Identity
+from serving.identity import Identity, Trust
 from serving.launch import Launch, run
 from serving.log import Log
 from serving.server import free_port
@@ -39,7 +39,7 @@ def stand_in(monkeypatch, picos, tmp_path):
         monkeypatch.setattr(server, "build_command", command)
         monkeypatch.setattr(launching, "require_gpus", lambda settings: ())
         settings = ServerSettings(Path(), port=free_port(), ready_timeout_s=30, drain_s=5)
-        return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", free_port(), True)
+        return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", free_port(), [Trust()])
 
     return launch
 

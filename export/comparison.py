@@ -1,0 +1,65 @@
+"""How an artifact compares with its reference, and what it must keep: as it is judged, and as it is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an artifact must keep: `tolerance` on relative differences, or `min_agreement` if it is quantised.
+
+    stray_share: of the positions, which may differ by more than the tolerance (export.tolerance).
+    """
+
+    tolerance: float | None = None
+    min_agreement: float | None = None
+    stray_share: float = 0.0
+
+    def within(self, others: Bounds) -> Bounds:
+        """The stricter of both in each respect."""
+        return Bounds(
+            tolerance=_smallest(self.tolerance, others.tolerance),
+            min_agreement=_largest(self.min_agreement, others.min_agreement),
+            stray_share=min(self.stray_share, others.stray_share),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How an artifact compares with the reference. Relative differences are root mean squares over that of the logits.
+
+    typical_difference: the same without the worst `stray_share` of the positions. This is held against the tolerance.
+    cached_difference: the typical one for the samples' last positions, reached through the KV cache.
+    argmax_agreement: share of positions with the same most likely token.
+    greedy_identical: how many of `greedy_tokens` generated tokens are the reference's before the first other one.
+    greedy_margin: by how much the reference preferred its own token there (in logits, relative); None if none differs.
+    worst: where the largest difference is, in words.
+    """
+
+    runtime: str
+    relative_difference: float
+    typical_difference: float
+    cached_difference: float | None
+    max_absolute_difference: float
+    argmax_agreement: float
+    greedy_tokens: int
+    greedy_identical: int
+    greedy_margin: float | None
+    worst: str
+    tolerance: float | None
+    min_agreement: float | None
+    stray_share: float
+
+    @property
+    def bounds(self) -> Bounds:
+        """What it was held against."""
+        return Bounds(self.tolerance, self.min_agreement, self.stray_share)
+
+
+def _smallest(*limits: float | None) -> float | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _largest(*limits: float | None) -> float | None:
+    return max((limit for limit in limits if limit is not None), default=None)
