@@ -123,7 +123,7 @@ def _run_folded(
     model = load_model(checkpoint, "float32", "cpu")
     fold_and_round(model, checkpoint, changes, dtype)
     with without_layers(model, architecture_of(checkpoint.config), removed):
-        return _run(model, input_ids, _greedy_tokens(checkpoint.config, input_ids))
+        return _run(model, input_ids, _greedy_tokens(checkpoint.positions, input_ids))
 
 
 def _run_from_disk(
@@ -140,7 +140,6 @@ def _run(model: Any, input_ids: Tensor, greedy_tokens: int) -> Reference:
     return Reference(input_ids, logits, logits.double().square().mean().sqrt().item(), greedy_ids, margins)
 
 
-def _greedy_tokens(config: dict[str, Any], input_ids: Tensor) -> int:
+def _greedy_tokens(positions: int | None, input_ids: Tensor) -> int:
     """As many as the model has positions for."""
-    positions = int(config.get("max_position_embeddings") or config["n_positions"])
-    return max(0, min(GREEDY_TOKENS, positions - input_ids.shape[1]))
+    return GREEDY_TOKENS if positions is None else max(0, min(GREEDY_TOKENS, positions - input_ids.shape[1]))

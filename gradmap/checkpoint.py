@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from gradmap.console import announced, waiting
 from gradmap.errors import UserError, first_line
 from gradmap.files import atomic_directory, cache_directory, sha256_file, sha256_json, write_json
 from gradmap.gguf_model import dequantise_gguf, read_gguf_config
+from gradmap.loading import require_exact
 from gradmap.model_files import PlainName, copy_files, own_file, own_files
 from gradmap.precision import AUTOCAST, announce, fastest_dtype, prepare_for_autocast, warn_if_slow, weights_dtype
 from gradmap.processes import local_device
@@ -50,6 +52,13 @@ class Checkpoint:
     gguf_file: Path | None = None
 
     @cached_property
+    def positions(self) -> int | None:
+        """How many tokens the model takes at once; None if its config sets no limit."""
+        config = _completed(self.config)
+        limit = config.get("max_position_embeddings") or config.get("n_positions")
+        return None if limit is None else int(limit)
+
+    @cached_property
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of config.json and of every weight file, by name; read once, for they can be large."""
         paths = (self.directory / "config.json", *self.weight_files)
@@ -59,6 +68,13 @@ class Checkpoint:
             return dict(zip(names, threads.map(sha256_file, paths), strict=True))
 
 
+class _Config(BaseModel):
+    """What must be of its kind for a config to be judged at all."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+
+
 class _Index(BaseModel):
     """What is read of an index. weight_map: tensor -> weight file."""
 
@@ -66,12 +82,12 @@ class _Index(BaseModel):
 
 
 def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Checkpoint:
-    """Finds a model and checks that it can be pruned, without loading weights.
+    """Finds a model and checks that it can be pruned, and is whole, without loading weights.
 
     A GGUF file is dequantised once to float32 safetensors in the cache directory; with `allow_pickle`, legacy `.bin`
     weights are converted there too.
     Raises UserError for: a missing model, an adapter, a quantised or encoder model, an unsupported family,
-    pickled weights, a missing or truncated weight file.
+    pickled weights, a missing or truncated weight file, tensors that are missing, unknown or of another shape.
     """
     source = None
     weights = ["*.safetensors", *([PICKLED_WEIGHTS] if allow_pickle else [])]
@@ -88,6 +104,7 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
     for path in weight_files:
         check_safetensors(path)
     name = model if gguf_file is None else f"{model}/{gguf_file}"
+    require_exact(directory, name)
     return Checkpoint(name, directory, config, weight_files, source)
 
 
@@ -107,9 +124,13 @@ def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Raises UserError if transformers does not take it."""
     from transformers import CONFIG_MAPPING
 
-    completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**config).to_dict()
+    try:
+        completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**config).to_dict()
+    except Exception as error:  # whatever values of a config can make transformers raise
+        raise UserError(f"This config.json describes no {config['model_type']} model: {first_line(error)}") from None
     return completed
 
 
@@ -223,9 +244,12 @@ def _convert_pickled(directory: Path) -> Path:
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # only the format that torch writes since 1.6, a zip archive, can be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path} is not a file of plain tensors, or is damaged: {first_line(error)}") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path} holds other things than tensors by name; save the model's state_dict() alone.")
     # a copy each: tied weights share memory, which safetensors does not store
     return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
@@ -237,20 +261,33 @@ def _read_config(directory: Path, model: str) -> dict[str, Any]:
         ggufs = sorted(path.name for path in directory.glob("*.gguf"))
         cure = f"add --gguf-file {ggufs[0]}" if ggufs else "name a Hugging Face model directory"
         raise UserError(f"{model} has no config.json; {cure}.")
-    return read_json_object(directory / "config.json")
+    path = directory / "config.json"
+    config = read_json_object(path)
+    checked(_Config, config, path)
+    return config | {"architectures": config.get("architectures") or _stock_architectures(config)}
 
 
 def _refuse_unsuitable(config: dict[str, Any], model: str) -> None:
     if config.get("quantization_config"):
         raise UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
-    architectures = config.get("architectures") or []
+    architectures = config["architectures"]
     if config.get("auto_map") and not _is_native(config.get("model_type"), architectures):
         raise UserError(f"{model} needs remote code, which is not run; use a model that transformers itself supports.")
     if config.get("is_encoder_decoder") or not any(
         name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures
     ):
         raise UserError(f"{model} is not a causal language model (architectures: {architectures or 'none'}).")
-    architecture_of(config)
+    for key in (architecture_of(config).layer_count_key, "vocab_size"):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise UserError(f"config.json of {model}: {key} is {config.get(key)!r}, where a count is expected.")
+
+
+def _stock_architectures(config: dict[str, Any]) -> list[str]:
+    """The class that transformers takes for the family, where a config names none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    return [stock] if isinstance(stock, str) else []
 
 
 def _is_native(model_type: str | None, architectures: list[str]) -> bool:

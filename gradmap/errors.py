@@ -7,4 +7,6 @@ class UserError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What a library's error says first, for a sentence of ours; its name if it says nothing."""
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"the key {error} is missing"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -83,6 +83,8 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     """Raises UserError if the settings do not fit the model."""
     layers = layer_count(checkpoint.config)
     require_removable(settings.remove, layers, checkpoint.name)
+    if checkpoint.positions is not None and settings.tokens > checkpoint.positions:
+        raise UserError(f"{checkpoint.name} takes {checkpoint.positions} tokens at once; lower --tokens to that.")
     protected = protected_layers(checkpoint, settings)
     if layers - len(protected) < settings.remove:
         raise UserError(

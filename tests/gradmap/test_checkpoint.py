@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from gradmap.checkpoint import load_tokenizer, open_checkpoint
+from gradmap.checkpoint import INDEX_NAME, load_tokenizer, open_checkpoint
 from gradmap.errors import UserError
 
 
@@ -49,11 +49,106 @@ class Malicious:
         ({"is_encoder_decoder": True}, "not a causal language model"),
         ({"auto_map": {"AutoModelForCausalLM": "x.py"}, "architectures": ["MyForCausalLM"]}, "remote code"),
         ({"model_type": "mamba"}, "not supported"),
+        ({"model_type": ["llama"]}, "model_type: Input should be a valid string"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures: Input should be a valid list"),
+        ({"num_hidden_layers": "5"}, "num_hidden_layers is '5', where a count is expected"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None, where a count is expected"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a count is expected"),
+        ({"vocab_size": 10_000}, r"have in another shape .*embed_tokens\.weight \(\d+, \d+\) instead of \(10000, "),
+        ({"hidden_size": "wide"}, "cannot be built as its config.json describes it"),
+        ({"num_attention_heads": 0}, "cannot be built as its config.json describes it"),
+        ({"rope_parameters": {"rope_type": "unheard", "rope_theta": 1.0}}, "cannot be built"),
     ],
 )
 def test_unsuitable_models_are_refused(broken, changes, message):
     change_config(broken, **changes)
     with pytest.raises(UserError, match=message):
+        open_checkpoint(str(broken))
+
+
+def change_weights(directory, change):
+    """change: from the name of a tensor to its new one, or None where it goes."""
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {change(name): tensor for name, tensor in tensors.items() if change(name) is not None}
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def without(ending):
+    return lambda name: None if name.endswith(ending) else name
+
+
+def quantised(name):
+    """As GPTQ stores it, with no word of it in the config."""
+    return name.replace("down_proj.weight", "down_proj.qweight")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: f"_orig_mod.{name}", r"they lack .*; they also hold _orig_mod\."),
+        (without("lm_head.weight"), r"they lack lm_head\.weight\."),
+        (without("layers.2.mlp.down_proj.weight"), r"they lack model\.layers\.2\.mlp\.down_proj\.weight\."),
+        (quantised, r"they lack .*down_proj\.weight.* and \d+ more; they also hold .*down_proj\.qweight"),
+        (
+            lambda name: name.replace("layers.4.", "layers.5."),
+            r"they lack model\.layers\.4\..*also hold model\.layers\.5\.",
+        ),
+    ],
+    ids=["compiled", "no head", "no down projection", "quantised", "layer out of range"],
+)
+def test_weights_that_are_not_the_configs_are_refused(broken, change, message):
+    """transformers would fill the gaps with random values."""
+    change_weights(broken, change)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(str(broken))
+
+
+def test_a_single_weight_file_counts_before_a_stale_index(broken):
+    (broken / INDEX_NAME).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    assert [path.name for path in open_checkpoint(str(broken)).weight_files] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"x": "../model.safetensors"}, "no plain name"),
+        ({"x": "/etc/passwd"}, "no plain name"),
+        ({"x": 1}, "weight_map.x"),
+        ([], "weight_map"),
+        ({"x": "other.safetensors"}, "lacks the weight file other.safetensors"),
+    ],
+)
+def test_an_index_names_weight_files_of_the_directory(broken, weight_map, message):
+    (broken / "model.safetensors").rename(broken / "kept.safetensors")
+    (broken / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(str(broken))
+
+
+def test_weight_files_may_lie_in_folders_and_are_hashed_by_their_paths(broken):
+    tensors = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    weight_map = {}
+    for index, name in enumerate(tensors):
+        weight_map[name] = f"{'ab'[index % 2]}/part.safetensors"
+    for folder in "ab":
+        (broken / folder).mkdir()
+        part = {name: tensors[name] for name in weight_map if weight_map[name].startswith(folder)}
+        save_file(part, broken / folder / "part.safetensors", metadata={"format": "pt"})
+    (broken / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert set(open_checkpoint(str(broken)).file_hashes) == {"config.json", "a/part.safetensors", "b/part.safetensors"}
+
+
+def test_a_config_without_architectures_is_of_its_model_type(broken):
+    change_config(broken, architectures=None)
+    assert open_checkpoint(str(broken)).config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_link_to_another_place_is_not_read(broken, tmp_path):
+    (broken / "tokenizer_config.json").unlink()
+    (tmp_path / "private.json").write_text("{}")
+    (broken / "tokenizer_config.json").symlink_to(tmp_path / "private.json")
+    with pytest.raises(UserError, match="is a link out of the directory"):
         open_checkpoint(str(broken))
 
 
@@ -93,6 +188,24 @@ def test_a_pickle_that_calls_code_is_refused_even_then(broken, tmp_path, monkeyp
     with pytest.raises(UserError, match="not a file of plain tensors"):
         open_checkpoint(str(broken), allow_pickle=True)
     assert not trace.exists()
+
+
+def test_pickles_of_the_old_format_are_read(picos, broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    tensors = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(tensors, broken / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    converted = open_checkpoint(str(broken), allow_pickle=True)
+    assert load_file(converted.weight_files[0]).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("wrap", [lambda tensors: {"state_dict": tensors}, lambda tensors: list(tensors.values())])
+def test_pickles_of_other_things_than_tensors_by_name_are_refused(broken, tmp_path, monkeypatch, wrap):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    torch.save(wrap(load_file(broken / "model.safetensors")), broken / "pytorch_model.bin")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"save the model's state_dict\(\) alone"):
+        open_checkpoint(str(broken), allow_pickle=True)
 
 
 def test_missing_parts_are_named(broken):
