@@ -11,17 +11,20 @@ from gradmap.console import announced, say, waiting
 from gradmap.errors import UserError, first_line
 from gradmap.files import atomic_directory, cache_directory, sha256_file, write_json
 from gradmap.gguf_head import Stored, finer_of, judge_head
+from gradmap.gguf_metadata import require_read, require_understood, require_whole_file
 from gradmap.gguf_tokenizer import (
     TokenizerSettings,
     load_gguf_tokenizer,
+    read_header,
     read_metadata,
     read_settings,
     require_same_tokens,
 )
+from gradmap.loading import refuse_inexact
 from gradmap.reading import read_json
 
 # Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
-CONVERSION = 3
+CONVERSION = 4
 
 
 def dequantise_gguf(source: Path) -> Path:
@@ -59,16 +62,25 @@ def _write_dequantised(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        metadata, names = read_header(source)
+        require_whole_file(metadata, source)
+        model, report = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        refuse_inexact(report, str(source))
+        require_understood(metadata, model.config, source)
+        require_read(names, _read_names(model, str(metadata["general.architecture"])), source)
         _settle_head(model, source)
         _set_ends(model, read_settings(source))
         tokenizer = load_gguf_tokenizer(source)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
         raise _unreadable(source, error) from None
     with atomic_directory(target, marker="config.json") as partial:
         model.save_pretrained(partial)
@@ -97,6 +109,14 @@ def _settle_head(model: Any, source: Path) -> None:
         embeddings.data = finer_of(*stored).values
         model.config.tie_word_embeddings = True
         model.tie_weights()
+
+
+def _read_names(model: Any, architecture: str) -> set[str]:
+    """The names, in a file, of the tensors that transformers reads; experts have one name for all of them."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    return set(get_gguf_hf_weights_map(model, processor))
 
 
 def _tensor_types(source: Path) -> dict[str, str]:

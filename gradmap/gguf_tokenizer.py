@@ -64,10 +64,15 @@ def read_settings(source: Path) -> TokenizerSettings:
 
 def read_metadata(source: Path) -> dict[str, Any]:
     """The file's metadata without its long arrays of strings. Raises ValueError if it is no GGUF file."""
+    return read_header(source)[0]
+
+
+def read_header(source: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The same, and the names of the file's tensors."""
     from transformers.integrations.gguf import read_gguf_metadata  # gguf.GGUFReader takes seconds for a vocabulary
 
-    metadata: dict[str, Any] = read_gguf_metadata(str(source))[0]
-    return metadata
+    header: tuple[dict[str, Any], tuple[str, ...]] = read_gguf_metadata(str(source))
+    return header
 
 
 def settings_of(metadata: dict[str, Any]) -> TokenizerSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,30 @@ MERGES = ["Ġ t", "1 2"]
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
 
 
-def write_gguf(path: Path, kind: str = "llama", head: Any = None, **settings: Any) -> Path:
+def write_gguf(
+    path: Path,
+    kind: str = "llama",
+    head: Any = None,
+    metadata: dict[str, Any] | None = None,
+    change: Callable[[dict[str, Any]], None] = lambda tensors: None,
+    **settings: Any,
+) -> Path:
     """kind: of the tokenizer, llama (SentencePiece) or gpt2 (byte-level BPE).
 
     head: None (tied), or a pair of GGML types, of the head and of the embeddings that it is stored apart from; a third
-    element is the distance of the head from the embeddings. settings: of the tokenizer, as the file names them.
+    element is the distance of the head from the embeddings. metadata: further keys. change: of the tensors, which are
+    values and GGML type by name. settings: of the tokenizer, as the file names them.
     """
     writer = GGUFWriter(path, "llama")
     _add_sizes(writer)
     tokens = _add_vocabulary(writer, kind)
     for name, value in settings.items():
         _add_setting(writer, name, value)
-    for name, (values, stored) in _tensors(len(tokens), head).items():
+    for key, value in (metadata or {}).items():
+        _add(writer, key, value)
+    tensors = _tensors(len(tokens), head)
+    change(tensors)
+    for name, (values, stored) in tensors.items():
         if stored == GGMLQuantizationType.F32:
             writer.add_tensor(name, values)
         else:
@@ -72,9 +85,13 @@ def _add_vocabulary(writer: GGUFWriter, kind: str) -> list[str]:
 
 
 def _add_setting(writer: GGUFWriter, name: str, value: Any) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)]
     key = {"chat_template": "tokenizer.chat_template", "license": "general.license"}.get(name, f"tokenizer.ggml.{name}")
-    add(key, value)
+    _add(writer, key, value)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds[type(value)](key, value)
 
 
 def _tensors(vocabulary: int, head: Any) -> dict[str, tuple[np.ndarray, GGMLQuantizationType]]:

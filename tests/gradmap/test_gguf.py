@@ -173,3 +173,52 @@ def test_a_head_of_its_own_is_kept(opened, capfd):
     assert "stays a matrix of its own" in capfd.readouterr().err
     model = load_model(apart, "float32", "cpu")
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+        {"llama.attention.sliding_window": 64},
+        {"llama.logit_scale": 0.5},
+        {"llama.attention.key_length": 16},
+        {"llama.expert_count": 8},
+        {"llama.something.new": 1},
+    ],
+)
+def test_what_a_file_says_and_transformers_passes_over_is_a_refusal(opened, metadata):
+    with pytest.raises(UserError, match="which transformers does not take over"):
+        opened(metadata=metadata)
+
+
+def test_what_changes_nothing_is_no_obstacle(opened):
+    metadata = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "llama.rope.freq_base": 50_000.0}
+    config = opened(metadata=metadata | {"llama.attention.key_length": 8}).config
+    assert config["rope_parameters"]["rope_theta"] == 50_000
+
+
+def test_one_of_several_parts_is_refused_and_the_cure_named(opened):
+    with pytest.raises(UserError, match=r"one of 2 parts .* llama-gguf-split --merge pico\.gguf"):
+        opened(metadata={"split.count": 2, "split.no": 0})
+
+
+def remove(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def add(name, *shape):
+    return lambda tensors: tensors.update({name: (np.ones(shape, np.float32), GGMLQuantizationType.F32)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("blk.1.ffn_down.weight"), r"they lack model\.layers\.1\.mlp\.down_proj\.weight"),
+        (add("rope_freqs.weight", 4), r"does not read, rope_freqs\.weight first"),
+        (add("blk.0.attn_q.bias", 32), r"does not read, blk\.0\.attn_q\.bias first"),
+        (add("blk.2.attn_norm.weight", 32), r"does not read, blk\.2\.attn_norm\.weight first"),
+    ],
+)
+def test_tensors_that_are_missing_or_not_read_are_refused(opened, change, message):
+    with pytest.raises(UserError, match=message):
+        opened(change=change)
