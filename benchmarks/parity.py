@@ -14,8 +14,9 @@ from pathlib import Path
 
 import typer
 
-from export.artifact import ExportSettings, export_artifacts, open_source
+from export.artifact import export_artifacts, open_source
 from export.comparison import Comparison
+from export.formats import ExportSettings
 from export.reference import random_probe
 from export.writers import Source
 from gradmap.checkpoint import open_checkpoint

@@ -65,7 +65,8 @@ def export(
 ) -> None:
     """Fold a plan into a stock checkpoint, or an ONNX graph, and prove that it is right."""
     with importing():
-        from export.artifact import ExportSettings, export_artifacts, open_source, read_quality
+        from export.artifact import export_artifacts, open_source, read_quality
+        from export.formats import ExportSettings
         from export.hub import check_hub_access, push
         from gradmap.checkpoint import open_checkpoint
         from gradmap.errors import UserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from export.tolerance import SWAP_FACTOR
 from gradmap.errors import UserError
 from gradmap.machine import available_bytes
 
+# How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
+RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(:|$)")
 # What a runtime takes besides the weights (vLLM with its cache the most), and the weights as it holds them at most,
 # over what they take as stored: eight bits widened to 32.
 LARGEST_RUNTIME_BYTES = 4e9
@@ -75,9 +78,11 @@ def run_child(command: list[str], problem: str) -> None:
 
 
 def _find_reason(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
+    lines = [line.rstrip() for line in stderr.splitlines() if line.strip()] or ["no message"]
+    # the last line of a traceback, which a message of several lines may follow
+    raised = [line for line in lines if RAISED.match(line)]
     errors = [line for line in lines if "Error: " in line]
-    return (errors or lines)[-1]
+    return (raised or errors or lines)[-1].strip()
 
 
 def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> Comparison:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from export.artifact import FORMATS
 from export.costs import ExportSize, export_bytes, export_seconds
+from export.formats import FORMATS
 from gradmap.architectures import architecture_of
 from gradmap.budget import affordable_samples
 from gradmap.checkpoint import SPREAD, auto_dtype, resolve_device

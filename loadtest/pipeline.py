@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.artifact import ExportSettings, choose_target
+from export.formats import ExportSettings, choose_target
 from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
 from gradmap.checkpoint import open_checkpoint, read_config
 from gradmap.console import print_table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from export.runners.probe_io import decode_greedily, run
 
 def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
     model = onnxruntime_genai.Model(str(directory))
-    limit = input_ids.shape[1] + greedy_tokens
+    limit = max(input_ids.shape[1] + greedy_tokens, window_of(directory))
 
     def append(ids: Tensor, generator: Any) -> tuple[Tensor, Any]:
         if generator is None:
@@ -37,6 +38,12 @@ def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[
     }
     distribution = packages_distributions()["onnxruntime_genai"][0]
     return tensors, f"{distribution} {version(distribution)}, {model.device_type}"
+
+
+def window_of(directory: Path) -> int:
+    """Tokens in the sliding window, or 0: the runtime refuses a cache that holds fewer."""
+    decoder = json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]
+    return int(decoder.get("sliding_window", {}).get("window_size", 0))
 
 
 if __name__ == "__main__":

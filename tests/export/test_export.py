@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from export import writers
-from export.artifact import ExportSettings, export_artifacts, read_quality, verify_directory
+from export.artifact import export_artifacts, read_quality, verify_directory
 from export.fold import plan_fold, write_folded
+from export.formats import ExportSettings
 from export.reference import random_probe
 from export.writers import Source
 from gradmap.checkpoint import open_checkpoint

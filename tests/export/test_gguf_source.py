@@ -6,7 +6,8 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from export.artifact import ExportSettings, export_artifacts, open_source
+from export.artifact import export_artifacts, open_source
+from export.formats import ExportSettings
 from gradmap.checkpoint import open_checkpoint
 from gradmap.errors import UserError
 from tests.pico_gguf import BOS, EOS, TEMPLATE, write_gguf

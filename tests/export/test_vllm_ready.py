@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.artifact import ExportSettings, export_artifacts
+from export.artifact import export_artifacts
+from export.formats import ExportSettings
 from export.quantisation import quantise_weight
 from export.writers import Target, write_vllm
 from gradmap.errors import UserError

@@ -1,0 +1,56 @@
+"""Refuses a format that does not keep what a model's config says of positions far into a text (see export.twin)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from export.formats import MIN_AGREEMENT, Format, bounds_of, reference_dtype
+from export.reference import compute_references
+from export.twin import find_boundaries, probe_beyond, write_twin
+from export.verification import compare, find_problem, run_artifact_in_each
+from export.writers import COPIED_PATTERNS, Source, Target
+from gradmap.architectures import prune_config
+from gradmap.console import announced, say
+from gradmap.errors import UserError
+
+
+def require_far_positions(source: Source, form: Format, target: Target, runners: Sequence[str]) -> None:
+    """Raises UserError if the format, or one of its runtimes, computes something else than the config says farther
+    into a text than the probe is long. A twin of the model shows it, before the model itself is written."""
+    config = prune_config(source.checkpoint.config, source.removed)
+    far = {what: tokens for what, tokens in find_boundaries(config).items() if tokens >= source.probe_ids.shape[1]}
+    if not far:
+        return
+    where = " and ".join(f"{what} ({tokens} tokens)" for what, tokens in far.items())
+    if not form.far:
+        say(f"That {form.name} keeps the {where} is not checked: what runs it here does not read that")
+        return
+    with announced(f"Checking on a small model that {form.name} keeps the {where}"), TemporaryDirectory() as directory:
+        problem = _problem_of_twin(source, form, replace(target, quantise=None), runners, Path(directory))
+    if problem is not None:
+        raise UserError(f"Format {form.name} cannot be had of this model, because of its {where}: {problem}")
+
+
+def _problem_of_twin(
+    source: Source, form: Format, target: Target, runners: Sequence[str], directory: Path
+) -> str | None:
+    twin = write_twin(source.checkpoint, source.removed, directory / "twin", COPIED_PATTERNS)
+    small = Source(twin, None, None, {}, probe_beyond(twin.config))
+    dtype = reference_dtype(target, twin)
+    reference = compute_references(twin, (), {}, small.probe_ids, {dtype})[dtype]
+    artifact = directory / "artifact"
+    artifact.mkdir()
+    try:
+        written = form.write(artifact, small, target)
+        outcomes = run_artifact_in_each(runners, artifact, reference, written.weight_bytes)
+    except UserError as error:
+        return str(error)
+    for runner, outcome in zip(runners, outcomes, strict=True):
+        bounds = bounds_of(small, target, written, reference, runner, MIN_AGREEMENT)
+        problem = find_problem(compare(reference, outcome, bounds))
+        if problem is not None:
+            return f"in {outcome.runtime}, {problem}."
+    return None

@@ -1,0 +1,140 @@
+"""What a config says of positions far into a text is kept by a format, or the format is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from export import far_positions, writers
+from export.twin import FAR, NEAR, find_boundaries, probe_beyond, twin_config
+from gradmap.errors import UserError
+from tests.conftest import make_pico
+from tests.export.test_export import export, make_source
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "long_factor": [1.5] * 4,
+    "short_factor": [1.1] * 4,
+    "original_max_position_embeddings": 16,
+}
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA = SIZES | {"model_type": "llama", "max_position_embeddings": 131_072, "rope_scaling": LLAMA3}
+MISTRAL = SIZES | {"model_type": "mistral", "max_position_embeddings": 32_768, "sliding_window": 4096}
+GEMMA3 = SIZES | {"model_type": "gemma3_text", "max_position_embeddings": 32_768, "sliding_window": 512, "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA, {"rope of type llama3": 8192}),
+        (MISTRAL, {"sliding_window": 4096}),
+        (MISTRAL | {"sliding_window": None}, {}),
+        (MISTRAL | {"sliding_window": 32_768}, {}),  # no text is longer
+        (GEMMA3, {"sliding_window": 512}),
+        (SIZES | {"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False}, {}),
+        (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {}),  # any text shows it
+    ],
+)
+def test_boundaries_are_where_the_config_says(config, expected):
+    assert find_boundaries(config) == expected
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, GEMMA3])
+def test_a_twin_is_small_and_its_probe_passes_every_boundary(config):
+    twin = twin_config(config)
+    assert find_boundaries(twin).keys() == find_boundaries(config).keys()
+    assert all(tokens <= FAR for tokens in find_boundaries(twin).values())
+    assert probe_beyond(twin).shape[1] > max(find_boundaries(twin).values())
+    assert twin["hidden_size"] // twin["num_attention_heads"] == twin["head_dim"] == 64
+    assert twin["num_hidden_layers"] <= 4
+    assert set(twin.get("layer_types") or []) == set(config.get("layer_types") or twin.get("layer_types") or [])
+
+
+def test_a_near_window_stays_what_it_is():
+    assert twin_config(GEMMA3)["sliding_window"] == 512
+    assert twin_config(MISTRAL)["sliding_window"] == NEAR
+
+
+@pytest.fixture
+def far_window(tmp_path):
+    """Its window closes behind the probe of an artifact."""
+    return make_pico("mistral", tmp_path / "pico", sliding_window=96, max_position_embeddings=256)
+
+
+def test_a_format_that_keeps_the_window_is_written(far_window, tmp_path, fresh_processes, capsys):
+    export(make_source(far_window), tmp_path, "hf")
+    assert "keeps the sliding_window (96 tokens)" in capsys.readouterr().err
+
+
+def test_a_format_that_loses_the_window_is_refused_before_anything_is_written(far_window, tmp_path, monkeypatch):
+    kept = writers.artifact_config
+    monkeypatch.setattr(writers, "artifact_config", lambda *arguments: kept(*arguments) | {"sliding_window": None})
+    with pytest.raises(UserError, match=r"because of its sliding_window \(96 tokens\): .* logits differ"):
+        export(make_source(far_window), tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_forgets_the_ropes_scaling_is_refused(tmp_path, monkeypatch):
+    pico = make_pico("llama", tmp_path / "pico", max_position_embeddings=65_536, rope_parameters=LLAMA3)
+    kept = writers.artifact_config
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "rope_scaling": None}
+    monkeypatch.setattr(writers, "artifact_config", lambda *arguments: kept(*arguments) | plain)
+    with pytest.raises(UserError, match=r"because of its rope of type llama3 \(8192 tokens\): .* logits differ"):
+        export(make_source(pico), tmp_path / "out", "hf")
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "rope"),
+    [
+        ("llama", "onnx", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}),
+        ("llama", "onnx-genai", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}),
+        ("phi3", "onnx", LONGROPE),
+    ],
+)
+def test_a_rope_that_follows_the_length_of_the_text_is_no_graph(tmp_path, family, form, rope):
+    pico = make_pico(family, tmp_path / "pico", rope_parameters=rope, original_max_position_embeddings=16)
+    with pytest.raises(UserError, match=f"Format {form} cannot express a rope of type {rope['rope_type']}"):
+        export(make_source(pico), tmp_path / "out", form)
+
+
+def test_a_cache_smaller_than_the_window_is_not_what_refuses_a_model(tmp_path):
+    """What onnxruntime-genai makes of Gemma 2 is judged by its logits."""
+    pico = make_pico("gemma2", tmp_path / "pico", sliding_window=200, max_position_embeddings=512, head_dim=16)
+    with pytest.raises(UserError, match="logits differ from the reference"):
+        export(make_source(pico), tmp_path / "out", "onnx-genai")
+
+
+def test_what_is_not_checked_is_said(tmp_path, far_window, capsys):
+    source = make_source(far_window)
+    target = far_positions.Target("float32", None, 10**9)
+    form = far_positions.Format("gguf", None, ("float32",), (), (), far=False)
+    far_positions.require_far_positions(source, form, target, [])
+    assert "That gguf keeps the sliding_window (96 tokens) is not checked" in capsys.readouterr().err
+
+
+def test_the_twins_weights_are_seeded(far_window, tmp_path):
+    from export.twin import write_twin
+
+    pairs = [write_twin(far_window.checkpoint, (1,), tmp_path / name, ("tokenizer*",)) for name in "ab"]
+    assert pairs[0].file_hashes == pairs[1].file_hashes
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["num_hidden_layers"] == 2
+    assert torch.equal(probe_beyond(pairs[0].config), probe_beyond(pairs[1].config))
