@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -45,10 +46,10 @@ def render_card(plan: Plan | None, record: ArtifactRecord, quality: dict[str, An
 
 
 def _metadata(record: ArtifactRecord, quality: dict[str, Any]) -> str:
-    hub_id = record.base_model.name
+    base = record.base_model.name
     card = ModelCardData(
         license=record.base_model.license,
-        base_model=hub_id if HUB_ID.fullmatch(hub_id) else None,
+        base_model=base if HUB_ID.fullmatch(base) and not Path(base).exists() else None,
         library_name=LIBRARIES[record.format],
         pipeline_tag="text-generation",
         tags=["gradmap"] if record.plan is None else ["gradmap", "pruned", "layer-pruning"],

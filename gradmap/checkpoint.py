@@ -81,11 +81,13 @@ class _Index(BaseModel):
     weight_map: dict[str, PlainName]
 
 
-def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str, gguf_file: str | None = None, allow_pickle: bool = False, allow_quantised: bool = False
+) -> Checkpoint:
     """Finds a model and checks that it can be pruned, and is whole, without loading weights.
 
     A GGUF file is dequantised once to float32 safetensors in the cache directory; with `allow_pickle`, legacy `.bin`
-    weights are converted there too.
+    weights are converted there too. allow_quantised: for a runtime that reads such weights, and checks them, itself.
     Raises UserError for: a missing model, an adapter, a quantised or encoder model, an unsupported family,
     pickled weights, a missing or truncated weight file, tensors that are missing, unknown or of another shape.
     """
@@ -96,6 +98,9 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
         source = directory / gguf_file
         directory = dequantise_gguf(source)
     config = _read_config(directory, model)
+    quantised = is_quantised(config)
+    if quantised and not allow_quantised:
+        raise _unquantise(model)
     _refuse_unsuitable(config, model)
     own_files(directory, COMPANION_PATTERNS)
     if allow_pickle and not _safetensors_names(directory):
@@ -104,7 +109,8 @@ def open_checkpoint(model: str, gguf_file: str | None = None, allow_pickle: bool
     for path in weight_files:
         check_safetensors(path)
     name = model if gguf_file is None else f"{model}/{gguf_file}"
-    require_exact(directory, name)
+    if not quantised:
+        require_exact(directory, name)
     return Checkpoint(name, directory, config, weight_files, source)
 
 
@@ -119,6 +125,8 @@ def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
         architecture_of(config)
         return _completed(config)
     config = _read_config(directory, model)
+    if is_quantised(config):
+        raise _unquantise(model)
     _refuse_unsuitable(config, model)
     return _completed(config)
 
@@ -267,9 +275,16 @@ def _read_config(directory: Path, model: str) -> dict[str, Any]:
     return config | {"architectures": config.get("architectures") or _stock_architectures(config)}
 
 
+def is_quantised(config: dict[str, Any]) -> bool:
+    """Whether a config says that the weights are."""
+    return bool(config.get("quantization_config"))
+
+
+def _unquantise(model: str) -> UserError:
+    return UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
+
+
 def _refuse_unsuitable(config: dict[str, Any], model: str) -> None:
-    if config.get("quantization_config"):
-        raise UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
     architectures = config["architectures"]
     if config.get("auto_map") and not _is_native(config.get("model_type"), architectures):
         raise UserError(f"{model} needs remote code, which is not run; use a model that transformers itself supports.")

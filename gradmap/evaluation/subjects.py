@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.architectures import architecture_of
-from gradmap.checkpoint import Checkpoint, load_model, open_checkpoint, resolve_device, resolve_dtype
+from gradmap.checkpoint import (
+    Checkpoint,
+    is_quantised,
+    load_model,
+    open_checkpoint,
+    resolve_device,
+    resolve_dtype,
+)
 from gradmap.console import waiting
 from gradmap.corrections import pruned_and_corrected
 from gradmap.errors import UserError
@@ -20,7 +27,7 @@ from gradmap.files import sha256_file
 from gradmap.onnx_session import ONNX_FILE
 from gradmap.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
 from gradmap.precision import count_parameters
-from gradmap.reading import read_json
+from gradmap.reading import read_json_object
 from gradmap.vllm_environment import vllm_dtype
 
 BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")
@@ -101,7 +108,7 @@ def _find_subject(model: str, gguf_file: str | None, allow_pickle: bool, where: 
         return Subject(model, None, None, lambda: _open_endpoint(model))
     if backend == "onnxruntime":
         return _onnx_subject(Path(model))
-    checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
+    checkpoint = open_checkpoint(model, gguf_file, allow_pickle, allow_quantised=backend == "vllm")
     if backend == "vllm":
         dtype = vllm_dtype(where.dtype)
         identity = _identity("vllm", checkpoint.file_hashes, replace(where, dtype=dtype))
@@ -118,7 +125,10 @@ def end_tokens(config: dict[str, Any]) -> list[int]:
 def _backend_for(model: str) -> str:
     if model.startswith(("http://", "https://")):
         return "endpoint"
-    return "onnxruntime" if (Path(model) / ONNX_FILE).is_file() else "transformers"
+    if (Path(model) / ONNX_FILE).is_file():
+        return "onnxruntime"
+    config = Path(model) / "config.json"
+    return "vllm" if config.is_file() and is_quantised(read_json_object(config)) else "transformers"
 
 
 def _identity(backend: str, files: dict[str, str], where: Where) -> dict[str, Any]:
@@ -173,7 +183,7 @@ def _open_endpoint(url: str) -> Iterator[Opened]:
 def _onnx_subject(directory: Path) -> Subject:
     if not (directory / ONNX_FILE).is_file():
         raise UserError(f"{directory} has no {ONNX_FILE}; give a directory of `gradmap export --format onnx`.")
-    config = read_json(directory / "config.json")
+    config = read_json_object(directory / "config.json")
     with waiting(f"Hashing {directory}"):
         files = {path.name: sha256_file(path) for path in sorted(directory.glob("*.onnx*"))}
     identity = _identity("onnxruntime", files, Where())

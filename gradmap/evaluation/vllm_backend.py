@@ -31,7 +31,14 @@ class VllmBackend:
         longest = int(config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS)
         window = min(MAX_TOKENS, longest)
         # Compiling takes longer than an evaluation on a CPU; scores are the same.
-        self._llm = LLM(str(directory), dtype=dtype, max_model_len=window, enforce_eager=True, max_logprobs=1)
+        self._llm = LLM(
+            str(directory),
+            dtype=dtype,
+            max_model_len=window,
+            enforce_eager=True,
+            max_logprobs=1,
+            trust_remote_code=False,
+        )
         self.max_tokens = window - 2  # vLLM reads the whole request, and insists on generating a token after it
         self.vocabulary: int | None = int(config["vocab_size"])
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from export import writers
 from export.artifact import export_artifacts, read_quality, verify_directory
+from export.card import render_card
 from export.fold import plan_fold, write_folded
 from export.formats import ExportSettings
 from export.reference import random_probe
@@ -287,6 +288,15 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
     assert results == [("squad", "perplexity", 12.5), ("piqa", "acc_norm", 62.5)]
     assert "12.5 ± 0.5" in card.text
     assert "62.5 ± 1.1 %" in card.text
+
+
+def test_a_directory_of_this_machine_is_no_base_model_of_the_hub(artifact, tmp_path, monkeypatch):
+    base = artifact[2].base_model
+    of_hub = artifact[2].model_copy(update={"base_model": base.model_copy(update={"name": "models/llama"})})
+    monkeypatch.chdir(tmp_path)
+    assert "base_model: models/llama" in render_card(None, of_hub, {})
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert "base_model" not in render_card(None, of_hub, {})
 
 
 def test_results_of_another_model_do_not_get_into_the_card(artifact, tmp_path):

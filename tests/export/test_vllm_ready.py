@@ -10,7 +10,9 @@ from export.artifact import export_artifacts
 from export.formats import ExportSettings
 from export.quantisation import quantise_weight
 from export.writers import Target, write_vllm
+from gradmap.checkpoint import open_checkpoint
 from gradmap.errors import UserError
+from gradmap.evaluation.subjects import Where, find_subjects
 from gradmap.vllm_environment import cpu_spoils_int8
 from serving.server import check_servable, free_port
 from serving.settings import ServerSettings
@@ -76,7 +78,7 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
 
 
 def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(picos, tmp_path, monkeypatch):
-    for module in ("export.artifact", "serving.machine"):
+    for module in ("export.formats", "serving.machine"):
         monkeypatch.setattr(f"{module}.cpu_spoils_int8", lambda: True)
     source = make_source(picos["llama"])
     with pytest.raises(UserError, match=r"no VNNI.*--no-check-vllm"):
@@ -86,3 +88,14 @@ def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(pico
         check_servable(ServerSettings(tmp_path / "vllm"))
     export_artifacts(source, ExportSettings(("vllm",), check_vllm=False), tmp_path / "plain")
     check_servable(ServerSettings(tmp_path / "plain" / "vllm", port=free_port()))
+
+
+def test_an_artifact_in_8_bits_is_evaluated_by_vllm_and_pruned_by_nobody(picos, tmp_path):
+    settings = ExportSettings(("vllm",), quantise="int8", check_vllm=False, min_agreement=0)
+    export_artifacts(make_source(picos["llama"]), settings, tmp_path)
+    artifact = str(tmp_path / "vllm")
+    (subject,) = find_subjects(artifact, None, False, None, None, Where())
+    assert subject.identity["backend"] == "vllm"
+    assert "model.safetensors" in subject.identity["files"]
+    with pytest.raises(UserError, match="prune the unquantised model"):
+        open_checkpoint(artifact)
