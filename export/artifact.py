@@ -47,10 +47,10 @@ from export.reference import (
 )
 from export.tolerance import logit_tolerance, share_of_strays
 from export.verification import compare, require_faithful, run_artifact, run_artifact_in_each
-from export.writers import Source, Target, Written
+from export.writers import Source, Target, Written, left_behind
 from gradmap.architectures import architecture_of, layer_count
 from gradmap.checkpoint import Checkpoint, load_tokenizer
-from gradmap.console import announced, waiting
+from gradmap.console import announced, say, waiting
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.evaluation.result import read_evaluation
@@ -93,6 +93,8 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
         refuse_foreign_directory(out / name, ARTIFACT_FILE)
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
     dtypes = {name: reference_dtype(target, source.checkpoint) for name, target in targets.items()}
+    if left := left_behind(source.checkpoint):
+        say(f"Files of {source.checkpoint.name} that gradmap does not know stay behind: {', '.join(left)}")
     with announced("Computing reference logits"):
         references = compute_references(
             source.checkpoint, source.removed, source.changes, source.probe_ids, set(dtypes.values())

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ COPIED_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
+# What is written anew, or was read in another form.
+REPLACED_PATTERNS = ("config.json", "README.md", "*.safetensors*", "*.bin*", "*.gguf", "*.py")
 # Tracing holds the model, the graph's copy of its weights and the file being written.
 ONNX_MEMORY_FACTOR = 4
 GENAI_PRECISIONS = {"float32": "fp32", "float16": "fp16"}
@@ -229,6 +232,16 @@ def _write_through_checkpoint(
     shutil.rmtree(checkpoint)
     converted_bytes = sum(path.stat().st_size for pattern in CONVERTED for path in directory.glob(pattern))
     return Written(written.config, written.folded, converted_bytes, {})
+
+
+def left_behind(checkpoint: Checkpoint) -> list[str]:
+    """The files of a model's directory that no artifact gets: what gradmap does not know, hidden ones aside."""
+    known = (*COPIED_PATTERNS, *REPLACED_PATTERNS)
+    return sorted(
+        path.name
+        for path in checkpoint.directory.iterdir()
+        if path.is_file() and path.name[0] != "." and not any(fnmatch(path.name, pattern) for pattern in known)
+    )
 
 
 def _copy_companions(source: Path, target: Path) -> None:

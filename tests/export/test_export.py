@@ -256,10 +256,11 @@ def test_links_of_a_model_are_not_followed_out_of_it(picos, tmp_path):
     assert not (tmp_path / "out" / "hf").exists()
 
 
-def test_code_of_a_models_author_is_left_behind(picos, tmp_path):
+def test_code_of_a_models_author_is_left_behind(picos, tmp_path, capsys):
     """Some checkpoints carry code from before transformers had their family."""
     model = shutil.copytree(picos["llama"].directory, tmp_path / "model")
     (model / "modeling_llama.py").write_text("print('ran')")
+    (model / "notes.json").write_text("{}")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     for name in ("config.json", "tokenizer_config.json"):
@@ -268,6 +269,7 @@ def test_code_of_a_models_author_is_left_behind(picos, tmp_path):
     source = Source(open_checkpoint(str(model)), None, None, {}, make_source(picos["llama"]).probe_ids)
     export(source, tmp_path / "out", "hf")
     out = tmp_path / "out" / "hf"
+    assert "gradmap does not know stay behind: notes.json" in capsys.readouterr().err
     assert not list(out.rglob("*.py"))
     assert "auto_map" not in (out / "config.json").read_text() + (out / "tokenizer_config.json").read_text()
     assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
