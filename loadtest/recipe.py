@@ -100,15 +100,15 @@ class EvalSection(_Section):
 class QualitySection(_Section):
     """The gate of the evaluation; the load test's is `loadtest.require_speedup`."""
 
-    max_average_drop: float | None = None
-    max_perplexity_ratio: float | None = None
+    max_average_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_perplexity_ratio: PositiveFloat | None = None
 
 
 class LoadTestSection(_Section):
     """The last stage: what can be known to be wrong is refused before the first one."""
 
     quick: bool | None = None
-    require_speedup: float | None = None
+    require_speedup: PositiveFloat | None = None
     pairs: PositiveInt | None = None
     concurrency: list[PositiveInt] | None = None
     rate: list[PositiveFloat] | None = None

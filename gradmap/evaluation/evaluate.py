@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,6 +133,10 @@ def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:
     gate = settings.gate
     if gate != Gate() and subjects < len(ARMS):
         raise UserError("A gate compares two models; give --plan or --pruned.")
+    if gate.max_average_drop is not None and not 0 <= gate.max_average_drop <= 1:
+        raise UserError(f"--max-average-drop is {gate.max_average_drop}; give a share from 0 to 1 (five points are 0.05).")
+    if gate.max_perplexity_ratio is not None and not 0 < gate.max_perplexity_ratio < math.inf:
+        raise UserError(f"--max-perplexity-ratio is {gate.max_perplexity_ratio}; give a finite number above 0.")
     if gate.max_average_drop is not None and not settings.tasks:
         raise UserError("--max-average-drop is about the average accuracy; give --tasks.")
     if gate.max_perplexity_ratio is not None and not settings.texts:
@@ -187,7 +192,10 @@ def _compare(measured: Mapping[str, Measured], gate: Gate) -> dict[str, Any]:
     if len(measured) < len(ARMS):
         return {"comparison": None, "quality": None, "answers": answers}
     comparison = _paired(measured["dense"], measured["pruned"])
-    judgement = judge_quality(comparison, gate)
+    dense = measured["dense"]
+    documents = {name: len(scores.documents) for name, scores in dense.accuracies.items()}
+    segments = {name: len(losses) for name, losses in dense.losses.items()}
+    judgement = judge_quality(comparison, gate, documents, segments)
     quality = None if judgement is None else {"verdict": str(judgement.verdict), "reason": judgement.reason}
     return {
         "comparison": asdict(comparison),

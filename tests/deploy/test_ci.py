@@ -154,7 +154,7 @@ model: {SMOLLM2}
 gguf_file: {SMOLLM2_GGUF}
 prune: {{remove: 8, one_shot: true, calibration: "{BOOLQ}", samples: 8, tokens: 64}}
 export: {{formats: [vllm]}}
-eval: {{perplexity: {{squad: "{SQUAD}"}}, limit: 8}}
+eval: {{perplexity: {{squad: "{SQUAD}"}}, limit: 20}}
 quality: {{max_perplexity_ratio: LIMIT}}
 {SMALL_LOAD_TEST.rstrip()}
   require_speedup: 0.1

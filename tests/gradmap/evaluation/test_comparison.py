@@ -7,6 +7,7 @@ import pytest
 
 from gradmap.evaluation.comparison import (
     DRAWS,
+    LEAST_FOR_A_VERDICT,
     Gate,
     Paired,
     average_estimate,
@@ -106,10 +107,46 @@ def test_the_perplexity_ratio_follows_from_paired_losses():
 def test_the_gate_looks_at_whole_intervals(gate, verdict):
     dense = np.linspace(2, 4, 50)
     comparison = compare({"task": outcomes(50, 30, 10, 10)}, {"text": Paired(dense, dense + np.log(2))})
-    judgement = judge_quality(comparison, gate)
+    judgement = judge_quality(comparison, gate, {"task": 100}, {"text": 50})
     assert (judgement and judgement.verdict) == verdict
     if verdict is Verdict.INCONCLUSIVE:
         assert judgement.reason.startswith("drop of the average accuracy 0.200, 95% interval 0.0")
+
+
+@pytest.mark.parametrize("gate", [Gate(max_average_drop=1.0), Gate(max_perplexity_ratio=1000.0)])
+@pytest.mark.parametrize("agree", [True, False])
+def test_a_handful_of_documents_proves_nothing(gate, agree):
+    """One document, or some on which the models agree, have an interval of no width: all of it is within any limit."""
+
+    def judged(count):
+        same = np.zeros(count)
+        paired = Paired(same, same if agree else same + np.log(2000) * (gate.max_average_drop is None))
+        return judge_quality(compare({"task": paired}, {"text": paired}), gate, {"task": count}, {"text": count})
+
+    for count in (1, 2, LEAST_FOR_A_VERDICT - 1):
+        judgement = judged(count)
+        assert judgement.verdict is Verdict.INCONCLUSIVE
+        assert f"but {count} " in judgement.reason and "too few for a verdict (it takes 20)" in judgement.reason
+    assert judged(LEAST_FOR_A_VERDICT).verdict in (Verdict.PASS, Verdict.FAIL)
+
+
+def test_the_smallest_of_the_tasks_decides_whether_there_are_enough_documents():
+    comparison = compare({"large": outcomes(500, 0, 0, 0), "small": outcomes(5, 0, 0, 0)}, {})
+    judgement = judge_quality(comparison, Gate(max_average_drop=0.1), {"large": 500, "small": 5}, {})
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_invalid(loss):
+    dense = np.linspace(2, 4, 50)
+    pruned = np.where(np.arange(50) == 7, loss, dense)
+    with np.errstate(all="ignore"):
+        comparison = compare({}, {"text": Paired(dense, pruned)})
+    judgement = judge_quality(comparison, Gate(max_perplexity_ratio=2.0), {}, {"text": 50})
+    assert (judgement.verdict, judgement.reason) == (
+        Verdict.INVALID,
+        "perplexity ratio on text is no finite number",
+    )
 
 
 def test_a_missed_gate_outweighs_everything():
