@@ -30,7 +30,7 @@ from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load
 from loadtest.prompts import Workload
 from loadtest.records import Measurements
-from loadtest.statistics import mean_in_flight
+from loadtest.soundness import mean_in_flight
 from serving.server import free_port
 
 

@@ -22,7 +22,7 @@ from gradmap.console import print_table, progress
 from gradmap.files import write_json
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.outcome import Facts, Gate, build_report
-from loadtest.records import Measurements, RequestRecord
+from loadtest.records import BlockRecord, Measurements, RequestRecord
 from loadtest.settings import DENSE, PRUNED, LoadTestSettings
 
 LOAD = Load(CONCURRENCY, 1)
@@ -36,14 +36,16 @@ BLOCK_SCATTER = (0.01, 0.02, 0.04, 0.06, 0.08)
 
 def simulate(speed_up: float, scatter: float, pairs: int, generator: random.Random) -> Measurements:
     """The records of one test of a model that is `speed_up` times as fast."""
-    records = []
+    records, blocks = [], []
     for pair in range(pairs):
         for arm, truth_s in ((DENSE, TPOT_S), (PRUNED, TPOT_S / speed_up)):
+            place = {"arm": arm, "pair": pair, "load": LOAD.name}
+            blocks.append(BlockRecord(**place, client_cpu=0.0, server_tokens=None))
             of_block_s = truth_s * math.exp(generator.gauss(0, scatter))
             for number in range(REQUESTS):
                 tpot_s = of_block_s * math.exp(generator.gauss(0, WITHIN_BLOCK))
                 records.append(_record(arm, pair, f"{pair}-{number}", tpot_s))
-    return Measurements(tuple(records))
+    return Measurements(tuple(records), tuple(blocks))
 
 
 def _record(arm: str, pair: int, name: str, tpot_s: float) -> RequestRecord:

@@ -2,7 +2,7 @@
 
 TTFT  time to first token        t_1 - t_send
 E2EL  end-to-end latency         t_n - t_send
-TPOT  time per output token      (E2EL - TTFT) / (n - 1), for n >= 2
+TPOT  time per output token      (E2EL - TTFT) / (n - k), where the first chunk brought k of the n tokens, for n > k
 ITL   inter-token latency        the pooled gaps between arrivals
 In an open loop, latencies count from when a request was due, not from when it was sent: what a client that could not
 keep up would hide otherwise ("coordinated omission").
@@ -29,7 +29,7 @@ SAMPLES_BEYOND = 10
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """One successful request. Times in seconds; itl_s has one gap per chunk after the first.
+    """One successful request. Times in seconds; itl_s has a gap for each chunk after the first, tpot_s needs one.
 
     ttft_s, e2el_s: from when it was due in an open loop, from when it was sent in a closed one. send_lag_s: between.
     """
@@ -78,7 +78,7 @@ def measure(record: RequestRecord) -> RequestMetrics:
     """Metrics of a request without error."""
     assert record.error is None
     first_s, last_s = record.chunk_times_s[0], record.chunk_times_s[-1]
-    steps = record.completion_tokens - 1
+    steps = record.completion_tokens - record.chunk_tokens[0]
     origin_s = record.sent_s if record.scheduled_s is None else record.scheduled_s
     return RequestMetrics(
         ttft_s=first_s - origin_s,
@@ -122,7 +122,9 @@ def summarise_load(records: Sequence[RequestRecord], load: str, slos: Sequence[S
         return amount / seconds if seconds else None
 
     good = sum(meets_all(one, slos) for one in metrics)
-    met = len(metrics) == len(records) and all(slo.met_by(values_of(metrics, slo.metric)) for slo in slos)
+    # a request without a value, as of TPOT if all its tokens came at once, is within no limit
+    told = [values_of(metrics, slo.metric) for slo in slos]
+    met = all(len(values) == len(records) and slo.met_by(values) for slo, values in zip(slos, told, strict=True))
     return LoadSummary(
         load=load,
         requests=len(records),
@@ -148,4 +150,5 @@ def values_of(metrics: Sequence[RequestMetrics], name: str) -> list[float]:
 
 def meets_all(metrics: RequestMetrics, slos: Sequence[Slo]) -> bool:
     """Whether one request is within the limit of every SLO."""
-    return all(value <= slo.limit_s for slo in slos for value in values_of([metrics], slo.metric))
+    told = [(getattr(metrics, f"{slo.metric}_s"), slo.limit_s) for slo in slos]
+    return all(value is not None and value <= limit_s for value, limit_s in told)

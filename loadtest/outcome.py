@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import refuse_foreign_directory, write_json, write_text
-from gradmap.reading import read_json
+from gradmap.reading import first_problem, read_json
 from gradmap.verdict import Judgement, Verdict, worst
 from loadtest.driving import SEARCH_PAIR
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
@@ -24,7 +27,8 @@ from loadtest.schema import SCHEMA_VERSION, Comparison, Ideal, LoadReport, Repor
 from loadtest.session import Session, run_session
 from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings, is_url
 from loadtest.slo import Slo
-from loadtest.statistics import compute_speed_ups, find_faults, find_losses, headline, judge
+from loadtest.soundness import find_faults
+from loadtest.statistics import compute_speed_ups, find_held_back, find_losses, headline, judge, main_load
 
 REPORT_FILE = "report.json"
 
@@ -44,6 +48,23 @@ class Gate:
     required_speed_up: float
     earlier: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError if no speed-up could be compared with what is required."""
+        if not 0 < self.required_speed_up < math.inf:
+            raise UserError(f"--require-speedup is {self.required_speed_up}; give a finite number above 0.")
+
+    def require_earlier(self, candidates: Iterable[str]) -> None:
+        """Raises UserError unless the earlier report, if there is one, has an interval for every candidate."""
+        if self.earlier is None:
+            return
+        for arm in candidates:
+            before = self.earlier["candidates"].get(arm, {"speedup": {}})
+            if before["speedup"].get("tpot", {}).get("low") is None:
+                raise UserError(
+                    f"The report of --against has no speed-up of {arm} with an interval (its verdict is "
+                    f"{self.earlier['verdict']}), so that nothing can be lower; give another."
+                )
+
 
 def run_load_test(settings: LoadTestSettings, gate: Gate, out: Path) -> dict[str, Any]:
     """Runs the session and writes its records and reports into `out`; returns report.json.
@@ -51,6 +72,7 @@ def run_load_test(settings: LoadTestSettings, gate: Gate, out: Path) -> dict[str
     A session that breaks off leaves a report too, which says INVALID.
     """
     refuse_foreign_directory(out, RECORDS_FILE)
+    gate.require_earlier(settings.candidates)
     session = Session(out)
     try:
         run_session(settings, session)
@@ -75,6 +97,7 @@ def report_again(directory: Path, required_speed_up: float | None, earlier: dict
     """
     before = read_report(directory / REPORT_FILE)
     gate = Gate(before["required_speedup"] if required_speed_up is None else required_speed_up, earlier)
+    gate.require_earlier(before["candidates"])
     measured = read_measurements(directory)
     facts = Facts(before["environment"], {arm: WeightBytes(**size) for arm, size in before["weight_bytes"].items()})
     report = build_report(measured, load_settings(before["settings"]), gate, facts)
@@ -83,10 +106,14 @@ def report_again(directory: Path, required_speed_up: float | None, earlier: dict
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Raises UserError if it is no report.json of this version."""
+    """Raises UserError if it is no report.json of this version, or not whole."""
     report = read_json(path)
     if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{path} is no load test of this version; run gradmap loadtest again.")
+    try:
+        TypeAdapter(Report).validate_python(report)
+    except ValidationError as error:
+        raise UserError(f"{path} is no whole report of a load test: {first_problem(error)}.") from None
     return report
 
 
@@ -120,7 +147,7 @@ def build_report(measured: Measurements, settings: LoadTestSettings, gate: Gate,
     of_search = [record for record in measured.requests if record.pair == SEARCH_PAIR]
     measured = measured.of_pairs()
     records = measured.requests
-    faults = find_faults(measured, settings.loads, settings.expected_records)
+    faults = find_faults(measured, settings)
     candidates = {
         arm: _invalid(faults) if faults else _compare(records, arm, settings, gate, facts.sizes)
         for arm in settings.candidates
@@ -150,6 +177,8 @@ def _compare(
     gate: Gate,
     sizes: Mapping[str, WeightBytes],
 ) -> Comparison:
+    if held_back := find_held_back(records, arm, DENSE, main_load(settings.loads)):
+        return _invalid([held_back])
     by_load = {load.name: compute_speed_ups(records, arm, DENSE, load) for load in settings.loads}
     main = headline(by_load, settings.loads)
     before = gate.earlier["candidates"].get(arm, {}).get("speedup", {}) if gate.earlier else {}

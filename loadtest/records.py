@@ -4,14 +4,16 @@ Raw measurements only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gradmap.errors import UserError
+from gradmap.reading import first_problem, read_text
 
 SCHEMA_VERSION = 3
 RECORDS_FILE = "records.jsonl"
@@ -19,8 +21,14 @@ BLOCKS_FILE = "blocks.jsonl"
 RESOURCES_FILE = "resources.jsonl"
 
 
+# A comparison with NaN is false, so that it would slip through every check of what was measured.
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0)]
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     schema_version: int = SCHEMA_VERSION
 
@@ -38,15 +46,31 @@ class RequestRecord(_Record):
     pair: int
     load: str
     request: str
-    prompt_tokens: int
-    requested_tokens: int
+    prompt_tokens: Count
+    requested_tokens: Count
     scheduled_s: float | None = None
     sent_s: float
     ended_s: float
     chunk_times_s: tuple[float, ...]
     chunk_tokens: tuple[int, ...]
-    completion_tokens: int
+    completion_tokens: Count
     error: str | None = None
+
+    @model_validator(mode="after")
+    def _could_have_happened(self) -> Self:
+        scheduled_s = self.sent_s if self.scheduled_s is None else self.scheduled_s
+        times = (scheduled_s, self.sent_s, *self.chunk_times_s, self.ended_s)
+        if any(later < earlier for earlier, later in pairwise(times)):
+            raise ValueError("its times are not in their order")
+        if any(later <= earlier for earlier, later in pairwise((0, *self.chunk_tokens))):
+            raise ValueError("its chunks bring no tokens")
+        if len(self.chunk_times_s) != len(self.chunk_tokens):
+            raise ValueError("it has another number of chunks than of their times")
+        if self.error is None and (self.completion_tokens != self.requested_tokens or not self.chunk_tokens):
+            raise ValueError("it has no error, and yet not the tokens that were asked for")
+        if self.chunk_tokens and self.chunk_tokens[-1] != self.completion_tokens:
+            raise ValueError("its last chunk has another count of tokens than it has")
+        return self
 
 
 class BlockRecord(_Record):
@@ -59,14 +83,14 @@ class BlockRecord(_Record):
     arm: str
     pair: int
     load: str
-    client_cpu: float
+    client_cpu: Share
     server_tokens: int | None
 
 
 class GpuSample(BaseModel):
     """utilisation: share of the time in which it computed; None for what the card does not tell."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     utilisation: float | None
     memory_bytes: int | None
@@ -124,7 +148,7 @@ def start_files(directory: Path) -> None:
 
 def append_measurements(directory: Path, measured: Measurements) -> None:
     for name, records in _files(measured).items():
-        with (directory / name).open("a") as file:
+        with (directory / name).open("a", encoding="utf-8") as file:
             file.writelines(map(to_json_line, records))
 
 
@@ -157,14 +181,11 @@ def _read(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
         try:
             records.append(kind.model_validate_json(line))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}, line {number} is no {kind.__name__}: {place}: {first['msg']}.") from None
+            raise UserError(f"{path}, line {number} is no {kind.__name__}: {first_problem(error)}.") from None
     return records
 
 
-def _lines(path: Path) -> Iterable[str]:
-    try:
-        return path.read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path.") from None
+def _lines(path: Path) -> list[str]:
+    """A line ends with a line feed alone: str.splitlines would end it inside of strings too, at U+2028 or U+0085."""
+    text = read_text(path)
+    return text.removesuffix("\n").split("\n") if text else []

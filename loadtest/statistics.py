@@ -13,15 +13,15 @@ from scipy import stats
 from gradmap.verdict import Judgement, Verdict
 from loadtest.loads import Load
 from loadtest.metrics import measure, output_throughput, values_of
-from loadtest.records import BlockRecord, Measurements, RequestRecord
+from loadtest.records import RequestRecord
 from loadtest.settings import PAIRS_FOR_A_VERDICT
 
 CONFIDENCE = 0.95
 METRICS = ("tpot", "ttft", "e2el", "output_throughput")
-MAX_SEND_LAG_S = 0.05
-MAX_CLIENT_CPU = 0.9
-# Of the mean number of requests in flight in a closed loop, to its concurrency.
-MIN_IN_FLIGHT = 0.95
+# Pairs whose ratios differ by less were not measured: clocks and servers scatter by far more.
+LEAST_WIDTH = 1e-9
+# Of what a request gains between its first and its last token, end-to-end latency must have so much.
+LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,24 @@ def pair_ratio(baseline: Sequence[RequestRecord], candidate: Sequence[RequestRec
 
 
 def speed_up(ratios: Sequence[float]) -> SpeedUp:
-    """Combines the ratios of the pairs; Student's t interval on their logarithms.
+    """Combines the ratios of the pairs, on their logarithms."""
+    low, center, high = interval(np.log(ratios).tolist())
+    if low is None or high is None:
+        return SpeedUp(math.exp(center), None, None, tuple(ratios))
+    return SpeedUp(math.exp(center), math.exp(low), math.exp(high), tuple(ratios))
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float, float | None]:
+    """Mean of one value per pair within Student's t interval; of a single value there is none.
 
     A bootstrap over so few blocks is too narrow: at 3 to 6 pairs its 95% interval covers well under 95%.
     """
-    logs = np.log(ratios)
-    center = float(logs.mean())
-    if len(logs) < 2:
-        return SpeedUp(math.exp(center), None, None, tuple(ratios))
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
-    return SpeedUp(math.exp(center), math.exp(center - margin), math.exp(center + margin), tuple(ratios))
+    center = float(np.mean(values))
+    if len(values) < 2:
+        return None, center, None
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    margin = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return center - margin, center, center + margin
 
 
 def compute_speed_ups(records: Sequence[RequestRecord], arm: str, against: str, load: Load) -> dict[str, SpeedUp]:
@@ -81,76 +89,16 @@ def compute_speed_ups(records: Sequence[RequestRecord], arm: str, against: str, 
     }
 
 
+def main_load(loads: Sequence[Load]) -> Load:
+    """The one that the verdict is about: the lowest concurrency."""
+    return min((load for load in loads if not load.is_open), key=lambda load: load.level)
+
+
 def headline(by_load: Mapping[str, dict[str, SpeedUp]], loads: Sequence[Load]) -> dict[str, SpeedUp]:
     """TTFT and TPOT at the lowest concurrency, output throughput at the highest."""
-    closed = sorted((load for load in loads if not load.is_open), key=lambda load: load.level)
-    lowest, highest = (by_load[load.name] for load in (closed[0], closed[-1]))
+    busiest = max((load for load in loads if not load.is_open), key=lambda load: load.level)
+    lowest, highest = by_load[main_load(loads).name], by_load[busiest.name]
     return {"tpot": lowest["tpot"], "ttft": lowest["ttft"], "output_throughput": highest["output_throughput"]}
-
-
-def find_faults(measured: Measurements, loads: Sequence[Load], expected: int) -> list[str]:
-    """Reasons why nothing may be concluded from what was measured; empty if it is sound."""
-    records, blocks = measured.requests, measured.blocks
-    faults = [*_missing_or_failed(records, expected), *_slow_client(records, blocks), *_lost_tokens(records, blocks)]
-    return [*faults, *_idle_client(records, loads)]
-
-
-def _missing_or_failed(records: Sequence[RequestRecord], expected: int) -> list[str]:
-    faults = []
-    if len(records) != expected:
-        faults.append(f"{len(records)} of {expected} requests were recorded")
-    failed = [record for record in records if record.error is not None]
-    if failed:
-        faults.append(f"{len(failed)} of {len(records)} requests failed (the first: {failed[0].error})")
-    return faults
-
-
-def _slow_client(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]) -> list[str]:
-    """A load generator that cannot keep up measures itself."""
-    faults = []
-    lags_s = [record.sent_s - record.scheduled_s for record in records if record.scheduled_s is not None]
-    lag_s = float(np.percentile(lags_s, 99)) if lags_s else 0.0
-    if lag_s > MAX_SEND_LAG_S:
-        faults.append(f"requests were sent late (p99 {1000 * lag_s:.0f} ms, at most {1000 * MAX_SEND_LAG_S:.0f})")
-    busiest = max((block.client_cpu for block in blocks), default=0.0)
-    if busiest > MAX_CLIENT_CPU:
-        limit = f"at most {100 * MAX_CLIENT_CPU:.0f}%"
-        faults.append(f"the load generator was busy {100 * busiest:.0f}% of the time ({limit})")
-    return faults
-
-
-def _idle_client(records: Sequence[RequestRecord], loads: Sequence[Load]) -> list[str]:
-    """In a closed loop, so many requests are in flight as its concurrency says, until the last one is sent.
-
-    By Little's law their mean number is the time that requests took together over the time that passed.
-    """
-    for load in (load for load in loads if not load.is_open):
-        of_load = [record for record in records if record.load == load.name]
-        for arm, pair in sorted({(record.arm, record.pair) for record in of_load}):
-            in_flight = mean_in_flight(_block(of_load, arm, pair))
-            if in_flight is not None and in_flight < MIN_IN_FLIGHT * load.level:
-                where = f"{arm}, pair {pair + 1}, {load.label}"
-                return [f"only {in_flight:.2f} requests were in flight on average ({where}): the client paused"]
-    return []
-
-
-def mean_in_flight(records: Sequence[RequestRecord]) -> float | None:
-    """From the first to the last time that a request was sent; None if all were sent at once."""
-    first_s, last_s = min(record.sent_s for record in records), max(record.sent_s for record in records)
-    if first_s == last_s:
-        return None
-    return sum(min(record.ended_s, last_s) - record.sent_s for record in records) / (last_s - first_s)
-
-
-def _lost_tokens(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]) -> list[str]:
-    """Tokens that the server made and the client did not see, or somebody else did."""
-    for block in blocks:
-        of_block = [record for record in _block(records, block.arm, block.pair) if record.load == block.load]
-        seen = sum(record.completion_tokens for record in of_block)
-        if block.server_tokens is not None and block.server_tokens != seen:
-            where = f"{block.arm}, pair {block.pair + 1}, {block.load}"
-            return [f"the server generated {block.server_tokens} tokens and {seen} arrived ({where})"]
-    return []
 
 
 def find_losses(now: Mapping[str, SpeedUp], before: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -164,23 +112,55 @@ def find_losses(now: Mapping[str, SpeedUp], before: Mapping[str, Mapping[str, An
     return losses
 
 
+def find_held_back(records: Sequence[RequestRecord], arm: str, against: str, load: Load) -> str | None:
+    """What is wrong where TPOT gains what end-to-end latency does not; None where nothing is, or one pair cannot tell.
+
+    A server that holds tokens back before it sends the first moves their time from TPOT into TTFT, and seems faster.
+    """
+    of_load = [record for record in records if record.load == load.name]
+    pairs = sorted({record.pair for record in of_load if record.arm == arm})
+    blocks = [(_block(of_load, against, pair), _block(of_load, arm, pair)) for pair in pairs]
+    decoding, whole = ([spent(dense) - spent(own) for dense, own in blocks] for spent in (_decoding_s, _whole_s))
+    missing = [LEAST_SHARE * gained - kept for gained, kept in zip(decoding, whole, strict=True)]
+    gained_ms, kept_ms = (1000 * float(np.mean(gains)) for gains in (decoding, whole))
+    low = interval(missing)[0]
+    if gained_ms <= 0 or low is None or low <= 0:
+        return None
+    gains = f"a request is {gained_ms:.1f} ms faster after its first token and {kept_ms:.1f} ms from end to end"
+    return f"{gains}: TPOT gains what end-to-end latency does not, so that tokens were held back before the first"
+
+
+def _decoding_s(records: Sequence[RequestRecord]) -> float:
+    return float(np.median([record.chunk_times_s[-1] - record.chunk_times_s[0] for record in records]))
+
+
+def _whole_s(records: Sequence[RequestRecord]) -> float:
+    return block_metric(records, "e2el")
+
+
 def judge(speed_up: SpeedUp, required: float) -> Judgement:
     """PASS if the whole interval is at or above `required`, FAIL if it is below, else INCONCLUSIVE.
 
-    Fewer than six pairs can fail but not pass.
+    Fewer than six pairs can fail but not pass. Nothing is concluded from numbers that are not finite, nor from pairs
+    that do not scatter at all.
     """
-    if speed_up.low is None or speed_up.high is None:
+    low, high = speed_up.low, speed_up.high
+    if low is None or high is None:
         return Judgement(Verdict.INCONCLUSIVE, "one pair of blocks has no interval")
-    interval = f"TPOT speed-up {speed_up.value:.2f}x, 95% interval {speed_up.low:.2f}-{speed_up.high:.2f}"
+    if not all(map(math.isfinite, (speed_up.value, low, high, required))):
+        return Judgement(Verdict.INVALID, "the TPOT speed-up is no finite number")
+    described = f"TPOT speed-up {speed_up.value:.2f}x, 95% interval {low:.2f}-{high:.2f}"
+    if high - low < LEAST_WIDTH * high:
+        return Judgement(Verdict.INCONCLUSIVE, f"{described}, has no width: pairs that are all the same prove nothing")
+    if high < required:
+        return Judgement(Verdict.FAIL, f"{described}, is below the required {required:.2f}x")
+    if low < required:
+        return Judgement(Verdict.INCONCLUSIVE, f"{described}, contains the required {required:.2f}x")
     pairs = len(speed_up.ratios)
-    if speed_up.high < required:
-        return Judgement(Verdict.FAIL, f"{interval}, is below the required {required:.2f}x")
-    if speed_up.low < required:
-        return Judgement(Verdict.INCONCLUSIVE, f"{interval}, contains the required {required:.2f}x")
     if pairs < PAIRS_FOR_A_VERDICT:
-        reason = f"{interval}, is above the required {required:.2f}x, but {pairs} pairs are too few for a PASS"
+        reason = f"{described}, is above the required {required:.2f}x, but {pairs} pairs are too few for a PASS"
         return Judgement(Verdict.INCONCLUSIVE, f"{reason} (it takes {PAIRS_FOR_A_VERDICT})")
-    return Judgement(Verdict.PASS, f"{interval}, is above the required {required:.2f}x")
+    return Judgement(Verdict.PASS, f"{described}, is above the required {required:.2f}x")
 
 
 def _block(records: Sequence[RequestRecord], arm: str, pair: int) -> list[RequestRecord]:

@@ -134,7 +134,9 @@ def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:
     if gate != Gate() and subjects < len(ARMS):
         raise UserError("A gate compares two models; give --plan or --pruned.")
     if gate.max_average_drop is not None and not 0 <= gate.max_average_drop <= 1:
-        raise UserError(f"--max-average-drop is {gate.max_average_drop}; give a share from 0 to 1 (five points are 0.05).")
+        raise UserError(
+            f"--max-average-drop is {gate.max_average_drop}; give a share from 0 to 1 (five points are 0.05)."
+        )
     if gate.max_perplexity_ratio is not None and not 0 < gate.max_perplexity_ratio < math.inf:
         raise UserError(f"--max-perplexity-ratio is {gate.max_perplexity_ratio}; give a finite number above 0.")
     if gate.max_average_drop is not None and not settings.tasks:

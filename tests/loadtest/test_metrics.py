@@ -16,7 +16,8 @@ from loadtest.records import BlockRecord, GpuSample, Measurements, RequestRecord
 from loadtest.resources import summarise_resources
 from loadtest.settings import LoadTestSettings
 from loadtest.slo import Slo, parse_slo
-from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, mean_in_flight, speed_up
+from loadtest.soundness import mean_in_flight
+from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, speed_up
 
 ONE = Load("concurrency", 1)
 FACTS = Facts({}, {})
@@ -42,6 +43,18 @@ def record(
         completion_tokens=tokens,
         error=error,
     )
+
+
+def measured(records, **of_all_blocks):
+    """With the record of each block that they are of."""
+    known = {"client_cpu": 0.1, "server_tokens": None} | of_all_blocks
+    places = dict.fromkeys((one.arm, one.pair, one.load) for one in records)
+    blocks = [BlockRecord(arm=arm, pair=pair, load=load, **known) for arm, pair, load in places]
+    return Measurements(tuple(records), tuple(blocks))
+
+
+def report_of(records, settings=SETTINGS, required=1.0, **of_all_blocks):
+    return build_report(measured(records, **of_all_blocks), settings, Gate(required), FACTS)
 
 
 def test_definitions():
@@ -145,6 +158,8 @@ def test_the_interval_covers_the_truth_at_its_nominal_rate():
         ([1.05, 1.06, 1.04], 1.15, Verdict.FAIL),
         ([1.0, 1.3, 1.1, 1.2, 1.15, 1.1], 1.15, Verdict.INCONCLUSIVE),
         ([1.3], 1.15, Verdict.INCONCLUSIVE),
+        ([1.3] * 6, 1.15, Verdict.INCONCLUSIVE),  # nothing that is measured scatters by nothing
+        ([1.1] * 6, 1.15, Verdict.INCONCLUSIVE),
     ],
 )
 def test_verdicts(ratios, required, verdict):
@@ -153,10 +168,10 @@ def test_verdicts(ratios, required, verdict):
 
 def test_nothing_is_concluded_from_failed_or_missing_requests():
     good = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
-    assert build_report(Measurements(tuple(good)), SETTINGS, Gate(1.0), FACTS)["verdict"] == "INCONCLUSIVE"
+    assert report_of(good)["verdict"] == "INCONCLUSIVE"
     failed = [*good[:-1], record("pruned", error="cut")]
     for records in (failed, good[:-1]):
-        report = build_report(Measurements(tuple(records)), SETTINGS, Gate(1.0), FACTS)
+        report = report_of(records)
         assert report["verdict"] == "INVALID"
         assert report["speedup"] == {}
 
@@ -172,8 +187,7 @@ def test_nothing_is_concluded_from_failed_or_missing_requests():
 )
 def test_nothing_is_concluded_from_a_client_that_did_not_see_it_all(block, scheduled, message):
     records = [record(arm, scheduled=scheduled) for arm in ("dense", "pruned") for _ in range(2)]
-    known = {"arm": "dense", "pair": 0, "load": "concurrency_1", "client_cpu": 0.1, "server_tokens": None}
-    report = build_report(Measurements(tuple(records), (BlockRecord(**known | block),)), SETTINGS, Gate(1.0), FACTS)
+    report = report_of(records, **block)
     assert (report["verdict"] == "INVALID") == (message is not None)
     if message:
         assert re.search(message, report["reason"])
@@ -182,12 +196,12 @@ def test_nothing_is_concluded_from_a_client_that_did_not_see_it_all(block, sched
 def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
     settings = replace(SETTINGS, candidates={"pruned": "b", "more": "c"}, pairs=6)
     records = [
-        record(arm, pair, tpot=tpot * (1 + 0.001 * pair))
+        record(arm, pair, tpot=tpot + 0.0001 * pair)
         for pair in range(6)
         for arm, tpot in (("dense", 0.2), ("pruned", 0.1), ("more", 0.19))
         for _ in range(2)
     ]
-    report = build_report(Measurements(tuple(records)), settings, Gate(1.5), FACTS)
+    report = report_of(records, settings, 1.5)
     assert {arm: one["verdict"] for arm, one in report["candidates"].items()} == {"pruned": "PASS", "more": "FAIL"}
     assert report["verdict"] == "FAIL"
     assert report["speedup"] == report["candidates"]["pruned"]["speedup"]
@@ -196,7 +210,7 @@ def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
 def test_an_extra_dense_block_tells_the_noise():
     settings = replace(SETTINGS, interleaved=True)
     records = [record(arm, tpot=tpot) for arm, tpot in (("dense", 0.2), ("dense-again", 0.21), ("pruned", 0.1))] * 2
-    noise = build_report(Measurements(tuple(records)), settings, Gate(1.0), FACTS)["noise"]["concurrency_1"]
+    noise = report_of(records, settings)["noise"]["concurrency_1"]
     assert noise["tpot"] == pytest.approx(0.2 / 0.21)
 
 
@@ -207,7 +221,7 @@ def test_nothing_is_concluded_from_a_client_that_pauses(pause, message):
     """A request takes 0.9 s, so that a pause of 0.06 s leaves 0.94 requests in flight."""
     records = [record(arm, sent=100 + k * (0.9 + pause)) for arm in ("dense", "pruned") for k in range(2)]
     assert mean_in_flight(records[:2]) == pytest.approx(0.9 / (0.9 + pause))
-    report = build_report(Measurements(tuple(records)), SETTINGS, Gate(1.0), FACTS)
+    report = report_of(records)
     assert (report["verdict"] == "INVALID") == (message is not None)
     if message:
         assert re.search(message, report["reason"])

@@ -12,9 +12,8 @@ from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import Load
 from loadtest.outcome import Facts, Gate, build_report
 from loadtest.page import render_junit, render_page, render_summary
-from loadtest.records import Measurements
 from loadtest.slo import parse_slo
-from tests.loadtest.test_metrics import ONE, SETTINGS, record
+from tests.loadtest.test_metrics import ONE, SETTINGS, measured, record
 
 EVIL = "<script>alert(1)</script>"
 LOADS = (ONE, Load("concurrency", 8), Load("poisson", 2.5))
@@ -33,7 +32,14 @@ def make_report(required=1.5, error=None, name="pruned", earlier=None):
         open_loop_s=0.1,
     )
     records = [
-        record(arm, pair, load=load.name, tpot=tpot * (1 + 0.01 * pair), sent=100.0 + pair, error=error)
+        record(
+            arm,
+            pair,
+            load=load.name,
+            tpot=tpot * (1 + 0.01 * pair + 0.001 * pair * (arm == "dense")),
+            sent=100.0 + pair,
+            error=error,
+        )
         for pair in range(6)
         for arm, tpot in (("dense", 0.2), (name, 0.1), ("more", 0.19))
         for load in LOADS
@@ -43,7 +49,7 @@ def make_report(required=1.5, error=None, name="pruned", earlier=None):
         record("dense-again", load=load.name, tpot=0.21) for load in LOADS for _ in range(settings.requests_at(load))
     ]
     sizes = {"dense": WeightBytes(200, 100), name: WeightBytes(100, 50)}
-    report = build_report(Measurements(tuple(records)), settings, Gate(required, earlier), Facts({"cpu": EVIL}, sizes))
+    report = build_report(measured(records), settings, Gate(required, earlier), Facts({"cpu": EVIL}, sizes))
     return report, records
 
 

@@ -20,7 +20,7 @@ from loadtest.records import read_measurements
 from loadtest.session import Session, run_session
 from loadtest.settings import Block, LoadTestSettings, schedule
 from loadtest.slo import parse_slo
-from loadtest.statistics import mean_in_flight
+from loadtest.soundness import mean_in_flight
 from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.loadtest.fake_server import FakeServer, running
