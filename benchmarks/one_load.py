@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from loadtest.board import Board
-from loadtest.driving import Bench, Endpoint, run_load
+from loadtest.driving import Bench, run_load
+from loadtest.endpoints import Endpoint
 from loadtest.loads import Load
 from loadtest.prompts import RandomPrompts, Workload
 from loadtest.records import Measurements

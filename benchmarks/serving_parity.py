@@ -26,7 +26,7 @@ from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
 from gradmap.reading import read_json
-from loadtest.driving import Endpoint
+from loadtest.endpoints import Endpoint
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load
 from loadtest.prompts import Workload

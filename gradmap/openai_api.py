@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import httpx
 
@@ -17,5 +18,28 @@ def authorization() -> dict[str, str]:
 
 
 def served_model(client: httpx.Client) -> str:
-    """Returns the name of the (first) model a server offers. Raises httpx.HTTPError, KeyError or ValueError if none."""
-    return str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
+    """Returns the name of the (first) model a server offers. Raises httpx.HTTPError or ValueError if none."""
+    return served_models(client)[0]
+
+
+def choose_model(names: Sequence[str], wanted: str | None) -> str:
+    """The model that is wanted, of None the only one. Raises ValueError if it is not there, or there are several."""
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted in names:
+        return str(wanted)
+    problem = "several models are served" if wanted is None else f"{wanted!r} is not served"
+    raise ValueError(f"{problem}: {', '.join(map(repr, names))}")
+
+
+def served_models(client: httpx.Client) -> list[str]:
+    """The names of the models a server offers, one at least. Raises httpx.HTTPError or ValueError if there are none."""
+    answer = client.get("/v1/models").raise_for_status().json()
+    listed = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(listed, list):
+        raise ValueError("its list of models is none")
+    names = [model.get("id") for model in listed if isinstance(model, dict)]
+    known = [name for name in names if isinstance(name, str) and name]
+    if not known:
+        raise ValueError("its list of models is empty")
+    return known

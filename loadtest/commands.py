@@ -16,7 +16,7 @@ from gradmap.console import heartbeat, importing, print_json_line, print_table, 
 from gradmap.errors import UserError
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import parse_loads
-from loadtest.settings import DENSE, DENSE_AGAIN, PRUNED, QUICK_PAIRS, LoadTestSettings
+from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, LoadTestSettings
 
 AgainstOption = Annotated[
     Path | None, typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now.")
@@ -28,7 +28,6 @@ DEFAULT_WORK = (
     "formats hf and vllm, and a full load test; `gradmap run RECIPE --dry-run` estimates a recipe."
 )
 ESTIMATE_COLUMNS = ("minutes", "memory (GB)", "available (GB)")
-RESERVED_ARMS = (DENSE, DENSE_AGAIN, PRUNED)
 
 
 @heartbeat(so_far("gradmap loadtest"))
@@ -40,6 +39,15 @@ def loadtest(
     ] = None,
     candidate: Annotated[
         list[str] | None, typer.Option(help="NAME=TARGET: one more model to compare; may be given several times.")
+    ] = None,
+    dense_model: Annotated[
+        str | None, typer.Option(help="Name of the unpruned model, at a URL that serves several.")
+    ] = None,
+    pruned_model: Annotated[
+        str | None, typer.Option(help="Name of the pruned model, at a URL that serves several.")
+    ] = None,
+    candidate_model: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL: the same of a --candidate; may be given several times.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS.")
@@ -88,7 +96,7 @@ def loadtest(
 
     settings = LoadTestSettings(
         dense=dense,
-        candidates=({PRUNED: pruned} if pruned else {}) | _parse_candidates(candidate or []),
+        candidates=({PRUNED: pruned} if pruned else {}) | _parse_named("--candidate", candidate or []),
         loads=parse_loads(concurrency, rate, arrivals),
         pairs=pairs if pairs is not None else QUICK_PAIRS if quick else LoadTestSettings.pairs,
         interleaved=not quick,
@@ -101,6 +109,8 @@ def loadtest(
         tokenizer=tokenizer,
         vllm_flags=tuple(vllm_flag or ()),
         processes=processes,
+        models={arm: name for arm, name in ((DENSE, dense_model), (PRUNED, pruned_model)) if name}
+        | _parse_named("--candidate-model", candidate_model or []),
     )
     gate = Gate(require_speedup, read_report(against) if against else None)
     result = run_load_test(settings, gate, out)
@@ -193,17 +203,15 @@ def doctor(
         print_json_line(result)
 
 
-def _parse_candidates(texts: list[str]) -> dict[str, str]:
-    """NAME=TARGET, each. Raises UserError."""
-    candidates = {}
+def _parse_named(option: str, texts: list[str]) -> dict[str, str]:
+    """NAME=VALUE, each. Raises UserError."""
+    named: dict[str, str] = {}
     for text in texts:
-        name, equals, target = text.partition("=")
-        if not equals or not name or name in RESERVED_ARMS or name in candidates:
-            raise UserError(
-                f"--candidate {text} is not NAME=TARGET with a name of its own (not {' or '.join(RESERVED_ARMS)})."
-            )
-        candidates[name] = target
-    return candidates
+        name, equals, value = text.partition("=")
+        if not equals or not value or name in named or name in (DENSE, PRUNED):
+            raise UserError(f"{option} {text} is not NAME=VALUE with a name of its own (not {DENSE} or {PRUNED}).")
+        named[name] = value
+    return named
 
 
 def _finish(report: dict[str, Any], json_line: bool) -> int:

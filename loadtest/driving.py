@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import math
+import os
 import secrets
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import httpx
-
 from gradmap.errors import UserError
-from gradmap.openai_api import authorization
 from gradmap.reading import read_json
 from loadtest.board import Board
+from loadtest.counters import read_counter, tokens_since
+from loadtest.endpoints import Endpoint
 from loadtest.loads import Load
 from loadtest.prompts import Prompts
 from loadtest.records import BlockRecord, Measurements, RequestRecord
@@ -31,17 +30,13 @@ from serving.server import free_port, kill_group
 LOCUSTFILE = Path(__file__).parent / "driver" / "session_users.py"
 # Numbers of what is no pair: below zero, so that records of pairs can be told apart.
 WARM_UP_PAIR, SEARCH_PAIR = -1, -2
-# No block may run longer than this, whatever the server does.
+# No load may run longer than this after its last request was due, whatever the server does.
 BLOCK_TIMEOUT_S = 900
 POLL_S = 0.5
-# vLLM counts a token a moment after it has sent it.
-COUNTER_WAIT_S = 3.0
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    url: str
-    model: str
+# Its exit code where a record cannot be written (EX_IOERR).
+CANNOT_WRITE = 74
+# For Locust's processes to find each other.
+WORKERS_WAIT_S = 60
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
     stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(block.pair, f"pair {block.pair + 1}")
     showing = bench.board.load(block.arm, stay, load, count)
     records: list[RequestRecord] = []
-    with showing as shown, TemporaryDirectory(dir=bench.out, prefix=".load-") as directory:
+    with showing as shown, TemporaryDirectory(dir=bench.out.resolve(), prefix=".load-") as directory:
         files = {kind: Path(directory, kind) for kind in ("requests", "records", "usage")}
         save_requests(files["requests"], requests)
         files["records"].mkdir()
@@ -98,49 +93,34 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
             records.extend(arriving.read_new())
             shown.update(records)
 
-        tokens_before = generated_tokens(endpoint.url)
+        counted_before = read_counter(endpoint)
+        limit_s = BLOCK_TIMEOUT_S + math.ceil(requests[-1].due_s or 0)
+        command = _locust_command(endpoint, block, load, settings.processes_at(load), files, limit_s)
         with sampled(block.arm, block.pair, load.name) as resources:
-            _run_locust(_locust_command(endpoint, block, load, settings.processes_at(load), files), look, bench.out)
+            _run_locust(command, look, Path(directory), bench.out)
         look()  # what it wrote between the last look and its end
         busy = [read_json(path)["client_cpu"] for path in files["usage"].iterdir()]
+    if len(busy) != settings.processes_at(load):
+        raise _could_not_write(bench.out)
     records.sort(key=lambda record: record.sent_s)
     seen = sum(record.completion_tokens for record in records)
-    server_tokens = None if tokens_before is None else _tokens_since(endpoint.url, tokens_before, seen)
+    server_tokens = None if counted_before is None else tokens_since(endpoint, counted_before, seen)
     place = {"arm": block.arm, "pair": block.pair, "load": load.name}
     described = BlockRecord(**place, client_cpu=max(busy), server_tokens=server_tokens)
     return Measurements(tuple(records), (described,), tuple(resources))
 
 
-def generated_tokens(url: str) -> int | None:
-    """vLLM's count of generated tokens since it started; None if the server does not tell."""
-    with suppress(httpx.HTTPError):
-        text = httpx.get(f"{url}/metrics", headers=authorization(), timeout=10.0).text
-        counts = re.findall(r"^vllm:generation_tokens_total(?:{[^}]*})? (\S+)$", text, flags=re.MULTILINE)
-        return int(sum(map(float, counts))) if counts else None
-    return None
-
-
-def _tokens_since(url: str, before: int, expected: int) -> int | None:
-    """By how much the count has risen; waits a little for it to reach what is expected."""
-    deadline = time.monotonic() + COUNTER_WAIT_S
-    while (now := generated_tokens(url)) is not None:
-        if now - before >= expected or time.monotonic() > deadline:
-            return now - before
-        time.sleep(0.1)
-    return None
-
-
 def _locust_command(
-    endpoint: Endpoint, block: Block, load: Load, processes: int, files: Mapping[str, Path]
+    endpoint: Endpoint, block: Block, load: Load, processes: int, files: Mapping[str, Path], limit_s: int
 ) -> list[str]:
     users = processes if load.is_open else int(load.level)
     return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"),
         *("--users", str(users), "--spawn-rate", str(users), "--host", endpoint.url),
         *(argument for kind, path in files.items() for argument in (f"--{kind}", str(path))),
-        *("--model", endpoint.model, "--arm", block.arm, "--pair", str(block.pair), "--load", load.name),
+        *(f"--model={endpoint.model}", "--arm", block.arm, "--pair", str(block.pair), "--load", load.name),
         # failed requests are in the records; Locust itself must not fail for them
-        *("--run-time", f"{BLOCK_TIMEOUT_S}s", "--exit-code-on-error", "0"),
+        *("--run-time", f"{limit_s}s", "--exit-code-on-error", "0"),
         *(_worker_flags(processes) if processes > 1 else ()),
         "OpenLoopUser" if load.is_open else "ClosedLoopUser",
     ]
@@ -150,14 +130,27 @@ def _worker_flags(processes: int) -> tuple[str, ...]:
     """Locust's own workers, with a master that only this machine can reach."""
     port = str(free_port())
     here = ("--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port)
-    return ("--processes", str(processes), *here)
+    return ("--processes", str(processes), "--expect-workers-max-wait", str(WORKERS_WAIT_S), *here)
 
 
-def _run_locust(command: list[str], look: Callable[[], None], out: Path) -> None:
+def _locust_environment(home: Path) -> dict[str, str]:
+    """Without what Locust reads besides its arguments: its variables, and `.locust.conf` in the home directory."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+    return kept | {"HOME": str(home), "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+
+
+def _run_locust(command: list[str], look: Callable[[], None], home: Path, out: Path) -> None:
+    """home: an empty place, for Locust also reads `locust.conf` and `pyproject.toml` of the current directory."""
     log = out / "locust.log"
     with log.open("ab") as log_file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            cwd=home,
+            env=_locust_environment(home),
+            start_new_session=True,
         )
         try:
             while process.poll() is None:
@@ -167,5 +160,11 @@ def _run_locust(command: list[str], look: Callable[[], None], out: Path) -> None
         finally:
             kill_group(process.pid)  # the workers too
             process.wait()
+    if process.returncode == CANNOT_WRITE:
+        raise _could_not_write(out)
     if process.returncode != 0:
         raise UserError(f"Locust ended with code {process.returncode}; its log is {log}.")
+
+
+def _could_not_write(out: Path) -> UserError:
+    return UserError(f"The load generator could not write below {out}; is the disk full, or the size of files limited?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,24 @@ from loadtest.loads import Load
 from loadtest.metrics import summarise_load
 from loadtest.page import render_junit, render_page, render_summary
 from loadtest.prompts import Workload
-from loadtest.records import RECORDS_FILE, Measurements, RequestRecord, read_measurements
+from loadtest.records import (
+    RECORDS_FILE,
+    REPORT_CASES,
+    REPORT_FILE,
+    REPORT_PAGE,
+    REPORT_SUMMARY,
+    Measurements,
+    RequestRecord,
+    read_measurements,
+)
 from loadtest.resources import summarise_resources
 from loadtest.schema import SCHEMA_VERSION, Comparison, Ideal, LoadReport, Report
 from loadtest.session import Session, run_session
-from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings, is_url
+from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings
 from loadtest.slo import Slo
 from loadtest.soundness import find_faults
 from loadtest.statistics import compute_speed_ups, find_held_back, find_losses, headline, judge, main_load
-
-REPORT_FILE = "report.json"
+from loadtest.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def run_load_test(settings: LoadTestSettings, gate: Gate, out: Path) -> dict[str
 
 def _write_report(session: Session, settings: LoadTestSettings, gate: Gate) -> dict[str, Any]:
     facts = Facts(describe_environment(), measure_sizes(settings))
-    report = build_report(session.measured, settings, gate, facts)
+    report = build_report(session.measured, replace(settings, models=session.models), gate, facts)
     write_all(session.directory, report, session.measured.requests)
     return report
 
@@ -120,9 +128,9 @@ def read_report(path: Path) -> dict[str, Any]:
 def write_all(directory: Path, report: dict[str, Any], records: Sequence[RequestRecord]) -> None:
     """report.json, and for people report.html and report.md, for CI junit.xml."""
     write_json(directory / REPORT_FILE, report)
-    write_text(directory / "report.html", render_page(report, records))
-    write_text(directory / "report.md", render_summary(report))
-    write_text(directory / "junit.xml", render_junit(report))
+    write_text(directory / REPORT_PAGE, render_page(report, records))
+    write_text(directory / REPORT_SUMMARY, render_summary(report))
+    write_text(directory / REPORT_CASES, render_junit(report))
 
 
 def measure_sizes(settings: LoadTestSettings) -> dict[str, WeightBytes]:

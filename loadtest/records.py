@@ -19,6 +19,9 @@ SCHEMA_VERSION = 3
 RECORDS_FILE = "records.jsonl"
 BLOCKS_FILE = "blocks.jsonl"
 RESOURCES_FILE = "resources.jsonl"
+# What follows from them.
+REPORT_FILE = "report.json"
+REPORT_PAGE, REPORT_SUMMARY, REPORT_CASES = "report.html", "report.md", "junit.xml"
 
 
 # A comparison with NaN is false, so that it would slip through every check of what was measured.
@@ -141,8 +144,11 @@ def to_json_line(record: _Record) -> str:
 
 
 def start_files(directory: Path) -> None:
-    """Empties the files of an earlier test."""
+    """Empties the files of an earlier test, after its reports, which would outlive what they are of."""
+    for name in (REPORT_FILE, REPORT_PAGE, REPORT_SUMMARY, REPORT_CASES):
+        (directory / name).unlink(missing_ok=True)
     for name in _files(Measurements()):
+        (directory / name).with_suffix(".parquet").unlink(missing_ok=True)
         (directory / name).write_text("")
 
 

@@ -18,9 +18,8 @@ from gradmap.reading import read_json
 from gradmap.verdict import Verdict, worst
 from loadtest import figures
 from loadtest.load_figures import Drawing, draw_load_test
-from loadtest.outcome import REPORT_FILE
 from loadtest.page import as_markup, render_template
-from loadtest.records import read_measurements
+from loadtest.records import REPORT_FILE, read_measurements
 from loadtest.table import speed_up_lines
 
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-
-import httpx
 
 from gradmap.checkpoint import load_tokenizer
 from gradmap.console import say, waiting
 from gradmap.errors import UserError
-from gradmap.openai_api import authorization, served_model
 from gradmap.reading import read_json
 from loadtest.board import Board
-from loadtest.driving import SEARCH_PAIR, WARM_UP_PAIR, Bench, Endpoint, run_load
+from loadtest.driving import SEARCH_PAIR, WARM_UP_PAIR, Bench, run_load
+from loadtest.endpoints import Endpoint, find_endpoints, server_settings
 from loadtest.loads import CONCURRENCY, Load, find_highest_rate
 from loadtest.metrics import summarise_load
 from loadtest.prompts import Prompts, RandomPrompts, TextPrompts
 from loadtest.records import Measurements, append_measurements, start_files
-from loadtest.settings import DENSE_AGAIN, Block, LoadTestSettings, check_settings, is_url, schedule
+from loadtest.settings import DENSE, DENSE_AGAIN, Block, LoadTestSettings, check_settings, schedule
+from loadtest.urls import is_url
 from serving.log import Log
-from serving.machine import suited_to_machine
-from serving.server import Server, free_port
-from serving.settings import ServerSettings
+from serving.server import Server
 
 WARM_UP_REQUESTS = 4
 WARM_UP_LOAD = Load(CONCURRENCY, 1)
@@ -33,12 +31,14 @@ SEARCH_ARRIVALS = "poisson"
 
 @dataclass
 class Session:
-    """What was measured so far; also in `directory`, as soon as each load ends."""
+    """What was measured so far; also in `directory`, as soon as each load ends. models: arm -> name, of URLs."""
 
     directory: Path
     measured: Measurements = field(default_factory=Measurements)
+    models: dict[str, str] = field(default_factory=dict)
 
-    def start(self) -> None:
+    def start(self, models: dict[str, str]) -> None:
+        self.models = models
         self.directory.mkdir(parents=True, exist_ok=True)
         start_files(self.directory)
 
@@ -48,23 +48,28 @@ class Session:
 
 
 def run_session(settings: LoadTestSettings, session: Session) -> None:
-    """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until then stays."""
+    """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until then stays.
+
+    An earlier test in the session's directory stays until all that can be checked was.
+    """
     check_settings(settings)
     with waiting("Reading the prompts"):
         prompts = _open_prompts(settings)
-    session.start()
+    endpoints = find_endpoints(settings)
+    session.start({arm: endpoint.model for arm, endpoint in endpoints.items()})
     stays = list(_consecutive(schedule(settings), fresh=settings.interleaved))
     loads = len(stays) + sum(len(blocks) for _, blocks in stays) * len(settings.loads)  # each stay has a warm-up
     board = Board(len(stays), loads)
     bench = Bench(settings, prompts, board, session.directory)
+    opened = partial(_warm_endpoint, bench, endpoints)
     with board.showing():
         for arm, blocks in stays:
-            with _warm_endpoint(bench, arm) as endpoint:
+            with opened(arm) as endpoint:
                 for block in blocks:
                     for load in settings.loads:
                         session.add(run_load(endpoint, bench, block, load))
         for arm in settings.arms if settings.find_rate else ():
-            with _warm_endpoint(bench, arm) as endpoint:
+            with opened(arm) as endpoint:
                 _search_rate(endpoint, bench, arm, session)
 
 
@@ -81,11 +86,16 @@ def _search_rate(endpoint: Endpoint, bench: Bench, arm: str, session: Session) -
 
 
 @contextmanager
-def _warm_endpoint(bench: Bench, arm: str) -> Iterator[Endpoint]:
-    with _open_endpoint(bench.settings, arm, bench.out) as endpoint:
+def _warm_endpoint(bench: Bench, endpoints: Mapping[str, Endpoint], arm: str) -> Iterator[Endpoint]:
+    """Raises UserError if not one request of the warm-up is answered: none would be."""
+    with _open_endpoint(bench, endpoints, arm) as endpoint:
         bench.board.started()
         warm_up = replace(bench, settings=replace(bench.settings, requests_per_load=WARM_UP_REQUESTS))
-        run_load(endpoint, warm_up, Block(arm, WARM_UP_PAIR), WARM_UP_LOAD)
+        records = run_load(endpoint, warm_up, Block(arm, WARM_UP_PAIR), WARM_UP_LOAD).requests
+        errors = [record.error for record in records if record.error is not None]
+        if len(errors) == len(records):
+            first = errors[0] if errors else "none was sent"
+            raise UserError(f"All {len(records)} requests of the warm-up of {arm} failed (the first: {first}).")
         yield endpoint
 
 
@@ -120,27 +130,17 @@ def _consecutive(blocks: Sequence[Block], fresh: bool) -> Iterator[tuple[str, li
 
 
 @contextmanager
-def _open_endpoint(settings: LoadTestSettings, arm: str, out: Path) -> Iterator[Endpoint]:
+def _open_endpoint(bench: Bench, endpoints: Mapping[str, Endpoint], arm: str) -> Iterator[Endpoint]:
     """Yields a ready endpoint; a server that was started for it is stopped afterwards."""
-    target = settings.dense if arm == DENSE_AGAIN else settings.arms[arm]
-    if is_url(target):
-        url = target.rstrip("/")
-        yield Endpoint(url, _require_model(url))
+    served = DENSE if arm == DENSE_AGAIN else arm
+    if served in endpoints:
+        yield endpoints[served]
         return
-    server_settings = suited_to_machine(ServerSettings(Path(target), port=free_port(), vllm_flags=settings.vllm_flags))
-    log = out / f"server-{arm}.log"
+    settings = server_settings(bench.settings, bench.settings.arms[served])
+    log = bench.out / f"server-{arm}.log"
     starting = f"Starting vLLM for the {arm} model"
     say(f"{starting} (log: {log})")
-    with closing(Log(log)) as output, Server(server_settings, output) as server:
+    with closing(Log(log)) as output, Server(settings, output) as server:
         with waiting(lambda: f"{starting}: {server.phase}"):
             model = server.wait_until_ready()
-        yield Endpoint(server_settings.url, model)
-
-
-def _require_model(url: str) -> str:
-    try:
-        client = httpx.Client(base_url=url, headers=authorization(), timeout=30.0)
-        with waiting(f"Asking {url} for its model"), client:
-            return served_model(client)
-    except (httpx.HTTPError, KeyError, ValueError) as error:
-        raise UserError(f"{url} does not answer as an OpenAI-compatible server: {error}.") from None
+        yield Endpoint(settings.url, model)

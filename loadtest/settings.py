@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from gradmap.errors import UserError
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.prompts import LEAST_OUTPUT_TOKENS, Workload
 from loadtest.slo import Slo
+from loadtest.urls import base_url, is_url
 
 DENSE, PRUNED = "dense", "pruned"
 PAIRS_FOR_A_VERDICT, QUICK_PAIRS = 6, 3
 # The dense model once more, in one block: what two equal models differ by.
 DENSE_AGAIN = "dense-again"
+RESERVED_ARMS = (DENSE, DENSE_AGAIN)
+# Names of arms become names of files, columns and test cases.
+ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+# Of a load in a block: what is in memory at once, and one verdict needs far fewer.
+MOST_REQUESTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class LoadTestSettings:
     random order within each pair; otherwise all blocks of an arm follow each other, on one server.
     requests_per_load: at least so many; open_loop_s: length of an open loop. find_rate: whether the highest rate that
     meets the SLOs is looked for, at the end. vocabulary, tokenizer: of the models, where all are URLs. processes: that
-    send requests, at most.
+    send requests, at most. models: arm -> name of its model, of arms that are URLs; where none is given, the only one.
     """
 
     dense: str
@@ -44,6 +50,7 @@ class LoadTestSettings:
     tokenizer: str | None = None
     vllm_flags: tuple[str, ...] = ()
     processes: int = 1
+    models: dict[str, str] = field(default_factory=dict)
 
     @property
     def arms(self) -> dict[str, str]:
@@ -59,9 +66,10 @@ class LoadTestSettings:
         return max(self.requests_per_load, math.ceil(enough))
 
     def processes_at(self, load: Load) -> int:
-        """Each gets as many users as every other: in a closed loop, the largest number that divides the level."""
+        """Each gets a request at least, and as many users as every other: in a closed loop, the largest number that
+        divides the level."""
         if load.is_open:
-            return self.processes
+            return min(self.processes, self.requests_at(load))
         return max(count for count in range(1, self.processes + 1) if int(load.level) % count == 0)
 
 
@@ -99,18 +107,42 @@ def check_settings(settings: LoadTestSettings) -> None:
         raise UserError("--concurrency is needed: the verdict is about a closed loop.")
     if settings.processes < 1:
         raise UserError(f"--processes is {settings.processes}; at least 1 is needed.")
-    if min(load.level for load in settings.loads) <= 0:
-        raise UserError("--concurrency must be 1 or more, and --rate above 0.")
+    _check_loads(settings)
     _check_workload(settings.workload)
+    if settings.vocabulary is not None and settings.vocabulary < 1:
+        raise UserError(f"--vocabulary is {settings.vocabulary}; give the number of token ids, 1 or more.")
     if settings.find_rate and not settings.slos:
         raise UserError("--find-rate looks for the highest rate that meets an SLO; give --slo, such as ttft_p95=200ms.")
     if not settings.candidates:
         raise UserError("Give --pruned, or --candidate NAME=TARGET, to compare with the dense model.")
+    for name in settings.candidates:
+        if name in RESERVED_ARMS or not ARM_NAME.fullmatch(name):
+            raise UserError(
+                f"--candidate {name!r} is no name for a model; use up to 40 letters, digits, dots, dashes and "
+                f"underscores, and not {' or '.join(RESERVED_ARMS)}."
+            )
     for arm, target in settings.arms.items():
         if is_url(target):
-            _require_host(target)
+            base_url(target)
         elif not Path(target, "config.json").is_file():
             raise UserError(f"{arm}: {target} is neither a URL nor a model directory; export one first.")
+    for arm in settings.models:
+        if not is_url(settings.arms.get(arm, "")):
+            raise UserError(f"A model's name is for an arm that is a URL, and {arm} is none; leave it out.")
+
+
+def _check_loads(settings: LoadTestSettings) -> None:
+    if not 0 < settings.open_loop_s < math.inf:
+        raise UserError(f"--open-loop-s is {settings.open_loop_s}; give a finite number of seconds above 0.")
+    for load in settings.loads:
+        if not 0 < load.level < math.inf:
+            raise UserError("--concurrency must be 1 or more, and --rate a finite number above 0.")
+        enough = load.level * (settings.open_loop_s if load.is_open else 2)
+        if max(enough, settings.requests_per_load) > MOST_REQUESTS:
+            raise UserError(
+                f"{load.label} would take more than {MOST_REQUESTS} requests a block; lower it, --requests or "
+                "--open-loop-s."
+            )
 
 
 def _check_workload(workload: Workload) -> None:
@@ -122,12 +154,3 @@ def _check_workload(workload: Workload) -> None:
         raise UserError("--shared-prefix must be shorter than --prompt-tokens.")
     if workload.texts and (workload.shared_prefix or workload.length_spread):
         raise UserError("--shared-prefix and --length-spread are for random prompts; leave them out, or --prompts.")
-
-
-def _require_host(url: str) -> None:
-    if urlsplit(url).hostname is None:
-        raise UserError(f"{url} is no URL of a server; write it as http://HOST:PORT.")
-
-
-def is_url(target: str) -> bool:
-    return target.startswith(("http://", "https://"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,6 @@ class Slo:
 def parse_slo(text: str) -> Slo:
     """`ttft_p95=200ms` -> Slo. Raises UserError."""
     match = re.fullmatch(rf"({'|'.join(METRICS)})_p(\d+(?:\.\d+)?)=(\d+(?:\.\d+)?)(ms|s)", text.strip())
-    if match is None or not 0 < float(match[2]) <= 100:
+    if match is None or not (0 < float(match[2]) <= 100 and 0 < float(match[3]) < math.inf):
         raise UserError(f"--slo {text} is not METRIC_pPERCENTILE=LIMIT, such as ttft_p95=200ms or tpot_p99=0.03s.")
     return Slo(match[1], float(match[2]), float(match[3]) * _UNITS[match[4]])

@@ -181,8 +181,8 @@ def judge_quality(
 ) -> Judgement | None:
     """PASS if every whole interval is within its limit, FAIL if one is wholly beyond, else INCONCLUSIVE.
 
-    documents, segments: of each task and of each text; where they are fewer than LEAST_FOR_A_VERDICT, it is INCONCLUSIVE
-    too. None if the gate asks for nothing.
+    documents, segments: how many there are of each task and of each text; fewer than LEAST_FOR_A_VERDICT are
+    INCONCLUSIVE too. None if the gate asks for nothing.
     """
     judgements = []
     if gate.max_average_drop is not None and comparison.average is not None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from geventhttpclient import HTTPClient
 
 from gradmap.openai_api import authorization
+from loadtest.driver.stream import Stream, StreamError, error_in, server_sent_events, shortened
 from loadtest.metrics import RequestMetrics, measure
 from loadtest.records import RequestRecord
+from loadtest.urls import base_url, completions_path
 from loadtest.workload import Request
 
 CONNECT_TIMEOUT_S = 10.0
+DONE = "[DONE]"
+# Of an error's body, so much is read.
+KEPT_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -31,28 +35,38 @@ class Labels:
     load: str
 
 
-def connect(url: str, connections: int, timeout_s: float) -> HTTPClient:
+@dataclass(frozen=True)
+class Client:
+    """Connections to a server, the path of its completions, and one of its models."""
+
+    http: HTTPClient
+    path: str
+    model: str
+
+
+def connect(url: str, model: str, connections: int, timeout_s: float) -> Client:
     """connections: kept, at most so many. timeout_s: longest silence of the server."""
-    return HTTPClient.from_url(
+    url = base_url(url)
+    http = HTTPClient.from_url(
         url, concurrency=connections, connection_timeout=CONNECT_TIMEOUT_S, network_timeout=timeout_s
     )
+    return Client(http, completions_path(url), model)
 
 
-def stream_completion(
-    http: HTTPClient, model: str, request: Request, labels: Labels, scheduled_s: float | None
-) -> RequestRecord:
+def stream_completion(client: Client, request: Request, labels: Labels, scheduled_s: float | None) -> RequestRecord:
     """Whatever goes wrong is in the record."""
-    arrivals: list[tuple[float, int]] = []
-    body = _request_body(model, request)
+    stream = Stream()
+    body = _request_body(client.model, request)
     headers = {"Content-Type": "application/json", **authorization()}
     sent_s = time.monotonic()
     try:
-        response = http.request("POST", "/v1/completions", body=body, headers=headers)
-        for event in _server_sent_events(response):
-            _note_arrival(arrivals, event)
-        error = _what_went_wrong(response.status_code, arrivals, request)
+        error = _follow(client.http.request("POST", client.path, body=body, headers=headers), stream)
+    except StreamError as bad:
+        error = str(bad)
     except Exception as failure:  # whatever broke, it is a failed request and not the end of the test
-        error = f"{type(failure).__name__}: {failure}"
+        error = shortened(f"{type(failure).__name__}: {failure}")
+    ended_s = time.monotonic()
+    arrivals, error = _settle(stream, error, request)
     return RequestRecord(
         arm=labels.arm,
         pair=labels.pair,
@@ -62,7 +76,7 @@ def stream_completion(
         requested_tokens=request.output_tokens,
         scheduled_s=scheduled_s,
         sent_s=sent_s,
-        ended_s=time.monotonic(),
+        ended_s=ended_s,
         chunk_times_s=tuple(arrived_s for arrived_s, _ in arrivals),
         chunk_tokens=tuple(tokens for _, tokens in arrivals),
         completion_tokens=arrivals[-1][1] if arrivals else 0,
@@ -85,28 +99,61 @@ def _request_body(model: str, request: Request) -> bytes:
     return json.dumps(body).encode()
 
 
-def _server_sent_events(response: Any) -> Iterator[dict[str, Any]]:
-    """Yields the JSON of each `data:` line as it arrives."""
-    while line := response.readline(b"\n"):
-        if line.startswith(b"data: {"):
-            yield json.loads(line[6:])
+def _follow(response: Any, stream: Stream) -> str | None:
+    """Notes every event when it arrives, to the end. Returns what the server says went wrong. Raises StreamError."""
+    if response.status_code != 200:
+        said = _said(response.read(KEPT_BYTES))
+        return f"HTTP {response.status_code}" + (f": {said}" if said else "")
+    lines = _Lines(response)
+    none_came = True
+    for data in server_sent_events(lines.read):
+        now_s = time.monotonic()
+        none_came = False
+        if data.strip() not in ("", DONE):
+            stream.note(_parse(data), now_s)
+    return f"no stream of events came, but: {_said(lines.start)}" if none_came else None
 
 
-def _note_arrival(arrivals: list[tuple[float, int]], event: dict[str, Any]) -> None:
-    """Stamps a chunk that brought tokens. Its usage tells, and not its text: a token may decode to nothing yet."""
-    now = time.monotonic()
-    tokens = (event.get("usage") or {}).get("completion_tokens", 0)
-    if tokens > (arrivals[-1][1] if arrivals else 0):
-        arrivals.append((now, tokens))
+class _Lines:
+    """The lines of a body as they arrive; also the last one, which may lack its end. start: the body's beginning."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self.start = b""
+
+    def read(self) -> bytes:
+        line: bytes = self._response.readline(b"\n") or self._response.read()
+        if len(self.start) < KEPT_BYTES:
+            self.start += line[:KEPT_BYTES]
+        return line
 
 
-def _what_went_wrong(status: int, arrivals: list[tuple[float, int]], request: Request) -> str | None:
-    if status != 200:
-        return f"HTTP {status}"
+def _parse(data: str) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise StreamError(f"the server sent {shortened(data)} as an event") from None
+
+
+def _said(body: bytes) -> str:
+    """The message of an error's body, or its beginning."""
+    text = body.decode(errors="replace")
+    try:
+        return error_in(json.loads(text)) or shortened(text)
+    except ValueError:
+        return shortened(text)
+
+
+def _settle(stream: Stream, error: str | None, request: Request) -> tuple[list[tuple[float, int]], str | None]:
+    """When how many tokens had come, and what went wrong, first of all what was noticed before."""
+    try:
+        arrivals = stream.arrivals()
+    except StreamError as bad:
+        return [], error or str(bad)
     tokens = arrivals[-1][1] if arrivals else 0
-    if tokens != request.output_tokens:
-        return f"{tokens} tokens came, {request.output_tokens} were asked for"
-    return None
+    if error is None and tokens != request.output_tokens:
+        error = f"{tokens} tokens came, {request.output_tokens} were asked for"
+    return arrivals, error
 
 
 def report_to_locust(environment: Any, record: RequestRecord) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 from locust import User, constant, events, task
 
-from gradmap.openai_api import authorization, served_model
+from gradmap.openai_api import authorization, choose_model, served_models
 from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.prompts import RandomPrompts, Workload
+from loadtest.urls import base_url
 from loadtest.workload import draw_requests
 
 LABELS = Labels("endpoint", 0, "locust")
@@ -27,7 +28,9 @@ ONE = Load(CONCURRENCY, 1)
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--model", dest="served_model", default="", help="name of the served model; default: the first")
+    parser.add_argument(
+        "--model", dest="served_model", default="", help="name of the served model, where there are several"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128, help="random token ids per prompt")
     parser.add_argument("--output-tokens", type=int, default=64, help="tokens to generate per request")
     parser.add_argument("--vocabulary", type=int, default=1000, help="token ids are below this")
@@ -44,28 +47,25 @@ class CompletionUser(User):
 
     def on_start(self) -> None:
         options = self.environment.parsed_options
-        self.http = connect(self.host, 1, options.request_timeout_s)
+        self.client = connect(self.host, self.model, 1, options.request_timeout_s)
         # prompts of no two users, of no two workers, are the same
         worker = getattr(self.environment.runner, "worker_index", 0)
         workload = Workload(options.prompt_tokens, options.output_tokens, seed=worker)
         self.prompts = RandomPrompts(workload, options.vocabulary)
 
     def on_stop(self) -> None:
-        self.http.close()
+        self.client.http.close()
 
     @task
     def complete(self) -> None:
         (request,) = draw_requests(self.prompts, str(next(self._numbers)), 1, ONE, 0, self.cache_salt)
-        record = stream_completion(self.http, self.model, request, LABELS, None)
+        record = stream_completion(self.client, request, LABELS, None)
         report_to_locust(self.environment, record)
 
 
 @events.test_start.add_listener
 def ask_for_the_model(environment: Any, **_: Any) -> None:
     """Once in a process, and not for every user: an HTTPS client takes longer to make than a request to send."""
-    CompletionUser.model = environment.parsed_options.served_model or _first_model(environment.host)
-
-
-def _first_model(url: str) -> str:
-    with httpx.Client(base_url=url, headers=authorization(), timeout=30.0) as client:
-        return served_model(client)
+    with httpx.Client(base_url=base_url(environment.host), headers=authorization(), timeout=30.0) as client:
+        names = served_models(client)
+    CompletionUser.model = choose_model(names, environment.parsed_options.served_model or None)

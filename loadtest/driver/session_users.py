@@ -9,8 +9,11 @@ With --processes, Locust's workers share the requests like cards, and each write
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +30,7 @@ from loadtest.records import RequestRecord, to_json_line
 from loadtest.workload import Request, load_requests
 
 MAX_CONNECTIONS = 4096
-FINISHED = "finished"
+FINISHED, FAILED = "finished", "failed"
 
 
 @events.init_command_line_parser.add_listener
@@ -53,7 +56,7 @@ class Block:
         self.waiting = deque(load_requests(Path(self.options.requests))[worker :: self.options.processes or 1])
         self.unfinished = len(self.waiting)
         self.name = f"{worker}.json"
-        self.file: IO[str] = Path(self.options.records, self.name).open("w")  # noqa: SIM115 - closed by close
+        self.file: IO[str] = Path(self.options.records, self.name).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close
         self.started_s, self.started_cpu_s = time.monotonic(), time.process_time()
 
     def finish(self, record: RequestRecord) -> None:
@@ -78,6 +81,24 @@ class Block:
         write_json(Path(self.options.usage, self.name), {"client_cpu": busy_s / length_s})
 
 
+@contextmanager
+def ending_at_failures(environment: Any) -> Iterator[None]:
+    """Ends the test at once where something breaks: without a record, it would wait for one until its time is over."""
+    try:
+        yield
+    except Exception as error:
+        end_as_failed(environment, os.EX_IOERR if isinstance(error, OSError) else os.EX_SOFTWARE)
+        raise  # for Locust's log
+
+
+def end_as_failed(environment: Any, exit_code: int) -> None:
+    if isinstance(environment.runner, WorkerRunner):
+        environment.runner.send_message(FAILED, exit_code)
+        return
+    environment.process_exit_code = exit_code
+    gevent.spawn(environment.runner.quit)
+
+
 @events.init.add_listener
 def end_with_the_last_worker(environment: Any, **_: Any) -> None:
     runner, finished = environment.runner, count(1)
@@ -87,19 +108,28 @@ def end_with_the_last_worker(environment: Any, **_: Any) -> None:
             if next(finished) == environment.parsed_options.processes:
                 gevent.spawn(runner.quit)
 
+        def note_failure(msg: Any, **_: Any) -> None:
+            end_as_failed(environment, msg.data)
+
         runner.register_message(FINISHED, note)
+        runner.register_message(FAILED, note_failure)
 
 
 @events.test_start.add_listener
 def open_block(environment: Any, **_: Any) -> None:
     if not isinstance(environment.runner, MasterRunner):
-        environment.block = Block(environment)
+        with ending_at_failures(environment):
+            environment.block = Block(environment)
 
 
 @events.test_stop.add_listener
 def close_block(environment: Any, **_: Any) -> None:
     if not isinstance(environment.runner, MasterRunner):
-        environment.block.close()
+        try:
+            environment.block.close()
+        except OSError:
+            environment.process_exit_code = os.EX_IOERR
+            raise  # for Locust's log
 
 
 class FileUser(User):
@@ -111,14 +141,15 @@ class FileUser(User):
 
     def on_start(self) -> None:
         self.block: Block = self.environment.block
-        self.http = connect(self.host, self.connections, self.block.options.request_timeout_s)
+        options = self.block.options
+        self.client = connect(self.host, options.served_model, self.connections, options.request_timeout_s)
 
     def on_stop(self) -> None:
-        self.http.close()
+        self.client.http.close()
 
     def complete(self, request: Request, scheduled_s: float | None) -> None:
-        model = self.block.options.served_model
-        self.block.finish(stream_completion(self.http, model, request, self.block.labels, scheduled_s))
+        with ending_at_failures(self.environment):
+            self.block.finish(stream_completion(self.client, request, self.block.labels, scheduled_s))
 
 
 class ClosedLoopUser(FileUser):

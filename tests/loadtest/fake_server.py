@@ -5,24 +5,31 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+HTTP_500 = "http 500"
+
 
 @dataclass
 class FakeServer:
     """gap_s: pause before each token. serial: one request after the other. faults: what goes wrong with a request, by
-    its first prompt token.
+    its first prompt token; bytes are all that is answered. answered: so many requests are, before all others fail.
 
-    sent_s: for each request, the monotonic times at which its tokens were written.
+    models: what /v1/models lists. prefix: before all paths; others do not exist. metrics: the text of /metrics at each
+    look, if there is one. sent_s: for each request, the monotonic times at which its tokens were written.
     """
 
     gap_s: float = 0.0
     serial: bool = False
-    faults: dict[int, str] = field(default_factory=dict)
+    faults: dict[int, str | bytes] = field(default_factory=dict)
+    answered: float = float("inf")
+    models: Any = field(default_factory=lambda: [{"id": "fake"}])
+    prefix: str = ""
+    metrics: Callable[[], str] | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     sent_s: list[list[float]] = field(default_factory=list)
     url: str = ""
@@ -32,9 +39,12 @@ class FakeServer:
         sent_s: list[float] = []
         self.bodies.append(body)
         self.sent_s.append(sent_s)
-        fault = self.faults.get(body["prompt"][0])
-        if fault == "http 500":
+        fault = HTTP_500 if len(self.bodies) > self.answered else self.faults.get(body["prompt"][0])
+        if fault == HTTP_500:
             handler.send_error(500)
+            return
+        if isinstance(fault, bytes):
+            respond(handler, 200, fault)
             return
         tokens = body["max_tokens"] - (fault == "too few tokens")
         handler.send_response(200)
@@ -55,18 +65,30 @@ class FakeServer:
         handler.wfile.write(b"data: [DONE]\n\n")
 
 
+def respond(handler: BaseHTTPRequestHandler, status: int, payload: bytes) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(payload)))
+    handler.end_headers()
+    handler.wfile.write(payload)
+
+
 @contextmanager
 def running(fake: FakeServer) -> Iterator[FakeServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            fake.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == f"{fake.prefix}/v1/completions":
+                fake.answer(self, body)
+            else:
+                respond(self, 404, b'{"detail": "Not Found"}')
 
         def do_GET(self) -> None:
-            payload = json.dumps({"data": [{"id": "fake"}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
+            if self.path == f"{fake.prefix}/v1/models":
+                respond(self, 200, json.dumps({"data": fake.models}).encode())
+            elif self.path == f"{fake.prefix}/metrics" and fake.metrics is not None:
+                respond(self, 200, fake.metrics().encode())
+            else:
+                respond(self, 404, b"")
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -74,7 +96,7 @@ def running(fake: FakeServer) -> Iterator[FakeServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}{fake.prefix}"
     try:
         yield fake
     finally:

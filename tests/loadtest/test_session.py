@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from loadtest.loads import ARRIVALS, HIGHEST_RATE, LOWEST_RATE, Load, arrival_ti
 from loadtest.outcome import Gate, run_load_test
 from loadtest.prompts import Workload
 from loadtest.records import read_measurements
-from loadtest.session import Session, run_session
+from loadtest.session import WARM_UP_REQUESTS, Session, run_session
 from loadtest.settings import Block, LoadTestSettings, schedule
 from loadtest.slo import parse_slo
 from loadtest.soundness import mean_in_flight
@@ -26,6 +27,11 @@ from tests.conftest import ROOT
 from tests.loadtest.fake_server import FakeServer, running
 
 ONE = Load("concurrency", 1)
+BAD_URLS = (
+    *("http://", "http://host:99999", "http://host:port", "http://host:0", "http://[::1", "http://me:secret@host"),
+    *("http://host/?a=b", "http://host/#a", "http://host/a b", "http://host/\x1b[31m", "http://höst"),
+)
+BAD_NAMES = ("", "dense", "dense-again", "a/b", "..", "-x", "a b", "a|b", "<b>", "a\nb", "\x1b[31m", "ä", "x" * 41)
 
 
 def settings(fake, **changes):
@@ -126,7 +132,7 @@ def test_the_verdict_is_the_exit_code(tmp_path):
         failing = subprocess.run(
             [*command, "--require-speedup", "100", "--out", str(out)], capture_output=True, text=True, check=False
         )
-        fake.faults = dict.fromkeys(range(100), "http 500")
+        fake.answered = len(fake.bodies) + WARM_UP_REQUESTS + 1  # and one of the first block
         out = tmp_path / "invalid"
         invalid = subprocess.run([*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False)
     assert failing.returncode == 1, failing.stderr
@@ -155,9 +161,20 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
         ({"dense": "nowhere"}, "neither a URL nor a model directory"),
         ({"dense": "http://127.0.0.1:9"}, "does not answer"),
         ({"vocabulary": None}, "--vocabulary"),
+        ({"vocabulary": 0}, "--vocabulary is 0"),
+        *(({"dense": url}, "is no URL of a server") for url in BAD_URLS),
+        *(({"candidates": {name: "http://127.0.0.1:9"}}, "is no name for a model") for name in BAD_NAMES),
+        *(({"loads": (ONE, Load("poisson", rate))}, "--rate") for rate in (math.nan, math.inf, -1.0, 1e300)),
+        ({"loads": (Load("concurrency", math.nan),)}, "--concurrency must be 1 or more"),
+        *(({"open_loop_s": seconds}, "--open-loop-s is") for seconds in (math.nan, math.inf, 0.0, -1.0)),
+        ({"loads": (ONE, Load("poisson", 1.0)), "open_loop_s": 1e7}, "more than 1000000 requests a block"),
+        ({"requests_per_load": 10**7}, "more than 1000000 requests a block"),
+        ({"models": {"other": "x"}}, "other is none"),
+        ({"candidates": {"pruned": str(ROOT)}, "models": {"pruned": "x"}}, "neither a URL nor a model directory"),
         ({"workload": Workload(output_tokens=1)}, "TPOT is undefined"),
         ({"workload": Workload(shared_prefix=128)}, "shorter than --prompt-tokens"),
         ({"workload": Workload(length_spread=1.0)}, "from 0 to below 1"),
+        ({"workload": Workload(length_spread=math.nan)}, "from 0 to below 1"),
         ({"workload": Workload(texts="file:x.txt", shared_prefix=3)}, "are for random prompts"),
         ({"workload": Workload(texts="file:x.txt")}, "--tokenizer"),
         ({"pairs": 0}, "--pairs is 0"),

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from benchmarks.serving_parity import OUTPUT_TOKENS, Target, measure_with_vllm
-from loadtest.driving import Endpoint as LoadTestEndpoint
+from loadtest.endpoints import Endpoint as LoadTestEndpoint
 from tests.command_line import gradmap
 from tests.conftest import SMOLLM2, SMOLLM2_GGUF
 from tests.serving.endpoint import serving, still_running
