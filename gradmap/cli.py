@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from gradmap.console import say
 from gradmap.errors import UserError
+from gradmap.quoting import visible
 
 EXIT_USAGE = 2
 EXIT_BUG = 70  # EX_SOFTWARE: never to be mistaken for a gate's verdict
@@ -39,7 +40,7 @@ def run_app(app: typer.Typer) -> int:
         return code if isinstance(code, int) else 0
     except (UserError, TyperException) as error:
         message = error.format_message() if isinstance(error, TyperException) else error
-        print(f"Error: {message}", file=sys.stderr)  # whichever of several processes it happens in
+        print(f"Error: {visible(str(message))}", file=sys.stderr)  # whichever of several processes it happens in
         return EXIT_USAGE
     except (KeyboardInterrupt, typer.Abort):
         say("Interrupted.")

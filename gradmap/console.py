@@ -25,6 +25,7 @@ from rich.text import Text
 
 from gradmap.heartbeat import Heartbeat, Pace, describe_s
 from gradmap.processes import is_main_process
+from gradmap.quoting import visible
 
 # One for all, so that messages come above what is shown live, and several live things below each other.
 STDERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -34,7 +35,7 @@ def say(message: str) -> None:
     """Prints one line to stderr, unwrapped when stderr is not a terminal. Of several processes, the first one does."""
     if not is_main_process():
         return
-    STDERR.print(message, soft_wrap=True)
+    STDERR.print(visible(message), soft_wrap=True)
     _HEARTBEAT.spoke()
 
 
@@ -131,11 +132,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Prints a summary table to stdout; the first column is left-aligned, the others right-aligned."""
     if not is_main_process():
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=visible(title), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(visible(column), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     wide_enough_for_logs = None if sys.stdout.isatty() else 120
     Console(width=wide_enough_for_logs, markup=False).print(table)
 

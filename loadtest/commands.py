@@ -14,6 +14,7 @@ import typer
 from gradmap.commands import GgufOption, JsonOption
 from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far, waiting
 from gradmap.errors import UserError
+from gradmap.quoting import visible
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import parse_loads
 from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, LoadTestSettings
@@ -228,6 +229,6 @@ def _print_report(report: dict[str, Any]) -> None:
     print_table("Load test", ("", *report["arms"]), load_rows(report))
     for line in [*speed_up_lines(report), noise_line(report)]:
         if line:
-            print(line[0].upper() + line[1:])
+            print(visible(line[0].upper() + line[1:]))
     for arm, compared in report["candidates"].items():
-        print(f"Verdict on {arm}: {compared['verdict']}: {compared['reason']}")
+        print(visible(f"Verdict on {arm}: {compared['verdict']}: {compared['reason']}"))

@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 import jinja2
 from markupsafe import Markup
 
+from gradmap.quoting import markdown, xml_text
 from loadtest.load_figures import Drawing, draw_load_test
 from loadtest.records import RequestRecord
-from loadtest.table import load_rows, noise_line, speed_up_lines
+from loadtest.table import load_rows, model_lines, noise_line, speed_up_lines
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -48,16 +49,24 @@ def render_summary(report: Mapping[str, Any]) -> str:
     lines = [
         "## Load test",
         "",
-        *(f"- {arm}: **{one['verdict']}**: {one['reason']}." for arm, one in report["candidates"].items()),
-        *(f"- {line}" for line in speed_up_lines(report)),
+        *(
+            f"- {markdown(arm)}: **{one['verdict']}**: {markdown(one['reason'])}."
+            for arm, one in report["candidates"].items()
+        ),
+        *(f"- {markdown(line)}" for line in [*speed_up_lines(report), *model_lines(report)]),
         "",
-        f"| | {' | '.join(arms)} |",
+        f"| {markdown_row(arms)}",
         f"|---|{'---:|' * len(arms)}",
-        *(f"| {' | '.join(row)} |" for row in load_rows(report)),
+        *map(markdown_row, load_rows(report)),
     ]
     if noise := noise_line(report):
         lines += ["", f"Noise: {noise}."]
     return "\n".join(lines) + "\n"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A row of a table; the cells are text."""
+    return f"| {' | '.join(map(markdown, cells))} |"
 
 
 def render_junit(report: Mapping[str, Any]) -> str:
@@ -66,8 +75,8 @@ def render_junit(report: Mapping[str, Any]) -> str:
     suite = ElementTree.Element("testsuite", name="gradmap loadtest", tests=str(len(candidates)))
     for arm, compared in candidates.items():
         name = f"{arm} is {report['required_speedup']:g} times as fast as dense"
-        case = ElementTree.SubElement(suite, "testcase", classname="gradmap.loadtest", name=name)
+        case = ElementTree.SubElement(suite, "testcase", classname="gradmap.loadtest", name=xml_text(name))
         if compared["verdict"] != "PASS":
             kind = "error" if compared["verdict"] == "INVALID" else "failure"
-            ElementTree.SubElement(case, kind, type=compared["verdict"], message=compared["reason"])
+            ElementTree.SubElement(case, kind, type=compared["verdict"], message=xml_text(compared["reason"]))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

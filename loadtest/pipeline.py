@@ -16,6 +16,7 @@ from gradmap.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.files import cache_directory, refuse_foreign_directory
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
+from gradmap.quoting import visible
 from gradmap.speed import measure_disk
 from gradmap.stages import Stage, as_flags, is_done, run_stage, source_files, stage_record
 from loadtest.estimates import Estimate, Speeds, estimate_cells, estimate_stages
@@ -136,7 +137,7 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     result = write_report(out, timings_s)
     print_table("Dense against pruned", ("", "dense", "pruned", "pruned / dense"), summary_rows(result))
     for gate, judgement in judgements(result).items():
-        print(f"Verdict on {gate}: {judgement['verdict']}: {judgement['reason']}")
+        print(visible(f"Verdict on {gate}: {judgement['verdict']}: {judgement['reason']}"))
     print(f"Report: {out / 'report.html'}")
     return result
 

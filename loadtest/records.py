@@ -4,6 +4,7 @@ Raw measurements only."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -140,7 +141,8 @@ AnyRecord = TypeVar("AnyRecord", RequestRecord, BlockRecord, ResourceSample)
 
 
 def to_json_line(record: _Record) -> str:
-    return record.model_dump_json() + "\n"
+    """In ASCII, so that other readers, too, end no line at a U+2028 inside of a string."""
+    return json.dumps(record.model_dump(mode="json"), allow_nan=False) + "\n"
 
 
 def start_files(directory: Path) -> None:

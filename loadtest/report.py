@@ -14,11 +14,12 @@ from gradmap.evaluation.result import read_evaluation
 from gradmap.evaluation.table import describe_retained, tabulate
 from gradmap.files import sha256_file, write_json, write_text
 from gradmap.plan import Plan, load_plan
+from gradmap.quoting import markdown, visible
 from gradmap.reading import read_json
 from gradmap.verdict import Verdict, worst
 from loadtest import figures
 from loadtest.load_figures import Drawing, draw_load_test
-from loadtest.page import as_markup, render_template
+from loadtest.page import as_markup, markdown_row, render_template
 from loadtest.records import REPORT_FILE, read_measurements
 from loadtest.table import speed_up_lines
 
@@ -144,15 +145,18 @@ def render_markdown(plan: Plan, result: dict[str, Any]) -> str:
     lines = [
         f"## gradmap: {_code(result['model'])} without {len(plan.removal_order)} of {plan.base_model.layers} layers",
         "",
-        *(f"- {gate}: **{judged['verdict']}**: {judged['reason']}." for gate, judged in judgements(result).items()),
+        *(
+            f"- {gate}: **{judged['verdict']}**: {markdown(judged['reason'])}."
+            for gate, judged in judgements(result).items()
+        ),
         "",
         "| | dense | pruned | pruned / dense |",
         "|---|---:|---:|---:|",
-        *map(_markdown_row, summary_rows(result)),
+        *map(markdown_row, summary_rows(result)),
         "",
-        _markdown_row(quality.columns),
+        markdown_row(quality.columns),
         "|---|" + "---:|" * (len(quality.columns) - 1),
-        *map(_markdown_row, quality.rows),
+        *map(markdown_row, quality.rows),
         "",
         f"Removed layers, in order: {', '.join(map(str, plan.removal_order))}.",
     ]
@@ -162,13 +166,9 @@ def render_markdown(plan: Plan, result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _code(text: str) -> str:
-    return "`" + text.replace("`", "'") + "`"
+    return "`" + visible(text).replace("`", "'").replace("\n", " ") + "`"

@@ -69,6 +69,11 @@ def rate_line(report: Mapping[str, Any]) -> str | None:
     return f"highest rate that meets the SLOs: {', '.join(rates)}" if rates else None
 
 
+def model_lines(report: Mapping[str, Any]) -> list[str]:
+    """Of every arm that was a URL, which of its models was asked."""
+    return [f"{arm} is {model!r}" for arm, model in report["settings"]["models"].items()]
+
+
 def noise_line(report: Mapping[str, Any]) -> str | None:
     """What two blocks of the same model differ by; None if that was not measured."""
     noise = [abs(value - 1) for of_load in report["noise"].values() for value in of_load.values()]

@@ -83,6 +83,7 @@ def test_separators_of_lines_inside_of_a_record_do_not_end_it(tmp_path):
     odd = Measurements((record(error="a\u2028b\u2029c\x85d\x0be\x1cf"), record()))
     start_files(tmp_path)
     append_measurements(tmp_path, odd)
+    assert len((tmp_path / RECORDS_FILE).read_text().splitlines()) == 2
     assert read_measurements(tmp_path) == odd
 
 
