@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from gradmap.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -24,7 +26,10 @@ def read_text(path: Path) -> str:
     Raises UserError if it is missing, no regular file, not to be read, or in another encoding.
     """
     try:
-        return path.read_bytes().decode().removeprefix(BYTE_ORDER_MARK)
+        contents = path.read_bytes()
+        if contents.startswith(UTF_16_MARKS):
+            raise UserError(f"{path} is in UTF-16; convert it to UTF-8.")
+        return contents.decode().removeprefix(BYTE_ORDER_MARK)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path.") from None
     except IsADirectoryError:

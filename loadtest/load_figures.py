@@ -11,10 +11,12 @@ import numpy as np
 
 from loadtest.drawing import KEPT_COLOR, PRUNED_COLOR, STYLE, TEXT_COLOR, add_legend, arm_colors, new_figure, to_svg
 from loadtest.loads import readable
-from loadtest.metrics import RequestMetrics, measure, values_of
+from loadtest.metrics import measure, values_of
 from loadtest.records import RequestRecord
 
 PANELS = (("ttft", "TTFT"), ("tpot", "TPOT"))
+# Of each arm: a point of a drawing takes some hundred bytes, and no eye tells more apart.
+MOST_POINTS = 2000
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,10 @@ def draw_load_test(report: Mapping[str, Any], records: Sequence[RequestRecord]) 
         )
         drawings.append(Drawing(draw_speed_ups(report), caption))
     loads = list(report["arms"]["dense"])
-    caption = f"Every request at {readable(loads[0])}: the share that was at least as fast."
-    drawings.append(Drawing(draw_latency(records, list(report["arms"]), loads[0]), caption))
+    arms = list(report["arms"])
+    of_load = [record for record in records if record.load == loads[0]]
+    caption = f"{_extent(of_load, arms)} at {readable(loads[0])}: the share that was at least as fast."
+    drawings.append(Drawing(draw_latency(of_load, arms, loads[0]), caption))
     if len(loads) > 1:
         caption = "Medians of all requests of a load; bars reach to the 95th percentile, where enough requests tell it."
         drawings.append(Drawing(draw_against_load(report), caption))
@@ -50,20 +54,33 @@ def draw_load_test(report: Mapping[str, Any], records: Sequence[RequestRecord]) 
         drawings.append(
             Drawing(draw_attainment(report), f"Share of the requests within {limits}; failed ones are not.")
         )
-    caption = "Every request when it was sent: drifts, warm-up and outliers would show."
-    drawings.append(Drawing(draw_timeline(records, list(report["arms"])), caption))
+    caption = f"{_extent(records, arms)} when it was sent: drifts, warm-up and outliers would show."
+    drawings.append(Drawing(draw_timeline(records, arms), caption))
     return drawings
 
 
+def _extent(records: Sequence[RequestRecord], arms: Sequence[str]) -> str:
+    """What of the requests is drawn, as the beginning of a caption."""
+    most = max(sum(record.arm == arm for record in records) for arm in arms)
+    return "Every request" if most <= MOST_POINTS else f"{MOST_POINTS:,} of up to {most:,} requests of a model, evenly"
+
+
+def thinned(values: Sequence[Any]) -> list[Any]:
+    """At most MOST_POINTS of them, the first and the last and evenly between, in their order."""
+    if len(values) <= MOST_POINTS:
+        return list(values)
+    return [values[place] for place in np.linspace(0, len(values) - 1, MOST_POINTS).round().astype(int)]
+
+
 def draw_latency(records: Sequence[RequestRecord], arms: Sequence[str], load: str) -> str:
-    """Cumulative distributions of TTFT and TPOT over the requests at one load."""
-    measured = {arm: _measured(records, arm, load) for arm in arms}
+    """Cumulative distributions of TTFT and TPOT over the requests, which are of one load."""
+    measured = {arm: [measure(one) for one in records if one.arm == arm and one.error is None] for arm in arms}
     with mpl.rc_context(STYLE):
         figure, panels = new_figure(width=9.0, panels=2)
         for axes, (metric, name) in zip(panels, PANELS, strict=True):
             for arm, color in arm_colors(arms).items():
                 if values := values_of(measured[arm], metric):
-                    axes.ecdf(np.array(values) * 1000, color=color, label=arm, linewidth=2)
+                    axes.ecdf(np.array(thinned(sorted(values))) * 1000, color=color, label=arm, linewidth=2)
             axes.set_xlabel(f"{name} (ms), {readable(load)}")
             axes.set_ylabel("share of requests")
         add_legend(panels[0])
@@ -162,8 +179,9 @@ def draw_timeline(records: Sequence[RequestRecord], arms: Sequence[str]) -> str:
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(width=9.0, height=2.8)
         for arm, color in arm_colors(arms).items():
-            good = [record for record in records if record.arm == arm and record.error is None]
-            failed = [record.sent_s - begin_s for record in records if record.arm == arm and record.error is not None]
+            own = sorted((record for record in records if record.arm == arm), key=lambda record: record.sent_s)
+            good = thinned([record for record in own if record.error is None])
+            failed = thinned([record.sent_s - begin_s for record in own if record.error is not None])
             times = [record.sent_s - begin_s for record in good]
             axes.plot(times, [1000 * measure(record).ttft_s for record in good], ".", color=color, label=arm)
             axes.plot(failed, [0.0] * len(failed), "x", color=PRUNED_COLOR)
@@ -172,7 +190,3 @@ def draw_timeline(records: Sequence[RequestRecord], arms: Sequence[str]) -> str:
         axes.set_ylim(bottom=0)
         add_legend(axes, loc="lower right", ncols=len(arms), bbox_to_anchor=(1.0, 1.0))
         return to_svg(figure)
-
-
-def _measured(records: Sequence[RequestRecord], arm: str, load: str) -> list[RequestMetrics]:
-    return [measure(one) for one in records if one.error is None and (one.arm, one.load) == (arm, load)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from gradmap.errors import UserError
 from gradmap.texts import read_texts
+from loadtest.conversations import read_conversations
 
 SHAREGPT = "sharegpt:"
 # Below, TPOT is undefined.
@@ -74,6 +74,7 @@ class TextPrompts:
         """Raises UserError if the texts cannot be read."""
         assert workload.texts is not None
         self._workload, self._tokenizer = workload, tokenizer
+        self._texts: Sequence[tuple[str, str | None]]
         if workload.texts.startswith(SHAREGPT):
             self._texts = read_conversations(Path(workload.texts.removeprefix(SHAREGPT)), workload.seed)
         else:
@@ -99,27 +100,3 @@ class TextPrompts:
             answered = len(self._tokenizer(answer, add_special_tokens=False).input_ids)
             output_tokens = max(LEAST_OUTPUT_TOKENS, min(output_tokens, answered))
         return Prompt(token_ids, output_tokens)
-
-
-def read_conversations(path: Path, seed: int) -> list[tuple[str, str | None]]:
-    """First question and first answer of every conversation in a file of ShareGPT's format, shuffled.
-
-    Raises UserError if it is none.
-    """
-    try:
-        conversations = [record["conversations"] for record in json.loads(path.read_text())]
-        pairs = [pair for turns in conversations for pair in _first_exchange(turns)]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path after {SHAREGPT}") from None
-    except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is not in ShareGPT's format: a list of objects with `conversations`.") from None
-    if not pairs:
-        raise UserError(f"{path} has no conversation that begins with a question and an answer.")
-    random.Random(seed).shuffle(pairs)
-    return pairs
-
-
-def _first_exchange(turns: list[dict[str, str]]) -> Iterator[tuple[str, str | None]]:
-    texts = [turn["value"].strip() for turn in turns[:2]]
-    if len(texts) == 2 and all(texts) and turns[0]["from"] in ("human", "user"):
-        yield texts[0], texts[1]

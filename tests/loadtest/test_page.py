@@ -2,13 +2,16 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from loadtest import load_figures
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
+from loadtest.load_figures import MOST_POINTS, draw_latency, draw_timeline, thinned
 from loadtest.loads import Load
 from loadtest.outcome import Facts, Gate, build_report
 from loadtest.page import render_junit, render_page, render_summary
@@ -100,6 +103,41 @@ def test_junit_tells_ci_what_passed(error, kinds):
     assert suite.get("tests") == "2"
     assert [case[0].tag if len(case) else None for case in suite] == kinds
     assert suite[0].get("name") == "a&b is 1.5 times as fast as dense"
+
+
+def test_of_very_many_requests_the_page_draws_some_and_says_so(monkeypatch):
+    monkeypatch.setattr(load_figures, "MOST_POINTS", 50)
+    report, records = make_report()
+    assert "Every request" in render_page(report, records)
+    many = [record(arm, sent=100.0 + k, ttft=0.1 + 0.001 * k) for arm in ("dense", "pruned") for k in range(1000)]
+    few = [one for one in many if one.sent_s % 20 == 0]  # 50 of each arm
+    for draw in (draw_timeline, partial(draw_latency, load=ONE.name)):
+        # coordinates have other digits, and nothing else may take more room
+        assert len(draw(many, arms=["dense", "pruned"])) < 1.2 * len(draw(few, arms=["dense", "pruned"]))
+    page = render_page(report, many)
+    assert page.count("50 of up to 1,000 requests of a model, evenly") == 2
+    assert "Every request" not in page
+
+
+def test_what_is_drawn_of_very_many_reaches_from_the_first_to_the_last():
+    values = list(range(10_000))
+    drawn = thinned(values)
+    assert len(drawn) == MOST_POINTS and drawn == sorted(set(drawn))
+    assert (drawn[0], drawn[-1]) == (0, 9999)
+    assert thinned(values[:MOST_POINTS]) == values[:MOST_POINTS]
+
+
+def test_what_servers_say_is_text_everywhere():
+    error = "HTTP 400: <b>|[x](http://evil)\x1b[31m @team\x00"
+    report, records = make_report(error=error)
+    report["settings"]["models"] = {"dense": "a|b\n# c"}
+    summary = render_summary(report)
+    assert r"\<b\>\|\[x\](http&#58;//evil)\\x1b\[31m &#64;team\\x00" in summary
+    assert r"- dense is 'a\|b\\n\# c'" in summary
+    assert "\x1b" not in summary and "\x00" not in summary
+    (case, _) = ElementTree.fromstring(render_junit(report))
+    assert "HTTP 400: <b>|[x](http://evil)\ufffd[31m @team\ufffd" in case[0].get("message")
+    assert "<b>" not in render_page(report, records)
 
 
 @pytest.mark.parametrize("tied", [True, False])

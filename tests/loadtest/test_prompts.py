@@ -60,7 +60,15 @@ def test_conversations_give_the_question_and_the_length_of_the_answer(tokenizer,
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"), [("{", "ShareGPT's format"), ("[]", "no conversation"), ("[1]", "ShareGPT's format")]
+    ("contents", "message"),
+    [
+        ("[{", "ShareGPT's format"),
+        ("[" * 10**5, "ShareGPT's format"),
+        ("{", r"no conversation .*in 1 records"),
+        ("", r"no conversation .*0 records"),
+        ("[]", r"no conversation .*0 records"),
+        ("[1, null]", r"no conversation .*2 records"),
+    ],
 )
 def test_what_is_no_conversation_is_refused(tokenizer, tmp_path, contents, message):
     path = tmp_path / "share.json"
