@@ -64,8 +64,8 @@ def tokens_since(endpoint: Endpoint, before: Counter, expected: int) -> int | No
 def _metrics(url: str) -> str:
     """The text of /metrics; nothing if it is not had in time, however slowly it trickles."""
     deadline_s, parts = time.monotonic() + METRICS_TIMEOUT_S, []
-    timeout = {"headers": authorization(), "timeout": METRICS_TIMEOUT_S}
-    with suppress(httpx.HTTPError), httpx.stream("GET", f"{url}/metrics", **timeout) as response:
+    client = httpx.Client(headers=authorization(), timeout=METRICS_TIMEOUT_S)
+    with suppress(httpx.HTTPError), client, client.stream("GET", f"{url}/metrics") as response:
         for part in response.iter_bytes():
             parts.append(part)
             if time.monotonic() > deadline_s:
