@@ -167,4 +167,7 @@ def _run_locust(command: list[str], look: Callable[[], None], home: Path, out: P
 
 
 def _could_not_write(out: Path) -> UserError:
-    return UserError(f"The load generator could not write below {out}; is the disk full, or the size of files limited?")
+    return UserError(
+        f"The load generator could not write below {out} (its log there is locust.log); is the disk full, or the size "
+        "of files limited?"
+    )

@@ -8,10 +8,12 @@ Every user completes random prompts, one after the other. All of Locust works wi
 
 from __future__ import annotations
 
+import logging
 import secrets
 from itertools import count
 from typing import Any
 
+import gevent
 import httpx
 from locust import User, constant, events, task
 
@@ -66,6 +68,11 @@ class CompletionUser(User):
 @events.test_start.add_listener
 def ask_for_the_model(environment: Any, **_: Any) -> None:
     """Once in a process, and not for every user: an HTTPS client takes longer to make than a request to send."""
-    with httpx.Client(base_url=base_url(environment.host), headers=authorization(), timeout=30.0) as client:
-        names = served_models(client)
-    CompletionUser.model = choose_model(names, environment.parsed_options.served_model or None)
+    try:
+        with httpx.Client(base_url=base_url(environment.host), headers=authorization(), timeout=30.0) as client:
+            names = served_models(client)
+        CompletionUser.model = choose_model(names, environment.parsed_options.served_model or None)
+    except (httpx.HTTPError, ValueError) as error:
+        logging.error(f"{environment.host}: {error}; --model says which one is meant.")
+        environment.process_exit_code = 1
+        gevent.spawn(environment.runner.quit)  # from outside: quitting ends what calls this

@@ -124,6 +124,18 @@ def test_the_locust_file_works_by_itself(tmp_path, processes):
     assert len(set(prompts)) == len(prompts)
 
 
+@pytest.mark.alone
+def test_the_locust_file_takes_none_of_several_models_silently():
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/driver/locustfile.py"), "--headless"]
+    with running(FakeServer(models=[{"id": "a"}, {"id": "b"}])) as fake:
+        finished = subprocess.run(
+            [*command, "--host", fake.url, "--run-time", "60s"], capture_output=True, text=True, check=False
+        )
+    assert finished.returncode == 1
+    assert f"{fake.url}: several models are served: 'a', 'b'; --model says which" in finished.stderr
+    assert not fake.bodies
+
+
 def test_the_verdict_is_the_exit_code(tmp_path):
     with running(FakeServer(gap_s=0.005)) as fake:
         command = [sys.executable, "-m", "gradmap", "loadtest", "--dense", fake.url, "--pruned", fake.url, "--quick"]

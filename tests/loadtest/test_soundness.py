@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from gradmap.errors import UserError
 from gradmap.verdict import Verdict
 from loadtest.metrics import measure, summarise_load
-from loadtest.outcome import Gate, build_report
+from loadtest.outcome import Gate, build_report, read_report
 from loadtest.records import (
     RECORDS_FILE,
     BlockRecord,
@@ -172,6 +172,34 @@ def test_a_request_without_a_tpot_is_within_no_limit_of_it():
     assert summary.attainment == pytest.approx(2 / 3)
     assert not summary.meets_slos
     assert summarise_load([record()], "load", slos).meets_slos
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("settings", "pairs"), "many"),
+        (("candidates", "pruned", "verdict"), None),
+        (("arms",), []),
+        (("reason",), None),
+    ],
+)
+def test_a_report_that_is_not_whole_is_refused(tmp_path, path, value):
+    records, settings = six_pairs()
+    report = json.loads(json.dumps(report_of(records, settings)))
+    (file := tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_report(file) == report
+    part = report
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    file.write_text(json.dumps(report))
+    with pytest.raises(UserError, match=f"is no whole report of a load test: {'.'.join(path)}"):
+        read_report(file)
+    del part[path[-1]]
+    file.write_text(json.dumps(report))
+    if path != ("settings", "pairs"):  # which has a default
+        with pytest.raises(UserError, match="is no whole report of a load test"):
+            read_report(file)
 
 
 @pytest.mark.parametrize("arms", [{}, {"pruned": {"speedup": {}}}, {"pruned": {"speedup": {"tpot": {"low": None}}}}])
