@@ -42,4 +42,6 @@ def served_models(client: httpx.Client) -> list[str]:
     known = [name for name in names if isinstance(name, str) and name]
     if not known:
         raise ValueError("its list of models is empty")
+    if not all(map(str.isprintable, known)):  # no argument of a process, and no text in UTF-8, holds every character
+        raise ValueError(f"it lists models with names that cannot be written: {', '.join(map(repr, known))}")
     return known

@@ -11,8 +11,9 @@ from pathlib import Path
 from gradmap.checkpoint import load_tokenizer
 from gradmap.console import say, waiting
 from gradmap.errors import UserError
-from gradmap.reading import read_json
+from gradmap.reading import read_json_object
 from loadtest.board import Board
+from loadtest.driver.stream import whole_number
 from loadtest.driving import SEARCH_PAIR, WARM_UP_PAIR, Bench, run_load
 from loadtest.endpoints import Endpoint, find_endpoints, server_settings
 from loadtest.loads import CONCURRENCY, Load, find_highest_rate
@@ -115,7 +116,12 @@ def _vocabulary_of(settings: LoadTestSettings) -> int:
     directories = [Path(target) for target in settings.arms.values() if not is_url(target)]
     if not directories:
         raise UserError("All endpoints are URLs; say with --vocabulary how many token ids they know.")
-    return min(int(read_json(directory / "config.json")["vocab_size"]) for directory in directories)
+    sizes = [whole_number(read_json_object(directory / "config.json").get("vocab_size")) for directory in directories]
+    if not all(sizes):
+        raise UserError(
+            "A config.json does not tell its model's vocab_size; say with --vocabulary how many ids there are."
+        )
+    return min(size for size in sizes if size)
 
 
 def _consecutive(blocks: Sequence[Block], fresh: bool) -> Iterator[tuple[str, list[Block]]]:

@@ -4,7 +4,10 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+import typer
 
+from gradmap import cli, console
+from gradmap.errors import UserError
 from gradmap.quoting import markdown, visible, xml_text
 
 CONTROL = [*map(chr, [*range(0x20), *range(0x7F, 0xA0)]), "\u2028", "\u2029", "\u202e", "\u200b", "\ud800", "\ufeff"]
@@ -15,6 +18,22 @@ def test_no_control_character_reaches_a_terminal(character):
     shown = visible(f"a{character}b")
     assert shown == ("a\nb" if character == "\n" else f"a{character.encode('unicode_escape').decode()}b")
     shown.encode()
+
+
+def test_messages_and_tables_are_shown_without_control_characters(capsys):
+    console.say("a\x1b[31mb")
+    console.print_table("t\x1b]0;x\x07", ("", "c\x1b"), [("r\x9b", "1\x1b")])
+    app = typer.Typer()
+
+    @app.command()
+    def fail():
+        raise UserError("no\x1b[31m file")
+
+    assert cli.run_app(app) == cli.EXIT_USAGE
+    shown = capsys.readouterr()
+    assert "a\\x1b[31mb" in shown.err and "Error: no\\x1b[31m file" in shown.err
+    assert all(text in shown.out for text in ("t\\x1b]0;x\\x07", "c\\x1b", "r\\x9b", "1\\x1b"))
+    assert not {"\x1b", "\x07", "\x9b"} & {*shown.err, *shown.out}
 
 
 def test_what_is_printable_is_shown_as_it_is():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +17,7 @@ HTTP_500 = "http 500"
 @dataclass
 class FakeServer:
     """gap_s: pause before each token. serial: one request after the other. faults: what goes wrong with a request, by
-    its first prompt token; bytes are all that is answered. answered: so many requests are, before all others fail.
+    its first prompt token; bytes are all that is answered. failing: numbers of requests that fail, from 1.
 
     models: what /v1/models lists. prefix: before all paths; others do not exist. metrics: the text of /metrics at each
     look, if there is one. sent_s: for each request, the monotonic times at which its tokens were written.
@@ -26,7 +26,7 @@ class FakeServer:
     gap_s: float = 0.0
     serial: bool = False
     faults: dict[int, str | bytes] = field(default_factory=dict)
-    answered: float = float("inf")
+    failing: Container[int] = ()
     models: Any = field(default_factory=lambda: [{"id": "fake"}])
     prefix: str = ""
     metrics: Callable[[], str] | None = None
@@ -39,7 +39,7 @@ class FakeServer:
         sent_s: list[float] = []
         self.bodies.append(body)
         self.sent_s.append(sent_s)
-        fault = HTTP_500 if len(self.bodies) > self.answered else self.faults.get(body["prompt"][0])
+        fault = HTTP_500 if len(self.bodies) in self.failing else self.faults.get(body["prompt"][0])
         if fault == HTTP_500:
             handler.send_error(500)
             return

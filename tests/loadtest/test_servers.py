@@ -1,5 +1,6 @@
 """Where models are served: URLs as people write them, lists of models, counters of one server and of several."""
 
+import re
 import time
 from itertools import count, cycle
 
@@ -39,14 +40,14 @@ def found(fake, **models):
 
 
 def test_of_several_models_none_is_taken_silently():
-    with running(FakeServer(models=[{"id": "a"}, {"id": "b"}, {"id": "-c\x1b"}], prefix="/team")) as fake:
-        with pytest.raises(UserError, match=r"'a', 'b', '-c\\x1b'; say with --dense-model which one is meant"):
+    with running(FakeServer(models=[{"id": "a"}, {"id": "b"}, {"id": "-c"}], prefix="/team")) as fake:
+        with pytest.raises(UserError, match="'a', 'b', '-c'; say with --dense-model which one is meant"):
             found(fake, pruned="b", more="a")
         with pytest.raises(UserError, match="--pruned-model"):
             found(fake, dense="a", more="a")
         with pytest.raises(UserError, match=r"'d' is not served: .*--candidate-model more=MODEL"):
             found(fake, dense="a", pruned="b", more="d")
-        assert found(fake, dense="a", pruned="b", more="-c\x1b") == {"dense": "a", "pruned": "b", "more": "-c\x1b"}
+        assert found(fake, dense="a", pruned="b", more="-c") == {"dense": "a", "pruned": "b", "more": "-c"}
         fake.models = [{"id": "only"}]
         assert found(fake, more="only") == dict.fromkeys(("dense", "pruned", "more"), "only")
 
@@ -54,6 +55,13 @@ def test_of_several_models_none_is_taken_silently():
 @pytest.mark.parametrize("models", [[], None, {}, "x", [None], [{}], [{"id": None}], [{"id": ""}], [{"id": 3}]])
 def test_a_list_without_models_is_refused(models):
     with running(FakeServer(models=models)) as fake, pytest.raises(UserError, match="its list of models is"):
+        found(fake)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31m", "a\0", "\ud800", "a\nb"])
+def test_names_that_cannot_be_written_are_refused(name):
+    message = re.escape(f"names that cannot be written: 'a', {name!r}")
+    with running(FakeServer(models=[{"id": "a"}, {"id": name}])) as fake, pytest.raises(UserError, match=message):
         found(fake)
 
 

@@ -144,13 +144,23 @@ def test_the_verdict_is_the_exit_code(tmp_path):
         failing = subprocess.run(
             [*command, "--require-speedup", "100", "--out", str(out)], capture_output=True, text=True, check=False
         )
-        fake.answered = len(fake.bodies) + WARM_UP_REQUESTS + 1  # and one of the first block
+        fake.failing = {len(fake.bodies) + WARM_UP_REQUESTS + 1}  # the first that is measured
         out = tmp_path / "invalid"
         invalid = subprocess.run([*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False)
     assert failing.returncode == 1, failing.stderr
     assert json.loads((tmp_path / "fail" / "report.json").read_text())["verdict"] == "FAIL"
     assert invalid.returncode == 4, invalid.stderr
     assert json.loads(invalid.stdout.splitlines()[-1])["verdict"] == "INVALID"
+
+
+@pytest.mark.parametrize("vocabulary", [{}, {"vocab_size": 0}, {"vocab_size": "many"}, {"vocab_size": 1.5}])
+def test_a_vocabulary_that_no_config_tells_is_asked_for(tmp_path, vocabulary):
+    for name, config in (("dense", {"vocab_size": 100}), ("pruned", vocabulary)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    options = LoadTestSettings(str(tmp_path / "dense"), {"pruned": str(tmp_path / "pruned")})
+    with pytest.raises(UserError, match="say with --vocabulary"):
+        run_session(options, Session(tmp_path / "out"))
 
 
 def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):

@@ -85,6 +85,9 @@ def test_separators_of_lines_inside_of_a_record_do_not_end_it(tmp_path):
     append_measurements(tmp_path, odd)
     assert len((tmp_path / RECORDS_FILE).read_text().splitlines()) == 2
     assert read_measurements(tmp_path) == odd
+    by_another_program = [json.dumps(one.model_dump(), ensure_ascii=False) + "\n" for one in odd.requests]
+    (tmp_path / RECORDS_FILE).write_text("".join(by_another_program))
+    assert read_measurements(tmp_path) == odd
 
 
 def test_nothing_is_concluded_where_something_is_missing_or_too_much():
