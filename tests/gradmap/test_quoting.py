@@ -20,7 +20,7 @@ def test_no_control_character_reaches_a_terminal(character):
     shown.encode()
 
 
-def test_messages_and_tables_are_shown_without_control_characters(capsys):
+def test_messages_and_tables_are_shown_without_control_characters(capsys, monkeypatch):
     console.say("a\x1b[31mb")
     console.print_table("t\x1b]0;x\x07", ("", "c\x1b"), [("r\x9b", "1\x1b")])
     app = typer.Typer()
@@ -29,6 +29,7 @@ def test_messages_and_tables_are_shown_without_control_characters(capsys):
     def fail():
         raise UserError("no\x1b[31m file")
 
+    monkeypatch.setattr("sys.argv", ["gradmap"])
     assert cli.run_app(app) == cli.EXIT_USAGE
     shown = capsys.readouterr()
     assert "a\\x1b[31mb" in shown.err and "Error: no\\x1b[31m file" in shown.err
