@@ -64,7 +64,7 @@ def test_conversations_give_the_question_and_the_length_of_the_answer(tokenizer,
     [
         ("[{", "ShareGPT's format"),
         ("[" * 10**5, "ShareGPT's format"),
-        ("{", r"no conversation .*in 1 records"),
+        ("{", r"no conversation .*1 records"),
         ("", r"no conversation .*0 records"),
         ("[]", r"no conversation .*0 records"),
         ("[1, null]", r"no conversation .*2 records"),
