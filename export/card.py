@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from export.comparison import Comparison
 from export.integrity import ArtifactRecord
 from gradmap.plan import Plan
+from gradmap.quoting import markdown
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 USE = {
@@ -28,9 +29,9 @@ def render_card(plan: Plan | None, record: ArtifactRecord, quality: dict[str, An
 
     quality: what `export.artifact.read_quality` found, or empty.
     """
-    sections = [f"---\n{_metadata(record, quality)}\n---", f"# {record.name}"]
+    sections = [f"---\n{_metadata(record, quality)}\n---", f"# {markdown(record.name)}"]
     if plan is None:
-        sections.append(f"The unpruned weights of {record.base_model.name} in {record.dtype} precision.")
+        sections.append(f"The unpruned weights of {markdown(record.base_model.name)} in {record.dtype} precision.")
     else:
         sections.append(_describe_pruning(plan))
     if quality:
@@ -91,9 +92,9 @@ def _eval_result(dataset: str, metric: str, metric_name: str, value: float) -> E
 def _describe_pruning(plan: Plan) -> str:
     base, calibration = plan.base_model, plan.calibration
     lines = [
-        f"Pruned from {base.name} with gradmap: {len(plan.kept_layers)} of {base.layers} layers are left.",
+        f"Pruned from {markdown(base.name)} with gradmap: {len(plan.kept_layers)} of {base.layers} layers are left.",
         f"- removed layers (original indices, in order of removal): {', '.join(map(str, plan.removal_order))}",
-        f"- calibration: {calibration.samples} x {calibration.tokens} tokens of `{calibration.source}`, "
+        f"- calibration: {calibration.samples} x {calibration.tokens} tokens of {markdown(calibration.source)}, "
         f"seed {calibration.seed}",
     ]
     lines += [f"- {repair.describe()}" for repair in plan.repairs if repair.accepted]
@@ -101,12 +102,13 @@ def _describe_pruning(plan: Plan) -> str:
 
 
 def _describe_quality(quality: dict[str, Any]) -> str:
+    segments = f"perplexity of {quality['segment']}-token segments"
     rows = [
-        f"| {name}, perplexity of {quality['segment']}-token segments | {one['value']:.1f} ± {one['stderr']:.1f} |"
+        f"| {markdown(name)}, {segments} | {one['value']:.1f} ± {one['stderr']:.1f} |"
         for name, one in quality["perplexity"].items()
     ]
     rows += [
-        f"| {name}, {one['metric']}, zero-shot | {100 * one['value']:.1f} ± {100 * one['stderr']:.1f} % |"
+        f"| {markdown(name)}, {one['metric']}, zero-shot | {100 * one['value']:.1f} ± {100 * one['stderr']:.1f} % |"
         for name, one in quality["accuracy"].items()
     ]
     return "\n".join(["| evaluated on | value ± standard error |", "|---|---:|", *rows])

@@ -292,6 +292,12 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
     assert "62.5 ± 1.1 %" in card.text
 
 
+def test_a_name_is_no_markup_in_the_card(artifact):
+    name = "a](http://evil) <script> | b"
+    card = render_card(None, artifact[2].model_copy(update={"name": name}), QUALITY | {"perplexity": {}})
+    assert r"# a\](http&#58;//evil) \<script\> \| b" in card.splitlines()
+
+
 def test_a_directory_of_this_machine_is_no_base_model_of_the_hub(artifact, tmp_path, monkeypatch):
     base = artifact[2].base_model
     of_hub = artifact[2].model_copy(update={"base_model": base.model_copy(update={"name": "models/llama"})})
