@@ -30,13 +30,23 @@ THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 def available_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory that can be had: the machine's, or what is left of a container's limit if that is less."""
+    """Memory that can be had: the machine's, or what is left of a container's limit if that is less. Pages of files
+    that were read, which the kernel gives back when others need room, do not count as used."""
     available = int(psutil.virtual_memory().available)
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
         return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
+    return available if limit == "max" else min(available, int(limit) - int(used) + _reclaimable_bytes(cgroup))
+
+
+def _reclaimable_bytes(cgroup: Path) -> int:
+    try:
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    held = dict(line.split() for line in lines)
+    return sum(int(held.get(kind, 0)) for kind in ("active_file", "inactive_file"))
 
 
 def allowed_cores() -> list[int]:

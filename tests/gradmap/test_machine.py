@@ -50,6 +50,15 @@ def test_a_container_s_limit_counts_where_less_is_left_of_it(tmp_path):
         assert available_bytes(tmp_path) == pytest.approx(expected, rel=0.2)
 
 
+def test_files_that_were_read_do_not_fill_a_container(tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    assert available_bytes(tmp_path) == 100
+    stat = "anon 200\nfile 650\nshmem 50\ninactive_anon 60\nactive_anon 190\ninactive_file 500\nactive_file 100\n"
+    (tmp_path / "memory.stat").write_text(stat)
+    assert available_bytes(tmp_path) == 700
+
+
 @pytest.mark.parametrize(("rates", "expected"), [(NATIVE, "autocast"), (EMULATED, "float32")])
 def test_auto_is_what_the_cpu_multiplies_fastest(picos, on, capsys, rates, expected):
     on(rates)
