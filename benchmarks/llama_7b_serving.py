@@ -22,10 +22,11 @@ from benchmarks.fold import write_random_model
 from benchmarks.scaling import LLAMA_2_7B
 from gradmap.console import print_table, say
 from gradmap.costs import Hardware, decode_speed_up, prefill_speed_up, token_seconds
+from gradmap.loopback import own_transport
 from gradmap.reading import read_json
 from gradmap.shape import Shape
 from gradmap.stages import run_process
-from serving.server import free_port
+from serving.ports import free_port
 
 READY_TIMEOUT_S = 600
 
@@ -75,11 +76,12 @@ def two_models(dense: Path, pruned: Path, directory: Path) -> Iterator[tuple[str
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline and server.poll() is None:
-        with suppress(httpx.TransportError):
-            if httpx.get(url).status_code == 200:
-                return
-        time.sleep(0.5)
+    with httpx.Client(transport=own_transport(url)) as client:
+        while time.monotonic() < deadline and server.poll() is None:
+            with suppress(httpx.TransportError):
+                if client.get(url).status_code == 200:
+                    return
+            time.sleep(0.5)
     raise RuntimeError("gradmap-serve did not become ready; see above")
 
 

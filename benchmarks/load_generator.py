@@ -25,13 +25,14 @@ from benchmarks.one_load import send_load
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
+from gradmap.loopback import own_transport
 from loadtest.endpoints import Endpoint
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load
 from loadtest.prompts import Workload
 from loadtest.records import Measurements
 from loadtest.soundness import mean_in_flight
-from serving.server import free_port
+from serving.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def fake_endpoint(case: Case) -> Iterator[str]:
     process = subprocess.Popen([*command, *(str(part) for option in options.items() for part in option)])
     url = f"http://127.0.0.1:{port}"
     try:
-        while process.poll() is None:
-            try:
-                httpx.get(f"{url}/v1/models")
-                break
-            except httpx.HTTPError:
-                time.sleep(0.1)
+        with httpx.Client(transport=own_transport(url)) as client:
+            while process.poll() is None:
+                try:
+                    client.get(f"{url}/v1/models")
+                    break
+                except httpx.HTTPError:
+                    time.sleep(0.1)
         yield url
     finally:
         process.kill()

@@ -10,6 +10,7 @@ from the first request to the end of the last.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load
 from loadtest.prompts import Workload
 from serving.log import Log
-from serving.server import Server, free_port
+from serving.ports import free_port
+from serving.server import Server
 from serving.settings import ServerSettings
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
@@ -80,7 +82,8 @@ def measure_with_vllm(target: Target, concurrency: int, seed: int) -> Numbers:
         }
         words = [str(word) for option in options.items() for word in option]
         command = [sys.executable, "-c", BENCH_SERVE, *words, "--ignore-eos", "--save-result"]
-        subprocess.run(command, check=True, capture_output=True)
+        # vLLM's client asks the environment for proxies, and the target is this machine
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "no_proxy": "*"})
         result = read_json(Path(directory, "result.json"))
     assert result["failed"] == 0, json.dumps(result)
     return Numbers(result["median_ttft_ms"], result["median_tpot_ms"], result["output_throughput"])

@@ -1,4 +1,4 @@
-"""What every client of an OpenAI-compatible server needs: its key, and the name of its model."""
+"""What every client of an OpenAI-compatible server needs: its key, a connection, and the name of its model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,38 @@ from collections.abc import Sequence
 
 import httpx
 
+from gradmap.errors import UserError
+from gradmap.loopback import own_transport
+
 # A key never goes through argv, which every user of the machine can read.
 KEY_VARIABLE = "VLLM_API_KEY"
 
 
 def authorization() -> dict[str, str]:
-    """The bearer header for the key, if one is set."""
+    """The bearer header for the key, if one is set. Raises UserError if no header can carry it."""
     key = os.environ.get(KEY_VARIABLE)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    if not key:
+        return {}
+    require_key(key, KEY_VARIABLE)
+    return {"Authorization": f"Bearer {key}"}
+
+
+def require_key(key: str, source: str) -> None:
+    """Raises UserError unless every client can send the key in an HTTP header. source: where it stands."""
+    if key != key.strip() or not all(" " <= character <= "~" for character in key):
+        raise UserError(
+            f"The API key in {source} has characters that an HTTP header cannot carry; "
+            "it must be one line of printable ASCII without spaces around it."
+        )
+
+
+def open_client(url: str, timeout_s: float) -> httpx.Client:
+    """A client of the server that the user names, with the key. Raises UserError if `url` or the key is malformed."""
+    try:
+        transport = own_transport(url)
+    except httpx.InvalidURL as error:
+        raise UserError(f"{url} is no valid URL ({error}); check it.") from None
+    return httpx.Client(base_url=url.rstrip("/"), headers=authorization(), timeout=timeout_s, transport=transport)
 
 
 def served_model(client: httpx.Client) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from gradmap.openai_api import authorization
+from gradmap.openai_api import open_client
 from loadtest.endpoints import Endpoint
 
 TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{(.*)\})?\s+(\S+)", flags=re.MULTILINE)
@@ -64,8 +64,8 @@ def tokens_since(endpoint: Endpoint, before: Counter, expected: int) -> int | No
 def _metrics(url: str) -> str:
     """The text of /metrics; nothing if it is not had in time, however slowly it trickles."""
     deadline_s, parts = time.monotonic() + METRICS_TIMEOUT_S, []
-    client = httpx.Client(headers=authorization(), timeout=METRICS_TIMEOUT_S)
-    with suppress(httpx.HTTPError), client, client.stream("GET", f"{url}/metrics") as response:
+    client = open_client(url, METRICS_TIMEOUT_S)
+    with suppress(httpx.HTTPError), client, client.stream("GET", "/metrics") as response:
         for part in response.iter_bytes():
             parts.append(part)
             if time.monotonic() > deadline_s:

@@ -24,7 +24,8 @@ from loadtest.records import BlockRecord, Measurements, RequestRecord
 from loadtest.resources import sampled
 from loadtest.settings import Block, LoadTestSettings
 from loadtest.workload import draw_requests, save_requests
-from serving.server import free_port, kill_group
+from serving.ports import free_port
+from serving.server import kill_group
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
 LOCUSTFILE = Path(__file__).parent / "driver" / "session_users.py"

@@ -10,11 +10,12 @@ import httpx
 
 from gradmap.console import waiting
 from gradmap.errors import UserError
-from gradmap.openai_api import authorization, choose_model, served_models
+from gradmap.openai_api import choose_model, open_client, served_models
 from loadtest.settings import DENSE, PRUNED, LoadTestSettings
 from loadtest.urls import base_url, is_url
 from serving.machine import suited_to_machine
-from serving.server import check_servable, free_port
+from serving.ports import free_port
+from serving.server import check_servable
 from serving.settings import ServerSettings
 
 TIMEOUT_S = 30.0
@@ -49,8 +50,8 @@ def server_settings(settings: LoadTestSettings, directory: str) -> ServerSetting
 
 
 def _find_endpoint(arm: str, url: str, models: Mapping[str, str]) -> Endpoint:
+    client = open_client(url, TIMEOUT_S)
     try:
-        client = httpx.Client(base_url=url, headers=authorization(), timeout=TIMEOUT_S)
         with waiting(f"Asking {url} for its model"), client:
             names = served_models(client)
     except (httpx.HTTPError, ValueError) as error:

@@ -1,16 +1,13 @@
-"""The admin port: what probes and Prometheus ask. Requests for completions do not pass through it."""
+"""What probes and Prometheus ask (the port: serving.admin_port). Requests for completions do not pass through it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
-from threading import Thread
 from typing import Any
 
 import httpx
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,18 +16,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serving.guard import PASS_HEADER
 from serving.supervisor import State, Supervisor
 
 PROBE_TIMEOUT_S = 2.0
-POLL_S = 0.05
 
 
 class Admin:
-    """Answers for one or several supervised servers. secret: opens vLLM's routes where they are closed."""
+    """Answers for one or several supervised servers."""
 
-    def __init__(self, supervisors: Sequence[Supervisor], secret: str) -> None:
-        self.supervisors, self.secret = supervisors, secret
+    def __init__(self, supervisors: Sequence[Supervisor]) -> None:
+        self.supervisors = supervisors
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -94,7 +89,7 @@ class Admin:
     def _fetch(self, supervisor: Supervisor, path: str) -> str | None:
         try:
             with supervisor.settings.client(PROBE_TIMEOUT_S) as client:
-                return client.get(path, headers={PASS_HEADER: self.secret}).raise_for_status().text
+                return client.get(path).raise_for_status().text
         except httpx.HTTPError:
             return None
 
@@ -115,18 +110,3 @@ def _describe(supervisor: Supervisor) -> dict[str, Any]:
         "restarts": status.restarts,
         "error": status.error,
     }
-
-
-@contextmanager
-def serving_admin(app: Starlette, host: str, port: int) -> Iterator[None]:
-    """Answers on the admin port for the length of a `with` block, in a thread of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="error", access_log=False))
-    thread = Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(POLL_S)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ from gradmap.cli import quiet_libraries, run_app
 from gradmap.errors import UserError
 from gradmap.files import cache_directory
 from serving.flags import flag_names, means
+from serving.signals import EndAsked, ending_at_once
 
 
 class LogFormat(StrEnum):
@@ -31,6 +32,9 @@ def serve(
     admin_host: Annotated[str, typer.Option(help="Address for probes and metrics.")] = "127.0.0.1",
     admin_port: Annotated[int | None, typer.Option(help="Port for probes and metrics; --port + 1000.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="Clients need the key in it; or set VLLM_API_KEY.")] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Serve a public address even if there is no key, nor its file.")
+    ] = False,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; serves https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the artifact's files with their hashes first.")] = True,
@@ -52,36 +56,40 @@ def serve(
     """Serve a model over the OpenAI API with vLLM, until ctrl-C or SIGTERM.
 
     /livez, /readyz, /startupz, /info and /metrics are at the admin port. Exit code 0 after SIGTERM, 130 after ctrl-C,
-    1 if the server failed and was not to be restarted any more, 2 if it could not start.
+    1 if the server failed and was not to be restarted any more, 2 if it could not start, 70 after a mistake of ours.
     """
-    from serving.identity import Trust
-    from serving.launch import Launch, run
-    from serving.log import Log
-    from serving.settings import ServerSettings
-    from serving.supervisor import Policy
+    code = 0
+    with suppress(EndAsked), ending_at_once():  # the imports and the hashes take their time
+        from serving.identity import Trust
+        from serving.launch import Launch, run
+        from serving.log import Log
+        from serving.settings import ServerSettings
+        from serving.supervisor import Policy
 
-    models, vllm_flags = split_arguments(directories, 2 if compare else 1)
-    _read_key(api_key_file)
-    if (tls_certificate is None) != (tls_key is None):
-        raise UserError("TLS needs both --tls-certificate and --tls-key.")
-    settings = ServerSettings(
-        Path(), host, port, vllm_flags, ready_timeout_s, drain_s, certificate=tls_certificate, private_key=tls_key
-    )
-    wait_s = balancer_wait_s if balancer_wait_s is not None else 5.0 * settings.is_public
-    expected_hashes: Sequence[str | None] = expect_sha256 or [None] * len(models)
-    if len(expected_hashes) != len(models):
-        raise UserError("Give --expect-sha256 once for every model, in their order, or not at all.")
-    path = Path(log) if log else cache_directory() / "serve" / f"{port}.log"
-    launch = Launch(
-        models=[Path(model) for model in models],
-        settings=settings,
-        policy=Policy(restarts, wait_s),
-        admin_host=admin_host,
-        admin_port=admin_port if admin_port is not None else port + 1000,
-        trusts=[Trust(verify, require_artifact, expected) for expected in expected_hashes],
-    )
-    with closing(Log(None if log == "-" else path, log_format is LogFormat.JSON)) as output:
-        code = run(launch, output)
+        models, vllm_flags = split_arguments(directories, 2 if compare else 1)
+        _read_key(api_key_file, allow_anonymous)
+        if (tls_certificate is None) != (tls_key is None):
+            raise UserError("TLS needs both --tls-certificate and --tls-key.")
+        settings = ServerSettings(
+            Path(), host, port, vllm_flags, ready_timeout_s, drain_s, certificate=tls_certificate, private_key=tls_key
+        )
+        if settings.is_public and not allow_anonymous:
+            _require_key(host)
+        wait_s = balancer_wait_s if balancer_wait_s is not None else 5.0 * settings.is_public
+        expected_hashes: Sequence[str | None] = expect_sha256 or [None] * len(models)
+        if len(expected_hashes) != len(models):
+            raise UserError("Give --expect-sha256 once for every model, in their order, or not at all.")
+        path = Path(log) if log else cache_directory() / "serve" / f"{port}.log"
+        launch = Launch(
+            models=[Path(model) for model in models],
+            settings=settings,
+            policy=Policy(restarts, wait_s),
+            admin_host=admin_host,
+            admin_port=admin_port if admin_port is not None else port + 1000,
+            trusts=[Trust(verify, require_artifact, expected) for expected in expected_hashes],
+        )
+        with closing(Log(None if log == "-" else path, log_format is LogFormat.JSON)) as output:
+            code = run(launch, output)
     raise typer.Exit(code)
 
 
@@ -101,19 +109,28 @@ def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tu
     return list(arguments[:first_flag]), flags
 
 
-def _read_key(path: Path | None) -> None:
-    """Puts the key where vLLM and our own requests look for it."""
-    from gradmap.openai_api import KEY_VARIABLE
+def _read_key(path: Path | None, may_lack: bool) -> None:
+    """Puts the key where vLLM and our own requests look for it. may_lack: the file need not exist."""
+    from gradmap.openai_api import KEY_VARIABLE, require_key
+    from gradmap.reading import read_text
 
-    if path is None:
+    if path is None or (may_lack and not path.exists()):
         return
-    try:
-        key = path.read_text().strip()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); it should hold the API key.") from None
+    key = read_text(path).strip()
     if not key:
         raise UserError(f"{path} is empty; it should hold the API key.")
+    require_key(key, str(path))
     os.environ[KEY_VARIABLE] = key
+
+
+def _require_key(host: str) -> None:
+    from gradmap.openai_api import authorization
+
+    if not authorization():
+        raise UserError(
+            f"{host} is reachable from outside, and no key is asked for; give --api-key-file, or --allow-anonymous to "
+            "serve whoever asks."
+        )
 
 
 def main() -> None:

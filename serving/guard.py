@@ -1,4 +1,5 @@
-"""In vLLM's own process, in front of its routes: closes what no key guards, and says what is being served.
+"""In vLLM's own process, in front of its routes: closes what no key guards, says what is being served, and proves to
+gradmap-serve that it is its server that listens.
 
 vLLM asks for a key only below /v1 and a few other prefixes. /metrics, /tokenize, /load, /version, /docs, /invocations
 and some more answer anyone, so on a public address they do not exist.
@@ -13,22 +14,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.proof import CHALLENGE_HEADER, PASS_HEADER, PASS_VARIABLE, PROOF_PATH, proof
 from serving.settings import ServerSettings
 
 OPEN_PREFIX = "/v1/"
 OPEN_PATHS = ("/health", "/ping")
-# From gradmap-serve to the guard: what to add to /v1/models, whether to close, and the secret that opens all the same.
-IDENTITY_VARIABLE, CLOSED_VARIABLE, PASS_VARIABLE = "GRADMAP_IDENTITY", "GRADMAP_CLOSED", "GRADMAP_PASS"
-PASS_HEADER = "X-Gradmap-Pass"
+# From gradmap-serve to the guard: what to add to /v1/models, and whether to close.
+IDENTITY_VARIABLE, CLOSED_VARIABLE = "GRADMAP_IDENTITY", "GRADMAP_CLOSED"
 
 
-def guard_environment(settings: ServerSettings, identity: Mapping[str, Any], secret: str) -> dict[str, str]:
+def guard_environment(settings: ServerSettings, identity: Mapping[str, Any]) -> dict[str, str]:
     """Returns the environment variables with which the guard works as `settings` demand."""
     closed = {CLOSED_VARIABLE: "1"} if settings.is_public else {}
-    return {IDENTITY_VARIABLE: json.dumps(identity), PASS_VARIABLE: secret, **closed}
+    return {IDENTITY_VARIABLE: json.dumps(identity), **closed}
 
 
 class Guard:
@@ -42,8 +43,12 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if self.closed and not self._is_open(path, Headers(scope=scope)):
+            path, headers = scope["path"].removeprefix(scope.get("root_path", "")), Headers(scope=scope)
+            if path == PROOF_PATH and self.secret:
+                answer = proof(self.secret, headers.get(CHALLENGE_HEADER, ""))
+                await PlainTextResponse(answer)(scope, receive, send)
+                return
+            if self.closed and not self._is_open(path, headers):
                 message = "closed on a public address; gradmap-serve's admin port has /metrics"
                 await JSONResponse({"error": message}, status_code=404)(scope, receive, send)
                 return

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
 
 from gradmap.cli import EXIT_INTERRUPTED
 from gradmap.errors import UserError
 from gradmap.machine import available_bytes
 from gradmap.openai_api import KEY_VARIABLE
 from gradmap.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults
-from serving.admin import Admin, serving_admin
+from serving.admin import Admin
+from serving.admin_port import serving_admin
+from serving.chat import has_chat_template
 from serving.flags import flag_value
 from serving.guard import guard_environment
 from serving.identity import Identity, Trust, identify
@@ -32,8 +30,10 @@ from serving.machine import (
     require_gpus,
     require_memory,
 )
-from serving.server import check_servable, require_free_port
+from serving.ports import require_free_port, require_ports, url_host
+from serving.server import check_servable
 from serving.settings import ServerSettings
+from serving.signals import Stop
 from serving.supervisor import Policy, State, Supervisor
 
 POLL_S = 0.2
@@ -52,42 +52,37 @@ class Launch:
     trusts: Sequence[Trust]
 
 
-@dataclass
-class Stop:
-    """What signals have asked for. The first one drains, a second ctrl-C ends everything at once."""
-
-    event: Event
-    interrupted: bool = False
-
-    def on_signal(self, number: int, supervisors: Sequence[Supervisor]) -> None:
-        if number == signal.SIGINT and self.event.is_set():
-            for one in supervisors:
-                one.kill()
-        self.interrupted |= number == signal.SIGINT
-        self.event.set()
-
-
 def run(launch: Launch, log: Log) -> int:
     """Serves until a signal arrives or a server has failed; returns the exit code.
 
     Raises UserError if the model, the machine or a port does not allow a start, or if the first start failed.
     """
+    _require_places(launch)
+    log.open()
     identities = [identify(model, trust) for model, trust in zip(launch.models, launch.trusts, strict=True)]
-    secret = secrets.token_urlsafe()
-    settings = _settle(launch, identities, secret)
-    require_free_port(launch.admin_host, launch.admin_port, "--admin-port")
+    settings = _settle(launch, identities)
     supervisors = [
         Supervisor(each, identity, launch.policy, log) for each, identity in zip(settings, identities, strict=True)
     ]
-    stop = Stop(Event())
-    app = Admin(supervisors, secret).app()
-    with _handling_signals(stop, supervisors), serving_admin(app, launch.admin_host, launch.admin_port):
-        _announce(launch, supervisors, log)
-        _run_all(supervisors, stop.event)
-    return _exit_code(supervisors, stop, log)
+    stop = Stop()
+    with stop.on_signals(supervisors):
+        with serving_admin(Admin(supervisors).app(), launch.admin_host, launch.admin_port):
+            _announce(launch, supervisors, log)
+            _run_all(supervisors, stop.event)
+        return _exit_code(supervisors, stop, log)
 
 
-def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list[ServerSettings]:
+def _require_places(launch: Launch) -> None:
+    """Raises UserError unless every port exists, is no other one's, and is free."""
+    first = launch.settings.port
+    ports = {f"--port{f' + {number}' if number else ''}": first + number for number in range(len(launch.models))}
+    require_ports(ports | {"--admin-port": launch.admin_port})
+    for option, port in ports.items():
+        require_free_port(launch.settings.host, port, option)
+    require_free_port(launch.admin_host, launch.admin_port, "--admin-port")
+
+
+def _settle(launch: Launch, identities: Sequence[Identity]) -> list[ServerSettings]:
     """The settings of each model's server, after every check that takes no start."""
     gpus = require_gpus(launch.settings)
     settled = []
@@ -95,7 +90,7 @@ def _settle(launch: Launch, identities: Sequence[Identity], secret: str) -> list
         flags = launch.settings.vllm_flags
         flags = (*memory_share(len(launch.models), bool(gpus), flags), *dtype_flags(gpus, flags), *flags)
         settings = replace(launch.settings, directory=model, port=launch.settings.port + number, vllm_flags=flags)
-        environment = guard_environment(settings, asdict(identity), secret) | cache_share(len(launch.models))
+        environment = guard_environment(settings, asdict(identity)) | cache_share(len(launch.models))
         settings = replace(settings, environment=environment)
         check_servable(settings)
         settled.append(settings)
@@ -133,16 +128,30 @@ def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> No
             f"{len(supervisors)} models share this machine: each gets 1/{len(supervisors)} of the memory that vLLM "
             "takes, and they compete for its processors. To compare speeds, use gradmap loadtest"
         )
-    if settings.is_public and not os.environ.get(KEY_VARIABLE):
-        log.say(f"{settings.host} is reachable from outside and no key is asked for; use --api-key-file", "WARNING")
+    _warn(supervisors, log)
     log.say(f"Try, once it is ready: {curl_command(settings, supervisors[0].identity.name)}")
-    admin = f"http://{launch.admin_host}:{launch.admin_port}"
+    admin = f"http://{url_host(launch.admin_host)}:{launch.admin_port}"
     log.say(f"Probes and metrics: {admin}/readyz, /livez, /startupz, /info, /metrics")
+
+
+def _warn(supervisors: Sequence[Supervisor], log: Log) -> None:
+    host = supervisors[0].settings.host
+    if supervisors[0].settings.is_public and not os.environ.get(KEY_VARIABLE):
+        log.say(f"{host} is reachable from outside and no key is asked for; use --api-key-file", "WARNING")
+    for one in supervisors:
+        if not has_chat_template(one.settings.directory, one.settings.vllm_flags):
+            log.say(
+                f"{one.identity.name} has no chat template, so /v1/chat/completions will refuse requests; give one "
+                "with -- --chat-template FILE, or use /v1/completions",
+                "WARNING",
+            )
 
 
 def curl_command(settings: ServerSettings, model: str) -> str:
     """Returns what to paste into a shell to get a completion; the key stays a variable's name."""
-    options = [f"--cacert {settings.certificate}"] if settings.certificate else []
+    options = ["--noproxy '*'"]
+    if settings.certificate:
+        options.append(f"--cacert {settings.certificate}")
     if os.environ.get(KEY_VARIABLE):
         options.append(f'-H "Authorization: Bearer ${KEY_VARIABLE}"')
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16})
@@ -151,32 +160,26 @@ def curl_command(settings: ServerSettings, model: str) -> str:
     )
 
 
-@contextmanager
-def _handling_signals(stop: Stop, supervisors: Sequence[Supervisor]) -> Iterator[None]:
-    def handle(number: int, frame: Any) -> None:
-        stop.on_signal(number, supervisors)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:
     """Starts one after the other: while vLLM measures how much of a GPU's memory it needs, what another one takes
     would count as its own. Returns when all have ended; if one fails for good, the others are stopped."""
     threads = [Thread(target=one.run, args=(stopping,)) for one in supervisors]
-    for one, thread in zip(supervisors, threads, strict=True):
-        thread.start()  # ends at once if the end has been asked for
-        while not (one.status.was_ready or stopping.is_set()):
+    try:
+        for one, thread in zip(supervisors, threads, strict=True):
             _stop_if_one_failed(supervisors, stopping)
-            stopping.wait(POLL_S)
-    while any(thread.is_alive() for thread in threads):
-        _stop_if_one_failed(supervisors, stopping)
+            thread.start()  # ends at once if the end has been asked for
+            while thread.is_alive() and not (one.status.was_ready or stopping.is_set()):
+                stopping.wait(POLL_S)
+                _stop_if_one_failed(supervisors, stopping)
+        while any(thread.is_alive() for thread in threads):
+            _stop_if_one_failed(supervisors, stopping)
+            for thread in threads:
+                thread.join(POLL_S)
+    finally:  # if anything goes wrong here, no server outlives it
+        stopping.set()
         for thread in threads:
-            thread.join(POLL_S)
+            if thread.is_alive():
+                thread.join()
 
 
 def _stop_if_one_failed(supervisors: Sequence[Supervisor], stopping: Event) -> None:
@@ -185,11 +188,13 @@ def _stop_if_one_failed(supervisors: Sequence[Supervisor], stopping: Event) -> N
 
 
 def _exit_code(supervisors: Sequence[Supervisor], stop: Stop, log: Log) -> int:
-    for one in supervisors:
-        if one.status.state is State.FAILED:
-            if not one.status.was_ready:
-                raise UserError(one.status.error)
-            log.say(f"Gave up after {one.status.restarts} restarts: {one.status.error}", "ERROR")
-            return EXIT_FAILED
-    log.say("Stopped; every process of the server has ended.")
-    return EXIT_INTERRUPTED if stop.interrupted else 0
+    failed = next((one for one in supervisors if one.status.state is not State.STOPPED), None)
+    if failed is None:
+        log.say("Stopped; every process of the server has ended.")
+        return EXIT_INTERRUPTED if stop.interrupted else 0
+    if failed.bug is not None:
+        raise failed.bug
+    if not failed.status.was_ready:
+        raise UserError(failed.status.error)
+    log.say(f"Gave up after {failed.status.restarts} restarts: {failed.status.error}", "ERROR")
+    return EXIT_FAILED

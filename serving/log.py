@@ -8,13 +8,14 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from gradmap.console import say
+from serving.log_file import open_log
+from serving.vllm_errors import find_error, plain
 
-ROTATE_BYTES = 50_000_000
 TAIL_LINES = 400
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 # What a line says of how far a start has come: the phase that begins with it.
@@ -30,52 +31,46 @@ PHASES = {
     "Application startup complete": "first completion",
 }
 FIRST_PHASE = "importing vLLM"
-# After the names of process and file: an exception, what argparse says, or that the engine is gone.
-ERROR = re.compile(
-    r"^(?:\(\w+ pid=\d+\) )?(?:(?:ERROR|WARNING) [^\]]*\] )?"
-    r"(?:[\w.]*?(\w*(?:Error|Exception): .+)|\S+ serve: error: (.+)|.*(engine core exited unexpectedly))"
-)
-# Follows from another error, which stands above it.
-CONSEQUENCES = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization failed")
 
 
 class Log:
-    """Lines of vLLM go to a file (kept below 100 MB), or to stderr if `path` is None; messages of ours go to stderr.
+    """Lines of vLLM go to a file (see serving.log_file), or to stderr if `path` is None; messages of ours go to stderr.
 
     as_json: each line becomes an object with time, level, source and message.
     """
 
     def __init__(self, path: Path | None = None, as_json: bool = False) -> None:
         self.path, self.as_json = path, as_json
-        self._file: logging.Handler | None = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            # A full disk makes it complain on stderr and go on.
-            self._file = RotatingFileHandler(path, maxBytes=ROTATE_BYTES, backupCount=1)
+        self._lines: logging.Handler | None = None
+
+    def open(self) -> None:
+        """Opens the file, unless it is open. Raises UserError if it cannot be written."""
+        if self._lines is None:
+            self._lines = open_log(self.path)
 
     def say(self, message: str, level: str = "INFO") -> None:
-        if self.as_json:
-            print(self._as_object(message, level, "gradmap-serve"), file=sys.stderr, flush=True)
-        else:
-            say(message if level == "INFO" else f"{level.capitalize()}: {message}")
+        with suppress(OSError):  # a terminal that is gone is no reason to stop serving
+            if self.as_json:
+                print(self._as_object(message, level, "gradmap-serve"), file=sys.stderr, flush=True)
+            else:
+                say(message if level == "INFO" else f"{level.capitalize()}: {message}")
 
     def relay(self, line: str) -> None:
-        """A line of vLLM."""
-        level = LEVEL.search(line)
-        text = self._as_object(line, level[0] if level else "INFO", "vllm") if self.as_json else line
-        if self._file is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._file.handle(logging.makeLogRecord({"msg": text}))
+        """A line of vLLM. Where it cannot be written, that is complained about on stderr."""
+        self.open()
+        assert self._lines is not None
+        if self.as_json:
+            level = LEVEL.search(plain(line))
+            line = self._as_object(plain(line), level[0] if level else "INFO", "vllm")
+        self._lines.handle(logging.makeLogRecord({"msg": line}))
 
     @property
     def location(self) -> str:
         return "its output is above" if self.path is None else f"log: {self.path}"
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
 
     @staticmethod
     def _as_object(message: str, level: str, source: str) -> str:
@@ -104,7 +99,4 @@ class Output:
 
     def error(self) -> str | None:
         """The first error among the last lines that is no consequence of another."""
-        matches = (ERROR.match(line) for line in list(self._tail))
-        found = [next(filter(None, match.groups())) for match in matches if match]
-        causes = [text for text in found if not any(sign in text for sign in CONSEQUENCES)]
-        return next(iter(causes or found), None)
+        return find_error(list(self._tail))

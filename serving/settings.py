@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import ssl
 import sys
 from collections.abc import Mapping
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import httpx
 
-from gradmap.openai_api import authorization
 from gradmap.vllm_environment import threads_within_quota, vllm_defaults
 from serving.flags import TENSOR_FLAGS, flag_value
+from serving.ports import reachable_host, url_host
+from serving.proof import PASS_VARIABLE, OnlyToOurs
+from serving.vllm_server import PARENT_VARIABLE
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}
 # An ASGI class of ours that vLLM puts in front of its routes.
 GUARD = "serving.guard.Guard"
 
@@ -24,7 +26,7 @@ GUARD = "serving.guard.Guard"
 @dataclass(frozen=True)
 class ServerSettings:
     """drain_s: how long requests in flight may go on after a request to stop. certificate, private_key: files for TLS.
-    vllm_flags, environment: passed to vLLM as they are."""
+    vllm_flags, environment: passed to vLLM as they are. secret: by which the server is known (serving.proof)."""
 
     directory: Path
     host: str = "127.0.0.1"
@@ -35,20 +37,23 @@ class ServerSettings:
     certificate: Path | None = None
     private_key: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    secret: str = field(default_factory=secrets.token_urlsafe, repr=False, compare=False)
 
     @property
     def url(self) -> str:
         """Where this machine reaches the server, also if it listens on all addresses."""
         scheme = "https" if self.certificate else "http"
-        return f"{scheme}://{WILDCARDS.get(self.host, self.host)}:{self.port}"
+        return f"{scheme}://{url_host(reachable_host(self.host))}:{self.port}"
 
     @property
     def is_public(self) -> bool:
         return self.host not in LOOPBACK
 
     def client(self, timeout_s: float) -> httpx.Client:
-        """A client of the server, with its key. It trusts the server's certificate, for whatever name that is."""
-        return httpx.Client(base_url=self.url, headers=authorization(), timeout=timeout_s, verify=self._trust())
+        """A client of the server, and of nobody else: it knows of no proxy, and gives the key to no other program. It
+        trusts the server's certificate, for whatever name that is."""
+        direct = httpx.HTTPTransport(verify=self._trust())
+        return httpx.Client(base_url=self.url, auth=OnlyToOurs(self.secret), timeout=timeout_s, transport=direct)
 
     def _trust(self) -> ssl.SSLContext | bool:
         if self.certificate is None:
@@ -78,5 +83,7 @@ def server_environment(settings: ServerSettings) -> dict[str, str]:
         **({} if parallel else threads_within_quota()),
         **os.environ,
         **settings.environment,
+        PASS_VARIABLE: settings.secret,
+        PARENT_VARIABLE: str(os.getpid()),
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }

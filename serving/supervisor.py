@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from threading import Event
 
+from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
 from serving.identity import Identity
 from serving.log import FIRST_PHASE, Log
@@ -65,36 +66,47 @@ class _StopAsked(Exception):  # noqa: N818 - it is none
 class Supervisor:
     """`run` keeps to one thread: Linux kills a child when the thread that started it ends (see serving.vllm_server).
 
-    `status` is replaced as a whole, so that other threads can read it at any time.
+    `status` is replaced as a whole, so that other threads can read it at any time. bug: what ended it and is no
+    UserError.
     """
 
     def __init__(self, settings: ServerSettings, identity: Identity, policy: Policy, log: Log) -> None:
         self.settings, self.identity, self.policy, self.log = settings, identity, policy, log
         self.status = Status()
+        self.bug: Exception | None = None
         self._server: Server | None = None
         self._heartbeat = Heartbeat(log.say)
 
     def run(self, stopping: Event) -> None:
-        """Serves until `stopping` is set, or fails for good. A first start that fails is not repeated: it would fail
-        again."""
-        failures = 0
+        """Serves until `stopping` is set, or fails for good: whatever goes wrong, the state says so, and no process of
+        the server is left."""
         self.status = Status()
+        try:
+            self._serve_again_and_again(stopping)
+        except Exception as error:
+            self.bug = None if isinstance(error, UserError) else error
+            self.status = replace(self.status, state=State.FAILED, error=str(error) or type(error).__name__)
+            self.kill()
+        else:
+            self.status = replace(self.status, state=State.STOPPED)
+
+    def _serve_again_and_again(self, stopping: Event) -> None:
+        """Until `stopping` is set. A first start that fails is not repeated: it would fail again."""
+        failures = 0
         while not stopping.is_set():
             try:
                 self._serve(stopping)
             except ServerError as error:
                 failures = 1 if time.monotonic() - self.status.started > STABLE_S else failures + 1
-                self.status = replace(self.status, error=str(error), state=State.RESTARTING)
                 if not self.status.was_ready or failures > self.policy.restarts:
-                    self.status = replace(self.status, state=State.FAILED)
-                    return
+                    raise
+                self.status = replace(self.status, error=str(error), state=State.RESTARTING)
                 wait_s = back_off_s(failures)
                 self.log.say(f"{error} Restart {failures} of {self.policy.restarts} in {wait_s:.0f} s", "ERROR")
                 stopping.wait(wait_s)
                 self.status = replace(
                     Status(), was_ready=True, restarts=self.status.restarts + 1, error=self.status.error
                 )
-        self.status = replace(self.status, state=State.STOPPED)
 
     def kill(self) -> None:
         """Ends the server without waiting for its requests."""

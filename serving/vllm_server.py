@@ -8,11 +8,14 @@ engine, which spawns workers; each of these imports this module anew, under anot
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+# The process that started this one; from gradmap-serve to the server, and from there to those that it spawns.
+PARENT_VARIABLE = "GRADMAP_PARENT"
 
 
 def main(argv: list[str]) -> None:
@@ -33,9 +36,14 @@ def main(argv: list[str]) -> None:
 
 
 def end_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies, however that happens, so that none is orphaned."""
+    """Asks Linux to kill this process when its parent dies, however that happens, so that none is orphaned; and ends
+    it if that has happened before."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = os.environ.get(PARENT_VARIABLE)
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    if parent is not None and int(parent) != os.getppid():
+        sys.exit("The process that started vLLM has ended.")
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the server; what multiprocessing spawned from it

@@ -11,7 +11,7 @@ import httpx
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.evaluation.vllm_backend import score_of_logprobs
-from gradmap.openai_api import authorization, served_model
+from gradmap.openai_api import open_client, served_model
 
 REQUESTS_IN_FLIGHT = 16
 TIMEOUT_S = 300.0
@@ -24,7 +24,7 @@ class EndpointBackend:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._client = httpx.Client(base_url=url.rstrip("/"), headers=authorization(), timeout=TIMEOUT_S)
+        self._client = open_client(url, TIMEOUT_S)
         try:
             self.model = served_model(self._client)
             described = self._client.get("/v1/models").json()["data"][0]

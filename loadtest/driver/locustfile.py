@@ -17,7 +17,7 @@ import gevent
 import httpx
 from locust import User, constant, events, task
 
-from gradmap.openai_api import authorization, choose_model, served_models
+from gradmap.openai_api import choose_model, open_client, served_models
 from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.prompts import RandomPrompts, Workload
@@ -69,7 +69,7 @@ class CompletionUser(User):
 def ask_for_the_model(environment: Any, **_: Any) -> None:
     """Once in a process, and not for every user: an HTTPS client takes longer to make than a request to send."""
     try:
-        with httpx.Client(base_url=base_url(environment.host), headers=authorization(), timeout=30.0) as client:
+        with open_client(base_url(environment.host), 30.0) as client:
             names = served_models(client)
         CompletionUser.model = choose_model(names, environment.parsed_options.served_model or None)
     except (httpx.HTTPError, ValueError) as error:

@@ -14,7 +14,8 @@ from gradmap.checkpoint import open_checkpoint
 from gradmap.errors import UserError
 from gradmap.evaluation.subjects import Where, find_subjects
 from gradmap.vllm_environment import cpu_spoils_int8
-from serving.server import check_servable, free_port
+from serving.ports import free_port
+from serving.server import check_servable
 from serving.settings import ServerSettings
 from tests.conftest import LAYERS, make_pico
 from tests.export.test_export import CORRECTED, export, make_source

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from serving.server import free_port
+from serving.ports import free_port
 
 START_TIMEOUT_S = 300
 # By then, nothing may be left of what was killed.

@@ -4,7 +4,9 @@
 """
 
 import argparse
+import hmac
 import json
+import os
 import signal
 import sys
 import threading
@@ -25,6 +27,9 @@ if arguments.fail:
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps({"data": [{"id": "stand-in"}]}).encode()
+        if self.path == "/gradmap-proof":
+            challenge = self.headers["X-Gradmap-Challenge"].encode()
+            body = hmac.new(os.environ["GRADMAP_PASS"].encode(), challenge, "sha256").hexdigest().encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -17,11 +17,12 @@ from export.vllm_file import vllm_arguments
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
 from serving.cli import split_arguments
-from serving.guard import PASS_HEADER, Guard, guard_environment
+from serving.guard import Guard, guard_environment
 from serving.identity import Identity, Trust, identify
 from serving.launch import cache_share, memory_share
 from serving.log import PHASES, Log, Output
 from serving.machine import bytes_in_memory, require_memory, suited_to_machine
+from serving.proof import PASS_HEADER
 from serving.settings import ServerSettings, build_command, server_environment
 from tests.command_line import gradmap
 from tests.export.test_export import export, make_source
@@ -190,7 +191,8 @@ def test_an_empty_key_file_is_refused(picos, tmp_path):
 
 
 def guarded(monkeypatch, host):
-    for name, value in guard_environment(ServerSettings("", host), {"plan_sha256": "abc"}, "open sesame").items():
+    monkeypatch.setenv("GRADMAP_PASS", "open sesame")
+    for name, value in guard_environment(ServerSettings("", host), {"plan_sha256": "abc"}).items():
         monkeypatch.setenv(name, value)
     routes = {
         "/v1/models": lambda request: JSONResponse({"data": [{"id": "m"}]}),

@@ -10,7 +10,7 @@ from serving.identity import Identity, Trust
 from serving.launch import Launch, run
 from serving.log import Log
 from serving.machine import Gpu, dtype_flags, require_gpu_memory, require_gpus
-from serving.server import free_port
+from serving.ports import free_port
 from serving.settings import ServerSettings
 from serving.supervisor import Policy
 from tests.deploy.manifests import parse_vllm

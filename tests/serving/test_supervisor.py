@@ -21,7 +21,7 @@ from serving import server, supervisor
 from serving.identity import Identity, Trust
 from serving.launch import Launch, run
 from serving.log import Log
-from serving.server import free_port
+from serving.ports import free_port
 from serving.settings import ServerSettings
 from serving.supervisor import Policy, Supervisor, back_off_s
 

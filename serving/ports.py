@@ -1,0 +1,69 @@
+"""Where servers listen: ports that exist, that differ, and that nobody else has."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from contextlib import closing
+from ipaddress import ip_address
+
+from gradmap.errors import UserError
+
+HIGHEST_PORT = 65535
+
+
+def require_ports(ports: Mapping[str, int]) -> None:
+    """ports: by what they are for. Raises UserError if one does not exist, or if two are the same."""
+    known: dict[int, str] = {}
+    for purpose, port in ports.items():
+        if not 1 <= port <= HIGHEST_PORT:
+            raise UserError(f"{purpose} is {port}, and ports go from 1 to {HIGHEST_PORT}; choose another.")
+        if port in known:
+            raise UserError(f"{known[port]} and {purpose} are both {port}; give each a port of its own.")
+        known[port] = purpose
+
+
+def bind(host: str, port: int, option: str) -> socket.socket:
+    """A socket with this address. Raises UserError if something listens there, or if it is no address of this
+    machine; option: the one that chooses the port."""
+    if not host:
+        raise UserError("The host is empty; name an address to listen on, such as 127.0.0.1.")
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
+        bound.close()
+        reason = error.strerror if isinstance(error, OSError) else "no valid name"
+        raise UserError(
+            f"Cannot listen on {url_host(host)}:{port} ({reason}); "
+            f"stop what uses the port or choose another with {option}."
+        ) from None
+    return bound
+
+
+def require_free_port(host: str, port: int, option: str) -> None:
+    """Raises UserError as `bind` does."""
+    bind(host, port, option).close()
+
+
+def free_port() -> int:
+    """Returns a loopback port that nothing listens on now."""
+    with closing(bind("127.0.0.1", 0, "--port")) as bound:
+        return int(bound.getsockname()[1])
+
+
+def url_host(host: str) -> str:
+    """The host as URLs write it: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def reachable_host(host: str) -> str:
+    """How this machine reaches who listens on `host`: by loopback where that is all addresses."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host  # a name
+    if not address.is_unspecified:
+        return str(address)
+    return "127.0.0.1" if address.version == 4 else "::1"

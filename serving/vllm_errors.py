@@ -1,0 +1,52 @@
+"""Why vLLM ended, found in what it printed last."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# In front of each line that vLLM logs: process, level, time and file; of one that it prints, the process at most.
+PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) ?)?(?:(?:ERROR|WARNING) [^\]]*\] ?)?")
+# An exception, what argparse says, or that the engine is gone.
+ERROR = re.compile(
+    r"[\w.]*?(?P<name>\b\w*(?:Error|Exception))(?:: *(?P<reason>.*))?$"
+    r"|\S+ serve: error: (?P<usage>.+)"
+    r"|.*(?P<gone>engine core exited unexpectedly)"
+)
+# Of an exception that says no more than this, the reason stands in the next lines.
+HEADING = re.compile(r"$|.*validation errors? for \w+$")
+# With this pydantic ends a reason.
+DETAILS = re.compile(r" \[type=\w+.*")
+REASON_LINES = 6
+# Follows from another error, which stands above it.
+CONSEQUENCES = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization failed")
+
+
+def plain(line: str) -> str:
+    """The line without colours."""
+    return COLOUR.sub("", line)
+
+
+def find_error(lines: Sequence[str]) -> str | None:
+    """The first error that is no consequence of another, in one line; None if there is none."""
+    said = [PREFIX.sub("", plain(line), count=1) for line in lines]
+    found = [_describe(match, said[number + 1 :]) for number, line in enumerate(said) if (match := ERROR.match(line))]
+    causes = [text for text in found if not any(sign in text for sign in CONSEQUENCES)]
+    return next(iter(causes or found), None)
+
+
+def _describe(match: re.Match[str], after: Sequence[str]) -> str:
+    if match["name"] is None:
+        return match["usage"] or match["gone"]
+    parts = [match["name"], match["reason"] or ""]
+    if match["reason"] is not None and HEADING.match(match["reason"]):
+        parts += _reason_below(after)
+    return ": ".join(filter(None, parts))
+
+
+def _reason_below(lines: Sequence[str]) -> list[str]:
+    """The next line that says something; of pydantic's (name of a field, what is wrong with it) all of them."""
+    told = [line.strip() for line in lines[:REASON_LINES] if line.strip()]
+    end = next((number for number, line in enumerate(told) if DETAILS.search(line)), 0)
+    return [DETAILS.sub("", line) for line in told[: end + 1]]
