@@ -49,7 +49,7 @@ class Log:
             self._lines = open_log(self.path)
 
     def say(self, message: str, level: str = "INFO") -> None:
-        with suppress(OSError):  # a terminal that is gone is no reason to stop serving
+        with suppress(OSError, SystemExit):  # which rich raises: who listened is gone, no reason to stop serving
             if self.as_json:
                 print(self._as_object(message, level, "gradmap-serve"), file=sys.stderr, flush=True)
             else:

@@ -1,7 +1,35 @@
+import sys
+from pathlib import Path
+
 import pytest
 
+from serving import launch as launching
+from serving import server
+from serving.identity import Trust
+from serving.launch import Launch
+from serving.ports import free_port
+from serving.settings import ServerSettings
+from serving.supervisor import Policy
 from tests.command_line import gradmap
 from tests.conftest import BOOLQ, SMOLLM2, SMOLLM2_GGUF
+
+STAND_IN = Path(__file__).parent / "stand_in.py"
+
+
+@pytest.fixture
+def stand_in(monkeypatch, picos, tmp_path):
+    """Returns `launch(*arguments of the stand-in, policy)`, which returns a Launch of it."""
+
+    def launch(*arguments, policy=None):
+        def command(settings):
+            return [sys.executable, str(STAND_IN), str(settings.port), *arguments]
+
+        monkeypatch.setattr(server, "build_command", command)
+        monkeypatch.setattr(launching, "require_gpus", lambda settings: ())
+        settings = ServerSettings(Path(), port=free_port(), ready_timeout_s=30, drain_s=5)
+        return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", free_port(), [Trust()])
+
+    return launch
 
 
 @pytest.fixture(scope="session")

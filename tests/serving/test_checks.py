@@ -16,10 +16,11 @@ from starlette.testclient import TestClient
 from export.vllm_file import vllm_arguments
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
+from serving.chat import has_chat_template
 from serving.cli import split_arguments
 from serving.guard import Guard, guard_environment
 from serving.identity import Identity, Trust, identify
-from serving.launch import cache_share, memory_share
+from serving.launch import cache_share, memory_share, run
 from serving.log import PHASES, Log, Output
 from serving.machine import bytes_in_memory, require_memory, suited_to_machine
 from serving.proof import PASS_HEADER
@@ -273,11 +274,11 @@ def test_phases_are_told_by_lines_that_this_vllm_logs():
 def test_logs_can_be_objects(tmp_path, capsys):
     log = Log(tmp_path / "log", as_json=True)
     log.say("ready")
-    log.relay("(APIServer pid=5) WARNING 11-25 09:14:31 [a.py:1] careful")
+    log.relay("\x1b[0;36m(APIServer pid=5)\x1b[0;0m \x1b[33mWARNING\x1b[0m 11-25 09:14:31 [a.py:1] careful")
     assert json.loads(capsys.readouterr().err)["message"] == "ready"
     entry = json.loads((tmp_path / "log").read_text())
     assert (entry["source"], entry["level"]) == ("vllm", "WARNING")
-    assert entry["message"].endswith("careful")
+    assert entry["message"] == "(APIServer pid=5) WARNING 11-25 09:14:31 [a.py:1] careful"
 
 
 def test_a_directory_that_is_gone_is_refused(picos, tmp_path):
@@ -285,3 +286,28 @@ def test_a_directory_that_is_gone_is_refused(picos, tmp_path):
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(UserError, match="no model directory"):
         identify(tmp_path / "model", Trust())
+
+
+def test_a_chat_template_is_looked_for_where_vllm_does(tmp_path):
+    assert not has_chat_template(tmp_path, ())
+    assert has_chat_template(tmp_path, ("--chat-template", "FILE"))
+    assert not has_chat_template(tmp_path, ("--chat-template-content-format", "string"))
+    for name, content in (
+        ("tokenizer_config.json", '{"chat_template": "{{ messages }}"}'),
+        ("chat_template.jinja", "{{ messages }}"),
+        ("chat_template.json", '{"chat_template": "{{ messages }}"}'),
+    ):
+        (tmp_path / name).write_text(content)
+        assert has_chat_template(tmp_path, ())
+        (tmp_path / name).unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
+    assert not has_chat_template(tmp_path, ())
+
+
+def test_a_model_that_cannot_chat_is_warned_about_at_the_start(stand_in, tmp_path, capfd):
+    launch = stand_in("--fail", "ValueError: no room")
+    for flags, warned in (((), True), (("--chat-template", "FILE"), False)):
+        settings = replace(launch.settings, vllm_flags=flags)
+        with pytest.raises(UserError, match="no room"):
+            run(replace(launch, settings=settings), Log(tmp_path / "log"))
+        assert ("Warning: llama has no chat template" in capfd.readouterr().err) == warned

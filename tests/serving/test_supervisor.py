@@ -3,12 +3,10 @@
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import httpx
 import psutil
@@ -16,32 +14,13 @@ import pytest
 
 from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
-from serving import launch as launching
 from serving import server, supervisor
 from serving.identity import Identity, Trust
-from serving.launch import Launch, run
+from serving.launch import run
 from serving.log import Log
-from serving.ports import free_port
 from serving.settings import ServerSettings
 from serving.supervisor import Policy, Supervisor, back_off_s
-
-STAND_IN = Path(__file__).parent / "stand_in.py"
-
-
-@pytest.fixture
-def stand_in(monkeypatch, picos, tmp_path):
-    """Returns `launch(*arguments of the stand-in, policy)`, which returns a Launch of it."""
-
-    def launch(*arguments, policy=None):
-        def command(settings):
-            return [sys.executable, str(STAND_IN), str(settings.port), *arguments]
-
-        monkeypatch.setattr(server, "build_command", command)
-        monkeypatch.setattr(launching, "require_gpus", lambda settings: ())
-        settings = ServerSettings(Path(), port=free_port(), ready_timeout_s=30, drain_s=5)
-        return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", free_port(), [Trust()])
-
-    return launch
+from tests.serving.conftest import STAND_IN
 
 
 def run_in_this_process(launch, log, then):
