@@ -1,8 +1,10 @@
 # gradmap's command line and server. Models are mounted, not baked in.
 #   docker build --target cpu -t gradmap:cpu .      vLLM's CPU build
 #   docker build --target cuda -t gradmap:cuda .    on vLLM's image (run with --gpus all --ipc host)
+#   openssl rand -hex 32 > out/key                  user 1000, which the server is, must be able to read it
 #   docker run --rm --read-only --tmpfs /tmp --shm-size 1g -p 127.0.0.1:8000:8000 \
-#              -v "$PWD/out/demo/vllm:/model:ro" -v "$PWD/key:/run/secrets/api-key:ro" gradmap:cpu
+#              -v "$PWD/out/demo/vllm:/model:ro" -v "$PWD/out/key:/run/secrets/api-key:ro" gradmap:cpu
+# Without a key it refuses to start, unless it is told to serve whoever asks: gradmap:cpu /model --allow-anonymous
 # Other commands: docker run --entrypoint gradmap ... gradmap:cpu prune ...
 
 FROM debian:12.12-slim AS base
@@ -41,9 +43,10 @@ USER 1000
 ENV PATH=/opt/gradmap/bin:$PATH HOME=/tmp HF_HUB_OFFLINE=1
 EXPOSE 8000 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
-  CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9000/readyz', timeout=4)"]
+  CMD ["python3", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:9000/readyz', timeout=4)"]
 # Inside a container, loopback cannot be reached: listen on all of its addresses, and publish what you need.
-ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0", "--admin-host", "0.0.0.0", "--log", "-"]
+ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0", "--admin-host", "0.0.0.0", "--log", "-", \
+            "--api-key-file", "/run/secrets/api-key"]
 # Eager, because to compile the model takes a C++ compiler, which is not in this image.
 CMD ["/model", "--", "--enforce-eager"]
 
@@ -62,6 +65,7 @@ USER 1000
 ENV HOME=/tmp HF_HUB_OFFLINE=1
 EXPOSE 8000 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
-  CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9000/readyz', timeout=4)"]
-ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0", "--admin-host", "0.0.0.0", "--log", "-"]
+  CMD ["python3", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:9000/readyz', timeout=4)"]
+ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0", "--admin-host", "0.0.0.0", "--log", "-", \
+            "--api-key-file", "/run/secrets/api-key"]
 CMD ["/model"]

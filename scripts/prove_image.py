@@ -14,16 +14,18 @@ import argparse
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
 
 ROOT = Path(__file__).parent.parent
 SUITE = "bookworm"
@@ -162,17 +164,26 @@ def registry_access() -> tuple[dict[str, str], dict[str, Path]]:
     return variables, mounts
 
 
-def prove(stage: Stage, model: Path) -> dict[str, object]:
+def ask(path: str, key: str, body: dict[str, object] | None = None) -> Any:
+    """The server's answer, asked for without a proxy."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = Request(f"http://127.0.0.1:8000{path}", json.dumps(body).encode() if body else None, headers)
+    with build_opener(ProxyHandler({})).open(request) as answer:
+        return json.load(answer)
+
+
+def prove(stage: Stage, model: Path, work: Path) -> dict[str, object]:
     """Starts the entry point as a container would, waits for the health check, asks for a completion, stops."""
     left = [
         name for name in COMPILERS if any((stage.root / folder / name).exists() for folder in binary_folders(stage))
     ]
     assert not left, f"the final stage still has {left}"
-    command = [*stage.entry_point, *stage.command]
+    key, mounts = secrets.token_hex(), {"/model": model, "/run/secrets": work / "secrets"}
+    mounts["/run/secrets"].mkdir(exist_ok=True)
+    (mounts["/run/secrets"] / "api-key").write_text(key)
+    command = chroot_command(stage, [*stage.entry_point, *stage.command], mounts, read_only=True)
     started = time.monotonic()
-    process = subprocess.Popen(
-        chroot_command(stage, command, {"/model": model}, read_only=True), env=stage.environment, start_new_session=True
-    )
+    process = subprocess.Popen(command, env=stage.environment, start_new_session=True)
     while subprocess.run(
         chroot_command(stage, stage.health_check, {}), env=stage.environment, capture_output=True
     ).returncode:
@@ -180,12 +191,9 @@ def prove(stage: Stage, model: Path) -> dict[str, object]:
         assert time.monotonic() - started < READY_TIMEOUT_S, "not healthy in time"
         time.sleep(1)
     ready_s = time.monotonic() - started
-    with urllib.request.urlopen("http://127.0.0.1:8000/v1/models") as answer:
-        name = json.load(answer)["data"][0]["id"]
-    body = json.dumps({"model": name, "prompt": "The capital of France is", "max_tokens": 8}).encode()
-    request = urllib.request.Request("http://127.0.0.1:8000/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        text = json.load(answer)["choices"][0]["text"]
+    name = ask("/v1/models", key)["data"][0]["id"]
+    body = {"model": name, "prompt": "The capital of France is", "max_tokens": 8}
+    text = ask("/v1/completions", key, body)["choices"][0]["text"]
     inside = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -209,7 +217,7 @@ def main() -> None:
     arguments = {"TORCH_BACKEND": ""} if os.environ.get("UV_FIND_LINKS") else {}
     work = options.keep or Path(tempfile.mkdtemp(prefix="gradmap-image-"))
     try:
-        print(json.dumps(prove(build("cpu", work, arguments), options.model.resolve())))
+        print(json.dumps(prove(build("cpu", work, arguments), options.model.resolve(), work)))
     finally:
         if options.keep is None:
             shutil.rmtree(work, ignore_errors=True)

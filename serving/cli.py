@@ -109,12 +109,14 @@ def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tu
     return list(arguments[:first_flag]), flags
 
 
-def _read_key(path: Path | None, may_lack: bool) -> None:
-    """Puts the key where vLLM and our own requests look for it. may_lack: the file need not exist."""
+def _read_key(path: Path | None, allow_anonymous: bool) -> None:
+    """Puts the key where vLLM and our own requests look for it. The file may be missing if there is another key, or if
+    none is asked for: the container image names it always."""
     from gradmap.openai_api import KEY_VARIABLE, require_key
     from gradmap.reading import read_text
 
-    if path is None or (may_lack and not path.exists()):
+    dispensable = allow_anonymous or os.environ.get(KEY_VARIABLE)
+    if path is None or (dispensable and not path.exists()):
         return
     key = read_text(path).strip()
     if not key:

@@ -2,10 +2,13 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
@@ -60,6 +63,45 @@ def test_the_image_runs_as_nobody_and_is_healthy_when_it_answers(stages, target)
     assert stages[target]["EXPOSE"].split() == [str(ServerSettings(Path()).port), port]
     assert int(port) == ServerSettings(Path()).port + 1000
     assert route == Admin.readyz.__name__
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_key_is_looked_for_where_it_is_documented_to_be(stages, compose, target):
+    words = json.loads(stages[target]["ENTRYPOINT"])
+    place = words[words.index("--api-key-file") + 1]
+    assert f":{place}:ro" in (ROOT / "Dockerfile").read_text()
+    assert "--allow-anonymous" not in words
+    for service in ("dense", "pruned", "loadtest"):
+        assert [f"/run/secrets/{name}" for name in compose["services"][service]["secrets"]] == [place]
+    assert compose["secrets"].keys() == {Path(place).name}
+    assert place in " ".join(compose["services"]["loadtest"]["entrypoint"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_health_check_asks_no_proxy(stages, target):
+    command = json.loads(stages[target]["HEALTHCHECK"].partition("CMD ")[2])
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(503 if "not" in self.path else 200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        proxied = {**os.environ, "http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+        for path, code in (("readyz", 0), ("not-readyz", 1)):
+            script = command[2].replace(":9000/readyz", f":{server.server_port}/{path}")
+            finished = subprocess.run(
+                [sys.executable, *command[1:2], script], env=proxied, capture_output=True, check=False
+            )
+            assert finished.returncode == code
+        server.shutdown()
+    assert asked == ["/readyz", "/not-readyz"]
 
 
 def test_what_is_copied_is_not_ignored(stages):

@@ -1,5 +1,6 @@
 """Where is listened, and what is refused before anything starts."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -125,6 +126,8 @@ def test_consent_or_a_key_or_loopback_will_do(no_key, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="missing does not exist"):
         serve(["model"], host="0.0.0.0", api_key_file=missing)
     assert consented(monkeypatch, host="0.0.0.0", api_key_file=key)
+    assert os.environ["VLLM_API_KEY"] == "secret"
+    assert consented(monkeypatch, host="0.0.0.0", api_key_file=missing)
 
 
 @pytest.mark.parametrize("content", ["one\ntwo", "caf\u00e9", "bell\a", "snow☃"])
