@@ -43,22 +43,15 @@ def _open_other(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     for stream in STREAMS:  # a socket, which cannot be opened; or a file that the shell writes to as well
-        if _is_open(stream) and os.path.samestat(found, os.fstat(stream)):
-            return os.dup(stream)
+        with suppress(OSError):  # it may be closed
+            if os.path.samestat(found, os.fstat(stream)):
+                return os.dup(stream)
     if stat.S_ISREG(found.st_mode):
         return None
     # A named pipe that nobody reads is an error, and not a reason to wait.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 def _as_text(descriptor: int) -> TextIOWrapper:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -69,6 +70,31 @@ def test_stopping_ends_children_that_ignore_sigterm(settings, monkeypatch, tmp_p
             time.sleep(0.1)
     pid = int(log.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_who_never_answers_is_waited_for_no_longer_than_for_a_start(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(server, "PROBE_TIMEOUT_S", 3600)
+    with socket.socket() as silent:
+
+        def command(_):  # after the port was found free
+            silent.bind((settings.host, settings.port))
+            silent.listen()
+            return [sys.executable, "-c", "import time; time.sleep(600)"]
+
+        monkeypatch.setattr(server, "build_command", command)
+        starting = Server(replace(settings, ready_timeout_s=1), Log(tmp_path / "log"))
+        with pytest.raises(ServerError, match="did not complete a request within 1 s"), starting as running:
+            running.wait_until_ready()
+
+
+def test_a_key_that_cannot_be_sent_is_refused_before_the_start(settings, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "one\ntwo")
+    with pytest.raises(UserError, match="The API key in VLLM_API_KEY"):
+        check_servable(settings)
+
+
+def test_a_server_knows_who_started_it(settings):
+    assert server_environment(settings)["GRADMAP_PARENT"] == str(os.getpid())
 
 
 def test_a_key_goes_into_the_environment_and_not_into_argv(settings, monkeypatch):
