@@ -15,7 +15,7 @@ import pytest
 from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
 from serving import server, supervisor
-from serving.identity import Identity, Trust
+from serving.identity import Identity
 from serving.launch import run
 from serving.log import Log
 from serving.settings import ServerSettings
