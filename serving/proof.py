@@ -42,7 +42,8 @@ class OnlyToOurs(httpx.Auth):
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         challenge = secrets.token_urlsafe()
-        answer = yield httpx.Request("GET", request.url.join(PROOF_PATH), headers={CHALLENGE_HEADER: challenge})
+        url, headers = request.url.join(PROOF_PATH), {CHALLENGE_HEADER: challenge}
+        answer = yield httpx.Request("GET", url, headers=headers, extensions=request.extensions)  # with its time limit
         if not hmac.compare_digest(answer.content, proof(self._secret, challenge).encode()):
             raise NotOursError("another program listens on the server's port")
         request.headers.update({**authorization(), PASS_HEADER: self._secret})
