@@ -15,7 +15,7 @@ import pytest
 from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
 from serving import server, supervisor
-from serving.identity import Identity
+from serving.identity import Identity, Trust
 from serving.launch import run
 from serving.log import Log
 from serving.settings import ServerSettings
@@ -131,7 +131,7 @@ def test_a_second_ctrl_c_does_not_wait(stand_in, tmp_path):
 
 
 def test_the_second_of_two_models_starts_when_the_first_is_ready(stand_in, tmp_path, picos, monkeypatch):
-    launch = replace(stand_in(), models=[picos["llama"].directory, picos["qwen2"].directory])
+    launch = replace(stand_in(), models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2)
     build_command, first_answers = server.build_command, []
 
     def note_and_build(settings):
@@ -146,14 +146,14 @@ def test_the_second_of_two_models_starts_when_the_first_is_ready(stand_in, tmp_p
 
 def test_a_first_model_that_fails_keeps_the_second_from_starting(stand_in, tmp_path, picos):
     launch = stand_in("--fail", "ValueError: no room")
-    launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory])
+    launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2)
     with pytest.raises(UserError, match="vLLM ended with code 3: ValueError: no room"):
         run(launch, Log(tmp_path / "log"))
 
 
 def test_two_models_are_ready_when_both_are(stand_in, tmp_path, picos, capfd):
     launch = stand_in()
-    launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory])
+    launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2)
     seen = {}
 
     def ask():
