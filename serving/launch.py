@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -149,15 +150,14 @@ def _warn(supervisors: Sequence[Supervisor], log: Log) -> None:
 
 def curl_command(settings: ServerSettings, model: str) -> str:
     """Returns what to paste into a shell to get a completion; the key stays a variable's name."""
-    options = ["--noproxy '*'"]
+    words = ["curl", "--noproxy", "*"]
     if settings.certificate:
-        options.append(f"--cacert {settings.certificate}")
-    if os.environ.get(KEY_VARIABLE):
-        options.append(f'-H "Authorization: Bearer ${KEY_VARIABLE}"')
+        words += ["--cacert", str(settings.certificate)]
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 16})
-    return " ".join(
-        ["curl", *options, f"{settings.url}/v1/completions", "-H 'Content-Type: application/json'", f"-d '{body}'"]
-    )
+    words += [f"{settings.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+    # in double quotes, so that the shell fills it in
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if os.environ.get(KEY_VARIABLE) else ""
+    return shlex.join(words) + key
 
 
 def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:

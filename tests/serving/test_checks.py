@@ -1,6 +1,7 @@
 """What is refused before minutes are spent on a start, what is said, and what stands between vLLM and the world."""
 
 import json
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -20,7 +21,7 @@ from serving.chat import has_chat_template
 from serving.cli import split_arguments
 from serving.guard import Guard, guard_environment
 from serving.identity import Identity, Trust, identify
-from serving.launch import cache_share, memory_share, run
+from serving.launch import cache_share, curl_command, memory_share, run
 from serving.log import PHASES, Log, Output
 from serving.machine import bytes_in_memory, require_memory, suited_to_machine
 from serving.proof import PASS_HEADER
@@ -311,3 +312,13 @@ def test_a_model_that_cannot_chat_is_warned_about_at_the_start(stand_in, tmp_pat
         with pytest.raises(UserError, match="no room"):
             run(replace(launch, settings=settings), Log(tmp_path / "log"))
         assert ("Warning: llama has no chat template" in capfd.readouterr().err) == warned
+
+
+def test_the_printed_command_is_one_for_a_shell_whatever_names_are(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    settings = ServerSettings(Path("m"), certificate=Path("a b/$(touch x).pem"))
+    words = shlex.split(curl_command(settings, "it's $(touch x)"))
+    assert words[words.index("--cacert") + 1] == "a b/$(touch x).pem"
+    assert json.loads(words[words.index("-d") + 1])["model"] == "it's $(touch x)"
+    assert "Authorization: Bearer $VLLM_API_KEY" in words
+    assert "secret" not in " ".join(words)
