@@ -30,6 +30,7 @@ from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.evaluation.comparison import mean_estimate
 from gradmap.evaluation.scoring import Scorer
+from gradmap.evaluation.table import with_error
 from gradmap.evaluation.tasks import LoadedTask, expand_names, load_task, score_task_with
 from gradmap.evaluation.transformers_backend import TransformersBackend
 from gradmap.files import write_json
@@ -46,7 +47,7 @@ class TaskRun:
     seconds: float
     documents: int
     value: float
-    stderr: float
+    stderr: float | None
 
 
 def harness_model(model: Any, tokenizer: Any, dtype: str, batch_size: int = 1) -> Any:
@@ -135,10 +136,7 @@ def _print(runs: Mapping[str, Sequence[Mapping[str, TaskRun]]]) -> None:
     """Accuracies of the first round; seconds of all rounds; ratios to the first run in the same round."""
     base, *_ = runs.values()
     columns = ("%", *runs)
-    rows = [
-        (task, *(f"{100 * of_run[0][task].value:.2f} ± {100 * of_run[0][task].stderr:.2f}" for of_run in runs.values()))
-        for task in base[0]
-    ]
+    rows = [(task, *(with_error(asdict(of_run[0][task]), 100, 2) for of_run in runs.values())) for task in base[0]]
     for number, of_base in enumerate(base):
         seconds = [_seconds(of_run[number]) for of_run in runs.values()]
         speed_ups = [f"{each:.1f} s, {_seconds(of_base) / each:.2f}x" for each in seconds]

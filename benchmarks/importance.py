@@ -146,7 +146,7 @@ DEFAULT_RUNS = [
 def main(
     model: str | None = None,
     gguf_file: str | None = None,
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")] = "wikipedia",
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")] = "wikipedia",
     random_7b: bool = False,
     run: Annotated[list[str] | None, typer.Option(help="METHOD@DTYPE; all if none is given.")] = None,
     remove: int = 8,

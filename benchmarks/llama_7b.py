@@ -230,7 +230,7 @@ def main(
     out: Path = Path("out/benchmark/llama_7b.json"),
     serve: Annotated[bool, typer.Option(help="End with a load test of the dense and the pruned model.")] = True,
     tokenizer: Annotated[Path | None, typer.Option(help="To serve: a model directory with a tokenizer.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="To serve: a text source, see gradmap/texts.py.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="To serve: a text source, see gradmap/text_specs.py.")] = None,
     directory: Annotated[Path, typer.Option(help="To serve: where models are written.")] = Path(
         "out/benchmark/llama-7b"
     ),

@@ -29,7 +29,7 @@ GROUP = "gradmap-streaming"
 
 def main(
     tokenizer: Annotated[Path, typer.Option(help="A model directory with a tokenizer.")],
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")],
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")],
     directory: Path = Path("out/benchmark"),
     limit_gb: float = 6,
     samples: int = 8,

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from export.comparison import Comparison
 from export.integrity import ArtifactRecord
+from gradmap.evaluation.table import with_error
 from gradmap.plan import Plan
 from gradmap.quoting import markdown
 
@@ -104,11 +105,10 @@ def _describe_pruning(plan: Plan) -> str:
 def _describe_quality(quality: dict[str, Any]) -> str:
     segments = f"perplexity of {quality['segment']}-token segments"
     rows = [
-        f"| {markdown(name)}, {segments} | {one['value']:.1f} ± {one['stderr']:.1f} |"
-        for name, one in quality["perplexity"].items()
+        f"| {markdown(name)}, {segments} | {with_error(one, 1, 1)} |" for name, one in quality["perplexity"].items()
     ]
     rows += [
-        f"| {markdown(name)}, {one['metric']}, zero-shot | {100 * one['value']:.1f} ± {100 * one['stderr']:.1f} % |"
+        f"| {markdown(name)}, {one['metric']}, zero-shot | {with_error(one, 100, 1)} % |"
         for name, one in quality["accuracy"].items()
     ]
     return "\n".join(["| evaluated on | value ± standard error |", "|---|---:|", *rows])

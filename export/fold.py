@@ -27,6 +27,7 @@ from gradmap.console import progress
 from gradmap.corrections import HIDDEN_STATE, Change, Changes, Place, Projection, fold_changes
 from gradmap.errors import UserError
 from gradmap.files import write_json
+from gradmap.finite import is_finite
 from gradmap.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
 
 
@@ -155,17 +156,12 @@ def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]
 def _folded(value: Tensor, tensor: FoldedTensor, dtype: torch.dtype) -> Tensor:
     """With its changes, in `dtype`. Raises UserError where that is no number: float16 ends at 65504."""
     folded = fold_changes(value, tensor.changes, tensor.transposed, dtype) if tensor.changes else value.to(dtype)
-    if (folded is not value or tensor.quantise) and not _is_finite(folded):
+    if (folded is not value or tensor.quantise) and not is_finite(folded):
         name = f"{tensor.source.spec.name} in {tensor.source.file}"
-        if not _is_finite(fold_changes(value, tensor.changes, tensor.transposed)):
+        if not is_finite(fold_changes(value, tensor.changes, tensor.transposed)):
             raise UserError(f"{name} holds NaN or infinity; fetch it again.")
         raise UserError(f"{name} does not fit in {dtype}; export with --dtype bfloat16 or float32.")
     return folded
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """By its ends, which are NaN if any of it is: isfinite would make three tensors of that size."""
-    return not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
 
 
 def _require_complete(

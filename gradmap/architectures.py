@@ -154,7 +154,7 @@ _UNSAFE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def architecture_of(config: dict[str, Any]) -> Architecture:
     """Looks up the family of a Hugging Face config; raises UserError if it is unknown or unsafe to prune."""
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"Model type {model_type!r} is not supported; supported are {known}.")
     for key, is_unsafe, reason in _UNSAFE:

@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from gradmap.console import say
 from gradmap.errors import UserError
+from gradmap.options import finite_numbers
 from gradmap.quoting import visible
 
 EXIT_USAGE = 2
@@ -29,7 +30,7 @@ def build_app() -> typer.Typer:
         help="Prune layers of a causal language model, export, evaluate, serve and load-test the result.",
     )
     for entry_point in sorted(entry_points(group="gradmap.commands"), key=lambda point: point.name):
-        app.command(entry_point.name)(entry_point.load())
+        app.command(entry_point.name)(finite_numbers(entry_point.load()))
     return app
 
 
@@ -42,7 +43,7 @@ def run_app(app: typer.Typer) -> int:
         message = error.format_message() if isinstance(error, TyperException) else error
         print(f"Error: {visible(str(message))}", file=sys.stderr)  # whichever of several processes it happens in
         return EXIT_USAGE
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:  # not typer.Abort, which an EOFError of any file becomes
         say("Interrupted.")
         return EXIT_INTERRUPTED
     except OSError as error:

@@ -78,7 +78,7 @@ def prune(
         bool, typer.Option("--unregularised", help="projection: leave Eq. 12 out of the objective.")
     ] = False,
     one_shot: Annotated[bool, typer.Option("--one-shot", help="Score once instead of after every removal.")] = False,
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")] = "wikipedia",
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
     seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 42,
@@ -145,7 +145,7 @@ def compare(
     perplexity: Annotated[list[str], typer.Option(help="[NAME=]SPEC of a text; may be given several times.")],
     out: Annotated[Path, typer.Option(help="The directory of the results.")],
     gguf_file: GgufOption = None,
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/texts.py.")] = "wikipedia",
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
     seeds: Annotated[str, typer.Option(help="Draw the calibration samples, with commas: 42,43,44.")] = "42",

@@ -19,12 +19,14 @@ from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import read_evaluation
+from gradmap.evaluation.table import with_error
 from gradmap.files import refuse_foreign_directory, write_json, write_text
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.plan import load_plan
 from gradmap.presets import ALWAYS
 from gradmap.selectors import NOT_NESTED, SELECTORS
-from gradmap.stages import Stage, as_flags, run_stage, source_files, stage_record
+from gradmap.stages import Stage, as_flags, run_stage, stage_record
+from gradmap.text_specs import named_sources, source_files
 
 RESULT_FILE = "compare.json"
 Variants = Mapping[str, Mapping[str, Any]]
@@ -139,7 +141,7 @@ def compare_methods(settings: CompareSettings, out: Path) -> dict[str, Any]:
         describe_row(settings, out, method, count)
         for method, count in product(settings.methods, settings.counts)
     ]  # fmt: skip
-    first = read_evaluation(_evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]))
+    first = read_evaluation(_evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]), of_two=True)
     result = {
         "finished": True,
         "settings": asdict(settings),
@@ -162,7 +164,7 @@ def describe_row(settings: CompareSettings, out: Path, method: Method, count: in
     the standard deviation over seeds (None with one). select_s: of the selection of the largest count. peak_bytes: of
     the CPU's memory that this selection or the repair had resident; evaluation is left out.
     """
-    evaluations = [read_evaluation(_evaluation(out, method, count, seed)) for seed in settings.seeds]
+    evaluations = [read_evaluation(_evaluation(out, method, count, seed), of_two=True) for seed in settings.seeds]
     plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
     chosen = selected_count(settings, method, count)
     selections = [_selection(out, method.selection, chosen, seed) for seed in settings.seeds]
@@ -200,7 +202,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     for row in result["rows"]:
         cells = [_cell(one, row["ratio"][text]) for text, one in row["perplexity"].items()]
         accuracy = row["average_accuracy"]
-        shown = "" if accuracy is None else f"{100 * accuracy['value']:.1f} ± {100 * accuracy['stderr']:.1f}"
+        shown = "" if accuracy is None else with_error(accuracy, 100, 1)
         costs = (f"{row['select_s']:.0f}", f"{row['repair_s']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}")
         rows.append((row["method"], str(row["removed"]), *cells, shown, *costs))
     return rows
@@ -208,13 +210,13 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _cell(perplexity: dict[str, Any], ratio: dict[str, Any]) -> str:
     over_seeds = "" if ratio["spread"] is None else f" ± {ratio['spread']:.2f} over seeds"
-    return f"{perplexity['value']:.1f} ± {perplexity['stderr']:.1f} (x {ratio['value']:.2f}{over_seeds})"
+    return f"{with_error(perplexity, 1, 1)} (x {ratio['value']:.2f}{over_seeds})"
 
 
 def _mean(estimates: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Over seeds. stderr: the mean of the estimates' own, where they have one."""
     values = [estimate["value"] for estimate in estimates]
-    errors = [estimate["stderr"] for estimate in estimates if "stderr" in estimate]
+    errors = [estimate["stderr"] for estimate in estimates if estimate.get("stderr") is not None]
     return {
         "value": statistics.mean(values),
         "stderr": statistics.mean(errors) if errors else None,
@@ -236,6 +238,6 @@ def _evaluation(out: Path, method: Method, count: int, seed: int) -> Path:
 
 
 def _inputs(settings: CompareSettings) -> tuple[Path, ...]:
-    texts = [source.partition("=")[2] for source in settings.evaluation.get("perplexity") or []]
+    texts = named_sources(settings.evaluation.get("perplexity") or []).values()
     sources = [path for source in (settings.calibration["calibration"], *texts) for path in source_files(source)]
     return (Path(settings.model["model"], settings.model.get("gguf_file") or ""), *sources)

@@ -24,7 +24,8 @@ def draw_perplexities(result: dict[str, Any]) -> str:
         for number, method in enumerate(methods):
             rows = [row for row in result["rows"] if row["method"] == method]
             estimates = [row["perplexity"][text] for row in rows]
-            values, errors = ([estimate[key] for estimate in estimates] for key in ("value", "stderr"))
+            values = [estimate["value"] for estimate in estimates]
+            errors = [estimate["stderr"] or 0.0 for estimate in estimates]
             style = {"color": colormaps["tab10"](number % 10), "marker": MARKERS[number // 10 % len(MARKERS)]}
             axes.errorbar([row["removed"] for row in rows], values, errors, capsize=3, label=method, **style)
         axes.axhline(dense, color="grey", linestyle="--", label="dense")

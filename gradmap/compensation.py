@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gradmap.architectures import Architecture
 from gradmap.batching import Batches
 from gradmap.calibration import Calibration
-from gradmap.corrections import Change, Changes, Place, followed_by, gather_changes
+from gradmap.corrections import HIDDEN_STATE, Change, Changes, Place, followed_by, gather_changes
+from gradmap.finite import require_finite
 from gradmap.layerwise import capturing
 from gradmap.walk import Walk
 
@@ -41,6 +42,16 @@ class Correction:
     lam: float | None = None
     relative_lambda: float | None = None
 
+    def require_finite(self) -> None:
+        """Raises UserError unless what was measured of it is finite. Its tensors, which a GPU would be waited for, are
+        looked at when they are written (gradmap.plan)."""
+        target = "hidden state" if self.place.target == HIDDEN_STATE else self.place.target
+        divergences = self.held_out_divergence_before, self.held_out_divergence_after
+        require_finite(
+            f"The held-out divergence of the correction of layer {self.place.layer} ({target})",
+            *(*divergences, self.lam, self.relative_lambda),
+        )
+
 
 @dataclass(frozen=True)
 class Compensation:
@@ -48,6 +59,13 @@ class Compensation:
 
     corrections: tuple[Correction, ...] = ()
     drift: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises UserError if something in it is not finite."""
+        for layer, drift in self.drift.items():
+            require_finite(f"The drift of layer {layer}", drift)
+        for correction in self.corrections:
+            correction.require_finite()
 
     @property
     def held_out_divergence(self) -> float | None:

@@ -21,7 +21,7 @@ from gradmap.gguf_tokenizer import (
     require_same_tokens,
 )
 from gradmap.loading import refuse_inexact
-from gradmap.reading import read_json
+from gradmap.reading import read_json_object
 
 # Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
 CONVERSION = 4
@@ -45,7 +45,7 @@ def read_gguf_config(source: Path) -> dict[str, Any]:
 
     target = _dequantised(source)
     if (target / "config.json").exists():
-        return dict(read_json(target / "config.json"))
+        return read_json_object(target / "config.json")
     try:
         return dict(AutoConfig.from_pretrained(source.parent, gguf_file=source.name).to_dict())
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -132,7 +132,7 @@ def _save_tokenizer(tokenizer: Any, source: Path, directory: Path) -> None:
 
     tokenizer.save_pretrained(directory)
     settings = directory / "tokenizer_config.json"
-    write_json(settings, read_json(settings) | {"tokenizer_class": "TokenizersBackend"})
+    write_json(settings, read_json_object(settings) | {"tokenizer_class": "TokenizersBackend"})
     require_same_tokens(AutoTokenizer.from_pretrained(directory), source)
 
 

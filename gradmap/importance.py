@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradmap.architectures import Architecture
 from gradmap.batching import Batches, logits_batch, measured_batch_size
 from gradmap.distributed import share_of, summed
-from gradmap.errors import UserError
+from gradmap.finite import require_finite_losses
 from gradmap.gradient_norms import gradient_norms
 from gradmap.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
 
@@ -142,18 +142,8 @@ def loss_gradients(
         losses = losses_from(model, layers, leaf, input_ids[start : start + together])
         gradients += torch.autograd.grad(losses.sum(), leaf)
         known.append(losses.detach())
-    require_finite(torch.cat(known), first_sample)
+    require_finite_losses(torch.cat(known), range(first_sample, first_sample + len(hidden)))
     return torch.cat(gradients)
-
-
-def require_finite(losses: Tensor, first_sample: int) -> None:
-    """Raises UserError if the loss of one of the samples (B,), of which `first_sample` is the first, is not finite."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise UserError(
-            f"The loss of calibration sample {first_sample + int(bad[0])} is not finite; "
-            f"the checkpoint is damaged, or its dtype overflows (try --dtype float32)."
-        )
 
 
 def layer_scores_reference(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from gradmap.architectures import Architecture
 from gradmap.console import progress
 from gradmap.corrections import LowRank, Place, corrected, linear_maps, untrained_low_rank
 from gradmap.distributed import say_if_some_are_idle, share_of_step, sum_gradients
-from gradmap.errors import UserError
+from gradmap.finite import require_finite_losses
 from gradmap.layerwise import losses_from, run_layers, stacked_on_cpu
 
 RANK = 8
@@ -63,24 +63,26 @@ def lora_gradients(
     with progress("First steps of LoRA", STEPS) as advance:
         for rows in islice(_rows(len(input_ids), generator), STEPS):
             optimizer.zero_grad()
-            _backward(model, architecture, input_ids[rows], factors)
+            _backward(model, architecture, input_ids, rows, factors)
             sum_gradients(parameters)
             yield {place: _gradients(factor) for place, factor in factors.items()}
             optimizer.step()
             advance(1)
 
 
-def _backward(model: Any, architecture: Architecture, input_ids: Tensor, factors: dict[Place, LowRank]) -> None:
-    """Of the mean loss per token."""
+def _backward(
+    model: Any, architecture: Architecture, input_ids: Tensor, rows: Tensor, factors: dict[Place, LowRank]
+) -> None:
+    """Of the mean loss per token of these samples of input_ids (N, T)."""
     layers = architecture.layer_list(model)
-    ids = share_of_step(input_ids).to(model.device)
-    if not len(ids):
+    own = share_of_step(rows)
+    if not len(own):
         return
+    ids = input_ids[own].to(model.device)
     with corrected(model, architecture, {place: (factor,) for place, factor in factors.items()}):
         losses = losses_from(model, layers, run_layers(model, layers, ids), ids)
-        if not losses.isfinite().all():
-            raise UserError("The loss of a calibration sample is not finite; the checkpoint is damaged.")
-        (losses.sum() / input_ids.numel()).backward()
+        require_finite_losses(losses.detach(), own.tolist())
+        (losses.sum() / (len(rows) * input_ids.shape[1])).backward()
 
 
 def _rows(samples: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from gradmap.architectures import Architecture
 from gradmap.batching import forward_batch
 from gradmap.console import progress
+from gradmap.errors import UserError
+from gradmap.finite import require_finite
 from gradmap.layerwise import layer_passes, stacked_on_cpu
 
 Matrix = NDArray[np.float64]
@@ -27,10 +29,16 @@ KERNEL_WIDTH = 8.0
 DIMENSIONS = 2
 INFORMATION_NEIGHBOURS = 5
 ENTROPY_NEIGHBOURS = 50
+LEAST_SAMPLES = 3  # two points have no entropy
 
 
 def layer_similarities(model: Any, architecture: Architecture, input_ids: Tensor, seed: int) -> Matrix:
-    """Of every pair of layers, (L, L). input_ids: (N, T). seed: of the noise that breaks ties between neighbours."""
+    """Of every pair of layers, (L, L). input_ids: (N, T). seed: of the noise that breaks ties between neighbours.
+
+    Raises UserError if there are too few samples.
+    """
+    if len(input_ids) < LEAST_SAMPLES:
+        raise UserError(f"mka compares layers by {LEAST_SAMPLES} samples at least; give more --samples.")
     points = [_embed(states) for states in last_hidden_states(model, architecture, input_ids)]
     entropies = np.array([entropy(each) for each in points])
     count = len(points)
@@ -46,13 +54,16 @@ def layer_similarities(model: Any, architecture: Architecture, input_ids: Tensor
 
 @torch.no_grad()
 def last_hidden_states(model: Any, architecture: Architecture, input_ids: Tensor) -> Matrix:
-    """What enters each layer at the last position of each sample: (L, N, d)."""
+    """What enters each layer at the last position of each sample: (L, N, d). Raises UserError if it is not finite."""
     layers = list(architecture.layer_list(model))
     batches = []
     for batch in input_ids.split(forward_batch(input_ids, model.device)):
         passes = layer_passes(model, layers, batch.to(model.device))
         batches.append(stacked_on_cpu([entering[:, -1].double() for entering, _ in passes]))
-    return np.asarray(torch.cat(batches, dim=1))
+    states = torch.cat(batches, dim=1)
+    for layer, of_layer in enumerate(states):
+        require_finite(f"What enters layer {layer}", of_layer)
+    return np.asarray(states)
 
 
 def diffusion_embedding(points: Matrix) -> Matrix:

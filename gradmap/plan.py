@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gradmap.architectures import layer_count
 from gradmap.calibration import hash_token_ids
 from gradmap.checkpoint import Checkpoint
 from gradmap.corrections import (
@@ -28,9 +29,10 @@ from gradmap.corrections import (
     Update,
     gather_changes,
 )
-from gradmap.errors import UserError
+from gradmap.errors import UserError, first_line
 from gradmap.files import atomic_directory, write_json
-from gradmap.reading import checked, read_json
+from gradmap.finite import require_finite
+from gradmap.reading import checked, read_json_object
 
 SCHEMA_VERSION = 4
 PLAN_FILE = "plan.json"
@@ -161,7 +163,12 @@ class Plan(_Strict):
 
 
 def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids: Tensor) -> None:
-    """Writes a plan directory atomically. tensors: of the corrections; input_ids: (N, T)."""
+    """Writes a plan directory atomically. tensors: of the corrections; input_ids: (N, T).
+
+    Raises UserError if a tensor is not finite.
+    """
+    for name, tensor in tensors.items():
+        require_finite(f"The correction {name}", tensor)
     with atomic_directory(directory, marker=PLAN_FILE) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / CORRECTIONS_FILE)
         save_file({"input_ids": input_ids.contiguous()}, partial / CALIBRATION_FILE)
@@ -170,15 +177,30 @@ def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids
 
 def load_plan(directory: Path) -> Plan:
     """Reads and checks plan.json; raises UserError if it is missing, of another schema, or contradicts itself."""
-    contents = read_json(directory / PLAN_FILE)
-    version = contents.get("schema_version") if isinstance(contents, dict) else None
+    contents = read_json_object(directory / PLAN_FILE)
+    version = contents.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(f"{directory} has plan schema {version}, this version reads {SCHEMA_VERSION}; prune again.")
     plan = checked(Plan, contents, directory / PLAN_FILE)
-    removed = [layer for step in plan.steps for layer in step.removed]
-    if removed != plan.removal_order or not set(removed) <= set(range(plan.base_model.layers)):
-        raise UserError(f"{directory / PLAN_FILE} contradicts itself: removal_order is not what its steps removed.")
+    if problem := _contradiction(plan):
+        raise UserError(f"{directory / PLAN_FILE} contradicts itself: {problem}.")
     return plan
+
+
+def _contradiction(plan: Plan) -> str | None:
+    removed = [layer for step in plan.steps for layer in step.removed]
+    if removed != plan.removal_order:
+        return "removal_order is not what its steps removed"
+    if len(set(removed)) < len(removed) or not set(removed) < set(range(plan.base_model.layers)):
+        return "removal_order does not name layers that the base model has, each once, and leaves some"
+    if not {correction.layer for correction in plan.corrections} <= set(plan.kept_layers):
+        return "a layer is corrected that is not there"
+    divergences = [(one.held_out_divergence_before, one.held_out_divergence_after) for one in plan.corrections]
+    if any((before is None) != (after is None) for before, after in divergences):
+        return "a held-out divergence is known before a correction or behind it alone"
+    if unknown := {correction.kind for correction in plan.corrections} - CHANGES.keys():
+        return f"the kind of correction {unknown.pop()!r} is not known"
+    return None
 
 
 def load_changes(directory: Path, plan: Plan) -> Changes:
@@ -207,19 +229,22 @@ def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:
 
 
 def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made for."""
+    """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made for, and has as many
+    layers as the plan says."""
     hashes = checkpoint.file_hashes
     for name in sorted(plan.base_model.files.keys() | hashes.keys()):
         if plan.base_model.files.get(name) != hashes.get(name):
             raise UserError(
                 f"The plan was made for another model, {plan.base_model.name}: {name} is not that of {checkpoint.name}."
             )
+    if layer_count(checkpoint.config) != plan.base_model.layers:
+        raise UserError(f"The plan is for {plan.base_model.layers} layers, which {checkpoint.name} does not have.")
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; prune again.")
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; prune again.") from None
-    except SafetensorError:
-        raise UserError(f"{path} is damaged; prune again.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, or cannot be read ({first_line(error)}); prune again.") from None

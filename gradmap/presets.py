@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.errors import UserError
-from gradmap.plan import load_plan
+from gradmap.plan import PLAN_FILE, load_plan
+from gradmap.reading import checked
 
 HELD_OUT, ALWAYS = "held-out", "always"
 # Methods that choose by what they do on held-out samples: layers, or a lambda that no paper says.
@@ -51,8 +52,7 @@ def choose_methods(preset: str | None, from_plan: Path | None = None, **given: A
         raise UserError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
     chosen = PRESETS[preset or DEFAULT_PRESET]
     if preset is None and from_plan is not None:
-        recipe = load_plan(from_plan).recipe
-        chosen = Methods(**{name: recipe[name] for name in vars(chosen)})
+        chosen = checked(Methods, load_plan(from_plan).recipe, from_plan / PLAN_FILE)
     given = {name: value for name, value in given.items() if value is not None}
     methods = replace(chosen, **given)
     if methods.by_held_out_samples and not chosen.by_held_out_samples:

@@ -23,6 +23,7 @@ from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import refuse_foreign_directory, sha256_json
+from gradmap.finite import require_finite_weights
 from gradmap.journal import Journal
 from gradmap.plan import (
     PLAN_FILE,
@@ -40,6 +41,7 @@ from gradmap.precision import computing_in
 from gradmap.presets import ALWAYS
 from gradmap.processes import is_main_process
 from gradmap.prune_settings import PruneSettings, check_settings, protected_layers
+from gradmap.reading import checked
 from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import NOT_NESTED, SELECTORS
 
@@ -84,13 +86,14 @@ def prune_less(checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettin
             f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that --remove cannot be "
             f"{wanted.remove}; give 1 to {len(larger.removal_order)}."
         )
-    selector = larger.recipe["selector"]
+    selector = larger.recipe.get("selector")
     if selector in NOT_NESTED and wanted.remove < len(larger.removal_order):
         raise UserError(
             f"--selector {selector} chooses {wanted.remove} layers otherwise than {len(larger.removal_order)}, so that "
             f"the plan in {plan_directory} does not hold that choice; prune again with --remove {wanted.remove}."
         )
-    settings = PruneSettings(**(larger.recipe | {name: getattr(wanted, name) for name in REPAIR_SETTINGS}))
+    repair = {name: getattr(wanted, name) for name in REPAIR_SETTINGS}
+    settings = checked(PruneSettings, larger.recipe | repair, plan_directory / PLAN_FILE)
     check_settings(checkpoint, settings)
     refuse_foreign_directory(out, PLAN_FILE)
     record, input_ids = larger.calibration, load_calibration_ids(plan_directory, larger)
@@ -119,6 +122,8 @@ def _make_plan(
     architecture = architecture_of(checkpoint.config)
     dtype = found_dtype(checkpoint, settings)
     model = load_model(checkpoint, dtype, settings.device, streamed=settings.stream)
+    require_finite_weights(model.named_parameters())
+    _require_known_tokens(calibration, model.config)
     steps = list(done)
 
     def record(step: Step) -> None:
@@ -165,6 +170,15 @@ def _make_plan(
     if is_main_process():
         save_plan(out, plan, tensors, calibration.input_ids)
     return plan
+
+
+def _require_known_tokens(calibration: Calibration, config: Any) -> None:
+    """Raises UserError if the model has no such tokens."""
+    highest = int(calibration.input_ids.max())
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer makes token {highest}, but the model knows only {config.vocab_size}: it is another model's."
+        )
 
 
 def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:

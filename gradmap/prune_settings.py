@@ -17,6 +17,8 @@ from gradmap.selectors import NOT_NESTED, SELECTORS
 ANYWHERE = ("none", "distil", "mka", "gradpruner", "linear-patch")
 # Methods that change or differentiate every weight, so that all must be in memory.
 IN_MEMORY = ("distil", "mka", "gradpruner")
+# So many do all generators know that draw something: NumPy's take 32 bits.
+SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
         raise UserError(
             "--top-z, --side, --target and --unregularised are for --compensator projection and projection-adam."
         )
+    if settings.budget_minutes is not None and settings.budget_minutes <= 0:
+        raise UserError(f"--budget-minutes is {settings.budget_minutes:g}; give a number above 0.")
+    if not 0 <= settings.seed < SEEDS:
+        raise UserError(f"--seed is {settings.seed}; give a number from 0 to {SEEDS - 1}.")
     if settings.accept not in (HELD_OUT, ALWAYS):
         raise UserError(f"--accept is {settings.accept}; give {HELD_OUT} or {ALWAYS}.")
     if settings.held_out == 0:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 import math
 import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from gradmap.errors import UserError
+from gradmap.errors import UserError, first_line
 
 BYTE_ORDER_MARK = "\ufeff"
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model")
+# What libraries raise over data that is not what they expect: few have an error of their own for it.
+MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def read_text(path: Path) -> str:
@@ -30,16 +36,35 @@ def read_text(path: Path) -> str:
         if contents.startswith(UTF_16_MARKS):
             raise UserError(f"{path} is in UTF-16; convert it to UTF-8.")
         return contents.decode().removeprefix(BYTE_ORDER_MARK)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory where a file is expected; check the path.") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not text in UTF-8 (byte {error.start} does not belong); convert it to UTF-8."
         ) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {os.strerror(error.errno or 0)}.") from None
+        raise _unreadable(path, error) from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file in UTF-8 with their numbers, but for blank ones; unpacked if its name ends in .gz.
+
+    Raises UserError as `read_text` does, and if an archive is damaged.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.decode()
+                text = text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}, is not text in UTF-8 (byte {error.start} does not belong); convert it to UTF-8."
+        ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise UserError(f"{path} is no gzip archive, or is cut short or damaged; fetch it again.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def read_json(path: Path) -> Any:
@@ -51,7 +76,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError as `read_json` does, and if it holds another kind of value."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object, but {_kind_of(value)}; check that it is the right file.")
+        raise UserError(f"{path} holds no JSON object, but {kind_of(value)}; check that it is the right file.")
     return value
 
 
@@ -75,16 +100,46 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not usable YAML: {error}.") from None
+    except MALFORMED as error:
+        raise UserError(f"{path} is not usable YAML: {first_line(error)}.") from None
 
 
 def checked(kind: type[Model], value: Any, path: Path) -> Model:
-    """The value read from `path`, as a pydantic model. Raises UserError that names the first key at fault."""
+    """The value read from `path`, as a pydantic model, a dataclass, or a list of them.
+
+    Raises UserError that names the first key at fault.
+    """
     try:
-        return kind.model_validate(value)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)}.") from None
+
+
+@contextmanager
+def library_errors_refused(what: str) -> Iterator[None]:
+    """What a library raises over malformed data becomes a UserError, `what` and its first line; not what others may
+    raise, so for a library's own work alone."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        raise UserError(f"{what} ({first_line(error)}).") from None
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written: JSON may hold halves of characters, which no encoding has."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def kind_of(value: Any) -> str:
+    """Of a value from JSON, for a sentence."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def first_problem(error: ValidationError) -> str:
@@ -108,9 +163,12 @@ class _UniqueKeys(yaml.SafeLoader):
         return mapping
 
 
-def _kind_of(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _unreadable(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} does not exist; check the path.")
+    if isinstance(error, IsADirectoryError):
+        return UserError(f"{path} is a directory where a file is expected; check the path.")
+    return UserError(f"{path} cannot be read: {os.strerror(error.errno or 0)}.")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -16,6 +16,7 @@ from gradmap.calibration import Calibration
 from gradmap.console import progress
 from gradmap.distributed import share_of
 from gradmap.errors import UserError
+from gradmap.finite import require_finite_scores
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def select(
     """Chooses `count` layers, one a round, or all of them by the first scores with `one_shot`.
 
     done: decisions of an interrupted run, which are not made again. record: told of every new one. Raises UserError if
-    too few layers may go.
+    too few layers may go, or a score is not finite.
     """
     rounds = 1 if one_shot else count
     steps = list(done)
@@ -130,6 +131,7 @@ def select(
     with progress("Scoring layers", sum(scorer.work(len(subject.layers) - gone) for gone in ahead)) as advance:
         for _ in ahead:
             scores = scorer.score(Selection(tuple(steps)), advance)
+            require_finite_scores(scores)
             candidates = [layer for layer in scores if layer not in subject.protected]
             if len(candidates) < count // rounds:
                 raise UserError(f"Only {len(candidates)} layers may still be removed; protect fewer, or remove fewer.")

@@ -118,14 +118,6 @@ def _hash_version(path: Path, size: int, modified_ns: int) -> str:
     return sha256_file(path)
 
 
-def source_files(source: str) -> tuple[Path, ...]:
-    """The path in a text SPEC, if it names one."""
-    kind, _, rest = source.partition(":")
-    if kind in ("file", "sharegpt"):
-        return (Path(rest.partition("#")[0]),)
-    return (Path(rest.rpartition(":")[0]),) if kind == "disk" else ()
-
-
 def as_flags(values: dict[str, Any]) -> list[str]:
     """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2]} -> --one-shot --remove=8 --x=1 --x=2."""
     flags: list[str] = []

@@ -25,6 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from gradmap.architectures import Architecture, architecture_of
 from gradmap.checkpoint import Checkpoint
+from gradmap.finite import require_finite_weights
 from gradmap.safetensors_reader import StoredTensor, list_tensors, read_tensor
 
 
@@ -120,14 +121,22 @@ class _TensorsOnDisk:
         self._device = device
         self._conversions = get_model_conversion_mapping(model)
         self._stored: dict[int | None, list[StoredTensor]] = defaultdict(list)
+        self._known_finite: set[int | None] = set()
         for stored in [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]:
             place = architecture.parse_tensor_name(stored.spec.name)
             self._stored[place[1] if place else None].append(stored)
 
     def read(self, layer: int | None) -> dict[str, Tensor]:
-        """The tensors of one layer by name, in the CPU's memory; for a GPU, in such that it reaches by itself."""
+        """The tensors of one layer by name, in the CPU's memory; for a GPU, in such that it reaches by itself.
+
+        Raises UserError if one is not finite, when the layer is read for the first time.
+        """
         pinned = self._device.type == "cuda"
-        return {stored.spec.name: read_tensor(stored, pinned) for stored in self._stored[layer]}
+        tensors = {stored.spec.name: read_tensor(stored, pinned) for stored in self._stored[layer]}
+        if layer not in self._known_finite:
+            require_finite_weights(tensors.items())
+            self._known_finite.add(layer)
+        return tensors
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Makes the parameters of a layer real. transformers knows how a checkpoint's names and shapes become its

@@ -1,71 +1,32 @@
-"""Text sources: a SPEC on the command line or in a recipe becomes a list of documents.
-
-wikipedia, wikitext2, c4, ptb, stackexchange, bookcorpus     a preset (the data sets of the paper's Table 7)
-hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]                           a data set on the hub
-file:PATH[#FIELD]                                            txt, jsonl, jsonl.gz or parquet
-disk:DIR:COLUMN                                              a directory written by `datasets.save_to_disk`
-"""
+"""Texts from anywhere: what a SPEC names (gradmap.text_specs) becomes a list of documents."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gradmap.console import waiting
-from gradmap.errors import UserError
+from gradmap.errors import UserError, first_line
+from gradmap.reading import is_text, kind_of, library_errors_refused, read_lines, read_text
+from gradmap.text_specs import DiskSource, FileSource, HubSource, parse_source, preset_of
 
 # A hub data set can be far larger than what is needed: reading stops here.
 HUB_DOCUMENTS = 10_000
-# Between the rows of a text that perplexity is measured on, where public code has nothing else for it.
-SEPARATOR = "\n\n"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A data set of the hub. calibration, evaluation: SPECs; the same where it has one split only.
-
-    separator, rows: what public code joins the rows with that perplexity is measured on, and how many it takes.
-    """
-
-    calibration: str
-    evaluation: str
-    separator: str = SEPARATOR
-    rows: int | None = None
-
-
-WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en:train:text"
-STACK_EXCHANGE = "hub:ArmelR/stack-exchange-instruction::train:question"  # the paper's Table 7 has ArmelIR
-BOOK_CORPUS = "hub:bookcorpus/bookcorpus::train:text"
-# WikiText2 and PTB are evaluated as in LLM-Pruner, whose segments have 128 tokens too; C4 as in SparseGPT and SLEB.
-PRESETS = {
-    "wikipedia": Preset(WIKIPEDIA, WIKIPEDIA),
-    "wikitext2": Preset(
-        "hub:Salesforce/wikitext:wikitext-2-raw-v1:train:text", "hub:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
-    ),
-    "c4": Preset("hub:allenai/c4:en:train:text", "hub:allenai/c4:en:validation:text", separator=" ", rows=1100),
-    "ptb": Preset(
-        "hub:ptb-text-only/ptb_text_only::train:sentence", "hub:ptb-text-only/ptb_text_only::validation:sentence"
-    ),
-    "stackexchange": Preset(STACK_EXCHANGE, STACK_EXCHANGE),
-    "bookcorpus": Preset(BOOK_CORPUS, BOOK_CORPUS),
-}
 
 
 def read_texts(spec: str, seed: int) -> list[str]:
     """Returns the distinct non-empty documents of a SPEC in an order that `seed` fixes; of a preset, its calibration
     split.
 
-    Raises UserError if the SPEC is malformed or its data is missing or empty.
+    Raises UserError if the SPEC is malformed or its data is missing, damaged, empty or no text.
     """
     with waiting(f"Reading {spec}"):
         texts = _open_source(preset_of(spec).calibration, seed)
-        documents = list(dict.fromkeys(text.strip() for text in texts if isinstance(text, str) and text.strip()))
+        documents = list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
     if not documents:
         raise _no_text(spec)
     random.Random(seed).shuffle(documents)
@@ -79,96 +40,141 @@ def read_joined(spec: str) -> str:
     """
     preset = preset_of(spec)
     with waiting(f"Reading {spec}"):
-        rows = [row for row in _open_source(preset.evaluation, None) if isinstance(row, str)]
-        text = preset.separator.join(rows[: preset.rows])
+        text = preset.separator.join(islice(_open_source(preset.evaluation, None), preset.rows))
     if not text.strip():
         raise _no_text(spec)
     return text
-
-
-def preset_of(spec: str) -> Preset:
-    """A SPEC that is no preset's name is read for calibration and evaluation alike."""
-    return PRESETS.get(spec) or Preset(spec, spec)
 
 
 def _no_text(spec: str) -> UserError:
     return UserError(f"Text source {spec} has no text; check its field or column.")
 
 
-def _open_source(spec: str, seed: int | None) -> Iterable[Any]:
+def _open_source(spec: str, seed: int | None) -> Iterator[str]:
     """seed: shuffles what is too large to be read whole; None reads it in its order."""
-    match spec.partition(":"):
-        case "file", ":", rest if rest:
-            return _read_file(rest)
-        case "disk", ":", rest if ":" in rest:
-            return _read_disk(rest)
-        case "hub", ":", rest if rest:
-            return _read_hub(rest, seed)
-    raise UserError(
-        f"Text source {spec!r} is not understood; use file:PATH[#FIELD], disk:DIR:COLUMN, "
-        f"hub:NAME[:CONFIG[:SPLIT[:COLUMN]]] or a preset ({', '.join(PRESETS)})."
-    )
+    match parse_source(spec):
+        case FileSource(path, field):
+            return _read_file(path, field)
+        case DiskSource(path, field):
+            return _read_disk(path, field)
+        case HubSource() as source:
+            return _read_hub(source, seed)
+    raise UserError(f"Text source {spec} is for the prompts of load tests alone; use file:, disk: or hub:.")
 
 
-def _read_file(rest: str) -> Iterator[Any]:
-    name, _, field = rest.partition("#")
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"Text file {path} does not exist; check the path.")
+def _read_file(path: Path, field: str) -> Iterator[str]:
     if path.suffix == ".txt":
-        return iter([path.read_text()])
-    if path.suffix == ".parquet":
-        return _read_parquet(path, field or "text")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(path, field or "text")
-    raise UserError(f"Text file {path} is of an unknown kind; use .txt, .jsonl, .jsonl.gz or .parquet.")
+        return iter([_read_plain(path)])
+    return _read_parquet(path, field) if path.suffix == ".parquet" else _read_jsonl(path, field)
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[Any]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                value = json.loads(line)
-                for key in field.split("."):
-                    value = value[key]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number} is no JSON object with a field {field!r}.") from None
-            yield value
+def _read_plain(path: Path) -> str:
+    text = read_text(path)
+    if "\0" in text:  # a text in UTF-16 without a mark would pass for one in UTF-8
+        raise UserError(f"{path} is no plain text: it has zero bytes; convert it to UTF-8, if it is text at all.")
+    return text
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[Any]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        return iter(parquet.read_table(path, columns=[column])[column].to_pylist())
-    except (ArrowInvalid, KeyError):
-        raise UserError(f"{path} is no parquet file with a column {column!r}.") from None
-
-
-def _read_disk(rest: str) -> Iterator[Any]:
-    from datasets import load_from_disk
-
-    directory, _, column = rest.rpartition(":")
-    try:
-        dataset = load_from_disk(directory)
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no directory written by datasets.save_to_disk; check the path.") from None
-    if column not in dataset.column_names:
-        raise UserError(f"The data set in {directory} has no column {column!r}.")
-    return iter(dataset[column])
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, line in read_lines(path):
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)  # not as strictly as a file of settings: what is beside the text may be NaN
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{place} is no JSON object with a field {field!r}.")
+        yield from _text_at(row, field, place)
 
 
-def _read_hub(rest: str, seed: int | None) -> Iterator[Any]:
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    from pyarrow import parquet
+
+    if not path.is_file():
+        raise UserError(f"{path} is no file; check the path.")
+    with library_errors_refused(f"{path} is no parquet file, or is damaged"):
+        column = _column_of(field, parquet.read_schema(path).names)
+        if column is None:
+            raise UserError(f"{path} has no column {field!r}.")
+        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+    return _texts_of_column(values, column, field, str(path))
+
+
+def _read_disk(directory: Path, field: str) -> Iterator[str]:
+    from datasets import DatasetDict, load_from_disk
+
+    if not any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise UserError(f"{directory} is no directory written by datasets.save_to_disk; check the path.")
+    with library_errors_refused(f"{directory} is damaged"):
+        dataset = load_from_disk(str(directory))
+    if isinstance(dataset, DatasetDict):
+        raise UserError(
+            f"{directory} holds the splits {', '.join(dataset)}; name one, as in disk:{directory}/SPLIT:{field}."
+        )
+    column = _column_of(field, dataset.column_names)
+    if column is None:
+        raise UserError(f"The data set in {directory} has no column {field!r}.")
+    return _texts_of_column(dataset[column], column, field, str(directory))
+
+
+def _read_hub(source: HubSource, seed: int | None) -> Iterator[str]:
     from datasets import load_dataset
 
-    name, config, split, column = [*rest.split(":"), "", "", ""][:4]
-    column = column or "text"
     try:
-        stream = load_dataset(name, config or None, split=split or "train", streaming=True)
+        stream = load_dataset(source.name, source.config, split=source.split, streaming=True)
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=HUB_DOCUMENTS)
-        return iter([row[column] for row in islice(stream, HUB_DOCUMENTS)])
-    except KeyError:
-        raise UserError(f"Hub data set {name} has no column {column!r}.") from None
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
-        raise UserError(f"Hub data set {name} could not be read ({error}); use file: or disk: offline.") from None
+        rows = list(islice(stream, HUB_DOCUMENTS))
+    except Exception as error:  # a library that reads the hub's files of all kinds raises errors of all kinds
+        raise UserError(
+            f"Hub data set {source.name} could not be read ({first_line(error)}); use file: or disk: offline."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        column = _column_of(source.field, row)
+        if column is None:
+            raise UserError(f"Hub data set {source.name} has no column {source.field!r}.")
+        yield from _text_at(row, source.field, f"Hub data set {source.name}, row {number}")
+
+
+def _column_of(field: str, names: Iterable[str]) -> str | None:
+    """The column that has a field, which may be nested in it."""
+    return next((name for name in (field, field.partition(".")[0]) if name in names), None)
+
+
+def _texts_of_column(values: Iterable[Any], column: str, field: str, place: str) -> Iterator[str]:
+    with library_errors_refused(f"{place} is damaged"):
+        for number, value in enumerate(values, start=1):
+            yield from _text_at({column: value}, field, f"{place}, row {number}")
+
+
+def _text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:
+    """The text that a row has under a field, none where that is null. Raises UserError if it has something else."""
+    try:
+        text = _value_at(row, field)
+    except LookupError:
+        raise UserError(f"{place} has no field {field!r}.") from None
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise UserError(f"{place}: the field {field!r} is {kind_of(text)}, and no text.")
+    if not is_text(text):
+        raise UserError(f"{place}: the field {field!r} holds half of a character (a lone surrogate).")
+    yield text
+
+
+def _value_at(row: dict[str, Any], field: str) -> Any:
+    """What is under a field, by its whole name or nested; None also below what is null. Raises LookupError."""
+    if field in row:
+        return row[field]
+    value: Any = row
+    for key in field.split("."):
+        match value:
+            case dict():
+                value = value[key]
+            case list() if key.isdecimal():
+                value = value[int(key)]
+            case None:
+                return None
+            case _:
+                raise LookupError
+    return value

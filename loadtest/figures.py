@@ -53,7 +53,7 @@ def _draw_estimates(estimates: dict[str, dict[str, Any]], label: str, factor: fl
         figure, axes = new_figure(width)
         for offset, (arm, color) in zip((-0.2, 0.2), _ARM_COLORS.items(), strict=True):
             values = [factor * estimates[arm][name]["value"] for name in names]
-            errors = [factor * estimates[arm][name]["stderr"] for name in names]
+            errors = [factor * (estimates[arm][name]["stderr"] or 0.0) for name in names]
             places = np.arange(len(names)) + offset
             bars = axes.bar(places, values, width=0.38, yerr=errors, color=color, ecolor=TEXT_COLOR, label=arm)
             axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=9)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gradmap.architectures import architecture_of
 from gradmap.errors import UserError
-from gradmap.reading import read_json
+from gradmap.reading import read_json_object
 from gradmap.safetensors_reader import list_tensors
 
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
@@ -30,7 +30,7 @@ class WeightBytes:
 def weight_bytes(directory: Path) -> WeightBytes | None:
     """From the headers of a model directory's weights; None where there is no such thing, or a family is unknown."""
     try:
-        architecture = architecture_of(read_json(directory / "config.json"))
+        architecture = architecture_of(read_json_object(directory / "config.json"))
         tensors = [stored.spec for path in sorted(directory.glob("*.safetensors")) for stored in list_tensors(path)]
     except UserError:
         return None

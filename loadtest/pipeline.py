@@ -18,7 +18,8 @@ from gradmap.files import cache_directory, refuse_foreign_directory
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.quoting import visible
 from gradmap.speed import measure_disk
-from gradmap.stages import Stage, as_flags, is_done, run_stage, source_files, stage_record
+from gradmap.stages import Stage, as_flags, is_done, run_stage, stage_record
+from gradmap.text_specs import source_files
 from loadtest.estimates import Estimate, Speeds, estimate_cells, estimate_stages
 from loadtest.recipe import Recipe, load_recipe
 from loadtest.report import judgements, summary_rows, write_report
@@ -34,7 +35,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     plan, evaluation = out / "plan", out / "eval.json"
     task_data = () if recipe.eval.task_data is None else (Path(recipe.eval.task_data),)
     earlier = [Path(recipe.loadtest.against)] if recipe.loadtest.against else []
-    prompt_files = source_files(recipe.loadtest.prompts or "")
+    prompt_files = source_files(recipe.loadtest.prompts) if recipe.loadtest.prompts else ()
     text_files = tuple(path for source in recipe.eval.perplexity.values() for path in source_files(source))
     return [
         Stage(

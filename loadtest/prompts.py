@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from gradmap.errors import UserError
+from gradmap.text_specs import Conversations, parse_source
 from gradmap.texts import read_texts
 from loadtest.conversations import read_conversations
 
-SHAREGPT = "sharegpt:"
 # Below, TPOT is undefined.
 LEAST_OUTPUT_TOKENS = 2
 
@@ -23,7 +22,7 @@ class Workload:
 
     prompt_tokens, output_tokens: its lengths; of texts, the most. length_spread: both vary, uniformly, by up to this
     share. shared_prefix: so many first tokens are the same in all prompts of a load. texts: SPEC of the prompts'
-    texts (gradmap.texts), or sharegpt:PATH; None for random token ids.
+    texts (gradmap.text_specs); None for random token ids.
     """
 
     prompt_tokens: int = 128
@@ -75,8 +74,9 @@ class TextPrompts:
         assert workload.texts is not None
         self._workload, self._tokenizer = workload, tokenizer
         self._texts: Sequence[tuple[str, str | None]]
-        if workload.texts.startswith(SHAREGPT):
-            self._texts = read_conversations(Path(workload.texts.removeprefix(SHAREGPT)), workload.seed)
+        source = parse_source(workload.texts)
+        if isinstance(source, Conversations):
+            self._texts = read_conversations(source.path, workload.seed)
         else:
             self._texts = [(text, None) for text in read_texts(workload.texts, workload.seed)]
         self._given: dict[str, list[Prompt]] = {}

@@ -10,16 +10,20 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from gradmap.errors import UserError
+from gradmap.prune_settings import SEEDS
 from gradmap.reading import checked, read_yaml
 from loadtest.loads import Arrivals
 from loadtest.prompts import LEAST_OUTPUT_TOKENS
 from loadtest.slo import parse_slo
+
+AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
 def _written_slo(text: str) -> str:
@@ -38,24 +42,24 @@ class _Section(BaseModel):
 
 class PruneSection(_Section):
     calibration: str
-    remove: int | None = None
+    remove: PositiveInt | None = None
     ratio: float | None = None
     preset: str | None = None
     selector: str | None = None
     compensator: str | None = None
     accept: str | None = None
-    held_out: int | None = None
+    held_out: NonNegativeInt | None = None
     layers: str | None = None
-    protect_first: int | None = None
-    protect_last: int | None = None
-    top_z: int | None = None
+    protect_first: NonNegativeInt | None = None
+    protect_last: NonNegativeInt | None = None
+    top_z: PositiveInt | None = None
     side: str | None = None
     target: str | None = None
     unregularised: bool | None = None
     one_shot: bool | None = None
-    samples: int | None = None
-    tokens: int | None = None
-    seed: int | None = None
+    samples: AtLeastTwo | None = None
+    tokens: AtLeastTwo | None = None
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
     dtype: str | None = None
     device: str | None = None
     stream: bool | None = None
@@ -81,11 +85,11 @@ class ExportSection(_Section):
 
 class EvalSection(_Section):
     perplexity: dict[str, str] = {}
-    segment: int | None = None
+    segment: AtLeastTwo | None = None
     tasks: list[str] = []
     task_data: str | None = None
     answers: bool | None = None
-    limit: int | None = None
+    limit: PositiveInt | None = None
     seed: int | None = None
     dtype: str | None = None
     device: str | None = None

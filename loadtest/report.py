@@ -47,7 +47,7 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
 
 def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, float]) -> dict[str, Any]:
     """Assembles result.json. Sizes are of the vLLM-ready weights, the ones that were served."""
-    evaluation = read_evaluation(out / "eval.json")
+    evaluation = read_evaluation(out / "eval.json", of_two=True)
     artifacts = {"pruned": out / "vllm", "dense": out / "dense" / "vllm"}
     sides = {
         arm: evaluation[arm] | {"bytes": read_json(artifacts[arm] / "gradmap.json")["weight_bytes"]}

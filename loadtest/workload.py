@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gradmap.files import write_json
-from gradmap.reading import read_json
+from gradmap.reading import checked, read_json
 from loadtest.loads import Load, arrival_times
 from loadtest.prompts import Prompts
 
@@ -43,4 +43,5 @@ def save_requests(path: Path, requests: list[Request]) -> None:
 
 
 def load_requests(path: Path) -> list[Request]:
-    return [Request(**{**row, "prompt": tuple(row["prompt"])}) for row in read_json(path)]
+    """Raises UserError if they are none."""
+    return checked(list[Request], read_json(path), path)

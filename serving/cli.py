@@ -15,6 +15,7 @@ import typer
 from gradmap.cli import quiet_libraries, run_app
 from gradmap.errors import UserError
 from gradmap.files import cache_directory
+from gradmap.options import finite_numbers
 from serving.flags import flag_names, means
 from serving.signals import EndAsked, ending_at_once
 
@@ -139,5 +140,5 @@ def main() -> None:
     """Console script `gradmap-serve`."""
     quiet_libraries()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(serve)
+    app.command()(finite_numbers(serve))
     sys.exit(run_app(app))

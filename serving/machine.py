@@ -11,7 +11,7 @@ import pynvml
 from gradmap.errors import UserError
 from gradmap.gpus import VISIBLE_VARIABLE, ask, visible_gpus
 from gradmap.machine import NATIVE_BFLOAT16_CAPABILITY
-from gradmap.reading import read_json
+from gradmap.reading import read_json_object
 from gradmap.vllm_environment import KV_CACHE_VARIABLE, cpu_spoils_int8, cpu_wants_float32, is_cpu_build
 from serving.flags import TENSOR_FLAGS, flag_value
 from serving.identity import Identity
@@ -130,7 +130,7 @@ def suited_to_machine(settings: ServerSettings) -> ServerSettings:
 
 def require_exact_products(directory: Path) -> None:
     """Raises UserError for an 8-bit model on a CPU that would compute it wrongly."""
-    if read_json(directory / "config.json").get("quantization_config") and cpu_spoils_int8():
+    if read_json_object(directory / "config.json").get("quantization_config") and cpu_spoils_int8():
         raise UserError(
             f"{directory} is quantised to 8 bits, and vLLM's 8-bit products overflow on this CPU, which has no VNNI; "
             "serve it on one that has it, or export without --quantise."
@@ -139,7 +139,7 @@ def require_exact_products(directory: Path) -> None:
 
 def bytes_in_memory(settings: ServerSettings, identity: Identity) -> int:
     """Of the weights as vLLM holds them: those stored in two bytes take four if it is told to compute in float32."""
-    config = read_json(settings.directory / "config.json")
+    config = read_json_object(settings.directory / "config.json")
     halves = config.get("dtype") in ("bfloat16", "float16") and not config.get("quantization_config")
     widened = halves and flag_value(settings.vllm_flags, "--dtype") == "float32"
     return identity.weight_bytes * (2 if widened else 1)

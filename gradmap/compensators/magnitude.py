@@ -59,7 +59,7 @@ def magnitude_ratio(
 
 def scales_behind(architecture: Architecture, model: Any, layer: int, ratio: float) -> list[tuple[Place, Scale]]:
     """What later layers add, over `ratio`."""
-    scale = Scale(torch.tensor(1 / ratio, dtype=torch.float64))
+    scale = Scale(1 / torch.tensor(ratio, dtype=torch.float64))
     targets = (architecture.attention_output, architecture.down_projection)
     later = range(layer + 1, len(architecture.layer_list(model)))
     return [(Place(index, target), scale) for index in later for target in targets]

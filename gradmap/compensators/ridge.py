@@ -32,6 +32,7 @@ from gradmap.corrections import (
 )
 from gradmap.distributed import summed
 from gradmap.errors import UserError
+from gradmap.finite import require_finite
 from gradmap.machine import available_bytes
 from gradmap.walk import Walk
 
@@ -63,26 +64,27 @@ class ClosedForm:
     """The change that a Fit finds, for any lambda: relative to the mean diagonal of the matrix that it is added to."""
 
     def __init__(self, fit: Fit, gram: Tensor, cross: Tensor, weight: Tensor | None) -> None:
-        """gram: F F^T (f, f), cross: D F^T (d, f); weight: W_down (d, k) float64, for `right`."""
+        """gram: F F^T (f, f), cross: D F^T (d, f); weight: W_down (d, k) float64, for `right`.
+
+        Raises UserError if the sum of squares is not finite.
+        """
         self._fit, self._gram, self._cross, self._weight = fit, gram, cross, weight
         self._scale = gram.diagonal().mean().item()
+        require_finite(f"What layer {fit.layer} gives", self._scale)
         if weight is not None:
             self._scale *= weight.square().sum(dim=0).mean().item()
             self._right = RightSolver(gram, cross, weight)
 
     def relative_of_mean(self, regularisation: float, tokens: int) -> float:
         """The lambda that stands for a weight of Eq. 12 beside a mean over tokens and channels in Eq. 11."""
-        return regularisation * tokens * len(self._cross) / self._scale
+        return regularisation * tokens * len(self._cross) / self._scale if self._scale else 0.0
 
     def solve(self, relative_lambda: float) -> tuple[Change, float]:
         """The change, and lambda. Raises UserError where there is no solution without regularisation."""
         lam = relative_lambda * self._scale
-        try:
-            if self._weight is not None:
-                return Update(self._weight @ self._right.solve(lam)), lam
-            solution = solve_ridge(self._gram, self._cross, lam)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            raise UserError("There are too few calibration tokens to fit without regularisation.") from None
+        if self._weight is not None:
+            return Update(self._weight @ self._right.solve(lam)), lam
+        solution = solve_ridge(self._gram, self._cross, lam)
         if self._fit.kind == "refit":
             return Update(solution), lam
         return Projection(plus_identity(solution)), lam
@@ -264,10 +266,19 @@ def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tupl
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, lam: float | Tensor) -> Tensor:
-    """S = cross (gram + lam I)^-1: (f, f), (d, f), () -> (d, f), all float64."""
+    """S = cross (gram + lam I)^-1: (f, f), (d, f), () -> (d, f), all float64.
+
+    Where nothing is observed and nothing regularised, S is 0. Raises UserError where else there is no such inverse.
+    """
     regularised = gram.clone()
     regularised.diagonal().add_(lam)
-    return torch.cholesky_solve(cross.mT, torch.linalg.cholesky(regularised)).mT
+    factor, failed = torch.linalg.cholesky_ex(regularised)
+    if not failed:
+        return torch.cholesky_solve(cross.mT, factor).mT
+    require_finite("What is fitted on", gram, cross)
+    if regularised.any():
+        raise UserError("There are too few calibration tokens to fit without regularisation.")
+    return torch.zeros_like(cross)
 
 
 def plus_identity(matrix: Tensor) -> Tensor:

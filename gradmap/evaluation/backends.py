@@ -26,6 +26,9 @@ class Score:
     greedy: bool
 
 
+# In sentences about what is not finite.
+LOGITS = "What the model predicts"
+
 # Of the tokens of an answer so far: whether more are needless.
 IsDone = Callable[[Sequence[int]], bool]
 

@@ -10,6 +10,7 @@ import typer
 from gradmap.commands import AllowPickleOption, DeviceOption, DtypeOption, GgufOption, JsonOption
 from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.errors import UserError
+from gradmap.text_specs import named_sources
 
 
 @heartbeat(so_far("gradmap eval"))
@@ -67,7 +68,7 @@ def evaluate(
         from gradmap.verdict import EXIT_CODES, Verdict
 
     settings = EvaluationSettings(
-        texts=_named_sources(perplexity or []),
+        texts=named_sources(perplexity or []),
         segment=segment,
         tasks=expand_names(tasks or ""),
         task_data=task_data,
@@ -86,17 +87,6 @@ def evaluate(
     if json_line:
         print_json_line(result)
     return EXIT_CODES[Verdict(result["quality"]["verdict"])] if result["quality"] else 0
-
-
-def _named_sources(specs: list[str]) -> dict[str, str]:
-    """`squad=file:a.jsonl` is named squad; a SPEC without a name is its own name."""
-    named: dict[str, str] = {}
-    for spec in specs:
-        name, equals, source = spec.partition("=")
-        if not equals or ":" in name:
-            name, source = spec, spec
-        named[name] = source
-    return named
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -61,10 +61,11 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class AverageComparison:
-    """Of the plain average over tasks. difference: pruned minus dense. retained: pruned over dense."""
+    """Of the plain average over tasks. difference: pruned minus dense. retained: pruned over dense; None where dense
+    may be right nowhere."""
 
     difference: Interval
-    retained: Interval
+    retained: Interval | None
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,16 @@ class Limit:
 
 
 def mean_estimate(values: Values) -> Estimate:
-    """Mean over documents and its standard error (NaN for a single document)."""
-    stderr = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return Estimate(float(values.mean()), stderr)
+    """Mean over documents and its standard error."""
+    return Estimate(float(values.mean()), None if len(values) < 2 else float(values.std(ddof=1)) / len(values) ** 0.5)
 
 
 def average_estimate(estimates: Mapping[str, Estimate]) -> Estimate:
-    """Plain average over tasks; tasks have different documents, so variances add."""
+    """Plain average over tasks; tasks have different documents, so variances add, if all are known."""
     count = len(estimates)
-    variance = sum(estimate.stderr**2 for estimate in estimates.values())
-    return Estimate(sum(estimate.value for estimate in estimates.values()) / count, variance**0.5 / count)
+    value = sum(estimate.value for estimate in estimates.values()) / count
+    errors = [estimate.stderr for estimate in estimates.values() if estimate.stderr is not None]
+    return Estimate(value, None if len(errors) < count else sum(error**2 for error in errors) ** 0.5 / count)
 
 
 def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> Comparison:
@@ -157,7 +158,7 @@ def _compare_averages(tasks: Sequence[Paired], resampled: Sequence[Values]) -> A
     means = np.mean(resampled, axis=0)
     return AverageComparison(
         difference=_interval(measured[1] - measured[0], means[:, 1] - means[:, 0]),
-        retained=_interval(_ratio(measured[1:], measured[:1])[0], _ratio(means[:, 1], means[:, 0])),
+        retained=_retained(measured, means),
     )
 
 
@@ -165,9 +166,11 @@ def _perplexity_ratio(paired: Paired, means: Values) -> Interval:
     return _interval(np.exp((paired.pruned - paired.dense).mean()), np.exp(means[:, 1] - means[:, 0]))
 
 
-def _ratio(pruned: Values, dense: Values) -> Values:
-    """NaN where nothing was right to begin with."""
-    return np.divide(pruned, dense, out=np.full_like(dense, np.nan), where=dense != 0)
+def _retained(measured: Values, means: Values) -> Interval | None:
+    """measured: (2,), means: (draws, 2), dense and pruned. None if nothing was right to begin with, or in a draw."""
+    if not (measured[0] and means[:, 0].all()):
+        return None
+    return _interval(measured[1] / measured[0], means[:, 1] / means[:, 0])
 
 
 def _interval(value: float, resampled: Values) -> Interval:

@@ -22,8 +22,8 @@ from gradmap.errors import UserError
 from gradmap.evaluation.perplexity import Segments
 from gradmap.files import ARTIFACT_FILE
 from gradmap.plan import CalibrationRecord, load_calibration_ids, load_plan
-from gradmap.reading import read_json
-from gradmap.texts import preset_of
+from gradmap.reading import read_json_object
+from gradmap.text_specs import preset_of
 
 GRAM_TOKENS = 13
 
@@ -82,10 +82,10 @@ class CalibratedOn:
 
 def _calibration_of_artifact(path: Path) -> CalibrationRecord | None:
     """None if there is no such file, as for a server, or it says nothing of a calibration that is understood."""
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        return CalibrationRecord.model_validate(read_json(path)["plan"]["calibration"])
+        return CalibrationRecord.model_validate(read_json_object(path)["plan"]["calibration"])
     except (KeyError, TypeError, ValidationError):
         return None
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.special import log_softmax
 
-from gradmap.evaluation.backends import IsDone, Request, Score, never
+from gradmap.evaluation.backends import LOGITS, IsDone, Request, Score, never
+from gradmap.finite import require_finite
 from gradmap.onnx_session import OnnxCausalLM
 
 BATCH_TOKENS = 1024
@@ -50,12 +52,18 @@ class OnnxBackend:
     def _generate(self, prompt: Sequence[int], new_tokens: int, is_done: IsDone) -> list[int]:
         answer: list[int] = []
         logits, cache = self._session.step(np.array([prompt], dtype=np.int64), None)
-        while len(answer) < new_tokens and (token := int(logits[0, -1].argmax())) not in self._end_tokens:
+        while len(answer) < new_tokens and (token := _most_likely(logits[0, -1])) not in self._end_tokens:
             answer.append(token)
             if is_done(answer):
                 break
             logits, cache = self._session.step(np.array([[token]], dtype=np.int64), cache)
         return answer
+
+
+def _most_likely(logits: npt.NDArray[np.float32]) -> int:
+    """(V,) -> a token."""
+    require_finite(LOGITS, torch.from_numpy(logits))
+    return int(logits.argmax())
 
 
 def _score(logits: npt.NDArray[np.float32], request: Request) -> Score:

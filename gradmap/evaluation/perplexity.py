@@ -14,17 +14,21 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gradmap.calibration import bos_of, build_segments, hash_token_ids, with_bos
+from gradmap.errors import UserError
 from gradmap.evaluation.backends import Request
 from gradmap.evaluation.scoring import Scorer
-from gradmap.texts import preset_of
+from gradmap.text_specs import preset_of
+
+# Nats per token. exp of 709 is the largest number, and of such perplexities there are products and ratios.
+HIGHEST_LOSS = 300.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value and its standard error (NaN with a single observation)."""
+    """A measured value and its standard error; None of a single observation."""
 
     value: float
-    stderr: float
+    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ def perplexity_of_losses(losses: npt.NDArray[np.float64]) -> Estimate:
 
     Every segment predicts the same number of tokens, so segments are the independent units; the standard error of
     the mean loss, times the perplexity (first-order propagation through exp).
+
+    Raises UserError if it is beyond the range of numbers.
     """
+    if losses.max() > HIGHEST_LOSS:
+        raise UserError(f"A loss of {losses.max():.0f} nats per token has no perplexity; the model is broken.")
     value = float(np.exp(losses.mean()))
-    stderr = value * float(losses.std(ddof=1)) / len(losses) ** 0.5 if len(losses) > 1 else float("nan")
-    return Estimate(value, stderr)
+    return Estimate(value, None if len(losses) < 2 else value * float(losses.std(ddof=1)) / len(losses) ** 0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -14,6 +13,7 @@ from gradmap.console import progress
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Backend, Request, Score
 from gradmap.files import cache_directory, sha256_json, write_text
+from gradmap.finite import require_finite
 
 # Requests between two writes to disk: what a crash can cost.
 CHUNK_REQUESTS = 512
@@ -43,7 +43,8 @@ class Scorer:
             while len(scores) < len(distinct):
                 chunk = next_chunk(distinct, len(scores))
                 new = self.backend.score(chunk)
-                _refuse_not_finite(new)
+                for score in new:
+                    require_finite(f"{description}: what the model predicts", score.log_likelihood)
                 kept.append(new)
                 scores += new
                 advance(len(chunk))
@@ -79,11 +80,6 @@ def next_chunk(ordered: Sequence[Request], start: int) -> Sequence[Request]:
     while end < len(ordered) and ordered[end].context == ordered[end - 1].context:
         end += 1
     return ordered[start:end]
-
-
-def _refuse_not_finite(scores: Sequence[Score]) -> None:
-    if not all(math.isfinite(score.log_likelihood) for score in scores):
-        raise UserError("The model's logits are not finite on the evaluation text; the checkpoint is damaged.")
 
 
 @dataclass(frozen=True)

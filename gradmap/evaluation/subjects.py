@@ -23,7 +23,10 @@ from gradmap.console import waiting
 from gradmap.corrections import pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Backend
+from gradmap.evaluation.ends import end_tokens
 from gradmap.files import sha256_file
+from gradmap.finite import require_finite_weights
+from gradmap.model_sizes import read_sizes
 from gradmap.onnx_session import ONNX_FILE
 from gradmap.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
 from gradmap.precision import count_parameters
@@ -88,7 +91,13 @@ def checkpoint_subjects(checkpoint: Checkpoint, plan: Path | None, where: Where)
     """The checkpoint in transformers and, with a plan, the same pruned in memory (W' unfolded); loaded once."""
     device = resolve_device(where.device)
     dtype = resolve_dtype(where.dtype, device, checkpoint)
-    loaded = cache(lambda: load_model(checkpoint, dtype, device))
+
+    @cache
+    def loaded() -> Any:
+        model = load_model(checkpoint, dtype, device)
+        require_finite_weights(model.named_parameters())
+        return model
+
     identity = _identity("transformers", checkpoint.file_hashes, Where("transformers", dtype, device))
     dense = Subject(
         checkpoint.name, identity, checkpoint.directory, lambda: _open_transformers(loaded(), checkpoint, dtype)
@@ -116,12 +125,6 @@ def _find_subject(model: str, gguf_file: str | None, allow_pickle: bool, where: 
     return checkpoint_subjects(checkpoint, None, where)[0]
 
 
-def end_tokens(config: dict[str, Any]) -> list[int]:
-    """The ids that end a generation, of config.json."""
-    found = config.get("eos_token_id")
-    return list(found) if isinstance(found, list) else [] if found is None else [int(found)]
-
-
 def _backend_for(model: str) -> str:
     if model.startswith(("http://", "https://")):
         return "endpoint"
@@ -140,7 +143,7 @@ def _open_transformers(model: Any, checkpoint: Checkpoint, dtype: str) -> Iterat
     from gradmap.evaluation.transformers_backend import TransformersBackend
 
     layers = architecture_of(checkpoint.config).layer_list(model)
-    backend = TransformersBackend(model, dtype, end_tokens(checkpoint.config))
+    backend = TransformersBackend(model, dtype, end_tokens(checkpoint.directory, checkpoint.config))
     yield Opened(backend, len(layers), count_parameters(model), dtype)
 
 
@@ -161,7 +164,8 @@ def _open_vllm(checkpoint: Checkpoint, dtype: str) -> Iterator[Opened]:
     from gradmap.evaluation.vllm_backend import VllmBackend
 
     with waiting(f"vLLM loads {checkpoint.name}"):
-        backend = VllmBackend(checkpoint.directory, checkpoint.config, dtype)
+        ends = end_tokens(checkpoint.directory, checkpoint.config)
+        backend = VllmBackend(checkpoint.directory, checkpoint.config, dtype, ends)
     try:
         yield Opened(backend, _layers_of(checkpoint.config), None, dtype)
     finally:
@@ -183,7 +187,7 @@ def _open_endpoint(url: str) -> Iterator[Opened]:
 def _onnx_subject(directory: Path) -> Subject:
     if not (directory / ONNX_FILE).is_file():
         raise UserError(f"{directory} has no {ONNX_FILE}; give a directory of `gradmap export --format onnx`.")
-    config = read_json_object(directory / "config.json")
+    config = read_sizes(directory)
     with waiting(f"Hashing {directory}"):
         files = {path.name: sha256_file(path) for path in sorted(directory.glob("*.onnx*"))}
     identity = _identity("onnxruntime", files, Where())
@@ -195,7 +199,7 @@ def _open_onnx(directory: Path, config: dict[str, Any]) -> Iterator[Opened]:
     from gradmap.evaluation.onnx_backend import OnnxBackend
 
     with waiting(f"ONNX Runtime loads {directory}"):
-        backend = OnnxBackend(directory, config, end_tokens(config))
+        backend = OnnxBackend(directory, config, end_tokens(directory, config))
     yield Opened(backend, _layers_of(config), None, None)
 
 

@@ -22,10 +22,11 @@ def tabulate(result: dict[str, Any]) -> Table:
 
 
 def describe_retained(result: dict[str, Any]) -> str | None:
-    """The sentence about the average over tasks; None if there is none to compare."""
-    if not (result["comparison"] and result["comparison"]["average"]):
+    """The sentence about the average over tasks; None if there is none to compare, or nothing that was retained."""
+    average = result["comparison"] and result["comparison"]["average"]
+    if not (average and average["retained"]):
         return None
-    return f"Retained of the dense average: {_with_interval(result['comparison']['average']['retained'], 100, 1)} %"
+    return f"Retained of the dense average: {_with_interval(average['retained'], 100, 1)} %"
 
 
 def _rows(result: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -33,21 +34,23 @@ def _rows(result: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str
     rows = []
     for name in result["texts"]:
         change = f"x {_with_interval(comparison['perplexity_ratio'][name], 1, 2)}" if comparison else ""
-        rows.append((f"perplexity, {name}", *(_with_error(side["perplexity"][name], 1, 2) for side in sides), change))
+        rows.append((f"perplexity, {name}", *(with_error(side["perplexity"][name], 1, 2) for side in sides), change))
     for name in result["tasks"]:
         metric = sides[0]["accuracy"][name]["metric"]
         change = _with_interval(comparison["tasks"][name]["difference"], 100, 1) if comparison else ""
-        rows.append((f"{name}, {metric} (%)", *(_with_error(side["accuracy"][name], 100, 1) for side in sides), change))
+        rows.append((f"{name}, {metric} (%)", *(with_error(side["accuracy"][name], 100, 1) for side in sides), change))
     if result["tasks"]:
         change = _with_interval(comparison["average"]["difference"], 100, 1) if comparison else ""
-        rows.append(("average (%)", *(_with_error(side["average_accuracy"], 100, 1) for side in sides), change))
+        rows.append(("average (%)", *(with_error(side["average_accuracy"], 100, 1) for side in sides), change))
     for rate in ("empty", "repetition") if result["answers"] else ():
         rows.append((f"answers, {rate}", *(f"{side['answers'][rate]:.2f}" for side in sides), ""))
     return rows
 
 
-def _with_error(estimate: dict[str, Any], factor: float, digits: int) -> str:
-    return f"{estimate['value'] * factor:.{digits}f} ± {estimate['stderr'] * factor:.{digits}f}"
+def with_error(estimate: dict[str, Any], factor: float, digits: int) -> str:
+    """`71.3 ± 1.2`; without what is not known."""
+    value, error = estimate["value"], estimate["stderr"]
+    return f"{value * factor:.{digits}f}" + ("" if error is None else f" ± {error * factor:.{digits}f}")
 
 
 def _with_interval(interval: dict[str, float], factor: float, digits: int) -> str:

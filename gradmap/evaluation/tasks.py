@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.console import say, waiting
-from gradmap.errors import UserError
+from gradmap.errors import UserError, first_line
 from gradmap.evaluation.scoring import Scorer
+from gradmap.reading import library_errors_refused
 
 PAPER = "paper"
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -94,7 +95,7 @@ def load_task(
     """Loads a task (or group or tag) of the harness and chooses its documents, at random if there is a limit.
 
     data: the directory of saved data sets; None takes the harness's own source, the hub.
-    Raises UserError if the harness has no such task, or its data is missing.
+    Raises UserError if the harness has no such task, or its data is missing or of another shape.
     """
     with waiting(f"Loading task {name}"):
         parts = {part: _load_part(part, data) for part in _expand(name)}
@@ -103,8 +104,14 @@ def load_task(
             for part, task in parts.items()
         }
     left_out = sum(len(task.eval_docs) - len(usable[part]) for part, task in parts.items())
-    source = "hub" if data is None else str(data / _saved_data(name).folder)
-    return LoadedTask(name, parts, _draw(name, usable, limit, seed), left_out, source)
+    if not any(usable.values()):
+        raise UserError(f"Task {name} has no documents to evaluate ({left_out} were used for calibration).")
+    documents = _draw(name, usable, limit, seed)
+    if data is None:
+        return LoadedTask(name, parts, documents, left_out, "hub")
+    for part, indices in documents.items():
+        _require_documents(part, parts[part], indices)
+    return LoadedTask(name, parts, documents, left_out, str(data / _saved_data(name).folder))
 
 
 def score_task(task: LoadedTask, scorer: Scorer, tokenizer: Any) -> TaskScores:
@@ -175,13 +182,39 @@ def _load_part(name: str, data: Path | None) -> Any:
     group = {"group": "gradmap", "task": [{"task": name, **overrides}]}
     try:
         (task,) = _manager().load([group])["tasks"].values()
-    except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # of the hub's client, or of the harness over data that is not the task's
+        if data is not None:
+            raise UserError(
+                f"{data / _saved_data(name).folder} is not what task {name} needs: {_reason(error)}."
+            ) from None
         raise UserError(
-            f"The data of task {name} could not be fetched from the hub ({first_line}); offline, give --task-data DIR "
-            f"with saved data sets (known: {', '.join(SAVED_DATA)}, mmlu)."
+            f"The data of task {name} could not be fetched from the hub ({first_line(error)}); offline, give "
+            f"--task-data DIR with saved data sets (known: {', '.join(SAVED_DATA)}, mmlu)."
         ) from None
     return task
+
+
+def _require_documents(name: str, task: Any, indices: Sequence[int]) -> None:
+    """Raises UserError if one of these documents is none of the task's: the harness would break down over it later, or
+    count it as wrong."""
+    for index in indices:
+        try:
+            document = task.eval_docs[index]
+            task.doc_to_text(document)
+            target = task.doc_to_target(document)
+            choices = task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else None
+        except Exception as error:  # whatever a template or a function of the harness raises
+            raise UserError(f"Document {index} of task {name} is not what the task needs: {_reason(error)}.") from None
+        if choices is not None and not all(isinstance(choice, str) for choice in choices):
+            raise UserError(f"Document {index} of task {name} has an answer that is no text.")
+        if choices is not None and (target is None or (isinstance(target, int) and not 0 <= target < len(choices))):
+            raise UserError(f"Document {index} of task {name} has {len(choices)} answers, and its label is {target}.")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _overrides(name: str, data: Path) -> dict[str, Any]:
@@ -212,7 +245,8 @@ def _read(name: str, directory: Path) -> Any:
     from datasets import load_from_disk
 
     # In memory: datasets would write what it derives beside the data, which is the user's, and the input of a stage.
-    documents = load_from_disk(str(directory), keep_in_memory=True)
+    with library_errors_refused(f"{directory} is damaged"):
+        documents = load_from_disk(str(directory), keep_in_memory=True)
     if name == "boolq":  # saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class
         documents = documents.map(lambda document: {"label": int(document["answer"])})
     return documents

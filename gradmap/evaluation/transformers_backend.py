@@ -16,7 +16,9 @@ from torch import Tensor
 from gradmap.batching import is_out_of_memory
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.evaluation.backends import IsDone, Request, Score, never
+from gradmap.evaluation.backends import LOGITS, IsDone, Request, Score, never
+from gradmap.evaluation.ends import until_end
+from gradmap.finite import require_finite
 from gradmap.precision import computing_in
 
 # Tokens in one pass; halved when memory runs out. More brings no speed.
@@ -114,12 +116,14 @@ class TransformersBackend:
             eos_token_id=self._end_tokens or None,
             pad_token_id=0,
             stopping_criteria=[which_are_done],
+            logits_processor=[_require_finite_logits],
         )
-        return [self._until_end(answer) for answer in output[:, longest:].tolist()]
+        return [until_end(answer, self._end_tokens) for answer in output[:, longest:].tolist()]
 
-    def _until_end(self, answer: list[int]) -> list[int]:
-        ends = [index for index, token in enumerate(answer) if token in self._end_tokens]
-        return answer[: ends[0]] if ends else answer
+
+def _require_finite_logits(ids: Tensor, logits: Tensor) -> Tensor:
+    require_finite(LOGITS, logits)
+    return logits
 
 
 @dataclass(frozen=True)

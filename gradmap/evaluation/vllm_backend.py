@@ -10,6 +10,7 @@ from typing import Any
 
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import IsDone, Request, Score, never
+from gradmap.evaluation.ends import until_end
 from gradmap.vllm_environment import threads_within_quota, vllm_defaults
 
 MAX_TOKENS = 4096
@@ -20,7 +21,7 @@ class VllmBackend:
 
     name = "vllm"
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], dtype: str) -> None:
+    def __init__(self, directory: Path, config: Mapping[str, Any], dtype: str, end_tokens: Sequence[int]) -> None:
         defaults = vllm_defaults() | threads_within_quota() | {"VLLM_LOGGING_LEVEL": "ERROR"}
         for variable, value in defaults.items():
             os.environ.setdefault(variable, value)
@@ -41,6 +42,7 @@ class VllmBackend:
         )
         self.max_tokens = window - 2  # vLLM reads the whole request, and insists on generating a token after it
         self.vocabulary: int | None = int(config["vocab_size"])
+        self._end_tokens = {*end_tokens, self._llm.get_tokenizer().eos_token_id}
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         from vllm import SamplingParams
@@ -62,8 +64,7 @@ class VllmBackend:
         from vllm import SamplingParams
 
         outputs = self._generate(prompts, SamplingParams(max_tokens=new_tokens, temperature=0, detokenize=False))
-        end = self._llm.get_tokenizer().eos_token_id
-        return [[token for token in output.outputs[0].token_ids if token != end] for output in outputs]
+        return [until_end(output.outputs[0].token_ids, self._end_tokens) for output in outputs]
 
     def close(self) -> None:
         """Ends vLLM's own process, so that the next model has the memory."""

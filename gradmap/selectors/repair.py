@@ -33,7 +33,7 @@ from gradmap.compensators.ridge import plus_identity, ridge_sums, solve_ridge, w
 from gradmap.corrections import Change, Place, Projection, corrected, linear_output
 from gradmap.distributed import summed
 from gradmap.errors import UserError
-from gradmap.importance import require_finite
+from gradmap.finite import require_finite, require_finite_losses
 from gradmap.layerwise import capturing, divergences_from, record_layer_calls, stacked_on_cpu
 from gradmap.processes import process_count, process_rank
 from gradmap.selection import Advance, Selection, Subject
@@ -123,7 +123,8 @@ class RepairScorer:
         self._wanted = self._fitted.entering[1:]  # what each layer gives in the dense model
         self._wanted_at_last = self._measured.entering[-1]
         self._divergences = self._divergences_of(self._measured, slice(None))
-        require_finite(self._divergences, len(calibration.fit_ids))
+        first = len(calibration.fit_ids) if self._repairable else 0
+        require_finite_losses(self._divergences, range(first, first + len(self._divergences)))
         self._leader: Trial | None = None  # of the round, if it was tried in this process
 
     def work(self, alive: int) -> int:
@@ -145,6 +146,7 @@ class RepairScorer:
         while untried and may_be_best(untried[0]):
             group, untried = untried[: process_count()], untried[process_count() :]
             for layer, divergences in zip(group, self._try_each(group, race), strict=True):
+                require_finite(f"What removing layer {layer} costs", divergences)
                 if may_be_best(layer):  # else one process alone would not have tried it
                     costs[layer] = race.enter(divergences) - base
             advance(len(group))

@@ -13,6 +13,7 @@ from gradmap.architectures import Architecture
 from gradmap.batching import forward_batch
 from gradmap.distributed import share_of, summed
 from gradmap.errors import UserError
+from gradmap.finite import require_finite_scores
 from gradmap.layerwise import layer_passes, stacked_on_cpu
 from gradmap.selection import Advance, Selection, Subject
 
@@ -40,6 +41,7 @@ class WindowScorer:
             subject.model, subject.architecture, subject.calibration.input_ids, subject.count, advance
         )
         of_window = dict(zip(self._windows, influences.tolist(), strict=True))
+        require_finite_scores({window[0]: influence for window, influence in of_window.items()})
         best = min(self._allowed, key=of_window.__getitem__)
         return dict.fromkeys(best, of_window[best])
 

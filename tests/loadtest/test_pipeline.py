@@ -36,13 +36,13 @@ def recipe_file(tmp_path, picos, word_file):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("prunes: {}", "prunes: is no key of a recipe"),
-        ("loadtest: {speed: 2}", r"loadtest\.speed: is no key of a recipe"),
+        ("prunes: {}", "prunes: this key is not known"),
+        ("loadtest: {speed: 2}", r"loadtest\.speed: this key is not known"),
         ("loadtest: {pairs: many}", r"loadtest\.pairs: .*integer"),
         ("export: {formats: [hf]}", "formats must include vllm"),
         ("model: [", "not valid YAML"),
         ("quality: {max_average_drop: 0.1}", r"quality\.max_average_drop needs eval\.tasks"),
-        ("quality: {max_accuracy: 0.1}", r"quality\.max_accuracy: is no key of a recipe"),
+        ("quality: {max_accuracy: 0.1}", r"quality\.max_accuracy: this key is not known"),
         ("loadtest: {slo: [fast]}", r"loadtest\.slo\.0: .*ttft_p95=200ms"),
         ("loadtest: {arrivals: rarely}", r"loadtest\.arrivals: .*'poisson'"),
         ("loadtest: {output_tokens: 1}", r"loadtest\.output_tokens: .*greater than or equal to 2"),
@@ -90,21 +90,21 @@ def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
 
 
 def test_a_stage_depends_on_its_command_and_its_inputs(tmp_path):
-    (tmp_path / "text").write_text("a")
+    (tmp_path / "text.jsonl").write_text("a")
     recipe = """
 model: m
 prune: {remove: 2, calibration: "file:%s"}
-eval: {perplexity: {a: "file:b"}}
+eval: {perplexity: {a: "file:b.txt"}}
 """
     path = tmp_path / "recipe.yaml"
 
     def key() -> str:
-        path.write_text(recipe % (tmp_path / "text#field"))
+        path.write_text(recipe % (tmp_path / "text.jsonl#field"))
         return stage_key(plan_stages(load_recipe(path), Path("out"))[0])
 
     first = key()
     assert key() == first
-    (tmp_path / "text").write_text("b")
+    (tmp_path / "text.jsonl").write_text("b")
     changed_input = key()
     assert changed_input != first
     recipe = recipe.replace("remove: 2", "remove: 3")
@@ -164,7 +164,7 @@ def test_a_dry_run_says_which_stages_are_done_and_which_would_run_for_an_earlier
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("prunes: {}", "prunes: is no key of a recipe"),
+        ("prunes: {}", "prunes: this key is not known"),
         ("loadtest: {against: none.json}", r"none\.json, which the recipe names, does not exist"),
         ("export: {formats: [vllm, exe]}", "Unknown format 'exe'"),
         ("export: {formats: [hf, vllm], quantise: int8}", "Format hf has no quantisation 'int8'"),

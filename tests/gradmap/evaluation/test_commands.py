@@ -175,3 +175,9 @@ def test_a_missing_package_is_named(evaluate, monkeypatch, module, arguments, me
     finished = evaluate(*arguments)
     assert finished.returncode == 2
     assert message in finished.stderr
+
+
+def test_a_single_segment_has_no_standard_error_and_ends_well(evaluate, planned, tmp_path):
+    finished = evaluate("--plan", planned[1] / "plan", "--limit", 1)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "eval.json").read_text())["dense"]["perplexity"]["own"]["stderr"] is None

@@ -81,6 +81,19 @@ def test_the_average_weighs_tasks_equally_and_draws_them_independently():
     assert average.difference.high - average.difference.low == pytest.approx(2 * 1.96 * sigma, rel=0.05)
 
 
+def test_of_one_document_there_is_no_standard_error():
+    one, many = mean_estimate(np.array([1.0])), mean_estimate(np.array([1.0, 0.0]))
+    assert one == Estimate(1.0, None)
+    assert average_estimate({"one": one, "many": many}) == Estimate(0.75, None)
+
+
+@pytest.mark.parametrize("dense", [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+def test_of_what_may_be_nothing_no_share_is_retained(dense):
+    average = compare({"task": Paired(np.array(dense), np.array([0.0, 1.0, 0.0]))}, {}).average
+    assert average.retained is None
+    assert np.isfinite([average.difference.value, average.difference.low, average.difference.high]).all()
+
+
 def test_the_perplexity_ratio_follows_from_paired_losses():
     generator = np.random.default_rng(3)
     dense = generator.normal(3, 0.5, 400)

@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,7 +119,9 @@ def test_perplexity_is_that_of_the_loss_of_calibration(picos, word_file):
     estimate = perplexity_of_losses(losses)
     assert estimate.value == pytest.approx(expected.mean().exp().item(), rel=FLOAT64_TOLERANCE)
     assert estimate.stderr == pytest.approx(estimate.value * expected.std().item() / 20**0.5, rel=1e-9)
-    assert math.isnan(perplexity_of_losses(losses[:1]).stderr)
+    assert perplexity_of_losses(losses[:1]).stderr is None
+    with pytest.raises(UserError, match="A loss of 1000 nats per token has no perplexity"):
+        perplexity_of_losses(np.array([3.0, 1000.0]))
 
 
 def test_behind_bos_every_token_of_a_segment_is_predicted(pico_with_bos, word_file):
@@ -193,8 +196,8 @@ def test_scores_are_kept_for_one_model_and_its_requests_only(kept):
 @pytest.mark.parametrize(
     ("request_", "value", "message"),
     [
-        (Request((1,), (5,)), float("nan"), "logits are not finite"),
-        (Request((1,), (5,)), float("-inf"), "logits are not finite"),
+        (Request((1,), (5,)), float("nan"), "task: what the model predicts is not finite"),
+        (Request((1,), (5,)), float("-inf"), "task: what the model predicts is not finite"),
         (Request((1,), (100_000,)), -1.0, "the model knows only 100000: it is another model's"),
         (Request((1,) * 50, (5, 6)), -1.0, "longer than the 50"),
     ],
@@ -203,3 +206,10 @@ def test_what_cannot_be_scored_is_refused_and_not_kept(kept, tmp_path, request_,
     with pytest.raises(UserError, match=message):
         Scorer(CountingBackend(value=value), kept, "dense").score([request_], "task")
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_what_is_no_number_is_not_generated(picos):
+    model = picos["llama"].load()
+    model.get_output_embeddings().weight[7] = math.nan
+    with pytest.raises(UserError, match="What the model predicts is not finite"):
+        TransformersBackend(model, "float64").generate([[5, 6]], 4)

@@ -4,7 +4,7 @@ import random
 import shutil
 
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
@@ -125,6 +125,49 @@ def test_nothing_is_written_beside_the_data(tmp_path, name):
 def test_a_task_without_data_says_what_is_needed(name, data, message):
     with pytest.raises(UserError, match=message):
         load_task(name, data, None, seed=0)
+
+
+QUESTION = {"goal": "a", "sol1": "b", "sol2": "c", "label": 1}
+PIQA = SAVED_DATA["piqa"].folder
+
+
+def save_piqa(directory, rows):
+    Dataset.from_list(rows).save_to_disk(directory / PIQA / "validation")
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"goal": "a", "label": 1}, "is not what (the )?task"),
+        ({"text": "a"}, "is not what (the )?task"),
+        (QUESTION | {"label": 2}, "Document 1 of task piqa has 2 answers, and its label is 2"),
+        (QUESTION | {"label": -1}, "Document 1 of task piqa has 2 answers, and its label is -1"),
+        (QUESTION | {"label": None}, "Document 1 of task piqa has 2 answers, and its label is None"),
+        (QUESTION | {"sol1": None}, "Document 1 of task piqa has an answer that is no text"),
+    ],
+)
+def test_saved_data_of_another_shape_is_named(tmp_path, row, problem):
+    save_piqa(tmp_path, [QUESTION if row.keys() == QUESTION.keys() else row, row])
+    with pytest.raises(UserError, match=problem):
+        load_task("piqa", tmp_path, None, seed=0)
+
+
+def test_saved_data_without_documents_is_named(tmp_path):
+    save_piqa(tmp_path, [QUESTION])
+    assert load_task("piqa", tmp_path, None, seed=0).documents == {"piqa": [0]}
+    with pytest.raises(UserError, match=r"Task piqa has no documents to evaluate \(1 were used for calibration\)"):
+        load_task("piqa", tmp_path, None, seed=0, calibration_texts=["a"])
+    Dataset.from_dict({name: [] for name in QUESTION}).save_to_disk(tmp_path / PIQA / "validation")
+    with pytest.raises(UserError, match="piqa"):
+        load_task("piqa", tmp_path, None, seed=0)
+
+
+def test_damaged_saved_data_is_named(tmp_path):
+    save_piqa(tmp_path, [QUESTION])
+    (arrow,) = (tmp_path / PIQA / "validation").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:40])
+    with pytest.raises(UserError, match="validation is damaged"):
+        load_task("piqa", tmp_path, None, seed=0)
 
 
 class UnevenBackend:
