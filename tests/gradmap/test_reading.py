@@ -17,7 +17,7 @@ BROKEN_JSON = {
     b'{"a": 1e999}': "1e999 is beyond",
     b"[" * 100_000: "nested too deeply",
     '{"a": "é"}'.encode("latin-1"): "not text in UTF-8",
-    '{"a": 1}'.encode("utf-16"): "not text in UTF-8",
+    '{"a": 1}'.encode("utf-16"): "is in UTF-16",
 }
 BROKEN_YAML = {
     b"a: 1\na: 2": "the key 'a' occurs twice",
