@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from gradmap.errors import UserError
 
@@ -35,6 +37,17 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class _Entry(TypedDict):
+    """What a file's header says of one tensor, and where it is."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry], config=ConfigDict(strict=True))
 
 
 @dataclass(frozen=True)
@@ -116,8 +129,7 @@ def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
             (header_size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(header_size, path.stat().st_size)))
         header.pop("__metadata__", None)
-        for entry in header.values():
-            _, _ = entry["data_offsets"]
+        _ENTRIES.validate_python(header)
         return 8 + header_size, header
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+    except (struct.error, ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path} is not a safetensors file, or is cut short; copy it again.") from None

@@ -8,17 +8,18 @@ from typing import Any
 
 from markupsafe import Markup
 
+from export.integrity import read_record
 from gradmap.environment import describe_environment
 from gradmap.evaluation.answers import NEW_TOKENS
 from gradmap.evaluation.result import read_evaluation
 from gradmap.evaluation.table import describe_retained, tabulate
-from gradmap.files import sha256_file, write_json, write_text
+from gradmap.files import ARTIFACT_FILE, sha256_file, write_json, write_text
 from gradmap.plan import Plan, load_plan
 from gradmap.quoting import markdown, visible
-from gradmap.reading import read_json
 from gradmap.verdict import Verdict, worst
 from loadtest import figures
 from loadtest.load_figures import Drawing, draw_load_test
+from loadtest.outcome import read_report
 from loadtest.page import as_markup, markdown_row, render_template
 from loadtest.records import REPORT_FILE, read_measurements
 from loadtest.table import speed_up_lines
@@ -30,7 +31,7 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
     timings_s: seconds each stage took when it last ran.
     """
     plan = load_plan(out / "plan")
-    load_report = read_json(out / "loadtest" / REPORT_FILE)
+    load_report = read_report(out / "loadtest" / REPORT_FILE)
     result = build_result(out, load_report, timings_s)
     write_json(out / "result.json", result)
     records = read_measurements(out / "loadtest").requests
@@ -49,10 +50,7 @@ def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, fl
     """Assembles result.json. Sizes are of the vLLM-ready weights, the ones that were served."""
     evaluation = read_evaluation(out / "eval.json", of_two=True)
     artifacts = {"pruned": out / "vllm", "dense": out / "dense" / "vllm"}
-    sides = {
-        arm: evaluation[arm] | {"bytes": read_json(artifacts[arm] / "gradmap.json")["weight_bytes"]}
-        for arm in ("dense", "pruned")
-    }
+    sides = {arm: evaluation[arm] | {"bytes": read_record(artifacts[arm]).weight_bytes} for arm in ("dense", "pruned")}
     quality = evaluation["quality"]
     verdicts = [judged["verdict"] for judged in (load_report, quality) if judged]
     return {
@@ -65,11 +63,10 @@ def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, fl
         "loadtest": {key: load_report[key] for key in ("verdict", "reason", "required_speedup", "speedup", "arms")},
         "artifacts": {
             str(path.relative_to(out)): {
-                "gradmap_json_sha256": sha256_file(path / "gradmap.json"),
-                "files": read_json(path / "gradmap.json")["files"],
-                "verification": read_json(path / "gradmap.json")["verification"],
+                "gradmap_json_sha256": sha256_file(path / ARTIFACT_FILE),
+                **read_record(path).model_dump(mode="json", include={"files", "verification"}),
             }
-            for path in sorted(marker.parent for marker in out.glob("**/gradmap.json"))
+            for path in sorted(marker.parent for marker in out.glob(f"**/{ARTIFACT_FILE}"))
         },
         "timings_s": timings_s,
         "environment": describe_environment(),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,3 +233,26 @@ def test_a_missing_model_is_refused(name):
 def test_a_hub_model_that_cannot_be_fetched_is_refused():
     with pytest.raises(UserError, match="could not be fetched"):
         open_checkpoint("no-such-org/no-such-model")
+
+
+def header_of(entry):
+    return json.dumps({"x": entry}).encode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"[]",
+        b'{"x": 1}',
+        header_of({"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}),
+        header_of({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}),
+        header_of({"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}),
+        header_of({"dtype": 1, "shape": [1], "data_offsets": [0, 4]}),
+        header_of({"shape": [1], "data_offsets": [0, 4]}),
+    ],
+)
+def test_a_damaged_header_of_weights_is_one_sentence(broken, header):
+    (broken / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(UserError, match=r"model\.safetensors is not a safetensors file, or is cut short"):
+        open_checkpoint(str(broken))
