@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,10 @@ from gradmap.console import announced, say, waiting
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.evaluation.result import read_evaluation
-from gradmap.files import ARTIFACT_FILE, atomic_directory, refuse_foreign_directory, sha256_file, write_json, write_text
+from gradmap.files import ARTIFACT_FILE, atomic_directory, sha256_file, write_json, write_text
 from gradmap.gguf_model import read_license
 from gradmap.gguf_tokenizer import require_same_tokens
+from gradmap.outputs import output_directory
 from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
 from gradmap.precision import DTYPES
 from gradmap.reading import read_json_object
@@ -89,8 +92,15 @@ def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dic
     Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing of it is left.
     """
     targets = {name: choose_target(name, settings, source.checkpoint.config) for name in settings.formats}
-    for name in targets:
-        refuse_foreign_directory(out / name, ARTIFACT_FILE)
+    with ExitStack() as stack:
+        for name in targets:
+            stack.enter_context(output_directory(out / name, ARTIFACT_FILE))
+        return _export_each(source, targets, settings, out)
+
+
+def _export_each(
+    source: Source, targets: Mapping[str, Target], settings: ExportSettings, out: Path
+) -> dict[str, ArtifactRecord]:
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
     dtypes = {name: reference_dtype(target, source.checkpoint) for name, target in targets.items()}
     if left := left_behind(source.checkpoint):

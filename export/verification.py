@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,9 @@ from torch import Tensor
 from export.comparison import Bounds, Comparison
 from export.reference import Reference
 from export.tolerance import SWAP_FACTOR
-from gradmap.errors import UserError
+from gradmap.children import ending_children, run_captured
+from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.failures import MEMORY_CURE, was_killed
 from gradmap.machine import available_bytes
 
 # How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
@@ -50,7 +51,7 @@ def run_artifact_in_each(
     """`run_artifact` in each runner: at once if memory has room for all, since most of their time goes into imports."""
     needed = len(runners) * (LARGEST_RUNTIME_BYTES + WIDENED * weight_bytes)
     together = len(runners) if needed <= available_bytes() else 1
-    with ThreadPoolExecutor(together) as pool:
+    with ThreadPoolExecutor(together) as pool, ending_children():
         return list(pool.map(lambda runner: run_artifact(runner, directory, reference), runners))
 
 
@@ -68,11 +69,13 @@ def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
 
 
 def run_child(command: list[str], problem: str) -> None:
-    """Runs a program in a fresh process, offline; raises UserError(problem: what it said last) if it fails."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    """Runs a program in a fresh process, offline; raises UserError(problem: what it said last) if it fails.
+
+    OutOfMemoryError if it was killed, as the system does where memory runs out.
+    """
+    finished = run_captured(command, os.environ | {"HF_HUB_OFFLINE": "1"})
+    if was_killed(finished.returncode):
+        raise OutOfMemoryError(f"{problem}: it was killed, as the system does where memory runs out; {MEMORY_CURE}.")
     if finished.returncode != 0:
         raise UserError(f"{problem}: {_find_reason(finished.stderr)}")
 

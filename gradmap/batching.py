@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradmap.console import say
 from gradmap.errors import UserError
+from gradmap.failures import is_out_of_memory
 
 # What the activations of a batch may take. On a CPU, more brings no speed: small batches stay in its caches. A GPU
 # waits for Python where batches are small, so there it is a share of what is free.
@@ -118,8 +119,3 @@ class Batches:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

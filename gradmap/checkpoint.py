@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 from gradmap.architectures import architecture_of
 from gradmap.console import announced, waiting
 from gradmap.errors import UserError, first_line
+from gradmap.failures import explain
 from gradmap.files import atomic_directory, cache_directory, sha256_file, sha256_json, write_json
 from gradmap.gguf_model import dequantise_gguf, read_gguf_config
 from gradmap.loading import require_exact
+from gradmap.locks import writing
 from gradmap.model_files import PlainName, copy_files, own_file, own_files
 from gradmap.precision import AUTOCAST, announce, fastest_dtype, prepare_for_autocast, warn_if_slow, weights_dtype
 from gradmap.processes import local_device
@@ -234,9 +237,17 @@ def _convert_pickled(directory: Path) -> Path:
     if not sources:
         return directory  # nothing to convert: the missing weight file is reported as such
     with waiting(f"Hashing the weights of {directory}"):
-        target = cache_directory() / "unpickled" / sha256_json([sha256_file(path) for path in sources])[:16]
-    if (target / "config.json").exists():
-        return target
+        read = [*sources, *own_files(directory, COMPANION_PATTERNS)]
+        hashes = {str(path.relative_to(directory)): sha256_file(path) for path in read}
+    target = cache_directory() / "unpickled" / sha256_json(hashes)[:16]
+    if not (target / "config.json").exists():
+        with writing(target, wait=True):
+            if not (target / "config.json").exists():  # somebody else may have made it meanwhile
+                _write_unpickled(directory, sources, target)
+    return target
+
+
+def _write_unpickled(directory: Path, sources: Sequence[Path], target: Path) -> None:
     what = f"Converting {len(sources)} pickled weight file(s) of {directory} to safetensors in {target} (once)"
     with announced(what), atomic_directory(target, marker="config.json") as partial:
         weight_map: dict[str, str] = {}
@@ -247,7 +258,6 @@ def _convert_pickled(directory: Path) -> Path:
             weight_map |= dict.fromkeys(tensors, name)
         write_json(partial / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
         copy_files(directory, partial, COMPANION_PATTERNS)
-    return target
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
@@ -255,7 +265,8 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         # only the format that torch writes since 1.6, a zip archive, can be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is not a file of plain tensors, or is damaged: {first_line(error)}") from None
+        damaged = UserError(f"{path} is not a file of plain tensors, or is damaged: {first_line(error)}")
+        raise explain(error) or damaged from None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path} holds other things than tensors by name; save the model's state_dict() alone.")
     # a copy each: tied weights share memory, which safetensors does not store

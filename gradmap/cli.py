@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import signal
 import sys
 import traceback
 from importlib.metadata import entry_points
@@ -12,13 +12,17 @@ import typer
 from typer.exceptions import TyperException
 
 from gradmap.console import say
-from gradmap.errors import UserError
+from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.failures import explain
 from gradmap.options import finite_numbers
 from gradmap.quoting import visible
+from gradmap.signals import raising_signals
 
 EXIT_USAGE = 2
 EXIT_BUG = 70  # EX_SOFTWARE: never to be mistaken for a gate's verdict
+EXIT_OUT_OF_MEMORY = 75  # EX_TEMPFAIL: another attempt may find more
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def build_app() -> typer.Typer:
@@ -35,26 +39,42 @@ def build_app() -> typer.Typer:
 
 
 def run_app(app: typer.Typer) -> int:
-    """Runs a typer app and turns what went wrong into one sentence and an exit code."""
+    """Runs a typer app, in the main thread, and turns what went wrong into one sentence and an exit code."""
+    with raising_signals() as received:
+        try:
+            code = _run(app)
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+    if not received:
+        return code
+    ended = received[0] == signal.SIGTERM  # typer may have made another exit code of it
+    say("Ended by SIGTERM." if ended else "Interrupted.")
+    return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
+
+
+def _run(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except (UserError, TyperException) as error:
-        message = error.format_message() if isinstance(error, TyperException) else error
-        print(f"Error: {visible(str(message))}", file=sys.stderr)  # whichever of several processes it happens in
-        return EXIT_USAGE
-    except KeyboardInterrupt:  # not typer.Abort, which an EOFError of any file becomes
-        say("Interrupted.")
-        return EXIT_INTERRUPTED
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            say(f"Error: {error.filename or 'the output'} cannot be written: {os.strerror(error.errno)}.")
-            return EXIT_USAGE
+    except TyperException as error:
+        return _refuse(UserError(error.format_message()))
+    except UserError as error:
+        return _refuse(error)
+    except typer.Abort as error:
+        if not isinstance(error.__context__, EOFError):  # of any file: typer takes it for the end of what a user types
+            return EXIT_INTERRUPTED
         traceback.print_exc()
         return EXIT_BUG
-    except Exception:
+    except Exception as error:
+        if (explained := explain(error)) is not None:
+            return _refuse(explained)
         traceback.print_exc()
         return EXIT_BUG
+
+
+def _refuse(error: UserError) -> int:
+    print(f"Error: {visible(str(error))}", file=sys.stderr)  # whichever of several processes it happens in
+    return EXIT_OUT_OF_MEMORY if isinstance(error, OutOfMemoryError) else EXIT_USAGE
 
 
 def quiet_libraries() -> None:

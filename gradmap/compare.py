@@ -18,9 +18,10 @@ from gradmap.compensators import COMPENSATORS
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
-from gradmap.evaluation.result import read_evaluation
+from gradmap.evaluation.result import read_evaluation, records_beside
 from gradmap.evaluation.table import with_error
-from gradmap.files import refuse_foreign_directory, write_json, write_text
+from gradmap.files import write_json, write_text
+from gradmap.outputs import results_in
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.plan import load_plan
 from gradmap.presets import ALWAYS
@@ -96,7 +97,7 @@ def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         options = {"selector": selector, **variant, "compensator": "none", "seed": seed}
         directory = _selection(out, selection, count, seed)
         flags = as_flags({**settings.model, **settings.calibration, **options, "remove": count, "out": directory})
-        yield Stage(directory.name, ("prune", *flags), _inputs(settings), directory / "plan.json", schema=PLAN_SCHEMA)
+        yield Stage(directory.name, ("prune", *flags), _inputs(settings), (directory,), schema=PLAN_SCHEMA)
 
 
 def selected_count(settings: CompareSettings, method: Method, count: int) -> int:
@@ -115,7 +116,7 @@ def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         options = {"from_plan": source, "compensator": compensator, **variant, "remove": count, "out": directory}
         flags = as_flags({**settings.model, **device, **options})
         inputs = (source, *_inputs(settings))
-        yield Stage(directory.name, ("prune", *flags), inputs, directory / "plan.json", schema=PLAN_SCHEMA)
+        yield Stage(directory.name, ("prune", *flags), inputs, (directory,), schema=PLAN_SCHEMA)
 
 
 def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
@@ -124,19 +125,23 @@ def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         plan = _plan(out, method, count, seed)
         target = out / "evaluations" / f"{plan.name}.json"
         flags = as_flags({**settings.model, **settings.evaluation, "plan": plan, "out": target})
-        yield Stage(f"eval {plan.name}", ("eval", *flags), (plan, *_inputs(settings)), target, schema=EVALUATION_SCHEMA)
+        inputs, outputs = (plan, *_inputs(settings)), (target, records_beside(target))
+        yield Stage(f"eval {plan.name}", ("eval", *flags), inputs, outputs, schema=EVALUATION_SCHEMA)
 
 
 def compare_methods(settings: CompareSettings, out: Path) -> dict[str, Any]:
     """Does what is not done yet; writes compare.json, compare.md and perplexity.svg; returns compare.json."""
+    with results_in(out, RESULT_FILE):
+        write_json(out / RESULT_FILE, {"finished": False})
+        stages = [*plan_selections(settings, out), *plan_repairs(settings, out), *plan_evaluations(settings, out)]
+        for number, stage in enumerate(stages, start=1):
+            run_stage(stage, f"[{number}/{len(stages)}]", out, forced=False)
+        return _write_result(settings, out)
+
+
+def _write_result(settings: CompareSettings, out: Path) -> dict[str, Any]:
     from gradmap.compare_figure import draw_perplexities
 
-    refuse_foreign_directory(out, RESULT_FILE)
-    (out / "evaluations").mkdir(parents=True, exist_ok=True)
-    write_json(out / RESULT_FILE, {"finished": False})
-    stages = [*plan_selections(settings, out), *plan_repairs(settings, out), *plan_evaluations(settings, out)]
-    for number, stage in enumerate(stages, start=1):
-        run_stage(stage, f"[{number}/{len(stages)}]", out, forced=False)
     rows = [
         describe_row(settings, out, method, count)
         for method, count in product(settings.methods, settings.counts)

@@ -1,8 +1,12 @@
-"""The one exception that users see, and what is quoted of others."""
+"""The exceptions that users see, and what is quoted of others."""
 
 
 class UserError(ValueError):
     """Wrong usage or input. The message is one sentence: what is wrong and how to cure it. Exit code 2."""
+
+
+class OutOfMemoryError(UserError):
+    """Memory ran out, which need not happen another time or on another machine. Exit code 75."""
 
 
 def first_line(error: Exception) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from gradmap.console import waiting
-from gradmap.errors import UserError
+from gradmap.locks import writing
+from gradmap.outputs import refuse_foreign_directory
 
 CHUNK_BYTES = 1 << 22
 # In every artifact: what it is, its files' hashes, and how it was verified.
@@ -48,29 +49,43 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically (temporary sibling, fsync, rename)."""
+    """Writes a text file in UTF-8, atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a temporary sibling file, to be written, that becomes `path` when the block ends without an
+    error. A link is written through."""
+    with _partial_of(path) as (partial, place):
+        try:
+            yield partial
+            _sync(partial)
+            partial.replace(place)
+            _sync(place.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file that was written atomically, if it is there, and what killed runs left beside it."""
+    with _partial_of(path):
+        path.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a file, all of it or, if the disk is full, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_partials(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
+    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+        before, rest = file.tell(), memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def refuse_foreign_directory(path: Path, marker: str) -> None:
-    """Raises UserError if `path` holds something that is not an earlier result (recognised by its `marker` file)."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; name a directory for the output.")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
-        raise UserError(
-            f"{path} is not empty and holds no {marker}, so it will not be overwritten; name another directory."
-        )
+        except BaseException:
+            file.truncate(before)
+            raise
 
 
 @contextmanager
@@ -78,43 +93,47 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
     """Yields a temporary sibling directory that becomes `path` when the block ends without an error.
 
     An earlier result at `path` (it holds a file named `marker`) is replaced only then; on any error the
-    temporary directory is removed and the earlier result stays.
+    temporary directory is removed and the earlier result stays. A link is written through.
     """
     refuse_foreign_directory(path, marker)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_debris(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        with waiting(f"Writing {path} to the disk"):
-            _sync_tree(partial)
-            _replace_directory(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _partial_of(path) as (partial, place):
+        partial.mkdir()
+        try:
+            yield partial
+            with waiting(f"Writing {path} to the disk"):
+                _sync_tree(partial)
+                _replace_directory(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_debris(path: Path) -> None:
-    """Removes what killed runs left beside `path`."""
-    _remove_partials(path)
-    retired = path.with_name(f".{path.name}.retired")
-    if retired.exists():
-        if path.exists():
-            shutil.rmtree(retired)
-        else:  # killed between the two renames of _replace_directory: the earlier result comes back
-            retired.rename(path)
+@contextmanager
+def _partial_of(path: Path) -> Iterator[tuple[Path, Path]]:
+    """A name that nothing has yet, beside where `path` leads, and that place."""
+    with writing(path) as locked:
+        place = Path(os.path.realpath(path))
+        if locked:  # so that nobody else is at work there
+            _remove_partials(place)
+        _restore_retired(place)
+        yield place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}"), place
 
 
 def _remove_partials(path: Path) -> None:
-    for debris in path.parent.glob(f".{path.name}.partial-*"):
-        writer = int(debris.name.rpartition("-")[2])
-        # In a new container, this process may have the number of the one that was killed in the last.
-        if writer != os.getpid() and psutil.pid_exists(writer):
-            continue
+    """Removes what killed runs left beside `path`."""
+    for debris in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         if debris.is_dir():
             shutil.rmtree(debris, ignore_errors=True)
         else:
             debris.unlink(missing_ok=True)
+
+
+def _restore_retired(path: Path) -> None:
+    """Where a run was killed between the two renames of _replace_directory, the earlier result comes back."""
+    retired = path.with_name(f".{path.name}.retired")
+    if retired.exists() and path.exists():
+        shutil.rmtree(retired)
+    elif retired.exists():
+        retired.rename(path)
 
 
 def _sync_tree(directory: Path) -> None:

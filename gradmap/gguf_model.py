@@ -9,6 +9,7 @@ import torch
 
 from gradmap.console import announced, say, waiting
 from gradmap.errors import UserError, first_line
+from gradmap.failures import explain
 from gradmap.files import atomic_directory, cache_directory, sha256_file, write_json
 from gradmap.gguf_head import Stored, finer_of, judge_head
 from gradmap.gguf_metadata import require_read, require_understood, require_whole_file
@@ -21,6 +22,7 @@ from gradmap.gguf_tokenizer import (
     require_same_tokens,
 )
 from gradmap.loading import refuse_inexact
+from gradmap.locks import writing
 from gradmap.reading import read_json_object
 
 # Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
@@ -34,8 +36,10 @@ def dequantise_gguf(source: Path) -> Path:
     """
     target = _dequantised(source)
     if not (target / "config.json").exists():
-        with announced(f"Dequantising {source} to float32 in {target} (once)"):
-            _write_dequantised(source, target)
+        with writing(target, wait=True):
+            if not (target / "config.json").exists():  # somebody else may have made it meanwhile
+                with announced(f"Dequantising {source} to float32 in {target} (once)"):
+                    _write_dequantised(source, target)
     return target
 
 
@@ -145,4 +149,4 @@ def _dequantised(source: Path) -> Path:
 
 
 def _unreadable(source: Path, error: Exception) -> UserError:
-    return UserError(f"{source} cannot be read as a GGUF model: {first_line(error)}")
+    return explain(error) or UserError(f"{source} cannot be read as a GGUF model: {first_line(error)}")

@@ -8,10 +8,16 @@ from typing import Any
 
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.files import write_json
+from gradmap.files import remove_file, write_json
 from gradmap.processes import is_main_process
-from gradmap.reading import read_json
+from gradmap.reading import read_json_object
 from gradmap.selection import Step
+
+
+@dataclass(frozen=True)
+class _Stored:
+    key: dict[str, Any]
+    steps: list[Step]
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,8 @@ class Journal:
     @classmethod
     def recorded(cls, out: Path, inputs: dict[str, Any], name: str) -> Any:
         """What the journal beside `out` has under `name` in its key, if its run had these inputs; else None."""
-        path = cls.beside(out, {}).path
-        key = read_json(path)["key"] if path.exists() else {}
-        return key.get(name) if inputs.items() <= key.items() else None
+        stored = cls.beside(out, {})._read()
+        return stored.key.get(name) if stored and inputs.items() <= stored.key.items() else None
 
     def open(self, resume: bool | None) -> list[Step]:
         """Returns the decisions to go on from.
@@ -40,12 +45,12 @@ class Journal:
         """
         if resume is False:
             return []
-        if not self.path.exists():
+        stored = self._read()
+        if stored is None:
             if resume:
-                raise UserError(f"There is nothing to resume: no {self.path}; leave out --resume.")
+                raise UserError(f"There is nothing to resume: no whole {self.path}; leave out --resume.")
             return []
-        stored = read_json(self.path)
-        changed = [name for name in self.key if stored["key"].get(name) != self.key[name]]
+        changed = [name for name in self.key if stored.key.get(name) != self.key[name]]
         if changed and resume:
             raise UserError(
                 f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start over with --fresh."
@@ -53,9 +58,19 @@ class Journal:
         if changed:
             say(f"Starting over: {', '.join(changed)} changed since {self.path} was written")
             return []
-        steps = [_parse_step(step) for step in stored["steps"]]
-        say(f"Going on after {len(steps)} decisions of an interrupted run ({self.path})")
-        return steps
+        say(f"Going on after {len(stored.steps)} decisions of an interrupted run ({self.path})")
+        return stored.steps
+
+    def _read(self) -> _Stored | None:
+        """None if there is none, or a damaged one."""
+        if not self.path.exists():
+            return None
+        try:
+            stored = read_json_object(self.path)
+            return _Stored(dict(stored["key"]), [_parse_step(step) for step in stored["steps"]])
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            say(f"Starting over: {self.path} is damaged")
+            return None
 
     def write(self, steps: list[Step]) -> None:
         """Atomic and fsynced: after a crash the file holds these decisions or the ones before."""
@@ -63,9 +78,9 @@ class Journal:
             write_json(self.path, {"key": self.key, "steps": [asdict(step) for step in steps]})
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        remove_file(self.path)
 
 
 def _parse_step(stored: dict[str, Any]) -> Step:
-    scores = {int(layer): score for layer, score in stored["scores"].items()}
-    return Step(scores, tuple(stored["removed"]))
+    scores = {int(layer): float(score) for layer, score in stored["scores"].items()}
+    return Step(scores, tuple(map(int, stored["removed"])))

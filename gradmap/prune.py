@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from gradmap.console import waiting
 from gradmap.distributed import process_group
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import refuse_foreign_directory, sha256_json
+from gradmap.files import sha256_json
 from gradmap.finite import require_finite_weights
 from gradmap.journal import Journal
+from gradmap.outputs import output_directory
 from gradmap.plan import (
     PLAN_FILE,
     BaseModelIdentity,
@@ -57,7 +59,11 @@ def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bo
     resume: whether to go on from the journal of an interrupted run; None does so if its inputs were the same.
     """
     check_settings(checkpoint, settings)
-    refuse_foreign_directory(out, PLAN_FILE)
+    with _writing_plan(out):
+        return _prune(checkpoint, settings, out, resume)
+
+
+def _prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None) -> Plan:
     tokenizer = load_tokenizer(checkpoint.directory)
     samples = settings.samples
     if settings.budget_minutes is not None:
@@ -95,12 +101,17 @@ def prune_less(checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettin
     repair = {name: getattr(wanted, name) for name in REPAIR_SETTINGS}
     settings = checked(PruneSettings, larger.recipe | repair, plan_directory / PLAN_FILE)
     check_settings(checkpoint, settings)
-    refuse_foreign_directory(out, PLAN_FILE)
     record, input_ids = larger.calibration, load_calibration_ids(plan_directory, larger)
     drawn = Calibration(record.source, record.seed, input_ids, record.bos)
     calibration = _holding_out(drawn, settings.held_out)
     steps = [Step(step.scores, tuple(step.removed)) for step in larger.steps]
-    return _make_plan(checkpoint, settings, calibration, out, steps, lambda steps: None)
+    with _writing_plan(out):
+        return _make_plan(checkpoint, settings, calibration, out, steps, lambda steps: None)
+
+
+def _writing_plan(out: Path) -> AbstractContextManager[None]:
+    """Of several processes, one writes."""
+    return output_directory(out, PLAN_FILE) if is_main_process() else nullcontext()
 
 
 def _holding_out(calibration: Calibration, held_out: int | None) -> Calibration:
@@ -194,6 +205,7 @@ def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Ca
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
+        "the version of gradmap": version("gradmap"),
         "the calibration samples": calibration.sha256,
         "--dtype": found_dtype(checkpoint, settings),
         SAMPLES: len(calibration.input_ids),

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import torch
+from annotated_types import Len
 from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
@@ -44,7 +45,7 @@ class _Entry(TypedDict):
 
     dtype: str
     shape: list[NonNegativeInt]
-    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+    data_offsets: Annotated[list[NonNegativeInt], Len(2, 2)]
 
 
 _ENTRIES = TypeAdapter(dict[str, _Entry], config=ConfigDict(strict=True))

@@ -1,23 +1,29 @@
-"""Commands of ours as stages of a longer job: each in its own process, none repeated while its inputs stay the same."""
+"""Commands of ours as stages of a longer job, each in its own process.
+
+None is repeated while its inputs stay the same, and what it wrote is still there as it was.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from resource import struct_rusage
 from typing import Any
 
+from pydantic import BaseModel
+
+from gradmap.children import peak_bytes, run_process
+from gradmap.cli import EXIT_OUT_OF_MEMORY
 from gradmap.console import say, waiting
-from gradmap.errors import UserError
-from gradmap.files import sha256_file, sha256_json, write_json
-from gradmap.reading import read_json
+from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.failures import MEMORY_CURE, was_killed
+from gradmap.files import sha256_json, write_json
+from gradmap.fingerprints import Stamp, find_change, fingerprint, hash_path, is_remains
+from gradmap.reading import checked, read_json, read_json_object
 from gradmap.verdict import EXIT_CODES
 
 STAGES_DIRECTORY = ".stages"
@@ -25,97 +31,117 @@ STAGES_DIRECTORY = ".stages"
 
 @dataclass(frozen=True)
 class Stage:
-    """One `gradmap` command. inputs: files and directories it reads; output: what must exist when it is done.
+    """One `gradmap` command. inputs: files and directories it reads; outputs: those that it leaves when it is done.
 
-    schema: the version in which `output` is written now; one of an older version is made again.
+    schema: the version in which the outputs are written now; what is of an older version is made again.
     verdicts: whether exit codes other than 0 are results of a gate and not failures.
     """
 
     name: str
     arguments: tuple[str, ...]
     inputs: tuple[Path, ...]
-    output: Path
+    outputs: tuple[Path, ...]
     schema: int
     verdicts: bool = False
 
 
+class _Marker(BaseModel):
+    """What is kept of a stage that is done. outputs: of every file that it left, by its path below the directory."""
+
+    key: str
+    seconds: float
+    peak_bytes: int
+    outputs: dict[str, Stamp]
+
+
 def stage_key(stage: Stage) -> str:
-    """Hashes all that a stage's result depends on: its command, its inputs' bytes, our version and the output's."""
-    inputs = {str(path): _hash_path(path) for path in stage.inputs}
+    """Hashes all that a stage's result depends on: its command, its inputs' bytes, our version and the outputs'."""
+    inputs = {str(path): hash_path(path) for path in stage.inputs}
     return sha256_json([version("gradmap"), stage.schema, stage.arguments, inputs])
 
 
+def is_within(path: Path, outputs: Sequence[Path]) -> bool:
+    """Whether a path is one of these, or below one."""
+    return any(path == output or output in path.parents for output in outputs)
+
+
 def is_done(stage: Stage, out: Path) -> bool:
-    """Whether it was done before, with the inputs that there are now."""
+    """Whether it was done before, with the inputs that there are now, and left what there is now."""
     # without a marker there is nothing to compare, and a model takes its time to hash
-    return _marker(out, stage.name).exists() and _was_done_with(stage_key(stage), stage, out)
+    return _marker(out, stage.name).exists() and _reason_to_run(stage_key(stage), stage, out) is None
 
 
 def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
-    with waiting(f"{label} {stage.name}: hashing what it reads"):
+    """Raises OutOfMemoryError if the stage was killed, and UserError if it fails otherwise."""
+    with waiting(f"{label} {stage.name}: hashing what it reads and what it wrote"):
         key = stage_key(stage)
-    if not forced and _was_done_with(key, stage, out):
+        reason = _reason_to_run(key, stage, out)
+    if not forced and reason is None:
         say(f"{label} {stage.name}: done before, inputs unchanged")
         return
     marker = _marker(out, stage.name)
-    say(f"{label} {stage.name}")
-    started = time.monotonic()
+    say(f"{label} {stage.name}: {reason}" if reason and marker.exists() else f"{label} {stage.name}")
+    _remove_remains(stage, out)
     marker.unlink(missing_ok=True)
+    started = time.monotonic()
     code, usage = run_process([sys.executable, "-m", "gradmap", *stage.arguments])
-    accepted = set(EXIT_CODES.values()) if stage.verdicts else {0}
-    if code not in accepted or not stage.output.exists():
-        raise UserError(f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.")
-    write_json(marker, {"key": key, "seconds": round(time.monotonic() - started, 1), "peak_bytes": peak_bytes(usage)})
+    seconds = round(time.monotonic() - started, 1)
+    _require_success(stage, code)
+    with waiting(f"{label} {stage.name}: hashing what it wrote"):
+        outputs = fingerprint(stage.outputs, out)
+    done = _Marker(key=key, seconds=seconds, peak_bytes=peak_bytes(usage), outputs=outputs)
+    write_json(marker, done.model_dump())
 
 
 def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
     """How long the stage took when it last ran (`seconds`), and its process's peak resident memory (`peak_bytes`)."""
-    record: dict[str, Any] = read_json(_marker(out, stage_name))
-    return record
+    return read_json_object(_marker(out, stage_name))
 
 
-def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rusage]:
-    """Exit code and use of resources of one process; it ends where we do. options: of subprocess.Popen."""
-    process = subprocess.Popen(command, **options)
+def _require_success(stage: Stage, code: int) -> None:
+    if code == EXIT_OUT_OF_MEMORY:
+        raise OutOfMemoryError(f"Stage {stage.name} ran out of memory; run again, and it goes on from there.")
+    if was_killed(code):
+        raise OutOfMemoryError(
+            f"Stage {stage.name} was killed, as the system does where memory runs out; {MEMORY_CURE}, and run again."
+        )
+    accepted = set(EXIT_CODES.values()) if stage.verdicts else {0}
+    if code not in accepted or not all(path.exists() for path in stage.outputs):
+        raise UserError(f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.")
+
+
+def _reason_to_run(key: str, stage: Stage, out: Path) -> str | None:
+    """Why what is there is not this stage's result; None if it is."""
+    record = _read_marker(stage, out)
+    if record is None:
+        return "it was not done before"
+    if record.key != key:
+        return "its inputs changed"
+    if not all(path.exists() for path in stage.outputs):
+        return "what it wrote is gone"
+    return find_change(record.outputs, out)
+
+
+def _remove_remains(stage: Stage, out: Path) -> None:
+    """Of a directory of which a part is gone, its command would take the rest for somebody else's."""
+    record = _read_marker(stage, out)
+    if record is None:
+        return
+    for path in stage.outputs:
+        if is_remains(path, record.outputs, out):
+            shutil.rmtree(path)
+
+
+def _read_marker(stage: Stage, out: Path) -> _Marker | None:
+    """None if there is none, or one of an older version or a damaged one."""
     try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage
-
-
-def peak_bytes(usage: struct_rusage) -> int:
-    """Peak resident memory."""
-    return usage.ru_maxrss * 1024
-
-
-def _was_done_with(key: str, stage: Stage, out: Path) -> bool:
-    marker = _marker(out, stage.name)
-    return stage.output.exists() and marker.exists() and read_json(marker)["key"] == key
+        return checked(_Marker, read_json(_marker(out, stage.name)), _marker(out, stage.name))
+    except UserError:
+        return None
 
 
 def _marker(out: Path, stage_name: str) -> Path:
     return out / STAGES_DIRECTORY / f"{stage_name}.json"
-
-
-def _hash_path(path: Path) -> Any:
-    """A file's SHA-256; of a directory, those of its files by name; None if there is nothing (a hub id)."""
-    if path.is_dir():
-        return {str(file.relative_to(path)): _hash_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    return _hash_file(path) if path.is_file() else None
-
-
-def _hash_file(path: Path) -> str:
-    status = path.stat()
-    return _hash_version(path, status.st_size, status.st_mtime_ns)
-
-
-@cache  # a model is the input of every stage
-def _hash_version(path: Path, size: int, modified_ns: int) -> str:
-    return sha256_file(path)
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:

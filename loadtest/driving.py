@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gradmap.children import kill_group
 from gradmap.errors import UserError
 from gradmap.reading import read_json
 from loadtest.board import Board
@@ -25,12 +26,13 @@ from loadtest.resources import sampled
 from loadtest.settings import Block, LoadTestSettings
 from loadtest.workload import draw_requests, save_requests
 from serving.ports import free_port
-from serving.server import kill_group
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
 LOCUSTFILE = Path(__file__).parent / "driver" / "session_users.py"
 # Numbers of what is no pair: below zero, so that records of pairs can be told apart.
 WARM_UP_PAIR, SEARCH_PAIR = -1, -2
+# Of the directory that a load's processes write into.
+LOAD_PREFIX = ".load-"
 # No load may run longer than this after its last request was due, whatever the server does.
 BLOCK_TIMEOUT_S = 900
 POLL_S = 0.5
@@ -83,7 +85,7 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
     stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(block.pair, f"pair {block.pair + 1}")
     showing = bench.board.load(block.arm, stay, load, count)
     records: list[RequestRecord] = []
-    with showing as shown, TemporaryDirectory(dir=bench.out.resolve(), prefix=".load-") as directory:
+    with showing as shown, TemporaryDirectory(dir=bench.out.resolve(), prefix=LOAD_PREFIX) as directory:
         files = {kind: Path(directory, kind) for kind in ("requests", "records", "usage")}
         save_requests(files["requests"], requests)
         files["records"].mkdir()

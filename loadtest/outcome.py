@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from gradmap.environment import describe_environment
 from gradmap.errors import UserError
-from gradmap.files import refuse_foreign_directory, write_json, write_text
+from gradmap.files import write_json, write_text
+from gradmap.outputs import results_in
 from gradmap.reading import first_problem, read_json
 from gradmap.verdict import Judgement, Verdict, worst
 from loadtest.driving import SEARCH_PAIR
@@ -79,16 +80,16 @@ def run_load_test(settings: LoadTestSettings, gate: Gate, out: Path) -> dict[str
 
     A session that breaks off leaves a report too, which says INVALID.
     """
-    refuse_foreign_directory(out, RECORDS_FILE)
     gate.require_earlier(settings.candidates)
     session = Session(out)
-    try:
-        run_session(settings, session)
-    except BaseException:  # an interruption too
-        if session.measured.requests:
-            _write_report(session, settings, gate)
-        raise
-    return _write_report(session, settings, gate)
+    with results_in(out, RECORDS_FILE):
+        try:
+            run_session(settings, session)
+        except BaseException:  # an interruption too
+            if session.measured.requests:
+                _write_report(session, settings, gate)
+            raise
+        return _write_report(session, settings, gate)
 
 
 def _write_report(session: Session, settings: LoadTestSettings, gate: Gate) -> dict[str, Any]:
@@ -109,7 +110,8 @@ def report_again(directory: Path, required_speed_up: float | None, earlier: dict
     measured = read_measurements(directory)
     facts = Facts(before["environment"], {arm: WeightBytes(**size) for arm, size in before["weight_bytes"].items()})
     report = build_report(measured, load_settings(before["settings"]), gate, facts)
-    write_all(directory, report, measured.requests)
+    with results_in(directory, RECORDS_FILE):
+        write_all(directory, report, measured.requests)
     return report
 
 

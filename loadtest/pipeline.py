@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,14 @@ from gradmap.checkpoint import open_checkpoint, read_config
 from gradmap.console import print_table
 from gradmap.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
-from gradmap.files import cache_directory, refuse_foreign_directory
+from gradmap.evaluation.result import records_beside
+from gradmap.files import cache_directory, write_text
+from gradmap.outputs import refuse_foreign_directory, results_in
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.quoting import visible
+from gradmap.reading import read_text
 from gradmap.speed import measure_disk
-from gradmap.stages import Stage, as_flags, is_done, run_stage, stage_record
+from gradmap.stages import Stage, as_flags, is_done, is_within, run_stage, stage_record
 from gradmap.text_specs import source_files
 from loadtest.estimates import Estimate, Speeds, estimate_cells, estimate_stages
 from loadtest.recipe import Recipe, load_recipe
@@ -42,7 +44,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
             "prune",
             ("prune", *model, *as_flags(recipe.prune.model_dump()), "--out", str(plan)),
             (*model_files, *source_files(recipe.prune.calibration)),
-            plan / "plan.json",
+            (plan,),
             schema=PLAN_SCHEMA,
         ),
         Stage(
@@ -52,7 +54,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
                 *as_flags(_evaluation_options(recipe)),
             ),
             (*model_files, plan, *text_files, *task_data),
-            evaluation,
+            (evaluation, records_beside(evaluation)),
             schema=EVALUATION_SCHEMA,
             verdicts=True,
         ),
@@ -63,7 +65,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
                 *as_flags(_export_options(recipe, recipe.export.formats)),
             ),
             (*model_files, plan, evaluation),
-            out / "vllm" / "gradmap.json",
+            tuple(out / name for name in recipe.export.formats),
             schema=ARTIFACT_SCHEMA,
         ),
         Stage(
@@ -73,7 +75,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
                 *as_flags(_export_options(recipe, ["vllm"])),
             ),
             (*model_files, evaluation),
-            out / "dense" / "vllm" / "gradmap.json",
+            (out / "dense" / "vllm",),
             schema=ARTIFACT_SCHEMA,
         ),
         Stage(
@@ -83,7 +85,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
                 *(*as_flags(recipe.loadtest.model_dump()), "--out", str(out / "loadtest")),
             ),
             (out / "dense" / "vllm" / "gradmap.json", out / "vllm" / "gradmap.json", *earlier, *prompt_files),
-            out / "loadtest" / "report.json",
+            (out / "loadtest",),
             schema=LOAD_TEST_SCHEMA,
             verdicts=True,
         ),
@@ -103,12 +105,13 @@ def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
 
 def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
     """Raises UserError for what a late stage would not find, before the first one has taken its hours."""
-    known = {Path(recipe.model, recipe.gguf_file or "")}  # open_checkpoint looks for it, and it may be on the hub
+    model = Path(recipe.model, recipe.gguf_file or "")  # open_checkpoint looks for it, and it may be on the hub
+    written: list[Path] = []
     for stage in stages:
         for path in stage.inputs:
-            if path not in known and not path.exists():
+            if path != model and not is_within(path, written) and not path.exists():
                 raise UserError(f"{path}, which the recipe names, does not exist; check the path.")
-        known |= {stage.output, stage.output.parent}
+        written += stage.outputs
 
 
 def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:
@@ -129,13 +132,12 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     forced_from = _forced_from(names, from_stage, fresh)
     require_inputs(recipe, stages)
     require_formats(recipe, open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config)
-    refuse_foreign_directory(out, RECIPE_COPY)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(recipe_path, out / RECIPE_COPY)
-    for number, stage in enumerate(stages):
-        run_stage(stage, f"[{number + 1}/{len(stages)}]", out, forced=number >= forced_from)
-    timings_s = {name: stage_record(out, name)["seconds"] for name in names}
-    result = write_report(out, timings_s)
+    with results_in(out, RECIPE_COPY):
+        write_text(out / RECIPE_COPY, read_text(recipe_path))
+        for number, stage in enumerate(stages):
+            run_stage(stage, f"[{number + 1}/{len(stages)}]", out, forced=number >= forced_from)
+        timings_s = {name: stage_record(out, name)["seconds"] for name in names}
+        result = write_report(out, timings_s)
     print_table("Dense against pruned", ("", "dense", "pruned", "pruned / dense"), summary_rows(result))
     for gate, judgement in judgements(result).items():
         print(visible(f"Verdict on {gate}: {judgement['verdict']}: {judgement['reason']}"))
@@ -166,10 +168,11 @@ def plan_run(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool) 
     refuse_foreign_directory(out, RECIPE_COPY)
     estimates = estimate_stages(recipe, Speeds(config, measure_disk(cache_directory())))
     planned: list[PlannedStage] = []
-    changed: set[Path] = set()
+    changed: list[Path] = []
     for number, stage in enumerate(stages):
-        runs = number >= forced_from or bool(changed & set(stage.inputs)) or not is_done(stage, out)
-        changed |= {stage.output, stage.output.parent} if runs else set()
+        affected = any(is_within(path, changed) for path in stage.inputs)
+        runs = number >= forced_from or affected or not is_done(stage, out)
+        changed += stage.outputs if runs else ()
         planned.append(PlannedStage(stage.name, runs, estimates[stage.name]))
     return planned
 

@@ -14,6 +14,7 @@ from typing import Annotated, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gradmap.errors import UserError
+from gradmap.files import append_text, atomic_file
 from gradmap.reading import first_problem, read_text
 
 SCHEMA_VERSION = 3
@@ -156,8 +157,7 @@ def start_files(directory: Path) -> None:
 
 def append_measurements(directory: Path, measured: Measurements) -> None:
     for name, records in _files(measured).items():
-        with (directory / name).open("a", encoding="utf-8") as file:
-            file.writelines(map(to_json_line, records))
+        append_text(directory / name, "".join(map(to_json_line, records)))
 
 
 def read_measurements(directory: Path) -> Measurements:
@@ -176,7 +176,8 @@ def write_parquet(directory: Path, measured: Measurements) -> None:
 
     for name, records in _files(measured).items():
         table = pyarrow.Table.from_pylist([record.model_dump() for record in records])
-        parquet.write_table(table, (directory / name).with_suffix(".parquet"))
+        with atomic_file((directory / name).with_suffix(".parquet")) as partial:
+            parquet.write_table(table, partial)
 
 
 def _files(measured: Measurements) -> dict[str, Sequence[_Record]]:

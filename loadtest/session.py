@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from gradmap.errors import UserError
 from gradmap.reading import read_json_object
 from loadtest.board import Board
 from loadtest.driver.stream import whole_number
-from loadtest.driving import SEARCH_PAIR, WARM_UP_PAIR, Bench, run_load
+from loadtest.driving import LOAD_PREFIX, SEARCH_PAIR, WARM_UP_PAIR, Bench, run_load
 from loadtest.endpoints import Endpoint, find_endpoints, server_settings
 from loadtest.loads import CONCURRENCY, Load, find_highest_rate
 from loadtest.metrics import summarise_load
@@ -41,6 +42,8 @@ class Session:
     def start(self, models: dict[str, str]) -> None:
         self.models = models
         self.directory.mkdir(parents=True, exist_ok=True)
+        for left in self.directory.glob(f"{LOAD_PREFIX}*"):  # by a test that was killed
+            shutil.rmtree(left, ignore_errors=True)
         start_files(self.directory)
 
     def add(self, measured: Measurements) -> None:

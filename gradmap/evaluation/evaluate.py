@@ -26,11 +26,12 @@ from gradmap.evaluation.comparison import (
 )
 from gradmap.evaluation.contamination import CalibratedOn
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
-from gradmap.evaluation.result import SCHEMA_VERSION
+from gradmap.evaluation.result import SCHEMA_VERSION, records_beside
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.subjects import Opened, Subject
 from gradmap.evaluation.tasks import LoadedTask, TaskScores, load_task, score_task
 from gradmap.files import sha256_file, write_json, write_text
+from gradmap.outputs import output_file
 from gradmap.plan import PLAN_FILE
 
 SEGMENT_TOKENS = 128
@@ -89,6 +90,18 @@ def evaluate(
     is kept in the cache.
     """
     _refuse_empty(settings, len(subjects))
+    with output_file(out):
+        return _evaluate(subjects, tokenizer_directory, settings, out, plan, pruned)
+
+
+def _evaluate(
+    subjects: Sequence[Subject],
+    tokenizer_directory: Path,
+    settings: EvaluationSettings,
+    out: Path,
+    plan: Path | None,
+    pruned: str | None,
+) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokenizer_directory)
     calibration = _calibrated_on(plan, pruned, tokenizer)
     texts = [
@@ -105,7 +118,7 @@ def evaluate(
         with subject.open() as opened:
             scorer = Scorer(opened.backend, subject.identity, arm, settings.fresh)
             measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, settings.answers)
-    write_text(out.with_suffix(".records.jsonl"), _records(measured))
+    write_text(records_beside(out), _records(measured))
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": subjects[0].name,

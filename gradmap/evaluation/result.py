@@ -15,6 +15,11 @@ from gradmap.verdict import Verdict
 SCHEMA_VERSION = 3
 
 
+def records_beside(result: Path) -> Path:
+    """Where the raw records of an evaluation are."""
+    return result.with_suffix(".records.jsonl")
+
+
 class _Read(BaseModel):
     """Part of what is read of eval.json: values are of their kind, and not converted. Other keys may be beside it."""
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from gradmap.console import progress
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import Backend, Request, Score
-from gradmap.files import cache_directory, sha256_json, write_text
+from gradmap.evaluation.kept_scores import KeptScores
 from gradmap.finite import require_finite
 
 # Requests between two writes to disk: what a crash can cost.
@@ -36,20 +33,31 @@ class Scorer:
         """Raises UserError if a request does not fit the model, or its logits are not finite."""
         distinct = order_for_scoring(requests)
         self._refuse_unfit(distinct)
-        kept = _KeptScores.of(self.identity, distinct, self.fresh)
-        scores = kept.read()
+        kept = KeptScores.of(self.identity, distinct)
+        scores = {} if self.fresh else kept.read(distinct)
+        if len(scores) < len(distinct):
+            with kept.writing(self.fresh):
+                scores = kept.read(distinct)  # by whoever wrote until now, too
+                self._score_rest(distinct, scores, kept, description)
+        return [scores[request] for request in requests]
+
+    def _score_rest(
+        self, distinct: Sequence[Request], scores: dict[Request, Score], kept: KeptScores, description: str
+    ) -> None:
+        """Adds to `scores` what is missing."""
+        rest = [request for request in distinct if request not in scores]
+        done = 0
         with progress(f"{description}, {self.label}", len(distinct)) as advance:
             advance(len(scores))
-            while len(scores) < len(distinct):
-                chunk = next_chunk(distinct, len(scores))
+            while done < len(rest):
+                chunk = next_chunk(rest, done)
                 new = self.backend.score(chunk)
                 for score in new:
                     require_finite(f"{description}: what the model predicts", score.log_likelihood)
-                kept.append(new)
-                scores += new
+                kept.append(chunk, new)
+                scores.update(zip(chunk, new, strict=True))
+                done += len(chunk)
                 advance(len(chunk))
-        by_request = dict(zip(distinct, scores, strict=True))
-        return [by_request[request] for request in requests]
 
     def _refuse_unfit(self, requests: Sequence[Request]) -> None:
         vocabulary = self.backend.vocabulary
@@ -80,39 +88,3 @@ def next_chunk(ordered: Sequence[Request], start: int) -> Sequence[Request]:
     while end < len(ordered) and ordered[end].context == ordered[end - 1].context:
         end += 1
     return ordered[start:end]
-
-
-@dataclass(frozen=True)
-class _KeptScores:
-    """Scores in the cache directory, one line for each; the file's name says what they depend on."""
-
-    path: Path | None
-
-    @classmethod
-    def of(cls, identity: dict[str, Any] | None, requests: Sequence[Request], fresh: bool) -> _KeptScores:
-        if identity is None:
-            return cls(None)
-        key = sha256_json([identity, [astuple(request) for request in requests]])
-        path = cache_directory() / "scores" / f"{key}.jsonl"
-        if fresh:
-            path.unlink(missing_ok=True)
-        return cls(path)
-
-    def read(self) -> list[Score]:
-        """What is there, without a last line that a crash cut off."""
-        if self.path is None or not self.path.exists():
-            return []
-        text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(self.path, whole)
-        return [Score(*json.loads(line)) for line in whole.splitlines()]
-
-    def append(self, scores: Sequence[Score]) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(astuple(score)) + "\n" for score in scores)
-            file.flush()
-            os.fsync(file.fileno())

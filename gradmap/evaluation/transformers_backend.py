@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmap.batching import is_out_of_memory
 from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import LOGITS, IsDone, Request, Score, never
 from gradmap.evaluation.ends import until_end
+from gradmap.failures import is_out_of_memory
 from gradmap.finite import require_finite
 from gradmap.precision import computing_in
 

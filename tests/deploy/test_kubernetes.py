@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 
 from export import VLLM_CONFIG_FILE
-from gradmap.cli import EXIT_BUG, EXIT_USAGE
+from gradmap.cli import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_TERMINATED, EXIT_USAGE
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.commands import run
 from loadtest.recipe import load_recipe
@@ -261,6 +261,7 @@ def test_a_verdict_is_final_and_a_killed_pod_is_not():
     spec = one("run", "Job")["spec"]
     verdict, disruption = spec["podFailurePolicy"]["rules"]
     final = {code for outcome, code in EXIT_CODES.items() if outcome is not Verdict.PASS} | {EXIT_USAGE, EXIT_BUG}
+    assert not final & {EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_TERMINATED}
     assert verdict == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": sorted(final)}}
     assert disruption["action"] == "Ignore"
     assert spec["template"]["spec"]["restartPolicy"] == "Never", "or the policy is refused"

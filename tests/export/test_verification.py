@@ -1,6 +1,10 @@
 """The judgement on an artifact: what passes, what does not, and what a refusal says."""
 
+import os
+import signal
+import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,7 +15,10 @@ from export.comparison import Bounds
 from export.reference import Reference, load_probe, save_probe
 from export.tolerance import STRAY_SHARE, logit_tolerance, share_of_strays
 from export.verification import Outcome, compare, find_problem, run_artifact_in_each
-from gradmap.errors import UserError
+from gradmap import children
+from gradmap.children import run_captured
+from gradmap.errors import OutOfMemoryError, UserError
+from tests.export.conftest import run_in_a_fresh_process
 
 SAMPLES, TOKENS, VOCABULARY = 2, 6, 50
 
@@ -184,3 +191,28 @@ def test_runners_go_at_once_where_memory_has_room_for_all(reference, tmp_path, m
     monkeypatch.setattr(verification, "available_bytes", lambda: available)
     assert run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9) == ["first", "second"]
     assert most == [at_once, at_once]
+
+
+def test_where_one_runner_fails_the_others_end(reference, tmp_path, monkeypatch):
+    """A signal's exception comes the same way."""
+    ended = []
+
+    def run(runner, directory, reference):
+        if runner == "second":
+            ended.append(run_captured(["sleep", "60"], os.environ).returncode)
+            return
+        while not children._RUNNING:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verification, "run_artifact", run)
+    monkeypatch.setattr(verification, "available_bytes", lambda: 10**12)
+    with pytest.raises(KeyboardInterrupt):
+        run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9)
+    assert ended == [-signal.SIGTERM]
+
+
+def test_a_runner_that_is_killed_has_run_out_of_memory(fresh_processes):
+    script = "import os; os.kill(os.getpid(), 9)"
+    with pytest.raises(OutOfMemoryError, match="It does not run: it was killed, as the system does where memory runs"):
+        run_in_a_fresh_process([sys.executable, "-c", script], "It does not run")

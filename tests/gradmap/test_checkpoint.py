@@ -181,6 +181,18 @@ def test_pickled_weights_are_converted_only_on_request(picos, broken, tmp_path, 
     assert load_tokenizer(converted.directory)("w5")["input_ids"] == [5]
 
 
+def test_what_was_converted_is_of_this_config_and_tokenizer_too(broken, tmp_path, monkeypatch):
+    """Two checkpoints may have the same weights."""
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    pickle_weights(broken)
+    first = open_checkpoint(str(broken), allow_pickle=True)
+    assert open_checkpoint(str(broken), allow_pickle=True).directory == first.directory
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    second = open_checkpoint(str(broken), allow_pickle=True)
+    assert (first.config["rms_norm_eps"], second.config["rms_norm_eps"]) == (config["rms_norm_eps"], 0.5)
+
+
 def test_a_pickle_that_calls_code_is_refused_even_then(broken, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
     trace = tmp_path / "executed"

@@ -9,7 +9,7 @@ import pytest
 
 from gradmap import files
 from gradmap.errors import UserError
-from gradmap.files import atomic_directory
+from gradmap.files import atomic_directory, remove_file
 
 
 def write_result(path, text):
@@ -64,9 +64,16 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path):
     killed = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
     assert killed.returncode == -9
     assert not target.exists()
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
     write_result(target, "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_run_left_of_a_file_goes_with_the_file(tmp_path):
+    for name in ("journal", ".journal.lock", ".journal.partial-1", "other"):
+        (tmp_path / name).write_text("")
+    remove_file(tmp_path / "journal")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):

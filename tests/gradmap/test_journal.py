@@ -11,6 +11,7 @@ import pytest
 
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_tokenizer
+from gradmap.cli import EXIT_TERMINATED
 from gradmap.errors import UserError
 from gradmap.journal import Journal
 from gradmap.prune import journal_key
@@ -23,32 +24,39 @@ from tests.gradmap.test_prune import prune_arguments
 STEPS = [Step({0: 0.1, 1: 1 / 3, 2: 1e-30}, (2,)), Step({0: 0.5, 1: 0.7}, (0,))]
 
 
-def kill_after_decisions(arguments, journal, decisions):
-    """Runs gradmap and kills it with SIGKILL as soon as so many decisions are on disk."""
+def kill_after_decisions(arguments, journal, decisions, number):
+    """Runs gradmap and sends it a signal as soon as so many decisions are on disk."""
     process = subprocess.Popen([sys.executable, "-m", "gradmap", *arguments], stderr=subprocess.DEVNULL)
     while process.poll() is None:
         if journal.exists() and len(json.loads(journal.read_text())["steps"]) >= decisions:
-            process.kill()
+            process.send_signal(number)
         time.sleep(0.002)
     return process.returncode
 
 
 def test_a_killed_run_ends_in_the_identical_plan(picos, word_file, tmp_path):
     plans = {}
-    for name in ("whole", "killed"):
+    for name, number, code in (
+        ("whole", None, 0),
+        ("killed", signal.SIGKILL, -signal.SIGKILL),
+        ("terminated", signal.SIGTERM, EXIT_TERMINATED),
+    ):
         out = tmp_path / name / "plan"
         arguments = [*map(str, prune_arguments(picos["llama"], word_file, out, remove=4)), "--samples", "48"]
-        if name == "killed":
-            assert kill_after_decisions(arguments, out.parent / ".plan.journal.json", 2) == -signal.SIGKILL
-            assert not out.exists()
+        if number is not None:
+            journal = out.parent / ".plan.journal.json"
+            assert kill_after_decisions(arguments, journal, 2, number) == code
+            left = {path.name for path in out.parent.iterdir()}
+            assert left == {journal.name} if number == signal.SIGTERM else journal.name in left and "plan" not in left
             arguments.append("--resume")
         finished = gradmap(*arguments)
         assert finished.returncode == 0, finished.stderr
-        assert ("decisions of an interrupted run" in finished.stderr) == (name == "killed")
+        assert ("decisions of an interrupted run" in finished.stderr) == (number is not None)
         assert [path.name for path in out.parent.iterdir()] == ["plan"]  # nothing is left beside it
         plans[name] = json.loads((out / "plan.json").read_text()), (out / "corrections.safetensors").read_bytes()
-    assert without_record(plans["killed"][0]) == without_record(plans["whole"][0])
-    assert plans["killed"][1] == plans["whole"][1]
+    for name in ("killed", "terminated"):
+        assert without_record(plans[name][0]) == without_record(plans["whole"][0])
+        assert plans[name][1] == plans["whole"][1]
 
 
 @pytest.fixture
@@ -80,6 +88,36 @@ def test_resuming_nothing_is_refused(tmp_path):
     assert journal.open(None) == []
     with pytest.raises(UserError, match="nothing to resume"):
         journal.open(True)
+
+
+DAMAGES = (
+    "",
+    "{",
+    "[]",
+    "7",
+    '{"key": {}}',
+    '{"key": {}, "steps": [7]}',
+    '{"key": {}, "steps": [{"scores": {"a": 1}}]}',
+)
+
+
+@pytest.mark.parametrize("contents", DAMAGES)
+def test_a_damaged_journal_is_not_gone_on_with(journal, contents, capsys):
+    journal.path.write_text(contents)
+    assert journal.open(None) == []
+    assert f"Starting over: {journal.path} is damaged" in capsys.readouterr().err
+    assert Journal.recorded(journal.path.with_name("plan"), {}, "--samples") is None
+    with pytest.raises(UserError, match="nothing to resume: no whole"):
+        journal.open(True)
+
+
+def test_another_version_starts_over(picos, word_file, monkeypatch):
+    """It may choose otherwise."""
+    calibration = build_calibration(load_tokenizer(picos["llama"].directory), f"file:{word_file}", 4, 8, 0)
+    settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="none")
+    before = journal_key(picos["llama"].checkpoint, settings, calibration)
+    monkeypatch.setattr("gradmap.prune.version", lambda package: "another")
+    assert journal_key(picos["llama"].checkpoint, settings, calibration) != before
 
 
 def test_the_key_holds_what_decisions_depend_on_and_nothing_else(picos, word_file):

@@ -1,6 +1,8 @@
 """Recipes are strict, and a stage runs again exactly when something it depends on has changed."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 from gradmap.cli import build_app
 from gradmap.errors import UserError
 from gradmap.files import write_json, write_text
-from gradmap.stages import STAGES_DIRECTORY, stage_key
+from gradmap.fingerprints import fingerprint
+from gradmap.stages import STAGES_DIRECTORY, is_done, stage_key
 from loadtest.pipeline import plan_run, plan_stages, run_recipe
 from loadtest.recipe import load_recipe
 from loadtest.report import build_result
@@ -112,14 +115,19 @@ eval: {perplexity: {a: "file:b.txt"}}
 
 
 NAMES = ["prune", "eval", "export", "baseline", "loadtest"]
+# One file of each stage's directories.
+FILES = {"prune": "plan.json", "export": "gradmap.json", "baseline": "gradmap.json", "loadtest": "report.json"}
 
 
 def finish(recipe_file, out, *names):
     """Leaves behind what these stages would have."""
     for stage in plan_stages(load_recipe(recipe_file), out):
         if stage.name in names:
-            write_text(stage.output, "{}")
-            write_json(out / STAGES_DIRECTORY / f"{stage.name}.json", {"key": stage_key(stage), "seconds": 1})
+            for path in stage.outputs:
+                write_text(path if path.suffix else path / FILES[stage.name], "{}")
+            outputs = {name: stamp.model_dump() for name, stamp in fingerprint(stage.outputs, out).items()}
+            record = {"key": stage_key(stage), "seconds": 1, "peak_bytes": 1, "outputs": outputs}
+            write_json(out / STAGES_DIRECTORY / f"{stage.name}.json", record)
     write_text(out / "recipe.yaml", "")
 
 
@@ -156,7 +164,8 @@ def test_a_dry_run_says_which_stages_are_done_and_which_would_run_for_an_earlier
     (out / "vllm" / "gradmap.json").unlink()
     assert running(recipe_file, out) == ["export", "loadtest"]
     (out / "plan" / "plan.json").write_text("{ }")
-    assert running(recipe_file, out) == NAMES[1:]  # whose input it is; the plan itself is taken as it is
+    assert running(recipe_file, out) == NAMES
+    finish(recipe_file, out, *NAMES)
     recipe_file.write_text(recipe_file.read_text().replace("remove: 2", "remove: 3"))
     assert running(recipe_file, out) == NAMES
 
@@ -176,6 +185,72 @@ def test_a_dry_run_refuses_what_a_run_would(recipe_file, tmp_path, extra, messag
         plan_run(recipe_file, tmp_path / "out", None, False)
     with pytest.raises(UserError, match="Unknown stage 'bake'"):
         plan_run(ROOT / "recipes" / "smollm2.yaml", tmp_path / "out", "bake", False)
+
+
+def undone(recipe_file, out):
+    return [stage.name for stage in plan_stages(load_recipe(recipe_file), out) if not is_done(stage, out)]
+
+
+def flip(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def lose(path):
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("damage", [flip, lose])
+@pytest.mark.parametrize(
+    ("path", "again"),
+    [
+        ("vllm/gradmap.json", ["export", "loadtest"]),
+        ("hf/weights/model.safetensors", ["export"]),
+        ("dense/vllm/gradmap.json", ["baseline", "loadtest"]),
+        ("eval.json", ["eval", "export", "baseline"]),
+        ("eval.records.jsonl", ["eval"]),
+        ("loadtest/report.json", ["loadtest"]),
+    ],
+)
+def test_a_stage_whose_result_was_changed_or_is_incomplete_runs_again(recipe_file, tmp_path, damage, path, again):
+    out = tmp_path / "out"
+    write_text(out / "hf" / "weights" / "model.safetensors", "weights")
+    finish(recipe_file, out, *NAMES)
+    damage(out / path)
+    assert undone(recipe_file, out) == again
+
+
+def test_a_directory_that_is_gone_is_made_again(recipe_file, tmp_path):
+    finish(recipe_file, tmp_path / "out", *NAMES)
+    lose(tmp_path / "out" / "hf")
+    assert undone(recipe_file, tmp_path / "out") == ["export"]
+
+
+def test_results_out_of_a_cache_have_other_times_and_are_taken(recipe_file, tmp_path):
+    out = tmp_path / "out"
+    finish(recipe_file, out, *NAMES)
+    for path in out.rglob("*"):
+        os.utime(path, (1, 1))
+    assert undone(recipe_file, out) == []
+    (out / "hf" / "gradmap.json").write_text("[]")  # as long as before
+    assert undone(recipe_file, out) == ["export"]
+
+
+@pytest.mark.parametrize("marker", ['{"key": "other"}', "{", "[]", '"key"', '{"outputs": {}}', "null"])
+def test_a_marker_that_does_not_say_what_was_written_is_not_taken(recipe_file, tmp_path, marker):
+    out = tmp_path / "out"
+    finish(recipe_file, out, *NAMES)
+    (out / STAGES_DIRECTORY / "loadtest.json").write_text(marker)
+    assert undone(recipe_file, out) == ["loadtest"]
+
+
+def test_a_marker_without_its_outputs_is_not_taken(recipe_file, tmp_path):
+    out = tmp_path / "out"
+    finish(recipe_file, out, *NAMES)
+    marker = out / STAGES_DIRECTORY / "eval.json"
+    record = json.loads(marker.read_text())
+    del record["outputs"]
+    write_json(marker, record)
+    assert undone(recipe_file, out) == ["eval"]
 
 
 def test_a_stage_whose_output_is_of_an_older_format_runs_again(recipe_file, tmp_path):

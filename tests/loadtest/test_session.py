@@ -312,6 +312,12 @@ def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
     assert "Highest rate that meets the SLOs: dense" in (tmp_path / "report.html").read_text()
 
 
+def test_what_a_killed_test_left_in_the_directory_goes(tmp_path):
+    (tmp_path / ".load-abc" / "requests").mkdir(parents=True)
+    Session(tmp_path).start({})
+    assert not list(tmp_path.glob(".load-*"))
+
+
 def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, monkeypatch):
     with running(FakeServer()) as fake:
         run_one = session.run_load

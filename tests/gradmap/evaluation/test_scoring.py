@@ -1,7 +1,12 @@
 """Scores are those of one plain pass per request, whatever the batching, and survive a crash."""
 
+import json
 import math
 import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -213,3 +218,64 @@ def test_what_is_no_number_is_not_generated(picos):
     model.get_output_embeddings().weight[7] = math.nan
     with pytest.raises(UserError, match="What the model predicts is not finite"):
         TransformersBackend(model, "float64").generate([[5, 6]], 4)
+
+
+@pytest.mark.parametrize("order", ["reversed", "mixed with another's", "with what is no score", "of an older version"])
+def test_a_kept_score_is_of_the_request_that_its_line_names(kept, tmp_path, order):
+    """Whoever wrote the lines, in whatever order."""
+    Scorer(CountingBackend(), kept, "dense").score(REQUESTS, "task")
+    (file,) = tmp_path.rglob("*.jsonl")
+    lines = file.read_text().splitlines()
+    changed = {
+        "reversed": lines[::-1],
+        "mixed with another's": [line for pair in zip(lines, lines[::-1], strict=True) for line in pair],
+        "with what is no score": ["", "[]", "7", "null", '["key", NaN, true]', '["a", "b", "c"]', "{", *lines[3:]],
+        "of an older version": [json.dumps(json.loads(line)[1:]) for line in lines],
+    }[order]
+    file.write_text("".join(f"{line}\n" for line in changed))
+    again = CountingBackend()
+    assert Scorer(again, kept, "dense").score(REQUESTS, "task") == EXPECTED
+    left_out = {"with what is no score": 3, "of an older version": len(REQUESTS)}
+    assert len(again.scored) == left_out.get(order, 0)
+
+
+def test_a_score_that_is_not_finite_is_not_taken_from_the_cache(kept, tmp_path):
+    Scorer(CountingBackend(), kept, "dense").score(REQUESTS[:2], "task")
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_text(file.read_text().replace("-1.0", "NaN"))
+    assert Scorer(CountingBackend(), kept, "dense").score(REQUESTS[:2], "task") == EXPECTED[:2]
+
+
+class SlowBackend(CountingBackend):
+    """Scores nothing before it is allowed to."""
+
+    def __init__(self):
+        super().__init__()
+        self.started, self.allowed = Event(), Event()
+
+    def score(self, requests):
+        self.started.set()
+        assert self.allowed.wait(60)
+        return super().score(requests)
+
+
+def test_of_two_evaluations_of_the_same_the_second_waits_and_takes_what_the_first_scored(kept, tmp_path):
+    script = (
+        "import sys; from gradmap.evaluation.scoring import Scorer\n"
+        "from tests.gradmap.evaluation.test_scoring import EXPECTED, REQUESTS, CountingBackend\n"
+        "second = CountingBackend()\n"
+        "assert Scorer(second, {'model': 'a'}, 'dense').score(REQUESTS, 'task') == EXPECTED\n"
+        "print(len(second.scored))"
+    )
+    first = SlowBackend()
+    with ThreadPoolExecutor() as pool:
+        scores = pool.submit(Scorer(first, kept, "dense").score, REQUESTS, "task")
+        assert first.started.wait(60)
+        second = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert second.stderr is not None
+        while b"Waiting for process" not in second.stderr.readline():
+            assert second.poll() is None
+        first.allowed.set()
+        assert scores.result() == EXPECTED
+    assert second.communicate()[0] == b"0\n"
+    assert [path.name for path in (tmp_path / "scores").iterdir() if path.suffix != ".jsonl"] == []

@@ -1,0 +1,87 @@
+"""Scores on disk, so that an evaluation that was interrupted goes on: each line says which request it answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradmap.evaluation.backends import Request, Score
+from gradmap.files import append_text, cache_directory, sha256_json
+from gradmap.locks import writing
+
+# Hexadecimal digits of a request's hash: of a million requests, two are alike with a chance of 1e-7.
+KEY_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class KeptScores:
+    """A file in the cache directory, whose name says what its scores depend on; none is kept without a path."""
+
+    path: Path | None
+
+    @classmethod
+    def of(cls, identity: dict[str, Any] | None, requests: Sequence[Request]) -> KeptScores:
+        """identity: what the scores depend on besides the requests; None for a model that cannot be identified."""
+        if identity is None:
+            return cls(None)
+        key = sha256_json([identity, [astuple(request) for request in requests]])
+        return cls(cache_directory() / "scores" / f"{key}.jsonl")
+
+    def read(self, requests: Sequence[Request]) -> dict[Request, Score]:
+        """What is there of these requests. A line that a crash cut off, or that is damaged, is not."""
+        if self.path is None or not self.path.exists():
+            return {}
+        by_key = {request_key(request): request for request in requests}
+        answers = map(_parse_line, self.path.read_bytes().splitlines())
+        return {by_key[key]: score for key, score in filter(None, answers) if key in by_key}
+
+    @contextmanager
+    def writing(self, fresh: bool) -> Iterator[None]:
+        """Waits until nobody else scores the same, who may have scored it all by then. fresh: drops what is there."""
+        if self.path is None:
+            yield
+            return
+        with writing(self.path, wait=True):
+            if fresh:
+                self.path.unlink(missing_ok=True)
+            yield
+
+    def append(self, requests: Sequence[Request], scores: Sequence[Score]) -> None:
+        """All of them, or none if the disk is full."""
+        if self.path is None:
+            return
+        lines = [
+            json.dumps([request_key(request), score.log_likelihood, score.greedy])
+            for request, score in zip(requests, scores, strict=True)
+        ]
+        cut = "\n" if _ends_within_a_line(self.path) else ""
+        append_text(self.path, cut + "".join(f"{line}\n" for line in lines))
+
+
+def request_key(request: Request) -> str:
+    return sha256_json(astuple(request))[:KEY_DIGITS]
+
+
+def _parse_line(line: bytes) -> tuple[str, Score] | None:
+    try:
+        key, log_likelihood, greedy = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    if not (isinstance(key, str) and isinstance(log_likelihood, float) and isinstance(greedy, bool)):
+        return None
+    return (key, Score(log_likelihood, greedy)) if math.isfinite(log_likelihood) else None
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    """Whether a crash has cut its last line off."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"

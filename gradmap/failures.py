@@ -1,0 +1,74 @@
+"""What an exception that nobody caught says about the machine: its disk is full, or its memory is.
+
+Libraries have types of their own for both; they are known by what they say, so that none has to be imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from collections.abc import Iterator
+
+from gradmap.errors import OutOfMemoryError, UserError
+
+MEMORY_CURE = (
+    "free some, use a machine or a container with more, or ask for less (--stream, fewer --samples or --tokens, "
+    "--dtype bfloat16)"
+)
+# What a disk or a path is at fault for. Others, as a file that is not there, are more likely a mistake of ours.
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_ANY_ACCESS = (
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+)
+# safetensors says: I/O error: No space left on device (os error 28)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# torch.save says that its zip file could not be written, but not why
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*(write|unexpected pos)", re.DOTALL)
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+def explain(error: BaseException) -> UserError | None:
+    """The sentence for a full disk, a file that cannot be written, or want of memory; None for another failure."""
+    for cause in _causes(error):
+        if is_out_of_memory(cause):
+            return OutOfMemoryError(f"Memory ran out ({type(cause).__name__}); {MEMORY_CURE}.")
+        if (problem := _disk_problem(cause)) is not None:
+            return UserError(f"{getattr(cause, 'filename', None) or 'the output'} {problem}.")
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator raises a plain RuntimeError, and the system an OSError."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    of_torch = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return of_torch or "can't allocate memory" in str(error)
+
+
+def was_killed(code: int) -> bool:
+    """Whether an exit code says that a process got SIGKILL, as the system sends where memory runs out."""
+    return code in _KILLED
+
+
+def _disk_problem(error: BaseException) -> str | None:
+    if isinstance(error, OSError):
+        return _describe(error.errno)
+    if found := _OS_ERROR.search(str(error)):
+        return _describe(int(found[1]))
+    return "cannot be written: the disk may be full" if _TORCH_WRITER.search(str(error)) else None
+
+
+def _describe(number: int | None) -> str | None:
+    if number in _WRITING:
+        return f"cannot be written: {os.strerror(number)}"
+    return f"cannot be accessed: {os.strerror(number)}" if number in _ANY_ACCESS else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those it was raised for, the outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
