@@ -29,7 +29,7 @@ from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segmen
 from gradmap.evaluation.result import SCHEMA_VERSION, records_beside
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.subjects import Opened, Subject
-from gradmap.evaluation.tasks import LoadedTask, TaskScores, load_task, score_task
+from gradmap.evaluation.tasks import LoadedTask, TaskScores, load_task, require_answerable, score_task
 from gradmap.files import sha256_file, write_json, write_text
 from gradmap.outputs import output_file
 from gradmap.plan import PLAN_FILE
@@ -113,6 +113,8 @@ def _evaluate(
     tasks = [
         load_task(name, settings.task_data, settings.limit, settings.seed, calibration.texts) for name in settings.tasks
     ]
+    for task in tasks:
+        require_answerable(task)
     measured = {}
     for arm, subject in zip(ARMS, subjects, strict=False):
         with subject.open() as opened:

@@ -109,8 +109,6 @@ def load_task(
     documents = _draw(name, usable, limit, seed)
     if data is None:
         return LoadedTask(name, parts, documents, left_out, "hub")
-    for part, indices in documents.items():
-        _require_documents(part, parts[part], indices)
     return LoadedTask(name, parts, documents, left_out, str(data / _saved_data(name).folder))
 
 
@@ -196,9 +194,17 @@ def _load_part(name: str, data: Path | None) -> Any:
     return task
 
 
+def require_answerable(task: LoadedTask) -> None:
+    """Raises UserError if a document to evaluate is none of the task's: the harness would break down over it after
+    hours, or count it as wrong. Takes some milliseconds each; data of the hub is the harness's own."""
+    if task.source == "hub":
+        return
+    with waiting(f"Looking at the documents of {task.name}"):
+        for part, indices in task.documents.items():
+            _require_documents(part, task.parts[part], indices)
+
+
 def _require_documents(name: str, task: Any, indices: Sequence[int]) -> None:
-    """Raises UserError if one of these documents is none of the task's: the harness would break down over it later, or
-    count it as wrong."""
     for index in indices:
         try:
             document = task.eval_docs[index]

@@ -70,10 +70,10 @@ def test_raw_records_reproduce_the_result(evaluate, planned, tmp_path):
     [
         (("--max-perplexity-ratio", 2), "A gate compares two models; give --plan or --pruned"),
         (("--plan", "PLAN", "--max-average-drop", 0.1), "--max-average-drop is about the average accuracy"),
-        (("--plan", "PLAN", "--max-average-drop", "nan"), "--max-average-drop is nan; give a share from 0 to 1"),
+        (("--plan", "PLAN", "--max-average-drop", "nan"), "--max-average-drop is no finite number; give one"),
         (("--plan", "PLAN", "--max-average-drop", 5), "--max-average-drop is 5.0; give a share from 0 to 1"),
-        (("--plan", "PLAN", "--max-perplexity-ratio", "nan"), "--max-perplexity-ratio is nan; give a finite number"),
-        (("--plan", "PLAN", "--max-perplexity-ratio", "inf"), "--max-perplexity-ratio is inf; give a finite number"),
+        (("--plan", "PLAN", "--max-perplexity-ratio", "nan"), "--max-perplexity-ratio is no finite number; give one"),
+        (("--plan", "PLAN", "--max-perplexity-ratio", "inf"), "--max-perplexity-ratio is no finite number; give one"),
         (("--plan", "PLAN", "--max-perplexity-ratio=-1"), "--max-perplexity-ratio is -1.0; give a finite number"),
         (("--plan", "PLAN", "--pruned", "MODEL"), "give one of them"),
         (("--plan", "PLAN", "--backend", "onnxruntime"), "A plan is applied in transformers"),

@@ -15,7 +15,15 @@ from gradmap.errors import UserError
 from gradmap.evaluation.backends import Score
 from gradmap.evaluation.harness_model import HarnessModel
 from gradmap.evaluation.scoring import Scorer
-from gradmap.evaluation.tasks import PAPER_TASKS, SAVED_DATA, LoadedTask, expand_names, load_task, score_task_with
+from gradmap.evaluation.tasks import (
+    PAPER_TASKS,
+    SAVED_DATA,
+    LoadedTask,
+    expand_names,
+    load_task,
+    require_answerable,
+    score_task_with,
+)
 from gradmap.evaluation.transformers_backend import TransformersBackend
 from tests.conftest import ASSETS
 
@@ -149,7 +157,7 @@ def save_piqa(directory, rows):
 def test_saved_data_of_another_shape_is_named(tmp_path, row, problem):
     save_piqa(tmp_path, [QUESTION if row.keys() == QUESTION.keys() else row, row])
     with pytest.raises(UserError, match=problem):
-        load_task("piqa", tmp_path, None, seed=0)
+        require_answerable(load_task("piqa", tmp_path, None, seed=0))
 
 
 def test_saved_data_without_documents_is_named(tmp_path):
