@@ -16,6 +16,13 @@ for name in "${fail_on[@]}"; do
   esac
 done
 
+case $verdict in
+  PASS | FAIL | INCONCLUSIVE | INVALID | ERROR) ;;
+  *)
+    echo "'$verdict' is no verdict." >&2
+    exit 2
+    ;;
+esac
 case " $failing " in
   *" $verdict "*)
     echo "gradmap: $verdict (exit code $code) fails the job." >&2

@@ -4,18 +4,20 @@
 set -euo pipefail
 recipe=$1 out=$2 summary=$3
 
+bash "${BASH_SOURCE%/*}/names.sh" "$recipe" "$out" >/dev/null
+
 again=()
 if [ -f "$out/recipe.yaml" ]; then # an earlier result, out of a cache
   # Its reports must not pass as this run's if this one breaks off.
   rm -f -- "$out/result.json" "$out/report.md" "$out/report.html"
   # An invalid load test says nothing, so that it is repeated although its inputs are unchanged.
-  if grep -qs '"verdict": "INVALID"' "$out/loadtest/report.json"; then
+  if grep -qs '"verdict": "INVALID"' -- "$out/loadtest/report.json"; then
     again=(--from loadtest)
   fi
 fi
 
 code=0
-gradmap run "$recipe" --out "$out" "${again[@]}" >&2 || code=$?
+gradmap run --out "$out" "${again[@]}" -- "$recipe" >&2 || code=$?
 
 case $code in
   0) verdict=PASS ;;
@@ -29,14 +31,12 @@ if [ "$verdict" != ERROR ] && ! [ -f "$out/report.md" ]; then
   verdict=ERROR code=70
 fi
 
-{
-  echo "<!-- gradmap $recipe -->" # comment.py finds its comment by this line
-  if [ "$verdict" = ERROR ]; then
-    echo "gradmap: \`$recipe\` broke off with exit code $code, without a report. The job's log says why."
-  else
-    cat "$out/report.md"
-  fi
-} >"$summary"
+if [ "$verdict" = ERROR ]; then
+  # A backtick in its name would end the code, and what follows be Markdown.
+  echo "gradmap: \`${recipe//\`/}\` broke off with exit code $code, without a report. The job's log says why."
+else
+  cat -- "$out/report.md"
+fi >"$summary"
 
 echo "verdict=$verdict"
 echo "exit_code=$code"

@@ -5,6 +5,7 @@ Steps that others provide (`uses:`) and the installation are left out; `gradmap`
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -18,14 +19,17 @@ import yaml
 from tests.conftest import ROOT
 
 ACTION = ROOT / ".github" / "actions" / "gradmap"
+COMMENT_ACTION = ROOT / ".github" / "actions" / "comment"
 WORKFLOW = ROOT / ".github" / "workflows" / "prune.yml"
 GITLAB = ROOT / "deploy" / "gitlab" / "gradmap.gitlab-ci.yml"
 TOKEN = "secret-token"
+OWN_USER = "github-actions[bot]"  # that of the token
 # Of `gradmap run`: what it leaves if it comes to a verdict, and how it ends
 STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, sys
-command, recipe, option, out, *rest = sys.argv[1:]
-assert (command, option) == ("run", "--out"), sys.argv
+command, option, out, *rest, end, recipe = sys.argv[1:]
+assert (command, option, end) == ("run", "--out", "--"), sys.argv
+assert "GRADMAP_COMMENT_TOKEN" not in os.environ
 pathlib.Path("calls").open("a").write(" ".join(rest) + "\\n")
 out = pathlib.Path(out)
 (out / "loadtest").mkdir(parents=True, exist_ok=True)
@@ -40,12 +44,21 @@ sys.exit(int(os.environ["STAND_IN_CODE"]))
 """
 
 
+def number_of(user):
+    """As which a forge knows a user."""
+    return sum(user.encode())
+
+
 class Forge(ThreadingHTTPServer):
-    """The comments of one pull or merge request, behind the API of GitHub or GitLab."""
+    """The comments of one pull or merge request, behind the API of GitHub or GitLab.
+
+    authors: those of comments that the token's user did not write.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), ForgeHandler)
         self.comments: dict[int, str] = {}
+        self.authors: dict[int, str] = {}
         self.changes: list[str] = []
         self.refuses = False
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -53,10 +66,16 @@ class Forge(ThreadingHTTPServer):
 
 class ForgeHandler(BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/user":
+            return self.answer({"id": number_of(OWN_USER)})
         query = parse_qs(urlsplit(self.path).query)
         size, page = int(query["per_page"][0]), int(query["page"][0])
-        comments = [{"id": number, "body": body} for number, body in self.server.comments.items()]
-        self.answer(comments[size * (page - 1) : size * page])
+        comments = [self.describe(number, body) for number, body in self.server.comments.items()]
+        return self.answer(comments[size * (page - 1) : size * page])
+
+    def describe(self, number, body):
+        author = self.server.authors.get(number, OWN_USER)
+        return {"id": number, "body": body, "user": {"login": author}, "author": {"id": number_of(author)}}
 
     def do_POST(self):
         self.change(len(self.server.comments) + 1)
@@ -85,7 +104,7 @@ class ForgeHandler(BaseHTTPRequestHandler):
         pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Finished:
     """passed: whether the pipeline goes on. published: what others' steps were handed before the end, by name."""
 
@@ -120,7 +139,7 @@ class Project:
 
 
 class GitHub:
-    """Executes the composite action."""
+    """Executes the composite action as the workflow does, and for a pull request the job that comments."""
 
     update = ("POST /repos/o/r/issues/7/comments", "PATCH /repos/o/r/issues/comments/1")
 
@@ -128,50 +147,80 @@ class GitHub:
         self.project = project
         self.temporary = project.directory.parent / "runner"
         self.temporary.mkdir()
+        self.artifacts = project.directory.parent / "artifacts"
+        self.artifacts.mkdir()
 
     def run(self, request=False, **inputs):
         """request: whether a pull request is what the job runs for."""
-        action = yaml.safe_load((ACTION / "action.yml").read_text())
         inputs = {name.replace("_", "-"): value for name, value in inputs.items()}
+        inputs = {"recipe": "my recipe.yaml", "out": "the result"} | inputs
+        (self.temporary / "step_summary").write_text("")
+        finished, outputs = self.run_action(ACTION, inputs, request)
+        if request:
+            finished.log += self.run_comment_job(inputs, outputs)
+        return finished
+
+    def run_action(self, directory, inputs, request):
+        """The action's end and its outputs."""
+        action = yaml.safe_load((directory / "action.yml").read_text())
         defaults = {name: one.get("default") for name, one in action["inputs"].items()}
         contexts = {
-            "inputs": defaults | {"recipe": "my recipe.yaml", "out": "the result", "comment": "true"} | inputs,
-            "github": {
-                "token": TOKEN,
-                "event_name": "pull_request" if request else "push",
-                "event": {"pull_request": {"number": 7}} if request else {},
-            },
+            "inputs": defaults | inputs,
+            "github": {"token": TOKEN, "event": {"pull_request": {"number": 7}} if request else {}},
+            "runner": {"temp": str(self.temporary)},
             "steps": {},
         }
-        summary = self.temporary / "step_summary"
-        summary.write_text("")
-        code, log, published = self.run_steps(action["runs"]["steps"], contexts)
-        outputs = {name: substitute(one["value"], contexts) for name, one in action["outputs"].items()}
-        assert outputs["report"] == f"{contexts['inputs']['out']}/report.md"
-        return Finished(code, code == 0, outputs["verdict"], summary.read_text(), log, published)
+        code, log, published = self.run_steps(directory, action["runs"]["steps"], contexts)
+        outputs = {name: substitute(one["value"], contexts) for name, one in action.get("outputs", {}).items()}
+        summary = (self.temporary / "step_summary").read_text()
+        return Finished(code, code == 0, outputs.get("verdict", ""), summary, log, published), outputs
 
-    def run_steps(self, steps, contexts):
+    def run_comment_job(self, inputs, outputs):
+        """Its log: what it ends with decides nothing."""
+        job = yaml.safe_load(WORKFLOW.read_text())["jobs"]["comment"]
+        contexts = {
+            "inputs": {"comment": True} | inputs,
+            "github": {"event_name": "pull_request"},
+            "needs": {"prune": {"outputs": outputs}},
+        }
+        assert evaluate(job["if"].removeprefix("${{").removesuffix("}}"), contexts)
+        step = next(step for step in job["steps"] if step["uses"].endswith(COMMENT_ACTION.name))
+        assert step["continue-on-error"]
+        given = {name: substitute(value, contexts) for name, value in step["with"].items()}
+        return self.run_action(COMMENT_ACTION, given, request=True)[0].log
+
+    def run_steps(self, directory, steps, contexts):
         log, published = "", []
         for step in steps:
             if step.get("name") == "Install" or not evaluate(step.get("if", "'true'"), contexts):
                 continue
             if "uses" in step:
-                published += [substitute(str(value), contexts) for value in step["with"].values()]
+                given = {name: substitute(str(value), contexts) for name, value in step["with"].items()}
+                published += given.values()
+                self.use(step["uses"], given)
                 continue
-            finished, outputs = self.run_step(step, contexts)
+            finished, outputs = self.run_step(directory, step, contexts)
             log += finished.stdout + finished.stderr
             contexts["steps"][step.get("id")] = {"outputs": outputs}
-            if finished.returncode and not step.get("continue-on-error"):
+            if finished.returncode:
                 return finished.returncode, log, published
         return 0, log, published
 
-    def run_step(self, step, contexts):
+    def use(self, action, given):
+        """Artifacts of one file, which jobs hand each other; other actions do nothing here."""
+        if "upload-artifact" in action and Path(given["path"]).is_file():
+            shutil.copy(given["path"], self.artifacts / given["name"])
+        if "download-artifact" in action:
+            Path(given["path"]).mkdir(exist_ok=True)
+            shutil.copy(self.artifacts / given["name"], Path(given["path"]) / "gradmap.md")
+
+    def run_step(self, directory, step, contexts):
         assert step["shell"] == "bash"  # a composite action has no default
         output = self.temporary / "output"
         output.write_text("")
         environment = {
             "GITHUB_ACTIONS": "true",
-            "GITHUB_ACTION_PATH": str(ACTION),
+            "GITHUB_ACTION_PATH": str(directory),
             "GITHUB_API_URL": self.project.forge.url,
             "GITHUB_REPOSITORY": "o/r",
             "GITHUB_OUTPUT": str(output),
@@ -189,16 +238,20 @@ def substitute(text, contexts):
 
 
 def evaluate(expression, contexts):
-    """The few operators of GitHub's expressions that the action uses are Python's, under other names."""
+    """The few operators of GitHub's expressions that we use are Python's, under other names.
+
+    An output of a step that did not run is empty.
+    """
 
     def look_up(found):
         value = contexts
         for key in found[0].split("."):
-            value = value[key]
-        return repr(value)
+            value = value.get(key, {})
+        return repr(value or "")
 
     values = re.sub(r"[a-z]+(?:\.[\w-]+)+", look_up, expression.strip())
-    return eval(values.replace("&&", "and").replace("||", "or"))
+    python = re.sub(r"!(?!=)", " not ", values).replace("&&", "and").replace("||", "or")
+    return eval(python, {"cancelled": lambda: False})
 
 
 class GitLab:
@@ -213,14 +266,14 @@ class GitLab:
         (home / "source").symlink_to(ROOT)
         self.home = home
 
-    def run(self, request=False, fail_on=None):
+    def run(self, request=False, recipe="my recipe.yaml", out="the result", fail_on=None):
         """request: whether a merge request is what the job runs for."""
         job = yaml.safe_load(GITLAB.read_text())[".gradmap"]
         predefined = {"CI_PROJECT_DIR": str(self.project.directory), "CI_PROJECT_ID": "3"}
         predefined |= {"CI_API_V4_URL": self.project.forge.url}
         if request:
             predefined |= {"CI_MERGE_REQUEST_IID": "7", "GRADMAP_COMMENT_TOKEN": TOKEN}
-        chosen = {"GRADMAP_RECIPE": "my recipe.yaml", "GRADMAP_OUT": "the result"}
+        chosen = {"GRADMAP_RECIPE": recipe, "GRADMAP_OUT": out}
         chosen |= {"GRADMAP_FAIL_ON": fail_on} if fail_on is not None else {}
         variables = {
             name: Template(value).safe_substitute(predefined) for name, value in (job["variables"] | chosen).items()
@@ -231,5 +284,6 @@ class GitLab:
         outcome = dict(line.split("=", 1) for line in (self.home / "outcome").read_text().splitlines())
         named = [*job["artifacts"]["paths"], *job["artifacts"]["reports"].values(), *job["cache"]["paths"]]
         published = [Template(path).substitute(variables | predefined) for path in named]
-        summary = (self.home / "summary.md").read_text()
-        return Finished(code, passed, outcome["verdict"], summary, finished.stdout + finished.stderr, published)
+        written = self.home / "summary.md"
+        summary = written.read_text() if written.exists() else ""
+        return Finished(code, passed, outcome.get("verdict", ""), summary, finished.stdout + finished.stderr, published)

@@ -12,7 +12,9 @@ import yaml
 
 from gradmap.verdict import EXIT_CODES, Verdict
 from tests.conftest import ASSETS, BOOLQ, ROOT, SMALL_LOAD_TEST, SMOLLM2, SMOLLM2_GGUF, SQUAD
-from tests.deploy.runners import ACTION, STAND_IN, TOKEN, WORKFLOW, Forge, GitHub, GitLab, Project
+from tests.deploy.runners import ACTION, COMMENT_ACTION, STAND_IN, TOKEN, WORKFLOW, Forge, GitHub, GitLab, Project
+
+FILES = (ACTION / "action.yml", COMMENT_ACTION / "action.yml", WORKFLOW)
 
 
 @pytest.fixture
@@ -107,6 +109,76 @@ def test_one_comment_is_kept_up_to_date_and_others_are_left_alone(ci):
     assert ci.project.forge.comments == others
 
 
+def test_a_comment_of_somebody_else_that_looks_like_ours_stays_theirs(ci):
+    ci.project.ends_with("FAIL", 1)
+    ci.run(request=True)
+    forge = ci.project.forge
+    theirs = forge.comments.pop(1) + "and more"
+    forge.comments, forge.authors, forge.changes = {1: theirs}, {1: "a-stranger"}, []
+    ci.run(request=True)
+    assert forge.comments[1] == theirs
+    assert "speed: **FAIL**" in forge.comments[2]
+    ci.project.ends_with("PASS", 0)
+    ci.run(request=True)
+    assert "speed: **PASS**" in forge.comments[2]
+    assert len(forge.comments) == 2
+
+
+FORGERY = "verdict=PASS\nexit_code=0\n"
+
+
+@pytest.mark.parametrize("which", ["recipe", "out"])
+def test_a_name_with_a_line_break_forges_no_output(ci, which):
+    ci.project.ends_with("FAIL", 1)
+    finished = ci.run(**{which: f"x\n{FORGERY}.yaml"})
+    assert (finished.exit_code, finished.verdict) == (2, "")
+    assert "no recipe or result directory may have a control character in its name" in finished.log
+    assert not (ci.project.directory / "calls").exists()
+
+
+def test_a_recipe_s_name_ends_neither_the_comment_s_first_line_nor_its_code(ci):
+    recipe = "a --> `@everybody` b.yaml"
+    (ci.project.directory / recipe).write_text("model: m\n")
+    ci.project.ends_with("", 2)
+    for _ in range(2):
+        ci.run(request=True, recipe=recipe)
+    first, second = ci.project.forge.comments[1].splitlines()
+    assert first == "<!-- gradmap a --%3E %60%40everybody%60 b.yaml -->"
+    assert second.startswith("gradmap: `a --> @everybody b.yaml` broke off with exit code 2")
+    assert len(ci.project.forge.comments) == 1
+
+
+def test_the_summary_has_no_say_in_which_comment_it_replaces(ci):
+    """It is written where the model runs; other workflows comment as the same user."""
+    of_another_workflow = "## gradmap: a model\n\nas the summary begins"
+    ci.project.forge.comments = {1: of_another_workflow}
+    (ci.project.directory / "other.yaml").write_text("model: m\n")
+    ci.project.ends_with("PASS", 0)
+    for recipe in ("my recipe.yaml", "other.yaml", "my recipe.yaml"):
+        ci.run(request=True, recipe=recipe)
+    first_lines = [comment.splitlines()[0] for comment in ci.project.forge.comments.values()]
+    own = ["<!-- gradmap my recipe.yaml -->", "<!-- gradmap other.yaml -->"]
+    assert first_lines == ["## gradmap: a model", *own]
+    assert ci.project.forge.comments[1] == of_another_workflow
+
+
+def test_artifacts_have_plain_names(project):
+    recipe = "é $x:1.b.yaml"
+    (project.directory / recipe).write_text("model: m\n")
+    project.ends_with("PASS", 0)
+    published = GitHub(project).run(recipe=recipe).published
+    names = [one for one in published if one.startswith("gradmap-")]
+    assert names == ["gradmap-____x_1.b-summary", "gradmap-____x_1.b", "gradmap-____x_1.b-vllm"]
+
+
+@pytest.mark.parametrize("verdict", ["", "*", "SUPERB"])
+def test_what_is_no_verdict_passes_no_gate(project, verdict):
+    gate = ROOT / "deploy" / "ci" / "gate.sh"
+    finished = project.execute(f"bash '{gate}' '{verdict}' 0 FAIL", project.environment)
+    assert finished.returncode == 2
+    assert f"'{verdict}' is no verdict" in finished.stderr
+
+
 def test_a_push_gets_no_comment(ci):
     ci.project.ends_with("PASS", 0)
     assert ci.run().passed
@@ -131,20 +203,44 @@ def test_what_the_gitlab_job_reports_is_where_a_load_test_writes_it(project):
 
 def test_no_expression_is_pasted_into_a_shell():
     """An input such as `$(...)` would be executed."""
-    action, workflow = (yaml.safe_load(path.read_text()) for path in (ACTION / "action.yml", WORKFLOW))
-    steps = [*action["runs"]["steps"], *(step for job in workflow["jobs"].values() for step in job["steps"])]
-    assert not [step["run"] for step in steps if "${{" in step.get("run", "")]
+    assert not [step["run"] for step in all_steps() if "${{" in step.get("run", "")]
+
+
+def all_steps():
+    """Of the workflow and both actions."""
+    for path in FILES:
+        content = yaml.safe_load(path.read_text())
+        for part in content["jobs"].values() if "jobs" in content else [content["runs"]]:
+            yield from part["steps"]
+
+
+def test_actions_of_others_are_pinned_by_commit():
+    used = [found for path in FILES for found in re.findall(r"^ +(?:- )?uses: ([^.].*)", path.read_text(), re.MULTILINE)]
+    assert len(used) == len([step for step in all_steps() if not step.get("uses", ".").startswith(".")])
+    assert not [one for one in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one)]
+
+
+def test_what_may_write_has_no_secret_and_runs_no_model():
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    writing = {name for name, job in jobs.items() if "write" in job["permissions"].values()}
+    running = {name for name, job in jobs.items() if "secrets." in str(job) or f"actions/{ACTION.name}'" in str(job)}
+    assert (writing, running) == ({"comment"}, {"prune"})
 
 
 def test_the_workflow_and_the_action_name_only_what_exists():
     """GitHub replaces a misspelt name by nothing."""
-    action, workflow = (yaml.safe_load(path.read_text()) for path in (ACTION / "action.yml", WORKFLOW))
+    workflow = yaml.safe_load(WORKFLOW.read_text())
+    action, comment = (yaml.safe_load((path / "action.yml").read_text()) for path in (ACTION, COMMENT_ACTION))
     call, job = workflow[True]["workflow_call"], workflow["jobs"]["prune"]  # YAML 1.1 reads `on` as true
-    named = {text: set(re.findall(r"inputs\.([\w-]+)", text.read_text())) for text in (ACTION / "action.yml", WORKFLOW)}
-    assert named == {ACTION / "action.yml": set(action["inputs"]), WORKFLOW: set(call["inputs"])}
+    named = {text: set(re.findall(r"inputs\.([\w-]+)", text.read_text())) for text in FILES}
+    assert list(named.values()) == [set(action["inputs"]), set(comment["inputs"]), set(call["inputs"])]
     uses = next(step for step in job["steps"] if step.get("id") == "gradmap")
     assert (ROOT / uses["uses"].removeprefix("./.gradmap/") / "action.yml").is_file()
     assert uses["with"].keys() <= action["inputs"].keys()
+    (uses,) = (step for step in workflow["jobs"]["comment"]["steps"] if "comment" in step["uses"])
+    assert (ROOT / uses["uses"].removeprefix("./.gradmap/") / "action.yml").is_file()
+    assert uses["with"].keys() == comment["inputs"].keys()
+    assert set(re.findall(r"needs\.prune\.outputs\.([\w-]+)", WORKFLOW.read_text())) <= job["outputs"].keys()
     assert set(re.findall(r"steps\.gradmap\.outputs\.([\w-]+)", WORKFLOW.read_text())) <= action["outputs"].keys()
     assert set(re.findall(r"secrets\.(\w+)", WORKFLOW.read_text())) == call["secrets"].keys()
 
