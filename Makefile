@@ -86,7 +86,12 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Hashes without torch's: its CPU build comes from an index of its own, with other files than the package index has.
 constraints: setup
-	(echo "# Versions that CI tests on a CPU-only machine. Renew: make constraints"; \
-	 $(UV) pip freeze --python $(VENV) --exclude-editable | grep -vE '^(uv|pip|setuptools)==' | sed 's/+cpu$$//') > $@.tmp
+	$(UV) pip freeze --python $(VENV) --exclude-editable | grep -vE '^(uv|pip|setuptools)==' | sed 's/+cpu$$//' > $@.frozen
+	(echo "# Versions that CI tests on a CPU-only machine, and the hashes of their files, which uv holds downloads against."; \
+	 echo "# torch has none: its CPU build comes from an index of its own, with other files. Renew: make constraints"; \
+	 grep '^torch==' $@.frozen && grep -v '^torch==' $@.frozen | \
+	 $(UV) pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header -) > $@.tmp
 	mv $@.tmp constraints/cpu.txt
+	rm $@.frozen
