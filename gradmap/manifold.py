@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
-from sklearn.feature_selection import mutual_info_regression
-from sklearn.neighbors import NearestNeighbors
+from scipy.special import digamma
 from torch import Tensor
 
 from gradmap.architectures import Architecture
@@ -30,6 +30,7 @@ DIMENSIONS = 2
 INFORMATION_NEIGHBOURS = 5
 ENTROPY_NEIGHBOURS = 50
 LEAST_SAMPLES = 3  # two points have no entropy
+NOISE = 1e-10
 
 
 def layer_similarities(model: Any, architecture: Architecture, input_ids: Tensor, seed: int) -> Matrix:
@@ -78,18 +79,49 @@ def diffusion_embedding(points: Matrix) -> Matrix:
 
 
 def mutual_information(points: Matrix, others: Matrix, seed: int) -> float:
-    """Mean over every pair of coordinates, nats."""
-    neighbours = min(INFORMATION_NEIGHBOURS, len(points) - 1)
-    options = {"n_neighbors": neighbours, "discrete_features": False, "random_state": seed}
-    return float(np.mean([mutual_info_regression(points, column, **options) for column in others.T]))
+    """Mean over every pair of coordinates, nats. points, others: (n, d). seed: of the noise.
+
+    The numbers are those of scikit-learn's `mutual_info_regression`, which the authors' code calls.
+    """
+    generator = np.random.RandomState(seed)
+    columns = _without_ties(points, generator.standard_normal(points.shape)).T
+    noise = generator.standard_normal((len(others), 1))  # the same for each column
+    other_columns = _without_ties(others, noise).T
+    return float(np.mean([_information(x, y) for x in columns for y in other_columns]))
 
 
 def entropy(points: Matrix) -> float:
     """From the distance to the k-th neighbour: -mean log(k / (n distance^d)), nats. points: (n, d)."""
     count, dimensions = points.shape
     neighbours = min(ENTROPY_NEIGHBOURS, count - 1)
-    distances = NearestNeighbors(n_neighbors=neighbours + 1).fit(points).kneighbors(points)[0][:, -1]
+    distances = KDTree(points).query(points, k=[neighbours + 1])[0]
     return float(-np.mean(np.log(neighbours / (count * distances**dimensions))))
+
+
+def _without_ties(points: Matrix, noise: Matrix) -> Matrix:
+    """Coordinates over their standard deviations, and a little noise. points: (n, d)."""
+    scaled = points / points.std(axis=0)
+    broken: Matrix = scaled + NOISE * np.maximum(1, np.abs(scaled).mean(axis=0)) * noise
+    return broken
+
+
+def _information(x: Matrix, y: Matrix) -> float:
+    """Kraskov et al. 2004 (arXiv cond-mat/0305641), equation 8, nats, at least 0. x, y: (n,)."""
+    count = len(x)
+    neighbours = min(INFORMATION_NEIGHBOURS, count - 1)
+    both = np.column_stack([x, y])
+    # The nearest to a point is the point itself.
+    reach = KDTree(both).query(both, k=[neighbours + 1], p=np.inf)[0][:, 0]
+    near = [_nearer_than(reach, values) for values in (x, y)]
+    information = digamma(count) + digamma(neighbours) - sum(digamma(each).mean() for each in near)
+    return max(0.0, float(information))
+
+
+def _nearer_than(reach: Matrix, values: Matrix) -> Matrix:
+    """How many of the values are nearer to each than its reach; each itself is one. All (n,)."""
+    points = values[:, None]
+    counts: Matrix = KDTree(points).query_ball_point(points, np.nextafter(reach, 0), return_length=True)
+    return counts
 
 
 def _embed(states: Matrix) -> Matrix:

@@ -174,6 +174,22 @@ def test_information_is_larger_about_what_depends():
     assert mutual_information(points, points[:, ::-1], 0) > 5 * mutual_information(points, independent, 0)
 
 
+@pytest.mark.parametrize(
+    ("decimals", "expected"),
+    [
+        (16, 0.5170709229625704),
+        (1, 0.5212162156940128),  # with ties, which the noise breaks
+    ],
+)
+def test_information_is_what_scikit_learn_makes_of_it(decimals, expected):
+    """expected: of mutual_info_regression (scikit-learn 1.9.1), n_neighbors=5, random_state=7."""
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(200, 2))
+    others = points @ np.array([[1.0, 0.5], [0.0, 1.0]]) + 0.3 * generator.normal(size=(200, 2))
+    given = mutual_information(points.round(decimals), others.round(decimals), seed=7)
+    assert given == pytest.approx(expected, rel=1e-9)
+
+
 def test_mka_removes_the_layer_most_like_the_one_before_it(picos, input_ids):
     pico = picos["llama"]
     ids = input_ids.repeat(3, 1)[:, torch.randperm(12, generator=torch.Generator().manual_seed(0))]
