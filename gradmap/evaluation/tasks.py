@@ -124,6 +124,7 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
     from lm_eval.evaluator import evaluate
 
     documents = {part: indices for part, indices in task.documents.items() if indices}
+    # Without the harness's caches, which are pickles that anybody may have left.
     with waiting(f"Evaluating {task.name}"):
         results = evaluate(
             model,

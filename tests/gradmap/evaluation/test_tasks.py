@@ -1,12 +1,16 @@
 """Our offline tasks ask what lm-evaluation-harness asks, of the same documents, and judge answers as it does."""
 
+import pickle
 import random
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -119,6 +123,33 @@ def test_nothing_is_written_beside_the_data(tmp_path, name):
     before = sorted(tmp_path.rglob("*"))
     load_task(name, tmp_path, 2, seed=0)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class Planted:
+    """Leaves a file where its pickle is read."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_no_cache_of_the_harness_is_read(monkeypatch, tmp_path):
+    """Its caches are pickles, which can run code: of requests (dill), and of answers (sqlitedict)."""
+    trace, caches = tmp_path / "trace", tmp_path / "caches"
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(caches))
+    monkeypatch.setitem(sys.modules, "sqlitedict", None)  # to import it is an error
+    task = load_task("boolq", DATA, 2, seed=1)
+    cached = {"samples": task.documents, "bootstrap_iters": 0, "cache_requests": True}
+    evaluate(RecordingModel(), {"tasks": dict(task.parts)}, **cached)
+    (cache,) = caches.iterdir()
+    cache.write_bytes(pickle.dumps(Planted(trace)))
+
+    score_task_with(task, RecordingModel())
+    assert not trace.exists()
+    evaluate(RecordingModel(), {"tasks": dict(task.parts)}, **cached)
+    assert trace.exists(), "the harness does not look for a cache where this test plants one"
 
 
 @pytest.mark.parametrize(
