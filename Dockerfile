@@ -7,7 +7,7 @@
 # Without a key it refuses to start, unless it is told to serve whoever asks: gradmap:cpu /model --allow-anonymous
 # Other commands: docker run --entrypoint gradmap ... gradmap:cpu prune ...
 
-FROM debian:12.12-slim AS base
+FROM debian:12.12-slim@sha256:d5d3f9c23164ea16f31852f95bd5959aad1c5e854332fe00f7b3a20fcc9f635c AS base
 # Debian keeps no old versions, so that versions pinned here would soon not be found.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -51,6 +51,7 @@ ENTRYPOINT ["gradmap-serve", "--host", "0.0.0.0", "--admin-host", "0.0.0.0", "--
 CMD ["/model", "--", "--enforce-eager"]
 
 
+# A tag can be moved: `docker buildx imagetools inspect` says the digest to pin where your policy asks for one.
 FROM vllm/vllm-openai:v0.32.0 AS cuda
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

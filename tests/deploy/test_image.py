@@ -115,10 +115,34 @@ def test_what_is_copied_is_not_ignored(stages):
     assert set(copied) == {line.removeprefix("!") for line in ignored if line.startswith("!")}
 
 
+def test_what_is_installed_is_held_against_hashes():
+    """All but torch, see the file; and it names no host, so that any index of packages will do."""
+    text = (ROOT / "constraints" / "cpu.txt").read_text()
+    pinned = re.findall(r"^[\w.-]+==\S+(?: \\\n +--hash=sha256:[0-9a-f]{64})*$", text, re.MULTILINE)
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert "\n".join(pinned).splitlines() == lines
+    assert [one for one in pinned if "--hash" not in one] == ["torch==2.13.0"]
+
+
 def test_containers_get_the_time_that_a_server_needs_to_stop(compose):
     for name in ("dense", "pruned"):
         grace_s = int(compose["services"][name]["stop_grace_period"].removesuffix("s"))
         assert grace_s >= BALANCER_WAIT_S + ServerSettings(Path()).drain_s + KILL_MARGIN_S
+
+
+def test_grafana_asks_for_a_password_and_is_on_loopback(compose):
+    grafana = compose["services"]["grafana"]
+    assert grafana["environment"].keys() == {"GF_SECURITY_ADMIN_PASSWORD"}  # no anonymous access
+    # `:?` in Compose: an empty one or none is an error
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"].startswith("${GRAFANA_PASSWORD:?")
+    assert [port.partition(":")[0] for port in grafana["ports"]] == ["127.0.0.1"]
+
+
+def test_images_of_others_are_pinned_by_digest(compose, stages):
+    images = [service["image"] for service in compose["services"].values()] + [stages["base"]["FROM"]]
+    others = [image.removesuffix(" AS base") for image in images if not image.startswith("gradmap:")]
+    assert len(others) == 3
+    assert not [image for image in others if not re.fullmatch(r"[\w/]+:[\w.-]+@sha256:[0-9a-f]{64}", image)]
 
 
 def test_prometheus_and_grafana_find_their_files_and_targets(compose):
