@@ -215,7 +215,9 @@ def all_steps():
 
 
 def test_actions_of_others_are_pinned_by_commit():
-    used = [found for path in FILES for found in re.findall(r"^ +(?:- )?uses: ([^.].*)", path.read_text(), re.MULTILINE)]
+    used = [
+        found for path in FILES for found in re.findall(r"^ +(?:- )?uses: ([^.].*)", path.read_text(), re.MULTILINE)
+    ]
     assert len(used) == len([step for step in all_steps() if not step.get("uses", ".").startswith(".")])
     assert not [one for one in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one)]
 
