@@ -81,7 +81,7 @@ def diffusion_embedding(points: Matrix) -> Matrix:
 def mutual_information(points: Matrix, others: Matrix, seed: int) -> float:
     """Mean over every pair of coordinates, nats. points, others: (n, d). seed: of the noise.
 
-    The numbers are those of scikit-learn's `mutual_info_regression`, which the authors' code calls.
+    The numbers are those of scikit-learn's `mutual_info_regression`.
     """
     generator = np.random.RandomState(seed)
     columns = _without_ties(points, generator.standard_normal(points.shape)).T
