@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from export.safetensors_writer import write_safetensors
-from gradmap.checkpoint import INDEX_NAME
 from gradmap.environment import describe_environment
 from gradmap.files import write_json
+from gradmap.model_files import INDEX_NAME
 from gradmap.reading import read_json
 from gradmap.safetensors_reader import TensorSpec
 

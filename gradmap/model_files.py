@@ -16,6 +16,10 @@ from pydantic import AfterValidator
 
 from gradmap.errors import UserError
 
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# All of a model but its weights that transformers reads, or that its users need.
+COMPANION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja")
 # In configs: which classes of the model's author are to be used. Stock models need none.
 CODE_KEY = "auto_map"
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradmap.checkpoint import INDEX_NAME, load_tokenizer, open_checkpoint
+from gradmap.checkpoint import load_tokenizer, open_checkpoint
 from gradmap.errors import UserError
+from gradmap.model_files import INDEX_NAME
 
 
 @pytest.fixture
