@@ -1,7 +1,13 @@
 """The real Locust where it is told otherwise by others, cannot write, or is ended; and a second test in one place."""
 
+import json
 import resource
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from gradmap.errors import UserError
@@ -117,3 +123,40 @@ def test_a_test_that_starts_leaves_nothing_of_an_earlier_one(tmp_path, earlier):
     Session(tmp_path).start({})
     assert {path.name for path in tmp_path.iterdir()} == {"records.jsonl", "blocks.jsonl", "resources.jsonl"}
     assert all(path.read_text() == "" for path in tmp_path.iterdir())
+
+
+@pytest.mark.alone
+def test_sigterm_ends_every_process_and_keeps_what_was_measured_as_invalid(tmp_path):
+    out = tmp_path / "out"
+    with running(FakeServer(gap_s=0.01)) as fake:
+        command = [
+            "loadtest",
+            "--dense",
+            fake.url,
+            "--pruned",
+            fake.url,
+            "--quick",
+            "--vocabulary",
+            "9",
+            "--requests",
+            "2",
+        ]
+        command += ["--concurrency", "1", "--output-tokens", "4", "--out", str(out)]
+        process = subprocess.Popen([sys.executable, "-m", "gradmap", *command], stderr=subprocess.PIPE, text=True)
+        try:
+            while process.poll() is None and not (out / RECORDS_FILE).is_file():
+                time.sleep(0.1)
+            while process.poll() is None and not (out / RECORDS_FILE).read_text():
+                time.sleep(0.1)
+            while process.poll() is None and not (children := psutil.Process(process.pid).children(recursive=True)):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    report = json.loads((out / "report.json").read_text())
+    assert (report["verdict"], report["speedup"]) == ("INVALID", {})
+    assert " of 12 requests were recorded" in report["reason"]
+    assert not list(out.glob(".load-*"))
