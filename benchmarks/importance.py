@@ -46,6 +46,8 @@ from gradmap.selectors.gradient import GradientScorer
 from gradmap.selectors.repair import RepairScorer
 
 BATCH_SIZE = 4  # of the methods that only run forward
+# The loss of a block that may not go: no other is as high, and it is a number.
+STAYS = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def score_by_block_influence(model: Any, architecture: Architecture, input_ids: 
 def score_by_loss_as_released(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
     """SLEB: the loss without each block in turn, from whole forward passes. The first and last block stay."""
     count = len(architecture.layer_list(model))
-    losses = torch.full((count,), torch.inf, dtype=torch.float64)
+    losses = torch.full((count,), STAYS, dtype=torch.float64)
     for candidate in range(1, count - 1):
         with without_layers(model, architecture, [candidate]):
             losses[candidate] = sum(
@@ -103,7 +105,7 @@ def score_by_loss_as_released(model: Any, architecture: Architecture, input_ids:
 def score_by_loss_with_prefixes(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
     """SLEB, each candidate from the hidden state that enters it on."""
     layers = list(architecture.layer_list(model))
-    losses = torch.full((len(layers),), torch.inf, dtype=torch.float64)
+    losses = torch.full((len(layers),), STAYS, dtype=torch.float64)
     losses[1:-1] = 0
     for batch in input_ids.split(BATCH_SIZE):
         ids = batch.to(model.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -19,8 +20,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 def require_finite(what: str, *values: Tensor | float | None) -> None:
     """Raises UserError, which says of `what`, if one of the values is not finite; None is none."""
-    if not all(is_finite(torch.as_tensor(value)) for value in values if value is not None):
+    if not all(_all_finite(value) for value in values if value is not None):
         raise UserError(f"{what} is not finite; {CURE}.")
+
+
+def _all_finite(value: Tensor | float) -> bool:
+    return is_finite(value) if isinstance(value, Tensor) else math.isfinite(value)
 
 
 def require_finite_weights(weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -112,7 +112,7 @@ class Pico:
 
     @property
     def architecture(self):
-        return architecture_of(self.checkpoint.config)
+        return architecture_of(json.loads((self.directory / "config.json").read_text()))
 
     def load(self, dtype: torch.dtype = torch.float64):
         # float64 is not to be had from the grouped product that mixtures of experts use otherwise

@@ -85,5 +85,5 @@ def test_layers_go_in_as_many_runs_as_predictions_have_it():
 def test_it_runs_where_only_what_prunes_is_installed():
     code = "import sys, benchmarks.llama_7b; print(*{name.partition('.')[0] for name in sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    absent = {"datasets", "locust", "pydantic", "uvicorn", "vllm", "export", "serving", "loadtest"}
+    absent = {"datasets", "locust", "uvicorn", "vllm", "export", "serving", "loadtest"}
     assert not absent & set(found.stdout.split())

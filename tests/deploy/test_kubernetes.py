@@ -170,7 +170,7 @@ def test_policy_and_budget_are_for_the_endpoints(name):
 
 @every_endpoint
 def test_probes_are_routes_of_the_admin_port(pod):
-    routes = [route.path for route in Admin([], "").app().routes]
+    routes = [route.path for route in Admin([]).app().routes]
     kinds = {"startupProbe": "/startupz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}
     for kind, path in kinds.items():
         assert path in routes

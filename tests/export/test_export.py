@@ -307,21 +307,39 @@ def test_a_directory_of_this_machine_is_no_base_model_of_the_hub(artifact, tmp_p
     assert "base_model" not in render_card(None, of_hub, {})
 
 
+def evaluation_of(model, plan_sha256):
+    """As `gradmap eval` writes it, as far as it is read."""
+    side = {"layers": 5, "parameters": 1, "average_accuracy": QUALITY["accuracy"]["piqa"], "answers": None, **QUALITY}
+    interval = {"value": 1.0, "low": 0.9, "high": 1.1}
+    difference = {"difference": interval, "retained": interval}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "plan_sha256": plan_sha256,
+        "texts": {"squad": {}},
+        "tasks": {"piqa": {"documents": 1}},
+        "dense": side,
+        "pruned": side,
+        "comparison": {"tasks": {"piqa": difference}, "average": difference, "perplexity_ratio": {"squad": interval}},
+        "quality": None,
+        "answers": [],
+        "settings": {"segment": 128},
+    }
+
+
 def test_results_of_another_model_do_not_get_into_the_card(artifact, tmp_path):
     results = tmp_path / "eval.json"
-    contents = {"model": artifact[1].checkpoint.name, "plan_sha256": "other", "pruned": QUALITY}
-    results.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **contents}))
+    results.write_text(json.dumps(evaluation_of(artifact[1].checkpoint.name, "other")))
     with pytest.raises(UserError, match="evaluates another model or plan"):
         read_quality(results, artifact[1])
 
 
 def test_results_of_another_protocol_do_not_get_into_the_card(artifact, tmp_path):
     results, source = tmp_path / "eval.json", artifact[1]
-    contents = {"model": source.checkpoint.name, "plan_sha256": source.plan_hash, "pruned": QUALITY}
-    contents["settings"] = {"segment": 128}
-    results.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **contents}))
+    contents = evaluation_of(source.checkpoint.name, source.plan_hash)
+    results.write_text(json.dumps(contents))
     assert read_quality(results, source)["perplexity"] == QUALITY["perplexity"]
-    results.write_text(json.dumps({"schema_version": 2, **contents}))
+    results.write_text(json.dumps(contents | {"schema_version": 2}))
     with pytest.raises(UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"):
         read_quality(results, source)
 

@@ -80,7 +80,7 @@ def test_a_change_that_folds_into_something_else_is_refused_before_anything_is_w
     export(right, tmp_path / "right", "hf")
     with pytest.raises(UserError, match="Folded into the weights"):
         export(wrong, tmp_path / "wrong", "hf")
-    assert not (tmp_path / "wrong").exists()
+    assert not list((tmp_path / "wrong").glob("*"))
 
 
 def test_a_model_larger_than_memory_is_compared_unfolded_and_as_it_is_stored(picos, monkeypatch):
