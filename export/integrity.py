@@ -5,23 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from export.comparison import Comparison
 from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.files import ARTIFACT_FILE, sha256_file
 from gradmap.model_files import CODE_KEY, PlainName, own_file, own_files
-from gradmap.reading import checked, read_json_object
+from gradmap.reading import Strict, checked, read_json_object
 
 SCHEMA_VERSION = 3
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class BaseRecord(_Strict):
+class BaseRecord(Strict):
     """Which checkpoint the artifact was made of. files: name -> SHA-256."""
 
     name: str
@@ -29,7 +23,7 @@ class BaseRecord(_Strict):
     license: str | None
 
 
-class PlanRecord(_Strict):
+class PlanRecord(Strict):
     """Of the plan that was applied: original layer indices, and the calibration record of plan.json."""
 
     sha256: str
@@ -38,7 +32,7 @@ class PlanRecord(_Strict):
     calibration: dict[str, Any]
 
 
-class ArtifactRecord(_Strict):
+class ArtifactRecord(Strict):
     """The contents of gradmap.json.
 
     format, dtype and quantise are those of export.artifact.FORMATS. verification: what was found when it was exported,

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +32,7 @@ from gradmap.corrections import (
 from gradmap.errors import UserError, first_line
 from gradmap.files import atomic_directory, write_json
 from gradmap.finite import require_finite
-from gradmap.reading import checked, read_json_object
+from gradmap.reading import Strict, checked, read_json_object
 
 SCHEMA_VERSION = 4
 PLAN_FILE = "plan.json"
@@ -40,13 +40,7 @@ CORRECTIONS_FILE = "corrections.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
 
 
-class _Strict(BaseModel):
-    """Part of a file format: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class BaseModelIdentity(_Strict):
+class BaseModelIdentity(Strict):
     """Which checkpoint a plan belongs to. files: name -> SHA-256."""
 
     name: str
@@ -55,7 +49,7 @@ class BaseModelIdentity(_Strict):
     files: dict[str, str]
 
 
-class CalibrationRecord(_Strict):
+class CalibrationRecord(Strict):
     """Where the calibration samples came from; the token ids are in `calibration.safetensors` (`input_ids`, (N, T)).
 
     tokens: T, of which the first is `bos` where the tokenizer puts one in front of a text; else bos is null.
@@ -70,14 +64,14 @@ class CalibrationRecord(_Strict):
     sha256: str
 
 
-class StepRecord(_Strict):
+class StepRecord(Strict):
     """One decision: the score of every layer alive before it, and what it removed. Original layer indices."""
 
     scores: dict[int, float]
     removed: list[int]
 
 
-class CorrectionRecord(_Strict):
+class CorrectionRecord(Strict):
     """One correction of the weight of `target`, a linear map inside a layer (original index).
 
     kind: one of gradmap.corrections.CHANGES; its tensors (float32) are in `corrections.safetensors` as `name`.TENSOR if
@@ -134,7 +128,7 @@ class Repair:
         }[first.kind]
 
 
-class Plan(_Strict):
+class Plan(Strict):
     """The contents of plan.json."""
 
     schema_version: int = SCHEMA_VERSION
@@ -147,7 +141,7 @@ class Plan(_Strict):
     corrections: list[CorrectionRecord]
     environment: dict[str, str]
     timings_s: dict[str, float]
-    peak_gpu_bytes: dict[str, int] = {}
+    peak_gpu_bytes: dict[str, int] = Field(default={})
 
     @property
     def kept_layers(self) -> list[int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from gradmap.errors import UserError, first_line
 
@@ -22,6 +22,15 @@ BYTE_ORDER_MARK = "\ufeff"
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Model = TypeVar("Model")
+
+
+class Strict(BaseModel):
+    """Part of a file format of ours: unknown keys are refused, values do not change, and numbers are finite: a
+    comparison with NaN is false, and slips through every check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
 # What libraries raise over data that is not what they expect: few have an error of their own for it.
 MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 

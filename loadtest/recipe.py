@@ -7,8 +7,6 @@ from typing import Annotated, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -18,7 +16,7 @@ from pydantic import (
 
 from gradmap.errors import UserError
 from gradmap.prune_settings import SEEDS
-from gradmap.reading import checked, read_yaml
+from gradmap.reading import Strict, checked, read_yaml
 from loadtest.loads import Arrivals
 from loadtest.prompts import LEAST_OUTPUT_TOKENS
 from loadtest.slo import parse_slo
@@ -34,10 +32,8 @@ def _written_slo(text: str) -> str:
     return text
 
 
-class _Section(BaseModel):
+class _Section(Strict):
     """A section's fields are named as the options of the command it is for; None leaves the command its default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PruneSection(_Section):
@@ -84,9 +80,9 @@ class ExportSection(_Section):
 
 
 class EvalSection(_Section):
-    perplexity: dict[str, str] = {}
+    perplexity: dict[str, str] = Field(default={})
     segment: AtLeastTwo | None = None
-    tasks: list[str] = []
+    tasks: list[str] = Field(default=[])
     task_data: str | None = None
     answers: bool | None = None
     limit: PositiveInt | None = None

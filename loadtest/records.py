@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from gradmap.errors import UserError
 from gradmap.files import append_text, atomic_file
-from gradmap.reading import first_problem, read_text
+from gradmap.reading import Strict, first_problem, read_text
 
 SCHEMA_VERSION = 3
 RECORDS_FILE = "records.jsonl"
@@ -26,15 +26,11 @@ REPORT_FILE = "report.json"
 REPORT_PAGE, REPORT_SUMMARY, REPORT_CASES = "report.html", "report.md", "junit.xml"
 
 
-# A comparison with NaN is false, so that it would slip through every check of what was measured.
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0)]
 
 
-class _Record(BaseModel):
-    model_config = STRICT
-
+class _Record(Strict):
     schema_version: int = SCHEMA_VERSION
 
 
@@ -92,10 +88,8 @@ class BlockRecord(_Record):
     server_tokens: int | None
 
 
-class GpuSample(BaseModel):
+class GpuSample(Strict):
     """utilisation: share of the time in which it computed; None for what the card does not tell."""
-
-    model_config = STRICT
 
     utilisation: float | None
     memory_bytes: int | None
