@@ -12,18 +12,17 @@ import torch
 
 from export import GGUF_FILE
 from export.card import render_card
-from export.comparison import Bounds, Comparison
+from export.comparison import MIN_AGREEMENT, Bounds, Comparison
 from export.far_positions import require_far_positions
 from export.fold import count_parameters, require_foldable
 from export.folded_model import hidden_size
 from export.formats import (
     FORMATS,
-    MIN_AGREEMENT,
     ExportSettings,
     Format,
     asks_vllm,
-    bounds_of,
     choose_target,
+    compare_in_each,
     label_of,
     reference_dtype,
 )
@@ -48,7 +47,7 @@ from export.reference import (
     save_probe,
 )
 from export.tolerance import logit_tolerance, share_of_strays
-from export.verification import compare, require_faithful, run_artifact, run_artifact_in_each
+from export.verification import compare, require_faithful, run_artifact
 from export.writers import Source, Target, Written, left_behind
 from gradmap.architectures import architecture_of, layer_count
 from gradmap.checkpoint import Checkpoint, load_tokenizer
@@ -175,12 +174,9 @@ def _export_one(
         save_probe(partial / PROBE_FILE, reference)
         fresh = "a fresh process" if len(runners) == 1 else "fresh processes"
         with announced(f"Verifying {path}: {' and '.join(map(label_of, runners))} in {fresh}"):
-            outcomes = run_artifact_in_each(runners, partial, reference, written.weight_bytes)
-        comparisons = {}
-        for runner, outcome in zip(runners, outcomes, strict=True):
-            bounds = bounds_of(source, target, written, reference, runner, settings.min_agreement)
-            comparisons[runner] = compare(reference, outcome, bounds)
-            require_faithful(comparisons[runner])
+            comparisons = compare_in_each(runners, partial, source, target, written, reference, settings.min_agreement)
+        for comparison in comparisons.values():
+            require_faithful(comparison)
         record = _describe(source, form, target, written, comparisons)
         write_text(partial / "README.md", render_card(source.plan, record, settings.quality))
         hashes = written.hashes | _hash_missing(partial, written.hashes)

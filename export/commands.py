@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from export.comparison import MIN_AGREEMENT
 from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
 from gradmap.console import heartbeat, importing, print_json_line, print_table, say, so_far
 
@@ -46,7 +47,7 @@ def export(
     quantise: Annotated[
         str | None, typer.Option(help="int8: the layers' weights as 8-bit integers (all but hf).")
     ] = None,
-    min_agreement: MinAgreementOption = 0.9,
+    min_agreement: MinAgreementOption = MIN_AGREEMENT,
     shard_size_gb: Annotated[
         float, typer.Option(min=0.001, help="Largest size of a weight file, in 10^9 bytes.")
     ] = 5.0,
@@ -101,7 +102,7 @@ def verify(
         str | None,
         typer.Option(help="SHA-256 of gradmap.json, as its exporter knows it; the other files' are in it."),
     ] = None,
-    min_agreement: MinAgreementOption = 0.9,
+    min_agreement: MinAgreementOption = MIN_AGREEMENT,
     json_line: JsonOption = False,
 ) -> None:
     """Check an artifact: every file's hash, and its logits against the probe stored in it."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Of the most likely tokens of a quantised model, those that must be the reference's unless the user says otherwise.
+MIN_AGREEMENT = 0.9
+
 
 @dataclass(frozen=True)
 class Bounds:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from export.formats import MIN_AGREEMENT, Format, bounds_of, reference_dtype
+from export.comparison import MIN_AGREEMENT
+from export.formats import Format, compare_in_each, reference_dtype
 from export.reference import compute_references
 from export.twin import find_boundaries, probe_beyond, write_twin
-from export.verification import compare, find_problem, run_artifact_in_each
+from export.verification import find_problem
 from export.writers import COPIED_PATTERNS, Source, Target
 from gradmap.architectures import prune_config
 from gradmap.console import announced, say
@@ -45,12 +46,8 @@ def _problem_of_twin(
     artifact.mkdir()
     try:
         written = form.write(artifact, small, target)
-        outcomes = run_artifact_in_each(runners, artifact, reference, written.weight_bytes)
+        comparisons = compare_in_each(runners, artifact, small, target, written, reference, MIN_AGREEMENT)
     except UserError as error:
         return str(error)
-    for runner, outcome in zip(runners, outcomes, strict=True):
-        bounds = bounds_of(small, target, written, reference, runner, MIN_AGREEMENT)
-        problem = find_problem(compare(reference, outcome, bounds))
-        if problem is not None:
-            return f"in {outcome.runtime}, {problem}."
-    return None
+    problems = ((comparison.runtime, find_problem(comparison)) for comparison in comparisons.values())
+    return next((f"in {runtime}, {problem}." for runtime, problem in problems if problem is not None), None)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from export.comparison import Bounds
+from export.comparison import MIN_AGREEMENT, Bounds, Comparison
 from export.folded_model import hidden_size, stored_dtype
 from export.reference import Reference
 from export.tolerance import logit_tolerance, share_of_strays
 from export.twin import rope_types
+from export.verification import compare, run_artifact_in_each
 from export.writers import (
     Source,
     Target,
@@ -91,8 +93,6 @@ FORMATS = {
         ),
     )
 }
-# Of the most likely tokens of a quantised model, those that must be the reference's.
-MIN_AGREEMENT = 0.9
 # The package that a runner needs besides ours.
 RUNTIME_PACKAGES = {"run_vllm": "vllm", "run_onnxruntime": "onnxruntime", "run_genai": "onnxruntime_genai"}
 
@@ -169,7 +169,7 @@ def reference_dtype(target: Target, checkpoint: Checkpoint) -> torch.dtype | Non
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def bounds_of(
+def _bounds(
     source: Source, target: Target, written: Written, reference: Reference, runner: str, min_agreement: float
 ) -> Bounds:
     if target.quantise is not None:
@@ -190,3 +190,20 @@ def asks_vllm(settings: ExportSettings) -> bool:
 
 def label_of(runner: str) -> str:
     return runner.removeprefix("run_")
+
+
+def compare_in_each(
+    runners: Sequence[str],
+    directory: Path,
+    source: Source,
+    target: Target,
+    written: Written,
+    reference: Reference,
+    min_agreement: float,
+) -> dict[str, Comparison]:
+    """Runs an artifact in each of its runners, and compares; `require_faithful` and `find_problem` judge."""
+    outcomes = run_artifact_in_each(runners, directory, reference, written.weight_bytes)
+    return {
+        runner: compare(reference, outcome, _bounds(source, target, written, reference, runner, min_agreement))
+        for runner, outcome in zip(runners, outcomes, strict=True)
+    }

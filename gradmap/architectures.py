@@ -175,7 +175,7 @@ def prune_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, An
     """
     layers = layer_count(config)
     kept = [index for index in range(layers) if index not in set(removed)]
-    pruned = deepcopy(dict(config))
+    pruned = deepcopy(config)
     pruned[architecture_of(config).layer_count_key] = len(kept)
     for key, value in (config | _explicit_layer_types(config)).items():
         if key in _PER_LAYER_KEYS and value is not None:

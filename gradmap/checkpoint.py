@@ -91,10 +91,7 @@ def open_checkpoint(
         source = directory / gguf_file
         directory = dequantise_gguf(source)
     config = _read_config(directory, model)
-    quantised = is_quantised(config)
-    if quantised and not allow_quantised:
-        raise _unquantise(model)
-    _refuse_unsuitable(config, model)
+    _refuse_unsuitable(config, model, allow_quantised)
     own_files(directory, COMPANION_PATTERNS)
     if allow_pickle and not _safetensors_names(directory):
         directory = convert_pickled(directory)
@@ -102,7 +99,7 @@ def open_checkpoint(
     for path in weight_files:
         check_safetensors(path)
     name = model if gguf_file is None else f"{model}/{gguf_file}"
-    if not quantised:
+    if not is_quantised(config):
         require_exact(directory, name)
     return Checkpoint(name, directory, config, weight_files, source)
 
@@ -118,8 +115,6 @@ def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
         architecture_of(config)
         return _completed(config)
     config = _read_config(directory, model)
-    if is_quantised(config):
-        raise _unquantise(model)
     _refuse_unsuitable(config, model)
     return _completed(config)
 
@@ -236,11 +231,9 @@ def is_quantised(config: dict[str, Any]) -> bool:
     return bool(config.get("quantization_config"))
 
 
-def _unquantise(model: str) -> UserError:
-    return UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
-
-
-def _refuse_unsuitable(config: dict[str, Any], model: str) -> None:
+def _refuse_unsuitable(config: dict[str, Any], model: str, allow_quantised: bool = False) -> None:
+    if is_quantised(config) and not allow_quantised:
+        raise UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
     architectures = config["architectures"]
     if config.get("auto_map") and not _is_native(config.get("model_type"), architectures):
         raise UserError(f"{model} needs remote code, which is not run; use a model that transformers itself supports.")

@@ -353,7 +353,7 @@ def run_export_command(out, *arguments, preamble=""):
 def test_a_kill_in_the_middle_leaves_the_earlier_artifact_whole(picos, artifact, tmp_path):
     shutil.copytree(artifact[0], tmp_path / "hf")
     killer = (
-        "import os, export.artifact as a;"
+        "import os, export.formats as a;"
         "a.run_artifact_in_each = lambda *_: os.kill(os.getpid(), 9)"  # everything is written, nothing is verified yet
     )
     killed = run_export_command(tmp_path, "--model", str(picos["qwen2"].directory), preamble=killer)
