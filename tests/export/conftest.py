@@ -11,6 +11,11 @@ from gradmap.errors import UserError
 
 IMPORTED_HERE = ("export.runners.run_transformers", "export.runners.run_onnxruntime")
 run_in_a_fresh_process = verification.run_child
+QUALITY = {
+    "perplexity": {"squad": {"value": 12.5, "stderr": 0.5}},
+    "accuracy": {"piqa": {"value": 0.625, "stderr": 0.011, "metric": "acc_norm"}},
+    "segment": 128,
+}
 
 
 def run_here(command, problem):
@@ -37,3 +42,12 @@ def runners_in_this_process():
 def fresh_processes(monkeypatch):
     """As users have it."""
     monkeypatch.setattr(verification, "run_child", run_in_a_fresh_process)
+
+
+@pytest.fixture(scope="module")
+def artifact(picos, tmp_path_factory):
+    """An hf artifact of the Llama pico, its source and its gradmap.json."""
+    from tests.export.test_export import export, make_source
+
+    out, source = tmp_path_factory.mktemp("artifact"), make_source(picos["llama"])
+    return out / "hf", source, export(source, out, "hf", quality=QUALITY)["hf"]
