@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from gradmap.cli import quiet_libraries
 from gradmap.corrections import pruned_and_corrected
 from gradmap.layerwise import sample_losses
 from gradmap.plan import load_changes, load_plan
+from tests.noting_server import NotingServer
 
 quiet_libraries()
 
@@ -161,6 +163,20 @@ def _word_tokenizer(puts_bos: bool = False) -> PreTrainedTokenizerFast:
 def ctrl_c_as_in_a_terminal() -> None:
     """What a shell starts in the background ignores SIGINT, and so would all that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def servers() -> Iterator[Callable[..., NotingServer]]:
+    """Starts web servers: body, port -> NotingServer."""
+    started: list[NotingServer] = []
+
+    def start(body: bytes, port: int = 0) -> NotingServer:
+        started.append(NotingServer(body, port))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
 """What every client of a server does: straight to this machine, by proxy to others, with a key that can be sent."""
 
-import http.server
-import threading
-
 import pytest
 
 from gradmap.errors import UserError
@@ -11,36 +8,6 @@ from gradmap.loopback import is_own_address
 from gradmap.openai_api import authorization, open_client, served_model
 from loadtest.counters import read_counter
 from loadtest.endpoints import Endpoint
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.paths.append(self.path)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def servers():
-    """Starts web servers that note what they are asked."""
-    started = []
-
-    def start(body):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.body, server.paths, server.url = body, [], f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        started.append(server)
-        return server
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture

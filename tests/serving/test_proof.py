@@ -1,8 +1,6 @@
 """The key and the secret go to our own server only: not to a proxy, nor to who took its port."""
 
-import http.server
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,40 +21,7 @@ from serving.server import Server, ServerError
 from serving.settings import ServerSettings
 from tests.serving.conftest import STAND_IN
 
-
-class Listener(http.server.BaseHTTPRequestHandler):
-    """Answers everything, and notes what it was sent."""
-
-    def do_GET(self):
-        self.server.requests.append((self.path, dict(self.headers)))
-        body = b'{"data": [{"id": "impostor"}]}'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_POST = do_GET  # noqa: N815
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def listen():
-    """Returns a function that starts a Listener on a port."""
-    started = []
-
-    def start(port):
-        listener = http.server.ThreadingHTTPServer(("127.0.0.1", port), Listener)
-        listener.requests = []
-        threading.Thread(target=listener.serve_forever, daemon=True).start()
-        started.append(listener)
-        return listener
-
-    yield start
-    for listener in started:
-        listener.shutdown()
-        listener.server_close()
+IMPOSTOR = b'{"data": [{"id": "impostor"}]}'
 
 
 @pytest.fixture
@@ -65,12 +30,12 @@ def settings(picos, monkeypatch):
     return ServerSettings(picos["llama"].directory, port=free_port(), ready_timeout_s=30, drain_s=0)
 
 
-def test_who_takes_the_port_gets_no_key_and_is_not_taken_for_the_server(settings, listen, monkeypatch, tmp_path):
+def test_who_takes_the_port_gets_no_key_and_is_not_taken_for_the_server(settings, servers, monkeypatch, tmp_path):
     settings = ServerSettings(settings.directory, port=settings.port, ready_timeout_s=2, drain_s=0)
     taken = []
 
     def command(_):  # after the port was found free
-        taken.append(listen(settings.port))
+        taken.append(servers(IMPOSTOR, settings.port))
         return [sys.executable, "-c", "import time; time.sleep(600)"]
 
     monkeypatch.setattr(server, "build_command", command)
@@ -84,8 +49,8 @@ def test_who_takes_the_port_gets_no_key_and_is_not_taken_for_the_server(settings
     assert len({headers[CHALLENGE_HEADER] for _, headers in requests}) == len(requests)
 
 
-def test_a_proxy_is_not_asked_for_the_own_server(settings, listen, monkeypatch, tmp_path):
-    proxy = listen(0)
+def test_a_proxy_is_not_asked_for_the_own_server(settings, servers, monkeypatch, tmp_path):
+    proxy = servers(IMPOSTOR)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
     for name in ("no_proxy", "NO_PROXY"):
