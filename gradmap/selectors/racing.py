@@ -7,7 +7,7 @@ samples where each loss is not (racing, Maron & Moore 1994; paired, as in F-Race
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,6 +38,33 @@ class Race:
     @property
     def best_mean(self) -> float:
         return math.inf if self.best is None else float(self.best.mean())
+
+    def run(
+        self,
+        untried: Sequence[int],
+        bounds: Mapping[int, float],
+        base: float,
+        measure: Callable[[Sequence[int]], Sequence[Tensor]],
+        at_once: int = 1,
+    ) -> dict[int, float]:
+        """What each layer costs beyond `base`, or costs at least, if it was given up or not tried.
+
+        untried: in the order in which they are tried, by which their bounds may not fall. bounds: what each is known to
+        cost at least. measure: gives the losses (m,) of so many layers `at_once`.
+        """
+        costs = dict(bounds)
+
+        def may_lead(layer: int) -> bool:
+            return self.best_mean - base >= costs[layer]
+
+        for place in range(0, len(untried), at_once):
+            group = untried[place : place + at_once]
+            if not may_lead(group[0]):
+                break
+            for layer, losses in zip(group, measure(group), strict=True):
+                if may_lead(layer):  # else one process alone would not have tried it
+                    costs[layer] = self.enter(losses) - base
+        return costs
 
     def is_behind(self, losses: Tensor) -> bool:
         """Whether a layer with these losses (m,) does not lead."""

@@ -138,19 +138,20 @@ class RepairScorer:
         bounds = so_far.steps[-1].scores if so_far.steps else {}
         costs = {layer: bounds.get(layer, -math.inf) for layer in candidates}
         untried = sorted(candidates, key=(costs if bounds else self._influences()).__getitem__)
-        race, base = Race(len(self._measure_ids)), self._divergences.mean().item()
+        race, left = Race(len(self._measure_ids)), len(self._alive)
 
-        def may_be_best(layer: int) -> bool:
-            return race.best_mean - base >= costs[layer]
-
-        while untried and may_be_best(untried[0]):
-            group, untried = untried[: process_count()], untried[process_count() :]
-            for layer, divergences in zip(group, self._try_each(group, race), strict=True):
+        def measure(group: Sequence[int]) -> list[Tensor]:
+            nonlocal left
+            tried = self._try_each(group, race)
+            for layer, divergences in zip(group, tried, strict=True):
                 require_finite(f"What removing layer {layer} costs", divergences)
-                if may_be_best(layer):  # else one process alone would not have tried it
-                    costs[layer] = race.enter(divergences) - base
             advance(len(group))
-        advance(len(self._alive) - len(candidates) + len(untried))
+            left -= len(group)
+            return tried
+
+        base = self._divergences.mean().item()
+        costs = race.run(untried, costs, base, measure, at_once=process_count())
+        advance(left)
         return costs
 
     @property

@@ -1,0 +1,194 @@
+"""What the race between removals saves, and how often it ends with another layer than all samples would choose.
+
+    python -m benchmarks.racing --model DIR [--gguf-file NAME] --calibration SPEC [--seed 42 --seed 43 --seed 44]
+
+For each seed of the calibration the first rounds of `--selector repair` are measured without a race: every layer on all
+samples. Then the race itself, `gradmap.selectors.racing`, runs over what was measured, with the samples in many random
+orders. What it knows of a layer that it gave up is a bound in the next round, as in a real run. A round has the share
+of all measurements that the race made; how often another layer won, and what that one costs more; and how often the
+best layer was not tried, for its bound was too high.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from gradmap.architectures import architecture_of
+from gradmap.calibration import build_calibration
+from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
+from gradmap.cli import quiet_libraries
+from gradmap.console import print_table, progress
+from gradmap.environment import describe_environment
+from gradmap.files import write_json
+from gradmap.precision import computing_in
+from gradmap.selection import Subject
+from gradmap.selectors.racing import AT_LEAST, CLEARLY, Race, laps
+from gradmap.selectors.repair import RepairScorer
+
+LAP = 4  # samples, as many as a CPU takes at once
+
+
+@dataclass(frozen=True)
+class Round:
+    """base: divergence before the removal, nats per token. measured: of each layer that may go, of every sample,
+    (n,) float64. untried: these layers, those first that are tried first in a round without bounds."""
+
+    base: float
+    measured: Mapping[int, Tensor]
+    untried: Sequence[int]
+
+    @property
+    def best(self) -> int:
+        return min(self.measured, key=lambda layer: float(self.measured[layer].mean()))
+
+    def with_samples(self, order: Tensor) -> Round:
+        return Round(self.base, {layer: losses[order] for layer, losses in self.measured.items()}, self.untried)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """share: of all measurements, that the race made. excess: how much more the layer costs with which it ended, nats
+    per token; errors: the same in standard errors of such a difference. untried: the best layer was not measured."""
+
+    share: float
+    excess: float
+    errors: float
+    untried: bool
+
+
+@torch.no_grad()
+def measure_rounds(subject: Subject, rounds: int) -> list[Round]:
+    """Of `--selector repair` where no layer is given up, each round without the layers that were best before."""
+    scorer = RepairScorer(subject)
+    layers = len(subject.layers) - 1  # the first one stays
+    found: list[Round] = []
+    with progress("Measuring layers", sum(layers - gone for gone in range(rounds))) as advance:
+        for _ in range(rounds):
+            influences = scorer._influences()
+            untried = sorted(scorer._alive[1:], key=influences.__getitem__)
+            measured = {}
+            for layer in untried:
+                measured[layer] = scorer._try(layer, Race(len(scorer._measure_ids))).divergences
+                advance(1)
+            found.append(Round(float(scorer._divergences.mean()), measured, untried))
+            scorer._adopt(found[-1].best)
+    return found
+
+
+def race_through(rounds: Sequence[Round], order: Tensor) -> list[Outcome]:
+    """A race in each round, in which what was learnt in the round before is known."""
+    known: dict[int, float] = {}
+    outcomes = []
+    for one in (measured.with_samples(order) for measured in rounds):
+        known, outcome = _race(one, {layer: known.get(layer, -math.inf) for layer in one.measured})
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _race(one: Round, bounds: Mapping[int, float]) -> tuple[dict[int, float], Outcome]:
+    samples = len(one.measured[one.best])
+    race, counts = Race(samples), {}
+
+    def measure(group: Sequence[int]) -> list[Tensor]:
+        tried = [_until_lost(one.measured[layer], race) for layer in group]
+        counts.update({layer: len(losses) for layer, losses in zip(group, tried, strict=True)})
+        return tried
+
+    known = any(math.isfinite(bound) for bound in bounds.values())
+    costs = race.run(sorted(one.untried, key=bounds.__getitem__) if known else one.untried, bounds, one.base, measure)
+    winner = min(costs, key=costs.__getitem__)
+    excess = float((one.measured[winner] - one.measured[one.best]).mean())
+    error = float((one.measured[winner] - one.measured[one.best]).std()) / math.sqrt(samples)
+    share = sum(counts.values()) / (samples * len(one.measured))
+    return costs, Outcome(share, excess, excess / error if error else 0.0, one.best not in counts)
+
+
+def _until_lost(losses: Tensor, race: Race) -> Tensor:
+    """As many of them as are measured."""
+    measured = losses[:0]
+    for samples in laps(len(losses), LAP):
+        measured = losses[: samples.stop]
+        if race.is_lost(measured):
+            break
+    return measured
+
+
+def summarised(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Of one round in many races; excess and errors are means over those that ended with another layer."""
+    wrong = [one for one in outcomes if one.excess > 0]
+    return {
+        "races": len(outcomes),
+        "share_measured": sum(one.share for one in outcomes) / len(outcomes),
+        "wrong": len(wrong) / len(outcomes),
+        "best_not_tried": sum(one.untried for one in outcomes) / len(outcomes),
+        "excess_nats": sum(one.excess for one in wrong) / len(wrong) if wrong else 0.0,
+        "excess_standard_errors": sum(one.errors for one in wrong) / len(wrong) if wrong else 0.0,
+    }
+
+
+def simulate(of_seeds: Sequence[Sequence[Round]], races: int) -> list[dict[str, float]]:
+    """A row for each round, over all seeds and orders."""
+    generator = torch.Generator().manual_seed(0)
+    outcomes = []
+    for rounds in of_seeds:
+        samples = len(rounds[0].measured[rounds[0].best])
+        outcomes += [race_through(rounds, torch.randperm(samples, generator=generator)) for _ in range(races)]
+    return [
+        {"round": number + 1, **summarised(of_round)} for number, of_round in enumerate(zip(*outcomes, strict=True))
+    ]
+
+
+def main(
+    model: Annotated[str, typer.Option()],
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")],
+    gguf_file: str | None = None,
+    dtype: str = "autocast",
+    samples: int = 128,
+    tokens: int = 128,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the calibration; 42 if none is given.")] = None,
+    rounds: int = 3,
+    races: Annotated[int, typer.Option(help="Random orders of the samples, for each seed.")] = 200,
+    out: Path = Path("out/benchmark/racing.json"),
+) -> None:
+    quiet_libraries()
+    checkpoint = open_checkpoint(model, gguf_file)
+    loaded, architecture = load_model(checkpoint, dtype), architecture_of(checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    of_seeds = []
+    for one in seed or [42]:
+        drawn = build_calibration(tokenizer, calibration, samples, tokens, seed=one)
+        with computing_in(dtype, loaded):
+            of_seeds.append(measure_rounds(Subject(loaded, architecture, drawn), rounds))
+    size = {"samples": samples, "tokens": tokens, "seeds": seed or [42], "clearly": CLEARLY, "at_least": AT_LEAST}
+    rows = simulate(of_seeds, races)
+    write_json(out, {"environment": describe_environment(), **size, "rows": rows, "measured": _listed(of_seeds)})
+    columns = ("round", "measured", "another layer won", "best not tried", "which cost more (nats)", "standard errors")
+    print_table(f"Races, {races} for each of {len(of_seeds)} seeds", columns, [_row(row) for row in rows])
+
+
+def _listed(of_seeds: Sequence[Sequence[Round]]) -> list[list[dict[str, Any]]]:
+    """All that was measured, so that other constants can be tried on it."""
+    return [
+        [
+            {"base": one.base, "divergences": {layer: losses.tolist() for layer, losses in one.measured.items()}}
+            for one in rounds
+        ]
+        for rounds in of_seeds
+    ]
+
+
+def _row(row: Mapping[str, float]) -> tuple[str, ...]:
+    shares = (f"{100 * row[name]:.1f}%" for name in ("share_measured", "wrong", "best_not_tried"))
+    return (f"{row['round']}", *shares, f"{row['excess_nats']:.4f}", f"{row['excess_standard_errors']:.2f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
