@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,8 @@ class Stage:
 
     schema: the version in which the outputs are written now; what is of an older version is made again.
     verdicts: whether exit codes other than 0 are results of a gate and not failures.
+    redrawn: files among the outputs that follow from the others and may be made anew, by another command too.
+    facts: what those hold all the same that does not follow, as JSON; raises UserError where it cannot be read.
     """
 
     name: str
@@ -43,15 +45,21 @@ class Stage:
     outputs: tuple[Path, ...]
     schema: int
     verdicts: bool = False
+    redrawn: tuple[Path, ...] = ()
+    facts: Callable[[], Any] = dict
 
 
 class _Marker(BaseModel):
-    """What is kept of a stage that is done. outputs: of every file that it left, by its path below the directory."""
+    """What is kept of a stage that is done. outputs: of every file that it left, by its path below the directory.
+
+    facts: their hash.
+    """
 
     key: str
     seconds: float
     peak_bytes: int
     outputs: dict[str, Stamp]
+    facts: str
 
 
 def stage_key(stage: Stage) -> str:
@@ -88,8 +96,8 @@ def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
     seconds = round(time.monotonic() - started, 1)
     _require_success(stage, code)
     with waiting(f"{label} {stage.name}: hashing what it wrote"):
-        outputs = fingerprint(stage.outputs, out)
-    done = _Marker(key=key, seconds=seconds, peak_bytes=peak_bytes(usage), outputs=outputs)
+        outputs, facts = fingerprint(stage.outputs, out), sha256_json(stage.facts())
+    done = _Marker(key=key, seconds=seconds, peak_bytes=peak_bytes(usage), outputs=outputs, facts=facts)
     write_json(marker, done.model_dump())
 
 
@@ -119,7 +127,15 @@ def _reason_to_run(key: str, stage: Stage, out: Path) -> str | None:
         return "its inputs changed"
     if not all(path.exists() for path in stage.outputs):
         return "what it wrote is gone"
-    return find_change(record.outputs, out)
+    measured = {name: stamp for name, stamp in record.outputs.items() if out / name not in stage.redrawn}
+    return find_change(measured, out) or _change_of_facts(stage, record)
+
+
+def _change_of_facts(stage: Stage, record: _Marker) -> str | None:
+    try:
+        return None if sha256_json(stage.facts()) == record.facts else "the facts that it noted were changed"
+    except UserError as error:
+        return str(error)
 
 
 def _remove_remains(stage: Stage, out: Path) -> None:

@@ -17,7 +17,7 @@ from gradmap.errors import UserError
 from gradmap.quoting import visible
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.loads import parse_loads
-from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, LoadTestSettings
+from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, REQUIRED_SPEED_UP, LoadTestSettings
 
 AgainstOption = Annotated[
     Path | None, typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now.")
@@ -53,7 +53,9 @@ def loadtest(
     quick: Annotated[
         bool, typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS.")
     ] = False,
-    require_speedup: Annotated[float, typer.Option(help="TPOT speed-up that the verdict asks for.")] = 1.0,
+    require_speedup: Annotated[
+        float, typer.Option(help="TPOT speed-up that the verdict asks for.")
+    ] = REQUIRED_SPEED_UP,
     pairs: Annotated[int | None, typer.Option(help="Pairs of dense and pruned blocks (6, with --quick 3).")] = None,
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Requests in flight; may be given several times (1 and 8).")

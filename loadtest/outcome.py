@@ -14,7 +14,7 @@ from gradmap.environment import describe_environment
 from gradmap.errors import UserError
 from gradmap.files import write_json, write_text
 from gradmap.outputs import results_in
-from gradmap.reading import first_problem, read_json
+from gradmap.reading import first_problem, read_json, read_json_object
 from gradmap.verdict import Judgement, Verdict, worst
 from loadtest.driving import SEARCH_PAIR
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
@@ -113,6 +113,12 @@ def report_again(directory: Path, required_speed_up: float | None, earlier: dict
     with results_in(directory, RECORDS_FILE):
         write_all(directory, report, measured.requests)
     return report
+
+
+def measured_facts(directory: Path) -> dict[str, Any]:
+    """What report.json holds besides what follows from the records beside it. Raises UserError if it is no JSON."""
+    report = read_json_object(directory / REPORT_FILE)
+    return {key: report.get(key) for key in ("schema_version", "settings", "environment", "weight_bytes")}
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ RESOURCES_FILE = "resources.jsonl"
 # What follows from them.
 REPORT_FILE = "report.json"
 REPORT_PAGE, REPORT_SUMMARY, REPORT_CASES = "report.html", "report.md", "junit.xml"
+REPORTS = (REPORT_FILE, REPORT_PAGE, REPORT_SUMMARY, REPORT_CASES)
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -142,7 +143,7 @@ def to_json_line(record: _Record) -> str:
 
 def start_files(directory: Path) -> None:
     """Empties the files of an earlier test, after its reports, which would outlive what they are of."""
-    for name in (REPORT_FILE, REPORT_PAGE, REPORT_SUMMARY, REPORT_CASES):
+    for name in REPORTS:
         (directory / name).unlink(missing_ok=True)
     for name in _files(Measurements()):
         (directory / name).with_suffix(".parquet").unlink(missing_ok=True)

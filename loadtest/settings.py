@@ -15,6 +15,8 @@ from loadtest.slo import Slo
 from loadtest.urls import base_url, is_url
 
 DENSE, PRUNED = "dense", "pruned"
+# The TPOT speed-up that a verdict asks for, unless another one is given.
+REQUIRED_SPEED_UP = 1.0
 PAIRS_FOR_A_VERDICT, QUICK_PAIRS = 6, 3
 # The dense model once more, in one block: what two equal models differ by.
 DENSE_AGAIN = "dense-again"

@@ -10,14 +10,21 @@ import pytest
 
 from gradmap.cli import build_app
 from gradmap.errors import UserError
-from gradmap.files import write_json, write_text
+from gradmap.files import sha256_json, write_json, write_text
 from gradmap.fingerprints import fingerprint
 from gradmap.stages import STAGES_DIRECTORY, is_done, stage_key
-from loadtest.pipeline import plan_run, plan_stages, run_recipe
+from gradmap.verdict import EXIT_CODES, Verdict
+from loadtest import pipeline
+from loadtest.outcome import write_all
+from loadtest.pipeline import judge_as_asked, plan_run, plan_stages, run_recipe
 from loadtest.recipe import load_recipe
+from loadtest.records import append_measurements
 from loadtest.report import build_result
+from loadtest.settings import REQUIRED_SPEED_UP
 from tests.command_line import gradmap
 from tests.conftest import ROOT
+from tests.loadtest.test_metrics import measured
+from tests.loadtest.test_page import make_report
 
 MINIMAL = """
 model: {model}
@@ -119,14 +126,15 @@ NAMES = ["prune", "eval", "export", "baseline", "loadtest"]
 FILES = {"prune": "plan.json", "export": "gradmap.json", "baseline": "gradmap.json", "loadtest": "report.json"}
 
 
-def finish(recipe_file, out, *names):
-    """Leaves behind what these stages would have."""
+def finish(recipe_file, out, *names, keep=None):
+    """Leaves behind what these stages would have; `keep` is there already."""
     for stage in plan_stages(load_recipe(recipe_file), out):
         if stage.name in names:
-            for path in stage.outputs:
+            for path in set(stage.outputs) - {keep}:
                 write_text(path if path.suffix else path / FILES[stage.name], "{}")
             outputs = {name: stamp.model_dump() for name, stamp in fingerprint(stage.outputs, out).items()}
-            record = {"key": stage_key(stage), "seconds": 1, "peak_bytes": 1, "outputs": outputs}
+            facts = sha256_json(stage.facts())
+            record = {"key": stage_key(stage), "seconds": 1, "peak_bytes": 1, "outputs": outputs, "facts": facts}
             write_json(out / STAGES_DIRECTORY / f"{stage.name}.json", record)
     write_text(out / "recipe.yaml", "")
 
@@ -217,6 +225,49 @@ def test_a_stage_whose_result_was_changed_or_is_incomplete_runs_again(recipe_fil
     finish(recipe_file, out, *NAMES)
     damage(out / path)
     assert undone(recipe_file, out) == again
+
+
+@pytest.fixture
+def measured_run(recipe_file, tmp_path):
+    """A run that is done, with a load test that can be drawn again; the recipe's gate is the default one."""
+    out = tmp_path / "out"
+    report, records = make_report(required=REQUIRED_SPEED_UP)
+    append_measurements(out / "loadtest", measured(records))
+    write_all(out / "loadtest", report, records)
+    finish(recipe_file, out, *NAMES, keep=out / "loadtest")
+    return out
+
+
+def test_a_report_that_is_drawn_again_leaves_the_load_test_done(recipe_file, measured_run, monkeypatch):
+    left = (measured_run / "loadtest" / "report.json").read_bytes()
+    drawn = gradmap("report", measured_run / "loadtest", "--require-speedup", 100, "--parquet")
+    assert drawn.returncode == EXIT_CODES[Verdict.FAIL], drawn.stderr
+    assert (measured_run / "loadtest" / "report.json").read_bytes() != left
+    assert undone(recipe_file, measured_run) == []
+    monkeypatch.setattr(pipeline, "write_report", lambda *_: 1 / 0)  # which comes when all stages are done
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(recipe_file, measured_run, None, False)
+    assert (measured_run / "loadtest" / "report.json").read_bytes() == left
+
+
+def test_a_run_judges_its_load_test_by_the_gate_of_the_recipe(recipe_file, measured_run):
+    recipe_file.write_text(recipe_file.read_text() + "loadtest: {require_speedup: 100}")
+    judge_as_asked(load_recipe(recipe_file), measured_run)
+    report = json.loads((measured_run / "loadtest" / "report.json").read_text())
+    assert (report["required_speedup"], report["verdict"]) == (100, "FAIL")
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "blocks.jsonl"])
+def test_what_was_measured_and_changed_is_measured_again(recipe_file, measured_run, name):
+    flip(measured_run / "loadtest" / name)
+    assert undone(recipe_file, measured_run) == ["loadtest"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("environment", {}), ("settings", {}), ("weight_bytes", {})])
+def test_facts_that_only_the_report_has_may_not_change(recipe_file, measured_run, key, value):
+    path = measured_run / "loadtest" / "report.json"
+    write_json(path, json.loads(path.read_text()) | {key: value})
+    assert undone(recipe_file, measured_run) == ["loadtest"]
 
 
 def test_a_directory_that_is_gone_is_made_again(recipe_file, tmp_path):
