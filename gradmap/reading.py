@@ -42,8 +42,7 @@ def read_text(path: Path) -> str:
     """
     try:
         contents = path.read_bytes()
-        if contents.startswith(UTF_16_MARKS):
-            raise UserError(f"{path} is in UTF-16; convert it to UTF-8.")
+        _refuse_utf_16(path, contents)
         return contents.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise UserError(
@@ -62,6 +61,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    _refuse_utf_16(path, line)
                 text = line.decode()
                 text = text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
                 if text.strip():
@@ -100,6 +101,14 @@ def parse_json(text: str, what: str) -> Any:
         raise UserError(f"{what} is not usable JSON (nested too deeply); check that it is the right file.") from None
     except ValueError as error:
         raise UserError(f"{what} is not valid JSON ({error}); it may be truncated, write it again.") from None
+
+
+def parse_record(text: str) -> Any:
+    """The value of a record of data, None where it has none: what is beside the data in use may be NaN."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_yaml(path: Path) -> Any:
@@ -170,6 +179,11 @@ class _UniqueKeys(yaml.SafeLoader):
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
         return mapping
+
+
+def _refuse_utf_16(path: Path, contents: bytes) -> None:
+    if contents.startswith(UTF_16_MARKS):
+        raise UserError(f"{path} is in UTF-16; convert it to UTF-8.")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -11,7 +10,7 @@ from typing import Any
 
 from gradmap.console import waiting
 from gradmap.errors import UserError, first_line
-from gradmap.reading import is_text, kind_of, library_errors_refused, read_lines, read_text
+from gradmap.reading import is_text, kind_of, library_errors_refused, parse_record, read_lines, read_text
 from gradmap.text_specs import DiskSource, FileSource, HubSource, parse_source, preset_of
 
 # A hub data set can be far larger than what is needed: reading stops here.
@@ -78,10 +77,7 @@ def _read_plain(path: Path) -> str:
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
     for number, line in read_lines(path):
         place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)  # not as strictly as a file of settings: what is beside the text may be NaN
-        except (ValueError, RecursionError):
-            row = None
+        row = parse_record(line)
         if not isinstance(row, dict):
             raise UserError(f"{place} is no JSON object with a field {field!r}.")
         yield from _text_at(row, field, place)
@@ -150,7 +146,7 @@ def _texts_of_column(values: Iterable[Any], column: str, field: str, place: str)
 def _text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:
     """The text that a row has under a field, none where that is null. Raises UserError if it has something else."""
     try:
-        text = _value_at(row, field)
+        text = value_at(row, field)
     except LookupError:
         raise UserError(f"{place} has no field {field!r}.") from None
     if text is None:
@@ -162,7 +158,7 @@ def _text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:
     yield text
 
 
-def _value_at(row: dict[str, Any], field: str) -> Any:
+def value_at(row: dict[str, Any], field: str) -> Any:
     """What is under a field, by its whole name or nested; None also below what is null. Raises LookupError."""
     if field in row:
         return row[field]

@@ -1,37 +1,43 @@
-"""Recorded conversations in ShareGPT's format: a JSON list of objects with `conversations`, or one object a line."""
+"""Prompts in files of records: conversations in ShareGPT's format, a JSON list or one object a line, and JSON lines."""
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gradmap.console import say
 from gradmap.errors import UserError
-from gradmap.reading import read_text
+from gradmap.reading import parse_record, read_lines
+from gradmap.texts import value_at
 
 ASKING = ("human", "user")
 # Turns that are no part of the exchange.
 ASIDE = ("system",)
 
+# A prompt's text, and the answer that was given to it, where one is known.
+Exchange = tuple[str, str | None]
 
-def read_conversations(path: Path, seed: int) -> list[tuple[str, str]]:
-    """First question and first answer of every conversation in a file, shuffled. Says how many records have none.
 
-    Raises UserError if the file is no such list, or none of its records has both.
-    """
-    records = _read_records(path)
-    pairs = [pair for pair in map(first_exchange, records) if pair is not None]
-    if not pairs:
-        raise UserError(
-            f"{path} has no conversation that begins with a question and an answer ({len(records)} records)."
-        )
-    if len(pairs) < len(records):
-        skipped = f"{len(records) - len(pairs)} of {len(records)} records of {path} are skipped"
-        say(f"{skipped}: they are no conversations that begin with a question and an answer.")
-    random.Random(seed).shuffle(pairs)
-    return pairs
+@dataclass(frozen=True)
+class RecordCount:
+    """records: that a file has, skipped: of them, those of no use."""
+
+    records: int
+    skipped: int
+
+
+def read_conversations(path: Path, seed: int) -> tuple[list[Exchange], RecordCount]:
+    """First question and first answer of every conversation in a file; else as `_read_usable`."""
+    return _read_usable(path, first_exchange, "conversation that begins with a question and an answer", seed)
+
+
+def read_documents(path: Path, field: str, seed: int) -> tuple[list[Exchange], RecordCount]:
+    """What the records of a file have under a field, if it is text; else as `_read_usable`."""
+    return _read_usable(path, partial(_document, field), f"text in a field {field!r}", seed)
 
 
 def first_exchange(record: Any) -> tuple[str, str] | None:
@@ -46,22 +52,49 @@ def first_exchange(record: Any) -> tuple[str, str] | None:
     return (texts[0], texts[1]) if len(texts) == 2 and all(texts) else None
 
 
+def _document(field: str, record: Any) -> Exchange | None:
+    try:
+        text = value_at(record, field) if isinstance(record, dict) else None
+    except LookupError:
+        return None
+    whole = _whole(text) if isinstance(text, str) else ""
+    return (whole, None) if whole else None
+
+
+def _read_usable(
+    path: Path, usable: Callable[[Any], Exchange | None], wanted: str, seed: int
+) -> tuple[list[Exchange], RecordCount]:
+    """What is of use in a file, each once, in an order that `seed` fixes. Says how many records are not.
+
+    Raises UserError if the file cannot be read, or nothing in it is of use.
+    """
+    records = _read_records(path)
+    found = [one for one in map(usable, records) if one is not None]
+    if not found:
+        raise UserError(f"{path} has no {wanted} ({len(records)} records).")
+    count = RecordCount(len(records), len(records) - len(found))
+    if count.skipped:
+        say(f"{count.skipped} of {count.records} records of {path} are skipped: they have no {wanted}.")
+    exchanges = list(dict.fromkeys(found))
+    random.Random(seed).shuffle(exchanges)
+    return exchanges, count
+
+
 def _read_records(path: Path) -> list[Any]:
     """One that cannot be read is None; of a list, that cannot be told."""
-    text = read_text(path)
-    if not text.lstrip().startswith("["):
-        return [_parse(line) for line in text.split("\n") if line.strip()]
-    records = _parse(text)
+    lines = [line for _, line in read_lines(path)]
+    if not _begins_list(lines):
+        return [parse_record(line) for line in lines]
+    records = parse_record("".join(lines))
     if not isinstance(records, list):
-        raise UserError(f"{path} is not in ShareGPT's format: its list of objects is no valid JSON; is it cut short?")
+        raise UserError(f"{path} is no list of records: it begins as one, and is no valid JSON; is it cut short?")
     return records
 
 
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)  # not as strictly as a file of settings: what is beside the text may be NaN
-    except (ValueError, RecursionError):
-        return None
+def _begins_list(lines: list[str]) -> bool:
+    """Whether all lines are one list; a list that ends in the first of several lines is a record."""
+    begun = bool(lines) and lines[0].lstrip().startswith("[")
+    return begun and (len(lines) == 1 or parse_record(lines[0]) is None)
 
 
 def _whole(text: str) -> str:

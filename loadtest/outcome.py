@@ -16,6 +16,7 @@ from gradmap.files import write_json, write_text
 from gradmap.outputs import results_in
 from gradmap.reading import first_problem, read_json, read_json_object
 from gradmap.verdict import Judgement, Verdict, worst
+from loadtest.conversations import RecordCount
 from loadtest.driving import SEARCH_PAIR
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import Load
@@ -44,10 +45,12 @@ from loadtest.urls import is_url
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known besides the records: of the machine, and how large the arms' weights are, where that is known."""
+    """What is known besides the records: of the machine, how large the arms' weights are, where that is known, and how
+    much of the prompts' file is of use."""
 
     environment: dict[str, str]
     sizes: dict[str, WeightBytes]
+    prompts: RecordCount | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def run_load_test(settings: LoadTestSettings, gate: Gate, out: Path) -> dict[str
 
 
 def _write_report(session: Session, settings: LoadTestSettings, gate: Gate) -> dict[str, Any]:
-    facts = Facts(describe_environment(), measure_sizes(settings))
+    facts = Facts(describe_environment(), measure_sizes(settings), session.prompts)
     report = build_report(session.measured, replace(settings, models=session.models), gate, facts)
     write_all(session.directory, report, session.measured.requests)
     return report
@@ -108,17 +111,24 @@ def report_again(directory: Path, required_speed_up: float | None, earlier: dict
     gate = Gate(before["required_speedup"] if required_speed_up is None else required_speed_up, earlier)
     gate.require_earlier(before["candidates"])
     measured = read_measurements(directory)
-    facts = Facts(before["environment"], {arm: WeightBytes(**size) for arm, size in before["weight_bytes"].items()})
-    report = build_report(measured, load_settings(before["settings"]), gate, facts)
+    report = build_report(measured, load_settings(before["settings"]), gate, load_facts(before))
     with results_in(directory, RECORDS_FILE):
         write_all(directory, report, measured.requests)
     return report
 
 
+def load_facts(report: Mapping[str, Any]) -> Facts:
+    """What report.json holds of them."""
+    sizes = {arm: WeightBytes(**size) for arm, size in report["weight_bytes"].items()}
+    prompts = report.get("prompts")
+    return Facts(report["environment"], sizes, RecordCount(**prompts) if prompts else None)
+
+
 def measured_facts(directory: Path) -> dict[str, Any]:
     """What report.json holds besides what follows from the records beside it. Raises UserError if it is no JSON."""
     report = read_json_object(directory / REPORT_FILE)
-    return {key: report.get(key) for key in ("schema_version", "settings", "environment", "weight_bytes")}
+    keys = ("schema_version", "settings", "environment", "weight_bytes", "prompts")
+    return {key: report.get(key) for key in keys}
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -182,6 +192,7 @@ def build_report(measured: Measurements, settings: LoadTestSettings, gate: Gate,
         weight_bytes=dict(facts.sizes),
         settings=settings,
         environment=facts.environment,
+        prompts=facts.prompts,
     )
     return asdict(report)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gradmap.errors import UserError
-from gradmap.text_specs import Conversations, parse_source
+from gradmap.text_specs import Conversations, FileSource, parse_source
 from gradmap.texts import read_texts
-from loadtest.conversations import read_conversations
+from loadtest.conversations import Exchange, RecordCount, read_conversations, read_documents
 
 # Below, TPOT is undefined.
 LEAST_OUTPUT_TOKENS = 2
@@ -40,13 +40,20 @@ class Prompt:
 
 
 class Prompts(Protocol):
-    """Gives `count` prompts for a load; for the same name, which does not tell the arm, the same ones again."""
+    """Gives `count` prompts for a load; for the same name, which does not tell the arm, the same ones again.
+
+    records: of the file that they are out of, where records of it may be skipped.
+    """
+
+    records: RecordCount | None
 
     def take(self, name: str, count: int) -> list[Prompt]: ...
 
 
 class RandomPrompts:
     """Token ids below `vocabulary`. Only a shared prefix is shared, so that the server's prefix cache stays out."""
+
+    records: RecordCount | None = None
 
     def __init__(self, workload: Workload, vocabulary: int) -> None:
         self._workload, self._vocabulary = workload, vocabulary
@@ -73,12 +80,7 @@ class TextPrompts:
         """Raises UserError if the texts cannot be read."""
         assert workload.texts is not None
         self._workload, self._tokenizer = workload, tokenizer
-        self._texts: Sequence[tuple[str, str | None]]
-        source = parse_source(workload.texts)
-        if isinstance(source, Conversations):
-            self._texts = read_conversations(source.path, workload.seed)
-        else:
-            self._texts = [(text, None) for text in read_texts(workload.texts, workload.seed)]
+        self._texts, self.records = _read_exchanges(workload.texts, workload.seed)
         self._given: dict[str, list[Prompt]] = {}
 
     def take(self, name: str, count: int) -> list[Prompt]:
@@ -100,3 +102,13 @@ class TextPrompts:
             answered = len(self._tokenizer(answer, add_special_tokens=False).input_ids)
             output_tokens = max(LEAST_OUTPUT_TOKENS, min(output_tokens, answered))
         return Prompt(token_ids, output_tokens)
+
+
+def _read_exchanges(spec: str, seed: int) -> tuple[Sequence[Exchange], RecordCount | None]:
+    """Of JSON lines, as of conversations, what is of use; another source is whole or refused."""
+    match parse_source(spec):
+        case Conversations(path):
+            return read_conversations(path, seed)
+        case FileSource(path, field) if path.name.endswith((".jsonl", ".jsonl.gz")):
+            return read_documents(path, field, seed)
+    return [(text, None) for text in read_texts(spec, seed)], None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loadtest.conversations import RecordCount
 from loadtest.ideal import WeightBytes
 from loadtest.metrics import LoadSummary
 from loadtest.resources import ResourceUse
@@ -52,7 +53,8 @@ class Report:
 
     highest_rate: requests a second that meet the SLOs, by arm, if it was looked for. noise: by load and metric, what
     one more block of the dense model differs by from its first; 1 without any. arms: by arm and load. weight_bytes: of
-    the arms that were directories. settings: with what it was run. environment: name -> text.
+    the arms that were directories. settings: with what it was run. environment: name -> text. prompts: of their file,
+    how many records were skipped; None where none can be.
     """
 
     schema_version: int
@@ -67,3 +69,4 @@ class Report:
     weight_bytes: dict[str, WeightBytes]
     settings: LoadTestSettings
     environment: dict[str, str]
+    prompts: RecordCount | None = None

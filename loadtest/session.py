@@ -14,6 +14,7 @@ from gradmap.console import say, waiting
 from gradmap.errors import UserError
 from gradmap.reading import read_json_object
 from loadtest.board import Board
+from loadtest.conversations import RecordCount
 from loadtest.driver.stream import whole_number
 from loadtest.driving import LOAD_PREFIX, SEARCH_PAIR, WARM_UP_PAIR, Bench, run_load
 from loadtest.endpoints import Endpoint, find_endpoints, server_settings
@@ -33,14 +34,18 @@ SEARCH_ARRIVALS = "poisson"
 
 @dataclass
 class Session:
-    """What was measured so far; also in `directory`, as soon as each load ends. models: arm -> name, of URLs."""
+    """What was measured so far; also in `directory`, as soon as each load ends.
+
+    models: arm -> name, of URLs. prompts: of the file that they are out of, how many records it has (see Prompts).
+    """
 
     directory: Path
     measured: Measurements = field(default_factory=Measurements)
     models: dict[str, str] = field(default_factory=dict)
+    prompts: RecordCount | None = None
 
-    def start(self, models: dict[str, str]) -> None:
-        self.models = models
+    def start(self, models: dict[str, str], prompts: RecordCount | None) -> None:
+        self.models, self.prompts = models, prompts
         self.directory.mkdir(parents=True, exist_ok=True)
         for left in self.directory.glob(f"{LOAD_PREFIX}*"):  # by a test that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -60,7 +65,7 @@ def run_session(settings: LoadTestSettings, session: Session) -> None:
     with waiting("Reading the prompts"):
         prompts = _open_prompts(settings)
     endpoints = find_endpoints(settings)
-    session.start({arm: endpoint.model for arm, endpoint in endpoints.items()})
+    session.start({arm: endpoint.model for arm, endpoint in endpoints.items()}, prompts.records)
     stays = list(_consecutive(schedule(settings), fresh=settings.interleaved))
     loads = len(stays) + sum(len(blocks) for _, blocks in stays) * len(settings.loads)  # each stay has a warm-up
     board = Board(len(stays), loads)

@@ -153,7 +153,7 @@ GZIP = gzip.compress(b'{"text": "first"}\n' * 1000)
 BROKEN_TEXTS = {
     "latin-1.jsonl": ('{"text": "é"}'.encode("latin-1"), "line 1, is not text in UTF-8"),
     "late.jsonl": ('{"text": "a"}\n{"text": "é"}'.encode("latin-1") * 2, "line 2, is not text in UTF-8"),
-    "utf-16.jsonl": ('{"text": "a"}'.encode("utf-16"), "line 1, is not text in UTF-8"),
+    "utf-16.jsonl": ('{"text": "a"}'.encode("utf-16"), "is in UTF-16; convert it to UTF-8"),
     "utf-16le.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "line 1 is no JSON object"),
     "latin-1.txt": ("é".encode("latin-1"), "not text in UTF-8"),
     "utf-16.txt": ("a".encode("utf-16"), "is in UTF-16"),

@@ -120,7 +120,7 @@ def test_an_earlier_test_stays_until_all_is_checked(tmp_path, earlier):
 
 
 def test_a_test_that_starts_leaves_nothing_of_an_earlier_one(tmp_path, earlier):
-    Session(tmp_path).start({})
+    Session(tmp_path).start({}, None)
     assert {path.name for path in tmp_path.iterdir()} == {"records.jsonl", "blocks.jsonl", "resources.jsonl"}
     assert all(path.read_text() == "" for path in tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from loadtest import load_figures
+from loadtest.conversations import RecordCount
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.load_figures import MOST_POINTS, draw_latency, draw_timeline, thinned
 from loadtest.loads import Load
@@ -52,7 +53,8 @@ def make_report(required=1.5, error=None, name="pruned", earlier=None):
         record("dense-again", load=load.name, tpot=0.21) for load in LOADS for _ in range(settings.requests_at(load))
     ]
     sizes = {"dense": WeightBytes(200, 100), name: WeightBytes(100, 50)}
-    report = build_report(measured(records), settings, Gate(required, earlier), Facts({"cpu": EVIL}, sizes))
+    facts = Facts({"cpu": EVIL}, sizes, RecordCount(9, 1))
+    report = build_report(measured(records), settings, Gate(required, earlier), facts)
     return report, records
 
 

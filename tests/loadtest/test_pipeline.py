@@ -263,7 +263,9 @@ def test_what_was_measured_and_changed_is_measured_again(recipe_file, measured_r
     assert undone(recipe_file, measured_run) == ["loadtest"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("environment", {}), ("settings", {}), ("weight_bytes", {})])
+@pytest.mark.parametrize(
+    ("key", "value"), [("environment", {}), ("settings", {}), ("weight_bytes", {}), ("prompts", None)]
+)
 def test_facts_that_only_the_report_has_may_not_change(recipe_file, measured_run, key, value):
     path = measured_run / "loadtest" / "report.json"
     write_json(path, json.loads(path.read_text()) | {key: value})

@@ -6,6 +6,7 @@ import pytest
 
 from gradmap.checkpoint import load_tokenizer
 from gradmap.errors import UserError
+from loadtest.conversations import RecordCount
 from loadtest.loads import Load
 from loadtest.prompts import Prompt, RandomPrompts, TextPrompts, Workload
 from loadtest.workload import draw_requests, load_requests, save_requests
@@ -50,6 +51,15 @@ def test_texts_are_cut_and_never_used_twice(tokenizer, tmp_path):
         prompts.take("c", 1)
 
 
+def test_prompts_of_json_lines_know_what_was_skipped(tokenizer, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "w3"}\n{"text": 1}\n{"te')
+    prompts = TextPrompts(Workload(texts=f"file:{path}"), tokenizer)
+    assert prompts.records == RecordCount(3, 2)
+    assert prompts.take("a", 1)[0].token_ids == (3,)
+    assert RandomPrompts(Workload(), 10).records is None
+
+
 def test_conversations_give_the_question_and_the_length_of_the_answer(tokenizer, tmp_path):
     path = tmp_path / "share.json"
     turns = [{"from": "human", "value": "w3 w4"}, {"from": "gpt", "value": "w5 w6 w7"}]
@@ -62,8 +72,8 @@ def test_conversations_give_the_question_and_the_length_of_the_answer(tokenizer,
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ("[{", "ShareGPT's format"),
-        ("[" * 10**5, "ShareGPT's format"),
+        ("[{", "is no list of records.*cut short"),
+        ("[" * 10**5, "is no list of records.*cut short"),
         ("{", r"no conversation .*1 records"),
         ("", r"no conversation .*0 records"),
         ("[]", r"no conversation .*0 records"),

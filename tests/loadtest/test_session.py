@@ -314,11 +314,15 @@ def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
 
 def test_what_a_killed_test_left_in_the_directory_goes(tmp_path):
     (tmp_path / ".load-abc" / "requests").mkdir(parents=True)
-    Session(tmp_path).start({})
+    Session(tmp_path).start({}, None)
     assert not list(tmp_path.glob(".load-*"))
 
 
-def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, monkeypatch):
+def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, monkeypatch, picos):
+    """And how many records of the prompts' file were of no use."""
+    texts = [json.dumps({"text": f"w{number} w4"}) for number in range(3, 60)]
+    (tmp_path / "texts.jsonl").write_text("\n".join([*texts, "{broken"]))
+    workload = Workload(output_tokens=4, texts=f"file:{tmp_path}/texts.jsonl")
     with running(FakeServer()) as fake:
         run_one = session.run_load
         calls = []
@@ -331,8 +335,10 @@ def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, m
 
         monkeypatch.setattr(session, "run_load", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_load_test(settings(fake), Gate(1.0), tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
+            options = settings(fake, workload=workload, tokenizer=str(picos["llama"].directory))
+            run_load_test(options, Gate(1.0), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["prompts"] == {"records": 58, "skipped": 1}
     assert report["verdict"] == "INVALID"
     assert report["reason"].startswith("2 of 32 requests were recorded")
-    assert len(read_measurements(tmp_path).requests) == 2
+    assert len(read_measurements(tmp_path / "out").requests) == 2
