@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 
 from gradmap.console import say
 from gradmap.errors import OutOfMemoryError, UserError
-from gradmap.failures import explain
+from gradmap.failures import count_oom_kills, explain, explain_kills
 from gradmap.options import finite_numbers
 from gradmap.quoting import visible
 from gradmap.signals import raising_signals
@@ -53,20 +53,23 @@ def run_app(app: typer.Typer) -> int:
 
 
 def _run(app: typer.Typer) -> int:
+    kills_before = count_oom_kills()
     try:
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except TyperException as error:
         return _refuse(UserError(error.format_message()))
-    except UserError as error:
+    except OutOfMemoryError as error:
         return _refuse(error)
+    except UserError as error:
+        return _refuse(explain_kills(error, kills_before) or error)
     except typer.Abort as error:
         if not isinstance(error.__context__, EOFError):  # of any file: typer takes it for the end of what a user types
             return EXIT_INTERRUPTED
         traceback.print_exc()
         return EXIT_BUG
     except Exception as error:
-        if (explained := explain(error)) is not None:
+        if (explained := explain(error) or explain_kills(error, kills_before)) is not None:
             return _refuse(explained)
         traceback.print_exc()
         return EXIT_BUG

@@ -10,8 +10,9 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.errors import OutOfMemoryError, UserError, first_line
 
 MEMORY_CURE = (
     "free some, use a machine or a container with more, or ask for less (--stream, fewer --samples or --tokens, "
@@ -28,6 +29,9 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # torch.save says that its zip file could not be written, but not why
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*(write|unexpected pos)", re.DOTALL)
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+# How torch and Python say it, where only their words are known.
+_MEMORY_WORDS = re.compile(r"\b(OutOfMemoryError|MemoryError)\b|can't allocate memory")
+_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def explain(error: BaseException) -> UserError | None:
@@ -45,12 +49,38 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     of_torch = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    return of_torch or "can't allocate memory" in str(error)
+    return of_torch or says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Of what another program, or a library, said last."""
+    return _MEMORY_WORDS.search(text) is not None
 
 
 def was_killed(code: int) -> bool:
     """Whether an exit code says that a process got SIGKILL, as the system sends where memory runs out."""
     return code in _KILLED
+
+
+def count_oom_kills(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
+    """How many processes of this one's control group (a container, on a desktop a terminal) the system has killed for
+    want of memory so far; 0 where nothing tells."""
+    try:
+        (path,) = (line.removeprefix("0::") for line in membership.read_text().splitlines() if line.startswith("0::"))
+        events = dict(line.split() for line in (cgroups / path.lstrip("/") / "memory.events").read_text().splitlines())
+        return int(events["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def explain_kills(error: Exception, kills_before: int) -> OutOfMemoryError | None:
+    """The sentence for a failure while processes were killed for want of memory: one of them was perhaps the engine of
+    a server, whose end the others only notice. None if none was, since `kills_before`."""
+    if count_oom_kills() <= kills_before:
+        return None
+    return OutOfMemoryError(
+        f"{first_line(error)} Meanwhile the system has killed a process because memory ran out; {MEMORY_CURE}."
+    )
 
 
 def _disk_problem(error: BaseException) -> str | None:

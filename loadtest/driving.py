@@ -14,7 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gradmap.children import kill_group
-from gradmap.errors import UserError
+from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.failures import MEMORY_CURE, was_killed
 from gradmap.reading import read_json
 from loadtest.board import Board
 from loadtest.counters import read_counter, tokens_since
@@ -165,6 +166,8 @@ def _run_locust(command: list[str], look: Callable[[], None], home: Path, out: P
             process.wait()
     if process.returncode == CANNOT_WRITE:
         raise _could_not_write(out)
+    if was_killed(process.returncode):
+        raise OutOfMemoryError(f"Locust was killed, as the system does where memory runs out; {MEMORY_CURE}.")
     if process.returncode != 0:
         raise UserError(f"Locust ended with code {process.returncode}; its log is {log}.")
 

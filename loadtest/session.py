@@ -157,4 +157,16 @@ def _open_endpoint(bench: Bench, endpoints: Mapping[str, Endpoint], arm: str) ->
     with closing(Log(log)) as output, Server(settings, output) as server:
         with waiting(lambda: f"{starting}: {server.phase}"):
             model = server.wait_until_ready()
-        yield Endpoint(settings.url, model)
+        with _answering_afterwards(server):
+            yield Endpoint(settings.url, model)
+
+
+@contextmanager
+def _answering_afterwards(server: Server) -> Iterator[None]:
+    """Raises ServerError if the server has ended, or is about to: that is why what was asked of it failed."""
+    try:
+        yield
+    except UserError:
+        server.wait_until_ready()
+        raise
+    server.wait_until_ready()

@@ -57,7 +57,8 @@ def serve(
     """Serve a model over the OpenAI API with vLLM, until ctrl-C or SIGTERM.
 
     /livez, /readyz, /startupz, /info and /metrics are at the admin port. Exit code 0 after SIGTERM, 130 after ctrl-C,
-    1 if the server failed and was not to be restarted any more, 2 if it could not start, 70 after a mistake of ours.
+    1 if the server failed and was not to be restarted any more, 2 if it could not start (75 if for want of memory), 70
+    after a mistake of ours.
     """
     code = 0
     with suppress(EndAsked), ending_at_once():  # the imports and the hashes take their time

@@ -192,9 +192,8 @@ def _exit_code(supervisors: Sequence[Supervisor], stop: Stop, log: Log) -> int:
     if failed is None:
         log.say("Stopped; every process of the server has ended.")
         return EXIT_INTERRUPTED if stop.interrupted else 0
-    if failed.bug is not None:
-        raise failed.bug
-    if not failed.status.was_ready:
-        raise UserError(failed.status.error)
+    given_up = isinstance(failed.failure, UserError) and failed.status.was_ready
+    if failed.failure is not None and not given_up:
+        raise failed.failure
     log.say(f"Gave up after {failed.status.restarts} restarts: {failed.status.error}", "ERROR")
     return EXIT_FAILED

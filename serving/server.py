@@ -15,7 +15,8 @@ import httpx
 
 from gradmap.children import kill_group
 from gradmap.console import so_far
-from gradmap.errors import UserError
+from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.failures import says_out_of_memory, was_killed
 from gradmap.heartbeat import Heartbeat
 from gradmap.openai_api import authorization, served_model
 from serving.identity import require_model
@@ -33,6 +34,10 @@ EXIT_WAIT_S = 5
 
 class ServerError(UserError):
     """vLLM ended, or did not get ready, without being asked to."""
+
+
+class ServerMemoryError(ServerError, OutOfMemoryError):
+    """vLLM ended because memory ran out."""
 
 
 class Server:
@@ -99,7 +104,10 @@ class Server:
         raise ServerError(f"vLLM did not complete a request within {limit_s:.0f} s ({self.log.location}).")
 
     def require_running(self) -> None:
-        """Raises ServerError if vLLM has ended by itself, which is a failure whatever its exit code."""
+        """Raises ServerError if vLLM has ended by itself, which is a failure whatever its exit code.
+
+        ServerMemoryError if it was killed, as the system does where memory runs out, or says so.
+        """
         assert self._process is not None
         code = self._process.poll()
         if code is None:
@@ -107,7 +115,9 @@ class Server:
         self._end()
         reason = self._output.error()
         ended = f"vLLM was killed by signal {-code}" if code < 0 else f"vLLM ended with code {code}"
-        raise ServerError(f"{ended}{f': {reason}' if reason else ''} ({self.log.location}).")
+        for_memory = was_killed(code) or says_out_of_memory(reason or "")
+        kind = ServerMemoryError if for_memory else ServerError
+        raise kind(f"{ended}{f': {reason}' if reason else ''} ({self.log.location}).")
 
     def stop(self) -> None:
         """Ends every process of the server: SIGTERM and time to drain, then SIGKILL to what is left of the group."""

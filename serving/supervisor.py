@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from threading import Event
 
-from gradmap.errors import UserError
 from gradmap.heartbeat import Heartbeat
 from serving.identity import Identity
 from serving.log import FIRST_PHASE, Log
@@ -66,14 +65,13 @@ class _StopAsked(Exception):  # noqa: N818 - it is none
 class Supervisor:
     """`run` keeps to one thread: Linux kills a child when the thread that started it ends (see serving.vllm_server).
 
-    `status` is replaced as a whole, so that other threads can read it at any time. bug: what ended it and is no
-    UserError.
+    `status` is replaced as a whole, so that other threads can read it at any time. failure: what ended it.
     """
 
     def __init__(self, settings: ServerSettings, identity: Identity, policy: Policy, log: Log) -> None:
         self.settings, self.identity, self.policy, self.log = settings, identity, policy, log
         self.status = Status()
-        self.bug: Exception | None = None
+        self.failure: Exception | None = None
         self._server: Server | None = None
         self._heartbeat = Heartbeat(log.say)
 
@@ -84,7 +82,7 @@ class Supervisor:
         try:
             self._serve_again_and_again(stopping)
         except Exception as error:
-            self.bug = None if isinstance(error, UserError) else error
+            self.failure = error
             self.status = replace(self.status, state=State.FAILED, error=str(error) or type(error).__name__)
             self.kill()
         else:

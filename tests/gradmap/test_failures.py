@@ -12,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from gradmap import stages
+from gradmap import cli, failures, stages
 from gradmap.cli import EXIT_BUG, EXIT_OUT_OF_MEMORY, EXIT_USAGE, run_app
 from gradmap.errors import OutOfMemoryError, UserError
-from gradmap.failures import explain, is_out_of_memory
+from gradmap.failures import count_oom_kills, explain, is_out_of_memory
 from gradmap.files import append_text, atomic_directory, atomic_file, write_json, write_text
 from gradmap.stages import Stage, run_stage
 
@@ -179,3 +179,55 @@ def test_a_real_process_that_cannot_get_memory_ends_with_that_code():
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert finished.returncode == EXIT_OUT_OF_MEMORY, finished.stderr
+
+
+EVENTS = "low 0\nhigh 0\nmax 7\noom 3\noom_kill {}\noom_group_kill 0\n"
+
+
+@pytest.fixture
+def cgroup(tmp_path):
+    """A control group below the root, and what says that this process is in it."""
+    (tmp_path / "user" / "job").mkdir(parents=True)
+    (tmp_path / "user" / "job" / "memory.events").write_text(EVENTS.format(2))
+    (tmp_path / "memory.events").write_text(EVENTS.format(5))
+    return tmp_path, tmp_path / "membership"
+
+
+@pytest.mark.parametrize(
+    ("membership", "kills"),
+    [("0::/user/job\n", 2), ("4:memory:/a\n0::/\n", 5), ("0::/gone\n", 0), ("4:memory:/a\n", 0), ("", 0), (None, 0)],
+)
+def test_kills_are_counted_in_the_control_group_of_this_process(cgroup, membership, kills):
+    root, file = cgroup
+    if membership is not None:
+        file.write_text(membership)
+    assert count_oom_kills(root, file) == kills
+
+
+@pytest.mark.parametrize(("kills", "code"), [([3, 4], EXIT_OUT_OF_MEMORY), ([3, 3], EXIT_USAGE)])
+def test_a_failure_while_the_system_killed_for_memory_may_be_tried_again(monkeypatch, capsys, kills, code):
+    """As of a server whose engine was killed: it ends with a code of its own."""
+    counts = iter(kills)
+    monkeypatch.setattr(failures, "count_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(cli, "count_oom_kills", lambda: next(counts))
+
+    def fail(standalone_mode):
+        raise UserError("vLLM ended with code 1.")
+
+    assert run_app(fail) == code
+    said = capsys.readouterr().err
+    assert said.startswith("Error: vLLM ended with code 1.")
+    assert ("Meanwhile the system has killed a process because memory ran out" in said) == (code == EXIT_OUT_OF_MEMORY)
+
+
+@pytest.mark.parametrize(("kills", "code"), [([3, 4], EXIT_OUT_OF_MEMORY), ([3, 3], EXIT_BUG)])
+def test_a_library_that_lost_a_process_to_want_of_memory_is_no_bug(monkeypatch, capsys, kills, code):
+    counts = iter(kills)
+    monkeypatch.setattr(failures, "count_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(cli, "count_oom_kills", lambda: next(counts))
+
+    def fail(standalone_mode):
+        raise RuntimeError("EngineCore died")
+
+    assert run_app(fail) == code
+    assert "EngineCore died" in capsys.readouterr().err

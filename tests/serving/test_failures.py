@@ -7,13 +7,14 @@ import psutil
 import pytest
 from starlette.testclient import TestClient
 
-from gradmap.errors import UserError
+from gradmap.errors import OutOfMemoryError, UserError
 from serving import launch as launching
 from serving import supervisor
 from serving.admin import Admin
 from serving.identity import Identity
 from serving.launch import run
 from serving.log import Log
+from serving.server import ServerError
 from serving.settings import ServerSettings
 from serving.supervisor import Policy, State, Supervisor
 from tests.serving.conftest import STAND_IN
@@ -38,6 +39,13 @@ def test_a_port_that_is_taken_before_a_restart_is_a_failure(stand_in, tmp_path, 
     said = capfd.readouterr().err
     assert f"Gave up after 1 restarts: Cannot listen on 127.0.0.1:{launch.settings.port}" in said
     assert not servers_left()
+
+
+@pytest.mark.parametrize(("line", "for_memory"), [("torch.OutOfMemoryError: 2 GiB", True), ("ValueError: 2", False)])
+def test_a_first_start_without_memory_may_be_tried_again(stand_in, tmp_path, line, for_memory):
+    with pytest.raises(ServerError, match=line.partition(".")[2] or line) as caught:
+        run(stand_in("--fail", line), Log(tmp_path / "log"))
+    assert isinstance(caught.value, OutOfMemoryError) == for_memory
 
 
 def test_a_mistake_of_ours_ends_the_server_and_is_raised(stand_in, tmp_path, monkeypatch):
@@ -96,6 +104,6 @@ def test_every_exception_is_a_failure_that_probes_see(tmp_path, monkeypatch, err
     broken.run(launching.Event())
     assert broken.status.state is State.FAILED
     assert broken.status.error == (str(error) or "RuntimeError")
-    assert (broken.bug is error) == (not isinstance(error, UserError))
+    assert broken.failure is error
     assert TestClient(Admin([broken]).app()).get("/livez").status_code == 503
     assert killed or place == "__enter__"

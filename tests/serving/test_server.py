@@ -10,7 +10,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.errors import OutOfMemoryError, UserError
 from serving import server
 from serving.log import Log
 from serving.ports import free_port
@@ -55,6 +55,26 @@ def test_a_server_that_ends_is_a_failure_even_with_code_0(settings, monkeypatch,
     message = r"ended with code 0: ValueError: no room \(log: "
     with pytest.raises(ServerError, match=message), Server(settings, Log(tmp_path / "log")) as running:
         running.wait_until_ready()
+
+
+KILLED = "import os; os.kill(os.getpid(), 9)"
+
+
+@pytest.mark.parametrize(
+    ("script", "for_memory"),
+    [
+        (KILLED, True),
+        ("exit('torch.OutOfMemoryError: CUDA out of memory')", True),
+        ('exit("RuntimeError: [enforce fail] DefaultCPUAllocator: can\'t allocate memory")', True),
+        ("exit('ValueError: no room')", False),
+        (KILLED.replace("9", "15"), False),
+    ],
+)
+def test_a_server_that_memory_was_wanting_for_may_be_tried_again(settings, monkeypatch, tmp_path, script, for_memory):
+    use_script(monkeypatch, script)
+    with pytest.raises(ServerError) as caught, Server(settings, Log(tmp_path / "log")) as running:
+        running.wait_until_ready()
+    assert isinstance(caught.value, OutOfMemoryError) == for_memory
 
 
 def test_stopping_ends_children_that_ignore_sigterm(settings, monkeypatch, tmp_path):
