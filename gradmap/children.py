@@ -1,4 +1,5 @@
-"""Programs that we start and wait for. None of them, and nothing that they started, outlives us."""
+"""Programs that we start and wait for. None of them, and nothing that they started, outlives us: not even if we are
+killed (see gradmap.parent_death)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from gradmap.parent_death import bound_to_us
+
 GRACE_S = 5
 EXIT_WAIT_S = 5
 # What `run_captured` waits for, in any thread.
@@ -24,7 +27,7 @@ def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rus
     Where we are interrupted, it gets SIGTERM and the time that it needs to tidy up. What is left of its session when it
     has ended, as children of a process that was killed, is killed. options: of subprocess.Popen.
     """
-    process = subprocess.Popen(command, start_new_session=True, **options)
+    process = subprocess.Popen(bound_to_us(command), start_new_session=True, **options)
     try:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -46,7 +49,8 @@ def run_captured(command: Sequence[str], environment: Mapping[str, str]) -> subp
     """Runs one process to its end with what it says kept, in any thread. `ending_children` ends it before."""
     pipe = subprocess.PIPE
     nothing = subprocess.DEVNULL
-    with subprocess.Popen(command, env=environment, text=True, stdin=nothing, stdout=pipe, stderr=pipe) as process:
+    bound = bound_to_us(command)
+    with subprocess.Popen(bound, env=environment, text=True, stdin=nothing, stdout=pipe, stderr=pipe) as process:
         _RUNNING.add(process)
         try:
             stdout, stderr = process.communicate()

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from gradmap.children import kill_group
 from gradmap.errors import OutOfMemoryError, UserError
 from gradmap.failures import MEMORY_CURE, was_killed
+from gradmap.parent_death import bound_to_us
 from gradmap.reading import read_json
 from loadtest.board import Board
 from loadtest.counters import read_counter, tokens_since
@@ -148,7 +149,7 @@ def _run_locust(command: list[str], look: Callable[[], None], home: Path, out: P
     log = out / "locust.log"
     with log.open("ab") as log_file:
         process = subprocess.Popen(
-            command,
+            bound_to_us(command),
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=log_file,

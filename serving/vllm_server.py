@@ -7,13 +7,12 @@ engine, which spawns workers; each of these imports this module anew, under anot
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+from gradmap.parent_death import end_with_parent
+
 # The process that started this one; from gradmap-serve to the server, and from there to those that it spawns.
 PARENT_VARIABLE = "GRADMAP_PARENT"
 
@@ -35,19 +34,15 @@ def main(argv: list[str]) -> None:
     command.cmd(args)
 
 
-def end_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies, however that happens, so that none is orphaned; and ends
-    it if that has happened before."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def bind_to_parent() -> None:
+    """For this process, and by way of the environment for those that it spawns: each ends with its parent."""
     parent = os.environ.get(PARENT_VARIABLE)
     os.environ[PARENT_VARIABLE] = str(os.getpid())
-    if parent is not None and int(parent) != os.getppid():
-        sys.exit("The process that started vLLM has ended.")
+    end_with_parent(os.getppid() if parent is None else int(parent))
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the server; what multiprocessing spawned from it
-    end_with_parent()
+    bind_to_parent()
 
 if __name__ == "__main__":
     main(sys.argv[1:])

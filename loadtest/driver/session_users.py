@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from gradmap.files import write_json
+from gradmap.parent_death import end_with_parent
 from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
 from loadtest.records import RequestRecord, to_json_line
 from loadtest.workload import Request, load_requests
@@ -43,6 +45,13 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--pair", type=int, required=True, help="index of the block, for the records")
     parser.add_argument("--load", required=True, help="name of the load, for the records")
     parser.add_argument("--request-timeout-s", type=float, default=300.0, help="longest silence of the server")
+
+
+@events.init_command_line_parser.add_listener
+def end_with_the_master(**_: Any) -> None:
+    """Of a worker, from its first moment on: it looks for its master for minutes. It is forked after its options were
+    read."""
+    os.register_at_fork(after_in_child=partial(end_with_parent, os.getpid()))
 
 
 class Block:

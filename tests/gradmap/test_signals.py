@@ -10,6 +10,8 @@ import psutil
 import pytest
 
 from gradmap.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
+from gradmap.files import atomic_directory
+from gradmap.parent_death import bound_to_us
 from gradmap.signals import Terminated, raising_signals
 from serving.signals import EndAsked, Stop, ending_at_once
 
@@ -70,6 +72,7 @@ CHILD = "import os, subprocess, sys, time; print(os.getpid(), subprocess.Popen([
 
 def ended(numbers):
     """Whether the processes end; what waits to be reaped by another has."""
+    numbers = list(numbers)
     deadline = time.monotonic() + 30
     while any(psutil.pid_exists(one) and psutil.Process(one).status() != psutil.STATUS_ZOMBIE for one in numbers):
         if time.monotonic() > deadline:
@@ -89,8 +92,39 @@ def test_a_stage_gets_the_signal_and_is_waited_for(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tidied"]
 
 
+def test_a_stage_of_a_killed_command_ends_and_the_next_run_removes_its_half_of_a_result(tmp_path):
+    """What it had started ends with it; its partial directory and its lock stop nobody."""
+    stage = COMMAND.format(
+        imports="import subprocess; from gradmap.children import run_process",
+        work="run_process([sys.executable, '-c', 'import os, time; print(os.getpid(), os.getppid(), flush=True); "
+        "time.sleep(600)'])",
+    )
+    process, started = start(tmp_path, STAGE.format(script=stage), "from gradmap.children import run_process")
+    process.kill()
+    process.communicate(timeout=60)
+    assert ended(map(int, started))
+    left = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
+    assert left == {".out.lock", ".out.partial", ".of_stage.lock", ".of_stage.partial"}
+    for name in ("out", "of_stage"):
+        with atomic_directory(tmp_path / name, marker="result") as partial:
+            (partial / "result").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["of_stage", "out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_program_whose_parent_died_before_it_began_does_not_begin(dead):
+    parent = subprocess.Popen(["true"])
+    parent.wait()
+    _, *options, number = bound_to_us([])
+    command = [sys.executable, *options, str(parent.pid) if dead else number, "echo", "begun"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.stdout == ("" if dead else "begun\n")
+
+
+@pytest.mark.parametrize("end", ["terminate", "kill"])
 @pytest.mark.parametrize("threads", [0, 2])
-def test_what_a_command_runs_in_fresh_processes_ends_too(tmp_path, threads):
+def test_what_a_command_runs_in_fresh_processes_ends_too(tmp_path, threads, end):
     """With what those have started, whether they are run in the main thread or in others."""
     script = CHILD.replace("flush=True", "file=open(sys.argv[1], 'w'), flush=True") + "time.sleep(600)"
     command = f"[sys.executable, '-c', {script!r}, str(Path(sys.argv[1]).with_name(name))]"
@@ -106,9 +140,13 @@ def test_what_a_command_runs_in_fresh_processes_ends_too(tmp_path, threads):
     )
     process, _ = start(tmp_path, pool if threads else f"print('ready', flush=True); {one}('0')", imports)
     numbers = [number for name in range(max(1, threads)) for number in read_numbers(tmp_path / str(name))]
-    process.terminate()
+    getattr(process, end)()
     process.communicate(timeout=60)
-    assert process.returncode == EXIT_TERMINATED
+    if end == "terminate":
+        assert process.returncode == EXIT_TERMINATED
+    else:  # of what those have started, nobody knows any more
+        for number in numbers[1::2]:
+            os.kill(number, signal.SIGKILL)
     assert ended(numbers)
 
 

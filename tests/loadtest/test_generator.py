@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -125,38 +126,54 @@ def test_a_test_that_starts_leaves_nothing_of_an_earlier_one(tmp_path, earlier):
     assert all(path.read_text() == "" for path in tmp_path.iterdir())
 
 
+def end_in_the_middle(url, out, number, *options):
+    """Sends a signal to a load test that has recorded something; returns its exit code, what it said, its children."""
+    command = ["loadtest", "--dense", url, "--pruned", url, "--quick", "--vocabulary", "9", "--requests", "2"]
+    command += ["--output-tokens", "4", "--out", str(out), *options]
+    process = subprocess.Popen([sys.executable, "-m", "gradmap", *command], stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not (out / RECORDS_FILE).is_file():
+            time.sleep(0.1)
+        while process.poll() is None and not (out / RECORDS_FILE).read_text():
+            time.sleep(0.1)
+        while process.poll() is None and not (children := locust_of(process.pid, options)):
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, said, children
+
+
+def locust_of(parent, options):
+    """Its processes, when all are there: of several that send requests, a master too."""
+    with suppress(psutil.NoSuchProcess):
+        found = [one for one in psutil.Process(parent).children(recursive=True) if "locust" in one.cmdline()]
+        return found if len(found) == (3 if "--processes" in options else 1) else []
+    return []
+
+
 @pytest.mark.alone
 def test_sigterm_ends_every_process_and_keeps_what_was_measured_as_invalid(tmp_path):
     out = tmp_path / "out"
     with running(FakeServer(gap_s=0.01)) as fake:
-        command = [
-            "loadtest",
-            "--dense",
-            fake.url,
-            "--pruned",
-            fake.url,
-            "--quick",
-            "--vocabulary",
-            "9",
-            "--requests",
-            "2",
-        ]
-        command += ["--concurrency", "1", "--output-tokens", "4", "--out", str(out)]
-        process = subprocess.Popen([sys.executable, "-m", "gradmap", *command], stderr=subprocess.PIPE, text=True)
-        try:
-            while process.poll() is None and not (out / RECORDS_FILE).is_file():
-                time.sleep(0.1)
-            while process.poll() is None and not (out / RECORDS_FILE).read_text():
-                time.sleep(0.1)
-            while process.poll() is None and not (children := psutil.Process(process.pid).children(recursive=True)):
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            _, said = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 128 + signal.SIGTERM, said
+        code, said, children = end_in_the_middle(fake.url, out, signal.SIGTERM, "--concurrency", "1")
+    assert code == 128 + signal.SIGTERM, said
     assert psutil.wait_procs(children, timeout=10)[1] == []
     report = json.loads((out / "report.json").read_text())
     assert (report["verdict"], report["speedup"]) == ("INVALID", {})
     assert " of 12 requests were recorded" in report["reason"]
+    assert not list(out.glob(".load-*"))
+
+
+@pytest.mark.alone
+def test_no_process_outlives_a_load_test_that_is_killed(tmp_path):
+    """Neither Locust's master nor its workers, whom it would tell nothing."""
+    out = tmp_path / "out"
+    with running(FakeServer(gap_s=0.01)) as fake:
+        options = ("--concurrency", "4", "--processes", "2")
+        code, _, children = end_in_the_middle(fake.url, out, signal.SIGKILL, *options)
+    assert code == -signal.SIGKILL
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    Session(out).start({}, None)
     assert not list(out.glob(".load-*"))

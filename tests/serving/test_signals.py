@@ -37,7 +37,7 @@ def test_a_signal_while_the_artifact_is_hashed_ends_it_at_once(picos, tmp_path, 
         process.wait()
 
 
-ORPHAN = "from serving.vllm_server import end_with_parent; end_with_parent(); print('alive')"
+ORPHAN = "from serving.vllm_server import bind_to_parent; bind_to_parent(); print('alive')"
 
 
 def test_a_server_notices_that_its_parent_died_before_it_asked_for_the_signal():
@@ -52,7 +52,7 @@ def test_a_server_notices_that_its_parent_died_before_it_asked_for_the_signal():
 
 def test_what_a_server_spawns_knows_its_own_parent():
     child = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {ORPHAN!r}]))"
-    command = [sys.executable, "-c", f"from serving.vllm_server import end_with_parent; end_with_parent(); {child}"]
+    command = [sys.executable, "-c", f"from serving.vllm_server import bind_to_parent; bind_to_parent(); {child}"]
     environment = {**os.environ, "GRADMAP_PARENT": str(os.getpid())}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert finished.stdout == "alive\n"
