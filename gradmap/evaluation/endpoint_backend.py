@@ -15,6 +15,8 @@ from gradmap.openai_api import open_client, served_model
 
 REQUESTS_IN_FLIGHT = 16
 TIMEOUT_S = 300.0
+# Where a request says nothing, the server takes the penalties of the model's generation_config.json.
+GREEDY = {"temperature": 0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class EndpointBackend:
@@ -43,7 +45,13 @@ class EndpointBackend:
         def continue_one(prompt: Sequence[int]) -> list[int]:
             choice = self._complete(list(prompt), max_tokens=new_tokens, return_token_ids=True)
             ended = choice["finish_reason"] == "stop"
-            return list(choice["token_ids"][:-1] if ended else choice["token_ids"])
+            tokens = list(choice["token_ids"])
+            if not ended and len(tokens) < new_tokens:
+                raise UserError(
+                    f"The server at {self._url} cuts answers after {len(tokens)} tokens, of {new_tokens} asked for; "
+                    "serve the model without max_new_tokens in its generation_config.json."
+                )
+            return tokens[:-1] if ended else tokens
 
         with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as threads:
             return list(threads.map(continue_one, prompts))
@@ -62,7 +70,7 @@ class EndpointBackend:
         return score_of_logprobs([(entry["logprob"], entry["rank"]) for entry in found])
 
     def _complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
-        body = {"model": self.model, "prompt": prompt, "temperature": 0, **options}
+        body = {"model": self.model, "prompt": prompt, **GREEDY, **options}
         try:
             response = self._client.post("/v1/completions", json=body).raise_for_status()
             choice: dict[str, Any] = response.json()["choices"][0]

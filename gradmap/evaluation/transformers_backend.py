@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from gradmap.console import say
 from gradmap.errors import UserError
@@ -30,11 +31,17 @@ _PADDING = -1
 
 
 class TransformersBackend:
-    """dtype: the name (of gradmap.precision) that `model` was loaded for."""
+    """dtype: the name (of gradmap.precision) that `model` was loaded for.
+
+    The model loses its generation settings (generation_config.json): `generate` would apply penalties, bans and beams
+    of them to greedy decoding as well, and other backends have others or none. An answer is what the model finds most
+    likely.
+    """
 
     name = "transformers"
 
     def __init__(self, model: Any, dtype: str, end_tokens: Sequence[int] = ()) -> None:
+        model.generation_config = GenerationConfig()
         self._model = model
         self._dtype = dtype
         self._end_tokens = list(end_tokens)
@@ -107,14 +114,9 @@ class TransformersBackend:
         output = self._model.generate(
             input_ids=ids.to(self._model.device),
             attention_mask=mask.long().to(self._model.device),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            # Checkpoints bring sampling settings that greedy decoding would warn about.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=self._end_tokens or None,
-            pad_token_id=0,
+            generation_config=GenerationConfig(
+                max_new_tokens=new_tokens, do_sample=False, eos_token_id=self._end_tokens or None, pad_token_id=0
+            ),
             stopping_criteria=[which_are_done],
             logits_processor=[_require_finite_logits],
         )

@@ -1,8 +1,12 @@
 """What every client of a server does: straight to this machine, by proxy to others, with a key that can be sent."""
 
+import json
+
+import httpx
 import pytest
 
 from gradmap.errors import UserError
+from gradmap.evaluation import endpoint_backend
 from gradmap.evaluation.endpoint_backend import EndpointBackend
 from gradmap.loopback import is_own_address
 from gradmap.openai_api import authorization, open_client, served_model
@@ -35,6 +39,37 @@ def test_other_machines_are_asked_by_the_proxy(proxy):
     with open_client("http://elsewhere.example:8000", 10) as client:
         assert client.get("/v1/models").text == "of the proxy"
     assert proxy.paths == ["http://elsewhere.example:8000/v1/models"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a server is asked that cuts answers after three tokens, as one with max_new_tokens does."""
+    asked = []
+
+    def answer(request):
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m", "max_model_len": 9}]})
+        asked.append(json.loads(request.content))
+        tokens = min(3, asked[-1]["max_tokens"])
+        return httpx.Response(200, json={"choices": [{"finish_reason": "length", "token_ids": [7] * tokens}]})
+
+    def client(url, timeout_s):
+        return httpx.Client(base_url=url, transport=httpx.MockTransport(answer))
+
+    monkeypatch.setattr(endpoint_backend, "open_client", client)
+    return asked
+
+
+def test_a_server_answers_by_the_model_s_own_probabilities(asked):
+    """It would take the penalties of generation_config.json where a request names none."""
+    assert EndpointBackend("http://server").generate([[5, 6]], 3) == [[7, 7, 7]]
+    neutral = {"temperature": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    assert asked[0].items() >= neutral.items()
+
+
+def test_a_server_that_cuts_answers_is_refused(asked):
+    with pytest.raises(UserError, match="cuts answers after 3 tokens, of 4 asked for"):
+        EndpointBackend("http://server").generate([[5, 6]], 4)
 
 
 def test_own_addresses_are_known():

@@ -42,6 +42,33 @@ def test_every_end_of_the_generation_config_ends_an_answer(directory, place):
     assert generated_by_transformers(directory) == [*answer, whole[place]]
 
 
+SETTINGS = {
+    "repetition_penalty": lambda whole: 5.0,
+    "no_repeat_ngram_size": lambda whole: 1,
+    "suppress_tokens": lambda whole: whole[:1],
+    "begin_suppress_tokens": lambda whole: whole[:1],
+    "bad_words_ids": lambda whole: [whole[:1]],
+    "sequence_bias": lambda whole: [[whole[:1], -100.0]],
+    "forced_eos_token_id": lambda whole: 2,
+    "min_new_tokens": lambda whole: 12,
+    "guidance_scale": lambda whole: 3.0,
+    "watermarking_config": lambda whole: {"bias": 50.0},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_an_answer_is_what_the_model_finds_most_likely_whatever_its_generation_config_asks_for(directory, setting):
+    """As in ONNX Runtime and vLLM, which are given none of these settings; transformers itself obeys them."""
+    path = directory / "generation_config.json"
+    whole = generated(directory)
+    if setting == "min_new_tokens":  # which puts an end off
+        path.write_text(json.dumps(read_json(path) | {"eos_token_id": whole[2]}))
+    plain, theirs = generated(directory), generated_by_transformers(directory)
+    path.write_text(json.dumps(read_json(path) | {setting: SETTINGS[setting](whole)}))
+    assert generated(directory) == plain
+    assert generated_by_transformers(directory) != theirs
+
+
 def test_ends_are_the_generation_configs_or_else_the_configs(tmp_path):
     assert end_tokens(tmp_path, {"eos_token_id": 2}) == (2,)
     assert end_tokens(tmp_path, {"eos_token_id": [2, 3]}) == (2, 3)
