@@ -5,6 +5,7 @@ import torch
 
 from gradmap.compensation import run_and_capture
 from gradmap.compensators import COMPENSATORS
+from gradmap.compensators.projection import most_drifted
 from gradmap.compensators.ridge import Fit, RightSolver, accumulate_gram, down_projection_weight
 from gradmap.corrections import Projection, Update, pruned_and_corrected
 from gradmap.errors import UserError
@@ -57,6 +58,10 @@ def test_the_layers_that_drifted_most_are_repaired_front_to_back(picos, input_id
     assert [one.place.layer for one in compensation.corrections] == sorted(sorted(drift, key=drift.get)[-2:])
     with pytest.raises(UserError, match="only 3 layers are left"):
         COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), top_z=4))
+
+
+def test_of_layers_that_drifted_most_the_front_one_is_repaired_first_though_it_drifted_most():
+    assert most_drifted({0: 3.0, 2: 1.0, 4: 2.0}, 2) == [0, 4]
 
 
 def test_other_maps_are_trained_through_the_layer(picos, input_ids):

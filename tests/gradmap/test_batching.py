@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from gradmap.batching import CPU_ACTIVATION_BYTES, TOKENS, Batches, forward_batch, measured_batch_size
+from gradmap.batching import (
+    CPU_ACTIVATION_BYTES,
+    LOGITS_BYTES,
+    TOKENS,
+    Batches,
+    forward_batch,
+    logits_batch,
+    measured_batch_size,
+)
 from gradmap.errors import UserError
 from gradmap.importance import fitting_batches, layer_scores, streamed_layer_scores
 
@@ -47,6 +55,14 @@ def test_the_batch_is_what_memory_holds_for_the_backward_pass():
     assert measured_batch_size(run_one, nn.Module(), 2, torch.device("cpu")) == 10
     assert measured_batch_size(lambda: None, nn.Module(), 128, torch.device("cpu")) == TOKENS["cpu"] // 128
     assert measured_batch_size(lambda: None, nn.Module(), 10**6, torch.device("cpu")) == 1
+
+
+def test_logits_in_float32_of_a_batch_take_what_is_allowed(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 10 * torch.ones(16, 1000).nbytes)
+    assert logits_batch(16, 1000, cpu) == 10
+    assert logits_batch(17, 1000, cpu) == 9
+    assert logits_batch(161, 1000, cpu) == 1  # at least a sample
 
 
 def test_a_gpu_takes_more_at_once(monkeypatch):

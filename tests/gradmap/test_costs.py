@@ -11,10 +11,10 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from benchmarks.flops import counted
-from gradmap import costs, footprint
+from gradmap import budget, costs, footprint
 from gradmap.architectures import ARCHITECTURES
 from gradmap.batching import Batches
-from gradmap.budget import LEAST_SAMPLES, affordable_samples
+from gradmap.budget import LEAST_SAMPLES, affordable_samples, samples_within_budget
 from gradmap.calibration import HELD_OUT_FRACTION, Calibration
 from gradmap.checkpoint import read_config
 from gradmap.compensation import Pruned
@@ -23,8 +23,11 @@ from gradmap.costs import CalibrationSize, Hardware, Pruning
 from gradmap.errors import UserError
 from gradmap.importance import layer_scores
 from gradmap.layerwise import losses_from, run_layers
+from gradmap.prune_settings import PruneSettings
 from gradmap.selection import Selection, Step, Subject
 from gradmap.selectors import SELECTORS, racing, repair
+from gradmap.selectors.influence import block_influences
+from gradmap.selectors.weights import taylor_scores
 from gradmap.shape import Shape
 from tests.conftest import FAMILIES, PICO_CONFIGS, VOCABULARY, make_pico
 
@@ -100,6 +103,16 @@ def test_scores_multiply_what_is_said(deep):
     assert flops == pytest.approx(costs.score_flops(shape, 1, SIZE), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("measure", "flops"), [(block_influences, costs.influence_flops), (taylor_scores, costs.taylor_flops)]
+)
+def test_a_round_of_other_selectors_multiplies_what_is_said(deep, measure, flops):
+    pico, shape = deep
+    model = pico.load(torch.float32)
+    counts = counted(lambda: measure(model, pico.architecture, calibration().input_ids))
+    assert counts == pytest.approx(flops(shape, 1, SIZE), rel=0.02)
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_selection_by_repairs_multiplies_what_is_said(deep, monkeypatch, rounds):
     """Up to what is a matter of the model: how many are tried, on how many samples, and where the removals are."""
@@ -170,6 +183,13 @@ def test_samples_are_shared_out_as_a_calibration_does():
     assert CalibrationSize(2, 8192).select_fit_tokens == 8192  # at least a sample
 
 
+def test_samples_that_a_closed_form_lacks_are_counted_as_distil_does(deep):
+    pico, shape = deep
+    lacking = distilling.samples_lacking(pruned(pico, (6,)))
+    assert SIZE.lacking(shape.inner) == lacking > 0
+    assert CalibrationSize(128, 128).lacking(shape.inner) == 0
+
+
 HARDWARE = Hardware("test", flops=1e12, bandwidth=1e11, memory=1e10, efficiency=1.0)
 SHAPE = Shape("small", 64, 128, 12, 0.5, 1000)
 
@@ -180,6 +200,7 @@ def test_time_grows_with_what_is_to_be_done_and_falls_with_the_hardware():
     for seconds in (costs.select_seconds, costs.repair_seconds):
         assert seconds(SHAPE, HARDWARE, Pruning(2, size=CalibrationSize(32, 64))) < seconds(SHAPE, HARDWARE, few)
         assert seconds(SHAPE, faster, few) == pytest.approx(seconds(SHAPE, HARDWARE, few) / 2)
+        assert seconds(SHAPE, replace(HARDWARE, devices=2), few) == pytest.approx(seconds(SHAPE, faster, few))
         assert seconds(SHAPE, replace(HARDWARE, head_cost=2.0), few) > seconds(SHAPE, HARDWARE, few)
     assert costs.select_seconds(SHAPE, HARDWARE, few) < costs.select_seconds(SHAPE, HARDWARE, many)
     assert costs.default_seconds(SHAPE, HARDWARE, 2) == pytest.approx(
@@ -201,6 +222,10 @@ def test_methods_cost_what_they_do():
     assert 0 < costs.repair_seconds(SHAPE, HARDWARE, uncorrectable) < fitted[3]
 
 
+def test_every_second_removed_layer_begins_a_run():
+    assert [Pruning(remove).runs for remove in range(1, 7)] == [1, 1, 1, 2, 2, 3]
+
+
 def test_a_single_stream_waits_for_its_weights_and_many_for_products():
     read = HARDWARE.weight_bytes * SHAPE.read_parameters(12) / HARDWARE.bandwidth
     assert costs.token_seconds(SHAPE, HARDWARE) == pytest.approx(read)
@@ -220,6 +245,11 @@ def test_memory_holds_the_weights_as_they_are_computed_with():
     assert footprint.prune_bytes(SHAPE, HARDWARE, Pruning(2)) > footprint.prune_bytes(
         SHAPE, HARDWARE, Pruning(2, "random", "none")
     )
+
+
+def test_a_streamed_model_holds_a_layer_and_the_hidden_states_between_all():
+    states = (SHAPE.layers + 1) * 4 * 8 * SHAPE.width
+    assert footprint.streamed_bytes(SHAPE, CalibrationSize(4, 8)) == 2 * (SHAPE.layer_parameters + states)
 
 
 def test_torch_is_not_needed():
@@ -244,3 +274,14 @@ def test_a_budget_buys_as_many_samples_as_are_estimated_to_fit():
     assert bought[-1] == LEAST_SAMPLES
     for share, samples in zip((0.9, 0.5), bought, strict=False):
         assert seconds(samples) <= share * whole_s
+
+
+def test_a_budget_is_given_in_minutes(picos, monkeypatch):
+    checkpoint, size = picos["llama"].checkpoint, CalibrationSize(24, 16)
+    monkeypatch.setattr(budget, "measure_hardware", lambda config, dtype, device: HARDWARE)
+    settings = PruneSettings(2, "none", "repair", "distil", samples=size.samples, tokens=size.tokens)
+    shape, pruning = Shape.of_config(checkpoint.config), Pruning(2, size=size)
+    needed_s = costs.select_seconds(shape, HARDWARE, pruning) + costs.repair_seconds(shape, HARDWARE, pruning)
+    for share, samples in ((1.001, 24), (0.999, 18)):
+        limited = replace(settings, budget_minutes=share * needed_s / 60)
+        assert samples_within_budget(checkpoint, limited, "float32") == samples

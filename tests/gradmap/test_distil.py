@@ -12,6 +12,7 @@ from gradmap.compensators.distil import (
     PROMPT_TOKENS,
     Lessons,
     distillation_gradients,
+    draw_prompts,
     draw_tokens,
     train_low_rank,
     uniform_numbers,
@@ -117,6 +118,21 @@ def test_tokens_are_drawn_from_the_whole_distribution():
     shares = tokens[:, 0].bincount(minlength=len(chances)) / draws
     deviations = (chances * (1 - chances) / draws).sqrt()
     assert ((shares - chances).abs() <= 4 * deviations).all(), shares  # and never the one that has no chance
+
+
+def test_tokens_do_not_depend_on_how_large_all_logits_are():
+    numbers = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)[:, None]
+    logits = torch.arange(4.0).expand(len(numbers), -1)
+    tokens = draw_tokens(logits, numbers)
+    assert len(tokens.unique()) > 1
+    for further in (-1024, 1024):  # whose exponentials are beyond float64; sums with it are exact
+        assert torch.equal(draw_tokens(logits + further, numbers), tokens)
+
+
+def test_prompts_come_from_every_place_of_every_sample(input_ids):
+    places = {tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
+    drawn = draw_prompts(input_ids, None, 2000, seed=0)  # of 45 places: one is missed with a chance of 1e-18
+    assert {tuple(prompt) for prompt in drawn.tolist()} == places
 
 
 def test_what_the_dense_model_writes_begins_with_samples_that_may_be_fitted_on(picos, input_ids):

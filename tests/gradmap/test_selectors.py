@@ -70,6 +70,13 @@ def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
     assert longer[:2] == shorter
 
 
+@pytest.mark.parametrize("name", sorted(SELECTORS))
+def test_a_round_takes_the_work_that_was_announced(picos, input_ids, name):
+    scorer, done = SELECTORS[name](subject_of(picos["llama"], input_ids, order=(3, 1), count=2)), []
+    scorer.score(Selection(()), done.append)
+    assert sum(done) == scorer.work(LAYERS)
+
+
 def test_block_influence_is_one_minus_the_mean_cosine(pico, input_ids):
     model = pico.load()
     layers = list(pico.architecture.layer_list(model))

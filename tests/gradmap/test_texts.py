@@ -10,7 +10,7 @@ import typer
 
 from gradmap.cli import EXIT_BUG, EXIT_USAGE, run_app
 from gradmap.errors import UserError
-from gradmap.text_specs import source_files
+from gradmap.text_specs import named_sources, source_files
 from gradmap.texts import read_joined, read_texts
 
 DOCUMENTS = ["first", "second", "third"]
@@ -98,6 +98,8 @@ def test_a_source_without_text_is_refused(sources, read):
     ("spec", "message"),
     [
         ("nonsense", "not understood"),
+        ("disk:{0}/saved", "not understood"),
+        ("disk:{0}/saved:", "not understood"),
         ("file:{0}/none.txt", "does not exist"),
         ("file:{0}/a.jsonl#missing", "line 1 has no field 'missing'"),
         ("disk:{0}/saved:missing", "no column 'missing'"),
@@ -108,6 +110,11 @@ def test_a_source_without_text_is_refused(sources, read):
 def test_unusable_sources_are_refused(sources, spec, message):
     with pytest.raises(UserError, match=message):
         read_texts(spec.format(sources), seed=0)
+
+
+def test_a_text_has_a_name_of_its_own_or_that_of_its_source():
+    named = {"squad": "file:a.jsonl", "wikitext2": "wikitext2", "file:a=b.jsonl": "file:a=b.jsonl"}
+    assert named_sources(["squad=file:a.jsonl", "wikitext2", "file:a=b.jsonl"]) == named
 
 
 def test_a_path_may_begin_at_home_and_have_a_hash(sources, monkeypatch):
