@@ -20,6 +20,7 @@ from gradmap.compensators.ridge import (
     accumulate_gram,
     best_downhill,
     device_with_room,
+    ridge_sums,
     solve_ridge,
     solve_ridge_reference,
 )
@@ -133,6 +134,14 @@ def test_no_other_matrix_has_a_lower_objective(pico, input_ids):
         step = 1e-3 * torch.randn(best.shape, generator=generator, dtype=torch.float64)
         assert objective(best) < objective(best + step)
     assert objective(best) < objective(torch.eye(len(best), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sums_are_solved_with_in_float64_whatever_the_model_computes_in(dtype):
+    features, missing = torch.eye(3, dtype=dtype), torch.ones(3, 2, dtype=dtype)
+    gram, cross = ridge_sums(features, missing, None)
+    assert torch.equal(gram, torch.eye(3, dtype=torch.float64))
+    assert torch.equal(solve_ridge(gram, cross, 1.0), torch.full((2, 3), 0.5, dtype=torch.float64))
 
 
 def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):

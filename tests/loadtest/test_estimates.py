@@ -101,6 +101,14 @@ def test_what_has_no_limit_is_not_known_but_for_the_paper_s_tasks():
     assert seconds("openbookqa") == seconds("openbookqa", limit=10**6)
 
 
+def test_every_token_of_a_text_passes_the_layers_and_the_head():
+    size = EvaluationSize(2, 128, limit=10)
+    passes_s = [2 * 128 * 10 * SMOLLM2.forward_flops(layers) / EPYC.sustained_flops for layers in (30, 22)]
+    assert evaluation_seconds(SMOLLM2, EPYC, size, (30, 22)) == pytest.approx(sum(passes_s))
+    with_answers = evaluation_seconds(SMOLLM2, EPYC, replace(size, answers=True), (30, 22))
+    assert with_answers > sum(passes_s)
+
+
 def test_each_format_and_a_check_by_vllm_add_their_time():
     def seconds(*formats, **options):
         return export_seconds(SMOLLM2, EPYC, ExportSize(formats, **options), 22, DISK)

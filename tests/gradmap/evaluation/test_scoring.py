@@ -279,3 +279,12 @@ def test_of_two_evaluations_of_the_same_the_second_waits_and_takes_what_the_firs
         assert scores.result() == EXPECTED
     assert second.communicate()[0] == b"0\n"
     assert [path.name for path in (tmp_path / "scores").iterdir() if path.suffix != ".jsonl"] == []
+
+
+def test_a_text_that_is_too_long_is_refused_wherever_it_stands():
+    backend = CountingBackend()
+    short, longest = Request((1,), (1, 1)), Request((2,), (1,) * (backend.max_tokens + 1))
+    for requests in ([short, longest], [longest, short]):
+        with pytest.raises(UserError, match="A text of 52 tokens is longer than the 50 the model takes"):
+            Scorer(backend, None, "dense").score(requests, "test")
+    assert not backend.scored
