@@ -21,8 +21,8 @@ from export.comparison import Bounds, Comparison
 from export.reference import Reference
 from export.tolerance import SWAP_FACTOR
 from gradmap.children import ending_children, run_captured
-from gradmap.errors import OutOfMemoryError, UserError
-from gradmap.failures import MEMORY_CURE, was_killed
+from gradmap.errors import UserError
+from gradmap.failures import require_not_killed
 from gradmap.machine import available_bytes
 
 # How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
@@ -74,8 +74,7 @@ def run_child(command: list[str], problem: str) -> None:
     OutOfMemoryError if it was killed, as the system does where memory runs out.
     """
     finished = run_captured(command, os.environ | {"HF_HUB_OFFLINE": "1"})
-    if was_killed(finished.returncode):
-        raise OutOfMemoryError(f"{problem}: it was killed, as the system does where memory runs out; {MEMORY_CURE}.")
+    require_not_killed(finished.returncode, f"{problem}: it")
     if finished.returncode != 0:
         raise UserError(f"{problem}: {_find_reason(finished.stderr)}")
 

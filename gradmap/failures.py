@@ -62,6 +62,12 @@ def was_killed(code: int) -> bool:
     return code in _KILLED
 
 
+def require_not_killed(code: int, what: str, cure: str = MEMORY_CURE) -> None:
+    """Raises OutOfMemoryError if a process that ended with this code was killed. what: as the sentence begins."""
+    if was_killed(code):
+        raise OutOfMemoryError(f"{what} was killed, as the system does where memory runs out; {cure}.")
+
+
 def count_oom_kills(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
     """How many processes of this one's control group (a container, on a desktop a terminal) the system has killed for
     want of memory so far; 0 where nothing tells."""

@@ -20,7 +20,7 @@ from gradmap.children import peak_bytes, run_process
 from gradmap.cli import EXIT_OUT_OF_MEMORY
 from gradmap.console import say, waiting
 from gradmap.errors import OutOfMemoryError, UserError
-from gradmap.failures import MEMORY_CURE, was_killed
+from gradmap.failures import MEMORY_CURE, require_not_killed
 from gradmap.files import sha256_json, write_json
 from gradmap.fingerprints import Stamp, find_change, fingerprint, hash_path, is_remains
 from gradmap.reading import checked, read_json, read_json_object
@@ -109,10 +109,7 @@ def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
 def _require_success(stage: Stage, code: int) -> None:
     if code == EXIT_OUT_OF_MEMORY:
         raise OutOfMemoryError(f"Stage {stage.name} ran out of memory; run again, and it goes on from there.")
-    if was_killed(code):
-        raise OutOfMemoryError(
-            f"Stage {stage.name} was killed, as the system does where memory runs out; {MEMORY_CURE}, and run again."
-        )
+    require_not_killed(code, f"Stage {stage.name}", f"{MEMORY_CURE}, and run again")
     accepted = set(EXIT_CODES.values()) if stage.verdicts else {0}
     if code not in accepted or not all(path.exists() for path in stage.outputs):
         raise UserError(f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.")

@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gradmap.children import kill_group
-from gradmap.errors import OutOfMemoryError, UserError
-from gradmap.failures import MEMORY_CURE, was_killed
+from gradmap.errors import UserError
+from gradmap.failures import require_not_killed
 from gradmap.parent_death import bound_to_us
 from gradmap.reading import read_json
 from loadtest.board import Board
@@ -167,8 +167,7 @@ def _run_locust(command: list[str], look: Callable[[], None], home: Path, out: P
             process.wait()
     if process.returncode == CANNOT_WRITE:
         raise _could_not_write(out)
-    if was_killed(process.returncode):
-        raise OutOfMemoryError(f"Locust was killed, as the system does where memory runs out; {MEMORY_CURE}.")
+    require_not_killed(process.returncode, "Locust")
     if process.returncode != 0:
         raise UserError(f"Locust ended with code {process.returncode}; its log is {log}.")
 
