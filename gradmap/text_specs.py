@@ -61,6 +61,10 @@ class FileSource:
     path: Path
     field: str = DEFAULT_FIELD
 
+    @property
+    def is_json_lines(self) -> bool:
+        return self.path.name.endswith((".jsonl", ".jsonl.gz"))
+
 
 @dataclass(frozen=True)
 class DiskSource:

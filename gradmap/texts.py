@@ -52,8 +52,8 @@ def _no_text(spec: str) -> UserError:
 def _open_source(spec: str, seed: int | None) -> Iterator[str]:
     """seed: shuffles what is too large to be read whole; None reads it in its order."""
     match parse_source(spec):
-        case FileSource(path, field):
-            return _read_file(path, field)
+        case FileSource() as source:
+            return _read_file(source)
         case DiskSource(path, field):
             return _read_disk(path, field)
         case HubSource() as source:
@@ -61,10 +61,12 @@ def _open_source(spec: str, seed: int | None) -> Iterator[str]:
     raise UserError(f"Text source {spec} is for the prompts of load tests alone; use file:, disk: or hub:.")
 
 
-def _read_file(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".txt":
-        return iter([_read_plain(path)])
-    return _read_parquet(path, field) if path.suffix == ".parquet" else _read_jsonl(path, field)
+def _read_file(source: FileSource) -> Iterator[str]:
+    if source.is_json_lines:
+        return _read_jsonl(source.path, source.field)
+    if source.path.suffix == ".parquet":
+        return _read_parquet(source.path, source.field)
+    return iter([_read_plain(source.path)])
 
 
 def _read_plain(path: Path) -> str:

@@ -109,6 +109,6 @@ def _read_exchanges(spec: str, seed: int) -> tuple[Sequence[Exchange], RecordCou
     match parse_source(spec):
         case Conversations(path):
             return read_conversations(path, seed)
-        case FileSource(path, field) if path.name.endswith((".jsonl", ".jsonl.gz")):
+        case FileSource(path, field) as source if source.is_json_lines:
             return read_documents(path, field, seed)
     return [(text, None) for text in read_texts(spec, seed)], None
