@@ -102,11 +102,10 @@ def _race(one: Round, bounds: Mapping[int, float]) -> tuple[dict[int, float], Ou
         counts.update({layer: len(losses) for layer, losses in zip(group, tried, strict=True)})
         return tried
 
-    known = any(math.isfinite(bound) for bound in bounds.values())
-    costs = race.run(sorted(one.untried, key=bounds.__getitem__) if known else one.untried, bounds, one.base, measure)
+    costs = race.run(sorted(one.untried, key=bounds.__getitem__), bounds, one.base, measure)
     winner = min(costs, key=costs.__getitem__)
-    excess = float((one.measured[winner] - one.measured[one.best]).mean())
-    error = float((one.measured[winner] - one.measured[one.best]).std()) / math.sqrt(samples)
+    differences = one.measured[winner] - one.measured[one.best]
+    excess, error = float(differences.mean()), float(differences.std()) / math.sqrt(samples)
     share = sum(counts.values()) / (samples * len(one.measured))
     return costs, Outcome(share, excess, excess / error if error else 0.0, one.best not in counts)
 
@@ -141,9 +140,8 @@ def simulate(of_seeds: Sequence[Sequence[Round]], races: int) -> list[dict[str, 
     for rounds in of_seeds:
         samples = len(rounds[0].measured[rounds[0].best])
         outcomes += [race_through(rounds, torch.randperm(samples, generator=generator)) for _ in range(races)]
-    return [
-        {"round": number + 1, **summarised(of_round)} for number, of_round in enumerate(zip(*outcomes, strict=True))
-    ]
+    of_rounds = zip(*outcomes, strict=True)
+    return [{"round": number, **summarised(of_round)} for number, of_round in enumerate(of_rounds, start=1)]
 
 
 def main(
