@@ -204,30 +204,33 @@ def test_kills_are_counted_in_the_control_group_of_this_process(cgroup, membersh
     assert count_oom_kills(root, file) == kills
 
 
+@pytest.fixture
+def failing(monkeypatch):
+    """Runs a command that fails, while as many processes were killed before and after it; returns its exit code."""
+
+    def run(error, kills):
+        counts = iter(kills)
+        monkeypatch.setattr(failures, "count_oom_kills", lambda: next(counts))
+        monkeypatch.setattr(cli, "count_oom_kills", lambda: next(counts))
+
+        def fail(standalone_mode):
+            raise error
+
+        return run_app(fail)
+
+    return run
+
+
 @pytest.mark.parametrize(("kills", "code"), [([3, 4], EXIT_OUT_OF_MEMORY), ([3, 3], EXIT_USAGE)])
-def test_a_failure_while_the_system_killed_for_memory_may_be_tried_again(monkeypatch, capsys, kills, code):
+def test_a_failure_while_the_system_killed_for_memory_may_be_tried_again(failing, capsys, kills, code):
     """As of a server whose engine was killed: it ends with a code of its own."""
-    counts = iter(kills)
-    monkeypatch.setattr(failures, "count_oom_kills", lambda: next(counts))
-    monkeypatch.setattr(cli, "count_oom_kills", lambda: next(counts))
-
-    def fail(standalone_mode):
-        raise UserError("vLLM ended with code 1.")
-
-    assert run_app(fail) == code
+    assert failing(UserError("vLLM ended with code 1."), kills) == code
     said = capsys.readouterr().err
     assert said.startswith("Error: vLLM ended with code 1.")
     assert ("Meanwhile the system has killed a process because memory ran out" in said) == (code == EXIT_OUT_OF_MEMORY)
 
 
 @pytest.mark.parametrize(("kills", "code"), [([3, 4], EXIT_OUT_OF_MEMORY), ([3, 3], EXIT_BUG)])
-def test_a_library_that_lost_a_process_to_want_of_memory_is_no_bug(monkeypatch, capsys, kills, code):
-    counts = iter(kills)
-    monkeypatch.setattr(failures, "count_oom_kills", lambda: next(counts))
-    monkeypatch.setattr(cli, "count_oom_kills", lambda: next(counts))
-
-    def fail(standalone_mode):
-        raise RuntimeError("EngineCore died")
-
-    assert run_app(fail) == code
+def test_a_library_that_lost_a_process_to_want_of_memory_is_no_bug(failing, capsys, kills, code):
+    assert failing(RuntimeError("EngineCore died"), kills) == code
     assert "EngineCore died" in capsys.readouterr().err
