@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from contextlib import closing
 from ipaddress import ip_address
+from random import SystemRandom
 
 from gradmap.errors import UserError
 
 HIGHEST_PORT = 65535
+# Outside of what systems give to outgoing connections (Linux begins at 32768, others at 49152).
+CHOSEN_PORTS = range(20000, 30000)
 
 
 def require_ports(ports: Mapping[str, int]) -> None:
@@ -47,10 +49,25 @@ def require_free_port(host: str, port: int, option: str) -> None:
     bind(host, port, option).close()
 
 
-def free_port() -> int:
-    """Returns a loopback port that nothing listens on now."""
-    with closing(bind("127.0.0.1", 0, "--port")) as bound:
-        return int(bound.getsockname()[1])
+def free_port(in_a_row: int = 1) -> int:
+    """Returns the first of so many successive loopback ports that nothing uses now.
+
+    None of them can become the local end of an outgoing connection before its server starts.
+    """
+    for first in SystemRandom().sample(CHOSEN_PORTS, len(CHOSEN_PORTS)):
+        if all(_is_free(port) for port in range(first, first + in_a_row)):
+            return first
+    raise UserError(
+        f"No loopback port from {CHOSEN_PORTS.start} to {CHOSEN_PORTS.stop - 1} is free; stop what uses them."
+    )
+
+
+def _is_free(port: int) -> bool:
+    try:
+        require_free_port("127.0.0.1", port, "--port")
+    except UserError:
+        return False
+    return True
 
 
 def url_host(host: str) -> str:

@@ -26,8 +26,9 @@ def stand_in(monkeypatch, picos, tmp_path):
 
         monkeypatch.setattr(server, "build_command", command)
         monkeypatch.setattr(launching, "require_gpus", lambda settings: ())
-        settings = ServerSettings(Path(), port=free_port(), ready_timeout_s=30, drain_s=5)
-        return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", free_port(), [Trust()])
+        port = free_port(in_a_row=3)  # of the model, of a second one, and for probes
+        settings = ServerSettings(Path(), port=port, ready_timeout_s=30, drain_s=5)
+        return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", port + 2, [Trust()])
 
     return launch
 

@@ -13,10 +13,11 @@ import typer
 
 from gradmap.errors import UserError
 from serving import launch as launching
+from serving import ports
 from serving.cli import serve
 from serving.launch import run
 from serving.log import Log
-from serving.ports import bind, require_ports
+from serving.ports import bind, free_port, require_ports
 from serving.settings import ServerSettings
 
 
@@ -89,6 +90,17 @@ def test_a_second_server_leaves_the_first_one_s_log_alone(stand_in, tmp_path):
             run(launch, Log(tmp_path / "log"))
     assert (tmp_path / "log").read_text() == "of the first\n"
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o640
+
+
+def test_chosen_ports_are_free_and_in_a_row(monkeypatch):
+    first = free_port(in_a_row=3)
+    monkeypatch.setattr(ports, "CHOSEN_PORTS", range(first, first + 2))
+    with bind("127.0.0.1", first + 1, "--port") as taken:
+        taken.listen()
+        assert {free_port() for _ in range(20)} == {first}
+        with pytest.raises(UserError, match=rf"^No loopback port from {first} to {first + 1} is free"):
+            free_port(in_a_row=2)
+    assert free_port(in_a_row=2) in (first, first + 1)
 
 
 @pytest.mark.parametrize("host", ["", "a..b", "no.such.host.invalid", "[::1]"])
