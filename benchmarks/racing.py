@@ -4,9 +4,9 @@
 
 For each seed of the calibration the first rounds of `--selector repair` are measured without a race: every layer on all
 samples. Then the race itself, `gradmap.selectors.racing`, runs over what was measured, with the samples in many random
-orders. What it knows of a layer that it gave up is a bound in the next round, as in a real run. A round has the share
-of all measurements that the race made; how often another layer won, and what that one costs more; and how often the
-best layer was not tried, for its bound was too high.
+orders. What it found a layer to cost is known in the next round, as in a real run. A round has the share of all
+measurements that the race made; how often another layer won, and what that one costs more; and how often the best layer
+was not tried, for it had cost too much.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gradmap.environment import describe_environment
 from gradmap.files import write_json
 from gradmap.precision import computing_in
 from gradmap.selection import Subject
-from gradmap.selectors.racing import AT_LEAST, CLEARLY, Race, laps
+from gradmap.selectors.racing import CLEARLY, MAY_FALL, Race, laps
 from gradmap.selectors.repair import RepairScorer
 
 LAP = 4  # samples, as many as a CPU takes at once
@@ -165,7 +165,7 @@ def main(
         drawn = build_calibration(tokenizer, calibration, samples, tokens, seed=one)
         with computing_in(dtype, loaded):
             of_seeds.append(measure_rounds(Subject(loaded, architecture, drawn), rounds))
-    size = {"samples": samples, "tokens": tokens, "seeds": seed or [42], "clearly": CLEARLY, "at_least": AT_LEAST}
+    size = {"samples": samples, "tokens": tokens, "seeds": seed or [42], "clearly": CLEARLY, "may_fall": MAY_FALL}
     rows = simulate(of_seeds, races)
     write_json(out, {"environment": describe_environment(), **size, "rows": rows, "measured": _listed(of_seeds)})
     columns = ("round", "measured", "another layer won", "best not tried", "which cost more (nats)", "standard errors")

@@ -11,8 +11,8 @@ fit to texts of one kind lowers it on such texts and raises it on others.
 Where a norm follows the down projection (Gemma 2 and 3), there is no such repair. The removal itself is measured, on
 all samples, for none is fitted on.
 
-Not everything is computed. Removals make others dearer, hardly ever cheaper, so that what a layer cost before is a
-lower bound, and trying stops where the bounds exceed the best (the lazy greedy algorithm, Minoux 1978). A layer that is
+Not everything is computed. Removals make others dearer, or a little cheaper, so that trying stops where the costs of
+the round before are far enough above the best (the lazy greedy algorithm, Minoux 1978, with a margin). A layer that is
 clearly worse than the best is given up after a few samples (gradmap.selectors.racing). And what the layers before a
 removal compute stays as it was.
 """
@@ -135,9 +135,9 @@ class RepairScorer:
         for layer in so_far.removal_order[len(self._removed) :]:
             self._adopt(layer)
         candidates = [layer for layer in self._alive[1:] if layer not in self._subject.protected]
-        bounds = so_far.steps[-1].scores if so_far.steps else {}
-        costs = {layer: bounds.get(layer, -math.inf) for layer in candidates}
-        untried = sorted(candidates, key=(costs if bounds else self._influences()).__getitem__)
+        scores = so_far.steps[-1].scores if so_far.steps else {}
+        before = {layer: scores.get(layer, -math.inf) for layer in candidates}
+        untried = sorted(candidates, key=(before if scores else self._influences()).__getitem__)
         race, left = Race(len(self._measure_ids)), len(self._alive)
 
         def measure(group: Sequence[int]) -> list[Tensor]:
@@ -150,7 +150,7 @@ class RepairScorer:
             return tried
 
         base = self._divergences.mean().item()
-        costs = race.run(untried, costs, base, measure, at_once=process_count())
+        costs = race.run(untried, before, base, measure, at_once=process_count())
         advance(left)
         return costs
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradmap.selectors.racing import AT_LEAST, CLEARLY, Race, is_clearly_worse, laps
+from gradmap.selectors.racing import CLEARLY, MAY_FALL, Race, is_clearly_worse, laps
 
 SAMPLES = 32
 
@@ -65,6 +65,26 @@ def test_what_is_given_up_is_estimated_by_its_difference_on_the_first_samples():
     race, best = Race(SAMPLES), torch.arange(SAMPLES, dtype=torch.float64)
     race.enter(best)
     assert race.enter(best[:4] + 2) == pytest.approx(float(best.mean()) + 2)  # not the mean of the first four
-    spread = torch.tensor([3.0, 1.0, 3.0, 1.0], dtype=torch.float64)
-    error = float(spread.std()) * math.sqrt(1 / 4 - 1 / SAMPLES)
-    assert race.enter(best[:4] + spread) == pytest.approx(float(best.mean()) + 2 - AT_LEAST * error)
+
+
+@pytest.mark.parametrize(
+    ("base", "before", "tried"),
+    [
+        (0.0, {1: 1.0, 2: 0.99 / (1 - MAY_FALL), 3: 1.01 / (1 - MAY_FALL)}, [1, 2]),
+        (2.0, {1: -1.0, 2: -0.99 / (1 + MAY_FALL), 3: -0.5}, [1]),  # the model gets better without them
+        (2.0, {1: -1.0, 2: -1.0, 3: -1.01 / (1 + MAY_FALL)}, [1, 2, 3]),
+        (0.0, {1: -math.inf, 2: -math.inf, 3: -math.inf}, [1, 2, 3]),  # nothing is known
+    ],
+)
+def test_what_may_have_become_the_cheapest_is_tried_again(base, before, tried):
+    """All cost 1 now, in a model whose loss was `base`."""
+    measured = []
+
+    def measure(group):
+        measured.extend(group)
+        return [torch.ones(SAMPLES, dtype=torch.float64) for _ in group]
+
+    costs = Race(SAMPLES).run([1, 2, 3], before, base, measure)
+    assert measured == tried
+    assert costs == {layer: 1 - base if layer in tried else before[layer] for layer in before}
+    assert min(costs, key=costs.__getitem__) in tried

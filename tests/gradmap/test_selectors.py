@@ -214,7 +214,6 @@ def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, mon
     measured = {}
     run = RepairScorer._try
     monkeypatch.setattr("gradmap.selectors.racing.CLEARLY", 0.3)  # layers of a random model are much alike
-    monkeypatch.setattr("gradmap.selectors.racing.AT_LEAST", 0.15)
 
     def spy(self, layer, race):
         trial = run(self, layer, race)
