@@ -10,7 +10,7 @@ import torch
 from gradmap.console import announced, say, waiting
 from gradmap.errors import UserError, first_line
 from gradmap.failures import explain
-from gradmap.files import atomic_directory, cache_directory, sha256_file, write_json
+from gradmap.files import cache_directory, sha256_file, write_json
 from gradmap.gguf_head import Stored, finer_of, judge_head
 from gradmap.gguf_metadata import require_read, require_understood, require_whole_file
 from gradmap.gguf_tokenizer import (
@@ -22,7 +22,7 @@ from gradmap.gguf_tokenizer import (
     require_same_tokens,
 )
 from gradmap.loading import refuse_inexact
-from gradmap.locks import writing
+from gradmap.made_once import CONFIG_FILE, is_made, made_once
 from gradmap.reading import read_json_object
 
 # Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
@@ -35,12 +35,12 @@ def dequantise_gguf(source: Path) -> Path:
     Raises UserError if there is no such file, or none that transformers reads.
     """
     target = _dequantised(source)
-    if not (target / "config.json").exists():
-        with writing(target, wait=True):
-            if not (target / "config.json").exists():  # somebody else may have made it meanwhile
-                with announced(f"Dequantising {source} to float32 in {target} (once)"):
-                    _write_dequantised(source, target)
-    return target
+
+    def make(directory: Path) -> None:
+        with announced(f"Dequantising {source} to float32 in {target} (once)"):
+            _write_dequantised(source, directory)
+
+    return made_once(target, make)
 
 
 def read_gguf_config(source: Path) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def read_gguf_config(source: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     target = _dequantised(source)
-    if (target / "config.json").exists():
-        return read_json_object(target / "config.json")
+    if is_made(target):
+        return read_json_object(target / CONFIG_FILE)
     try:
         return dict(AutoConfig.from_pretrained(source.parent, gguf_file=source.name).to_dict())
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -62,7 +62,7 @@ def read_license(source: Path) -> str | None:
     return None if name is None else str(name)
 
 
-def _write_dequantised(source: Path, target: Path) -> None:
+def _write_dequantised(source: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
@@ -86,9 +86,8 @@ def _write_dequantised(source: Path, target: Path) -> None:
         raise
     except (ValueError, RuntimeError, NotImplementedError, KeyError, TypeError) as error:
         raise _unreadable(source, error) from None
-    with atomic_directory(target, marker="config.json") as partial:
-        model.save_pretrained(partial)
-        _save_tokenizer(tokenizer, source, partial)
+    model.save_pretrained(directory)
+    _save_tokenizer(tokenizer, source, directory)
 
 
 def _set_ends(model: Any, settings: TokenizerSettings) -> None:

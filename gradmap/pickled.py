@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from gradmap.console import announced, waiting
 from gradmap.errors import UserError, first_line
 from gradmap.failures import explain
-from gradmap.files import atomic_directory, cache_directory, sha256_file, sha256_json, write_json
-from gradmap.locks import writing
+from gradmap.files import cache_directory, sha256_file, sha256_json, write_json
+from gradmap.made_once import made_once
 from gradmap.model_files import COMPANION_PATTERNS, INDEX_NAME, copy_files, own_files
 
 PICKLED_WEIGHTS = "pytorch_model*.bin"
@@ -32,24 +32,24 @@ def convert_pickled(directory: Path) -> Path:
         read = [*sources, *own_files(directory, COMPANION_PATTERNS)]
         hashes = {str(path.relative_to(directory)): sha256_file(path) for path in read}
     target = cache_directory() / "unpickled" / sha256_json(hashes)[:16]
-    if not (target / "config.json").exists():
-        with writing(target, wait=True):
-            if not (target / "config.json").exists():  # somebody else may have made it meanwhile
-                _write_unpickled(directory, sources, target)
-    return target
-
-
-def _write_unpickled(directory: Path, sources: Sequence[Path], target: Path) -> None:
     what = f"Converting {len(sources)} pickled weight file(s) of {directory} to safetensors in {target} (once)"
-    with announced(what), atomic_directory(target, marker="config.json") as partial:
-        weight_map: dict[str, str] = {}
-        for number, source in enumerate(sources, start=1):
-            name = f"model-{number:05}-of-{len(sources):05}.safetensors"
-            tensors = _read_pickled(source)
-            save_file(tensors, partial / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name)
-        write_json(partial / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
-        copy_files(directory, partial, COMPANION_PATTERNS)
+
+    def make(made: Path) -> None:
+        with announced(what):
+            _write_unpickled(sources, made)
+            copy_files(directory, made, COMPANION_PATTERNS)
+
+    return made_once(target, make)
+
+
+def _write_unpickled(sources: Sequence[Path], directory: Path) -> None:
+    weight_map: dict[str, str] = {}
+    for number, source in enumerate(sources, start=1):
+        name = f"model-{number:05}-of-{len(sources):05}.safetensors"
+        tensors = _read_pickled(source)
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    write_json(directory / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:

@@ -194,6 +194,16 @@ def test_what_was_converted_is_of_this_config_and_tokenizer_too(broken, tmp_path
     assert (first.config["rms_norm_eps"], second.config["rms_norm_eps"]) == (config["rms_norm_eps"], 0.5)
 
 
+def test_what_was_converted_and_then_changed_is_converted_again(broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    pickle_weights(broken)
+    (weights,) = open_checkpoint(str(broken), allow_pickle=True).weight_files
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    open_checkpoint(str(broken), allow_pickle=True)
+    assert weights.read_bytes() == before
+
+
 def test_a_pickle_that_calls_code_is_refused_even_then(broken, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
     trace = tmp_path / "executed"
