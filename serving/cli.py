@@ -16,8 +16,8 @@ from gradmap.cli import quiet_libraries, run_app
 from gradmap.errors import UserError
 from gradmap.files import cache_directory
 from gradmap.options import finite_numbers
+from gradmap.signals import Terminated, raising_signals
 from serving.flags import flag_names, means
-from serving.signals import EndAsked, ending_at_once
 
 
 class LogFormat(StrEnum):
@@ -61,7 +61,7 @@ def serve(
     after a mistake of ours.
     """
     code = 0
-    with suppress(EndAsked), ending_at_once():  # the imports and the hashes take their time
+    with suppress(Terminated), raising_signals():  # the imports and the hashes take their time; it is no failure here
         from serving.identity import Trust
         from serving.launch import Launch, run
         from serving.log import Log

@@ -1,34 +1,17 @@
-"""SIGTERM and ctrl-C, from the first moment on: process 1 of a container loses a signal that it has no handler for."""
+"""SIGTERM and ctrl-C while servers run, which end in an order of their own."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event
 from types import FrameType
 from typing import Protocol
 
-Handler = Callable[[int, FrameType | None], None]
-
 
 class Killable(Protocol):
     def kill(self) -> None: ...
-
-
-class EndAsked(BaseException):
-    """SIGTERM, where there is nothing yet that takes time to stop."""
-
-
-@contextmanager
-def ending_at_once() -> Iterator[None]:
-    """While this block runs, SIGTERM raises EndAsked in it."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise EndAsked
-
-    with _handling(handle, signal.SIGTERM):
-        yield
 
 
 class Stop:
@@ -49,15 +32,9 @@ class Stop:
             self.interrupted |= number == signal.SIGINT
             self.event.set()
 
-        with _handling(handle, signal.SIGTERM, signal.SIGINT):
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
             yield
-
-
-@contextmanager
-def _handling(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+        finally:
+            for number, former in before.items():
+                signal.signal(number, former)

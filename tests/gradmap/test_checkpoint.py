@@ -197,7 +197,7 @@ def test_what_was_converted_is_of_this_config_and_tokenizer_too(broken, tmp_path
 def test_what_was_converted_and_then_changed_is_converted_again(broken, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
     pickle_weights(broken)
-    (weights,) = open_checkpoint(str(broken), allow_pickle=True).weight_files
+    weights = open_checkpoint(str(broken), allow_pickle=True).weight_files[0]
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     open_checkpoint(str(broken), allow_pickle=True)

@@ -13,7 +13,7 @@ from gradmap.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
 from gradmap.files import atomic_directory
 from gradmap.parent_death import bound_to_us
 from gradmap.signals import Terminated, raising_signals
-from serving.signals import EndAsked, Stop, ending_at_once
+from serving.signals import Stop
 
 # A command that is in the middle of a result, and tidies up for as long as it takes
 COMMAND = """
@@ -216,7 +216,7 @@ def test_a_process_that_is_about_to_end_is_not_killed_by_a_second_signal(handler
 def test_a_server_drains_as_before():
     stop = Stop()
     with raising_signals() as received:
-        with pytest.raises(EndAsked), ending_at_once():
+        with pytest.raises(Terminated), raising_signals():
             signal.raise_signal(signal.SIGTERM)
         with stop.on_signals(()):
             signal.raise_signal(signal.SIGTERM)
