@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping, Sequence
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 from gradmap.errors import UserError
 from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.evaluation.ends import until_end
+from gradmap.orphans import Watch
 from gradmap.vllm_environment import threads_within_quota, vllm_defaults
 
 MAX_TOKENS = 4096
@@ -40,6 +42,7 @@ class VllmBackend:
             max_logprobs=1,
             trust_remote_code=False,
         )
+        self._watch = Watch(process.pid for process in active_children() if process.pid is not None)
         self.max_tokens = window - 2  # vLLM reads the whole request, and insists on generating a token after it
         self.vocabulary: int | None = int(config["vocab_size"])
         self._end_tokens = {*end_tokens, self._llm.get_tokenizer().eos_token_id}
@@ -69,6 +72,7 @@ class VllmBackend:
     def close(self) -> None:
         """Ends vLLM's own process, so that the next model has the memory."""
         self._llm.llm_engine.engine_core.shutdown()
+        self._watch.close()
         del self._llm
         gc.collect()
 

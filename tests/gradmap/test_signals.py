@@ -14,6 +14,7 @@ from gradmap.files import atomic_directory
 from gradmap.parent_death import bound_to_us
 from gradmap.signals import Terminated, raising_signals
 from serving.signals import Stop
+from tests.processes import ended
 
 # A command that is in the middle of a result, and tidies up for as long as it takes
 COMMAND = """
@@ -68,17 +69,6 @@ def test_a_command_tidies_up_before_it_ends(tmp_path, numbers, code, said):
 # What a stage of `run` is, and the fresh process in which a stage runs what it exported
 STAGE = "run_process([sys.executable, '-c', {script!r}, str(Path(sys.argv[1]).with_name('of_stage'))])"
 CHILD = "import os, subprocess, sys, time; print(os.getpid(), subprocess.Popen(['sleep', '600']).pid, flush=True); "
-
-
-def ended(numbers):
-    """Whether the processes end; what waits to be reaped by another has."""
-    numbers = list(numbers)
-    deadline = time.monotonic() + 30
-    while any(psutil.pid_exists(one) and psutil.Process(one).status() != psutil.STATUS_ZOMBIE for one in numbers):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_a_stage_gets_the_signal_and_is_waited_for(tmp_path):
