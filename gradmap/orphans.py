@@ -11,13 +11,22 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import chain
+from multiprocessing import active_children
 
 
 class Watch:
-    """Kills these processes, by their numbers, when our process ends, however that is, or closes the watch."""
+    """Kills what multiprocessing has started in our process when that ends, however it does, or closes the watch.
 
-    def __init__(self, processes: Iterable[int]) -> None:
-        command = [sys.executable, "-I", "-S", __file__, *map(str, processes)]
+    And what was started by that in turn: vLLM's workers do not notice that its engine was killed.
+    """
+
+    def __init__(self) -> None:
+        import psutil  # not above: the program needs nothing installed
+
+        started = [psutil.Process(process.pid) for process in active_children()]
+        family = [*started, *chain.from_iterable(one.children(recursive=True) for one in started)]
+        command = [sys.executable, "-I", "-S", __file__, *(str(one.pid) for one in family)]
         # in a session of its own, for ctrl-C in a terminal would end it before us
         self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 

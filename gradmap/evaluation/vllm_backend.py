@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping, Sequence
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class VllmBackend:
             max_logprobs=1,
             trust_remote_code=False,
         )
-        self._watch = Watch(process.pid for process in active_children() if process.pid is not None)
+        self._watch = Watch()
         self.max_tokens = window - 2  # vLLM reads the whole request, and insists on generating a token after it
         self.vocabulary: int | None = int(config["vocab_size"])
         self._end_tokens = {*end_tokens, self._llm.get_tokenizer().eos_token_id}

@@ -7,45 +7,58 @@ import sys
 import psutil
 import pytest
 
-from gradmap.orphans import Watch
 from tests.processes import ended
 
-# Says which process it has started, that one ignoring all but SIGKILL, and waits.
+# Says which processes it has started by multiprocessing, the second by way of the first, and does as it is told. They
+# end by SIGKILL alone.
 OURS = """
-import subprocess, sys, time
+import multiprocessing, os, signal, sys, time
 from gradmap.orphans import Watch
-ignoring = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
-child = subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE, start_new_session=True)
-child.stdout.readline()
-watch = Watch([child.pid])
-print(child.pid, flush=True)
+
+def wait(pipe, more):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if more:
+        context.Process(target=wait, args=(pipe, False)).start()
+    pipe.send(os.getpid())
+    time.sleep(600)
+
+context = multiprocessing.get_context("fork")
+ours, theirs = context.Pipe()
+context.Process(target=wait, args=(theirs, True)).start()
+started = ours.recv(), ours.recv()
+watch = Watch()
+print(*started, flush=True)
+if sys.stdin.readline() == "close":
+    watch.close()
 time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_who_does_not_notice_our_end_is_killed(number):
-    with subprocess.Popen([sys.executable, "-c", OURS], stdout=subprocess.PIPE) as ours:
-        left = psutil.Process(int(ours.stdout.readline()))
+@pytest.fixture
+def started():
+    """A process of ours, and the numbers of those that it has started."""
+    with subprocess.Popen([sys.executable, "-c", OURS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as ours:
+        numbers = [int(number) for number in ours.stdout.readline().split()]
         try:
-            assert left.is_running()
-            ours.send_signal(number)
-            ours.wait(60)
-            assert ended([left.pid])
+            assert len(numbers) == 2 and all(map(psutil.pid_exists, numbers))
+            yield ours, numbers
         finally:
             ours.kill()
-            if left.is_running():
-                left.kill()
+            for number in filter(psutil.pid_exists, numbers):
+                psutil.Process(number).kill()
 
 
-def test_a_watch_that_is_closed_ends_what_it_watches():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
-        Watch([child.pid]).close()
-        assert child.wait(60) == -signal.SIGKILL
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_who_does_not_notice_our_end_is_killed(started, number):
+    ours, numbers = started
+    ours.send_signal(number)
+    ours.wait(60)
+    assert ended(numbers)
 
 
-def test_what_has_ended_before_is_no_error(capfd):
-    with subprocess.Popen([sys.executable, "-c", ""]) as child:
-        child.wait()
-    Watch([child.pid]).close()
-    assert capfd.readouterr().err == ""
+def test_a_watch_that_is_closed_ends_what_it_watches(started):
+    ours, numbers = started
+    ours.stdin.write(b"close")
+    ours.stdin.close()
+    assert ended(numbers)
+    assert ours.poll() is None
