@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradmap.checkpoint import load_tokenizer, open_checkpoint
+from gradmap.checkpoint import load_tokenizer, open_checkpoint, read_config
 from gradmap.errors import UserError
 from gradmap.model_files import INDEX_NAME
 
@@ -56,6 +56,7 @@ class Malicious:
         ({"num_hidden_layers": "5"}, "num_hidden_layers is '5', where a count is expected"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None, where a count is expected"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a count is expected"),
+        ({"vocab_size": "200"}, "vocab_size is '200', where a count is expected"),
         ({"vocab_size": 10_000}, r"have in another shape .*embed_tokens\.weight \(\d+, \d+\) instead of \(10000, "),
         ({"hidden_size": "wide"}, "cannot be built as its config.json describes it"),
         ({"num_attention_heads": 0}, "cannot be built as its config.json describes it"),
@@ -105,6 +106,12 @@ def test_weights_that_are_not_the_configs_are_refused(broken, change, message):
         open_checkpoint(str(broken))
 
 
+def test_a_runtime_that_may_read_quantised_weights_gets_no_incomplete_ones(broken):
+    change_weights(broken, without("lm_head.weight"))
+    with pytest.raises(UserError, match=r"they lack lm_head\.weight\."):
+        open_checkpoint(str(broken), allow_quantised=True)
+
+
 def test_a_single_weight_file_counts_before_a_stale_index(broken):
     (broken / INDEX_NAME).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
     assert [path.name for path in open_checkpoint(str(broken)).weight_files] == ["model.safetensors"]
@@ -127,18 +134,41 @@ def test_an_index_names_weight_files_of_the_directory(broken, weight_map, messag
         open_checkpoint(str(broken))
 
 
-def test_weight_files_may_lie_in_folders_and_are_hashed_by_their_paths(broken):
-    tensors = load_file(broken / "model.safetensors")
-    (broken / "model.safetensors").unlink()
+def split_weights(directory):
+    """Replaces the weight file by a/part.safetensors and b/part.safetensors, with their index."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
     weight_map = {}
     for index, name in enumerate(tensors):
         weight_map[name] = f"{'ab'[index % 2]}/part.safetensors"
     for folder in "ab":
-        (broken / folder).mkdir()
+        (directory / folder).mkdir()
         part = {name: tensors[name] for name in weight_map if weight_map[name].startswith(folder)}
-        save_file(part, broken / folder / "part.safetensors", metadata={"format": "pt"})
-    (broken / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(part, directory / folder / "part.safetensors", metadata={"format": "pt"})
+    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_weight_files_may_lie_in_folders_and_are_hashed_by_their_paths(broken):
+    split_weights(broken)
     assert set(open_checkpoint(str(broken)).file_hashes) == {"config.json", "a/part.safetensors", "b/part.safetensors"}
+
+
+@pytest.mark.parametrize("folder", ["a", "b"])
+def test_each_of_several_weight_files_is_checked(broken, folder):
+    split_weights(broken)
+    path = broken / folder / "part.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{folder}/part\.safetensors has \d+ bytes where its header says \d+"):
+        open_checkpoint(str(broken))
+
+
+def test_a_weight_file_is_no_link_to_another_place(broken, tmp_path):
+    split_weights(broken)
+    path = broken / "b" / "part.safetensors"
+    path.rename(tmp_path / "private.safetensors")
+    path.symlink_to(tmp_path / "private.safetensors")
+    with pytest.raises(UserError, match=r"b/part\.safetensors is a link out of the directory"):
+        open_checkpoint(str(broken))
 
 
 def test_a_config_without_architectures_is_of_its_model_type(broken):
@@ -151,6 +181,20 @@ def test_a_link_to_another_place_is_not_read(broken, tmp_path):
     (tmp_path / "private.json").write_text("{}")
     (broken / "tokenizer_config.json").symlink_to(tmp_path / "private.json")
     with pytest.raises(UserError, match="is a link out of the directory"):
+        open_checkpoint(str(broken))
+
+
+def test_a_config_is_no_link_to_another_place(broken, tmp_path):
+    (broken / "config.json").rename(tmp_path / "private.json")
+    (broken / "config.json").symlink_to(tmp_path / "private.json")
+    with pytest.raises(UserError, match=r"config\.json is a link out of the directory"):
+        read_config(str(broken))
+
+
+def test_a_weight_file_with_more_than_its_header_says_is_named(broken):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"model\.safetensors has \d+ bytes where its header says \d+"):
         open_checkpoint(str(broken))
 
 
@@ -202,6 +246,31 @@ def test_what_was_converted_and_then_changed_is_converted_again(broken, tmp_path
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     open_checkpoint(str(broken), allow_pickle=True)
     assert weights.read_bytes() == before
+
+
+def test_what_was_converted_is_of_each_of_these_weight_files(broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    pickle_weights(broken)
+    open_checkpoint(str(broken), allow_pickle=True)
+    second = broken / "pytorch_model-00002-of-00002.bin"
+    tensors = torch.load(second, weights_only=True)
+    tensors["model.norm.weight"] += 1
+    torch.save(tensors, second)
+    files = open_checkpoint(str(broken), allow_pickle=True).weight_files
+    stored = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert torch.equal(stored["model.norm.weight"], tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "x.tiktoken", "vocab.txt", "x.model"]
+)
+def test_what_lies_beside_pickled_weights_comes_along(broken, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    pickle_weights(broken)
+    (broken / name).parent.mkdir(exist_ok=True)
+    (broken / name).write_text("{{ messages }}")
+    converted = open_checkpoint(str(broken), allow_pickle=True).directory
+    assert (converted / name).read_text() == "{{ messages }}"
 
 
 def test_a_pickle_that_calls_code_is_refused_even_then(broken, tmp_path, monkeypatch):

@@ -6,12 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
+from transformers import AutoConfig
 
+from gradmap import gguf_model
 from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.errors import UserError
 from gradmap.gguf_head import Stored, finer_of, judge_head, rounding_error
-from gradmap.gguf_tokenizer import find_problem, read_settings, require_same_tokens
+from gradmap.gguf_metadata import require_understood
+from gradmap.gguf_tokenizer import find_problem, load_gguf_tokenizer, read_settings, require_same_tokens
+from tests.conftest import PICO_CONFIGS
 from tests.pico_gguf import BOS, EOS, TEMPLATE, WORDS, write_gguf
 
 Q4_0, Q5_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0
@@ -90,6 +94,18 @@ def test_a_tokenizer_that_lost_something_is_refused(opened, tmp_path):
     assert "eos_token is 1, where the file has 2" in find_problem(tokenizer, settings)
 
 
+def test_a_checkpoint_whose_tokenizer_lost_something_is_not_kept(opened, tmp_path, monkeypatch):
+    def load_without_bos(source):
+        tokenizer = load_gguf_tokenizer(source)
+        tokenizer.add_bos_token = False
+        return tokenizer
+
+    monkeypatch.setattr(gguf_model, "load_gguf_tokenizer", load_without_bos)
+    with pytest.raises(UserError, match=r"The tokenizer is not that of .*pico\.gguf.*; nothing was written"):
+        opened("llama")
+    assert not list(tmp_path.glob("cache/dequantised/*"))
+
+
 @pytest.mark.parametrize("agrees", [True, False])
 def test_where_llama_cpp_is_installed_its_tokens_decide(opened, tmp_path, monkeypatch, agrees):
     tokenizer = load_tokenizer(opened("gpt2").directory)
@@ -159,12 +175,18 @@ def test_levels_that_are_not_even_justify_nothing(weights):
     assert "not known" in verdict.describe()
 
 
-def test_a_head_stored_twice_is_tied_once(opened, capfd):
+@pytest.mark.parametrize(("types", "finer"), [((Q8_0, Q5_0), "output.weight"), ((Q5_0, Q8_0), "token_embd.weight")])
+def test_a_head_stored_twice_is_tied_once(opened, tmp_path, types, finer):
+    model = load_model(opened(head=types), "float32", "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    stored = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "pico.gguf").tensors}[finer]
+    assert np.array_equal(model.lm_head.weight.numpy(), dequantize(stored.data, stored.tensor_type))
+
+
+def test_that_a_head_is_tied_is_said(opened, capfd):
     tied = opened(head=(Q8_0, Q5_0))
     assert tied.config["tie_word_embeddings"] is True
     assert "(Q8_0) and token_embd.weight (Q5_0) differ by" in capfd.readouterr().err
-    model = load_model(tied, "float32", "cpu")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_head_of_its_own_is_kept(opened, capfd):
@@ -182,6 +204,8 @@ def test_a_head_of_its_own_is_kept(opened, capfd):
         {"llama.attention.sliding_window": 64},
         {"llama.logit_scale": 0.5},
         {"llama.attention.key_length": 16},
+        {"llama.attention.value_length": 16},
+        {"llama.attention.causal": False},
         {"llama.expert_count": 8},
         {"llama.something.new": 1},
     ],
@@ -193,8 +217,32 @@ def test_what_a_file_says_and_transformers_passes_over_is_a_refusal(opened, meta
 
 def test_what_changes_nothing_is_no_obstacle(opened):
     metadata = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "llama.rope.freq_base": 50_000.0}
-    config = opened(metadata=metadata | {"llama.attention.key_length": 8}).config
+    metadata |= {"llama.attention.key_length": 8, "llama.attention.value_length": 8, "llama.attention.causal": True}
+    config = opened(metadata=metadata).config
     assert config["rope_parameters"]["rope_theta"] == 50_000
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "right", "wrong"),
+    [
+        ("llama", "rope.freq_base", 300.0, 300.01),
+        ("llama", "attention.layer_norm_rms_epsilon", float(np.float32(1e-6)), 1.001e-6),
+        ("gemma3_text", "rope.freq_base", 300.0, 100.0),  # of the layers with full attention
+        ("qwen2", "attention.key_length", 8, 16),  # whose config leaves it to be derived
+        ("mixtral", "expert_count", 4, 8),
+        ("qwen3_moe", "expert_count", 6, 8),
+    ],
+)
+def test_a_number_is_where_the_familys_config_has_it(tmp_path, family, key, right, wrong):
+    config = AutoConfig.for_model(family, **PICO_CONFIGS[family])
+    require_understood({"general.architecture": "x", f"x.{key}": right}, config, tmp_path)
+    with pytest.raises(UserError, match=rf"says x\.{key} = {wrong}, which"):
+        require_understood({"general.architecture": "x", f"x.{key}": wrong}, config, tmp_path)
+
+
+def test_another_file_of_the_same_name_is_another_model(opened):
+    thetas = [opened(metadata={"llama.rope.freq_base": theta}).config["rope_parameters"] for theta in (2e4, 5e4)]
+    assert [theta["rope_theta"] for theta in thetas] == [2e4, 5e4]
 
 
 def test_one_of_several_parts_is_refused_and_the_cure_named(opened):

@@ -40,6 +40,20 @@ def test_a_snapshot_of_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
         own_files(snapshot, ["*.json"])
 
 
+@pytest.mark.parametrize(
+    ("directory", "target"),
+    [("models--a--b/snapshots/0123", "../../refs/main"), ("models--a--b/copies/0123", "../../blobs/abc")],
+)
+def test_only_a_snapshot_has_links_out_and_only_to_its_blobs(tmp_path: Path, directory: str, target: str) -> None:
+    model = tmp_path / directory
+    model.mkdir(parents=True)
+    (model / target).resolve().parent.mkdir()
+    (model / target).resolve().write_text("{}")
+    (model / "config.json").symlink_to(target)
+    with pytest.raises(UserError, match=r"config\.json is a link out of the directory"):
+        own_files(model, ["*.json"])
+
+
 @pytest.mark.parametrize("target", ["../id_rsa", "/proc/self/environ", "../private/key", "loop.txt", "/dev/zero"])
 def test_a_link_to_anything_else_is_refused(tmp_path: Path, target: str) -> None:
     model = tmp_path / "model"
