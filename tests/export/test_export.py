@@ -171,6 +171,21 @@ def test_code_of_a_models_author_is_left_behind(picos, tmp_path, capsys):
     verify_directory(out)
 
 
+TOKENIZER_FILES = ("vocab.txt", "merges.txt", "tokenizer.model", "x.tiktoken", "tekken.json", "added_tokens.json")
+OTHER_FILES = ("special_tokens_map.json", "chat_template.jinja", "preprocessor_config.json", "LICENSE.txt", "NOTICE")
+
+
+@pytest.mark.parametrize("name", [*TOKENIZER_FILES, *OTHER_FILES])
+def test_what_a_models_users_need_beside_its_weights_is_in_the_artifact(picos, tmp_path, name):
+    model = shutil.copytree(picos["llama"].directory, tmp_path / "model")
+    (model / name).write_text("{}")
+    source = replace(make_source(picos["llama"]), checkpoint=open_checkpoint(str(model)))
+    (tmp_path / "out").mkdir()
+    writers.write_checkpoint(tmp_path / "out", source, writers.Target("keep", None, 10**9))
+    assert (tmp_path / "out" / name).read_text() == "{}"
+    assert writers.left_behind(source.checkpoint) == []
+
+
 def run_export_command(out, *arguments, preamble=""):
     script = f"import sys; {preamble}\nfrom gradmap.cli import main\nsys.argv[1:1] = ['export']\nmain()"
     command = [sys.executable, "-c", script, "--format", "hf", "--out", str(out), *arguments]

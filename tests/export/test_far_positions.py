@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +41,17 @@ SIZES = {
 }
 LLAMA = SIZES | {"model_type": "llama", "max_position_embeddings": 131_072, "rope_scaling": LLAMA3}
 MISTRAL = SIZES | {"model_type": "mistral", "max_position_embeddings": 32_768, "sliding_window": 4096}
+SHORT, LONG = {"short_factor": [1.0] * 32}, {"long_factor": [8.0] * 32}
+PHI3 = SIZES | {
+    "model_type": "phi3",
+    "max_position_embeddings": 131_072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"type": "longrope", **SHORT, **LONG},
+    "sliding_window": 256,
+    "pad_token_id": 0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 GEMMA3 = SIZES | {"model_type": "gemma3_text", "max_position_embeddings": 32_768, "sliding_window": 512, "head_dim": 64}
 
 
@@ -50,6 +63,13 @@ GEMMA3 = SIZES | {"model_type": "gemma3_text", "max_position_embeddings": 32_768
         (MISTRAL | {"sliding_window": None}, {}),
         (MISTRAL | {"sliding_window": 32_768}, {}),  # no text is longer
         (GEMMA3, {"sliding_window": 512}),
+        (GEMMA3 | {"layer_types": ["full_attention"] * 16}, {}),  # those that slide were removed
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": PLAIN, "full_attention": LLAMA3}},
+            {"sliding_window": 512, "rope of type llama3": 8192},
+        ),
+        (PHI3, {"sliding_window": 256, "rope of type longrope": 4096}),
+        (LLAMA | {"rope_scaling": YARN}, {"rope of type yarn": 32_768}),
         (SIZES | {"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False}, {}),
         (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {}),  # any text shows it
     ],
@@ -58,7 +78,7 @@ def test_boundaries_are_where_the_config_says(config, expected):
     assert find_boundaries(config) == expected
 
 
-@pytest.mark.parametrize("config", [LLAMA, MISTRAL, GEMMA3])
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, GEMMA3, PHI3])
 def test_a_twin_is_small_and_its_probe_passes_every_boundary(config):
     twin = twin_config(config)
     assert find_boundaries(twin).keys() == find_boundaries(config).keys()
@@ -67,6 +87,14 @@ def test_a_twin_is_small_and_its_probe_passes_every_boundary(config):
     assert twin["hidden_size"] // twin["num_attention_heads"] == twin["head_dim"] == 64
     assert twin["num_hidden_layers"] <= 4
     assert set(twin.get("layer_types") or []) == set(config.get("layer_types") or twin.get("layer_types") or [])
+
+
+@pytest.mark.parametrize("config", [LLAMA, PHI3])
+def test_a_twin_has_room_for_as_many_times_its_original_length(config):
+    """Ropes are scaled by that ratio, where the config does not say by how much."""
+    original = max(tokens for what, tokens in find_boundaries(config).items() if what.startswith("rope"))
+    expected = config["max_position_embeddings"] // original * NEAR
+    assert twin_config(config)["max_position_embeddings"] == expected
 
 
 def test_a_near_window_stays_what_it_is():
@@ -107,10 +135,11 @@ def test_a_format_that_forgets_the_ropes_scaling_is_refused(tmp_path, monkeypatc
     [
         ("llama", "onnx", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}),
         ("llama", "onnx-genai", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}),
+        ("llama", "gguf", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}),
         ("phi3", "onnx", LONGROPE),
     ],
 )
-def test_a_rope_that_follows_the_length_of_the_text_is_no_graph(tmp_path, family, form, rope):
+def test_a_rope_that_follows_the_length_of_the_text_is_refused_where_no_format_says_it(tmp_path, family, form, rope):
     pico = make_pico(family, tmp_path / "pico", rope_parameters=rope, original_max_position_embeddings=16)
     with pytest.raises(UserError, match=f"Format {form} cannot express a rope of type {rope['rope_type']}"):
         export(make_source(pico), tmp_path / "out", form)
@@ -129,6 +158,39 @@ def test_what_is_not_checked_is_said(tmp_path, far_window, capsys):
     form = far_positions.Format("gguf", None, ("float32",), (), (), far=False)
     far_positions.require_far_positions(source, form, target, [])
     assert "That gguf keeps the sliding_window (96 tokens) is not checked" in capsys.readouterr().err
+
+
+def check_unread(source):
+    """As of a format whose runtime reads nothing of far positions, so that what would be checked is said."""
+    form = far_positions.Format("gguf", None, ("float32",), (), (), far=False)
+    far_positions.require_far_positions(source, form, far_positions.Target("float32", None, 10**9), [])
+
+
+@pytest.mark.parametrize(("window", "seen"), [(19, True), (20, False)])
+def test_a_window_as_long_as_the_probe_is_not_seen_by_it(tmp_path, capsys, window, seen):
+    """The first token that it hides is hidden from the one behind it."""
+    source = make_source(make_pico("mistral", tmp_path / "pico", sliding_window=window))
+    assert source.probe_ids.shape[1] == 20
+    check_unread(source)
+    assert ("sliding_window" not in capsys.readouterr().err) == seen
+
+
+def test_a_window_that_was_removed_with_its_layers_is_not_checked(tmp_path, capsys):
+    kinds = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+    source = make_source(make_pico("gemma3_text", tmp_path / "pico", layer_types=kinds, sliding_window=32))
+    check_unread(source)
+    assert "is not checked" not in capsys.readouterr().err
+    check_unread(replace(source, plan=None))
+    assert "sliding_window (32 tokens) is not checked" in capsys.readouterr().err
+
+
+def test_each_runtime_has_to_keep_what_is_far(far_window, tmp_path, monkeypatch):
+    problems = {"first": None, "second": "its logits differ"}
+    comparisons = {runtime: SimpleNamespace(runtime=runtime) for runtime in problems}
+    monkeypatch.setattr(far_positions, "compare_in_each", lambda *arguments: comparisons)
+    monkeypatch.setattr(far_positions, "find_problem", lambda comparison: problems[comparison.runtime])
+    with pytest.raises(UserError, match=r"sliding_window \(96 tokens\): in second, its logits differ"):
+        export(make_source(far_window), tmp_path / "out", "hf")
 
 
 def test_the_twins_weights_are_seeded(far_window, tmp_path):

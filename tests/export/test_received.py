@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from export.artifact import verify_directory
+from export.integrity import SCHEMA_VERSION, read_record
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
 
@@ -26,6 +27,8 @@ def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path, fresh_p
     [
         (lambda directory: (directory / "tokenizer.json").unlink(), r"lacks tokenizer\.json"),
         (lambda directory: flip_byte(directory / "model.safetensors"), r"model\.safetensors is not what was exported"),
+        (lambda directory: flip_byte(directory / "tokenizer.json"), r"tokenizer\.json is not what was exported"),
+        (lambda directory: flip_byte(directory / "config.json"), r"config\.json is not what was exported"),
         (lambda directory: (directory / "modeling_evil.py").touch(), r"modeling_evil\.py is not part of the artifact"),
         (lambda directory: (directory / "gradmap.json").unlink(), r"gradmap\.json does not exist"),
     ],
@@ -77,11 +80,32 @@ def test_a_record_cannot_allow_itself_a_difference(artifact, tmp_path):
         verify_directory(received)
 
 
-def test_a_program_in_an_artifact_is_refused_even_if_its_hash_is_right(artifact, tmp_path):
+def test_a_record_that_asks_for_more_than_rounding_allows_gets_it(artifact, tmp_path):
     received = shutil.copytree(artifact[0], tmp_path / "received")
-    (received / "modeling_evil.py").write_text("print('ran')")
+    asked = artifact[2].verification["transformers"].tolerance / 2
+    change_record(received, lambda record: record["verification"]["transformers"].update(tolerance=asked))
+    assert verify_directory(received).verification["transformers"].tolerance == asked
+
+
+@pytest.mark.parametrize("folder", ["", "additional_chat_templates"])
+def test_a_program_in_an_artifact_is_refused_even_if_its_hash_is_right(artifact, tmp_path, folder):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    (received / folder).mkdir(exist_ok=True)
+    (received / folder / "modeling_evil.py").write_text("print('ran')")
     hash_anew(received)
     with pytest.raises(UserError, match=r"modeling_evil\.py is a program"):
+        verify_directory(received)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_code_that_a_config_names_is_refused_even_if_its_hash_is_right(artifact, tmp_path, name):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    contents = json.loads((received / name).read_text())
+    (received / name).write_text(
+        json.dumps(contents | {"auto_map": {"AutoTokenizer": ["owner/name--evil.Evil", None]}})
+    )
+    hash_anew(received)
+    with pytest.raises(UserError, match=rf"/{name} names code to run \(auto_map\)"):
         verify_directory(received)
 
 
@@ -99,6 +123,20 @@ def test_an_artifact_is_not_the_expected_one_if_its_record_is_another(artifact, 
     change_record(received, lambda record: record.update(name="another"))
     with pytest.raises(UserError, match=r"gradmap\.json is not the one that is expected"):
         verify_directory(received, expected)
+
+
+@pytest.mark.parametrize("spell", [str.lower, str.upper])
+def test_the_expected_hash_may_be_in_capitals(artifact, spell):
+    expected = spell(sha256_file(artifact[0] / "gradmap.json"))
+    assert read_record(artifact[0], expected).name == artifact[2].name
+
+
+@pytest.mark.parametrize("version", [None, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, str(SCHEMA_VERSION)])
+def test_a_record_of_another_version_is_not_read(artifact, tmp_path, version):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    change_record(received, lambda record: record.update(schema_version=version))
+    with pytest.raises(UserError, match=r"gradmap\.json is of another version of gradmap"):
+        read_record(received)
 
 
 def flip_byte(path):

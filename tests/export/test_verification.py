@@ -174,6 +174,12 @@ def test_a_single_sample_may_not_stray_behind_the_cache(long_reference):
     assert "through the KV cache" in problem_of(alone, broken, tolerance=0.1, stray_share=STRAY_SHARE)
 
 
+def test_of_two_bounds_the_stricter_holds_in_each_respect():
+    one, other = Bounds(0.1, 0.9, 0.05), Bounds(0.2, 0.95, 0.0)
+    assert one.within(other) == other.within(one) == Bounds(0.1, 0.95, 0.0)
+    assert one.within(Bounds()) == Bounds().within(one) == Bounds(0.1, 0.9, 0.0)
+
+
 @pytest.mark.parametrize(("available", "at_once"), [(10**12, 2), (10**9, 1)])
 def test_runners_go_at_once_where_memory_has_room_for_all(reference, tmp_path, monkeypatch, available, at_once):
     running, most = set(), []

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from export.artifact import export_artifacts
 from export.formats import ExportSettings
 from export.quantisation import quantise_weight
+from export.vllm_file import read_vllm_file, write_vllm_file
 from export.writers import Target, write_vllm
 from gradmap.checkpoint import open_checkpoint
 from gradmap.errors import UserError
@@ -50,10 +51,29 @@ def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(picos, tm
             assert torch.equal(quantised[name], weight), name
 
 
-def test_weights_stored_transposed_cannot_be_quantised(picos, tmp_path):
-    with pytest.raises(UserError, match="stores its weights transposed"):
-        export(make_source(picos["gpt2"]), tmp_path, "vllm", quantise="int8")
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("gpt2", "stores its weights transposed"), ("mixtral", "mixture of experts"), ("qwen3_moe", "mixture of experts")],
+)
+def test_what_cannot_be_quantised_is_refused(picos, tmp_path, family, message):
+    with pytest.raises(UserError, match=message):
+        export(make_source(picos[family]), tmp_path, "vllm", quantise="int8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_artifact_tells_vllm_is_no_link_to_another_place(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "private.yaml").write_text("dtype: float32\n")
+    (tmp_path / "model" / "vllm.yaml").symlink_to("../private.yaml")
+    with pytest.raises(UserError, match=r"vllm\.yaml is a link out of the directory"):
+        read_vllm_file(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["--enable-x", " model", "a\nb"])
+def test_a_name_that_vllm_would_take_for_something_else_is_not_written(tmp_path, name):
+    with pytest.raises(UserError, match=r"vllm\.yaml: served-model-name"):
+        write_vllm_file(tmp_path, name, "auto")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.alone
