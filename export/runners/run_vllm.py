@@ -26,18 +26,20 @@ ENVIRONMENT = {
 def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
     from vllm import LLM, SamplingParams
 
+    length = input_ids.shape[1] + greedy_tokens
     dtype = "float32" if cpu_wants_float32() else read_vllm_file(directory).dtype or "auto"
     engine = LLM(
         str(directory),
         dtype=dtype,
         trust_remote_code=False,
-        max_model_len=input_ids.shape[1] + max(greedy_tokens, 1),
+        max_model_len=length,
         enforce_eager=True,
         skip_tokenizer_init=True,
     )
     scoring = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=TOP_LOGPROBS, detokenize=False)
     decoding = SamplingParams(max_tokens=max(greedy_tokens, 1), temperature=0, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": sample} for sample in input_ids.tolist()]
+    # vLLM generates one token at least, for which a model may have no room behind the whole probe
+    prompts = [{"prompt_token_ids": sample} for sample in input_ids[:, : length - 1].tolist()]
     scored = engine.generate(prompts, scoring, use_tqdm=False)
     decoded = engine.generate(prompts[:1], decoding, use_tqdm=False)
     best = [[_best(position) for position in output.prompt_logprobs[1:]] for output in scored]

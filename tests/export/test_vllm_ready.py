@@ -1,14 +1,23 @@
 """What the vllm format adds: a config file, eight-bit weights, and vLLM itself as the judge."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from export.artifact import export_artifacts
+from export.comparison import Bounds
 from export.formats import ExportSettings
 from export.quantisation import quantise_weight
+from export.reference import compute_references, random_probe
+from export.runners import run_vllm
+from export.runners.probe_io import decode_greedily, transformers_step
+from export.tolerance import logit_tolerance
+from export.verification import Outcome, compare, find_problem
 from export.vllm_file import read_vllm_file, write_vllm_file
 from export.writers import Target, write_vllm
 from gradmap.checkpoint import open_checkpoint
@@ -18,7 +27,7 @@ from gradmap.vllm_environment import cpu_spoils_int8
 from serving.ports import free_port
 from serving.server import check_servable
 from serving.settings import ServerSettings
-from tests.conftest import LAYERS, make_pico
+from tests.conftest import LAYERS, VOCABULARY, make_pico
 from tests.export.test_export import CORRECTED, export, make_source
 
 
@@ -74,6 +83,45 @@ def test_a_name_that_vllm_would_take_for_something_else_is_not_written(tmp_path,
     with pytest.raises(UserError, match=r"vllm\.yaml: served-model-name"):
         write_vllm_file(tmp_path, name, "auto")
     assert not list(tmp_path.iterdir())
+
+
+class Engine:
+    """Stands in for vLLM's, and is as strict: a text and what is generated behind it have to fit into the model."""
+
+    def __init__(self, directory, max_model_len, **settings):
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        assert max_model_len <= self.model.config.max_position_embeddings
+        self.length = max_model_len
+
+    @torch.inference_mode()
+    def generate(self, prompts, sampling, use_tqdm):
+        return [self.answer(torch.tensor([prompt["prompt_token_ids"]]), sampling.max_tokens) for prompt in prompts]
+
+    def answer(self, ids, tokens):
+        assert 0 < tokens <= self.length - ids.shape[1]
+        best = self.model(input_ids=ids).logits[0, :-1].log_softmax(-1).topk(run_vllm.TOP_LOGPROBS)
+        ranked = [
+            {
+                token: SimpleNamespace(logprob=value, rank=rank)
+                for rank, (token, value) in enumerate(zip(*row, strict=True))
+            }
+            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        text = decode_greedily(transformers_step(self.model), ids, tokens)[0].tolist()
+        return SimpleNamespace(prompt_logprobs=[None, *ranked], outputs=[SimpleNamespace(token_ids=text)])
+
+
+@pytest.mark.parametrize(("tokens", "generated"), [(64, 0), (63, 1), (20, 44)])
+def test_vllm_is_asked_for_no_more_than_a_model_has_positions_for(picos, monkeypatch, tokens, generated):
+    """One with 64 positions has none left behind a probe of 64 tokens."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace))
+    checkpoint, probe = picos["llama"].checkpoint, random_probe(VOCABULARY)[:, :tokens]
+    reference = compute_references(checkpoint, (), {}, probe, {None})[None]
+    tensors, runtime = run_vllm.outcome_of(checkpoint.directory, probe, len(reference.greedy_ids))
+    tolerance = logit_tolerance(LAYERS, 32, torch.float32)
+    comparison = compare(reference, Outcome(runtime, **tensors), Bounds(tolerance))
+    assert find_problem(comparison) is None
+    assert comparison.greedy_identical == comparison.greedy_tokens == generated
 
 
 @pytest.mark.alone
