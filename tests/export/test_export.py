@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from export import writers
-from export.artifact import export_artifacts, verify_directory
+from export.artifact import export_artifacts, open_source, verify_directory
 from export.fold import plan_fold, write_folded
 from export.formats import ExportSettings
 from export.reference import random_probe
@@ -34,7 +34,7 @@ from gradmap.corrections import (
 from gradmap.errors import UserError
 from gradmap.files import sha256_file
 from gradmap.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
-from tests.conftest import LAYERS, Pico
+from tests.conftest import LAYERS, Pico, make_pico
 
 REMOVED = (3, 1)
 CORRECTED = 4
@@ -262,6 +262,15 @@ def test_a_patch_of_the_hidden_state_is_refused(picos, tmp_path):
     patch = {Place(0, HIDDEN_STATE): (Projection(2 * torch.eye(32)),)}
     with pytest.raises(UserError, match="no stock checkpoint can hold"):
         export(replace(make_source(picos["llama"]), changes=patch), tmp_path, "hf")
+
+
+@pytest.mark.parametrize(("family", "key"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+def test_a_model_of_fewer_positions_than_a_probe_is_exported(tmp_path, family, key):
+    """Its position embeddings end there."""
+    pico = make_pico(family, tmp_path / "pico", **{key: 32})
+    check = export(open_source(pico.checkpoint, None), tmp_path / "out", "hf")["hf"].verification["transformers"]
+    assert check.relative_difference <= check.tolerance
+    assert verify_directory(tmp_path / "out" / "hf").verification["transformers"].greedy_tokens == 0
 
 
 def test_an_unknown_format_or_a_foreign_directory_is_refused(picos, tmp_path):
