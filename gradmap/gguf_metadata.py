@@ -101,8 +101,7 @@ def _field_of(config: Any, field: str) -> Any:
         return rope.get("full_attention", rope)["rope_theta"]  # Gemma 3 has one for each kind of layer
     if field == "head_dim":
         return getattr(config, field, None) or config.hidden_size // config.num_attention_heads
-    alike = {"num_experts": ("num_experts", "num_local_experts")}
-    return next((getattr(config, one) for one in alike.get(field, (field,)) if hasattr(config, one)), None)
+    return getattr(config, field, None)
 
 
 def _same(value: Any, other: Any) -> bool:
