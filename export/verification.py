@@ -24,6 +24,7 @@ from gradmap.children import ending_children, run_captured
 from gradmap.errors import UserError
 from gradmap.failures import require_not_killed
 from gradmap.machine import available_bytes
+from gradmap.raised import reasons_below
 
 # How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(:|$)")
@@ -82,9 +83,11 @@ def run_child(command: list[str], problem: str) -> None:
 def _find_reason(stderr: str) -> str:
     lines = [line.rstrip() for line in stderr.splitlines() if line.strip()] or ["no message"]
     # the last line of a traceback, which a message of several lines may follow
-    raised = [line for line in lines if RAISED.match(line)]
-    errors = [line for line in lines if "Error: " in line]
-    return (raised or errors or lines)[-1].strip()
+    raised = [number for number, line in enumerate(lines) if RAISED.match(line)]
+    errors = [number for number, line in enumerate(lines) if "Error: " in line]
+    last = (raised or errors or [len(lines) - 1])[-1]
+    message = lines[last].strip()
+    return ": ".join([message, *reasons_below(message, lines[last + 1 :])])
 
 
 def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> Comparison:

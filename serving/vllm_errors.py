@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from gradmap.raised import reasons_below
+
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # In front of each line that vLLM logs: process, level, time and file; of one that it prints, the process at most.
 PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) ?)?(?:(?:ERROR|WARNING) [^\]]*\] ?)?")
@@ -14,11 +16,6 @@ ERROR = re.compile(
     r"|\S+ serve: error: (?P<usage>.+)"
     r"|.*(?P<gone>engine core exited unexpectedly)"
 )
-# Of an exception that says no more than this, the reason stands in the next lines.
-HEADING = re.compile(r"$|.*validation errors? for \w+$")
-# With this pydantic ends a reason.
-DETAILS = re.compile(r" \[type=\w+.*")
-REASON_LINES = 6
 # Follows from another error, which stands above it.
 CONSEQUENCES = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization failed")
 
@@ -40,13 +37,6 @@ def _describe(match: re.Match[str], after: Sequence[str]) -> str:
     if match["name"] is None:
         return match["usage"] or match["gone"]
     parts = [match["name"], match["reason"] or ""]
-    if match["reason"] is not None and HEADING.match(match["reason"]):
-        parts += _reason_below(after)
+    if match["reason"] is not None:
+        parts += reasons_below(match["reason"], after)
     return ": ".join(filter(None, parts))
-
-
-def _reason_below(lines: Sequence[str]) -> list[str]:
-    """The next line that says something; of pydantic's (name of a field, what is wrong with it) all of them."""
-    told = [line.strip() for line in lines[:REASON_LINES] if line.strip()]
-    end = next((number for number, line in enumerate(told) if DETAILS.search(line)), 0)
-    return [DETAILS.sub("", line) for line in told[: end + 1]]
