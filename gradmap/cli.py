@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from gradmap.console import say
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.errors import OutOfMemoryError, StageError, UserError
 from gradmap.failures import count_oom_kills, explain, explain_kills
 from gradmap.options import finite_numbers
 from gradmap.quoting import visible
@@ -59,7 +59,7 @@ def _run(app: typer.Typer) -> int:
         return code if isinstance(code, int) else 0
     except TyperException as error:
         return _refuse(UserError(error.format_message()))
-    except OutOfMemoryError as error:
+    except (OutOfMemoryError, StageError) as error:
         return _refuse(error)
     except UserError as error:
         return _refuse(explain_kills(error, kills_before) or error)
@@ -77,6 +77,8 @@ def _run(app: typer.Typer) -> int:
 
 def _refuse(error: UserError) -> int:
     print(f"Error: {visible(str(error))}", file=sys.stderr)  # whichever of several processes it happens in
+    if isinstance(error, StageError):
+        return error.exit_code
     return EXIT_OUT_OF_MEMORY if isinstance(error, OutOfMemoryError) else EXIT_USAGE
 
 

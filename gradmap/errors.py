@@ -5,6 +5,14 @@ class UserError(ValueError):
     """Wrong usage or input. The message is one sentence: what is wrong and how to cure it. Exit code 2."""
 
 
+class StageError(UserError):
+    """A command of ours, as a stage of another, failed as its exit code says, with which the other one ends too."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class OutOfMemoryError(UserError):
     """Memory ran out, which need not happen another time or on another machine. Exit code 75."""
 

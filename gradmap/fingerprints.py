@@ -6,7 +6,7 @@ A copy, as CI's caches restore one, has other times and the same contents.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,12 @@ class Stamp(BaseModel):
 
 
 def fingerprint(paths: Sequence[Path], below: Path) -> dict[str, Stamp]:
-    """Of files, and of all files in directories, by their paths below `below`.
-
-    Hidden ones aside, which are locks and what was never finished.
-    """
+    """Of `files_of(paths)`, by their paths below `below`."""
     found = {}
-    for path in paths:
-        for file in _files_of(path):
-            status = file.stat()
-            stamp = Stamp(size=status.st_size, mtime_ns=status.st_mtime_ns, sha256=hash_file(file))
-            found[os.path.relpath(file, below)] = stamp
+    for file in files_of(paths):
+        status = file.stat()
+        stamp = Stamp(size=status.st_size, mtime_ns=status.st_mtime_ns, sha256=hash_file(file))
+        found[os.path.relpath(file, below)] = stamp
     return found
 
 
@@ -52,7 +48,7 @@ def find_change(recorded: Mapping[str, Stamp], below: Path) -> str | None:
 def is_remains(directory: Path, recorded: Mapping[str, Stamp], below: Path) -> bool:
     """Whether some of a directory's recorded files are gone, and it holds no others."""
     names = {name for name in recorded if directory in (below / name).parents}
-    left = {os.path.relpath(file, below) for file in _files_of(directory)} if directory.is_dir() else names
+    left = {os.path.relpath(file, below) for file in files_of([directory])} if directory.is_dir() else names
     return left < names
 
 
@@ -81,10 +77,16 @@ def _is_unchanged(path: Path, stamp: Stamp) -> bool:
     return status.st_mtime_ns == stamp.mtime_ns or hash_file(path) == stamp.sha256
 
 
-def _files_of(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+def files_of(paths: Iterable[Path]) -> Iterator[Path]:
+    """These files, and all files in these directories but for hidden ones: locks, and what was never finished."""
+    for path in paths:
+        if path.is_dir():
+            yield from _shown_files(path)
+        else:
+            yield path
+
+
+def _shown_files(directory: Path) -> Iterator[Path]:
+    for file in sorted(directory.rglob("*")):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(directory).parts):
             yield file

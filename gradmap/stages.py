@@ -17,12 +17,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from gradmap.children import peak_bytes, run_process
-from gradmap.cli import EXIT_OUT_OF_MEMORY
+from gradmap.cli import EXIT_BUG, EXIT_OUT_OF_MEMORY
 from gradmap.console import say, waiting
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.errors import OutOfMemoryError, StageError, UserError
 from gradmap.failures import MEMORY_CURE, require_not_killed
 from gradmap.files import sha256_json, write_json
-from gradmap.fingerprints import Stamp, find_change, fingerprint, hash_path, is_remains
+from gradmap.fingerprints import Stamp, files_of, find_change, fingerprint, hash_path, is_remains
 from gradmap.reading import checked, read_json, read_json_object
 from gradmap.verdict import EXIT_CODES
 
@@ -80,7 +80,7 @@ def is_done(stage: Stage, out: Path) -> bool:
 
 
 def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
-    """Raises OutOfMemoryError if the stage was killed, and UserError if it fails otherwise."""
+    """Raises OutOfMemoryError if the stage was killed, and StageError if it fails otherwise."""
     with waiting(f"{label} {stage.name}: hashing what it reads and what it wrote"):
         key = stage_key(stage)
         reason = _reason_to_run(key, stage, out)
@@ -91,10 +91,11 @@ def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
     say(f"{label} {stage.name}: {reason}" if reason and marker.exists() else f"{label} {stage.name}")
     _remove_remains(stage, out)
     marker.unlink(missing_ok=True)
+    earlier = _versions(stage)
     started = time.monotonic()
     code, usage = run_process([sys.executable, "-m", "gradmap", *stage.arguments])
     seconds = round(time.monotonic() - started, 1)
-    _require_success(stage, code)
+    _require_success(stage, code, earlier)
     with waiting(f"{label} {stage.name}: hashing what it wrote"):
         outputs, facts = fingerprint(stage.outputs, out), sha256_json(stage.facts())
     done = _Marker(key=key, seconds=seconds, peak_bytes=peak_bytes(usage), outputs=outputs, facts=facts)
@@ -106,13 +107,25 @@ def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
     return read_json_object(_marker(out, stage_name))
 
 
-def _require_success(stage: Stage, code: int) -> None:
+def _require_success(stage: Stage, code: int, earlier: set[tuple[int, int]]) -> None:
+    """earlier: `_versions` before it ran."""
     if code == EXIT_OUT_OF_MEMORY:
         raise OutOfMemoryError(f"Stage {stage.name} ran out of memory; run again, and it goes on from there.")
     require_not_killed(code, f"Stage {stage.name}", f"{MEMORY_CURE}, and run again")
-    accepted = set(EXIT_CODES.values()) if stage.verdicts else {0}
-    if code not in accepted or not all(path.exists() for path in stage.outputs):
-        raise UserError(f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.")
+    # Python itself, where it cannot start us, exits as a gate that was missed
+    is_verdict = stage.verdicts and code in EXIT_CODES.values() and not _versions(stage) <= earlier
+    if (code == 0 or is_verdict) and all(path.exists() for path in stage.outputs):
+        return
+    raise StageError(
+        f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.",
+        EXIT_BUG if code < 0 or code in EXIT_CODES.values() else code,
+    )
+
+
+def _versions(stage: Stage) -> set[tuple[int, int]]:
+    """Of the files that it leaves, those that there are."""
+    statuses = [path.stat() for path in files_of(stage.outputs) if path.is_file()]
+    return {(status.st_ino, status.st_mtime_ns) for status in statuses}
 
 
 def _reason_to_run(key: str, stage: Stage, out: Path) -> str | None:

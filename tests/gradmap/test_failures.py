@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from gradmap import cli, failures, stages
-from gradmap.cli import EXIT_BUG, EXIT_OUT_OF_MEMORY, EXIT_USAGE, run_app
+from gradmap.cli import EXIT_BUG, EXIT_OUT_OF_MEMORY, EXIT_TERMINATED, EXIT_USAGE, run_app
 from gradmap.errors import OutOfMemoryError, UserError
 from gradmap.failures import count_oom_kills, explain, is_out_of_memory
 from gradmap.files import append_text, atomic_directory, atomic_file, write_json, write_text
@@ -163,12 +163,22 @@ def test_a_stage_that_was_killed_for_memory_may_be_tried_again(monkeypatch, tmp_
         run_stage(stage, "[1/1]", tmp_path, forced=False)
 
 
-@pytest.mark.parametrize("code", [EXIT_USAGE, EXIT_BUG, 0, -signal.SIGSEGV])
-def test_a_stage_that_failed_otherwise_may_not(monkeypatch, tmp_path, code):
+@pytest.mark.parametrize(
+    ("code", "passed_on"),
+    [
+        (EXIT_USAGE, EXIT_USAGE),
+        (EXIT_BUG, EXIT_BUG),
+        (EXIT_TERMINATED, EXIT_TERMINATED),
+        (0, EXIT_BUG),  # it left nothing
+        (1, EXIT_BUG),  # no verdict: the stage has no gate
+        (3, EXIT_BUG),
+        (-signal.SIGSEGV, EXIT_BUG),
+    ],
+)
+def test_a_stage_that_failed_otherwise_ends_the_run_as_it_ended(monkeypatch, tmp_path, capfd, code, passed_on):
     stage = stage_ending(monkeypatch, tmp_path, code)
-    with pytest.raises(UserError, match="Stage prune failed with exit code") as failed:
-        run_stage(stage, "[1/1]", tmp_path, forced=False)
-    assert not isinstance(failed.value, OutOfMemoryError)
+    assert run_app(lambda **options: run_stage(stage, "[1/1]", tmp_path, forced=False)) == passed_on
+    assert f"Error: Stage prune failed with exit code {code}; mend it" in capfd.readouterr().err
 
 
 def test_a_real_process_that_cannot_get_memory_ends_with_that_code():

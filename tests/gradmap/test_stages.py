@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from gradmap import stages
-from gradmap.errors import UserError
+from gradmap.errors import StageError, UserError
 from gradmap.files import atomic_directory, write_text
 from gradmap.stages import STAGES_DIRECTORY, Stage, is_done, run_stage, stage_record
 
@@ -102,3 +103,22 @@ def test_a_marker_that_is_half_of_one_is_none(stage):
         partial = {name: value for name, value in record.items() if name != key}
         (out / STAGES_DIRECTORY / "made.json").write_text(json.dumps(partial))
         assert not is_done(made, out)
+
+
+@pytest.mark.parametrize("code", [1, 3, 4])
+def test_a_verdict_is_one_only_with_a_result_of_its_own(stage, monkeypatch, code):
+    """Python exits with 1 where it cannot even start us, and an earlier result may lie there."""
+    made, out, _ = stage
+    gated = replace(made, verdicts=True)
+
+    def judge(command):
+        write_text(out / "eval.json", "{}")
+        return code, SimpleNamespace(ru_maxrss=1)
+
+    monkeypatch.setattr(stages, "run_process", lambda command: (code, SimpleNamespace(ru_maxrss=1)))
+    with pytest.raises(StageError, match=f"failed with exit code {code}"):
+        run_stage(gated, "[1/1]", out, forced=True)
+    assert not is_done(gated, out)
+    monkeypatch.setattr(stages, "run_process", judge)
+    run_stage(gated, "[1/1]", out, forced=True)
+    assert is_done(gated, out)
