@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from torch import Tensor
 from export.comparison import Bounds, Comparison
 from export.reference import Reference
 from export.tolerance import SWAP_FACTOR
-from gradmap.children import ending_children, run_captured
+from gradmap.children import ending_children, module_command, run_captured
 from gradmap.errors import UserError
 from gradmap.failures import require_not_killed
 from gradmap.machine import available_bytes
@@ -62,7 +61,7 @@ def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
     with tempfile.TemporaryDirectory() as temporary:
         probe, out = Path(temporary, "probe.safetensors"), Path(temporary, "outcome.safetensors")
         save_file(tensors, probe)
-        command = [sys.executable, "-m", f"export.runners.{runner}", str(directory.resolve()), str(probe), str(out)]
+        command = module_command(f"export.runners.{runner}", str(directory.resolve()), str(probe), str(out))
         run_child(command, f"The exported model does not run ({runner.removeprefix('run_')})")
         with safe_open(out, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,6 +21,7 @@ from export.verification import run_child
 from export.vllm_file import write_vllm_file
 from gradmap.architectures import architecture_of, prune_config
 from gradmap.checkpoint import Checkpoint
+from gradmap.children import module_command
 from gradmap.console import announced
 from gradmap.corrections import Changes
 from gradmap.errors import UserError
@@ -133,9 +133,9 @@ def write_onnx(directory: Path, source: Source, target: Target) -> Written:
 
     def convert(checkpoint: Path) -> None:
         _require_memory(checkpoint)
-        command = [sys.executable, "-m", "export.onnx_export", str(checkpoint), str(directory), json.dumps(metadata)]
+        arguments = [str(checkpoint), str(directory), json.dumps(metadata), *quantise]
         with announced("Tracing the ONNX graph"):
-            run_child([*command, *quantise], "The model cannot be exported to ONNX")
+            run_child(module_command("export.onnx_export", *arguments), "The model cannot be exported to ONNX")
 
     return _write_through_checkpoint(directory, source, target, convert)
 
@@ -147,10 +147,10 @@ def write_genai(directory: Path, source: Source, target: Target) -> Written:
 
     def convert(checkpoint: Path) -> None:
         _require_memory(checkpoint)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(checkpoint)]
-        arguments = ["-o", str(directory), "-p", precision, "-e", provider, "-c", str(checkpoint / "cache")]
+        places = ["-m", str(checkpoint), "-o", str(directory), "-c", str(checkpoint / "cache")]
+        command = module_command("onnxruntime_genai.models.builder", *places, "-p", precision, "-e", provider)
         with announced("Building the onnxruntime-genai graph"):
-            run_child([*command, *arguments], "onnxruntime-genai cannot build this model")
+            run_child(command, "onnxruntime-genai cannot build this model")
 
     return _write_through_checkpoint(directory, source, target, convert)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from resource import struct_rusage
@@ -19,6 +20,11 @@ GRACE_S = 5
 EXIT_WAIT_S = 5
 # What `run_captured` waits for, in any thread.
 _RUNNING: set[subprocess.Popen[str]] = set()
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """Python with an installed module, which no file of the same name in the working directory replaces (-P)."""
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rusage]:

@@ -6,7 +6,6 @@ None is repeated while its inputs stay the same, and what it wrote is still ther
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gradmap.children import peak_bytes, run_process
+from gradmap.children import module_command, peak_bytes, run_process
 from gradmap.cli import EXIT_BUG, EXIT_OUT_OF_MEMORY
 from gradmap.console import say, waiting
 from gradmap.errors import OutOfMemoryError, StageError, UserError
@@ -93,7 +92,7 @@ def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
     marker.unlink(missing_ok=True)
     earlier = _versions(stage)
     started = time.monotonic()
-    code, usage = run_process([sys.executable, "-m", "gradmap", *stage.arguments])
+    code, usage = run_process(module_command("gradmap", *stage.arguments))
     seconds = round(time.monotonic() - started, 1)
     _require_success(stage, code, earlier)
     with waiting(f"{label} {stage.name}: hashing what it wrote"):

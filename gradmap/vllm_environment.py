@@ -12,9 +12,14 @@ KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def vllm_defaults() -> dict[str, str]:
-    """Environment variables for vLLM where the user set none: nothing is fetched, nothing is reported, and GPUs are
-    numbered as NVML does, which vLLM asks about them by number."""
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    """Environment variables for vLLM where the user set none: nothing is fetched, nothing is reported, what it starts
+    takes no module from the working directory, and GPUs are numbered as NVML does, which vLLM asks about by number."""
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "PYTHONSAFEPATH": "1",
+    }
     if is_cpu_build():
         defaults[KV_CACHE_VARIABLE] = "2"  # GiB
     return defaults

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import ssl
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
+from gradmap.children import module_command
 from gradmap.vllm_environment import threads_within_quota, vllm_defaults
 from serving.flags import TENSOR_FLAGS, flag_value
 from serving.ports import reachable_host, url_host
@@ -66,7 +66,7 @@ class ServerSettings:
 
 def build_command(settings: ServerSettings) -> list[str]:
     """Returns vLLM's command line, to which serving.vllm_server adds what the artifact says; `vllm_flags` come last."""
-    command = [sys.executable, "-m", "serving.vllm_server", str(settings.directory)]
+    command = module_command("serving.vllm_server", str(settings.directory))
     command += ["--host", settings.host, "--port", str(settings.port), "--shutdown-timeout", str(settings.drain_s)]
     command += ["--middleware", GUARD]
     if settings.certificate and settings.private_key:

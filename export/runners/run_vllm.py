@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "PYTHONSAFEPATH": "1",  # what it starts takes no module from the working directory
 }
 
 

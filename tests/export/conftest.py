@@ -20,11 +20,11 @@ QUALITY = {
 
 def run_here(command, problem):
     """As `run_child`, for those runners that this process can run."""
-    *python, module = command[:3]
-    if python != [sys.executable, "-m"] or module not in IMPORTED_HERE:
+    *python, module = command[:4]
+    if python != [sys.executable, "-P", "-m"] or module not in IMPORTED_HERE:
         return run_in_a_fresh_process(command, problem)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command[2:])
+        patch.setattr(sys, "argv", command[3:])
         try:
             run(import_module(module).outcome_of)
         except Exception as error:

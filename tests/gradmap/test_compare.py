@@ -23,8 +23,8 @@ def commands(monkeypatch):
     ran = []
 
     def run(command):
-        ran.append(command[3:])
-        return gradmap(*command[3:]).returncode, SimpleNamespace(ru_maxrss=10**9 / 1024)
+        ran.append(command[4:])
+        return gradmap(*command[4:]).returncode, SimpleNamespace(ru_maxrss=10**9 / 1024)
 
     monkeypatch.setattr(stages, "run_process", run)
     return ran
