@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,15 @@ def load_transformers(directory: Path, threads: int, prompt: Tensor, new_tokens:
 
 
 def load_onnx(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -> Generate:
-    from export.runners.run_onnxruntime import onnx_step
     from gradmap.onnx_session import OnnxCausalLM
 
-    return repeat(onnx_step(OnnxCausalLM(directory, threads)), prompt)
+    model = OnnxCausalLM(directory, threads)
+
+    def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        logits, longer = model.step(ids.numpy(), cache)
+        return torch.from_numpy(logits[:, -1]), longer
+
+    return repeat(step, prompt)
 
 
 def load_genai(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -> Generate:
