@@ -10,14 +10,16 @@ from typing import Any
 
 from export.formats import ExportSettings, choose_target
 from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
-from gradmap.checkpoint import open_checkpoint, read_config
+from gradmap.checkpoint import open_checkpoint, read_config, resolve_device
 from gradmap.console import print_table
 from gradmap.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import records_beside
+from gradmap.evaluation.tasks import expand_names, require_tasks
 from gradmap.files import cache_directory, write_text
 from gradmap.outputs import refuse_foreign_directory, results_in
 from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
+from gradmap.precision import weights_dtype
 from gradmap.quoting import visible
 from gradmap.reading import read_text
 from gradmap.speed import measure_disk
@@ -127,6 +129,15 @@ def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:
         choose_target(name, settings, config)
 
 
+def require_evaluation(recipe: Recipe) -> None:
+    """Likewise for what cannot be evaluated anywhere, or not on this machine."""
+    asked = recipe.eval
+    resolve_device(asked.device or "auto")
+    if asked.dtype not in (None, "auto"):
+        weights_dtype(asked.dtype)
+    require_tasks(expand_names(",".join(asked.tasks)))
+
+
 def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool) -> dict[str, Any]:
     """Runs what is not done yet, writes the reports, prints the table; returns result.json.
 
@@ -137,6 +148,7 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     names = [stage.name for stage in stages]
     forced_from = _forced_from(names, from_stage, fresh)
     require_inputs(recipe, stages)
+    require_evaluation(recipe)
     require_formats(recipe, open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config)
     with results_in(out, RECIPE_COPY):
         write_text(out / RECIPE_COPY, read_text(recipe_path))
@@ -177,6 +189,7 @@ def plan_run(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool) 
     stages = plan_stages(recipe, out)
     forced_from = _forced_from([stage.name for stage in stages], from_stage, fresh)
     require_inputs(recipe, stages)
+    require_evaluation(recipe)
     config = read_config(recipe.model, recipe.gguf_file)
     require_formats(recipe, config)
     refuse_foreign_directory(out, RECIPE_COPY)

@@ -89,6 +89,13 @@ def expand_names(names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(each for name in given for each in (PAPER_TASKS if name == PAPER else (name,))))
 
 
+def require_tasks(names: Sequence[str]) -> None:
+    """Raises UserError if the harness has no task of one of these names, or is not installed; loads no data."""
+    for name in names:
+        if name not in PAPER_TASKS:  # the harness takes its time to list what it has
+            _expand(name)
+
+
 def load_task(
     name: str, data: Path | None, limit: int | None, seed: int, calibration_texts: Sequence[str] = ()
 ) -> LoadedTask:

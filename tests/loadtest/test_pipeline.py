@@ -68,6 +68,22 @@ def test_recipes_with_mistakes_are_refused(recipe_file, tmp_path, extra, message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("refuse", [run_recipe, plan_run])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("dtype: float8", "Unknown dtype 'float8'"),
+        ("device: tpu", "Unknown device 'tpu'"),
+        ("tasks: [piqa, no_such_task]", "has no task 'no_such_task'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_pruning(recipe_file, tmp_path, refuse, asked, message):
+    recipe_file.write_text(recipe_file.read_text().replace("eval: {", f"eval: {{{asked}, "))
+    with pytest.raises(UserError, match=message):
+        refuse(recipe_file, tmp_path / "out", None, False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_format_cannot_do_with_the_model_is_refused_before_pruning(tmp_path, picos, word_file):
     (recipe_file := tmp_path / "recipe.yaml").write_text(
         MINIMAL.format(model=picos["gpt2"].directory, text=word_file) + "export: {formats: [vllm], quantise: int8}"
