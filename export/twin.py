@@ -48,7 +48,7 @@ def find_boundaries(config: dict[str, Any]) -> dict[str, int]:
 
 
 def twin_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a twin: narrow, one layer of each kind, and no boundary beyond FAR tokens."""
+    """The config of a twin: narrow, two layers of each kind, and no boundary beyond FAR tokens."""
     parsed = AutoConfig.for_model(**deepcopy(config))
     head_dim = getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads
     few_heads = 1 if parsed.num_key_value_heads < parsed.num_attention_heads else HEADS
