@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from gradmap.console import waiting
 from gradmap.files import atomic_directory, write_text
 from gradmap.fingerprints import Stamp, find_change, fingerprint
 from gradmap.locks import writing
@@ -40,4 +41,5 @@ def is_made(target: Path) -> bool:
         recorded = _STAMPS.validate_json((target / STAMPS_FILE).read_bytes())
     except (OSError, ValidationError):
         return False
-    return CONFIG_FILE in recorded and find_change(recorded, target) is None
+    with waiting(f"Checking {target}"):  # by hash, where it is a copy
+        return CONFIG_FILE in recorded and find_change(recorded, target) is None
