@@ -93,7 +93,7 @@ def race_through(rounds: Sequence[Round], order: Tensor) -> list[Outcome]:
     return outcomes
 
 
-def _race(one: Round, bounds: Mapping[int, float]) -> tuple[dict[int, float], Outcome]:
+def _race(one: Round, before: Mapping[int, float]) -> tuple[dict[int, float], Outcome]:
     samples = len(one.measured[one.best])
     race, counts = Race(samples), {}
 
@@ -102,7 +102,7 @@ def _race(one: Round, bounds: Mapping[int, float]) -> tuple[dict[int, float], Ou
         counts.update({layer: len(losses) for layer, losses in zip(group, tried, strict=True)})
         return tried
 
-    costs = race.run(sorted(one.untried, key=bounds.__getitem__), bounds, one.base, measure)
+    costs = race.run(sorted(one.untried, key=before.__getitem__), before, one.base, measure)
     winner = min(costs, key=costs.__getitem__)
     differences = one.measured[winner] - one.measured[one.best]
     excess, error = float(differences.mean()), float(differences.std()) / math.sqrt(samples)
