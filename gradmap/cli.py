@@ -12,17 +12,11 @@ import typer
 from typer.exceptions import TyperException
 
 from gradmap.console import say
-from gradmap.errors import OutOfMemoryError, StageError, UserError
+from gradmap.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED, OutOfMemoryError, UserError
 from gradmap.failures import count_oom_kills, explain, explain_kills
 from gradmap.options import finite_numbers
 from gradmap.quoting import visible
 from gradmap.signals import raising_signals
-
-EXIT_USAGE = 2
-EXIT_BUG = 70  # EX_SOFTWARE: never to be mistaken for a gate's verdict
-EXIT_OUT_OF_MEMORY = 75  # EX_TEMPFAIL: another attempt may find more
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 
 def build_app() -> typer.Typer:
@@ -59,7 +53,7 @@ def _run(app: typer.Typer) -> int:
         return code if isinstance(code, int) else 0
     except TyperException as error:
         return _refuse(UserError(error.format_message()))
-    except (OutOfMemoryError, StageError) as error:
+    except OutOfMemoryError as error:
         return _refuse(error)
     except UserError as error:
         return _refuse(explain_kills(error, kills_before) or error)
@@ -77,9 +71,7 @@ def _run(app: typer.Typer) -> int:
 
 def _refuse(error: UserError) -> int:
     print(f"Error: {visible(str(error))}", file=sys.stderr)  # whichever of several processes it happens in
-    if isinstance(error, StageError):
-        return error.exit_code
-    return EXIT_OUT_OF_MEMORY if isinstance(error, OutOfMemoryError) else EXIT_USAGE
+    return error.exit_code
 
 
 def quiet_libraries() -> None:

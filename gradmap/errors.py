@@ -1,8 +1,16 @@
-"""The exceptions that users see, and what is quoted of others."""
+"""The exceptions that users see, the exit codes of what is no verdict, and what is quoted of others."""
+
+EXIT_USAGE = 2
+EXIT_BUG = 70  # EX_SOFTWARE: never to be mistaken for a gate's verdict
+EXIT_OUT_OF_MEMORY = 75  # EX_TEMPFAIL: another attempt may find more
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class UserError(ValueError):
-    """Wrong usage or input. The message is one sentence: what is wrong and how to cure it. Exit code 2."""
+    """Wrong usage or input. The message is one sentence: what is wrong and how to cure it."""
+
+    exit_code = EXIT_USAGE
 
 
 class StageError(UserError):
@@ -14,7 +22,9 @@ class StageError(UserError):
 
 
 class OutOfMemoryError(UserError):
-    """Memory ran out, which need not happen another time or on another machine. Exit code 75."""
+    """Memory ran out, which need not happen another time or on another machine."""
+
+    exit_code = EXIT_OUT_OF_MEMORY
 
 
 def first_line(error: Exception) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from gradmap.children import module_command, peak_bytes, run_process
-from gradmap.cli import EXIT_BUG, EXIT_OUT_OF_MEMORY
 from gradmap.console import say, waiting
-from gradmap.errors import OutOfMemoryError, StageError, UserError
+from gradmap.errors import EXIT_BUG, EXIT_OUT_OF_MEMORY, OutOfMemoryError, StageError, UserError
 from gradmap.failures import MEMORY_CURE, require_not_killed
 from gradmap.files import sha256_json, write_json
 from gradmap.fingerprints import Stamp, files_of, find_change, fingerprint, hash_path, is_remains

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 
-from gradmap.cli import EXIT_INTERRUPTED
-from gradmap.errors import UserError
+from gradmap.errors import EXIT_INTERRUPTED, UserError
 from gradmap.machine import available_bytes
 from gradmap.openai_api import KEY_VARIABLE
 from gradmap.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 
 from export import VLLM_CONFIG_FILE
-from gradmap.cli import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_TERMINATED, EXIT_USAGE
+from gradmap.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_TERMINATED, EXIT_USAGE
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.commands import run
 from loadtest.recipe import load_recipe

@@ -13,8 +13,15 @@ import yaml
 from safetensors.torch import save_file
 
 from gradmap import cli, failures, stages
-from gradmap.cli import EXIT_BUG, EXIT_OUT_OF_MEMORY, EXIT_TERMINATED, EXIT_USAGE, run_app
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.cli import run_app
+from gradmap.errors import (
+    EXIT_BUG,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    OutOfMemoryError,
+    UserError,
+)
 from gradmap.failures import count_oom_kills, explain, is_out_of_memory
 from gradmap.files import append_text, atomic_directory, atomic_file, write_json, write_text
 from gradmap.stages import Stage, run_stage

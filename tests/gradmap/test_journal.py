@@ -11,8 +11,7 @@ import pytest
 
 from gradmap.calibration import build_calibration
 from gradmap.checkpoint import load_tokenizer
-from gradmap.cli import EXIT_TERMINATED
-from gradmap.errors import UserError
+from gradmap.errors import EXIT_TERMINATED, UserError
 from gradmap.journal import Journal
 from gradmap.prune import journal_key
 from gradmap.prune_settings import PruneSettings

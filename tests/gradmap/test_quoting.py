@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from gradmap import cli, console
-from gradmap.errors import UserError
+from gradmap.errors import EXIT_USAGE, UserError
 from gradmap.quoting import markdown, visible, xml_text
 
 CONTROL = [*map(chr, [*range(0x20), *range(0x7F, 0xA0)]), "\u2028", "\u2029", "\u202e", "\u200b", "\ud800", "\ufeff"]
@@ -30,7 +30,7 @@ def test_messages_and_tables_are_shown_without_control_characters(capsys, monkey
         raise UserError("no\x1b[31m file")
 
     monkeypatch.setattr("sys.argv", ["gradmap"])
-    assert cli.run_app(app) == cli.EXIT_USAGE
+    assert cli.run_app(app) == EXIT_USAGE
     shown = capsys.readouterr()
     assert "a\\x1b[31mb" in shown.err and "Error: no\\x1b[31m file" in shown.err
     assert all(text in shown.out for text in ("t\\x1b]0;x\\x07", "c\\x1b", "r\\x9b", "1\\x1b"))

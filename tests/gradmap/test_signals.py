@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from gradmap.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
+from gradmap.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from gradmap.files import atomic_directory
 from gradmap.parent_death import bound_to_us
 from gradmap.signals import Terminated, raising_signals

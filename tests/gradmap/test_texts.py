@@ -8,8 +8,8 @@ import datasets
 import pytest
 import typer
 
-from gradmap.cli import EXIT_BUG, EXIT_USAGE, run_app
-from gradmap.errors import UserError
+from gradmap.cli import run_app
+from gradmap.errors import EXIT_BUG, EXIT_USAGE, UserError
 from gradmap.text_specs import named_sources, source_files
 from gradmap.texts import read_joined, read_texts
 
