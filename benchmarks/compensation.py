@@ -27,8 +27,9 @@ from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
 from gradmap.compensation import Pruned
 from gradmap.compensators.adam import errors_of_output, objective, train_projection
+from gradmap.compensators.least_squares import ridge_sums, solve_ridge
 from gradmap.compensators.projection import mean_drift
-from gradmap.compensators.ridge import REGULARISATION, Fit, all_features, ridge_sums, solve_ridge
+from gradmap.compensators.ridge import REGULARISATION, Fit, all_features
 from gradmap.console import print_table, say
 from gradmap.environment import describe_environment
 from gradmap.files import write_json

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gradmap.architectures import without_layers
 from gradmap.compensation import Compensation, Correction, Pruned, correct_in_turn, run_and_capture
+from gradmap.compensators.least_squares import widened
 from gradmap.compensators.projection import mean_drift, most_drifted
-from gradmap.compensators.ridge import REGULARISATION, Fit, all_features, down_projection_weight, widened
+from gradmap.compensators.ridge import REGULARISATION, Fit, all_features, down_projection_weight
 from gradmap.console import progress
 from gradmap.corrections import (
     Change,

@@ -6,7 +6,7 @@ layer's output, F (f, n) being something the layer computes, is best, in the sen
     S = D F^T (F F^T + lam I)^-1
 
 F may be what the down projection adds, A = W_down X (then W' = I + S, Eq. 10-12: W' A = A + S A), or what enters it,
-X (then S is added to W_down itself). W' on the right of W_down adds W_down S X, which `RightSolver` finds.
+X (then S is added to W_down itself). W' on the right of W_down adds W_down S X. The algebra is in least_squares.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradmap.compensation import Correction, Pruned
+from gradmap.compensators.least_squares import RightSolver, plus_identity, ridge_sums, solve_ridge, widened
 from gradmap.console import announced, progress, say
 from gradmap.corrections import (
     Change,
@@ -43,7 +44,6 @@ REGULARISATION = 1e-3  # of Eq. 12, in Table 8
 # Tokens for each input of what is fitted, beyond which more bring little: SmolLM2's refit gained a quarter less with
 # 1.2 than with 8.
 TOKENS_PER_INPUT = 8
-SINGULAR = 1e-13  # relative: what float64 makes of a zero
 
 
 @dataclass(frozen=True)
@@ -254,71 +254,6 @@ def all_features(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Te
     return features, missing
 
 
-def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """F F^T (f, f) and D F^T (d, f), float64: products in float32 at least, whatever the model computes in.
-
-    features: (..., f), missing: (..., d). target: (..., d); tokens count by 1 / |target|^2 if it is given.
-    """
-    features, missing = _rows(features), _rows(missing)
-    weighted = features if target is None else features / _rows(target).square().sum(dim=1, keepdim=True)
-    with torch.autocast(features.device.type, enabled=False):
-        return (weighted.mT @ features).double(), (missing.mT @ weighted).double()
-
-
-def solve_ridge(gram: Tensor, cross: Tensor, lam: float | Tensor) -> Tensor:
-    """S = cross (gram + lam I)^-1: (f, f), (d, f), () -> (d, f), all float64.
-
-    Where nothing is observed and nothing regularised, S is 0. Raises UserError where else there is no such inverse.
-    """
-    regularised = gram.clone()
-    regularised.diagonal().add_(lam)
-    factor, failed = torch.linalg.cholesky_ex(regularised)
-    if not failed:
-        return torch.cholesky_solve(cross.mT, factor).mT
-    require_finite("What is fitted on", gram, cross)
-    if regularised.any():
-        raise UserError("There are too few calibration tokens to fit without regularisation.")
-    return torch.zeros_like(cross)
-
-
-def plus_identity(matrix: Tensor) -> Tensor:
-    """I + matrix, (d, d)."""
-    return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-
-
-class RightSolver:
-    """S (k, k) with the least |D - W S X|^2 + lam |S|^2, from X X^T (k, k), D X^T (d, k) and W (d, k), all float64.
-
-    The normal equations, W^T W S X X^T + lam S = W^T D X^T, fall apart in the eigenvectors of the two matrices, which
-    are found once for all lam.
-    """
-
-    def __init__(self, gram: Tensor, cross: Tensor, weight: Tensor) -> None:
-        left_values, self._left = torch.linalg.eigh(weight.mT @ weight)
-        right_values, self._right = torch.linalg.eigh(gram)
-        self._products = left_values.clamp(min=0)[:, None] * right_values.clamp(min=0)
-        self._rotated = self._left.mT @ weight.mT @ cross @ self._right
-
-    def solve(self, lam: float) -> Tensor:
-        divisor = self._products + lam
-        # where nothing is observed and nothing regularised, the least S is 0
-        rotated = torch.where(divisor > divisor.max() * SINGULAR, self._rotated / divisor, 0)
-        solution: Tensor = self._left @ rotated @ self._right.mT
-        return solution
-
-
-def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tensor:
-    """The same by least squares on the stacked system [F^T; sqrt(lam) I] S^T = [D^T; 0].
-
-    features: (n, f), missing: (n, d), rows are tokens.
-    """
-    size = features.shape[1]
-    stacked = torch.cat([features, lam**0.5 * torch.eye(size, dtype=features.dtype)])
-    goal = torch.cat([missing, missing.new_zeros(size, missing.shape[1])])
-    solution: Tensor = torch.linalg.lstsq(stacked, goal).solution
-    return solution.mT
-
-
 def down_projection_weight(pruned: Pruned, layer: int) -> Tensor:
     """W_down (d, k) float64. Raises UserError for a mixture of experts, each of which has its own."""
     _require_one_down_projection(pruned)
@@ -329,16 +264,6 @@ def down_projection_weight(pruned: Pruned, layer: int) -> Tensor:
 def _require_one_down_projection(pruned: Pruned) -> None:
     if pruned.architecture.expert_down_projections is not None:
         raise UserError("A mixture of experts has many down projections, which cannot be refitted; use sequential.")
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., d) -> (n, d), in float32 at least."""
-    return widened(tensor).flatten(end_dim=-2)
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least: a difference of two hidden states is far smaller than they are."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def device_with_room(size: int, device: torch.device) -> torch.device:

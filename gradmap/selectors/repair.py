@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gradmap.batching import Batches, forward_batch, home_for, moved_home
-from gradmap.compensators.ridge import plus_identity, ridge_sums, solve_ridge, widened
+from gradmap.compensators.least_squares import plus_identity, ridge_sums, solve_ridge, widened
 from gradmap.corrections import Change, Place, Projection, corrected, linear_output
 from gradmap.distributed import summed
 from gradmap.errors import UserError

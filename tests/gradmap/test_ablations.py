@@ -5,8 +5,9 @@ import torch
 
 from gradmap.compensation import run_and_capture
 from gradmap.compensators import COMPENSATORS
+from gradmap.compensators.least_squares import RightSolver
 from gradmap.compensators.projection import most_drifted
-from gradmap.compensators.ridge import Fit, RightSolver, accumulate_gram, down_projection_weight
+from gradmap.compensators.ridge import Fit, accumulate_gram, down_projection_weight
 from gradmap.corrections import Projection, Update, pruned_and_corrected
 from gradmap.errors import UserError
 from gradmap.plan import load_plan

@@ -13,6 +13,7 @@ from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import Compensation, Pruned, run_and_capture
 from gradmap.compensators import COMPENSATORS
 from gradmap.compensators.adam import errors_of_output, objective, train_projection
+from gradmap.compensators.least_squares import ridge_sums, solve_ridge, solve_ridge_reference
 from gradmap.compensators.projection import mean_drift, project_most_drifted
 from gradmap.compensators.ridge import (
     REGULARISATION,
@@ -20,9 +21,6 @@ from gradmap.compensators.ridge import (
     accumulate_gram,
     best_downhill,
     device_with_room,
-    ridge_sums,
-    solve_ridge,
-    solve_ridge_reference,
 )
 from gradmap.corrections import Place, Projection, linear_output, pruned_and_corrected
 from gradmap.errors import UserError

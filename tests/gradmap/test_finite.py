@@ -15,7 +15,7 @@ from gradmap.calibration import Calibration
 from gradmap.checkpoint import open_checkpoint
 from gradmap.compensation import Compensation, Correction, Pruned
 from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.ridge import solve_ridge
+from gradmap.compensators.least_squares import solve_ridge
 from gradmap.corrections import Place, Scale
 from gradmap.errors import UserError
 from gradmap.prune import prune

@@ -12,7 +12,7 @@ from gradmap.architectures import architecture_of, without_layers
 from gradmap.calibration import Calibration, build_calibration
 from gradmap.checkpoint import load_model, load_tokenizer
 from gradmap.compensation import run_and_capture
-from gradmap.compensators.ridge import solve_ridge_reference
+from gradmap.compensators.least_squares import solve_ridge_reference
 from gradmap.corrections import linear_output
 from gradmap.errors import UserError
 from gradmap.layerwise import LayerCall, sample_divergences_reference
