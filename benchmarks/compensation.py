@@ -1,11 +1,13 @@
-"""GradMAP's stage 2 in closed form against its Adam, on the same activations and the same objective (Eq. 10-12).
+r"""GradMAP's stage 2 in closed form against its Adam, on the same activations and objective
+(Eq. 10-12).
 
-    python -m benchmarks.compensation --model DIR [--gguf-file NAME] --calibration SPEC [--remove 26,25,20,7,14,27,13,5]
-                                      [--samples 128] [--epochs 10] [--rounds 3]
+    python -m benchmarks.compensation --model DIR [--gguf-file NAME] --calibration SPEC \
+        [--remove 26,25,20,7,14,27,13,5] [--samples 128] [--epochs 10] [--rounds 3]
 
-Activations are collected once and are not timed: both need them. Timed are, in turn in every round, the Gram matrices
-and the solution, and every epoch of Adam (learning rate 1e-3, one sample a step). The objective is Adam's own: the mean
-over samples of the squared error, plus 1e-3 times the squared distance of W' from I.
+Activations are collected once and are not timed: both need them. Timed are, in turn in every round,
+the Gram matrices and the solution, and every epoch of Adam (learning rate 1e-3, one sample a step).
+The objective is Adam's own: the mean over samples of the squared error, plus 1e-3 times the squared
+distance of W' from I.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def main(
 ) -> None:
     quiet_libraries()
     checkpoint = open_checkpoint(model, gguf_file)
-    drawn = build_calibration(load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42)
+    drawn = build_calibration(
+        load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42
+    )
     removed = tuple(int(layer) for layer in remove.split(","))
     architecture = architecture_of(checkpoint.config)
     loaded = load_model(checkpoint, "float32")
@@ -71,7 +75,15 @@ def main(
     say(f"Layer {layer} drifted most; objective without a correction: {untouched:.4g}")
     measured = [measure(added, missing, epochs) for _ in range(rounds)]
     described = [asdict(one) for one in measured]
-    write_json(out, {"environment": describe_environment(), "layer": layer, "none": untouched, "rounds": described})
+    write_json(
+        out,
+        {
+            "environment": describe_environment(),
+            "layer": layer,
+            "none": untouched,
+            "rounds": described,
+        },
+    )
     report(measured, untouched)
 
 
@@ -101,7 +113,9 @@ def report(rounds: list[Round], untouched: float) -> None:
         ratios = [sum(one.adam_s[: epoch + 1]) / one.closed_form_s for one in rounds]
         seconds = statistics.median(sum(one.adam_s[: epoch + 1]) for one in rounds)
         spread = f"{statistics.median(ratios):.0f}x ({min(ratios):.0f}-{max(ratios):.0f})"
-        rows.append((f"Adam, {epoch + 1} epochs", f"{rounds[0].adam[epoch]:.4g}", f"{seconds:.2f}", spread))
+        rows.append(
+            (f"Adam, {epoch + 1} epochs", f"{rounds[0].adam[epoch]:.4g}", f"{seconds:.2f}", spread)
+        )
     print_table("Stage 2", ("", "objective", "s (median)", "times the closed form's"), rows)
 
 

@@ -1,8 +1,10 @@
-"""The whole job, from a checkpoint to a report: seconds and memory of each stage, and what came out.
+"""The whole job, from a checkpoint to a report: seconds and memory of each stage, and what came
+out.
 
     python -m benchmarks.end_to_end [--recipe recipes/smollm2.yaml] [--directory out/demo]
 
-Runs the recipe; stages that were done before with the same inputs are not repeated, and count as they did then.
+Runs the recipe; stages that were done before with the same inputs are not repeated, and count as
+they did then.
 """
 
 from __future__ import annotations
@@ -32,14 +34,23 @@ def main(
     result = read_json(directory / "result.json")
     stages = {name: stage_record(directory, name) for name in result["timings_s"]}
     write_json(out, {"environment": result["environment"], "stages": stages, "result": result})
-    rows = [(name, f"{one['seconds']:.0f}", f"{one['peak_bytes'] / 1e9:.1f}") for name, one in stages.items()]
+    rows = [
+        (name, f"{one['seconds']:.0f}", f"{one['peak_bytes'] / 1e9:.1f}")
+        for name, one in stages.items()
+    ]
     rows.append(("all", f"{sum(one['seconds'] for one in stages.values()):.0f}", ""))
     print_table("gradmap run", ("stage", "seconds", "peak (GB)"), rows)
     layers = f"{result['dense']['layers']} -> {result['pruned']['layers']}"
-    ratios = [(f"perplexity, {text}", one) for text, one in result["comparison"]["perplexity_ratio"].items()]
-    speed_ups = [(f"{metric} speed-up", one) for metric, one in result["loadtest"]["speedup"].items()]
+    ratios = [
+        (f"perplexity, {text}", one)
+        for text, one in result["comparison"]["perplexity_ratio"].items()
+    ]
+    speed_ups = [
+        (f"{metric} speed-up", one) for metric, one in result["loadtest"]["speedup"].items()
+    ]
     measured = [
-        (name, f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})") for name, one in (*ratios, *speed_ups)
+        (name, f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})")
+        for name, one in (*ratios, *speed_ups)
     ]
     print_table("Pruned against dense (95% interval)", ("", ""), [("layers", layers), *measured])
 

@@ -1,11 +1,14 @@
-"""Zero-shot evaluation: lm-evaluation-harness with its own transformers model against ours, on the same documents.
+r"""Zero-shot evaluation: lm-evaluation-harness with its own transformers model against ours, on the
+same documents.
 
-    python -m benchmarks.evaluation --model DIR [--gguf-file NAME] --task-data DIR [--tasks paper] [--limit 100]
+    python -m benchmarks.evaluation --model DIR [--gguf-file NAME] --task-data DIR \
+        [--tasks paper] [--limit 100]
                                     [--rounds 2] [--run harness@float32] [--run ours@bfloat16]
 
-`harness` is its default: one request at a time. `harness, batch 16` is its other usual setting. Prompts, targets and
-metrics are the harness's in all of them. Every run is a process of its own, and they take turns. Timed is the
-evaluation of each task, with the rendering of its prompts, after a warm-up; loading is not.
+`harness` is its default: one request at a time. `harness, batch 16` is its other usual setting.
+Prompts, targets and metrics are the harness's in all of them. Every run is a process of its own,
+and they take turns. Timed is the evaluation of each task, with the rendering of its prompts, after
+a warm-up; loading is not.
 """
 
 from __future__ import annotations
@@ -76,8 +79,12 @@ def main(
     task_data: Annotated[Path, typer.Option()],
     gguf_file: str | None = None,
     tasks: str = "paper",
-    limit: Annotated[int | None, typer.Option(help="Documents of each task; all if not given.")] = None,
-    run: Annotated[list[str] | None, typer.Option(help="METHOD@DTYPE; all if none is given.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Documents of each task; all if not given.")
+    ] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="METHOD@DTYPE; all if none is given.")
+    ] = None,
     rounds: int = 1,
     out: Path = Path("out/benchmark/evaluation.json"),
     worker: Annotated[bool, typer.Option(hidden=True)] = False,
@@ -85,7 +92,9 @@ def main(
     if worker:
         assert run is not None
         loaded = [load_task(name, task_data, limit, seed=0) for name in expand_names(tasks)]
-        measured = _measure(run[0], model, gguf_file, load_task(WARM_UP, task_data, 8, seed=0), loaded)
+        measured = _measure(
+            run[0], model, gguf_file, load_task(WARM_UP, task_data, 8, seed=0), loaded
+        )
         print(json.dumps({name: asdict(one) for name, one in measured.items()}))
         return
     source = ["--model", model, "--task-data", str(task_data), "--tasks", tasks]
@@ -95,15 +104,28 @@ def main(
     runs: dict[str, list[dict[str, TaskRun]]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.evaluation", *source, "--worker", "--run", name]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.evaluation",
+                *source,
+                "--worker",
+                "--run",
+                name,
+            ]
+            finished = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ
+            )
             result = json.loads(finished.stdout.splitlines()[-1])
             runs[name].append({task: TaskRun(**one) for task, one in result.items()})
             say(f"round {number + 1}/{rounds}, {name}: {_seconds(runs[name][-1]):.1f} s")
             described = {
-                name: [{task: asdict(one) for task, one in each.items()} for each in runs[name]] for name in runs
+                name: [{task: asdict(one) for task, one in each.items()} for each in runs[name]]
+                for name in runs
             }
-            write_json(out, {"environment": describe_environment(), "limit": limit, "runs": described})
+            write_json(
+                out, {"environment": describe_environment(), "limit": limit, "runs": described}
+            )
     _print(runs)
 
 
@@ -123,7 +145,9 @@ def _measure(
             scores = score_task_with(task, evaluated)
             seconds = time.perf_counter() - started
             estimate = mean_estimate(np.array(scores.values[scores.metric]))
-            measured[task.name] = TaskRun(seconds, len(scores.documents), estimate.value, estimate.stderr)
+            measured[task.name] = TaskRun(
+                seconds, len(scores.documents), estimate.value, estimate.stderr
+            )
             say(f"{name}, {task.name}: {estimate.value:.4f} in {seconds:.1f} s")
     return measured
 
@@ -133,10 +157,14 @@ def _seconds(run: Mapping[str, TaskRun]) -> float:
 
 
 def _print(runs: Mapping[str, Sequence[Mapping[str, TaskRun]]]) -> None:
-    """Accuracies of the first round; seconds of all rounds; ratios to the first run in the same round."""
+    """Accuracies of the first round; seconds of all rounds; ratios to the first run in the same
+    round."""
     base, *_ = runs.values()
     columns = ("%", *runs)
-    rows = [(task, *(with_error(asdict(of_run[0][task]), 100, 2) for of_run in runs.values())) for task in base[0]]
+    rows = [
+        (task, *(with_error(asdict(of_run[0][task]), 100, 2) for of_run in runs.values()))
+        for task in base[0]
+    ]
     for number, of_base in enumerate(base):
         seconds = [_seconds(of_run[number]) for of_run in runs.values()]
         speed_ups = [f"{each:.1f} s, {_seconds(of_base) / each:.2f}x" for each in seconds]

@@ -1,9 +1,12 @@
-"""An OpenAI-compatible endpoint that streams tokens at known times, for measuring what measures: thousands of streams.
+r"""An OpenAI-compatible endpoint that streams tokens at known times, for measuring what measures:
+thousands of streams.
 
-    python -m benchmarks.fake_endpoint --port 8000 --ttft-ms 200 --itl-ms 20 [--jitter 0.5] [--error-share 0.05]
+    python -m benchmarks.fake_endpoint --port 8000 --ttft-ms 200 --itl-ms 20 [--jitter 0.5] \
+        [--error-share 0.05]
 
-Tokens are due at absolute times, so that lateness does not add up. With jitter, the gaps between tokens differ by up to
-that share, and are the same on average. Every so many requests, by the error share, one ends with HTTP 500.
+Tokens are due at absolute times, so that lateness does not add up. With jitter, the gaps between
+tokens differ by up to that share, and are the same on average. Every so many requests, by the error
+share, one ends with HTTP 500.
 """
 
 from __future__ import annotations
@@ -51,14 +54,20 @@ class Endpoint:
             swing = self.jitter * self.generator.uniform(-1, 1) if 1 < number < tokens else 0.0
             due_s = begun_s + self.ttft_s + self.itl_s * (number - 1 + swing / 2)
             await asyncio.sleep(max(0.0, due_s - clock()))
-            _write_event(writer, {"choices": [{"text": "x"}], "usage": {"completion_tokens": number}})
+            _write_event(
+                writer, {"choices": [{"text": "x"}], "usage": {"completion_tokens": number}}
+            )
         writer.write(_chunk(b"data: [DONE]\n\n") + _chunk(b""))
 
 
 async def _read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
     """The JSON of a POST, {} for a GET, None where the connection ended."""
     head = await reader.readuntil(b"\r\n\r\n")
-    lengths = [line.partition(b":")[2] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    lengths = [
+        line.partition(b":")[2]
+        for line in head.lower().split(b"\r\n")
+        if line.startswith(b"content-length:")
+    ]
     if not head.startswith(b"POST"):
         return {}
     body: dict[str, Any] = json.loads(await reader.readexactly(int(lengths[0])))
@@ -67,7 +76,9 @@ async def _read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
 
 def _answer(writer: asyncio.StreamWriter, status: bytes, value: Any) -> None:
     body = json.dumps(value).encode()
-    writer.write(HEAD % (status, b"application/json") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    writer.write(
+        HEAD % (status, b"application/json") + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
 
 
 def _write_event(writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
-"""The streaming fold against `cp` of the same bytes, on a random checkpoint of LLaMA-2-7B's shape (13.5 GB in bf16).
+"""The streaming fold against `cp` of the same bytes, on a random checkpoint of LLaMA-2-7B's shape
+(13.5 GB in bf16).
 
     python -m benchmarks.fold [--directory DIR] [--rounds 3] [--layers 32]
 
-Needs three times the checkpoint's size on the disk of DIR. Each round folds (8 of 32 layers dropped, W' folded into
-one down projection, into shards of 5 GB, hashed, fsynced) and copies the folded files with `cp` and `sync -f`, in turn;
-once with the input dropped from the page cache (cold), once with it in there as far as memory allows (warm).
+Needs three times the checkpoint's size on the disk of DIR. Each round folds (8 of 32 layers
+dropped, W' folded into one down projection, into shards of 5 GB, hashed, fsynced) and copies the
+folded files with `cp` and `sync -f`, in turn; once with the input dropped from the page cache
+(cold), once with it in there as far as memory allows (warm).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from gradmap.reading import read_json
 from gradmap.safetensors_reader import TensorSpec
 
 SHARD_BYTES = 5 * 10**9
-# Prints the seconds from after Python's imports, which no longer checkpoint makes longer, to the end of the last fsync.
+# Prints the seconds from after Python's imports, which no longer checkpoint makes longer, to the
+# end of the last fsync.
 FOLD = """
 import sys, time, torch
 from pathlib import Path
@@ -58,7 +61,8 @@ print(time.perf_counter() - started)
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds to write `bytes`, with the input dropped from the page cache (cold) or read before (warm)."""
+    """Seconds to write `bytes`, with the input dropped from the page cache (cold) or read before
+    (warm)."""
 
     temperature: str
     bytes: int
@@ -67,10 +71,14 @@ class Round:
 
 
 def main(
-    directory: Annotated[Path, typer.Option(help="Where to work; it must have the space.")] = Path("out/benchmark"),
+    directory: Annotated[Path, typer.Option(help="Where to work; it must have the space.")] = Path(
+        "out/benchmark"
+    ),
     rounds: int = 3,
     layers: int = 32,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoint for other experiments.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the checkpoint for other experiments.")
+    ] = False,
 ) -> None:
     source = directory / f"llama-7b-shape-{layers}"
     if not (source / "config.json").exists():
@@ -85,27 +93,41 @@ def main(
             written = sum(path.stat().st_size for path in folded.iterdir())
             results.append(Round(temperature, written, fold_s, copy_s))
             print(
-                f"{temperature} {number}: fold {written / fold_s / 1e9:.2f} GB/s, cp {written / copy_s / 1e9:.2f} GB/s"
+                f"{temperature} {number}: fold {written / fold_s / 1e9:.2f} GB/s, cp "
+                f"{written / copy_s / 1e9:.2f} GB/s"
             )
     for temperature in ("cold", "warm"):
-        ratios = [result.cp_s / result.fold_s for result in results if result.temperature == temperature]
-        print(f"{temperature}: fold at {statistics.median(ratios):.0%} of cp ({min(ratios):.0%} to {max(ratios):.0%})")
+        ratios = [
+            result.cp_s / result.fold_s for result in results if result.temperature == temperature
+        ]
+        print(
+            f"{temperature}: fold at {statistics.median(ratios):.0%} of cp ({min(ratios):.0%} to "
+            f"{max(ratios):.0%})"
+        )
     peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(f"peak resident memory of a child: {peak_bytes / 1e9:.2f} GB")
     rows = [asdict(result) for result in results]
-    write_json(directory / "fold.json", {"results": rows, "peak_bytes": peak_bytes, **describe_environment()})
+    write_json(
+        directory / "fold.json",
+        {"results": rows, "peak_bytes": peak_bytes, **describe_environment()},
+    )
     for path in (folded, copied) if keep else (folded, copied, source):
         shutil.rmtree(path)
 
 
 def write_random_checkpoint(directory: Path, layers: int, vocabulary: int = 32000) -> None:
-    """A Llama of 7B's shape in bf16. The same random block fills all weights: only sizes matter here."""
+    """A Llama of 7B's shape in bf16. The same random block fills all weights: only sizes matter
+    here."""
     config = LlamaConfig(
-        num_hidden_layers=layers, vocab_size=vocabulary, architectures=["LlamaForCausalLM"], dtype="bfloat16"
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
     )
     with torch.device("meta"):
         shapes = {
-            name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
+            name: tuple(tensor.shape)
+            for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
         }
     block = (0.02 * torch.randn(2**24, generator=torch.Generator().manual_seed(0))).bfloat16()
     directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +146,8 @@ def write_random_checkpoint(directory: Path, layers: int, vocabulary: int = 3200
 
 
 def write_random_model(directory: Path, layers: int, tokenizer: Path) -> int:
-    """Such a checkpoint with the tokenizer of another model directory, unless it is there. Returns its vocabulary."""
+    """Such a checkpoint with the tokenizer of another model directory, unless it is there. Returns
+    its vocabulary."""
     vocabulary = int(read_json(tokenizer / "config.json")["vocab_size"])
     if not (directory / "config.json").exists():
         write_random_checkpoint(directory, layers, vocabulary)
@@ -137,7 +160,11 @@ def fill(specs: list[TensorSpec], block: Tensor) -> Iterator[Tensor]:
     for spec in specs:
         count = spec.bytes // block.itemsize
         repeated = block.repeat(-(-count // len(block)))[:count]
-        yield torch.ones(spec.shape, dtype=block.dtype) if len(spec.shape) == 1 else repeated.reshape(spec.shape)
+        yield (
+            torch.ones(spec.shape, dtype=block.dtype)
+            if len(spec.shape) == 1
+            else repeated.reshape(spec.shape)
+        )
 
 
 def fold(source: Path, target: Path) -> float:
@@ -153,7 +180,9 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - started
 
 
-def measure(work: Callable[[Path, Path], float], prepare: Callable[[Path], None], source: Path, target: Path) -> float:
+def measure(
+    work: Callable[[Path, Path], float], prepare: Callable[[Path], None], source: Path, target: Path
+) -> float:
     """Seconds until the written bytes are on the disk."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()

@@ -1,12 +1,15 @@
-"""Tokens per second of one stream, artifact against artifact, in transformers, ONNX Runtime, genai and vLLM.
+r"""Tokens per second of one stream, artifact against artifact, in transformers, ONNX Runtime, genai
+and vLLM.
 
-    gradmap export --model M --plan PLAN --format hf --format onnx --format onnx-genai --format vllm --out pruned
-    python -m benchmarks.generation dense/* pruned/* [--rounds 5] [--prompt-tokens 128] [--new-tokens 64]
+    gradmap export --model M --plan PLAN --format hf --format onnx --format onnx-genai \
+        --format vllm --out pruned
+    python -m benchmarks.generation dense/* pruned/* [--rounds 5] [--prompt-tokens 128] \
+        [--new-tokens 64]
 
-All artifacts stay loaded, each in its own process, and generate in turn, round after round: what disturbs the machine
-disturbs all. Done once with one thread and once with all cores. Ratios are taken within a round; the table has their
-median and range, against the first `hf` artifact of the same model, and of a model with fewer layers against the
-deepest.
+All artifacts stay loaded, each in its own process, and generate in turn, round after round: what
+disturbs the machine disturbs all. Done once with one thread and once with all cores. Ratios are
+taken within a round; the table has their median and range, against the first `hf` artifact of the
+same model, and of a model with fewer layers against the deepest.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ class Result:
 
 
 def main(
-    artifacts: Annotated[list[Path], typer.Argument(help="Directories that gradmap export has written.")],
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="Directories that gradmap export has written.")
+    ],
     rounds: int = 5,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
@@ -62,14 +67,25 @@ def main(
         say(f"{threads} thread(s): loading {len(contestants)} artifacts")
         results += compete(contestants, rounds, prompt_tokens, new_tokens)
     title = f"Tokens per second after {prompt_tokens}, median of {rounds} interleaved rounds"
-    columns = ("artifact", "threads", "tokens/s", "prefill ms", "x its hf", "range", "x deepest", "range")
+    columns = (
+        "artifact",
+        "threads",
+        "tokens/s",
+        "prefill ms",
+        "x its hf",
+        "range",
+        "x deepest",
+        "range",
+    )
     print_table(title, columns, [row_of(result, results) for result in results])
     write_json(
         out,
         {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
-            "results": [asdict(result) | {"contestant": label(result.contestant)} for result in results],
+            "results": [
+                asdict(result) | {"contestant": label(result.contestant)} for result in results
+            ],
             "environment": describe_environment(),
         },
     )
@@ -78,14 +94,18 @@ def main(
 def describe(directory: Path, threads: int) -> Contestant:
     record = read_json(directory / ARTIFACT_FILE)
     stored = record["quantise"] or record["dtype"]
-    return Contestant(directory, record["name"], record["format"], stored, record["layers"], threads)
+    return Contestant(
+        directory, record["name"], record["format"], stored, record["layers"], threads
+    )
 
 
 def label(contestant: Contestant) -> str:
     return f"{contestant.layers} layers, {contestant.form} {contestant.stored}"
 
 
-def compete(contestants: list[Contestant], rounds: int, prompt_tokens: int, new_tokens: int) -> list[Result]:
+def compete(
+    contestants: list[Contestant], rounds: int, prompt_tokens: int, new_tokens: int
+) -> list[Result]:
     workers = [start(contestant, prompt_tokens, new_tokens) for contestant in contestants]
     results = [Result(contestant, [], []) for contestant in contestants]
     try:
@@ -135,8 +155,16 @@ def read_line(worker: subprocess.Popen[str]) -> str:
 def row_of(result: Result, results: list[Result]) -> tuple[str, ...]:
     own = result.contestant
     peers = [other for other in results if other.contestant.threads == own.threads]
-    baseline = [other for other in peers if (other.contestant.form, other.contestant.model) == ("hf", own.model)]
-    same = [other for other in peers if (other.contestant.form, other.contestant.stored) == (own.form, own.stored)]
+    baseline = [
+        other
+        for other in peers
+        if (other.contestant.form, other.contestant.model) == ("hf", own.model)
+    ]
+    same = [
+        other
+        for other in peers
+        if (other.contestant.form, other.contestant.stored) == (own.form, own.stored)
+    ]
     deepest = max(same, key=lambda other: other.contestant.layers)
     return (
         label(own),

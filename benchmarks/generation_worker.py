@@ -1,9 +1,10 @@
-"""Generates with one artifact in one runtime whenever it is told to: a line on stdin, a JSON line back.
+"""Generates with one artifact in one runtime whenever it is told to: a line on stdin, a JSON line
+back.
 
     python -m benchmarks.generation_worker RUNTIME DIRECTORY THREADS PROMPT_TOKENS NEW_TOKENS
 
-Each answer holds `prefill_s`, until the first token, and `decode_s`, for the others. Every run is the same greedy
-continuation of the same random prompt, without a cached prefix.
+Each answer holds `prefill_s`, until the first token, and `decode_s`, for the others. Every run is
+the same greedy continuation of the same random prompt, without a cached prefix.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Generate = Callable[[int], None]
 
 def main() -> None:
     runtime, directory, threads, prompt_tokens, new_tokens = sys.argv[1:]
-    prompt = torch.randint(3, 200, (1, int(prompt_tokens)), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(
+        3, 200, (1, int(prompt_tokens)), generator=torch.Generator().manual_seed(0)
+    )
     generate = LOADERS[runtime](Path(directory), int(threads), prompt, int(new_tokens))
     generate(int(new_tokens))  # what is compiled or allocated at the first use
     print("ready", flush=True)
@@ -67,7 +70,9 @@ def load_genai(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -
     import onnxruntime_genai
 
     config = onnxruntime_genai.Config(str(directory))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    config.overlay(
+        json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
+    )
     model = onnxruntime_genai.Model(config)
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=prompt.shape[1] + new_tokens, do_sample=False)
@@ -86,10 +91,14 @@ def load_vllm(directory: Path, threads: int, prompt: Tensor, new_tokens: int) ->
     from vllm import LLM, SamplingParams
 
     length = prompt.shape[1] + new_tokens
-    engine = LLM(str(directory), max_model_len=length, enable_prefix_caching=False, skip_tokenizer_init=True)
+    engine = LLM(
+        str(directory), max_model_len=length, enable_prefix_caching=False, skip_tokenizer_init=True
+    )
 
     def generate(tokens: int) -> None:
-        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(
+            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False
+        )
         engine.generate([{"prompt_token_ids": prompt[0].tolist()}], sampling, use_tqdm=False)
 
     return generate

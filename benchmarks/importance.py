@@ -1,13 +1,17 @@
-"""What choosing layers costs: gradient scores as the paper computes them, ours, and other methods' passes.
+r"""What choosing layers costs: gradient scores as the paper computes them, ours, and other methods'
+passes.
 
-    python -m benchmarks.importance --model DIR [--gguf-file NAME] --calibration SPEC [--samples 8] [--rounds 2]
-    python -m benchmarks.importance --random-7b [--samples 128]          # LLaMA-2-7B's shape, bfloat16, on a GPU
+    python -m benchmarks.importance --model DIR [--gguf-file NAME] --calibration SPEC \
+        [--samples 8] [--rounds 2]
+    # LLaMA-2-7B's shape, bfloat16, on a GPU
+    python -m benchmarks.importance --random-7b [--samples 128]
 
-A run removes `--remove` layers one after another, scoring the smaller model each time. Every run is a process of its
-own (so that its peak memory is its own), and the methods take turns, round after round. All of them use the same
-samples; but for `repair`, which fits on some and measures on the others, cost is proportional to their number. Timed is
-the choosing alone, after a warm-up on two samples. FLOPs of matrix products are counted before, in a process apart, for
-counting takes time: once for each method, in the first dtype that it runs in.
+A run removes `--remove` layers one after another, scoring the smaller model each time. Every run is
+a process of its own (so that its peak memory is its own), and the methods take turns, round after
+round. All of them use the same samples; but for `repair`, which fits on some and measures on the
+others, cost is proportional to their number. Timed is the choosing alone, after a warm-up on two
+samples. FLOPs of matrix products are counted before, in a process apart, for counting takes time:
+once for each method, in the first dtype that it runs in.
 """
 
 from __future__ import annotations
@@ -41,7 +45,15 @@ from gradmap.files import write_json
 from gradmap.importance import layer_scores_reference
 from gradmap.layerwise import losses_from, record_layer_calls, sample_losses
 from gradmap.precision import computing_in, weights_dtype
-from gradmap.selection import Advance, Measure, ReducedModelScorer, Selection, Selector, Subject, select
+from gradmap.selection import (
+    Advance,
+    Measure,
+    ReducedModelScorer,
+    Selection,
+    Selector,
+    Subject,
+    select,
+)
 from gradmap.selectors.gradient import GradientScorer
 from gradmap.selectors.repair import RepairScorer
 
@@ -52,8 +64,8 @@ STAYS = torch.finfo(torch.float64).max
 
 @dataclass(frozen=True)
 class Run:
-    """seconds: of all decisions. peak_bytes: of the process, beyond what it held once the model was loaded. flop: of
-    the method's matrix products, counted in another run."""
+    """seconds: of all decisions. peak_bytes: of the process, beyond what it held once the model was
+    loaded. flop: of the method's matrix products, counted in another run."""
 
     method: str
     dtype: str
@@ -66,7 +78,9 @@ class Run:
 
 
 @torch.inference_mode()
-def run_forward(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
+def run_forward(
+    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
+) -> Tensor:
     """The floor: no score at all, the last layer goes."""
     for batch in input_ids.split(BATCH_SIZE):
         sample_losses(model(input_ids=batch.to(model.device), use_cache=False).logits, batch)
@@ -74,7 +88,9 @@ def run_forward(model: Any, architecture: Architecture, input_ids: Tensor, advan
 
 
 @torch.inference_mode()
-def score_by_block_influence(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
+def score_by_block_influence(
+    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
+) -> Tensor:
     """ShortGPT: 1 - cos(input, output) of every layer, one forward pass."""
     layers = architecture.layer_list(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
@@ -88,21 +104,30 @@ def score_by_block_influence(model: Any, architecture: Architecture, input_ids: 
 
 
 @torch.inference_mode()
-def score_by_loss_as_released(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
-    """SLEB: the loss without each block in turn, from whole forward passes. The first and last block stay."""
+def score_by_loss_as_released(
+    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
+) -> Tensor:
+    """SLEB: the loss without each block in turn, from whole forward passes. The first and last
+    block stay."""
     count = len(architecture.layer_list(model))
     losses = torch.full((count,), STAYS, dtype=torch.float64)
     for candidate in range(1, count - 1):
         with without_layers(model, architecture, [candidate]):
             losses[candidate] = sum(
-                sample_losses(model(input_ids=batch.to(model.device), use_cache=False).logits, batch).sum().item()
+                sample_losses(
+                    model(input_ids=batch.to(model.device), use_cache=False).logits, batch
+                )
+                .sum()
+                .item()
                 for batch in input_ids.split(BATCH_SIZE)
             )
     return losses
 
 
 @torch.inference_mode()
-def score_by_loss_with_prefixes(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
+def score_by_loss_with_prefixes(
+    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
+) -> Tensor:
     """SLEB, each candidate from the hidden state that enters it on."""
     layers = list(architecture.layer_list(model))
     losses = torch.full((len(layers),), STAYS, dtype=torch.float64)
@@ -113,14 +138,18 @@ def score_by_loss_with_prefixes(model: Any, architecture: Architecture, input_id
         for candidate in range(len(layers) - 1):
             if candidate > 0:
                 hidden = entering
-                for layer, call in zip(layers[candidate + 1 :], calls[candidate + 1 :], strict=True):
+                for layer, call in zip(
+                    layers[candidate + 1 :], calls[candidate + 1 :], strict=True
+                ):
                     hidden = call.run(layer, hidden)
                 losses[candidate] += losses_from(model, layers, hidden, ids).sum().item()
             entering = calls[candidate].run(layers[candidate], entering)
     return losses
 
 
-def score_as_written(model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance) -> Tensor:
+def score_as_written(
+    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
+) -> Tensor:
     """The paper's Eq. 7, every gradient formed."""
     return layer_scores_reference(model, architecture, input_ids)
 
@@ -148,9 +177,13 @@ DEFAULT_RUNS = [
 def main(
     model: str | None = None,
     gguf_file: str | None = None,
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")] = "wikipedia",
+    calibration: Annotated[
+        str, typer.Option(help="Text source, see gradmap/text_specs.py.")
+    ] = "wikipedia",
     random_7b: bool = False,
-    run: Annotated[list[str] | None, typer.Option(help="METHOD@DTYPE; all if none is given.")] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="METHOD@DTYPE; all if none is given.")
+    ] = None,
     remove: int = 8,
     samples: int = 8,
     tokens: int = 128,
@@ -167,20 +200,30 @@ def main(
             measure = _count if count else _time
             print(json.dumps(measure(METHODS[method], subject, remove)))
         return
-    names = run or (["naive@bfloat16", "ours@bfloat16", "forward only@bfloat16"] if random_7b else DEFAULT_RUNS)
+    names = run or (
+        ["naive@bfloat16", "ours@bfloat16", "forward only@bfloat16"] if random_7b else DEFAULT_RUNS
+    )
     source = [] if random_7b else ["--model", model or "", "--calibration", calibration]
     source += ["--gguf-file", gguf_file] if gguf_file else []
     common = [*source, f"--remove={remove}", f"--samples={samples}", f"--tokens={tokens}"]
     first_names = {name.partition("@")[0]: name for name in reversed(names)}
-    flops = {method: _in_a_process(name, *common, "--count")["flop"] for method, name in first_names.items()}
+    flops = {
+        method: _in_a_process(name, *common, "--count")["flop"]
+        for method, name in first_names.items()
+    }
     runs: list[Run] = []
     for number in range(rounds):
         for name in names:
             method, _, dtype = name.partition("@")
             runs.append(Run(method, dtype, **_in_a_process(name, *common), flop=flops[method]))
-            say(f"round {number + 1}/{rounds}, {name}: {runs[-1].seconds:.1f} s, {runs[-1].removal_order}")
+            say(
+                f"round {number + 1}/{rounds}, {name}: {runs[-1].seconds:.1f} s, "
+                f"{runs[-1].removal_order}"
+            )
     size = {"remove": remove, "samples": samples, "tokens": tokens}
-    write_json(out, {"environment": describe_environment(), **size, "runs": [asdict(one) for one in runs]})
+    write_json(
+        out, {"environment": describe_environment(), **size, "runs": [asdict(one) for one in runs]}
+    )
     _print(runs, names, samples)
 
 
@@ -199,9 +242,13 @@ def _subject_of(
     if path is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, architecture = make_random_llama(LLAMA_2_7B, weights_dtype(dtype), device)
-        return Subject(model, architecture, Calibration("random", 0, torch.randint(32000, (samples, tokens))))
+        return Subject(
+            model, architecture, Calibration("random", 0, torch.randint(32000, (samples, tokens)))
+        )
     checkpoint = open_checkpoint(path, gguf_file)
-    drawn = build_calibration(load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42)
+    drawn = build_calibration(
+        load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42
+    )
     return Subject(load_model(checkpoint, dtype), architecture_of(checkpoint.config), drawn)
 
 
@@ -225,7 +272,9 @@ def _time(method: Selector, subject: Subject, remove: int) -> dict[str, Any]:
         held, peak = 0, torch.cuda.max_memory_allocated()
     else:
         status = Path("/proc/self/status").read_text()
-        peak = 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        peak = 1024 * next(
+            int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
+        )
     return {
         "seconds": seconds,
         "model_bytes": sum(parameter.nbytes for parameter in model.parameters()),
@@ -241,7 +290,9 @@ def _choose(method: Selector, subject: Subject, remove: int) -> Selection:
 
 def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
     """Medians over rounds; ratios to other runs of the same round, with their range."""
-    per_name = {name: [one for one in runs if f"{one.method}@{one.dtype}" == name] for name in names}
+    per_name = {
+        name: [one for one in runs if f"{one.method}@{one.dtype}" == name] for name in names
+    }
     naive = per_name[names[0]]
 
     def times(longer: Sequence[Run], shorter: Sequence[Run]) -> str:
@@ -260,12 +311,22 @@ def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
                 times(own, ours_in_dtype) if ours_in_dtype else "",
                 f"{own[0].flop / 1e12:.2f}",
                 f"{max(one.peak_bytes for one in own) / 1e9:.2f}",
-                describe_agreement(own[0].first_scores, naive[0].first_scores) if comparable else "",
+                describe_agreement(own[0].first_scores, naive[0].first_scores)
+                if comparable
+                else "",
                 " ".join(map(str, own[0].removal_order)) if own[0].method != "forward only" else "",
             )
         )
     against = (f"{names[0]} / it", "it / ours")
-    columns = ("run", "s / sample", *against, "TFLOP", "peak GB", "score error, rank corr.", "removed")
+    columns = (
+        "run",
+        "s / sample",
+        *against,
+        "TFLOP",
+        "peak GB",
+        "score error, rank corr.",
+        "removed",
+    )
     print_table("Choosing layers", columns, rows)
 
 

@@ -1,17 +1,21 @@
-"""A drill on one GPU: what pruning LLaMA-2-7B's shape takes, step by step within minutes, beside what costs predict.
+"""A drill on one GPU: what pruning LLaMA-2-7B's shape takes, step by step within minutes, beside
+what costs predict.
 
     python -m benchmarks.llama_7b --no-serve [--minutes 12]
-    python -m benchmarks.llama_7b --tokenizer DIR --calibration SPEC --minutes 60    # and a load test of two servers
-    python -m benchmarks.llama_7b --no-serve --shape pico                            # to try the drill, on a CPU
+    # and a load test of two servers
+    python -m benchmarks.llama_7b --tokenizer DIR --calibration SPEC --minutes 60
+    # to try the drill, on a CPU
+    python -m benchmarks.llama_7b --no-serve --shape pico
 
-A quarter of the layers goes, with 128 x 128 tokens. The steps are those of `gradmap prune`, what is known least first,
-then a profile of the slowest. Each stands alone, so that one that fails spoils no other: what a step would get from
-those before it (which layers go) is the same for all. Weights and samples are random, for time depends on sizes alone;
-they are made on the GPU in bfloat16, and nothing is read from a disk or a hub.
+A quarter of the layers goes, with 128 x 128 tokens. The steps are those of `gradmap prune`, what is
+known least first, then a profile of the slowest. Each stands alone, so that one that fails spoils
+no other: what a step would get from those before it (which layers go) is the same for all. Weights
+and samples are random, for time depends on sizes alone; they are made on the GPU in bfloat16, and
+nothing is read from a disk or a hub.
 
-Every result is in the file as soon as it exists. A drill that is started again does what is not there yet; no step is
-begun once the minutes are over. The load test needs 30 GB of disk and vLLM, see benchmarks.llama_7b_serving. For the
-first step the paper has 123 s and 13.7 GB, on an A40.
+Every result is in the file as soon as it exists. A drill that is started again does what is not
+there yet; no step is begun once the minutes are over. The load test needs 30 GB of disk and vLLM,
+see benchmarks.llama_7b_serving. For the first step the paper has 123 s and 13.7 GB, on an A40.
 """
 
 from __future__ import annotations
@@ -72,7 +76,12 @@ class Task:
 
     def described(self) -> dict[str, Any]:
         size = {"samples": self.size.samples, "tokens": self.size.tokens}
-        return {"shape": self.shape.name, "layers": self.shape.layers, "removed": self.remove, **size}
+        return {
+            "shape": self.shape.name,
+            "layers": self.shape.layers,
+            "removed": self.remove,
+            **size,
+        }
 
     @property
     def remove(self) -> int:
@@ -86,7 +95,9 @@ class Task:
     @property
     def removed(self) -> tuple[int, ...]:
         """For the steps that only repair: runs that are as far from each other as they can be."""
-        starts = [self.shape.layers * number // (self.runs + 1) for number in range(1, self.runs + 1)]
+        starts = [
+            self.shape.layers * number // (self.runs + 1) for number in range(1, self.runs + 1)
+        ]
         return tuple(start + further for further in (0, 1) for start in starts)[: self.remove]
 
 
@@ -123,7 +134,12 @@ def choose_by(selector: str) -> Callable[[Case], Facts]:
     def choose(case: Case) -> Facts:
         subject = Subject(case.model, case.architecture, case.calibration)
         chosen = select(
-            SELECTORS[selector], subject, case.task.remove, one_shot=False, done=(), record=lambda step: None
+            SELECTORS[selector],
+            subject,
+            case.task.remove,
+            one_shot=False,
+            done=(),
+            record=lambda step: None,
         )
         return {"removed": chosen.removal_order}
 
@@ -168,20 +184,29 @@ class Step:
 
 STEPS = {
     "gradient scores": Step(
-        choose_by("gradient"), by_flops(lambda task: score_flops(task.shape, task.remove, task.size)), 10
+        choose_by("gradient"),
+        by_flops(lambda task: score_flops(task.shape, task.remove, task.size)),
+        10,
     ),
     "the default's selection": Step(
-        choose_by("repair"), by_flops(lambda task: selection_flops(task.shape, task.remove, task.size)), 10
+        choose_by("repair"),
+        by_flops(lambda task: selection_flops(task.shape, task.remove, task.size)),
+        10,
     ),
-    "refit": Step(refit, by_flops(lambda task: refit_flops(task.shape, task.remove, task.runs, task.size)), 20),
-    "writing": Step(write, lambda task, hardware: writing_seconds(task.shape, hardware, task.size), 5),
+    "refit": Step(
+        refit, by_flops(lambda task: refit_flops(task.shape, task.remove, task.runs, task.size)), 20
+    ),
+    "writing": Step(
+        write, lambda task, hardware: writing_seconds(task.shape, hardware, task.size), 5
+    ),
     "training, with writing": Step(train, predict_training),
 }
 
 
 @dataclass(frozen=True)
 class Record:
-    """The file with all results so far, step by step: facts with `seconds`, an `error`, or why it was `not_begun`.
+    """The file with all results so far, step by step: facts with `seconds`, an `error`, or why it
+    was `not_begun`.
 
     task: what was done on which machine, which is the same for all of them.
     """
@@ -195,12 +220,17 @@ class Record:
         """Raises BadParameter if the file is about another task."""
         known = read_json(path) if path.exists() else {"task": task, "steps": {}}
         if known["task"] != task:
-            raise typer.BadParameter(f"{path} holds a drill of {known['task']}, not of {task}; name another file")
+            raise typer.BadParameter(
+                f"{path} holds a drill of {known['task']}, not of {task}; name another file"
+            )
         return cls(path, task, known["steps"])
 
     def add(self, name: str, facts: Facts) -> None:
         self.steps[name] = facts
-        write_json(self.path, {"environment": describe_environment(), "task": self.task, "steps": self.steps})
+        write_json(
+            self.path,
+            {"environment": describe_environment(), "task": self.task, "steps": self.steps},
+        )
 
     def has(self, name: str) -> bool:
         return "seconds" in self.steps.get(name, {})
@@ -228,9 +258,15 @@ def main(
     tokens: int = 128,
     minutes: Annotated[float, typer.Option(help="No step is begun after so many.")] = 12.0,
     out: Path = Path("out/benchmark/llama_7b.json"),
-    serve: Annotated[bool, typer.Option(help="End with a load test of the dense and the pruned model.")] = True,
-    tokenizer: Annotated[Path | None, typer.Option(help="To serve: a model directory with a tokenizer.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="To serve: a text source, see gradmap/text_specs.py.")] = None,
+    serve: Annotated[
+        bool, typer.Option(help="End with a load test of the dense and the pruned model.")
+    ] = True,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="To serve: a model directory with a tokenizer.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="To serve: a text source, see gradmap/text_specs.py.")
+    ] = None,
     directory: Annotated[Path, typer.Option(help="To serve: where models are written.")] = Path(
         "out/benchmark/llama-7b"
     ),
@@ -239,19 +275,29 @@ def main(
 ) -> None:
     ends = time.monotonic() + 60 * minutes
     if shape.lower() not in KNOWN_SHAPES:
-        raise typer.BadParameter(f"{shape} is none of {', '.join(KNOWN_SHAPES)}", param_hint="--shape")
+        raise typer.BadParameter(
+            f"{shape} is none of {', '.join(KNOWN_SHAPES)}", param_hint="--shape"
+        )
     if serve and (tokenizer is None or calibration is None):
-        raise typer.BadParameter("the load test needs --tokenizer and --calibration; give both, or --no-serve")
+        raise typer.BadParameter(
+            "the load test needs --tokenizer and --calibration; give both, or --no-serve"
+        )
     task = Task(KNOWN_SHAPES[shape.lower()], CalibrationSize(samples, tokens))
     if serve and task.shape is not LLAMA_2_7B:
-        raise typer.BadParameter(f"the load test is of {LLAMA_2_7B.name}'s shape; give --no-serve with another")
+        raise typer.BadParameter(
+            f"the load test is of {LLAMA_2_7B.name}'s shape; give --no-serve with another"
+        )
     record = Record.open(out, task.described() | {"machine": machine()})
     for name, step in STEPS.items():
         record.run(name, ends, partial(measure, step, task))
     record.run(PROFILE, ends, partial(profile_slowest, record, task))
     if serve:
         assert tokenizer is not None and calibration is not None
-        record.run(LOAD_TEST, ends, partial(load_test, task, directory, tokenizer, calibration, prompt_tokens, pairs))
+        record.run(
+            LOAD_TEST,
+            ends,
+            partial(load_test, task, directory, tokenizer, calibration, prompt_tokens, pairs),
+        )
     report(record, task)
     if any("error" in facts for facts in record.steps.values()):
         raise typer.Exit(1)
@@ -268,7 +314,11 @@ def measure(step: Step, task: Task) -> Facts:
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None, **found}
+    return {
+        "seconds": seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        **found,
+    }
 
 
 def free_memory() -> None:
@@ -290,8 +340,12 @@ def profile_slowest(record: Record, task: Task) -> Facts:
     return {"seconds": time.perf_counter() - started, "step": slowest, **tables}
 
 
-def load_test(task: Task, directory: Path, tokenizer: Path, calibration: str, prompt_tokens: int, pairs: int) -> Facts:
-    from benchmarks.llama_7b_serving import load_test_both  # what it needs is not on every machine that prunes
+def load_test(
+    task: Task, directory: Path, tokenizer: Path, calibration: str, prompt_tokens: int, pairs: int
+) -> Facts:
+    from benchmarks.llama_7b_serving import (
+        load_test_both,
+    )  # what it needs is not on every machine that prunes
 
     make_case.cache_clear()  # the servers need the memory
     free_memory()
@@ -305,17 +359,28 @@ def report(record: Record, task: Task) -> None:
     hardware = next((one for one in KNOWN_HARDWARE if one.name in machine()), None)
     columns = ("step", "seconds", "goal", "peak GB", "predicted", "predicted / measured - 1")
     rows = [describe_step(name, record.steps[name], task, hardware) for name in STEPS]
-    print_table(f"{task.shape.name}'s shape, {task.remove} of {task.shape.layers} layers removed", columns, rows)
+    print_table(
+        f"{task.shape.name}'s shape, {task.remove} of {task.shape.layers} layers removed",
+        columns,
+        rows,
+    )
     if record.has(PROFILE):
         profiled = record.steps[PROFILE]
-        print(f"{profiled['step']}, {RECORDED_S:g} s of it:", profiled["device"], profiled["cpu"], sep="\n")
+        print(
+            f"{profiled['step']}, {RECORDED_S:g} s of it:",
+            profiled["device"],
+            profiled["cpu"],
+            sep="\n",
+        )
     if record.has(LOAD_TEST):
         from benchmarks.llama_7b_serving import print_both
 
         print_both(record.steps[LOAD_TEST], hardware, task.remove)
 
 
-def describe_step(name: str, facts: Facts, task: Task, hardware: Hardware | None) -> tuple[str, ...]:
+def describe_step(
+    name: str, facts: Facts, task: Task, hardware: Hardware | None
+) -> tuple[str, ...]:
     step = STEPS[name]
     seconds, peak_bytes = facts.get("seconds"), facts.get("peak_bytes")
     predicted_s = None if hardware is None else step.predict(task, hardware)
@@ -325,7 +390,9 @@ def describe_step(name: str, facts: Facts, task: Task, hardware: Hardware | None
         f"{step.goal_s}" if step.goal_s is not None and task.shape is LLAMA_2_7B else "",
         f"{peak_bytes / 1e9:.1f}" if peak_bytes is not None else "",
         f"{predicted_s:.1f}" if predicted_s is not None else "",
-        f"{predicted_s / seconds - 1:+.0%}" if predicted_s is not None and seconds is not None else "",
+        f"{predicted_s / seconds - 1:+.0%}"
+        if predicted_s is not None and seconds is not None
+        else "",
     )
 
 

@@ -1,9 +1,10 @@
-"""Does the load generator measure what happens, and how much can it send? Against an endpoint with known times.
+"""Does the load generator measure what happens, and how much can it send? Against an endpoint with
+known times.
 
     python -m benchmarks.load_generator [--rounds 3]
 
-Truth is what the endpoint was told to do (benchmarks.fake_endpoint, a process of its own). Run on an idle machine: what
-the endpoint is late by counts as an error of the load generator here.
+Truth is what the endpoint was told to do (benchmarks.fake_endpoint, a process of its own). Run on
+an idle machine: what the endpoint is late by counts as an error of the load generator here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from serving.ports import free_port
 
 @dataclass(frozen=True)
 class Case:
-    """An endpoint and a load. seconds: length of an open loop. truth_s and rates are compared with what is measured."""
+    """An endpoint and a load. seconds: length of an open loop. truth_s and rates are compared with
+    what is measured."""
 
     name: str
     load: Load
@@ -58,11 +60,27 @@ class Case:
 CASES = (
     Case("one at a time", Load(CONCURRENCY, 1), 200, 20, 32, requests=10),
     Case("8 at a time, jitter", Load(CONCURRENCY, 8), 200, 20, 32, requests=48, jitter=0.5),
-    Case("8 at a time, every 8th fails", Load(CONCURRENCY, 8), 100, 20, 16, requests=64, error_share=0.125),
+    Case(
+        "8 at a time, every 8th fails",
+        Load(CONCURRENCY, 8),
+        100,
+        20,
+        16,
+        requests=64,
+        error_share=0.125,
+    ),
     Case("constant 20/s, 0.5 s each", Load("constant", 20), 250, 25, 11),
     Case("Poisson 20/s, 0.5 s each", Load("poisson", 20), 250, 25, 11),
     Case("Poisson 50/s", Load("poisson", 50), 200, 20, 32),
-    Case("1,000 streams, two processes", Load(CONCURRENCY, 1000), 1000, 500, 20, requests=2000, processes=2),
+    Case(
+        "1,000 streams, two processes",
+        Load(CONCURRENCY, 1000),
+        1000,
+        500,
+        20,
+        requests=2000,
+        processes=2,
+    ),
 )
 
 
@@ -104,7 +122,9 @@ def fake_endpoint(case: Case) -> Iterator[str]:
     command = [sys.executable, "-m", "benchmarks.fake_endpoint", "--port", str(port)]
     options = {"--ttft-ms": case.ttft_ms, "--itl-ms": case.itl_ms, "--jitter": case.jitter}
     options["--error-share"] = case.error_share
-    process = subprocess.Popen([*command, *(str(part) for option in options.items() for part in option)])
+    process = subprocess.Popen(
+        [*command, *(str(part) for option in options.items() for part in option)]
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(transport=own_transport(url)) as client:
@@ -126,9 +146,25 @@ def main(rounds: int = 3, out: Path = Path("out/benchmark/load_generator.json"))
         say(f"Round {number + 1} of {rounds}")
         for case in CASES:
             found[case.name].append(run_case(case))
-    write_json(out, {"environment": describe_environment(), "cases": [asdict(case) for case in CASES], "rounds": found})
+    write_json(
+        out,
+        {
+            "environment": describe_environment(),
+            "cases": [asdict(case) for case in CASES],
+            "rounds": found,
+        },
+    )
     rows = [row(case, found[case.name]) for case in CASES]
-    columns = ("", "TTFT (ms)", "TPOT (ms)", "E2EL (ms)", "failed", "sent/s", "in flight", "client CPU")
+    columns = (
+        "",
+        "TTFT (ms)",
+        "TPOT (ms)",
+        "E2EL (ms)",
+        "failed",
+        "sent/s",
+        "in flight",
+        "client CPU",
+    )
     print_table("Measured / truth: median of the rounds", columns, rows)
 
 

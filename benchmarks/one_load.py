@@ -15,10 +15,14 @@ from loadtest.records import Measurements
 from loadtest.settings import Block, LoadTestSettings
 
 
-def send_load(endpoint: Endpoint, load: Load, workload: Workload, vocabulary: int, **settings: Any) -> Measurements:
+def send_load(
+    endpoint: Endpoint, load: Load, workload: Workload, vocabulary: int, **settings: Any
+) -> Measurements:
     """settings: of LoadTestSettings. Prompts are random, and new for each seed of the workload."""
     arms = {"pruned": endpoint.url}  # no load test is without one; only the dense endpoint is asked
     chosen = LoadTestSettings(endpoint.url, arms, loads=(load,), workload=workload, **settings)
     with TemporaryDirectory() as directory:
-        bench = Bench(chosen, RandomPrompts(workload, vocabulary), Board(starts=0, loads=1), Path(directory))
+        bench = Bench(
+            chosen, RandomPrompts(workload, vocabulary), Board(starts=0, loads=1), Path(directory)
+        )
         return run_load(endpoint, bench, Block("dense", 0), load)

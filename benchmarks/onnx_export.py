@@ -1,10 +1,12 @@
-"""Our ONNX export against optimum's, of the same checkpoint: what each costs, and what its graph is worth.
+"""Our ONNX export against optimum's, of the same checkpoint: what each costs, and what its graph is
+worth.
 
     make consumers
     python -m benchmarks.onnx_export out/demo/hf [--rounds 3] [--consumers .venv-consumers]
 
-Each round exports with both, in turn; each checks its graph in ONNX Runtime before it ends. Then both graphs are loaded
-by the same onnxruntime, compared with transformers in float32, and generate in turn (benchmarks.generation).
+Each round exports with both, in turn; each checks its graph in ONNX Runtime before it ends. Then
+both graphs are loaded by the same onnxruntime, compared with transformers in float32, and generate
+in turn (benchmarks.generation).
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ OURS, OPTIMUM = "ours", "optimum"
 
 @dataclass(frozen=True)
 class Export:
-    """What one export took: seconds, CPU seconds of all its processes, and the peak memory (bytes) of the largest."""
+    """What one export took: seconds, CPU seconds of all its processes, and the peak memory (bytes)
+    of the largest."""
 
     seconds: float
     cpu_s: float
@@ -46,7 +49,9 @@ class Export:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="A directory that gradmap export wrote, format hf.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A directory that gradmap export wrote, format hf.")
+    ],
     rounds: int = 3,
     consumers: Path = Path(".venv-consumers"),
     out: Path = Path("out/benchmark/onnx_export.json"),
@@ -64,28 +69,65 @@ def main(
         sizes = {name: size_of(graph) for name, graph in graphs.items()}
         errors = {name: largest_error(checkpoint, graph) for name, graph in graphs.items()}
         layers = read_json(checkpoint / "config.json")["num_hidden_layers"]
-        contestants = [Contestant(graph, "pruned", "onnx", name, layers, 1) for name, graph in graphs.items()]
-        speeds = dict(zip(graphs, compete(contestants, rounds, prompt_tokens=128, new_tokens=64), strict=True))
-    generated = {name: {"tokens_per_s": one.tokens_per_s, "prefill_s": one.prefill_s} for name, one in speeds.items()}
+        contestants = [
+            Contestant(graph, "pruned", "onnx", name, layers, 1) for name, graph in graphs.items()
+        ]
+        speeds = dict(
+            zip(graphs, compete(contestants, rounds, prompt_tokens=128, new_tokens=64), strict=True)
+        )
+    generated = {
+        name: {"tokens_per_s": one.tokens_per_s, "prefill_s": one.prefill_s}
+        for name, one in speeds.items()
+    }
     described = {name: [asdict(export) for export in one] for name, one in exports.items()}
     result = {"exports": described, "bytes": sizes, "largest_error": errors, "generated": generated}
     write_json(out, {"environment": describe_environment(), **result})
-    columns = ("", "export (s)", "CPU (s)", "peak (GB)", "graph (MB)", "largest error", "prefill (ms)", "tokens/s")
+    columns = (
+        "",
+        "export (s)",
+        "CPU (s)",
+        "peak (GB)",
+        "graph (MB)",
+        "largest error",
+        "prefill (ms)",
+        "tokens/s",
+    )
     rows = [row(name, exports[name], sizes[name], errors[name], speeds[name]) for name in graphs]
-    print_table(f"ONNX export of {layers} layers, float32: medians of {rounds} rounds (range)", columns, rows)
+    print_table(
+        f"ONNX export of {layers} layers, float32: medians of {rounds} rounds (range)",
+        columns,
+        rows,
+    )
 
 
 def commands_for(checkpoint: Path, consumers: Path, out: Path) -> dict[str, list[str]]:
-    ours = [sys.executable, "-m", "gradmap", "export", "--model", str(checkpoint), "--format", "onnx"]
+    ours = [
+        sys.executable,
+        "-m",
+        "gradmap",
+        "export",
+        "--model",
+        str(checkpoint),
+        "--format",
+        "onnx",
+    ]
     theirs = [str(consumers / "bin" / "optimum-cli"), "export", "onnx", "--model", str(checkpoint)]
-    theirs += ["--task", "text-generation-with-past", "--library", "transformers", str(out / OPTIMUM)]
+    theirs += [
+        "--task",
+        "text-generation-with-past",
+        "--library",
+        "transformers",
+        str(out / OPTIMUM),
+    ]
     return {OURS: [*ours, "--out", str(out / OURS)], OPTIMUM: theirs}
 
 
 def timed(command: Sequence[str]) -> Export:
     started = time.perf_counter()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    code, usage = run_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    code, usage = run_process(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
     if code != 0:
         raise SystemExit(f"{' '.join(command)} ended with code {code}; run it by hand to see why.")
     return Export(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak_bytes(usage))
@@ -108,7 +150,9 @@ def largest_error(checkpoint: Path, graph: Path) -> float:
     return difference.abs().max().item()
 
 
-def row(name: str, exports: Sequence[Export], size: int, error: float, speed: Result) -> tuple[str, ...]:
+def row(
+    name: str, exports: Sequence[Export], size: int, error: float, speed: Result
+) -> tuple[str, ...]:
     seconds = [export.seconds for export in exports]
     rates = speed.tokens_per_s
     return (

@@ -2,8 +2,9 @@
 
     python -m benchmarks.parity [--model M [--gguf-file F] --plan PLAN] [--out DIR]
 
-The picos are those of the tests (random weights, random W' of norm 1.5, two of five layers removed), wide enough for
-vLLM's kernels; a random model's logits are flat, so its most likely token changes sides sooner than a trained one's.
+The picos are those of the tests (random weights, random W' of norm 1.5, two of five layers
+removed), wide enough for vLLM's kernels; a random model's logits are flat, so its most likely token
+changes sides sooner than a trained one's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from gradmap.files import write_json
 from tests.conftest import VOCABULARY, make_pico
 from tests.export.test_export import make_source
 
-# 4 samples of 64 tokens and 64 generated ones fit; heads of 32 and widths of whole blocks are what vLLM's kernels take.
+# 4 samples of 64 tokens and 64 generated ones fit; heads of 32 and widths of whole blocks are what
+# vLLM's kernels take.
 PICO_SIZES: dict[str, dict[str, int]] = {
     "llama": {"hidden_size": 128, "intermediate_size": 160, "max_position_embeddings": 128},
     # vLLM takes no window on some layers only, as the tests' Qwen2 has
@@ -37,7 +39,12 @@ PICO_SIZES: dict[str, dict[str, int]] = {
         "max_position_embeddings": 128,
         "use_sliding_window": False,
     },
-    "opt": {"hidden_size": 128, "ffn_dim": 160, "word_embed_proj_dim": 128, "max_position_embeddings": 128},
+    "opt": {
+        "hidden_size": 128,
+        "ffn_dim": 160,
+        "word_embed_proj_dim": 128,
+        "max_position_embeddings": 128,
+    },
     "gpt2": {"n_embd": 128, "n_positions": 128},
 }
 KINDS = (("hf", None), ("onnx", None), ("onnx", "int8"), ("vllm", None), ("vllm", "int8"))
@@ -45,7 +52,8 @@ KINDS = (("hf", None), ("onnx", None), ("onnx", "int8"), ("vllm", None), ("vllm"
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact in one runtime; check is a Comparison, or the sentence that refused the artifact."""
+    """One artifact in one runtime; check is a Comparison, or the sentence that refused the
+    artifact."""
 
     model: str
     kind: str
@@ -82,7 +90,10 @@ def check_all(name: str, source: Source, out: Path) -> list[Row]:
             rows.append(Row(name, f"{form} {quantise or ''}", str(error)))
             continue
         stored = record.quantise or record.dtype
-        rows += [Row(name, f"{form} {stored} in {runtime}", check) for runtime, check in record.verification.items()]
+        rows += [
+            Row(name, f"{form} {stored} in {runtime}", check)
+            for runtime, check in record.verification.items()
+        ]
     return rows
 
 

@@ -44,15 +44,21 @@ class Recording:
         self.profiler.stop()
 
 
-def profile_tables(run: Callable[[], object], layers: Iterable[nn.Module], after_s: float) -> dict[str, str]:
-    """The operations that took most of the device's and of the CPU's time, in RECORDED_S after `after_s`, or to the end
-    of `run` if that comes first. layers: of the model that it runs; with the next of them it ends, by an exception."""
+def profile_tables(
+    run: Callable[[], object], layers: Iterable[nn.Module], after_s: float
+) -> dict[str, str]:
+    """The operations that took most of the device's and of the CPU's time, in RECORDED_S after
+    `after_s`, or to the end of `run` if that comes first. layers: of the model that it runs; with
+    the next of them it ends, by an exception."""
     layers = list(layers)
     recording = _record(run, layers, after_s)
     if not recording.begun:  # it was faster than its caller thought
         recording = _record(run, layers, 0.0)
     operations = recording.profiler.key_averages()
-    return {order: operations.table(sort_by=f"self_{order}_time_total", row_limit=ROWS) for order in ("device", "cpu")}
+    return {
+        order: operations.table(sort_by=f"self_{order}_time_total", row_limit=ROWS)
+        for order in ("device", "cpu")
+    }
 
 
 def _record(run: Callable[[], object], layers: Iterable[nn.Module], after_s: float) -> Recording:

@@ -1,12 +1,15 @@
-"""What the race between removals saves, and how often it ends with another layer than all samples would choose.
+r"""What the race between removals saves, and how often it ends with another layer than all samples
+would choose.
 
-    python -m benchmarks.racing --model DIR [--gguf-file NAME] --calibration SPEC [--seed 42 --seed 43 --seed 44]
+    python -m benchmarks.racing --model DIR [--gguf-file NAME] --calibration SPEC \
+        [--seed 42 --seed 43 --seed 44]
 
-For each seed of the calibration the first rounds of `--selector repair` are measured without a race: every layer on all
-samples. Then the race itself, `gradmap.selectors.racing`, runs over what was measured, with the samples in many random
-orders. What it found a layer to cost is known in the next round, as in a real run. A round has the share of all
-measurements that the race made; how often another layer won, and what that one costs more; and how often the best layer
-was not tried, for it had cost too much.
+For each seed of the calibration the first rounds of `--selector repair` are measured without a
+race: every layer on all samples. Then the race itself, `gradmap.selectors.racing`, runs over what
+was measured, with the samples in many random orders. What it found a layer to cost is known in the
+next round, as in a real run. A round has the share of all measurements that the race made; how
+often another layer won, and what that one costs more; and how often the best layer was not tried,
+for it had cost too much.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ LAP = 4  # samples, as many as a CPU takes at once
 
 @dataclass(frozen=True)
 class Round:
-    """base: divergence before the removal, nats per token. measured: of each layer that may go, of every sample,
-    (n,) float64. untried: these layers, those first that are tried first in a round without bounds."""
+    """base: divergence before the removal, nats per token. measured: of each layer that may go, of
+    every sample, (n,) float64. untried: these layers, those first that are tried first in a round
+    without bounds."""
 
     base: float
     measured: Mapping[int, Tensor]
@@ -50,13 +54,18 @@ class Round:
         return min(self.measured, key=lambda layer: float(self.measured[layer].mean()))
 
     def with_samples(self, order: Tensor) -> Round:
-        return Round(self.base, {layer: losses[order] for layer, losses in self.measured.items()}, self.untried)
+        return Round(
+            self.base,
+            {layer: losses[order] for layer, losses in self.measured.items()},
+            self.untried,
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """share: of all measurements, that the race made. excess: how much more the layer costs with which it ended, nats
-    per token; errors: the same in standard errors of such a difference. untried: the best layer was not measured."""
+    """share: of all measurements, that the race made. excess: how much more the layer costs with
+    which it ended, nats per token; errors: the same in standard errors of such a difference.
+    untried: the best layer was not measured."""
 
     share: float
     excess: float
@@ -66,7 +75,8 @@ class Outcome:
 
 @torch.no_grad()
 def measure_rounds(subject: Subject, rounds: int) -> list[Round]:
-    """Of `--selector repair` where no layer is given up, each round without the layers that were best before."""
+    """Of `--selector repair` where no layer is given up, each round without the layers that were
+    best before."""
     scorer = RepairScorer(subject)
     layers = len(subject.layers) - 1  # the first one stays
     found: list[Round] = []
@@ -121,7 +131,8 @@ def _until_lost(losses: Tensor, race: Race) -> Tensor:
 
 
 def summarised(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of one round in many races; excess and errors are means over those that ended with another layer."""
+    """Of one round in many races; excess and errors are means over those that ended with another
+    layer."""
     wrong = [one for one in outcomes if one.excess > 0]
     return {
         "races": len(outcomes),
@@ -139,9 +150,14 @@ def simulate(of_seeds: Sequence[Sequence[Round]], races: int) -> list[dict[str, 
     outcomes = []
     for rounds in of_seeds:
         samples = len(rounds[0].measured[rounds[0].best])
-        outcomes += [race_through(rounds, torch.randperm(samples, generator=generator)) for _ in range(races)]
+        outcomes += [
+            race_through(rounds, torch.randperm(samples, generator=generator)) for _ in range(races)
+        ]
     of_rounds = zip(*outcomes, strict=True)
-    return [{"round": number, **summarised(of_round)} for number, of_round in enumerate(of_rounds, start=1)]
+    return [
+        {"round": number, **summarised(of_round)}
+        for number, of_round in enumerate(of_rounds, start=1)
+    ]
 
 
 def main(
@@ -151,7 +167,9 @@ def main(
     dtype: str = "autocast",
     samples: int = 128,
     tokens: int = 128,
-    seed: Annotated[list[int] | None, typer.Option(help="Of the calibration; 42 if none is given.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of the calibration; 42 if none is given.")
+    ] = None,
     rounds: int = 3,
     races: Annotated[int, typer.Option(help="Random orders of the samples, for each seed.")] = 200,
     out: Path = Path("out/benchmark/racing.json"),
@@ -165,18 +183,44 @@ def main(
         drawn = build_calibration(tokenizer, calibration, samples, tokens, seed=one)
         with computing_in(dtype, loaded):
             of_seeds.append(measure_rounds(Subject(loaded, architecture, drawn), rounds))
-    size = {"samples": samples, "tokens": tokens, "seeds": seed or [42], "clearly": CLEARLY, "may_fall": MAY_FALL}
+    size = {
+        "samples": samples,
+        "tokens": tokens,
+        "seeds": seed or [42],
+        "clearly": CLEARLY,
+        "may_fall": MAY_FALL,
+    }
     rows = simulate(of_seeds, races)
-    write_json(out, {"environment": describe_environment(), **size, "rows": rows, "measured": _listed(of_seeds)})
-    columns = ("round", "measured", "another layer won", "best not tried", "which cost more (nats)", "standard errors")
-    print_table(f"Races, {races} for each of {len(of_seeds)} seeds", columns, [_row(row) for row in rows])
+    write_json(
+        out,
+        {
+            "environment": describe_environment(),
+            **size,
+            "rows": rows,
+            "measured": _listed(of_seeds),
+        },
+    )
+    columns = (
+        "round",
+        "measured",
+        "another layer won",
+        "best not tried",
+        "which cost more (nats)",
+        "standard errors",
+    )
+    print_table(
+        f"Races, {races} for each of {len(of_seeds)} seeds", columns, [_row(row) for row in rows]
+    )
 
 
 def _listed(of_seeds: Sequence[Sequence[Round]]) -> list[list[dict[str, Any]]]:
     """All that was measured, so that other constants can be tried on it."""
     return [
         [
-            {"base": one.base, "divergences": {layer: losses.tolist() for layer, losses in one.measured.items()}}
+            {
+                "base": one.base,
+                "divergences": {layer: losses.tolist() for layer, losses in one.measured.items()},
+            }
             for one in rounds
         ]
         for rounds in of_seeds
@@ -185,7 +229,12 @@ def _listed(of_seeds: Sequence[Sequence[Round]]) -> list[list[dict[str, Any]]]:
 
 def _row(row: Mapping[str, float]) -> tuple[str, ...]:
     shares = (f"{100 * row[name]:.1f}%" for name in ("share_measured", "wrong", "best_not_tried"))
-    return (f"{row['round']}", *shares, f"{row['excess_nats']:.4f}", f"{row['excess_standard_errors']:.2f}")
+    return (
+        f"{row['round']}",
+        *shares,
+        f"{row['excess_nats']:.4f}",
+        f"{row['excess_standard_errors']:.2f}",
+    )
 
 
 if __name__ == "__main__":

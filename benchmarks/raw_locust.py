@@ -1,10 +1,11 @@
-"""Our Locust user against Locust's own HTTP users: what they measure of known times, and what a request costs them.
+"""Our Locust user against Locust's own HTTP users: what they measure of known times, and what a
+request costs them.
 
     python -m benchmarks.raw_locust [--rounds 3] [--users 16] [--run-time 20s]
 
-The endpoint streams tokens at times it was told (benchmarks.fake_endpoint, a process of its own). All users send in a
-closed loop, read every token's event, and take turns. Times are means over a run, as Locust counts them; CPU time is of
-Locust's process from the test's start to its end.
+The endpoint streams tokens at times it was told (benchmarks.fake_endpoint, a process of its own).
+All users send in a closed loop, read every token's event, and take turns. Times are means over a
+run, as Locust counts them; CPU time is of Locust's process from the test's start to its end.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class Run:
 
 
 def main(
-    rounds: int = 3, users: int = 16, run_time: str = "20s", out: Path = Path("out/benchmark/raw_locust.json")
+    rounds: int = 3,
+    users: int = 16,
+    run_time: str = "20s",
+    out: Path = Path("out/benchmark/raw_locust.json"),
 ) -> None:
     case = Case("closed loop", Load(CONCURRENCY, users), ttft_ms=200, itl_ms=20, tokens=32)
     found: dict[str, list[Run]] = {user: [] for user in USERS}
@@ -66,7 +70,12 @@ def main(
 def run_locust(user: str, case: Case, run_time: str) -> Run:
     with TemporaryDirectory() as directory, fake_endpoint(case) as url:
         cpu_time = Path(directory, "cpu.json")
-        options = {"-f": LOCUSTFILES, "--host": url, "--users": case.load.level, "--spawn-rate": case.load.level}
+        options = {
+            "-f": LOCUSTFILES,
+            "--host": url,
+            "--users": case.load.level,
+            "--spawn-rate": case.load.level,
+        }
         options |= {"--run-time": run_time, "--stop-timeout": "10s", "--cpu-time": cpu_time}
         options |= {"--prompt-tokens": 64, "--output-tokens": case.tokens}
         flags = [str(part) for option in options.items() for part in option]
@@ -79,7 +88,10 @@ def run_locust(user: str, case: Case, run_time: str) -> Run:
             env=os.environ | {"PYTHONPATH": "."},
         )
         entries = {entry["name"]: entry for entry in json.loads(finished.stdout)}
-        means = {name: entries[name]["total_response_time"] / entries[name]["num_requests"] for name in entries}
+        means = {
+            name: entries[name]["total_response_time"] / entries[name]["num_requests"]
+            for name in entries
+        }
         requests = entries["E2EL"]["num_requests"]
         cpu_ms = 1000 * read_json(cpu_time)["cpu_s"] / requests
         return Run(requests, means["TTFT"], means["TPOT"], means["E2EL"], cpu_ms)

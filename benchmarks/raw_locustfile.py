@@ -1,7 +1,8 @@
 """Locust's own HTTP users on a streaming endpoint: what one would write without our driver.
 
-Loaded beside loadtest/driver/locustfile.py, whose options these users share. Times are taken where Locust hands out a
-line of the stream. The CPU time of the whole test goes to the file that --cpu-time names, whichever user sends.
+Loaded beside loadtest/driver/locustfile.py, whose options these users share. Times are taken where
+Locust hands out a line of the stream. The CPU time of the whole test goes to the file that
+--cpu-time names, whichever user sends.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def note_start(environment: Any, **_: Any) -> None:
 
 @events.test_stop.add_listener
 def note_cpu_time(environment: Any, **_: Any) -> None:
-    write_json(Path(environment.parsed_options.cpu_time), {"cpu_s": time.process_time() - started_cpu_s})
+    write_json(
+        Path(environment.parsed_options.cpu_time), {"cpu_s": time.process_time() - started_cpu_s}
+    )
 
 
 def complete(user: Any) -> None:
@@ -54,7 +57,9 @@ class FastHttp(FastHttpUser):
     wait_time = constant(0)
 
     def lines(self) -> Iterable[str]:
-        yield from self.client.iter_lines(PATH, "POST", json=body_of(self.environment.parsed_options))
+        yield from self.client.iter_lines(
+            PATH, "POST", json=body_of(self.environment.parsed_options)
+        )
 
 
 def body_of(options: Any) -> dict[str, Any]:
@@ -63,7 +68,8 @@ def body_of(options: Any) -> dict[str, Any]:
 
 
 def note_times(environment: Any, lines: Iterable[str | bytes]) -> None:
-    """TTFT, TPOT and E2EL of one stream, as entries of Locust's statistics. Asking for the first line sends it."""
+    """TTFT, TPOT and E2EL of one stream, as entries of Locust's statistics. Asking for the first
+    line sends it."""
     sent_s = time.monotonic()
     arrivals_s, tokens = [], 0
     for line in lines:
@@ -74,5 +80,9 @@ def note_times(environment: Any, lines: Iterable[str | bytes]) -> None:
     ttft_s, tpot_s = arrivals_s[0] - sent_s, (arrivals_s[-1] - arrivals_s[0]) / (tokens - 1)
     for name, seconds in (("TTFT", ttft_s), ("TPOT", tpot_s), ("E2EL", time.monotonic() - sent_s)):
         environment.events.request.fire(
-            request_type="raw", name=name, response_time=1000 * seconds, response_length=tokens, exception=None
+            request_type="raw",
+            name=name,
+            response_time=1000 * seconds,
+            response_length=tokens,
+            exception=None,
         )

@@ -2,7 +2,8 @@
 
     python -m benchmarks.scaling            prints the tables of docs/scaling.md
 
-Nothing is measured here. docs/scaling.md says where these predictions were held against measurements.
+Nothing is measured here. docs/scaling.md says where these predictions were held against
+measurements.
 """
 
 from __future__ import annotations
@@ -62,16 +63,21 @@ def describe_shape(shape: Shape) -> str:
 
 
 def describe_time(shape: Shape, hardware: Hardware) -> str:
-    """Stage 1, the default's selection and repair, and a token of one stream, dense; or that the model does not fit."""
+    """Stage 1, the default's selection and repair, and a token of one stream, dense; or that the
+    model does not fit."""
     if BF16_BYTES * shape.parameters(shape.layers) > 0.92 * hardware.memory * hardware.devices:
         return "does not fit"
     remove = round(shape.layers / 4)
-    score_s, default_s = score_seconds(shape, hardware, remove), default_seconds(shape, hardware, remove)
+    score_s, default_s = (
+        score_seconds(shape, hardware, remove),
+        default_seconds(shape, hardware, remove),
+    )
     return f"{score_s:,.0f} s, {default_s:,.0f} s, {1000 * token_seconds(shape, hardware):.1f} ms"
 
 
 def describe_checked() -> str:
-    """What docs/scaling.md holds against measurements, as multiples of stage 1 for 12 of SmolLM2's 30 layers."""
+    """What docs/scaling.md holds against measurements, as multiples of stage 1 for 12 of SmolLM2's
+    30 layers."""
     scores = score_flops(SMOLLM2, 12)
     steps = {
         "selection of 12": selection_flops(SMOLLM2, 12),
@@ -80,7 +86,9 @@ def describe_checked() -> str:
         "training of 8": training_flops(SMOLLM2, 8),
         "writing": writing_seconds(SMOLLM2, ONE_FLOP_A_SECOND),
     }
-    return "SmolLM2 / stage 1: " + ", ".join(f"{step} {flops / scores:.2f}" for step, flops in steps.items())
+    return "SmolLM2 / stage 1: " + ", ".join(
+        f"{step} {flops / scores:.2f}" for step, flops in steps.items()
+    )
 
 
 def main() -> None:
@@ -88,9 +96,15 @@ def main() -> None:
     print(f"| model | {columns} |\n|---{'|---:' * 7}|")
     for shape in SHAPES:
         print(describe_shape(shape))
-    print(f"\n| model | {' | '.join(hardware.name for hardware in HARDWARE)} |\n|---{'|---:' * len(HARDWARE)}|")
+    print(
+        f"\n| model | {' | '.join(hardware.name for hardware in HARDWARE)} "
+        f"|\n|---{'|---:' * len(HARDWARE)}|"
+    )
     for shape in SHAPES:
-        print(f"| {shape.name} | {' | '.join(describe_time(shape, hardware) for hardware in HARDWARE)} |")
+        print(
+            f"| {shape.name} | "
+            f"{' | '.join(describe_time(shape, hardware) for hardware in HARDWARE)} |"
+        )
     print(f"\n{describe_checked()}")
 
 

@@ -1,10 +1,11 @@
-"""Does our load test see what `vllm bench serve` sees? Both send the same kind of load to one running server, in turns.
+"""Does our load test see what `vllm bench serve` sees? Both send the same kind of load to one
+running server, in turns.
 
     python -m benchmarks.serving_parity DIR [--concurrency 1 --concurrency 4] [--rounds 5]
 
-Random prompts of one length, greedy, a fixed number of tokens; new ones every round, so that nothing is in the prefix
-cache. Definitions are the same: TPOT is (E2EL - TTFT) / (tokens - 1) of a request, throughput is tokens over the time
-from the first request to the end of the last.
+Random prompts of one length, greedy, a fixed number of tokens; new ones every round, so that
+nothing is in the prefix cache. Definitions are the same: TPOT is (E2EL - TTFT) / (tokens - 1) of a
+request, throughput is tokens over the time from the first request to the end of the last.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def measure_with_vllm(target: Target, concurrency: int, seed: int) -> Numbers:
         words = [str(word) for option in options.items() for word in option]
         command = [sys.executable, "-c", BENCH_SERVE, *words, "--ignore-eos", "--save-result"]
         # vLLM's client asks the environment for proxies, and the target is this machine
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "no_proxy": "*"})
+        subprocess.run(
+            command, check=True, capture_output=True, env={**os.environ, "no_proxy": "*"}
+        )
         result = read_json(Path(directory, "result.json"))
     assert result["failed"] == 0, json.dumps(result)
     return Numbers(result["median_ttft_ms"], result["median_tpot_ms"], result["output_throughput"])
@@ -93,10 +96,14 @@ def measure_with_ours(target: Target, concurrency: int, seed: int) -> Numbers:
     load = Load(CONCURRENCY, concurrency)
     workload = Workload(prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS, seed=seed)
     vocabulary = int(read_json(target.directory / "config.json")["vocab_size"])
-    measured = send_load(target.endpoint, load, workload, vocabulary, requests_per_load=target.requests)
+    measured = send_load(
+        target.endpoint, load, workload, vocabulary, requests_per_load=target.requests
+    )
     summary = summarise_load(measured.requests, load.name)
     assert summary.errors == 0 and summary.ttft_s and summary.tpot_s and summary.output_throughput
-    return Numbers(1000 * summary.ttft_s.median, 1000 * summary.tpot_s.median, summary.output_throughput)
+    return Numbers(
+        1000 * summary.ttft_s.median, 1000 * summary.tpot_s.median, summary.output_throughput
+    )
 
 
 def main(
@@ -116,10 +123,21 @@ def main(
             for level, found in pairs.items():
                 theirs = measure_with_vllm(target, level, number)
                 found.append((theirs, measure_with_ours(target, level, number)))
-                say(f"Round {number}/{rounds}, concurrency {level}: vllm bench serve {theirs}, ours {found[-1][1]}")
-    rows = [row(level, name, found) for level, found in pairs.items() for name in asdict(found[0][0])]
-    print_table("ours / vllm bench serve", ("concurrency", "", "vllm bench serve", "ours", "median (range)"), rows)
-    recorded = {level: [[asdict(one) for one in pair] for pair in found] for level, found in pairs.items()}
+                say(
+                    f"Round {number}/{rounds}, concurrency {level}: vllm bench serve {theirs}, "
+                    f"ours {found[-1][1]}"
+                )
+    rows = [
+        row(level, name, found) for level, found in pairs.items() for name in asdict(found[0][0])
+    ]
+    print_table(
+        "ours / vllm bench serve",
+        ("concurrency", "", "vllm bench serve", "ours", "median (range)"),
+        rows,
+    )
+    recorded = {
+        level: [[asdict(one) for one in pair] for pair in found] for level, found in pairs.items()
+    }
     write_json(out, {"environment": describe_environment(), "rounds": recorded})
 
 

@@ -1,10 +1,13 @@
-"""`gradmap prune --stream` on a model that is larger than the memory it is given: LLaMA-2-7B's shape, 13.7 GB in bf16.
+r"""`gradmap prune --stream` on a model that is larger than the memory it is given: LLaMA-2-7B's
+shape, 13.7 GB in bf16.
 
-    python -m benchmarks.streaming --tokenizer DIR --calibration SPEC [--limit-gb 6] [--samples 8] [--remove 2]
+    python -m benchmarks.streaming --tokenizer DIR --calibration SPEC [--limit-gb 6] \
+        [--samples 8] [--remove 2]
 
-Needs root, cgroup v1 or v2 mounted for writing, and 14 GB of disk in --directory. The limit is the kernel's: the run
-is killed when it holds more (page cache counts, and can be taken back). Weights are random, the tokenizer is that of
-DIR, whose vocabulary the model gets. Prints what prune prints, and the largest resident size.
+Needs root, cgroup v1 or v2 mounted for writing, and 14 GB of disk in --directory. The limit is the
+kernel's: the run is killed when it holds more (page cache counts, and can be taken back). Weights
+are random, the tokenizer is that of DIR, whose vocabulary the model gets. Prints what prune prints,
+and the largest resident size.
 """
 
 from __future__ import annotations
@@ -35,12 +38,24 @@ def main(
     samples: int = 8,
     remove: int = 2,
     layers: int = 32,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoint for another run.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the checkpoint for another run.")
+    ] = False,
 ) -> None:
     source, plan = directory / f"streamed-7b-shape-{layers}", directory / "streamed-plan"
     write_random_model(source, layers, tokenizer)
     group = _limited_group(round(limit_gb * 1e9))
-    command = [sys.executable, "-m", "gradmap", "prune", "--model", str(source), "--stream", "--dtype", "bfloat16"]
+    command = [
+        sys.executable,
+        "-m",
+        "gradmap",
+        "prune",
+        "--model",
+        str(source),
+        "--stream",
+        "--dtype",
+        "bfloat16",
+    ]
     command += ["--selector", "gradient", "--compensator", "sequential"]  # what streams
     command += [
         f"--calibration={calibration}",
@@ -50,7 +65,9 @@ def main(
         "--fresh",
     ]
     started = time.perf_counter()
-    subprocess.run(["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", *command], check=True)
+    subprocess.run(
+        ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", *command], check=True
+    )
     result = {
         "weights_bytes": sum(path.stat().st_size for path in source.glob("*.safetensors")),
         "limit_bytes": round(limit_gb * 1e9),

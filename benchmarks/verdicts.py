@@ -1,11 +1,13 @@
-"""How often the load test's verdict is wrong, and how often it finds a difference that is there: a simulation.
+"""How often the load test's verdict is wrong, and how often it finds a difference that is there: a
+simulation.
 
     python -m benchmarks.verdicts [--trials 1000] [--pairs 6]
 
-Each trial makes the raw records of a whole test: requests scatter within a block (5%), and blocks scatter around the
-truth (a server that was started anew, a machine that is warmer), by as much as a row says. What judges is the load
-test's own code, from records to verdict. Two equal models that get PASS or FAIL at a required speed-up of 1 are false
-verdicts; their nominal rate is 5%. Power is the share of PASS for a model that is 10% faster.
+Each trial makes the raw records of a whole test: requests scatter within a block (5%), and blocks
+scatter around the truth (a server that was started anew, a machine that is warmer), by as much as a
+row says. What judges is the load test's own code, from records to verdict. Two equal models that
+get PASS or FAIL at a required speed-up of 1 are false verdicts; their nominal rate is 5%. Power is
+the share of PASS for a model that is 10% faster.
 """
 
 from __future__ import annotations
@@ -52,19 +54,35 @@ def _record(arm: str, pair: int, name: str, tpot_s: float) -> RequestRecord:
     times_s = (0.1, 0.1 + tpot_s * (OUTPUT_TOKENS - 1))
     return RequestRecord(
         **{"arm": arm, "pair": pair, "load": LOAD.name, "request": name},
-        **{"prompt_tokens": 128, "requested_tokens": OUTPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS},
-        **{"sent_s": 0.0, "ended_s": times_s[-1], "chunk_times_s": times_s, "chunk_tokens": (1, OUTPUT_TOKENS)},
+        **{
+            "prompt_tokens": 128,
+            "requested_tokens": OUTPUT_TOKENS,
+            "completion_tokens": OUTPUT_TOKENS,
+        },
+        **{
+            "sent_s": 0.0,
+            "ended_s": times_s[-1],
+            "chunk_times_s": times_s,
+            "chunk_tokens": (1, OUTPUT_TOKENS),
+        },
     )
 
 
 def count_verdicts(speed_up: float, scatter: float, pairs: int, trials: int) -> Counter[str]:
     """Verdicts of many tests at a required speed-up of 1."""
     settings = LoadTestSettings(
-        DENSE, {PRUNED: PRUNED}, loads=(LOAD,), pairs=pairs, interleaved=False, requests_per_load=REQUESTS
+        DENSE,
+        {PRUNED: PRUNED},
+        loads=(LOAD,),
+        pairs=pairs,
+        interleaved=False,
+        requests_per_load=REQUESTS,
     )
     generator = random.Random(f"{speed_up} {scatter} {pairs}")
     reports = (
-        build_report(simulate(speed_up, scatter, pairs, generator), settings, Gate(1.0), Facts({}, {}))
+        build_report(
+            simulate(speed_up, scatter, pairs, generator), settings, Gate(1.0), Facts({}, {})
+        )
         for _ in range(trials)
     )
     return Counter(report["verdict"] for report in reports)

@@ -1,4 +1,5 @@
-"""The artifact directory: written beside its place, reloaded, compared, and only then put into place."""
+"""The artifact directory: written beside its place, reloaded, compared, and only then put into
+place."""
 
 from __future__ import annotations
 
@@ -59,7 +60,13 @@ from gradmap.files import ARTIFACT_FILE, atomic_directory, sha256_file, write_js
 from gradmap.gguf_model import read_license
 from gradmap.gguf_tokenizer import require_same_tokens
 from gradmap.outputs import output_directory
-from gradmap.plan import PLAN_FILE, load_calibration_ids, load_changes, load_plan, require_same_model
+from gradmap.plan import (
+    PLAN_FILE,
+    load_calibration_ids,
+    load_changes,
+    load_plan,
+    require_same_model,
+)
 from gradmap.precision import DTYPES
 from gradmap.reading import read_json_object
 
@@ -74,10 +81,13 @@ class Verified:
 
 
 def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
-    """Loads a plan's parts and checks that they belong to the checkpoint. Raises UserError if not."""
+    """Loads a plan's parts and checks that they belong to the checkpoint. Raises UserError if
+    not."""
     if plan_directory is None:
         vocabulary = int(checkpoint.config["vocab_size"])
-        return Source(checkpoint, None, None, {}, random_probe(vocabulary)[:, : checkpoint.positions])
+        return Source(
+            checkpoint, None, None, {}, random_probe(vocabulary)[:, : checkpoint.positions]
+        )
     plan = load_plan(plan_directory)
     require_same_model(plan, checkpoint)
     probe_ids = load_calibration_ids(plan_directory, plan)[:PROBE_SAMPLES, :PROBE_TOKENS]
@@ -85,12 +95,18 @@ def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
     return Source(checkpoint, plan, sha256_file(plan_directory / PLAN_FILE), changes, probe_ids)
 
 
-def export_artifacts(source: Source, settings: ExportSettings, out: Path) -> dict[str, ArtifactRecord]:
-    """Writes and verifies `out`/FORMAT for every format; returns what each gradmap.json says, by format.
+def export_artifacts(
+    source: Source, settings: ExportSettings, out: Path
+) -> dict[str, ArtifactRecord]:
+    """Writes and verifies `out`/FORMAT for every format; returns what each gradmap.json says, by
+    format.
 
-    Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing of it is left.
+    Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing
+    of it is left.
     """
-    targets = {name: choose_target(name, settings, source.checkpoint.config) for name in settings.formats}
+    targets = {
+        name: choose_target(name, settings, source.checkpoint.config) for name in settings.formats
+    }
     with ExitStack() as stack:
         for name in targets:
             stack.enter_context(output_directory(out / name, ARTIFACT_FILE))
@@ -103,26 +119,39 @@ def _export_each(
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
     dtypes = {name: reference_dtype(target, source.checkpoint) for name, target in targets.items()}
     if left := left_behind(source.checkpoint):
-        say(f"Files of {source.checkpoint.name} that gradmap does not know stay behind: {', '.join(left)}")
+        say(
+            f"Files of {source.checkpoint.name} that gradmap does not know stay behind: "
+            f"{', '.join(left)}"
+        )
     with announced("Computing reference logits"):
         references = compute_references(
-            source.checkpoint, source.removed, source.changes, source.probe_ids, set(dtypes.values())
+            source.checkpoint,
+            source.removed,
+            source.changes,
+            source.probe_ids,
+            set(dtypes.values()),
         )
     return {
-        name: _export_one(source, FORMATS[name], target, references[dtypes[name]], settings, out / name)
+        name: _export_one(
+            source, FORMATS[name], target, references[dtypes[name]], settings, out / name
+        )
         for name, target in targets.items()
     }
 
 
 def read_quality(path: Path, source: Source) -> dict[str, Any]:
-    """Reads what `gradmap eval` found about the model that is exported, with the length of its segments.
+    """Reads what `gradmap eval` found about the model that is exported, with the length of its
+    segments.
 
     Raises UserError if it evaluated another model, or as another version does.
     """
     evaluation = read_evaluation(path)
     same_plan = source.plan is None or evaluation.get("plan_sha256") == source.plan_hash
     if evaluation.get("model") != source.checkpoint.name or not same_plan:
-        raise UserError(f"{path} evaluates another model or plan than the one that is exported; evaluate this one.")
+        raise UserError(
+            f"{path} evaluates another model or plan than the one that is exported; evaluate this "
+            "one."
+        )
     side: dict[str, Any] = evaluation["dense" if source.plan is None else "pruned"]
     return side | {"segment": evaluation["settings"]["segment"]}
 
@@ -132,23 +161,29 @@ def verify_directory(
 ) -> Verified:
     """Checks an artifact as it was received: every file's hash, and the logits of its stored probe.
 
-    expected_sha256: of gradmap.json, where it is known from elsewhere. min_agreement: of a quantised artifact, whatever
-    it was exported with. Raises UserError if a file is missing, changed, foreign, a program or a link to another place,
-    or if the logits differ by more than the artifact's record or rounding allows.
+    expected_sha256: of gradmap.json, where it is known from elsewhere. min_agreement: of a
+    quantised artifact, whatever it was exported with. Raises UserError if a file is missing,
+    changed, foreign, a program or a link to another place, or if the logits differ by more than the
+    artifact's record or rounding allows.
     """
     record = read_record(directory, expected_sha256)
     require_files(directory, record.files)
     refuse_code(directory)
     form = FORMATS.get(record.format)
     if form is None:
-        raise UserError(f"{directory} is of the unknown format {record.format!r}; known are {', '.join(FORMATS)}.")
+        raise UserError(
+            f"{directory} is of the unknown format {record.format!r}; known are "
+            f"{', '.join(FORMATS)}."
+        )
     reference = load_probe(directory / PROBE_FILE)
     runner = form.runners[0]
     with announced(f"Running {directory} with {label_of(runner)} in a fresh process"):
         outcome = run_artifact(runner, directory, reference)
     allowed = _widest_bounds(record, read_json_object(directory / "config.json"), min_agreement)
     recorded = record.verification.get(label_of(runner))
-    comparison = compare(reference, outcome, allowed if recorded is None else allowed.within(recorded.bounds))
+    comparison = compare(
+        reference, outcome, allowed if recorded is None else allowed.within(recorded.bounds)
+    )
     require_faithful(comparison)
     return Verified(record.name, len(record.files), {label_of(runner): comparison})
 
@@ -163,7 +198,12 @@ def _widest_bounds(record: ArtifactRecord, config: dict[str, Any], min_agreement
 
 
 def _export_one(
-    source: Source, form: Format, target: Target, reference: Reference, settings: ExportSettings, path: Path
+    source: Source,
+    form: Format,
+    target: Target,
+    reference: Reference,
+    settings: ExportSettings,
+    path: Path,
 ) -> ArtifactRecord:
     runners = [runner for runner in form.runners if runner != "run_vllm" or asks_vllm(settings)]
     require_far_positions(source, form, target, runners)
@@ -174,7 +214,9 @@ def _export_one(
         save_probe(partial / PROBE_FILE, reference)
         fresh = "a fresh process" if len(runners) == 1 else "fresh processes"
         with announced(f"Verifying {path}: {' and '.join(map(label_of, runners))} in {fresh}"):
-            comparisons = compare_in_each(runners, partial, source, target, written, reference, settings.min_agreement)
+            comparisons = compare_in_each(
+                runners, partial, source, target, written, reference, settings.min_agreement
+            )
         for comparison in comparisons.values():
             require_faithful(comparison)
         record = _describe(source, form, target, written, comparisons)
@@ -186,7 +228,8 @@ def _export_one(
 
 
 def _require_tokenizer(directory: Path, gguf_file: Path) -> None:
-    """Raises UserError unless the artifact's tokenizer is that of the GGUF file it comes from, and of the one it is."""
+    """Raises UserError unless the artifact's tokenizer is that of the GGUF file it comes from, and
+    of the one it is."""
     tokenizer = load_tokenizer(directory)
     for described in (gguf_file, directory / GGUF_FILE):
         if described.exists():
@@ -195,11 +238,18 @@ def _require_tokenizer(directory: Path, gguf_file: Path) -> None:
 
 def _hash_missing(directory: Path, known: dict[str, str]) -> dict[str, str]:
     with waiting("Hashing what was written"):
-        return {name: sha256_file(directory / name) for name in sorted(list_files(directory) - known.keys())}
+        return {
+            name: sha256_file(directory / name)
+            for name in sorted(list_files(directory) - known.keys())
+        }
 
 
 def _describe(
-    source: Source, form: Format, target: Target, written: Written, comparisons: dict[str, Comparison]
+    source: Source,
+    form: Format,
+    target: Target,
+    written: Written,
+    comparisons: dict[str, Comparison],
 ) -> ArtifactRecord:
     """gradmap.json without the files' hashes."""
     return ArtifactRecord(

@@ -17,32 +17,52 @@ from gradmap.quoting import markdown
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 USE = {
     "hf": "A stock checkpoint: `AutoModelForCausalLM.from_pretrained(DIRECTORY)`.",
-    "vllm": "A stock checkpoint, ready to be served: `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`.",
-    "onnx": "ONNX with optimum's names: `ORTModelForCausalLM.from_pretrained(DIRECTORY)`, or any ONNX Runtime session.",
+    "vllm": (
+        "A stock checkpoint, ready to be served: `vllm serve DIRECTORY --config "
+        "DIRECTORY/vllm.yaml`."
+    ),
+    "onnx": (
+        "ONNX with optimum's names: `ORTModelForCausalLM.from_pretrained(DIRECTORY)`, or any ONNX "
+        "Runtime session."
+    ),
     "onnx-genai": "ONNX for onnxruntime-genai: `onnxruntime_genai.Model(DIRECTORY)`.",
     "gguf": "One file for llama.cpp and what builds on it: `llama-server -m DIRECTORY/model.gguf`.",
 }
-LIBRARIES = {"hf": "transformers", "vllm": "transformers", "onnx": "onnx", "onnx-genai": "onnx", "gguf": "gguf"}
+LIBRARIES = {
+    "hf": "transformers",
+    "vllm": "transformers",
+    "onnx": "onnx",
+    "onnx-genai": "onnx",
+    "gguf": "gguf",
+}
 
 
 def render_card(plan: Plan | None, record: ArtifactRecord, quality: dict[str, Any]) -> str:
-    """Renders the card from the plan (None for a dense model), gradmap.json, and what was evaluated.
+    """Renders the card from the plan (None for a dense model), gradmap.json, and what was
+    evaluated.
 
     quality: what `export.artifact.read_quality` found, or empty.
     """
     sections = [f"---\n{_metadata(record, quality)}\n---", f"# {markdown(record.name)}"]
     if plan is None:
-        sections.append(f"The unpruned weights of {markdown(record.base_model.name)} in {record.dtype} precision.")
+        sections.append(
+            f"The unpruned weights of {markdown(record.base_model.name)} in {record.dtype} "
+            "precision."
+        )
     else:
         sections.append(_describe_pruning(plan))
     if quality:
         sections.append(_describe_quality(quality))
-    sections.append("Before it was released, the directory was run in a fresh process and compared with the reference:")
+    sections.append(
+        "Before it was released, the directory was run in a fresh process and compared with the "
+        "reference:"
+    )
     sections.append("\n".join(_describe_check(check) for check in record.verification.values()))
     sections.append(USE[record.format])
     sections.append(
-        "`gradmap.json` lists the SHA-256 of every file, and `gradmap.probe` holds the highest logits of a few "
-        "texts: `gradmap verify DIRECTORY` checks both. Nothing here needs gradmap, or remote code, to run."
+        "`gradmap.json` lists the SHA-256 of every file, and `gradmap.probe` holds the highest "
+        "logits of a few texts: `gradmap verify DIRECTORY` checks both. Nothing here needs "
+        "gradmap, or remote code, to run."
     )
     return "\n\n".join(sections) + "\n"
 
@@ -72,7 +92,10 @@ def _eval_results(quality: dict[str, Any]) -> list[EvalResult]:
         ),
         *(
             _eval_result(
-                name, estimate["metric"], f"{estimate['metric']}, zero-shot, %", round(100 * estimate["value"], 2)
+                name,
+                estimate["metric"],
+                f"{estimate['metric']}, zero-shot, %",
+                round(100 * estimate["value"], 2),
             )
             for name, estimate in quality["accuracy"].items()
         ),
@@ -93,10 +116,12 @@ def _eval_result(dataset: str, metric: str, metric_name: str, value: float) -> E
 def _describe_pruning(plan: Plan) -> str:
     base, calibration = plan.base_model, plan.calibration
     lines = [
-        f"Pruned from {markdown(base.name)} with gradmap: {len(plan.kept_layers)} of {base.layers} layers are left.",
-        f"- removed layers (original indices, in order of removal): {', '.join(map(str, plan.removal_order))}",
-        f"- calibration: {calibration.samples} x {calibration.tokens} tokens of {markdown(calibration.source)}, "
-        f"seed {calibration.seed}",
+        f"Pruned from {markdown(base.name)} with gradmap: {len(plan.kept_layers)} of "
+        f"{base.layers} layers are left.",
+        "- removed layers (original indices, in order of removal): "
+        f"{', '.join(map(str, plan.removal_order))}",
+        f"- calibration: {calibration.samples} x {calibration.tokens} tokens of "
+        f"{markdown(calibration.source)}, seed {calibration.seed}",
     ]
     lines += [f"- {repair.describe()}" for repair in plan.repairs if repair.accepted]
     return "\n".join([lines[0], "", *lines[1:]])
@@ -105,7 +130,8 @@ def _describe_pruning(plan: Plan) -> str:
 def _describe_quality(quality: dict[str, Any]) -> str:
     segments = f"perplexity of {quality['segment']}-token segments"
     rows = [
-        f"| {markdown(name)}, {segments} | {with_error(one, 1, 1)} |" for name, one in quality["perplexity"].items()
+        f"| {markdown(name)}, {segments} | {with_error(one, 1, 1)} |"
+        for name, one in quality["perplexity"].items()
     ]
     rows += [
         f"| {markdown(name)}, {one['metric']}, zero-shot | {with_error(one, 100, 1)} % |"

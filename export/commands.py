@@ -16,32 +16,44 @@ if TYPE_CHECKING:
     from export.comparison import Comparison
     from export.integrity import ArtifactRecord
 
-# Differences of logits are relative and typical (see Comparison); "same" counts most likely tokens, "greedy" generated
-# ones before the first other one.
+# Differences of logits are relative and typical (see Comparison); "same" counts most likely tokens,
+# "greedy" generated ones before the first other one.
 CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
 
 
 MinAgreementOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Refuse a quantised model whose best token agrees more rarely.")
+    float,
+    typer.Option(
+        min=0, max=1, help="Refuse a quantised model whose best token agrees more rarely."
+    ),
 ]
 
 
 @heartbeat(so_far("gradmap export"))
 def export(
     model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Each format is written to a subdirectory of its name.")],
+    out: Annotated[
+        Path, typer.Option(help="Each format is written to a subdirectory of its name.")
+    ],
     format_names: Annotated[
-        list[str], typer.Option("--format", help="hf, vllm, onnx, onnx-genai or gguf; may be given several times.")
+        list[str],
+        typer.Option(
+            "--format", help="hf, vllm, onnx, onnx-genai or gguf; may be given several times."
+        ),
     ],
     plan: Annotated[
-        Path | None, typer.Option(help="The plan to apply; without one the dense model is exported.")
+        Path | None,
+        typer.Option(help="The plan to apply; without one the dense model is exported."),
     ] = None,
     gguf_file: GgufOption = None,
     allow_pickle: AllowPickleOption = False,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="keep, float32, float16, bfloat16; else hf keeps, vllm takes bfloat16, onnx float32, gguf float16."
+            help=(
+                "keep, float32, float16, bfloat16; else hf keeps, vllm takes bfloat16, onnx "
+                "float32, gguf float16."
+            )
         ),
     ] = None,
     quantise: Annotated[
@@ -59,7 +71,9 @@ def export(
     ] = None,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(help="Also upload the artifact to this repository (owner/name); the token is HF_TOKEN."),
+        typer.Option(
+            help="Also upload the artifact to this repository (owner/name); the token is HF_TOKEN."
+        ),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     json_line: JsonOption = False,
@@ -74,7 +88,9 @@ def export(
 
     if push_to_hub is not None:
         if len(format_names) != 1:
-            raise UserError("A repository holds one artifact; give one --format with --push-to-hub.")
+            raise UserError(
+                "A repository holds one artifact; give one --format with --push-to-hub."
+            )
         check_hub_access(push_to_hub)
     source = open_source(open_checkpoint(model, gguf_file, allow_pickle), plan)
     settings = ExportSettings(
@@ -100,7 +116,9 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="An artifact, as it was received.")],
     expect_sha256: Annotated[
         str | None,
-        typer.Option(help="SHA-256 of gradmap.json, as its exporter knows it; the other files' are in it."),
+        typer.Option(
+            help="SHA-256 of gradmap.json, as its exporter knows it; the other files' are in it."
+        ),
     ] = None,
     min_agreement: MinAgreementOption = MIN_AGREEMENT,
     json_line: JsonOption = False,
@@ -122,7 +140,9 @@ def _summary_rows(record: ArtifactRecord) -> list[tuple[str, ...]]:
     facts = (str(record.layers), f"{record.parameters / 1e6:.1f} M", stored)
     rows = []
     for check in record.verification.values():
-        rows.append((f"{record.format} in {check.runtime.split()[0]}", *facts, *_check_cells(check)))
+        rows.append(
+            (f"{record.format} in {check.runtime.split()[0]}", *facts, *_check_cells(check))
+        )
         facts = ("", "", "")
     return rows
 

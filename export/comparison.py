@@ -1,16 +1,19 @@
-"""How an artifact compares with its reference, and what it must keep: as it is judged, and as it is recorded."""
+"""How an artifact compares with its reference, and what it must keep: as it is judged, and as it is
+recorded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of the most likely tokens of a quantised model, those that must be the reference's unless the user says otherwise.
+# Of the most likely tokens of a quantised model, those that must be the reference's unless the user
+# says otherwise.
 MIN_AGREEMENT = 0.9
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an artifact must keep: `tolerance` on relative differences, or `min_agreement` if it is quantised.
+    """What an artifact must keep: `tolerance` on relative differences, or `min_agreement` if it is
+    quantised.
 
     stray_share: of the positions, which may differ by more than the tolerance (export.tolerance).
     """
@@ -30,14 +33,15 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How an artifact compares with the reference. Relative differences are root mean squares over that of the logits.
+    """How an artifact compares with the reference. Relative differences are root mean squares over
+    that of the logits.
 
-    typical_difference: the same without the worst `stray_share` of the positions. This is held against the tolerance.
-    cached_difference: the typical one for the samples' last positions, reached through the KV cache.
-    argmax_agreement: share of positions with the same most likely token.
-    greedy_identical: how many of `greedy_tokens` generated tokens are the reference's before the first other one.
-    greedy_margin: by how much the reference preferred its own token there (in logits, relative); None if none differs.
-    worst: where the largest difference is, in words.
+    typical_difference: the same without the worst `stray_share` of the positions. This is held
+    against the tolerance. cached_difference: the typical one for the samples' last positions,
+    reached through the KV cache. argmax_agreement: share of positions with the same most likely
+    token. greedy_identical: how many of `greedy_tokens` generated tokens are the reference's before
+    the first other one. greedy_margin: by how much the reference preferred its own token there (in
+    logits, relative); None if none differs. worst: where the largest difference is, in words.
     """
 
     runtime: str

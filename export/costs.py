@@ -1,4 +1,5 @@
-"""How long an export takes, with its verification: mostly processes that start, and what they do once."""
+"""How long an export takes, with its verification: mostly processes that start, and what they do
+once."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from gradmap.speed import Disk
 
 # How often the probe passes the model in the process that verifies: with and without a cache.
 PASSES_OF_CHILD = 2
-# vLLM's CPU build, started without compiling, and asked once: SmolLM2 on two cores of an EPYC, what is left of the 80 s
-# of an export in vLLM's format (benchmarks.end_to_end) without the rest.
+# vLLM's CPU build, started without compiling, and asked once: SmolLM2 on two cores of an EPYC, what
+# is left of the 80 s of an export in vLLM's format (benchmarks.end_to_end) without the rest.
 VLLM_CHECK_S = 50.0
 # torch's exporter: 65 s for SmolLM2's 22 layers on such a core (benchmarks.onnx_export).
 TRACING_S_PER_LAYER = 3.0
@@ -24,8 +25,8 @@ TRACING_S_PER_LAYER = 3.0
 
 @dataclass(frozen=True)
 class ExportSize:
-    """formats; roundings: how many different dtypes weights are rounded to, none being one; check_vllm: whether vLLM
-    itself verifies."""
+    """formats; roundings: how many different dtypes weights are rounded to, none being one;
+    check_vllm: whether vLLM itself verifies."""
 
     formats: Sequence[str]
     roundings: int = 1
@@ -33,8 +34,8 @@ class ExportSize:
 
 
 def export_seconds(shape: Shape, cpu: Hardware, size: ExportSize, layers: int, disk: Disk) -> float:
-    """cpu: in float32, which all verification but vLLM's computes in. A model that does not fit is read from disk for
-    every pass, and generates nothing."""
+    """cpu: in float32, which all verification but vLLM's computes in. A model that does not fit is
+    read from disk for every pass, and generates nothing."""
     weights = FLOAT32_BYTES * shape.parameters(layers)
     pass_s = PROBE_SAMPLES * PROBE_TOKENS * shape.forward_flops(layers) / cpu.sustained_flops
     greedy_s = generation_seconds(shape, cpu, GREEDY_TOKENS, 1, layers)

@@ -1,6 +1,7 @@
 """Writes a large file at the disk's speed: past the page cache, hashed on another core.
 
-Copying 10 GB into the page cache costs more processor time than the disk needs, and evicts what is being read.
+Copying 10 GB into the page cache costs more processor time than the disk needs, and evicts what is
+being read.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from types import TracebackType
 from typing import Self
 
 CHUNK_BYTES = 1 << 25
-# Unbuffered writes want whole blocks of an aligned buffer; the last piece of a file is written the ordinary way.
+# Unbuffered writes want whole blocks of an aligned buffer; the last piece of a file is written the
+# ordinary way.
 BLOCK_BYTES = mmap.PAGESIZE
 
 
 class DirectFile:
     """A new file for the length of a `with` block; afterwards `sha256` is that of its contents.
 
-    Two chunks take turns: while one is hashed and written, the other is filled. Raises OSError if a write fails.
+    Two chunks take turns: while one is hashed and written, the other is filled. Raises OSError if a
+    write fails.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +52,10 @@ class DirectFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if kind is None:
@@ -99,7 +105,8 @@ def _write_all(descriptor: int, data: memoryview) -> None:
         try:
             done += os.write(descriptor, data[done:])
         except OSError as error:
-            # A full disk or a file size limit leaves room for less than a block: only a buffered write says which.
+            # A full disk or a file size limit leaves room for less than a block: only a buffered
+            # write says which.
             if error.errno != errno.EINVAL or not _make_buffered(descriptor):
                 raise
 

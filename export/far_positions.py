@@ -1,4 +1,5 @@
-"""Refuses a format that does not keep what a model's config says of positions far into a text (see export.twin)."""
+"""Refuses a format that does not keep what a model's config says of positions far into a text (see
+export.twin)."""
 
 from __future__ import annotations
 
@@ -18,21 +19,38 @@ from gradmap.console import announced, say
 from gradmap.errors import UserError
 
 
-def require_far_positions(source: Source, form: Format, target: Target, runners: Sequence[str]) -> None:
-    """Raises UserError if the format, or one of its runtimes, computes something else than the config says farther
-    into a text than the probe is long. A twin of the model shows it, before the model itself is written."""
+def require_far_positions(
+    source: Source, form: Format, target: Target, runners: Sequence[str]
+) -> None:
+    """Raises UserError if the format, or one of its runtimes, computes something else than the
+    config says farther into a text than the probe is long. A twin of the model shows it, before the
+    model itself is written."""
     config = prune_config(source.checkpoint.config, source.removed)
-    far = {what: tokens for what, tokens in find_boundaries(config).items() if tokens >= source.probe_ids.shape[1]}
+    far = {
+        what: tokens
+        for what, tokens in find_boundaries(config).items()
+        if tokens >= source.probe_ids.shape[1]
+    }
     if not far:
         return
     where = " and ".join(f"{what} ({tokens} tokens)" for what, tokens in far.items())
     if not form.far:
-        say(f"That {form.name} keeps the {where} is not checked: what runs it here does not read that")
+        say(
+            f"That {form.name} keeps the {where} is not checked: what runs it here does not read "
+            "that"
+        )
         return
-    with announced(f"Checking on a small model that {form.name} keeps the {where}"), TemporaryDirectory() as directory:
-        problem = _problem_of_twin(source, form, replace(target, quantise=None), runners, Path(directory))
+    with (
+        announced(f"Checking on a small model that {form.name} keeps the {where}"),
+        TemporaryDirectory() as directory,
+    ):
+        problem = _problem_of_twin(
+            source, form, replace(target, quantise=None), runners, Path(directory)
+        )
     if problem is not None:
-        raise UserError(f"Format {form.name} cannot be had of this model, because of its {where}: {problem}")
+        raise UserError(
+            f"Format {form.name} cannot be had of this model, because of its {where}: {problem}"
+        )
 
 
 def _problem_of_twin(
@@ -46,8 +64,14 @@ def _problem_of_twin(
     artifact.mkdir()
     try:
         written = form.write(artifact, small, target)
-        comparisons = compare_in_each(runners, artifact, small, target, written, reference, MIN_AGREEMENT)
+        comparisons = compare_in_each(
+            runners, artifact, small, target, written, reference, MIN_AGREEMENT
+        )
     except UserError as error:
         return str(error)
-    problems = ((comparison.runtime, find_problem(comparison)) for comparison in comparisons.values())
-    return next((f"in {runtime}, {problem}." for runtime, problem in problems if problem is not None), None)
+    problems = (
+        (comparison.runtime, find_problem(comparison)) for comparison in comparisons.values()
+    )
+    return next(
+        (f"in {runtime}, {problem}." for runtime, problem in problems if problem is not None), None
+    )

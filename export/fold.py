@@ -1,12 +1,13 @@
-"""The streaming fold: read a tensor, drop or rename or multiply it, write it. No model is instantiated.
+"""The streaming fold: read a tensor, drop or rename or multiply it, write it. No model is
+instantiated.
 
-Removed layers are dropped and later ones renumbered; corrections (W' of GradMAP's Eq. 13, and others) are folded into
-their weights in float64 and rounded once to the target dtype, or to eight bits. Memory: one tensor and the corrections,
-and for a W' also W in float64, before and after.
+Removed layers are dropped and later ones renumbered; corrections (W' of GradMAP's Eq. 13, and
+others) are folded into their weights in float64 and rounded once to the target dtype, or to eight
+bits. Memory: one tensor and the corrections, and for a W' also W in float64, before and after.
 
-Speed: the disk's, where one core keeps up with it. One of an EPYC with AVX-512 makes, in bytes of a bfloat16 weight of
-4096 x 11008, 1.0 GB/s of weights with low-rank corrections (r = 16), and 1.6 of weights that only change their dtype; a
-W' takes 6 s, for its product has 370 GFLOP in float64.
+Speed: the disk's, where one core keeps up with it. One of an EPYC with AVX-512 makes, in bytes of a
+bfloat16 weight of 4096 x 11008, 1.0 GB/s of weights with low-rank corrections (r = 16), and 1.6 of
+weights that only change their dtype; a W' takes 6 s, for its product has 370 GFLOP in float64.
 """
 
 from __future__ import annotations
@@ -65,25 +66,36 @@ def plan_fold(
 ) -> list[FoldedTensor]:
     """Decides, from the checkpoint's headers alone, what becomes of every tensor.
 
-    dtype: of the floating-point tensors; None keeps each tensor's own. quantise: whether the layers' linear maps are
-    stored in eight bits. Raises UserError if a layer or a weight to correct is not in the checkpoint.
+    dtype: of the floating-point tensors; None keeps each tensor's own. quantise: whether the
+    layers' linear maps are stored in eight bits. Raises UserError if a layer or a weight to correct
+    is not in the checkpoint.
     """
     require_foldable(checkpoint, architecture, changes)
-    kept = [index for index in range(checkpoint.config[architecture.layer_count_key]) if index not in set(removed)]
+    kept = [
+        index
+        for index in range(checkpoint.config[architecture.layer_count_key])
+        if index not in set(removed)
+    ]
     new_index = {index: position for position, index in enumerate(kept)}
     folded: list[FoldedTensor] = []
     missing = set(changes)
     for source in [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]:
         stored = source.spec
         place = architecture.parse_tensor_name(stored.name)
-        target_dtype = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+        target_dtype = (
+            dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+        )
         if place is None:
             folded.append(FoldedTensor(source, TensorSpec(stored.name, target_dtype, stored.shape)))
             continue
         prefix, index, suffix = place
         if index not in new_index:
             continue
-        places = [key for key in changes if key.layer == index and architecture.is_part_of(key.target, suffix)]
+        places = [
+            key
+            for key in changes
+            if key.layer == index and architecture.is_part_of(key.target, suffix)
+        ]
         missing -= {key for key in places if architecture.is_weight_of(key.target, suffix)}
         folded.append(
             FoldedTensor(
@@ -102,16 +114,21 @@ def require_foldable(checkpoint: Checkpoint, architecture: Architecture, changes
     """Raises UserError if a change is not one of weights."""
     kinds = {type(change) for of_place in changes.values() for change in of_place}
     if architecture.uncorrectable is not None and Projection in kinds:
-        raise UserError(f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune again.")
+        raise UserError(
+            f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune "
+            "again."
+        )
     if HIDDEN_STATE in {place.target for place in changes}:
         raise UserError(
-            "The plan patches the hidden state between layers (--compensator linear-patch), which no stock checkpoint "
-            "can hold. gradmap eval --plan measures it; prune with another compensator to export."
+            "The plan patches the hidden state between layers (--compensator linear-patch), which "
+            "no stock checkpoint can hold. gradmap eval --plan measures it; prune with another "
+            "compensator to export."
         )
 
 
 def split_shards(folded: Sequence[FoldedTensor], shard_bytes: int) -> list[list[FoldedTensor]]:
-    """Cuts the tensors, in order, into shards of at most `shard_bytes` (a larger tensor gets its own)."""
+    """Cuts the tensors, in order, into shards of at most `shard_bytes` (a larger tensor gets its
+    own)."""
     shards: list[list[FoldedTensor]] = [[]]
     size = 0
     for tensor in folded:
@@ -123,21 +140,30 @@ def split_shards(folded: Sequence[FoldedTensor], shard_bytes: int) -> list[list[
     return shards
 
 
-def write_folded(directory: Path, folded: Sequence[FoldedTensor], shard_bytes: int) -> dict[str, str]:
-    """Writes the shards (and their index, if several). Returns file name -> SHA-256 of the shards."""
+def write_folded(
+    directory: Path, folded: Sequence[FoldedTensor], shard_bytes: int
+) -> dict[str, str]:
+    """Writes the shards (and their index, if several). Returns file name -> SHA-256 of the
+    shards."""
     shards = split_shards(folded, shard_bytes)
     hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     with progress("Writing tensors", len(folded)) as advance:
         for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = (
+                "model.safetensors"
+                if len(shards) == 1
+                else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            )
             tensors = _folded_values(shard, advance)
             specs = [spec for tensor in shard for spec in tensor.stored]
             hashes[name] = write_safetensors(directory / name, specs, tensors)
             weight_map |= {spec.name: name for spec in specs}
     if len(shards) > 1:
         total = sum(tensor.stored_bytes for tensor in folded)
-        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     return hashes
 
 
@@ -145,7 +171,9 @@ def count_parameters(folded: Sequence[FoldedTensor]) -> int:
     return sum(prod(tensor.spec.shape) for tensor in folded if tensor.spec.dtype.is_floating_point)
 
 
-def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+def _folded_values(
+    shard: Sequence[FoldedTensor], advance: Callable[[int], None]
+) -> Iterator[Tensor]:
     for tensor, value in zip(shard, read_tensors([tensor.source for tensor in shard]), strict=True):
         if tensor.quantise:
             yield from quantise_weight(_folded(value, tensor, torch.float32))
@@ -155,8 +183,13 @@ def _folded_values(shard: Sequence[FoldedTensor], advance: Callable[[int], None]
 
 
 def _folded(value: Tensor, tensor: FoldedTensor, dtype: torch.dtype) -> Tensor:
-    """With its changes, in `dtype`. Raises UserError where that is no number: float16 ends at 65504."""
-    folded = fold_changes(value, tensor.changes, tensor.transposed, dtype) if tensor.changes else value.to(dtype)
+    """With its changes, in `dtype`. Raises UserError where that is no number: float16 ends at
+    65504."""
+    folded = (
+        fold_changes(value, tensor.changes, tensor.transposed, dtype)
+        if tensor.changes
+        else value.to(dtype)
+    )
     if (folded is not value or tensor.quantise) and not is_finite(folded):
         name = f"{tensor.source.spec.name} in {tensor.source.file}"
         if not is_finite(fold_changes(value, tensor.changes, tensor.transposed)):
@@ -166,12 +199,22 @@ def _folded(value: Tensor, tensor: FoldedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def _require_complete(
-    checkpoint: Checkpoint, architecture: Architecture, kept: int, missing: set[Place], folded: Sequence[FoldedTensor]
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    kept: int,
+    missing: set[Place],
+    folded: Sequence[FoldedTensor],
 ) -> None:
     places = [architecture.parse_tensor_name(tensor.spec.name) for tensor in folded]
     present = {place[1] for place in places if place is not None}
     if present != set(range(kept)):
-        raise UserError(f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it again.")
+        raise UserError(
+            f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it "
+            "again."
+        )
     if missing:
         layer, target = min(missing)
-        raise UserError(f"{checkpoint.name} lacks the weight of {target} in layer {layer}, which the plan corrects.")
+        raise UserError(
+            f"{checkpoint.name} lacks the weight of {target} in layer {layer}, which the plan "
+            "corrects."
+        )

@@ -1,7 +1,9 @@
-"""A model in memory that has an artifact's weights: corrections folded in float64, and everything rounded once.
+"""A model in memory that has an artifact's weights: corrections folded in float64, and everything
+rounded once.
 
-What is written is folded from the files, tensor by tensor (export.fold). Both share `fold_changes`, so that a mistake
-in it would pass their comparison; `require_exact_fold` compares it with the corrections on hooks.
+What is written is folded from the files, tensor by tensor (export.fold). Both share `fold_changes`,
+so that a mistake in it would pass their comparison; `require_exact_fold` compares it with the
+corrections on hooks.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
 
 
 @torch.inference_mode()
-def require_exact_fold(checkpoint: Checkpoint, removed: Sequence[int], changes: Changes, input_ids: Tensor) -> None:
-    """Raises UserError unless the changes compute the same folded as on hooks, as far as float32 can tell."""
+def require_exact_fold(
+    checkpoint: Checkpoint, removed: Sequence[int], changes: Changes, input_ids: Tensor
+) -> None:
+    """Raises UserError unless the changes compute the same folded as on hooks, as far as float32
+    can tell."""
     architecture = architecture_of(checkpoint.config)
     model = load_model(checkpoint, "float32", "cpu")
     with pruned_and_corrected(model, architecture, removed, changes):
@@ -41,17 +46,21 @@ def require_exact_fold(checkpoint: Checkpoint, removed: Sequence[int], changes: 
     tolerance = logit_tolerance(layers, hidden_size(checkpoint.config), torch.float32)
     if not difference <= tolerance:
         raise UserError(
-            f"Folded into the weights, the plan's corrections do not compute what they do unfolded: logits differ by "
-            f"{difference:.2g} (relative), where rounding explains {tolerance:.2g}; nothing was written."
+            "Folded into the weights, the plan's corrections do not compute what they do "
+            f"unfolded: logits differ by {difference:.2g} (relative), where rounding explains "
+            f"{tolerance:.2g}; nothing was written."
         )
 
 
 @torch.inference_mode()
-def fold_and_round(model: Any, checkpoint: Checkpoint, changes: Changes, dtype: torch.dtype | None) -> None:
+def fold_and_round(
+    model: Any, checkpoint: Checkpoint, changes: Changes, dtype: torch.dtype | None
+) -> None:
     """Gives a model in float32 the weights that its artifact has, rounded to `dtype`.
 
-    dtype: None rounds what is changed to the dtype that the checkpoint stores it in, and nothing else. From float64 it
-    is reached directly, since by way of float32 it would be rounding twice. Raises UserError for what does not fit.
+    dtype: None rounds what is changed to the dtype that the checkpoint stores it in, and nothing
+    else. From float64 it is reached directly, since by way of float32 it would be rounding twice.
+    Raises UserError for what does not fit.
     """
     architecture = architecture_of(checkpoint.config)
     place_of = _places_by_parameter(model, architecture, changes)
@@ -78,7 +87,9 @@ def hidden_size(config: dict[str, Any]) -> int:
     return int(config.get("hidden_size") or config["n_embd"])
 
 
-def _places_by_parameter(model: Any, architecture: Architecture, changes: Changes) -> dict[int, Place]:
+def _places_by_parameter(
+    model: Any, architecture: Architecture, changes: Changes
+) -> dict[int, Place]:
     """Which changed map a parameter (its id) is the weight or the bias of."""
     layers = architecture.layer_list(model)
     parts = {place: architecture.parts_of(layers[place.layer], place.target) for place in changes}
@@ -88,7 +99,8 @@ def _places_by_parameter(model: Any, architecture: Architecture, changes: Change
 def _fold_parameter(
     name: str, parameter: Tensor, changes: Sequence[Change], transposed: bool, dtype: torch.dtype
 ) -> None:
-    """Of stacked experts (E, d_out, d_in), one at a time: in float64 all together would be large."""
+    """Of stacked experts (E, d_out, d_in), one at a time: in float64 all together would be
+    large."""
     for part in parameter if parameter.dim() == 3 else (parameter,):
         part.copy_(_rounded(name, fold_changes(part, changes, transposed), dtype))
 
@@ -100,8 +112,11 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _stored_dtypes(checkpoint: Checkpoint, changes: Changes) -> dict[tuple[Place, bool], torch.dtype]:
-    """How the weights (False) and biases (True) of the changed maps are stored; of experts, all are stored alike."""
+def _stored_dtypes(
+    checkpoint: Checkpoint, changes: Changes
+) -> dict[tuple[Place, bool], torch.dtype]:
+    """How the weights (False) and biases (True) of the changed maps are stored; of experts, all are
+    stored alike."""
     architecture = architecture_of(checkpoint.config)
     dtypes = {}
     for tensor in _floating_tensors(checkpoint):

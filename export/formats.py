@@ -1,4 +1,5 @@
-"""The formats of artifacts: what each stores, what writes it, what has to run it, and how exactly."""
+"""The formats of artifacts: what each stores, what writes it, what has to run it, and how
+exactly."""
 
 from __future__ import annotations
 
@@ -39,10 +40,10 @@ from gradmap.vllm_environment import cpu_spoils_int8
 class Format:
     """One kind of artifact.
 
-    dtypes: what its weights may be stored in, the default first. quantisations: likewise, besides none.
-    runners: the programs (export.runners) that must reproduce the reference with it. far: whether they read from it
-    what happens far into a text; transformers passes over a GGUF file's rope, which llama.cpp reads. unfit_ropes: the
-    types that it cannot express.
+    dtypes: what its weights may be stored in, the default first. quantisations: likewise, besides
+    none. runners: the programs (export.runners) that must reproduce the reference with it. far:
+    whether they read from it what happens far into a text; transformers passes over a GGUF file's
+    rope, which llama.cpp reads. unfit_ropes: the types that it cannot express.
     """
 
     name: str
@@ -94,7 +95,11 @@ FORMATS = {
     )
 }
 # The package that a runner needs besides ours.
-RUNTIME_PACKAGES = {"run_vllm": "vllm", "run_onnxruntime": "onnxruntime", "run_genai": "onnxruntime_genai"}
+RUNTIME_PACKAGES = {
+    "run_vllm": "vllm",
+    "run_onnxruntime": "onnxruntime",
+    "run_genai": "onnxruntime_genai",
+}
 
 
 @dataclass(frozen=True)
@@ -115,20 +120,25 @@ class ExportSettings:
 
 
 def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -> Target:
-    """Settles how a format stores the weights of a model; raises UserError if it cannot store them so."""
+    """Settles how a format stores the weights of a model; raises UserError if it cannot store them
+    so."""
     if name not in FORMATS:
         raise UserError(f"Unknown format {name!r}; known are {', '.join(FORMATS)}.")
     form = FORMATS[name]
     dtype = settings.dtype or form.dtypes[0]
     if dtype not in form.dtypes:
-        raise UserError(f"Format {name} cannot store dtype {dtype!r}; it can store {', '.join(form.dtypes)}.")
+        raise UserError(
+            f"Format {name} cannot store dtype {dtype!r}; it can store {', '.join(form.dtypes)}."
+        )
     if settings.quantise is not None and settings.quantise not in form.quantisations:
         known = ", ".join(form.quantisations) or "none"
-        raise UserError(f"Format {name} has no quantisation {settings.quantise!r}; it has: {known}.")
+        raise UserError(
+            f"Format {name} has no quantisation {settings.quantise!r}; it has: {known}."
+        )
     for kind in sorted(rope_types(config) & set(form.unfit_ropes)):
         raise UserError(
-            f"Format {name} cannot express a rope of type {kind}, whose frequencies follow the length of the text; use "
-            "format hf or vllm."
+            f"Format {name} cannot express a rope of type {kind}, whose frequencies follow the "
+            "length of the text; use format hf or vllm."
         )
     packages = [RUNTIME_PACKAGES[runner] for runner in form.runners if runner in RUNTIME_PACKAGES]
     needed = [package for package in packages if package != "vllm"]
@@ -139,7 +149,8 @@ def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -
     for package in needed:
         if find_spec(package) is None:
             raise UserError(
-                f"Format {name} needs the package {package}; install the extra gradmap[cpu] or gradmap[gpu]."
+                f"Format {name} needs the package {package}; install the extra gradmap[cpu] or "
+                "gradmap[gpu]."
             )
     if name == "gguf":
         find_gguf_converter()
@@ -149,28 +160,38 @@ def choose_target(name: str, settings: ExportSettings, config: dict[str, Any]) -
 def _require_checkable(settings: ExportSettings) -> None:
     if asks_vllm(settings) and cpu_spoils_int8():
         raise UserError(
-            "vLLM's 8-bit products overflow on this CPU, which has no VNNI, so that it cannot check an int8 artifact; "
-            "export on one that has it, or leave the check by vLLM out (--no-check-vllm)."
+            "vLLM's 8-bit products overflow on this CPU, which has no VNNI, so that it cannot "
+            "check an int8 artifact; export on one that has it, or leave the check by vLLM out "
+            "(--no-check-vllm)."
         )
 
 
 def _require_quantisable(architecture: Architecture) -> None:
     if architecture.transposed_linear:
         raise UserError(
-            "The vllm format cannot quantise a model that stores its weights transposed (GPT-2); leave out --quantise."
+            "The vllm format cannot quantise a model that stores its weights transposed (GPT-2); "
+            "leave out --quantise."
         )
     if architecture.expert_down_projections is not None:
-        raise UserError("The vllm format cannot quantise a mixture of experts; leave out --quantise.")
+        raise UserError(
+            "The vllm format cannot quantise a mixture of experts; leave out --quantise."
+        )
 
 
 def reference_dtype(target: Target, checkpoint: Checkpoint) -> torch.dtype | None:
-    """What an artifact's weights are rounded to when they are run in float32; None if each keeps a dtype of its own."""
+    """What an artifact's weights are rounded to when they are run in float32; None if each keeps a
+    dtype of its own."""
     dtype = target.torch_dtype or stored_dtype(checkpoint)
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _bounds(
-    source: Source, target: Target, written: Written, reference: Reference, runner: str, min_agreement: float
+    source: Source,
+    target: Target,
+    written: Written,
+    reference: Reference,
+    runner: str,
+    min_agreement: float,
 ) -> Bounds:
     if target.quantise is not None:
         return Bounds(min_agreement=min_agreement)
@@ -201,9 +222,12 @@ def compare_in_each(
     reference: Reference,
     min_agreement: float,
 ) -> dict[str, Comparison]:
-    """Runs an artifact in each of its runners, and compares; `require_faithful` and `find_problem` judge."""
+    """Runs an artifact in each of its runners, and compares; `require_faithful` and `find_problem`
+    judge."""
     outcomes = run_artifact_in_each(runners, directory, reference, written.weight_bytes)
     return {
-        runner: compare(reference, outcome, _bounds(source, target, written, reference, runner, min_agreement))
+        runner: compare(
+            reference, outcome, _bounds(source, target, written, reference, runner, min_agreement)
+        )
         for runner, outcome in zip(runners, outcomes, strict=True)
     }

@@ -1,4 +1,5 @@
-"""`gradmap export --push-to-hub`: a finished artifact becomes one commit of a Hugging Face repository.
+"""`gradmap export --push-to-hub`: a finished artifact becomes one commit of a Hugging Face
+repository.
 
 The token comes from HF_TOKEN, or from huggingface_hub's own login; it is never an argument.
 """
@@ -17,7 +18,8 @@ from gradmap.files import ARTIFACT_FILE
 
 
 def check_hub_access(repo_id: str) -> None:
-    """Raises UserError, before a long export, if the name is no repository's or the hub does not know us."""
+    """Raises UserError, before a long export, if the name is no repository's or the hub does not
+    know us."""
     from huggingface_hub import HfApi
 
     if not HUB_ID.fullmatch(repo_id):
@@ -29,7 +31,8 @@ def check_hub_access(repo_id: str) -> None:
 def push(directory: Path, repo_id: str, private: bool = True) -> str:
     """Uploads exactly the files that gradmap.json lists, and it; returns the commit's URL.
 
-    private: of a repository that does not exist yet. Raises UserError if the hub refuses or cannot be reached.
+    private: of a repository that does not exist yet. Raises UserError if the hub refuses or cannot
+    be reached.
     """
     from huggingface_hub import HfApi
 
@@ -55,12 +58,16 @@ def _explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError:
-        raise UserError("The hub needs a token to upload; set HF_TOKEN to one with write access.") from None
+        raise UserError(
+            "The hub needs a token to upload; set HF_TOKEN to one with write access."
+        ) from None
     except HfHubHTTPError as error:
         raise UserError(_explain_status(error, repo_id)) from None
     except (httpx2.TransportError, OfflineModeIsEnabled, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The hub cannot be reached ({reason}); check the network, or HF_ENDPOINT.") from None
+        raise UserError(
+            f"The hub cannot be reached ({reason}); check the network, or HF_ENDPOINT."
+        ) from None
 
 
 def _explain_status(error: Exception, repo_id: str) -> str:
@@ -69,4 +76,7 @@ def _explain_status(error: Exception, repo_id: str) -> str:
         return "The hub does not accept the token; set HF_TOKEN to a valid one with write access."
     if status == 403:
         return f"The token may not write to {repo_id}; use one with write access, or another owner."
-    return f"The hub refused the upload to {repo_id} (HTTP {status}): {str(error).strip().splitlines()[0]}"
+    return (
+        f"The hub refused the upload to {repo_id} (HTTP {status}): "
+        f"{str(error).strip().splitlines()[0]}"
+    )

@@ -1,4 +1,5 @@
-"""Whether an artifact is what was exported: its record, gradmap.json, and the SHA-256 of every file."""
+"""Whether an artifact is what was exported: its record, gradmap.json, and the SHA-256 of every
+file."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class BaseRecord(Strict):
 
 
 class PlanRecord(Strict):
-    """Of the plan that was applied: original layer indices, and the calibration record of plan.json."""
+    """Of the plan that was applied: original layer indices, and the calibration record of
+    plan.json."""
 
     sha256: str
     removal_order: list[int]
@@ -35,8 +37,8 @@ class PlanRecord(Strict):
 class ArtifactRecord(Strict):
     """The contents of gradmap.json.
 
-    format, dtype and quantise are those of export.artifact.FORMATS. verification: what was found when it was exported,
-    by runtime. files: name -> SHA-256 of every other file.
+    format, dtype and quantise are those of export.artifact.FORMATS. verification: what was found
+    when it was exported, by runtime. files: name -> SHA-256 of every other file.
     """
 
     schema_version: int
@@ -57,20 +59,24 @@ class ArtifactRecord(Strict):
 def read_record(directory: Path, expected_sha256: str | None = None) -> ArtifactRecord:
     """Returns the contents of gradmap.json.
 
-    expected_sha256: of that file, where it is known from elsewhere; whoever can change the directory can change the
-    hashes in it as well. Raises UserError if there is none, one of another version, a damaged or another one.
+    expected_sha256: of that file, where it is known from elsewhere; whoever can change the
+    directory can change the hashes in it as well. Raises UserError if there is none, one of another
+    version, a damaged or another one.
     """
     path = own_file(directory, ARTIFACT_FILE)
     contents = read_json_object(path)
     if contents.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{path} is of another version of gradmap; export the artifact again.")
     if expected_sha256 is not None and sha256_file(path) != expected_sha256.lower():
-        raise UserError(f"{path} is not the one that is expected: its SHA-256 is {sha256_file(path)}.")
+        raise UserError(
+            f"{path} is not the one that is expected: its SHA-256 is {sha256_file(path)}."
+        )
     return checked(ArtifactRecord, contents, path)
 
 
 def require_files(directory: Path, hashes: dict[str, str]) -> None:
-    """Raises UserError unless the directory holds exactly the files of `hashes` (hidden ones aside), unchanged."""
+    """Raises UserError unless the directory holds exactly the files of `hashes` (hidden ones
+    aside), unchanged."""
     present = list_files(directory)
     for name, expected in hashes.items():
         if name not in present:
@@ -78,19 +84,27 @@ def require_files(directory: Path, hashes: dict[str, str]) -> None:
         with waiting(f"Hashing {directory / name}"):
             found = sha256_file(directory / name)
         if found != expected:
-            raise UserError(f"{directory / name} is not what was exported (its SHA-256 differs); fetch it again.")
+            raise UserError(
+                f"{directory / name} is not what was exported (its SHA-256 differs); fetch it "
+                "again."
+            )
     if foreign := sorted(present - hashes.keys()):
         raise UserError(f"{directory / foreign[0]} is not part of the artifact; remove it.")
 
 
 def refuse_code(directory: Path) -> None:
-    """Raises UserError if files of an artifact are programs, or name some: nothing that gradmap exports needs any."""
+    """Raises UserError if files of an artifact are programs, or name some: nothing that gradmap
+    exports needs any."""
     if programs := own_files(directory, ["**/*.py"]):
-        raise UserError(f"{programs[0]} is a program, which no artifact of gradmap has; do not trust this directory.")
+        raise UserError(
+            f"{programs[0]} is a program, which no artifact of gradmap has; do not trust this "
+            "directory."
+        )
     for path in own_files(directory, ["*.json"]):
         if path.name.endswith("config.json") and CODE_KEY in read_json_object(path):
             raise UserError(
-                f"{path} names code to run ({CODE_KEY}), which no artifact of gradmap does; do not trust it."
+                f"{path} names code to run ({CODE_KEY}), which no artifact of gradmap does; do not "
+                "trust it."
             )
 
 

@@ -1,10 +1,12 @@
-"""Writes a checkpoint as ONNX: `python -m export.onnx_export CHECKPOINT_DIRECTORY OUT_DIRECTORY METADATA [int8]`.
+"""Writes a checkpoint as ONNX: `python -m export.onnx_export CHECKPOINT_DIRECTORY OUT_DIRECTORY
+METADATA [int8]`.
 
-A program of its own, so that its memory (several times the model) is given back, and a crash harms nobody. The graph
-is traced with torch's exporter at opset 23, which has attention's parts (rotary embedding, RMS norm) as operators of
-the standard. Inputs and outputs are named and laid out as optimum does it, so that whatever reads optimum's exports
-reads this: input_ids, attention_mask, position_ids, past_key_values.N.key/.value -> logits, present.N.key/.value.
-METADATA is a JSON object of texts for the model's metadata_props.
+A program of its own, so that its memory (several times the model) is given back, and a crash harms
+nobody. The graph is traced with torch's exporter at opset 23, which has attention's parts (rotary
+embedding, RMS norm) as operators of the standard. Inputs and outputs are named and laid out as
+optimum does it, so that whatever reads optimum's exports reads this: input_ids, attention_mask,
+position_ids, past_key_values.N.key/.value -> logits, present.N.key/.value. METADATA is a JSON
+object of texts for the model's metadata_props.
 """
 
 from __future__ import annotations
@@ -33,14 +35,19 @@ INT8_COMPUTE = 4  # MatMulNBits' accuracy_level for integer products
 
 
 class _CausalLMWithCache(nn.Module):
-    """The model as a function of plain tensors: the cache goes in and comes out as pairs of keys and values."""
+    """The model as a function of plain tensors: the cache goes in and comes out as pairs of keys
+    and values."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(past):
@@ -52,16 +59,23 @@ class _CausalLMWithCache(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return output.logits, [
+            (layer.keys, layer.values) for layer in output.past_key_values.layers
+        ]
 
 
 @torch.inference_mode()
 def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
     """Writes OUT/model.onnx (with model.onnx_data beside it if large) in the checkpoint's dtype.
 
-    untie: give the output layer weights of its own where it shares the embedding's, so that they can be quantised.
+    untie: give the output layer weights of its own where it shares the embedding's, so that they
+    can be quantised.
     """
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa").eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
+        .eval()
+        .requires_grad_(False)
+    )
     _replace_transposed_linear(model)
     if untie:
         output_layer = model.get_output_embeddings()
@@ -69,7 +83,12 @@ def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
     program = torch.onnx.export(
         _CausalLMWithCache(model),
         _example_inputs(model),
-        input_names=["input_ids", "attention_mask", "position_ids", *_cache_names(model, "past_key_values")],
+        input_names=[
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            *_cache_names(model, "past_key_values"),
+        ],
         output_names=["logits", *_cache_names(model, "present")],
         dynamic_shapes=_dynamic_shapes(model),
         opset_version=OPSET,
@@ -84,8 +103,8 @@ def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
 def quantise_int8(directory: Path) -> None:
     """Replaces the matrix products' weights by 8-bit integers in blocks with a scale each.
 
-    Products are computed in integers: activations are rounded to 8 bits on the way, in the same blocks. In floating
-    point the int8 graph would be slower than the float32 one.
+    Products are computed in integers: activations are rounded to 8 bits on the way, in the same
+    blocks. In floating point the int8 graph would be slower than the float32 one.
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -99,7 +118,9 @@ def quantise_int8(directory: Path) -> None:
     quantizer.process()
     for path in (directory / ONNX_FILE, directory / EXTERNAL_DATA_FILE):
         path.unlink(missing_ok=True)
-    quantizer.model.save_model_to_file(str(directory / ONNX_FILE), _needs_external_data(quantizer.model.model))
+    quantizer.model.save_model_to_file(
+        str(directory / ONNX_FILE), _needs_external_data(quantizer.model.model)
+    )
 
 
 def add_metadata(path: Path, metadata: dict[str, str]) -> None:
@@ -109,7 +130,8 @@ def add_metadata(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _replace_transposed_linear(model: nn.Module) -> None:
-    """GPT-2's Conv1D would become a Gemm, which the weight quantiser leaves alone; a Linear becomes a MatMul."""
+    """GPT-2's Conv1D would become a Gemm, which the weight quantiser leaves alone; a Linear becomes
+    a MatMul."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Conv1D):
@@ -120,11 +142,14 @@ def _replace_transposed_linear(model: nn.Module) -> None:
 
 
 def _example_inputs(model: Any) -> tuple[Any, ...]:
-    """Two samples of three new tokens after five cached ones: sizes that cannot be mistaken for one another."""
+    """Two samples of three new tokens after five cached ones: sizes that cannot be mistaken for one
+    another."""
     batch, new, past = 2, 3, 5
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
     def cache() -> Tensor:  # a tensor each: the exporter takes equal objects for one input
         return torch.zeros(batch, heads, past, head_size, dtype=model.dtype)
@@ -149,11 +174,17 @@ def _dynamic_shapes(model: Any) -> tuple[Any, ...]:
 
 
 def _cache_names(model: Any, prefix: str) -> list[str]:
-    return [f"{prefix}.{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in ("key", "value")]
+    return [
+        f"{prefix}.{layer}.{part}"
+        for layer in range(model.config.num_hidden_layers)
+        for part in ("key", "value")
+    ]
 
 
 def _needs_external_data(model: onnx.ModelProto) -> bool:
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_DATA_FROM_BYTES
+    return (
+        sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_DATA_FROM_BYTES
+    )
 
 
 def main(checkpoint: str, out: str, metadata: str, *quantise: str) -> None:

@@ -1,4 +1,5 @@
-"""What an artifact has to reproduce: the logits of the base model with the plan applied in memory."""
+"""What an artifact has to reproduce: the logits of the base model with the plan applied in
+memory."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from gradmap.checkpoint import Checkpoint, load_model
 from gradmap.corrections import Changes, pruned_and_corrected
 from gradmap.errors import UserError
 
-# Safetensors inside; not so named, because vLLM takes every *.safetensors of a directory for weights.
+# Safetensors inside; not so named, because vLLM takes every *.safetensors of a directory for
+# weights.
 PROBE_FILE = "gradmap.probe"
 PROBE_SAMPLES = 4
 PROBE_TOKENS = 64
 GREEDY_TOKENS = 64
-# A stored probe keeps this many of the highest logits of each position: a megabyte, whatever the vocabulary.
+# A stored probe keeps this many of the highest logits of each position: a megabyte, whatever the
+# vocabulary.
 STORED_LOGITS = 32
 
 
@@ -32,10 +35,11 @@ STORED_LOGITS = 32
 class Reference:
     """The probe and what is expected of it.
 
-    input_ids: (B, T). logits: (B, T, V) float32, or (B, T, k) where only those of `token_ids` (B, T, k) are kept.
-    scale: root mean square of all logits (B, T, V), the unit of relative differences.
-    greedy_ids: (G,), the continuation of the first sample; greedy_margins: (G,), by how much each led the second best.
-    exact: whether the model's weights were those of the artifact, so that rounding them explains no difference.
+    input_ids: (B, T). logits: (B, T, V) float32, or (B, T, k) where only those of `token_ids` (B,
+    T, k) are kept. scale: root mean square of all logits (B, T, V), the unit of relative
+    differences. greedy_ids: (G,), the continuation of the first sample; greedy_margins: (G,), by
+    how much each led the second best. exact: whether the model's weights were those of the
+    artifact, so that rounding them explains no difference.
     """
 
     input_ids: Tensor
@@ -50,11 +54,18 @@ class Reference:
     def best_ids(self) -> Tensor:
         """The most likely token of every position, (B, T)."""
         best = self.logits.argmax(-1)
-        return best if self.token_ids is None else self.token_ids.gather(-1, best[..., None])[..., 0]
+        return (
+            best if self.token_ids is None else self.token_ids.gather(-1, best[..., None])[..., 0]
+        )
 
     def at_known_tokens(self, logits: Tensor) -> Tensor:
-        """Those of an artifact's logits (B, T, V), or (B, 1, V) of the last position, that the reference has."""
-        return logits if self.token_ids is None else logits.gather(-1, self.token_ids[:, -logits.shape[1] :])
+        """Those of an artifact's logits (B, T, V), or (B, 1, V) of the last position, that the
+        reference has."""
+        return (
+            logits
+            if self.token_ids is None
+            else logits.gather(-1, self.token_ids[:, -logits.shape[1] :])
+        )
 
 
 def random_probe(vocabulary: int) -> Tensor:
@@ -73,9 +84,10 @@ def compute_references(
 ) -> dict[torch.dtype | None, Reference]:
     """Runs the pruned and corrected model in float32 on the CPU, as a reloaded artifact will be.
 
-    dtypes: for each of these, one reference with its weights (see `fold_and_round`). A model too large for memory is
-    read from disk layer by layer; then weights stay as stored, corrections on hooks, and no text is generated.
-    Raises UserError if folding the corrections does not compute what they do.
+    dtypes: for each of these, one reference with its weights (see `fold_and_round`). A model too
+    large for memory is read from disk layer by layer; then weights stay as stored, corrections on
+    hooks, and no text is generated. Raises UserError if folding the corrections does not compute
+    what they do.
     """
     placement = placement_for(checkpoint.directory)
     if placement:
@@ -118,7 +130,11 @@ def load_probe(path: Path) -> Reference:
 
 
 def _run_folded(
-    checkpoint: Checkpoint, removed: tuple[int, ...], changes: Changes, input_ids: Tensor, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    removed: tuple[int, ...],
+    changes: Changes,
+    input_ids: Tensor,
+    dtype: torch.dtype | None,
 ) -> Reference:
     model = load_model(checkpoint, "float32", "cpu")
     fold_and_round(model, checkpoint, changes, dtype)
@@ -127,7 +143,11 @@ def _run_folded(
 
 
 def _run_from_disk(
-    checkpoint: Checkpoint, removed: tuple[int, ...], changes: Changes, input_ids: Tensor, placement: dict[str, Any]
+    checkpoint: Checkpoint,
+    removed: tuple[int, ...],
+    changes: Changes,
+    input_ids: Tensor,
+    placement: dict[str, Any],
 ) -> Reference:
     model = load_model(checkpoint, "float32", "cpu", **placement)
     with pruned_and_corrected(model, architecture_of(checkpoint.config), removed, changes):
@@ -137,9 +157,15 @@ def _run_from_disk(
 def _run(model: Any, input_ids: Tensor, greedy_tokens: int) -> Reference:
     logits = finite_logits(model, input_ids)
     greedy_ids, margins = decode_greedily(transformers_step(model), input_ids[:1], greedy_tokens)
-    return Reference(input_ids, logits, logits.double().square().mean().sqrt().item(), greedy_ids, margins)
+    return Reference(
+        input_ids, logits, logits.double().square().mean().sqrt().item(), greedy_ids, margins
+    )
 
 
 def _greedy_tokens(positions: int | None, input_ids: Tensor) -> int:
     """As many as the model has positions for."""
-    return GREEDY_TOKENS if positions is None else max(0, min(GREEDY_TOKENS, positions - input_ids.shape[1]))
+    return (
+        GREEDY_TOKENS
+        if positions is None
+        else max(0, min(GREEDY_TOKENS, positions - input_ids.shape[1]))
+    )

@@ -18,7 +18,8 @@ from gradmap.safetensors_reader import DTYPE_NAMES, TensorSpec
 
 
 def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> str:
-    """Writes `tensors`, which must come in the order of `specs` and be as they say. Returns the file's SHA-256.
+    """Writes `tensors`, which must come in the order of `specs` and be as they say. Returns the
+    file's SHA-256.
 
     Memory: one tensor and two chunks.
     """

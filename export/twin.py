@@ -1,7 +1,9 @@
-"""Whether a format says what happens far into a text: where windows close, ropes are scaled and caches turn over.
+"""Whether a format says what happens far into a text: where windows close, ropes are scaled and
+caches turn over.
 
-The probe of an artifact is short, and these are thousands of tokens away. A twin is a small random model with the
-config of the large one, in which they are near: it is exported and run as the large one will be, past all of them.
+The probe of an artifact is short, and these are thousands of tokens away. A twin is a small random
+model with the config of the large one, in which they are near: it is exported and run as the large
+one will be, past all of them.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ FAR = 512
 HEADS = 2
 INNER = 128
 EXPERTS = 4
-# Rope types that the probe may not see: they change at that length, or change what turns slowly. (Those of type dynamic
-# follow the length of each text, so that a cache differs from the model by itself, in every runtime.)
+# Rope types that the probe may not see: they change at that length, or change what turns slowly.
+# (Those of type dynamic follow the length of each text, so that a cache differs from the model by
+# itself, in every runtime.)
 FAR_ROPES = ("longrope", "yarn", "llama3")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")
 
@@ -42,7 +45,9 @@ def find_boundaries(config: dict[str, Any]) -> dict[str, int]:
     for rope in _ropes(parsed.to_dict()):
         kind = rope.get("rope_type")
         if kind in FAR_ROPES:
-            original = rope.get("original_max_position_embeddings") or parsed.max_position_embeddings
+            original = (
+                rope.get("original_max_position_embeddings") or parsed.max_position_embeddings
+            )
             found[f"rope of type {kind}"] = int(original)
     return found
 
@@ -55,7 +60,10 @@ def twin_config(config: dict[str, Any]) -> dict[str, Any]:
     small = prune_config(config, _repeated_layers(parsed))
     small |= {"hidden_size": HEADS * head_dim, "head_dim": head_dim, "intermediate_size": INNER}
     small |= {"num_attention_heads": HEADS, "num_key_value_heads": few_heads}
-    for key, limit in {"moe_intermediate_size": INNER, "shared_expert_intermediate_size": INNER}.items():
+    for key, limit in {
+        "moe_intermediate_size": INNER,
+        "shared_expert_intermediate_size": INNER,
+    }.items():
         if key in small:
             small[key] = limit
     for key in ("num_experts", "num_local_experts"):
@@ -67,13 +75,17 @@ def twin_config(config: dict[str, Any]) -> dict[str, Any]:
 def write_twin(
     checkpoint: Checkpoint, removed: tuple[int, ...], directory: Path, patterns: tuple[str, ...]
 ) -> Checkpoint:
-    """Writes a twin of the pruned model, with seeded random weights. patterns: of the companions that it needs."""
+    """Writes a twin of the pruned model, with seeded random weights. patterns: of the companions
+    that it needs."""
     config = twin_config(prune_config(checkpoint.config, removed))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**deepcopy(config)), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**deepcopy(config)), dtype=torch.float32
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            # norms stay what they are; products keep the scale of their inputs, so that attention is not uniform
+            # norms stay what they are; products keep the scale of their inputs, so that attention
+            # is not uniform
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
     model.save_pretrained(directory)
@@ -85,7 +97,9 @@ def write_twin(
 def probe_beyond(config: dict[str, Any]) -> torch.Tensor:
     """Token ids (2, T) that pass every boundary of the config."""
     tokens = max(find_boundaries(config).values()) + TOKENS_BEYOND
-    return torch.randint(int(config["vocab_size"]), (2, tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        int(config["vocab_size"]), (2, tokens), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def rope_types(config: dict[str, Any]) -> set[str]:
@@ -109,7 +123,9 @@ def _with_near_boundaries(config: dict[str, Any], positions: int) -> dict[str, A
     near = deepcopy(config)
     if (near.get("sliding_window") or 0) > FAR:
         near["sliding_window"] = NEAR
-    boundaries = [tokens for what, tokens in find_boundaries(config).items() if what.startswith("rope")]
+    boundaries = [
+        tokens for what, tokens in find_boundaries(config).items() if what.startswith("rope")
+    ]
     if boundaries and max(boundaries) > FAR:
         shrinkage = NEAR / max(boundaries)
         for rope in _ropes(near):
@@ -124,7 +140,12 @@ def _with_near_boundaries(config: dict[str, Any], positions: int) -> dict[str, A
 def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Those of a config: one, or one for each kind of layer."""
     found = [config[key] for key in _ROPE_KEYS if isinstance(config.get(key), dict)]
-    return [rope for one in found for rope in (one.values() if _by_kind(one) else [one]) if isinstance(rope, dict)]
+    return [
+        rope
+        for one in found
+        for rope in (one.values() if _by_kind(one) else [one])
+        if isinstance(rope, dict)
+    ]
 
 
 def _by_kind(rope: dict[str, Any]) -> bool:

@@ -1,4 +1,5 @@
-"""Nothing is reported as exported before a fresh process has loaded it and its logits were compared."""
+"""Nothing is reported as exported before a fresh process has loaded it and its logits were
+compared."""
 
 from __future__ import annotations
 
@@ -27,15 +28,16 @@ from gradmap.raised import reasons_below
 
 # How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(:|$)")
-# What a runtime takes besides the weights (vLLM with its cache the most), and the weights as it holds them at most,
-# over what they take as stored: eight bits widened to 32.
+# What a runtime takes besides the weights (vLLM with its cache the most), and the weights as it
+# holds them at most, over what they take as stored: eight bits widened to 32.
 LARGEST_RUNTIME_BYTES = 4e9
 WIDENED = 4
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a runtime computed (see export.runners): logits, or log-probabilities of some tokens where it hides them."""
+    """What a runtime computed (see export.runners): logits, or log-probabilities of some tokens
+    where it hides them."""
 
     runtime: str
     greedy_ids: Tensor
@@ -48,7 +50,8 @@ class Outcome:
 def run_artifact_in_each(
     runners: Sequence[str], directory: Path, reference: Reference, weight_bytes: int
 ) -> list[Outcome]:
-    """`run_artifact` in each runner: at once if memory has room for all, since most of their time goes into imports."""
+    """`run_artifact` in each runner: at once if memory has room for all, since most of their time
+    goes into imports."""
     needed = len(runners) * (LARGEST_RUNTIME_BYTES + WIDENED * weight_bytes)
     together = len(runners) if needed <= available_bytes() else 1
     with ThreadPoolExecutor(together) as pool, ending_children():
@@ -56,12 +59,18 @@ def run_artifact_in_each(
 
 
 def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
-    """Runs `export.runners.RUNNER` in a fresh process. Raises UserError with its last line if it fails."""
-    tensors = {"input_ids": reference.input_ids.contiguous(), "greedy_tokens": torch.tensor(len(reference.greedy_ids))}
+    """Runs `export.runners.RUNNER` in a fresh process. Raises UserError with its last line if it
+    fails."""
+    tensors = {
+        "input_ids": reference.input_ids.contiguous(),
+        "greedy_tokens": torch.tensor(len(reference.greedy_ids)),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         probe, out = Path(temporary, "probe.safetensors"), Path(temporary, "outcome.safetensors")
         save_file(tensors, probe)
-        command = module_command(f"export.runners.{runner}", str(directory.resolve()), str(probe), str(out))
+        command = module_command(
+            f"export.runners.{runner}", str(directory.resolve()), str(probe), str(out)
+        )
         run_child(command, f"The exported model does not run ({runner.removeprefix('run_')})")
         with safe_open(out, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
@@ -69,7 +78,8 @@ def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
 
 
 def run_child(command: list[str], problem: str) -> None:
-    """Runs a program in a fresh process, offline; raises UserError(problem: what it said last) if it fails.
+    """Runs a program in a fresh process, offline; raises UserError(problem: what it said last) if
+    it fails.
 
     OutOfMemoryError if it was killed, as the system does where memory runs out.
     """
@@ -127,8 +137,9 @@ def find_problem(comparison: Comparison) -> str | None:
     tolerance, floor = comparison.tolerance, comparison.min_agreement
     if floor is not None and not comparison.argmax_agreement >= floor:  # not: a NaN must fail
         return (
-            f"the quantised model's most likely token is the reference's at {comparison.argmax_agreement:.1%} of "
-            f"positions, where {floor:.1%} are asked for; quantise less or lower --min-agreement"
+            "the quantised model's most likely token is the reference's at "
+            f"{comparison.argmax_agreement:.1%} of positions, where {floor:.1%} are asked for; "
+            "quantise less or lower --min-agreement"
         )
     if tolerance is None:
         return None
@@ -137,24 +148,37 @@ def find_problem(comparison: Comparison) -> str | None:
         (" through the KV cache", comparison.cached_difference),
     ):
         if difference is not None and not difference <= tolerance:
-            others = f", without the worst {comparison.stray_share:.0%} of positions" if comparison.stray_share else ""
+            others = (
+                f", without the worst {comparison.stray_share:.0%} of positions"
+                if comparison.stray_share
+                else ""
+            )
             return (
-                f"the exported model's logits{place} differ from the reference by {difference:.2g} (relative{others}), "
-                f"where rounding explains {tolerance:.2g}; most at {comparison.worst}"
+                f"the exported model's logits{place} differ from the reference by {difference:.2g} "
+                f"(relative{others}), where rounding explains {tolerance:.2g}; most at "
+                f"{comparison.worst}"
             )
     if comparison.greedy_margin is not None and comparison.greedy_margin > SWAP_FACTOR * tolerance:
         return (
-            f"the exported model generates another text from token {comparison.greedy_identical + 1} on, where the "
-            f"reference's choice leads by {comparison.greedy_margin:.2g} (relative), more than rounding explains"
+            "the exported model generates another text from token "
+            f"{comparison.greedy_identical + 1} on, where the reference's choice leads by "
+            f"{comparison.greedy_margin:.2g} (relative), more than rounding explains"
         )
     return None
 
 
 def _differences(reference: Reference, outcome: Outcome) -> tuple[Tensor, Tensor]:
-    """Differences at the compared tokens (B, T', k), and the outcome's most likely tokens (B, T')."""
+    """Differences at the compared tokens (B, T', k), and the outcome's most likely tokens (B,
+    T')."""
     if outcome.logits is not None:
-        return reference.at_known_tokens(outcome.logits) - reference.logits, outcome.logits.argmax(-1)
-    assert outcome.logprob_ids is not None and outcome.logprobs is not None and reference.token_ids is None
+        return reference.at_known_tokens(outcome.logits) - reference.logits, outcome.logits.argmax(
+            -1
+        )
+    assert (
+        outcome.logprob_ids is not None
+        and outcome.logprobs is not None
+        and reference.token_ids is None
+    )
     compared = outcome.logprobs.shape[1]
     expected = reference.logits[:, :compared].log_softmax(-1).gather(-1, outcome.logprob_ids)
     return outcome.logprobs - expected, outcome.logprob_ids[..., 0]
@@ -174,8 +198,8 @@ def _describe_worst(difference: Tensor) -> str:
 
 
 def _typical(difference: Tensor, stray_share: float) -> float:
-    """Root mean square of differences (B, T, k) over all positions but the strays. NaN if any is not finite: what
-    overflowed or is no number was not rounded."""
+    """Root mean square of differences (B, T, k) over all positions but the strays. NaN if any is
+    not finite: what overflowed or is no number was not rounded."""
     squares = difference.double().square().mean(-1).flatten().sort().values
     if not squares.isfinite().all():
         return math.nan
@@ -185,7 +209,7 @@ def _typical(difference: Tensor, stray_share: float) -> float:
 def _strays(positions: int, share: float) -> int:
     """How many positions may differ by anything.
 
-    At least one: the last positions of four samples, through the KV cache, are not spared either. Never all, so that
-    something is compared; a broken cache would spoil every sample.
+    At least one: the last positions of four samples, through the KV cache, are not spared either.
+    Never all, so that something is compared; a broken cache would spoil every sample.
     """
     return 0 if share == 0 else min(max(1, int(share * positions)), positions - 1)

@@ -1,6 +1,8 @@
-"""vllm.yaml of a vLLM-ready directory: what a server of the model is told, unless its operator says otherwise.
+"""vllm.yaml of a vLLM-ready directory: what a server of the model is told, unless its operator says
+otherwise.
 
-Two keys and no others: vLLM would take any of its options from such a file, among them those that run code.
+Two keys and no others: vLLM would take any of its options from such a file, among them those that
+run code.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ HEADER = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"
 
 
 class VllmFile(BaseModel):
-    """served_model_name: what clients ask for. dtype: what vLLM computes in. None leaves vLLM its default."""
+    """served_model_name: what clients ask for. dtype: what vLLM computes in. None leaves vLLM its
+    default."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -30,7 +33,9 @@ class VllmFile(BaseModel):
         protected_namespaces=(),
     )
 
-    served_model_name: Annotated[str, Field(pattern=r"^[^\s\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$")] | None = None
+    served_model_name: (
+        Annotated[str, Field(pattern=r"^[^\s\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$")] | None
+    ) = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
 
 
@@ -42,7 +47,8 @@ def write_vllm_file(directory: Path, served_model_name: str, dtype: str) -> None
 
 
 def vllm_arguments(directory: Path) -> list[str]:
-    """What a model says to vLLM, as options that others may follow. Raises UserError as `read_vllm_file` does."""
+    """What a model says to vLLM, as options that others may follow. Raises UserError as
+    `read_vllm_file` does."""
     said = read_vllm_file(directory)
     name = ["--served-model-name", said.served_model_name or directory.resolve().name]
     return name if said.dtype is None else [*name, "--dtype", said.dtype]

@@ -1,4 +1,5 @@
-"""What is written for each format: a folded checkpoint, alone or as the source of an ONNX graph or a GGUF file."""
+"""What is written for each format: a folded checkpoint, alone or as the source of an ONNX graph or
+a GGUF file."""
 
 from __future__ import annotations
 
@@ -100,8 +101,8 @@ class Target:
 class Written:
     """What is known of a directory once it is written.
 
-    folded: the checkpoint's tensors. weight_bytes: size of the weights as they are stored. hashes: SHA-256 of the files
-    that were hashed on the way.
+    folded: the checkpoint's tensors. weight_bytes: size of the weights as they are stored. hashes:
+    SHA-256 of the files that were hashed on the way.
     """
 
     config: dict[str, Any]
@@ -114,12 +115,14 @@ Writer = Callable[[Path, Source, Target], Written]
 
 
 def write_checkpoint(directory: Path, source: Source, target: Target) -> Written:
-    """A stock Hugging Face checkpoint: layers dropped, W' folded, the tokenizer and the rest copied."""
+    """A stock Hugging Face checkpoint: layers dropped, W' folded, the tokenizer and the rest
+    copied."""
     return _write_weights(directory, source, target, quantise=False)
 
 
 def write_vllm(directory: Path, source: Source, target: Target) -> Written:
-    """The same, quantised if asked for, with vllm.yaml for `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`."""
+    """The same, quantised if asked for, with vllm.yaml for `vllm serve DIRECTORY --config
+    DIRECTORY/vllm.yaml`."""
     written = _write_weights(directory, source, target, quantise=target.quantise is not None)
     dtype = "auto" if target.dtype == "keep" else target.dtype
     write_vllm_file(directory, source.served_name, dtype)
@@ -127,28 +130,38 @@ def write_vllm(directory: Path, source: Source, target: Target) -> Written:
 
 
 def write_onnx(directory: Path, source: Source, target: Target) -> Written:
-    """An ONNX graph of the standard's operators (int8: with ONNX Runtime's MatMulNBits), named as optimum names it."""
-    metadata = {"gradmap.name": source.served_name, "gradmap.plan_sha256": source.plan_hash or "none"}
+    """An ONNX graph of the standard's operators (int8: with ONNX Runtime's MatMulNBits), named as
+    optimum names it."""
+    metadata = {
+        "gradmap.name": source.served_name,
+        "gradmap.plan_sha256": source.plan_hash or "none",
+    }
     quantise = [target.quantise] if target.quantise else []
 
     def convert(checkpoint: Path) -> None:
         _require_memory(checkpoint)
         arguments = [str(checkpoint), str(directory), json.dumps(metadata), *quantise]
         with announced("Tracing the ONNX graph"):
-            run_child(module_command("export.onnx_export", *arguments), "The model cannot be exported to ONNX")
+            run_child(
+                module_command("export.onnx_export", *arguments),
+                "The model cannot be exported to ONNX",
+            )
 
     return _write_through_checkpoint(directory, source, target, convert)
 
 
 def write_genai(directory: Path, source: Source, target: Target) -> Written:
-    """An ONNX graph with ONNX Runtime's own fused operators and genai_config.json, by onnxruntime-genai's builder."""
+    """An ONNX graph with ONNX Runtime's own fused operators and genai_config.json, by
+    onnxruntime-genai's builder."""
     precision = target.quantise or GENAI_PRECISIONS[target.dtype]
     provider = "cuda" if torch.cuda.is_available() and target.dtype == "float16" else "cpu"
 
     def convert(checkpoint: Path) -> None:
         _require_memory(checkpoint)
         places = ["-m", str(checkpoint), "-o", str(directory), "-c", str(checkpoint / "cache")]
-        command = module_command("onnxruntime_genai.models.builder", *places, "-p", precision, "-e", provider)
+        command = module_command(
+            "onnxruntime_genai.models.builder", *places, "-p", precision, "-e", provider
+        )
         with announced("Building the onnxruntime-genai graph"):
             run_child(command, "onnxruntime-genai cannot build this model")
 
@@ -161,29 +174,45 @@ def write_gguf(directory: Path, source: Source, target: Target) -> Written:
     stored_type = GGUF_TYPES[target.quantise or target.dtype]
 
     def convert(checkpoint: Path) -> None:
-        command = [converter, str(checkpoint), "--outfile", str(directory / GGUF_FILE), "--outtype", stored_type]
+        command = [
+            converter,
+            str(checkpoint),
+            "--outfile",
+            str(directory / GGUF_FILE),
+            "--outtype",
+            stored_type,
+        ]
         with announced("Converting to GGUF"):
-            run_child([*command, "--model-name", source.served_name], "llama.cpp's converter cannot convert this model")
+            run_child(
+                [*command, "--model-name", source.served_name],
+                "llama.cpp's converter cannot convert this model",
+            )
 
     return _write_through_checkpoint(directory, source, target, convert)
 
 
 def find_gguf_converter() -> str:
-    """The converter's path. It overwrites files of the package gguf, so it has to live in an environment of its own."""
+    """The converter's path. It overwrites files of the package gguf, so it has to live in an
+    environment of its own."""
     converter = shutil.which(GGUF_CONVERTER)
     if converter is None:
         raise UserError(
-            f"Format gguf needs llama.cpp's converter as the program {GGUF_CONVERTER}; install it in an environment of "
-            f"its own: pipx install {GGUF_CONVERTER}, or uv tool install {GGUF_CONVERTER}."
+            f"Format gguf needs llama.cpp's converter as the program {GGUF_CONVERTER}; install it "
+            f"in an environment of its own: pipx install {GGUF_CONVERTER}, or uv tool install "
+            f"{GGUF_CONVERTER}."
         )
     return converter
 
 
-def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: str) -> dict[str, Any]:
-    """Returns the config.json of an artifact: per-layer fields follow the removal, the dtype is what was written.
+def artifact_config(
+    config: dict[str, Any], removed: Sequence[int], dtype_name: str
+) -> dict[str, Any]:
+    """Returns the config.json of an artifact: per-layer fields follow the removal, the dtype is
+    what was written.
 
-    transformers 5 renamed `torch_dtype`, Qwen3-MoE's `num_experts`, and `rope_theta`/`rope_scaling`; older consumers
-    ignore the new names (and would silently use a theta of 10000), so both are written.
+    transformers 5 renamed `torch_dtype`, Qwen3-MoE's `num_experts`, and
+    `rope_theta`/`rope_scaling`; older consumers ignore the new names (and would silently use a
+    theta of 10000), so both are written.
     """
     pruned = prune_config(config, removed)
     for key in ("_name_or_path", "_model_name_or_path", CODE_KEY):
@@ -200,14 +229,18 @@ def artifact_config(config: dict[str, Any], removed: Sequence[int], dtype_name: 
     if rope is not None and "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         pruned["rope_theta"] = rope["rope_theta"]
-        pruned["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        pruned["rope_scaling"] = (
+            None if scaling.get("rope_type", "default") == "default" else scaling
+        )
     return pruned
 
 
 def _write_weights(directory: Path, source: Source, target: Target, quantise: bool) -> Written:
     checkpoint = source.checkpoint
     architecture = architecture_of(checkpoint.config)
-    folded = plan_fold(checkpoint, architecture, source.removed, source.changes, target.torch_dtype, quantise)
+    folded = plan_fold(
+        checkpoint, architecture, source.removed, source.changes, target.torch_dtype, quantise
+    )
     weight_bytes = sum(tensor.stored_bytes for tensor in folded)
     _require_space(directory, weight_bytes)
     hashes = write_folded(directory, folded, target.shard_bytes)
@@ -222,7 +255,8 @@ def _write_weights(directory: Path, source: Source, target: Target, quantise: bo
 def _write_through_checkpoint(
     directory: Path, source: Source, target: Target, convert: Callable[[Path], None]
 ) -> Written:
-    """Folds into a directory inside the artifact's, converts that, and leaves of it what is read beside the result."""
+    """Folds into a directory inside the artifact's, converts that, and leaves of it what is read
+    beside the result."""
     checkpoint = directory / ".checkpoint"
     checkpoint.mkdir()
     written = write_checkpoint(checkpoint, source, target)
@@ -230,30 +264,38 @@ def _write_through_checkpoint(
     write_json(directory / "config.json", written.config)
     _copy_companions(checkpoint, directory)
     shutil.rmtree(checkpoint)
-    converted_bytes = sum(path.stat().st_size for pattern in CONVERTED for path in directory.glob(pattern))
+    converted_bytes = sum(
+        path.stat().st_size for pattern in CONVERTED for path in directory.glob(pattern)
+    )
     return Written(written.config, written.folded, converted_bytes, {})
 
 
 def left_behind(checkpoint: Checkpoint) -> list[str]:
-    """The files of a model's directory that no artifact gets: what gradmap does not know, hidden ones aside."""
+    """The files of a model's directory that no artifact gets: what gradmap does not know, hidden
+    ones aside."""
     known = (*COPIED_PATTERNS, *REPLACED_PATTERNS)
     return sorted(
         path.name
         for path in checkpoint.directory.iterdir()
-        if path.is_file() and path.name[0] != "." and not any(fnmatch(path.name, pattern) for pattern in known)
+        if path.is_file()
+        and path.name[0] != "."
+        and not any(fnmatch(path.name, pattern) for pattern in known)
     )
 
 
 def _copy_companions(source: Path, target: Path) -> None:
     copy_files(source, target, COPIED_PATTERNS)
     path = target / "tokenizer_config.json"
-    if path.exists() and (stock := _stock_tokenizer(settings := read_json_object(path))) != settings:
+    if (
+        path.exists()
+        and (stock := _stock_tokenizer(settings := read_json_object(path))) != settings
+    ):
         write_json(path, stock)
 
 
 def _stock_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as any reader knows them, without code of the model's author: transformers 5 calls its fast
-    tokenizer TokenizersBackend, which transformers 4 does not know; 5 knows both."""
+    """The settings as any reader knows them, without code of the model's author: transformers 5
+    calls its fast tokenizer TokenizersBackend, which transformers 4 does not know; 5 knows both."""
     stock = {key: value for key, value in settings.items() if key != CODE_KEY}
     if stock.get("tokenizer_class") == "TokenizersBackend":
         stock["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -264,16 +306,19 @@ def _require_space(directory: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed_bytes > free:
         raise UserError(
-            f"The disk of {directory.parent} has {free / 1e9:.1f} GB free where {needed_bytes / 1e9:.1f} GB of weights "
-            "are to be written; free some space or name another --out."
+            f"The disk of {directory.parent} has {free / 1e9:.1f} GB free where "
+            f"{needed_bytes / 1e9:.1f} GB of weights are to be written; free some space or name "
+            "another --out."
         )
 
 
 def _require_memory(checkpoint: Path) -> None:
-    needed = ONNX_MEMORY_FACTOR * sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    needed = ONNX_MEMORY_FACTOR * sum(
+        path.stat().st_size for path in checkpoint.glob("*.safetensors")
+    )
     available = psutil.virtual_memory().available
     if needed > available:
         raise UserError(
-            f"Exporting this model to ONNX needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are "
-            "free; use a larger machine, or --dtype float16."
+            f"Exporting this model to ONNX needs about {needed / 1e9:.0f} GB of memory, "
+            f"{available / 1e9:.0f} GB are free; use a larger machine, or --dtype float16."
         )

@@ -14,10 +14,12 @@ from gradmap.console import waiting
 from gradmap.errors import UserError
 from gradmap.texts import read_joined, read_texts
 
-# Eq. 7 uses every sample; the corrections are fitted on three quarters and judged on the held-out last quarter.
+# Eq. 7 uses every sample; the corrections are fitted on three quarters and judged on the held-out
+# last quarter.
 HELD_OUT_FRACTION = 0.25
-# Of a long text only a beginning is tokenised, which is lengthened until it has enough tokens; what follows the place
-# where it ends can change how its last tokens are split, so that these are more than any one word has.
+# Of a long text only a beginning is tokenised, which is lengthened until it has enough tokens; what
+# follows the place where it ends can change how its last tokens are split, so that these are more
+# than any one word has.
 CHARACTERS_PER_TOKEN = 8
 UNSETTLED_TOKENS = 64
 
@@ -26,8 +28,8 @@ UNSETTLED_TOKENS = 64
 class Calibration:
     """N samples of T tokens: `input_ids` (N, T), int64. `source` is the SPEC they were drawn from.
 
-    bos: the first of the T tokens of every sample, if the tokenizer begins a text with one. It is not predicted.
-    held_out: how many of them, the last, are not fitted on; None for a quarter.
+    bos: the first of the T tokens of every sample, if the tokenizer begins a text with one. It is
+    not predicted. held_out: how many of them, the last, are not fitted on; None for a quarter.
     """
 
     source: str
@@ -67,14 +69,23 @@ def hash_token_ids(input_ids: Tensor) -> str:
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts in front of a text, None if it puts none. Raises UserError for several."""
-    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    """The token that the tokenizer puts in front of a text, None if it puts none. Raises UserError
+    for several."""
+    plain, whole = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+    )
     begins = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
     if not begins:
-        raise UserError("The tokenizer splits a text otherwise when it adds special tokens, which is not supported.")
+        raise UserError(
+            "The tokenizer splits a text otherwise when it adds special tokens, which is not "
+            "supported."
+        )
     front = whole[: begins[0]]
     if len(front) > 1:
-        raise UserError(f"The tokenizer puts {len(front)} tokens in front of a text; only one, or none, is supported.")
+        raise UserError(
+            f"The tokenizer puts {len(front)} tokens in front of a text; only one, or none, is "
+            "supported."
+        )
     return front[0] if front else None
 
 
@@ -90,9 +101,11 @@ def without_bos(input_ids: Tensor, bos: int | None) -> Tensor:
     return input_ids if bos is None else input_ids[:, 1:]
 
 
-def build_calibration(tokenizer: Any, source: str, samples: int, tokens: int, seed: int) -> Calibration:
-    """Draws `samples` windows from as many different documents as there are. With the BOS token, where the tokenizer
-    puts one, each has `tokens` tokens.
+def build_calibration(
+    tokenizer: Any, source: str, samples: int, tokens: int, seed: int
+) -> Calibration:
+    """Draws `samples` windows from as many different documents as there are. With the BOS token,
+    where the tokenizer puts one, each has `tokens` tokens.
 
     Raises UserError if the text is too short.
     """
@@ -107,8 +120,9 @@ def build_calibration(tokenizer: Any, source: str, samples: int, tokens: int, se
         windows = _draw_windows(tokenizer, documents, samples, text_tokens, random.Random(seed))
     if len(windows) < samples:
         raise UserError(
-            f"Calibration text {source} is too short: it has {len(windows)} windows of {text_tokens} tokens and "
-            f"{samples} are needed; give more text, or fewer --samples or --tokens."
+            f"Calibration text {source} is too short: it has {len(windows)} windows of "
+            f"{text_tokens} tokens and {samples} are needed; give more text, or fewer --samples or "
+            "--tokens."
         )
     return Calibration(source, seed, with_bos(torch.tensor(windows), bos), bos)
 
@@ -116,7 +130,8 @@ def build_calibration(tokenizer: Any, source: str, samples: int, tokens: int, se
 def _draw_windows(
     tokenizer: Any, documents: list[str], samples: int, tokens: int, generator: random.Random
 ) -> list[list[int]]:
-    """Takes one random window of every document, then a second one, and so on until there are enough."""
+    """Takes one random window of every document, then a second one, and so on until there are
+    enough."""
     chosen: list[list[int]] = []
     spare: list[list[int]] = []
     for text in documents:
@@ -131,17 +146,21 @@ def _draw_windows(
 
 
 def build_segments(tokenizer: Any, source: str, tokens: int, limit: int | None) -> Tensor:
-    """Cuts the joined rows of a source into segments of `tokens` tokens, without BOS: (S, T), the first `limit`.
+    """Cuts the joined rows of a source into segments of `tokens` tokens, without BOS: (S, T), the
+    first `limit`.
 
-    This is the paper's perplexity protocol (section 3: 128-token segments), as public code has it: rows in their order
-    and as they are, joined, tokenised as one text. Raises UserError if there is no full segment.
+    This is the paper's perplexity protocol (section 3: 128-token segments), as public code has it:
+    rows in their order and as they are, joined, tokenised as one text. Raises UserError if there is
+    no full segment.
     """
     text = read_joined(source)
     with waiting(f"Tokenising {source}"):
         ids = _tokenise_beginning(tokenizer, text, None if limit is None else limit * tokens)
     segments = _cut(ids, tokens)[:limit]
     if not segments:
-        raise UserError(f"Evaluation text {source} has {len(ids)} tokens, less than one segment of {tokens}.")
+        raise UserError(
+            f"Evaluation text {source} has {len(ids)} tokens, less than one segment of {tokens}."
+        )
     return torch.tensor(segments)
 
 

@@ -17,9 +17,23 @@ from gradmap.errors import UserError, first_line
 from gradmap.files import sha256_file
 from gradmap.gguf_model import dequantise_gguf, read_gguf_config
 from gradmap.loading import require_exact
-from gradmap.model_files import COMPANION_PATTERNS, INDEX_NAME, SINGLE_NAME, PlainName, own_file, own_files
+from gradmap.model_files import (
+    COMPANION_PATTERNS,
+    INDEX_NAME,
+    SINGLE_NAME,
+    PlainName,
+    own_file,
+    own_files,
+)
 from gradmap.pickled import PICKLED_WEIGHTS, convert_pickled
-from gradmap.precision import AUTOCAST, announce, fastest_dtype, prepare_for_autocast, warn_if_slow, weights_dtype
+from gradmap.precision import (
+    AUTOCAST,
+    announce,
+    fastest_dtype,
+    prepare_for_autocast,
+    warn_if_slow,
+    weights_dtype,
+)
 from gradmap.processes import local_device
 from gradmap.reading import checked, read_json, read_json_object
 from gradmap.safetensors_reader import check_safetensors
@@ -53,7 +67,8 @@ class Checkpoint:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config.json and of every weight file, by name; read once, for they can be large."""
+        """SHA-256 of config.json and of every weight file, by name; read once, for they can be
+        large."""
         paths = (self.directory / "config.json", *self.weight_files)
         names = [str(path.relative_to(self.directory)) for path in paths]
         hashing = waiting(f"Hashing the weights of {self.name}")
@@ -75,14 +90,18 @@ class _Index(BaseModel):
 
 
 def open_checkpoint(
-    model: str, gguf_file: str | None = None, allow_pickle: bool = False, allow_quantised: bool = False
+    model: str,
+    gguf_file: str | None = None,
+    allow_pickle: bool = False,
+    allow_quantised: bool = False,
 ) -> Checkpoint:
     """Finds a model and checks that it can be pruned, and is whole, without loading weights.
 
-    A GGUF file is dequantised once to float32 safetensors in the cache directory; with `allow_pickle`, legacy `.bin`
-    weights are converted there too. allow_quantised: for a runtime that reads such weights, and checks them, itself.
-    Raises UserError for: a missing model, an adapter, a quantised or encoder model, an unsupported family,
-    pickled weights, a missing or truncated weight file, tensors that are missing, unknown or of another shape.
+    A GGUF file is dequantised once to float32 safetensors in the cache directory; with
+    `allow_pickle`, legacy `.bin` weights are converted there too. allow_quantised: for a runtime
+    that reads such weights, and checks them, itself. Raises UserError for: a missing model, an
+    adapter, a quantised or encoder model, an unsupported family, pickled weights, a missing or
+    truncated weight file, tensors that are missing, unknown or of another shape.
     """
     source = None
     weights = ["*.safetensors", *([PICKLED_WEIGHTS] if allow_pickle else [])]
@@ -105,7 +124,8 @@ def open_checkpoint(
 
 
 def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
-    """The config alone of a model, with its family's defaults filled in: no weights are read, converted or fetched.
+    """The config alone of a model, with its family's defaults filled in: no weights are read,
+    converted or fetched.
 
     Raises UserError as `open_checkpoint` does, where a config tells.
     """
@@ -126,18 +146,26 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     try:
         completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**config).to_dict()
     except Exception as error:  # whatever values of a config can make transformers raise
-        raise UserError(f"This config.json describes no {config['model_type']} model: {first_line(error)}") from None
+        raise UserError(
+            f"This config.json describes no {config['model_type']} model: {first_line(error)}"
+        ) from None
     return completed
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: str = "auto", device: str = "auto", *, streamed: bool = False, **placement: Any
+    checkpoint: Checkpoint,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    streamed: bool = False,
+    **placement: Any,
 ) -> Any:
     """Loads the model for inference: no parameter requires a gradient.
 
     dtype: a name of gradmap.precision, or auto. device: auto, cpu, cuda, or spread (over all GPUs).
-    streamed: only one layer at a time is in memory. placement: for a model that is larger than memory and only has to
-    run forward, `from_pretrained`'s arguments that say where weights stay. Raises UserError if GPUs cannot hold it.
+    streamed: only one layer at a time is in memory. placement: for a model that is larger than
+    memory and only has to run forward, `from_pretrained`'s arguments that say where weights stay.
+    Raises UserError if GPUs cannot hold it.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device, checkpoint)
@@ -149,8 +177,12 @@ def load_model(
         else:
             model = _load_whole(checkpoint, dtype, device, placement)
     if device == SPREAD and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{checkpoint.name} does not fit on the GPUs of this machine together; use --stream.")
-    if dtype == "float64":  # not to be had from the grouped product that mixtures of experts use otherwise
+        raise UserError(
+            f"{checkpoint.name} does not fit on the GPUs of this machine together; use --stream."
+        )
+    if (
+        dtype == "float64"
+    ):  # not to be had from the grouped product that mixtures of experts use otherwise
         model.set_experts_implementation("eager")
     if dtype == AUTOCAST:
         prepare_for_autocast(model)
@@ -174,7 +206,9 @@ def _load_streamed(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     from gradmap.streaming import load_streamed_model
 
     if device == SPREAD:
-        raise UserError("--stream reads one layer at a time for one device; leave out --device spread.")
+        raise UserError(
+            "--stream reads one layer at a time for one device; leave out --device spread."
+        )
     return load_streamed_model(checkpoint, weights_dtype(dtype), torch.device(device))
 
 
@@ -194,9 +228,14 @@ def _find_directory(model: str, patterns: list[str]) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise UserError(f"{model} is a file; name its directory (for a GGUF: --model DIRECTORY --gguf-file NAME).")
+        raise UserError(
+            f"{model} is a file; name its directory (for a GGUF: --model DIRECTORY --gguf-file "
+            "NAME)."
+        )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"Model {model} does not exist; give a directory or a hub id such as org/name.")
+        raise UserError(
+            f"Model {model} does not exist; give a directory or a hub id such as org/name."
+        )
     return _download(model, patterns)
 
 
@@ -209,13 +248,16 @@ def _download(model_id: str, patterns: list[str]) -> Path:
             return Path(snapshot_download(model_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"Model {model_id} is no local directory and could not be fetched from the hub: {first_line(error)}"
+            f"Model {model_id} is no local directory and could not be fetched from the hub: "
+            f"{first_line(error)}"
         ) from None
 
 
 def _read_config(directory: Path, model: str) -> dict[str, Any]:
     if own_file(directory, "adapter_config.json").exists():
-        raise UserError(f"{model} is an adapter; merge it into its base model first (peft: merge_and_unload).")
+        raise UserError(
+            f"{model} is an adapter; merge it into its base model first (peft: merge_and_unload)."
+        )
     if not own_file(directory, "config.json").exists():
         ggufs = sorted(path.name for path in directory.glob("*.gguf"))
         cure = f"add --gguf-file {ggufs[0]}" if ggufs else "name a Hugging Face model directory"
@@ -233,17 +275,26 @@ def is_quantised(config: dict[str, Any]) -> bool:
 
 def _refuse_unsuitable(config: dict[str, Any], model: str, allow_quantised: bool = False) -> None:
     if is_quantised(config) and not allow_quantised:
-        raise UserError(f"{model} is quantised; prune the unquantised model and quantise afterwards.")
+        raise UserError(
+            f"{model} is quantised; prune the unquantised model and quantise afterwards."
+        )
     architectures = config["architectures"]
     if config.get("auto_map") and not _is_native(config.get("model_type"), architectures):
-        raise UserError(f"{model} needs remote code, which is not run; use a model that transformers itself supports.")
+        raise UserError(
+            f"{model} needs remote code, which is not run; use a model that transformers itself "
+            "supports."
+        )
     if config.get("is_encoder_decoder") or not any(
         name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures
     ):
-        raise UserError(f"{model} is not a causal language model (architectures: {architectures or 'none'}).")
+        raise UserError(
+            f"{model} is not a causal language model (architectures: {architectures or 'none'})."
+        )
     for key in (architecture_of(config).layer_count_key, "vocab_size"):
         if type(config.get(key)) is not int or config[key] < 1:
-            raise UserError(f"config.json of {model}: {key} is {config.get(key)!r}, where a count is expected.")
+            raise UserError(
+                f"config.json of {model}: {key} is {config.get(key)!r}, where a count is expected."
+            )
 
 
 def _stock_architectures(config: dict[str, Any]) -> list[str]:
@@ -255,32 +306,40 @@ def _stock_architectures(config: dict[str, Any]) -> list[str]:
 
 
 def _is_native(model_type: str | None, architectures: list[str]) -> bool:
-    """Whether transformers itself has the class. Some checkpoints (Phi-3) carry code from before it did."""
+    """Whether transformers itself has the class. Some checkpoints (Phi-3) carry code from before it
+    did."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) in architectures
 
 
 def _safetensors_names(directory: Path) -> list[str]:
-    """The single weight file, or those that the directory's index names: transformers, too, does not read an index
-    beside a single file. Empty if it has neither."""
+    """The single weight file, or those that the directory's index names: transformers, too, does
+    not read an index beside a single file. Empty if it has neither."""
     if own_file(directory, SINGLE_NAME).exists():
         return [SINGLE_NAME]
     index = own_file(directory, INDEX_NAME)
-    return sorted(set(checked(_Index, read_json(index), index).weight_map.values())) if index.exists() else []
+    return (
+        sorted(set(checked(_Index, read_json(index), index).weight_map.values()))
+        if index.exists()
+        else []
+    )
 
 
 def _weight_files(directory: Path) -> tuple[Path, ...]:
     names = _safetensors_names(directory)
     if not names and any(directory.glob(PICKLED_WEIGHTS)):
         raise UserError(
-            f"{directory} has pickled weights only, and a pickle can run code when it is read; with --allow-pickle "
-            "they are converted to safetensors by torch's restricted reader (plain tensors only)."
+            f"{directory} has pickled weights only, and a pickle can run code when it is read; "
+            "with --allow-pickle they are converted to safetensors by torch's restricted reader "
+            "(plain tensors only)."
         )
     paths = tuple(own_file(directory, name) for name in names or [SINGLE_NAME])
     missing = [path.name for path in paths if not path.exists()]
     if missing:
-        raise UserError(f"{directory} lacks the weight file {missing[0]}; fetch the checkpoint again.")
+        raise UserError(
+            f"{directory} lacks the weight file {missing[0]}; fetch the checkpoint again."
+        )
     return paths
 
 
@@ -291,14 +350,18 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith(("cuda", SPREAD)) and not torch.cuda.is_available():
-        raise UserError(f"--device {device} was asked for, but torch sees no GPU here; use --device cpu.")
+        raise UserError(
+            f"--device {device} was asked for, but torch sees no GPU here; use --device cpu."
+        )
     return local_device() if device == "cuda" else device
 
 
 def resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> str:
-    """`auto` is what the machine computes fastest in without losing what is stored; anything else is obeyed.
+    """`auto` is what the machine computes fastest in without losing what is stored; anything else
+    is obeyed.
 
-    Says which, and warns where an explicit choice is slower than float32 is. Raises UserError for an unknown one.
+    Says which, and warns where an explicit choice is slower than float32 is. Raises UserError for
+    an unknown one.
     """
     if dtype != "auto":
         weights_dtype(dtype)

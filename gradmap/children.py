@@ -1,5 +1,5 @@
-"""Programs that we start and wait for. None of them, and nothing that they started, outlives us: not even if we are
-killed (see gradmap.parent_death)."""
+"""Programs that we start and wait for. None of them, and nothing that they started, outlives us:
+not even if we are killed (see gradmap.parent_death)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ _RUNNING: set[subprocess.Popen[str]] = set()
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """Python with an installed module, which no file of the same name in the working directory replaces (-P)."""
+    """Python with an installed module, which no file of the same name in the working directory
+    replaces (-P)."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rusage]:
-    """Exit code and use of resources of one process, in a session of its own; -N if signal N killed it.
+    """Exit code and use of resources of one process, in a session of its own; -N if signal N killed
+    it.
 
-    Where we are interrupted, it gets SIGTERM and the time that it needs to tidy up. What is left of its session when it
-    has ended, as children of a process that was killed, is killed. options: of subprocess.Popen.
+    Where we are interrupted, it gets SIGTERM and the time that it needs to tidy up. What is left of
+    its session when it has ended, as children of a process that was killed, is killed. options: of
+    subprocess.Popen.
     """
     process = subprocess.Popen(bound_to_us(command), start_new_session=True, **options)
     try:
@@ -51,12 +54,17 @@ def peak_bytes(usage: struct_rusage) -> int:
     return usage.ru_maxrss * 1024
 
 
-def run_captured(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs one process to its end with what it says kept, in any thread. `ending_children` ends it before."""
+def run_captured(
+    command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs one process to its end with what it says kept, in any thread. `ending_children` ends it
+    before."""
     pipe = subprocess.PIPE
     nothing = subprocess.DEVNULL
     bound = bound_to_us(command)
-    with subprocess.Popen(bound, env=environment, text=True, stdin=nothing, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(
+        bound, env=environment, text=True, stdin=nothing, stdout=pipe, stderr=pipe
+    ) as process:
         _RUNNING.add(process)
         try:
             stdout, stderr = process.communicate()
@@ -70,7 +78,8 @@ def run_captured(command: Sequence[str], environment: Mapping[str, str]) -> subp
 
 @contextmanager
 def ending_children() -> Iterator[None]:
-    """Where the block fails, ends what `run_captured` waits for in other threads: their pool would wait for it."""
+    """Where the block fails, ends what `run_captured` waits for in other threads: their pool would
+    wait for it."""
     try:
         yield
     except BaseException:
@@ -80,8 +89,11 @@ def ending_children() -> Iterator[None]:
 
 
 def kill_group(process_group: int) -> None:
-    """Kills what is left of a process group and waits until it has ended; a group that is gone already is fine."""
-    members = [process for process in psutil.process_iter() if _group_of(process.pid) == process_group]
+    """Kills what is left of a process group and waits until it has ended; a group that is gone
+    already is fine."""
+    members = [
+        process for process in psutil.process_iter() if _group_of(process.pid) == process_group
+    ]
     with suppress(ProcessLookupError):
         os.killpg(process_group, signal.SIGKILL)
     psutil.wait_procs(members, timeout=EXIT_WAIT_S)

@@ -25,7 +25,10 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        help="Prune layers of a causal language model, export, evaluate, serve and load-test the result.",
+        help=(
+            "Prune layers of a causal language model, export, evaluate, serve and load-test the "
+            "result."
+        ),
     )
     for entry_point in sorted(entry_points(group="gradmap.commands"), key=lambda point: point.name):
         app.command(entry_point.name)(finite_numbers(entry_point.load()))
@@ -33,7 +36,8 @@ def build_app() -> typer.Typer:
 
 
 def run_app(app: typer.Typer) -> int:
-    """Runs a typer app, in the main thread, and turns what went wrong into one sentence and an exit code."""
+    """Runs a typer app, in the main thread, and turns what went wrong into one sentence and an exit
+    code."""
     with raising_signals() as received:
         try:
             code = _run(app)
@@ -58,7 +62,9 @@ def _run(app: typer.Typer) -> int:
     except UserError as error:
         return _refuse(explain_kills(error, kills_before) or error)
     except typer.Abort as error:
-        if not isinstance(error.__context__, EOFError):  # of any file: typer takes it for the end of what a user types
+        if not isinstance(
+            error.__context__, EOFError
+        ):  # of any file: typer takes it for the end of what a user types
             return EXIT_INTERRUPTED
         traceback.print_exc()
         return EXIT_BUG
@@ -70,7 +76,9 @@ def _run(app: typer.Typer) -> int:
 
 
 def _refuse(error: UserError) -> int:
-    print(f"Error: {visible(str(error))}", file=sys.stderr)  # whichever of several processes it happens in
+    print(
+        f"Error: {visible(str(error))}", file=sys.stderr
+    )  # whichever of several processes it happens in
     return error.exit_code
 
 

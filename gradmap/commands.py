@@ -1,4 +1,5 @@
-"""`gradmap prune`, and options that several commands share. Heavy imports wait until a command runs."""
+"""`gradmap prune`, and options that several commands share. Heavy imports wait until a command
+runs."""
 
 from __future__ import annotations
 
@@ -11,14 +12,27 @@ import typer
 from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.errors import UserError
 
-ModelOption = Annotated[str, typer.Option("--model", help="Model directory, or hub id such as org/name.")]
-GgufOption = Annotated[str | None, typer.Option(help="A GGUF file inside the model directory; it is dequantised.")]
-AllowPickleOption = Annotated[
-    bool, typer.Option("--allow-pickle", help="Convert legacy .bin weights to safetensors, with torch's safe reader.")
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Model directory, or hub id such as org/name.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+GgufOption = Annotated[
+    str | None, typer.Option(help="A GGUF file inside the model directory; it is dequantised.")
+]
+AllowPickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Convert legacy .bin weights to safetensors, with torch's safe reader.",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
+]
 DtypeOption = Annotated[
-    str, typer.Option(help="auto, float32, float64, bfloat16, float16, or autocast (only products in bfloat16).")
+    str,
+    typer.Option(
+        help="auto, float32, float64, bfloat16, float16, or autocast (only products in bfloat16)."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or spread (over all GPUs).")]
 
@@ -30,70 +44,94 @@ def prune(
     gguf_file: GgufOption = None,
     allow_pickle: AllowPickleOption = False,
     remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="best: repair and distil, the default. gradmap, the published method: gradient and projection, "
-            "--accept always, --held-out 0."
+            help="best: repair and distil, the default. gradmap, the published method: "
+            "gradient and projection, --accept always, --held-out 0."
         ),
     ] = None,
     selector: Annotated[
         str | None,
         typer.Option(
-            help="How layers are chosen: repair, gradient, block-influence, sleb, prune-comp, mka, mka-as-released, "
-            "gradpruner, window, taylor, magnitude, random, manual."
+            help="How layers are chosen: repair, gradient, block-influence, sleb, prune-comp, "
+            "mka, mka-as-released, gradpruner, window, taylor, magnitude, random, manual."
         ),
     ] = None,
     compensator: Annotated[
         str | None,
         typer.Option(
-            help="How the loss is repaired: distil, refit, sequential, projection, projection-adam, magnitude, mka, "
-            "gradpruner, linear-patch, none."
+            help="How the loss is repaired: distil, refit, sequential, projection, "
+            "projection-adam, magnitude, mka, gradpruner, linear-patch, none."
         ),
     ] = None,
     accept: Annotated[
         str | None,
         typer.Option(
-            help="Which repairs are applied: held-out, those that bring the model nearer to the dense one on held-out "
-            "samples, or always all."
+            help="Which repairs are applied: held-out, those that bring the model nearer to the "
+            "dense one on held-out samples, or always all."
         ),
     ] = None,
     held_out: Annotated[
-        int | None, typer.Option(min=0, help="So many samples are not fitted on; a quarter if not given.")
+        int | None,
+        typer.Option(min=0, help="So many samples are not fitted on; a quarter if not given."),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="For --selector manual: which layers, in order of removal, such as 21,22.")
+        str | None,
+        typer.Option(
+            help="For --selector manual: which layers, in order of removal, such as 21,22."
+        ),
     ] = None,
     protect_first: Annotated[int, typer.Option(min=0, help="So many first layers stay.")] = 0,
     protect_last: Annotated[int, typer.Option(min=0, help="So many last layers stay.")] = 0,
-    top_z: Annotated[int, typer.Option(min=1, help="projection: how many layers, those that drifted most.")] = 1,
+    top_z: Annotated[
+        int, typer.Option(min=1, help="projection: how many layers, those that drifted most.")
+    ] = 1,
     side: Annotated[
         str, typer.Option(help="projection: the side of the weight that W' is on, left or right.")
     ] = "left",
     target: Annotated[
-        str, typer.Option(help="projection: the linear map to correct, down, or q, k, v, o, up, gate by Adam.")
+        str,
+        typer.Option(
+            help="projection: the linear map to correct, down, or q, k, v, o, up, gate by Adam."
+        ),
     ] = "down",
     unregularised: Annotated[
         bool, typer.Option("--unregularised", help="projection: leave Eq. 12 out of the objective.")
     ] = False,
-    one_shot: Annotated[bool, typer.Option("--one-shot", help="Score once instead of after every removal.")] = False,
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")] = "wikipedia",
+    one_shot: Annotated[
+        bool, typer.Option("--one-shot", help="Score once instead of after every removal.")
+    ] = False,
+    calibration: Annotated[
+        str, typer.Option(help="Text source, see gradmap/text_specs.py.")
+    ] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
     seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 42,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    stream: Annotated[bool, typer.Option("--stream", help="Read layers one by one: for models beyond memory.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read layers one by one: for models beyond memory.")
+    ] = False,
     budget_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Use fewer samples if so many would take longer on this machine.")
+        float | None,
+        typer.Option(min=0, help="Use fewer samples if so many would take longer on this machine."),
     ] = None,
     resume: Annotated[
         bool | None,
-        typer.Option("--resume/--fresh", help="Insist on going on with an interrupted run, or on starting over."),
+        typer.Option(
+            "--resume/--fresh",
+            help="Insist on going on with an interrupted run, or on starting over.",
+        ),
     ] = None,
     from_plan: Annotated[
-        Path | None, typer.Option(help="Take the order of removals from this plan, which removes as many or more.")
+        Path | None,
+        typer.Option(
+            help="Take the order of removals from this plan, which removes as many or more."
+        ),
     ] = None,
     json_line: JsonOption = False,
 ) -> None:
@@ -107,7 +145,12 @@ def prune(
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     count = layers_to_remove(checkpoint.config, remove, ratio)
-    given = {"selector": selector, "compensator": compensator, "accept": accept, "held_out": held_out}
+    given = {
+        "selector": selector,
+        "compensator": compensator,
+        "accept": accept,
+        "held_out": held_out,
+    }
     methods = choose_methods(preset, from_plan, **given)
     settings = PruneSettings(
         remove=count,
@@ -135,34 +178,56 @@ def prune(
         plan = prune_less(checkpoint, from_plan, settings, out)
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
-        print_json_line({"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s})
+        print_json_line(
+            {"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s}
+        )
 
 
 def compare(
     model: ModelOption,
-    methods: Annotated[str, typer.Option(help="SELECTOR+COMPENSATOR, with commas: repair+distil,sleb+none.")],
+    methods: Annotated[
+        str, typer.Option(help="SELECTOR+COMPENSATOR, with commas: repair+distil,sleb+none.")
+    ],
     remove: Annotated[str, typer.Option(help="How many layers to remove, with commas: 4,8,12.")],
-    perplexity: Annotated[list[str], typer.Option(help="[NAME=]SPEC of a text; may be given several times.")],
+    perplexity: Annotated[
+        list[str], typer.Option(help="[NAME=]SPEC of a text; may be given several times.")
+    ],
     out: Annotated[Path, typer.Option(help="The directory of the results.")],
     gguf_file: GgufOption = None,
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")] = "wikipedia",
+    calibration: Annotated[
+        str, typer.Option(help="Text source, see gradmap/text_specs.py.")
+    ] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
-    seeds: Annotated[str, typer.Option(help="Draw the calibration samples, with commas: 42,43,44.")] = "42",
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness; paper: the paper's seven.")] = None,
-    task_data: Annotated[Path | None, typer.Option(help="Directory of saved data sets for the tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of segments of each text, documents of each task.")] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Draw the calibration samples, with commas: 42,43,44.")
+    ] = "42",
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness; paper: the paper's seven.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Directory of saved data sets for the tasks.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of segments of each text, documents of each task.")
+    ] = None,
     segment: Annotated[int, typer.Option(min=2, help="Tokens of a segment of text.")] = 128,
     dtype: DtypeOption = "auto",
     eval_dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     json_line: JsonOption = False,
 ) -> None:
-    """Compare methods at several removal counts, with the same calibration and the same evaluation."""
+    """Compare methods at several removal counts, with the same calibration and the same
+    evaluation."""
     with importing():
         from gradmap.compare import CompareSettings, compare_methods, parse_methods, table_rows
 
-    evaluation = {"perplexity": perplexity, "tasks": tasks, "task_data": task_data and str(task_data), "limit": limit}
+    evaluation = {
+        "perplexity": perplexity,
+        "tasks": tasks,
+        "task_data": task_data and str(task_data),
+        "limit": limit,
+    }
     evaluation |= {"segment": segment}
     settings = CompareSettings(
         model={"model": model, "gguf_file": gguf_file},
@@ -177,7 +242,15 @@ def compare(
     )
     result = compare_methods(settings, out)
     texts = tuple(f"perplexity, {text}" for text in result["dense"]["perplexity"])
-    columns = ("method", "removed", *texts, "average accuracy (%)", "select (s)", "repair (s)", "peak (GB)")
+    columns = (
+        "method",
+        "removed",
+        *texts,
+        "average accuracy (%)",
+        "select (s)",
+        "repair (s)",
+        "peak (GB)",
+    )
     print_table("Comparison", columns, table_rows(result))
     if json_line:
         print_json_line({"out": str(out), "rows": result["rows"]})
@@ -187,4 +260,6 @@ def _parse_numbers(option: str, numbers: str) -> list[int]:
     try:
         return [int(number) for number in numbers.split(",")]
     except ValueError:
-        raise UserError(f"{option} is {numbers}; give whole numbers with commas between them, such as 21,22.") from None
+        raise UserError(
+            f"{option} is {numbers}; give whole numbers with commas between them, such as 21,22."
+        ) from None

@@ -1,8 +1,9 @@
-"""`gradmap compare`: methods x removal counts x calibration seeds, under one calibration and one evaluation.
+"""`gradmap compare`: methods x removal counts x calibration seeds, under one calibration and one
+evaluation.
 
-Every selection, every repair and every evaluation is a stage of its own (gradmap.stages): done once, kept, and gone on
-with after a crash. One selection of the most layers serves every smaller count and every compensator; a selector whose
-choices are not nested is asked once for each count.
+Every selection, every repair and every evaluation is a stage of its own (gradmap.stages): done
+once, kept, and gone on with after a crash. One selection of the most layers serves every smaller
+count and every compensator; a selector whose choices are not nested is asked once for each count.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from gradmap.text_specs import named_sources, source_files
 
 RESULT_FILE = "compare.json"
 Variants = Mapping[str, Mapping[str, Any]]
-# What may follow the name of a selector or a compensator, and which options of `gradmap prune` it stands for.
+# What may follow the name of a selector or a compensator, and which options of `gradmap prune` it
+# stands for.
 OF_SELECTORS: Variants = {
     "-one-shot": {"one_shot": True},
     "-protected": {"protect_first": 4, "protect_last": 2},  # Shortened LLaMA's
@@ -41,7 +43,8 @@ OF_COMPENSATORS: Variants = {"-as-published": {"accept": ALWAYS, "held_out": 0}}
 
 @dataclass(frozen=True)
 class Method:
-    """A selector and a compensator, either with a variant: `gradient+projection`, `gradient-one-shot+none`."""
+    """A selector and a compensator, either with a variant: `gradient+projection`,
+    `gradient-one-shot+none`."""
 
     selection: str
     repair: str
@@ -53,7 +56,8 @@ class Method:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What to compare. evaluation: options of `gradmap eval`, calibration: of `gradmap prune`, by name."""
+    """What to compare. evaluation: options of `gradmap eval`, calibration: of `gradmap prune`, by
+    name."""
 
     model: dict[str, Any]
     methods: tuple[Method, ...]
@@ -71,9 +75,14 @@ def parse_methods(text: str) -> tuple[Method, ...]:
         selector, _ = split_variant(selection, OF_SELECTORS)
         compensator, _ = split_variant(repair, OF_COMPENSATORS)
         if selector not in SELECTORS or selector == "manual" or compensator not in COMPENSATORS:
-            known = f"{', '.join(set(SELECTORS) - {'manual'})}; compensators: {', '.join(COMPENSATORS)}"
+            known = (
+                f"{', '.join(set(SELECTORS) - {'manual'})}; compensators: {', '.join(COMPENSATORS)}"
+            )
             variants = ", ".join((*OF_SELECTORS, *OF_COMPENSATORS))
-            raise UserError(f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}; variants: {variants}.")
+            raise UserError(
+                f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}; variants: "
+                f"{variants}."
+            )
         methods.append(Method(selection, repair))
     return tuple(dict.fromkeys(methods))
 
@@ -87,7 +96,8 @@ def split_variant(name: str, variants: Variants) -> tuple[str, Mapping[str, Any]
 
 
 def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
-    """One for each selector and seed, of as many layers as any count asks for, or for each count."""
+    """One for each selector and seed, of as many layers as any count asks for, or for each
+    count."""
     selections = dict.fromkeys(
         (method.selection, selected_count(settings, method, count))
         for method, count in product(settings.methods, settings.counts)
@@ -96,8 +106,12 @@ def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         selector, variant = split_variant(selection, OF_SELECTORS)
         options = {"selector": selector, **variant, "compensator": "none", "seed": seed}
         directory = _selection(out, selection, count, seed)
-        flags = as_flags({**settings.model, **settings.calibration, **options, "remove": count, "out": directory})
-        yield Stage(directory.name, ("prune", *flags), _inputs(settings), (directory,), schema=PLAN_SCHEMA)
+        flags = as_flags(
+            {**settings.model, **settings.calibration, **options, "remove": count, "out": directory}
+        )
+        yield Stage(
+            directory.name, ("prune", *flags), _inputs(settings), (directory,), schema=PLAN_SCHEMA
+        )
 
 
 def selected_count(settings: CompareSettings, method: Method, count: int) -> int:
@@ -113,7 +127,13 @@ def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         source = _selection(out, method.selection, selected_count(settings, method, count), seed)
         directory = _plan(out, method, count, seed)
         compensator, variant = split_variant(method.repair, OF_COMPENSATORS)
-        options = {"from_plan": source, "compensator": compensator, **variant, "remove": count, "out": directory}
+        options = {
+            "from_plan": source,
+            "compensator": compensator,
+            **variant,
+            "remove": count,
+            "out": directory,
+        }
         flags = as_flags({**settings.model, **device, **options})
         inputs = (source, *_inputs(settings))
         yield Stage(directory.name, ("prune", *flags), inputs, (directory,), schema=PLAN_SCHEMA)
@@ -126,14 +146,21 @@ def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         target = out / "evaluations" / f"{plan.name}.json"
         flags = as_flags({**settings.model, **settings.evaluation, "plan": plan, "out": target})
         inputs, outputs = (plan, *_inputs(settings)), (target, records_beside(target))
-        yield Stage(f"eval {plan.name}", ("eval", *flags), inputs, outputs, schema=EVALUATION_SCHEMA)
+        yield Stage(
+            f"eval {plan.name}", ("eval", *flags), inputs, outputs, schema=EVALUATION_SCHEMA
+        )
 
 
 def compare_methods(settings: CompareSettings, out: Path) -> dict[str, Any]:
-    """Does what is not done yet; writes compare.json, compare.md and perplexity.svg; returns compare.json."""
+    """Does what is not done yet; writes compare.json, compare.md and perplexity.svg; returns
+    compare.json."""
     with results_in(out, RESULT_FILE):
         write_json(out / RESULT_FILE, {"finished": False})
-        stages = [*plan_selections(settings, out), *plan_repairs(settings, out), *plan_evaluations(settings, out)]
+        stages = [
+            *plan_selections(settings, out),
+            *plan_repairs(settings, out),
+            *plan_evaluations(settings, out),
+        ]
         for number, stage in enumerate(stages, start=1):
             run_stage(stage, f"[{number}/{len(stages)}]", out, forced=False)
         return _write_result(settings, out)
@@ -145,14 +172,19 @@ def _write_result(settings: CompareSettings, out: Path) -> dict[str, Any]:
     rows = [
         describe_row(settings, out, method, count)
         for method, count in product(settings.methods, settings.counts)
-    ]  # fmt: skip
-    first = read_evaluation(_evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]), of_two=True)
+    ]
+    first = read_evaluation(
+        _evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]), of_two=True
+    )
     result = {
         "finished": True,
         "settings": asdict(settings),
         "evaluation_schema_version": EVALUATION_SCHEMA,
         "texts": first["texts"],
-        "dense": {key: first["dense"][key] for key in ("layers", "perplexity", "accuracy", "average_accuracy")},
+        "dense": {
+            key: first["dense"][key]
+            for key in ("layers", "perplexity", "accuracy", "average_accuracy")
+        },
         "rows": rows,
         "environment": describe_environment(),
     }
@@ -162,14 +194,20 @@ def _write_result(settings: CompareSettings, out: Path) -> dict[str, Any]:
     return result
 
 
-def describe_row(settings: CompareSettings, out: Path, method: Method, count: int) -> dict[str, Any]:
+def describe_row(
+    settings: CompareSettings, out: Path, method: Method, count: int
+) -> dict[str, Any]:
     """One method at one count: what it removed with each seed, and means over the seeds.
 
-    perplexity, ratio (to dense), average_accuracy: `value`, the mean over seeds; `stderr`, of the evaluation; `spread`,
-    the standard deviation over seeds (None with one). select_s: of the selection of the largest count. peak_bytes: of
-    the CPU's memory that this selection or the repair had resident; evaluation is left out.
+    perplexity, ratio (to dense), average_accuracy: `value`, the mean over seeds; `stderr`, of the
+    evaluation; `spread`, the standard deviation over seeds (None with one). select_s: of the
+    selection of the largest count. peak_bytes: of the CPU's memory that this selection or the
+    repair had resident; evaluation is left out.
     """
-    evaluations = [read_evaluation(_evaluation(out, method, count, seed), of_two=True) for seed in settings.seeds]
+    evaluations = [
+        read_evaluation(_evaluation(out, method, count, seed), of_two=True)
+        for seed in settings.seeds
+    ]
     plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
     chosen = selected_count(settings, method, count)
     selections = [_selection(out, method.selection, chosen, seed) for seed in settings.seeds]
@@ -181,10 +219,16 @@ def describe_row(settings: CompareSettings, out: Path, method: Method, count: in
         "method": method.name,
         "removed": count,
         "layers": [plan.removal_order for plan in plans],
-        "perplexity": {text: _mean([side["perplexity"][text] for side in pruned]) for text in ratios[0]},
+        "perplexity": {
+            text: _mean([side["perplexity"][text] for side in pruned]) for text in ratios[0]
+        },
         "ratio": {text: _mean([ratio[text] for ratio in ratios]) for text in ratios[0]},
-        "average_accuracy": _mean([side["average_accuracy"] for side in pruned]) if evaluations[0]["tasks"] else None,
-        "select_s": statistics.mean(load_plan(directory).timings_s["select"] for directory in selections),
+        "average_accuracy": _mean([side["average_accuracy"] for side in pruned])
+        if evaluations[0]["tasks"]
+        else None,
+        "select_s": statistics.mean(
+            load_plan(directory).timings_s["select"] for directory in selections
+        ),
         "repair_s": statistics.mean(plan.timings_s["compensate"] for plan in plans),
         "peak_bytes": max(stage_record(out, name)["peak_bytes"] for name in (*names, *repairs)),
     }
@@ -194,7 +238,11 @@ def to_markdown(result: dict[str, Any]) -> str:
     """The table, for a pull request or a paper."""
     texts = list(result["dense"]["perplexity"])
     dense = [f"{result['dense']['perplexity'][text]['value']:.1f}" for text in texts]
-    heading = ["method", "removed", *(f"{text} (dense {value})" for text, value in zip(texts, dense, strict=True))]
+    heading = [
+        "method",
+        "removed",
+        *(f"{text} (dense {value})" for text, value in zip(texts, dense, strict=True)),
+    ]
     heading += ["average accuracy (%)", "select (s)", "repair (s)", "peak (GB)"]
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
     lines += [list(cells) for cells in table_rows(result)]
@@ -202,13 +250,18 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row for each method and count: perplexity ± standard error (x ratio to dense), and what it cost."""
+    """One row for each method and count: perplexity ± standard error (x ratio to dense), and what
+    it cost."""
     rows = []
     for row in result["rows"]:
         cells = [_cell(one, row["ratio"][text]) for text, one in row["perplexity"].items()]
         accuracy = row["average_accuracy"]
         shown = "" if accuracy is None else with_error(accuracy, 100, 1)
-        costs = (f"{row['select_s']:.0f}", f"{row['repair_s']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}")
+        costs = (
+            f"{row['select_s']:.0f}",
+            f"{row['repair_s']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        )
         rows.append((row["method"], str(row["removed"]), *cells, shown, *costs))
     return rows
 
@@ -244,5 +297,9 @@ def _evaluation(out: Path, method: Method, count: int, seed: int) -> Path:
 
 def _inputs(settings: CompareSettings) -> tuple[Path, ...]:
     texts = named_sources(settings.evaluation.get("perplexity") or []).values()
-    sources = [path for source in (settings.calibration["calibration"], *texts) for path in source_files(source)]
+    sources = [
+        path
+        for source in (settings.calibration["calibration"], *texts)
+        for path in source_files(source)
+    ]
     return (Path(settings.model["model"], settings.model.get("gguf_file") or ""), *sources)

@@ -1,4 +1,5 @@
-"""The figure of `gradmap compare`: perplexity against layers removed, one line a method, one panel a text."""
+"""The figure of `gradmap compare`: perplexity against layers removed, one line a method, one panel
+a text."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-# Times the dense perplexity. A method beyond says nothing sensible any more, and would flatten all the others.
+# Times the dense perplexity. A method beyond says nothing sensible any more, and would flatten all
+# the others.
 CEILING = 20.0
 MARKERS = "os^Dv"
 
 
 def draw_perplexities(result: dict[str, Any]) -> str:
-    """SVG. Error bars are standard errors of the evaluation; the legend's order is that of the last points."""
+    """SVG. Error bars are standard errors of the evaluation; the legend's order is that of the last
+    points."""
     texts = list(result["dense"]["perplexity"])
     figure = Figure(figsize=(5.0 * len(texts) + 2.5, 5.0), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
@@ -26,8 +29,13 @@ def draw_perplexities(result: dict[str, Any]) -> str:
             estimates = [row["perplexity"][text] for row in rows]
             values = [estimate["value"] for estimate in estimates]
             errors = [estimate["stderr"] or 0.0 for estimate in estimates]
-            style = {"color": colormaps["tab10"](number % 10), "marker": MARKERS[number // 10 % len(MARKERS)]}
-            axes.errorbar([row["removed"] for row in rows], values, errors, capsize=3, label=method, **style)
+            style = {
+                "color": colormaps["tab10"](number % 10),
+                "marker": MARKERS[number // 10 % len(MARKERS)],
+            }
+            axes.errorbar(
+                [row["removed"] for row in rows], values, errors, capsize=3, label=method, **style
+            )
         axes.axhline(dense, color="grey", linestyle="--", label="dense")
         axes.set(xlabel="layers removed", ylabel=f"perplexity, {text} (log scale)", yscale="log")
         axes.set_ylim(0.9 * dense, CEILING * dense)
@@ -42,5 +50,7 @@ def draw_perplexities(result: dict[str, Any]) -> str:
 def _best_first(rows: list[dict[str, Any]], text: str) -> list[str]:
     """The methods by their perplexity where most layers are removed."""
     last = max(row["removed"] for row in rows)
-    at_last = {row["method"]: row["perplexity"][text]["value"] for row in rows if row["removed"] == last}
+    at_last = {
+        row["method"]: row["perplexity"][text]["value"] for row in rows if row["removed"] == last
+    }
     return sorted(at_last, key=at_last.__getitem__)

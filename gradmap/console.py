@@ -27,12 +27,14 @@ from gradmap.heartbeat import Heartbeat, Pace, describe_s
 from gradmap.processes import is_main_process
 from gradmap.quoting import visible
 
-# One for all, so that messages come above what is shown live, and several live things below each other.
+# One for all, so that messages come above what is shown live, and several live things below each
+# other.
 STDERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(message: str) -> None:
-    """Prints one line to stderr, unwrapped when stderr is not a terminal. Of several processes, the first one does."""
+    """Prints one line to stderr, unwrapped when stderr is not a terminal. Of several processes, the
+    first one does."""
     if not is_main_process():
         return
     STDERR.print(visible(message), soft_wrap=True)
@@ -44,7 +46,8 @@ _HEARTBEAT = Heartbeat(say)
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(n)`. A bar with ETA on a terminal; elsewhere a line when it starts, ends, and every 10 s."""
+    """Yields `advance(n)`. A bar with ETA on a terminal; elsewhere a line when it starts, ends, and
+    every 10 s."""
     pace, started_s = Pace(total), time.monotonic()
 
     def advance(n: int) -> None:
@@ -52,7 +55,9 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
     if _is_live():
         counted = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), _Line(pace.describe_eta))
-        with Progress(TextColumn("{task.description}", markup=False), *counted, console=STDERR) as bar:
+        with Progress(
+            TextColumn("{task.description}", markup=False), *counted, console=STDERR
+        ) as bar:
             task = bar.add_task(description, total=total)
 
             def advance_bar(n: int) -> None:
@@ -69,12 +74,15 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def waiting(what: str | Callable[[], str]) -> Iterator[None]:
-    """Names what takes its time and cannot be counted: on a terminal while it lasts, elsewhere every 10 s.
+    """Names what takes its time and cannot be counted: on a terminal while it lasts, elsewhere
+    every 10 s.
 
     Where it is quick, nothing is said. what: may change in the meantime.
     """
     if _is_live():
-        with Progress(SpinnerColumn(), _Line(so_far(what)), console=STDERR, transient=True) as spinner:
+        with Progress(
+            SpinnerColumn(), _Line(so_far(what)), console=STDERR, transient=True
+        ) as spinner:
             spinner.add_task("", total=None)
             yield
         return
@@ -83,7 +91,8 @@ def waiting(what: str | Callable[[], str]) -> Iterator[None]:
 
 
 def importing() -> AbstractContextManager[None]:
-    """For the imports that a command begins with: of torch and transformers, which take ten seconds."""
+    """For the imports that a command begins with: of torch and transformers, which take ten
+    seconds."""
     return waiting("Importing torch and transformers")
 
 
@@ -97,7 +106,8 @@ def announced(what: str) -> Iterator[None]:
 
 @contextmanager
 def heartbeat(describe: Callable[[float], str]) -> Iterator[None]:
-    """Says `describe(seconds so far)` after every 10 s of silence, and nothing on a terminal. Also a decorator.
+    """Says `describe(seconds so far)` after every 10 s of silence, and nothing on a terminal. Also
+    a decorator.
 
     Of such blocks inside each other, the innermost is what is said.
     """
@@ -110,7 +120,9 @@ def heartbeat(describe: Callable[[float], str]) -> Iterator[None]:
 
 def so_far(what: str | Callable[[], str]) -> Callable[[float], str]:
     """From seconds to `what, 20 s so far`."""
-    return lambda elapsed_s: f"{what if isinstance(what, str) else what()}, {describe_s(elapsed_s)} so far"
+    return lambda elapsed_s: (
+        f"{what if isinstance(what, str) else what()}, {describe_s(elapsed_s)} so far"
+    )
 
 
 def _is_live() -> bool:
@@ -129,7 +141,8 @@ class _Line(ProgressColumn):
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a summary table to stdout; the first column is left-aligned, the others right-aligned."""
+    """Prints a summary table to stdout; the first column is left-aligned, the others
+    right-aligned."""
     if not is_main_process():
         return
     table = Table(title=visible(title), title_justify="left")

@@ -1,6 +1,8 @@
-"""How weights that stay are changed: unfolded, on a hook of a model in memory, or folded into the weight itself.
+"""How weights that stay are changed: unfolded, on a hook of a model in memory, or folded into the
+weight itself.
 
-Both are the same linear map: folding is exact, and a test compares the two for every kind of change.
+Both are the same linear map: folding is exact, and a test compares the two for every kind of
+change.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ HIDDEN_STATE = ""
 
 
 class Place(NamedTuple):
-    """A linear map: the original index of its layer, and its path inside the layer; or HIDDEN_STATE."""
+    """A linear map: the original index of its layer, and its path inside the layer; or
+    HIDDEN_STATE."""
 
     layer: int
     target: str
@@ -37,11 +40,13 @@ class Change(Protocol):
     mixes_rows: ClassVar[bool]
 
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
-        """What the change adds to the map's output W inputs + bias, (..., d_out), given its inputs (..., d_in)."""
+        """What the change adds to the map's output W inputs + bias, (..., d_out), given its inputs
+        (..., d_in)."""
         ...
 
     def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
-        """What these rows of the weight, (n, d_in) float64, become; in the memory that was given, if that can be.
+        """What these rows of the weight, (n, d_in) float64, become; in the memory that was given,
+        if that can be.
 
         They are all of them if the change mixes rows.
         """
@@ -103,7 +108,8 @@ class Update(_BiasStays):
 
 @dataclass(frozen=True)
 class LowRank(_BiasStays):
-    """W <- W + up down, with down (r, d_in) and up (d_out, r) (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
+    """W <- W + up down, with down (r, d_in) and up (d_out, r) (LoRA, Hu et al. 2021, arXiv
+    2106.09685)."""
 
     kind: ClassVar[str] = "low-rank"
     mixes_rows: ClassVar[bool] = False
@@ -158,9 +164,13 @@ def gather_changes(pairs: Sequence[tuple[Place, Change]]) -> dict[Place, tuple[C
     return gathered
 
 
-def followed_by(changes: Changes, pairs: Sequence[tuple[Place, Change]]) -> dict[Place, tuple[Change, ...]]:
+def followed_by(
+    changes: Changes, pairs: Sequence[tuple[Place, Change]]
+) -> dict[Place, tuple[Change, ...]]:
     """`changes`, and then those of `pairs`."""
-    return gather_changes([*((place, change) for place, each in changes.items() for change in each), *pairs])
+    return gather_changes(
+        [*((place, change) for place, each in changes.items() for change in each), *pairs]
+    )
 
 
 def fold_changes(
@@ -168,8 +178,9 @@ def fold_changes(
 ) -> Tensor:
     """The changed weight or bias (d_out,), computed in float64 and rounded once to `dtype`.
 
-    A transposed weight (Conv1D) is stored (d_in, d_out). A weight is folded some rows at a time unless a change mixes
-    them: whole, its copies in float64 would take several times as long to go to memory and back as to compute.
+    A transposed weight (Conv1D) is stored (d_in, d_out). A weight is folded some rows at a time
+    unless a change mixes them: whole, its copies in float64 would take several times as long to go
+    to memory and back as to compute.
     """
     if tensor.dim() == 1:
         bias = tensor.double()
@@ -195,8 +206,11 @@ def _fold_rows(weight: Tensor, changes: Sequence[Change], rows: slice) -> Tensor
     return folded
 
 
-def linear_maps(architecture: Architecture, model: Any, layers: Sequence[int]) -> Iterator[tuple[Place, nn.Module]]:
-    """Every linear map of the layers at these indices; not the stacked weights of experts, nor their router."""
+def linear_maps(
+    architecture: Architecture, model: Any, layers: Sequence[int]
+) -> Iterator[tuple[Place, nn.Module]]:
+    """Every linear map of the layers at these indices; not the stacked weights of experts, nor
+    their router."""
     for index in layers:
         for path, module in architecture.layer_list(model)[index].named_modules():
             if isinstance(module, nn.Linear | Conv1D):
@@ -250,7 +264,9 @@ def _apply(changes: Sequence[Change]) -> Any:
 
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         given: Tensor = output[0] if isinstance(output, tuple) else output
-        if not placed:  # once, at the first pass, which tells where and in what dtype the module computes
+        if (
+            not placed
+        ):  # once, at the first pass, which tells where and in what dtype the module computes
             placed.extend(_placed(change, given) for change in changes)
         bias: Any = getattr(module, "bias", None)
         bias = 0.0 if bias is None else bias
@@ -263,7 +279,8 @@ def _apply(changes: Sequence[Change]) -> Any:
 
 
 def _placed(change: Change, like: Tensor) -> Change:
-    """The change in the memory and the dtype of a tensor; but what is trained stays the tensor it is."""
+    """The change in the memory and the dtype of a tensor; but what is trained stays the tensor it
+    is."""
 
     def place(tensor: Tensor) -> Tensor:
         return tensor if tensor.requires_grad or tensor.dim() == 0 else tensor.to(like)

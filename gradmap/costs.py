@@ -1,7 +1,9 @@
-"""What pruning costs by arithmetic: FLOPs of each stage, and what they make of seconds on given hardware.
+"""What pruning costs by arithmetic: FLOPs of each stage, and what they make of seconds on given
+hardware.
 
-docs/scaling.md has the numbers from 1B to 405B (python -m benchmarks.scaling) and holds them against measurements;
-`gradmap doctor` takes the hardware that it measured. Nothing is measured here, and torch is not needed.
+docs/scaling.md has the numbers from 1B to 405B (python -m benchmarks.scaling) and holds them
+against measurements; `gradmap doctor` takes the hardware that it measured. Nothing is measured
+here, and torch is not needed.
 """
 
 from __future__ import annotations
@@ -18,21 +20,26 @@ BF16_BYTES = 2
 HELD_OUT_FRACTION = 0.25
 # gradmap.selectors.repair: tokens that a selection fits and measures on.
 SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
-# gradmap.compensators.distil: samples that the dense model writes for each that is fitted on, and how many at once; the
-# rank of what is trained, and samples of a step; tokens that a closed form is fitted on, for each input of a map.
+# gradmap.compensators.distil: samples that the dense model writes for each that is fitted on, and
+# how many at once; the rank of what is trained, and samples of a step; tokens that a closed form is
+# fitted on, for each input of a map.
 WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES, TOKENS_PER_INPUT = 2, 64, 16, 4, 8
-# Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are tried in each.
+# Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are
+# tried in each.
 TRIED_IN_LATER_ROUNDS = 2.7
 # Likewise, so many lambdas are tried in each fit.
 LAMBDAS = 3
-# Of the samples to measure on, that a layer which is tried sees before the race is decided: what meets the FLOPs that
-# were counted (SmolLM2 without 8 layers). It is a third in the first round; later, more are tried on few samples each.
+# Of the samples to measure on, that a layer which is tried sees before the race is decided: what
+# meets the FLOPs that were counted (SmolLM2 without 8 layers). It is a third in the first round;
+# later, more are tried on few samples each.
 MEASURED_SHARE = 0.72
-# Of a checkpoint that is streamed from disk, in each round of gradient scores: forward and backward.
+# Of a checkpoint that is streamed from disk, in each round of gradient scores: forward and
+# backward.
 READS_PER_ROUND = 2
 # To start Python and import torch and transformers: 8 to 10 s of one core of an EPYC.
 STARTING_S = 10.0
-# A layer in transformers for one token, however small it is: SmolLM2's 22 take 44 ms (benchmarks.generation).
+# A layer in transformers for one token, however small it is: SmolLM2's 22 take 44 ms
+# (benchmarks.generation).
 LAYER_CALL_S = 0.002
 # Of the peak, that products of this size reach in practice; an assumption.
 EFFICIENCY = 0.4
@@ -88,9 +95,10 @@ DEFAULT_SIZE = CalibrationSize()
 class Hardware:
     """FLOP/s, bytes/s and bytes of memory of one device, and how many there are.
 
-    efficiency: the share of the FLOP/s that a model reaches; single_token_share: of these, that is left where
-    WRITTEN_TOGETHER samples pass a token at a time. head_cost: see Shape. weight_bytes: of a weight as products read
-    it; state_bytes: of a number in the hidden state, and of an embedding.
+    efficiency: the share of the FLOP/s that a model reaches; single_token_share: of these, that is
+    left where WRITTEN_TOGETHER samples pass a token at a time. head_cost: see Shape. weight_bytes:
+    of a weight as products read it; state_bytes: of a number in the hidden state, and of an
+    embedding.
     """
 
     name: str
@@ -118,14 +126,19 @@ class Hardware:
 
 
 def score_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """GradMAP's stage 1: in each round the forward pass, the gradients of all activations, which cost as much, and the
-    products of the gradient norms."""
+    """GradMAP's stage 1: in each round the forward pass, the gradients of all activations, which
+    cost as much, and the products of the gradient norms."""
     left = _mean_left(shape, rounds)
-    return rounds * size.all_tokens * (2 * shape.forward_flops(left) + gradient_norm_flops(shape, left, size.tokens))
+    return (
+        rounds
+        * size.all_tokens
+        * (2 * shape.forward_flops(left) + gradient_norm_flops(shape, left, size.tokens))
+    )
 
 
 def gradient_norm_flops(shape: Shape, layers: float, tokens: int) -> float:
-    """Of one token: two Gram matrices (T x T) for every linear map; maps that share an input share its own."""
+    """Of one token: two Gram matrices (T x T) for every linear map; maps that share an input share
+    its own."""
     inputs = 2 * shape.width + shape.attention_width + shape.inner
     return 2 * tokens * layers * (inputs + shape.map_outputs)
 
@@ -147,10 +160,10 @@ def taylor_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE
 
 
 def selection_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """`--selector repair`: all samples pass the dense model once; after a removal, those to fit on pass what is behind
-    it; and of those to measure on, a share passes what is behind each layer that is tried. The first is not, so that
-    this is half of the others on average, and two output layers. A trial begins with a fit (d x d), of which the sums
-    are counted."""
+    """`--selector repair`: all samples pass the dense model once; after a removal, those to fit on
+    pass what is behind it; and of those to measure on, a share passes what is behind each layer
+    that is tried. The first is not, so that this is half of the others on average, and two output
+    layers. A trial begins with a fit (d x d), of which the sums are counted."""
     fitted, measured = size.select_fit_tokens, size.select_measure_tokens
     fit = (4 * fitted + 2 * MEASURED_SHARE * measured) * shape.width**2
     total = fitted * shape.layer_flops(shape.layers)
@@ -171,44 +184,60 @@ def _mean_left(shape: Shape, rounds: int) -> float:
 
 
 def fits_flops(
-    shape: Shape, remove: int, runs: int, features: float, size: CalibrationSize = DEFAULT_SIZE, more: int = 0
+    shape: Shape,
+    remove: int,
+    runs: int,
+    features: float,
+    size: CalibrationSize = DEFAULT_SIZE,
+    more: int = 0,
 ) -> float:
-    """A fit before each run of removed layers. Of all runs together, the dense model is walked through to its end, by
-    all samples, and the pruned one to the last of them; a layer that is fitted runs once more; and each lambda is tried
-    on what is behind it, half of what is left.
+    """A fit before each run of removed layers. Of all runs together, the dense model is walked
+    through to its end, by all samples, and the pruned one to the last of them; a layer that is
+    fitted runs once more; and each lambda is tried on what is behind it, half of what is left.
 
-    features: what is fitted from, d (W') or k (the down projection itself). more: samples that the dense model wrote.
-    Solutions are left out.
+    features: what is fitted from, d (W') or k (the down projection itself). more: samples that the
+    dense model wrote. Solutions are left out.
     """
     fit_tokens = size.fit_tokens + more * size.tokens
     left = shape.layers - remove
     last = left * runs / (runs + 1)  # as far as the last of so many places reaches on average
     walks = fit_tokens * shape.layer_flops(shape.layers + last + runs)
     walks += size.held_out_tokens * shape.layer_flops(shape.layers + last)
-    trials = (1 + runs * LAMBDAS) * size.held_out_tokens * (shape.forward_flops(left / 2) + shape.head_flops)
+    trials = (
+        (1 + runs * LAMBDAS)
+        * size.held_out_tokens
+        * (shape.forward_flops(left / 2) + shape.head_flops)
+    )
     return walks + trials + runs * fit_tokens * 2 * features * (features + shape.width)
 
 
-def refit_flops(shape: Shape, remove: int, runs: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
+def refit_flops(
+    shape: Shape, remove: int, runs: int, size: CalibrationSize = DEFAULT_SIZE
+) -> float:
     return fits_flops(shape, remove, runs, shape.inner, size)
 
 
 def distil_inputs(shape: Shape, correctable: bool = True) -> float:
-    """Of the maps that `distil` fits: of experts, which are too many to refit, what they give is fitted on."""
+    """Of the maps that `distil` fits: of experts, which are too many to refit, what they give is
+    fitted on."""
     if not correctable:
         return 0.0
     return shape.width if shape.experts else shape.inner
 
 
-def training_flops(shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True) -> float:
-    """`distil` after that: the dense model's logits, whose hidden states are known; the pruned model forward and,
-    through its activations, backward; the low-rank corrections of every map likewise, and their own gradients; in the
-    end the held-out divergence."""
+def training_flops(
+    shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True
+) -> float:
+    """`distil` after that: the dense model's logits, whose hidden states are known; the pruned
+    model forward and, through its activations, backward; the low-rank corrections of every map
+    likewise, and their own gradients; in the end the held-out divergence."""
     left = shape.layers - remove
     pruned = shape.forward_flops(left)
     corrections = 3 * 2 * RANK * left * (shape.map_inputs + shape.map_outputs)
     lessons = (size.fit + size.written(distil_inputs(shape, correctable))) * size.tokens
-    return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * (pruned + shape.head_flops)
+    return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * (
+        pruned + shape.head_flops
+    )
 
 
 def writing_seconds(
@@ -219,7 +248,9 @@ def writing_seconds(
     return steps * token_seconds(shape, hardware, WRITTEN_TOGETHER)
 
 
-def token_seconds(shape: Shape, hardware: Hardware, streams: int = 1, layers: float | None = None) -> float:
+def token_seconds(
+    shape: Shape, hardware: Hardware, streams: int = 1, layers: float | None = None
+) -> float:
     """Of the next token of some streams together: by weights that are read, or by FLOPs."""
     layers = shape.layers if layers is None else layers
     read_s = hardware.weight_bytes * shape.read_parameters(layers, streams) / hardware.all_bandwidth
@@ -227,7 +258,9 @@ def token_seconds(shape: Shape, hardware: Hardware, streams: int = 1, layers: fl
     return max(read_s, streams * shape.forward_flops(layers) / flops)
 
 
-def generation_seconds(shape: Shape, hardware: Hardware, tokens: int, streams: int, layers: float) -> float:
+def generation_seconds(
+    shape: Shape, hardware: Hardware, tokens: int, streams: int, layers: float
+) -> float:
     """In transformers, where no layer takes less than its Python."""
     return tokens * max(token_seconds(shape, hardware, streams, layers), LAYER_CALL_S * layers)
 
@@ -260,7 +293,9 @@ SELECTORS: Mapping[str, Callable[[Shape, int, CalibrationSize], float]] = {
     "block-influence": influence_flops,
     "window": lambda shape, rounds, size: influence_flops(shape, 1, size),
     "taylor": taylor_flops,
-    **dict.fromkeys(("magnitude", "random", "manual", "mka-as-released"), lambda shape, rounds, size: 0.0),
+    **dict.fromkeys(
+        ("magnitude", "random", "manual", "mka-as-released"), lambda shape, rounds, size: 0.0
+    ),
 }
 
 
@@ -268,7 +303,9 @@ def select_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float 
     """None for a selector whose costs are not known here."""
     flops = SELECTORS.get(pruning.selector)
     return (
-        None if flops is None else flops(hardware.sees(shape), pruning.rounds, pruning.size) / hardware.sustained_flops
+        None
+        if flops is None
+        else flops(hardware.sees(shape), pruning.rounds, pruning.size) / hardware.sustained_flops
     )
 
 
@@ -286,18 +323,26 @@ def repair_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float 
         "none": 0.0,
         "refit": fits(shape.inner),
         "sequential": fits(shape.width),
-        "distil": fits(inputs, size.lacking(inputs)) + training_flops(shape, remove, size, pruning.correctable),
+        "distil": fits(inputs, size.lacking(inputs))
+        + training_flops(shape, remove, size, pruning.correctable),
         "projection": drift + fits_flops(shape, remove, 1, shape.width, size),
     }.get(pruning.compensator)
     if flops is None:
         return None
-    written_s = writing_seconds(shape, hardware, size, pruning.correctable) if pruning.compensator == "distil" else 0.0
+    written_s = (
+        writing_seconds(shape, hardware, size, pruning.correctable)
+        if pruning.compensator == "distil"
+        else 0.0
+    )
     return flops / hardware.sustained_flops + written_s
 
 
-def streaming_seconds(shape: Shape, hardware: Hardware, pruning: Pruning, disk_bytes_per_s: float) -> float:
-    """To read the checkpoint again and again: twice in each round of gradient scores (others read it for every few
-    samples, which is not counted); for repairs, once for either model, and half of it for each lambda of each run."""
+def streaming_seconds(
+    shape: Shape, hardware: Hardware, pruning: Pruning, disk_bytes_per_s: float
+) -> float:
+    """To read the checkpoint again and again: twice in each round of gradient scores (others read
+    it for every few samples, which is not counted); for repairs, once for either model, and half of
+    it for each lambda of each run."""
     reads = float(READS_PER_ROUND * pruning.rounds)
     if pruning.compensator != "none":
         reads += 2 + pruning.runs * LAMBDAS / 2
@@ -316,7 +361,8 @@ def default_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
 
 
 def decode_speed_up(shape: Shape, remove: int) -> float:
-    """Of one stream: the bytes of weights that a token reads. A tied head is read once, an untied embedding hardly."""
+    """Of one stream: the bytes of weights that a token reads. A tied head is read once, an untied
+    embedding hardly."""
     return shape.read_parameters(shape.layers) / shape.read_parameters(shape.layers - remove)
 
 

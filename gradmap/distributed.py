@@ -1,7 +1,9 @@
-"""Several processes, each with the whole model and a share of the samples (`torchrun`, `accelerate launch`).
+"""Several processes, each with the whole model and a share of the samples (`torchrun`, `accelerate
+launch`).
 
-What is measured on calibration samples is a sum over samples, so every process takes its share and the sums are added
-up; then all decide the same. Without such a launcher there is one process, and nothing here does anything.
+What is measured on calibration samples is a sum over samples, so every process takes its share and
+the sums are added up; then all decide the same. Without such a launcher there is one process, and
+nothing here does anything.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def share_of(input_ids: Tensor) -> tuple[Tensor, int]:
-    """This process's samples of (N, T), and the number of the first one. Raises UserError if there are too few."""
+    """This process's samples of (N, T), and the number of the first one. Raises UserError if there
+    are too few."""
     count = process_count()
     if len(input_ids) < count:
-        raise UserError(f"{len(input_ids)} samples cannot be shared by {count} processes; start fewer.")
+        raise UserError(
+            f"{len(input_ids)} samples cannot be shared by {count} processes; start fewer."
+        )
     share = _share(len(input_ids))
     return input_ids[share], share.start
 
@@ -57,12 +62,18 @@ def say_if_some_are_idle(step_samples: int) -> None:
     """Before training with steps of so many samples."""
     idle = process_count() - step_samples
     if idle > 0:
-        say(f"A step of training takes {step_samples} samples, so that {idle} of {process_count()} processes are idle.")
+        say(
+            f"A step of training takes {step_samples} samples, so that {idle} of {process_count()} "
+            "processes are idle."
+        )
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Adds up the gradients of every process; a process without samples has none."""
-    gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+    gradients = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter in parameters
+    ]
     for parameter, total in zip(parameters, _summed_at_once(gradients), strict=True):
         parameter.grad = total
 
@@ -79,7 +90,9 @@ def _summed_at_once(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def summed(value: Tensor) -> Tensor:
     """The sum of every process's `value`, the same in all of them."""
     if process_count() > 1:
-        device = torch.device(local_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        device = (
+            torch.device(local_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        )
         total = value.to(device, copy=True)
         dist.all_reduce(total)
         return total.to(value.device)
@@ -87,5 +100,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def _share(samples: int) -> slice:
-    start, end = (samples * place // process_count() for place in (process_rank(), process_rank() + 1))
+    start, end = (
+        samples * place // process_count() for place in (process_rank(), process_rank() + 1)
+    )
     return slice(start, end)

@@ -1,4 +1,5 @@
-"""What this machine can do, looked up and measured in seconds: cores, products, memory, GPUs, packages, disk."""
+"""What this machine can do, looked up and measured in seconds: cores, products, memory, GPUs,
+packages, disk."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory_bytes, capability: None where NVML does not tell. visible: whether CUDA shows it to this process."""
+    """memory_bytes, capability: None where NVML does not tell. visible: whether CUDA shows it to
+    this process."""
 
     name: str
     memory_bytes: int | None
@@ -36,11 +38,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: that this process may keep busy, of all_cores; threads: that torch takes. isa: what torch uses; limits:
-    variables that lower that.
+    """cores: that this process may keep busy, of all_cores; threads: that torch takes. isa: what
+    torch uses; limits: variables that lower that.
 
-    gflops, bandwidth (bytes per second), auto: of `device`, what gradmap computes on. auto: what dtype `auto` is for
-    weights that are stored in bfloat16. packages: versions. providers: ONNX Runtime's.
+    gflops, bandwidth (bytes per second), auto: of `device`, what gradmap computes on. auto: what
+    dtype `auto` is for weights that are stored in bfloat16. packages: versions. providers: ONNX
+    Runtime's.
     """
 
     cpu: str
@@ -93,7 +96,9 @@ def find_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
         return tuple(
             Gpu(
                 name=str(ask(pynvml.nvmlDeviceGetName, device.handle) or device.uuid),
-                memory_bytes=getattr(ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle), "total", None),
+                memory_bytes=getattr(
+                    ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle), "total", None
+                ),
                 capability=_as_version(ask(pynvml.nvmlDeviceGetCudaComputeCapability, device.card)),
                 visible=device.uuid in shown,
             )
@@ -104,7 +109,12 @@ def find_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
 def find_packages() -> dict[str, str]:
     """Versions by name; of vLLM and ONNX Runtime, whichever build there is."""
     distributions = packages_distributions()
-    names = ["torch", "transformers", *distributions.get("vllm", ()), *distributions.get("onnxruntime", ())]
+    names = [
+        "torch",
+        "transformers",
+        *distributions.get("vllm", ()),
+        *distributions.get("onnxruntime", ()),
+    ]
     found = {}
     for name in dict.fromkeys(names):
         with suppress(PackageNotFoundError):
@@ -130,7 +140,11 @@ def machine_rows(machine: Machine) -> list[tuple[str, str]]:
         ("CPU", machine.cpu),
         ("cores", f"{machine.cores} of {machine.all_cores}, torch takes {machine.threads}"),
         ("instructions", f"{machine.isa}{limits}"),
-        ("memory", f"{machine.available_bytes / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB available"),
+        (
+            "memory",
+            f"{machine.available_bytes / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB "
+            "available",
+        ),
         *((f"GPU {number}", _describe_gpu(gpu)) for number, gpu in enumerate(machine.gpus)),
         ("computes on", machine.device),
         ("products (GFLOP/s)", rates),

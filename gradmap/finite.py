@@ -1,4 +1,5 @@
-"""What is no number is refused where it is seen first, by name: NaN and infinity spread to all that follows."""
+"""What is no number is refused where it is seen first, by name: NaN and infinity spread to all that
+follows."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ CURE = "the checkpoint is damaged, or its dtype overflows (try --dtype float32)"
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """By its ends, which are NaN if any of it is: isfinite would make three tensors of that size."""
+    """By its ends, which are NaN if any of it is: isfinite would make three tensors of that
+    size."""
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
@@ -29,7 +31,8 @@ def _all_finite(value: Tensor | float) -> bool:
 
 
 def require_finite_weights(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """By name; those that are not in memory (on `meta`) are left out. Raises UserError for the first that is not."""
+    """By name; those that are not in memory (on `meta`) are left out. Raises UserError for the
+    first that is not."""
     for name, weight in weights:
         if not weight.is_meta:
             require_finite(f"The weight {name}", weight)

@@ -1,6 +1,7 @@
 """Whether a GGUF file's head is a matrix of its own, or the embeddings stored a second time.
 
-Some converters write `output.weight` for models whose head is the embeddings, quantised apart from them (Qwen2.5).
+Some converters write `output.weight` for models whose head is the embeddings, quantised apart from
+them (Qwen2.5).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# GGML types that round a block of values to levels of even distance: bits of a level, values of a block.
+# GGML types that round a block of values to levels of even distance: bits of a level, values of a
+# block.
 EVEN_LEVELS = {
     "Q2_K": (2, 16),
     "Q3_K": (3, 16),
@@ -37,7 +39,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class HeadVerdict:
-    """How far the head is from the embeddings, and what rounding both explains; None if that is not known.
+    """How far the head is from the embeddings, and what rounding both explains; None if that is not
+    known.
 
     Both are Frobenius norms, relative to that of the embeddings.
     """
@@ -58,15 +61,23 @@ class HeadVerdict:
             bound = "what their rounding explains is not known"
         else:
             bound = f"their rounding explains up to {self.explained:.2g}"
-        conclusion = "they are one matrix, and are tied" if self.tied else "the head stays a matrix of its own"
-        return f"{stored} differ by {self.distance:.2g} (relative Frobenius norm), where {bound}: {conclusion}."
+        conclusion = (
+            "they are one matrix, and are tied"
+            if self.tied
+            else "the head stays a matrix of its own"
+        )
+        return (
+            f"{stored} differ by {self.distance:.2g} (relative Frobenius norm), where {bound}: "
+            f"{conclusion}."
+        )
 
 
 def judge_head(head: Stored, embeddings: Stored) -> HeadVerdict:
     """Compares them by value: a GGUF file has no setting that says whether they are tied.
 
-    If both are one matrix R, then |H - E| <= |H - R| + |E - R|, the two rounding errors. A head that was trained apart
-    is much farther away; one that is nearer than rounding can show loses nothing when it is tied.
+    If both are one matrix R, then |H - E| <= |H - R| + |E - R|, the two rounding errors. A head
+    that was trained apart is much farther away; one that is nearer than rounding can show loses
+    nothing when it is tied.
     """
     norm = float(embeddings.values.norm())
     distance = 0.0 if norm == 0 else float((head.values - embeddings.values).norm()) / norm
@@ -77,16 +88,21 @@ def judge_head(head: Stored, embeddings: Stored) -> HeadVerdict:
 
 
 def rounding_error(stored: Stored) -> float | None:
-    """What rounding to the type changed a matrix by at most (Frobenius norm); None for a type with uneven levels.
+    """What rounding to the type changed a matrix by at most (Frobenius norm); None for a type with
+    uneven levels.
 
-    2^b levels of a block lie between -a and a, where a is its largest value, so that they are at most
-    2 a / (2^b - 1) apart, and a value is at most half of that from its level. Most are nearer (the root mean square of
-    even errors is 0.58 of the largest), which leaves room for the few values that some types clip.
+    2^b levels of a block lie between -a and a, where a is its largest value, so that they are at
+    most 2 a / (2^b - 1) apart, and a value is at most half of that from its level. Most are nearer
+    (the root mean square of even errors is 0.58 of the largest), which leaves room for the few
+    values that some types clip.
     """
     values = stored.values
     if stored.type_name in FLOATS:
         return FLOATS[stored.type_name] * float(values.norm())
-    if stored.type_name not in EVEN_LEVELS or values.numel() % EVEN_LEVELS[stored.type_name][1] != 0:
+    if (
+        stored.type_name not in EVEN_LEVELS
+        or values.numel() % EVEN_LEVELS[stored.type_name][1] != 0
+    ):
         return None
     bits, block = EVEN_LEVELS[stored.type_name]
     largest = values.reshape(-1, block).abs().amax(1)

@@ -1,7 +1,8 @@
 """Whether what a GGUF file says of its model arrived in the model that transformers made of it.
 
-transformers takes the keys and tensors that it knows and passes over all others. One that it passes over may change
-what the model computes: a scaled rope, a factor on the logits, a window, a second file with half of the weights.
+transformers takes the keys and tensors that it knows and passes over all others. One that it passes
+over may change what the model computes: a scaled rope, a factor on the logits, a window, a second
+file with half of the weights.
 """
 
 from __future__ import annotations
@@ -58,13 +59,14 @@ def require_whole_file(metadata: Mapping[str, Any], source: Path) -> None:
     parts = int(metadata.get("split.count") or 1)
     if parts > 1:
         raise UserError(
-            f"{source} is one of {parts} parts of a model; join them first: llama-gguf-split --merge {source.name} "
-            "WHOLE.gguf."
+            f"{source} is one of {parts} parts of a model; join them first: llama-gguf-split "
+            f"--merge {source.name} WHOLE.gguf."
         )
 
 
 def require_understood(metadata: Mapping[str, Any], config: Any, source: Path) -> None:
-    """Raises UserError if a key of the file's architecture says something else than the model's config, or is unknown.
+    """Raises UserError if a key of the file's architecture says something else than the model's
+    config, or is unknown.
 
     metadata: key -> value. config: of the model that transformers made (a PretrainedConfig).
     """
@@ -73,8 +75,9 @@ def require_understood(metadata: Mapping[str, Any], config: Any, source: Path) -
         name = key.removeprefix(f"{architecture}.")
         if name != key and not _is_kept(name, value, config):
             raise UserError(
-                f"{source} says {key} = {value}, which transformers does not take over into the model, so that it "
-                "would compute something else; use the original checkpoint of this model."
+                f"{source} says {key} = {value}, which transformers does not take over into the "
+                "model, so that it would compute something else; use the original checkpoint of "
+                "this model."
             )
 
 
@@ -83,8 +86,9 @@ def require_read(names: Iterable[str], read: Iterable[str], source: Path) -> Non
     unread = sorted(set(names) - set(read))
     if unread:
         raise UserError(
-            f"{source} holds {len(unread)} tensor(s) that transformers does not read, {unread[0]} first, so that the "
-            "model would compute something else; use the original checkpoint of this model."
+            f"{source} holds {len(unread)} tensor(s) that transformers does not read, {unread[0]} "
+            "first, so that the model would compute something else; use the original checkpoint "
+            "of this model."
         )
 
 
@@ -98,7 +102,9 @@ def _is_kept(name: str, value: Any, config: Any) -> bool:
 def _field_of(config: Any, field: str) -> Any:
     if field == "rope_theta":
         rope = config.rope_parameters
-        return rope.get("full_attention", rope)["rope_theta"]  # Gemma 3 has one for each kind of layer
+        return rope.get("full_attention", rope)[
+            "rope_theta"
+        ]  # Gemma 3 has one for each kind of layer
     if field == "head_dim":
         return getattr(config, field, None) or config.hidden_size // config.num_attention_heads
     return getattr(config, field, None)

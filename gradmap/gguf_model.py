@@ -1,4 +1,5 @@
-"""A GGUF file as a checkpoint: dequantised once to float32 safetensors, with the tokenizer that the file describes."""
+"""A GGUF file as a checkpoint: dequantised once to float32 safetensors, with the tokenizer that the
+file describes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from gradmap.loading import refuse_inexact
 from gradmap.made_once import CONFIG_FILE, is_made, made_once
 from gradmap.reading import read_json_object
 
-# Part of the cached directory's name; raised when what is made of a file changes, so that it is made anew.
+# Part of the cached directory's name; raised when what is made of a file changes, so that it is
+# made anew.
 CONVERSION = 4
 
 
@@ -44,7 +46,8 @@ def dequantise_gguf(source: Path) -> Path:
 
 
 def read_gguf_config(source: Path) -> dict[str, Any]:
-    """The config alone, of the dequantised checkpoint if there is one. Raises UserError as `dequantise_gguf` does."""
+    """The config alone, of the dequantised checkpoint if there is one. Raises UserError as
+    `dequantise_gguf` does."""
     from transformers import AutoConfig
 
     target = _dequantised(source)
@@ -91,8 +94,8 @@ def _write_dequantised(source: Path, directory: Path) -> None:
 
 
 def _set_ends(model: Any, settings: TokenizerSettings) -> None:
-    """Says in config.json and generation_config.json what begins and ends a generation; transformers' reader does not
-    know the end of a turn, so that a chat would not stop there."""
+    """Says in config.json and generation_config.json what begins and ends a generation;
+    transformers' reader does not know the end of a turn, so that a chat would not stop there."""
     ends = list(settings.end_ids)
     for config in (model.config, model.generation_config):
         config.bos_token_id = settings.special_ids.get("bos_token")
@@ -105,7 +108,10 @@ def _settle_head(model: Any, source: Path) -> None:
     if head is embeddings:
         return
     types = _tensor_types(source)
-    stored = Stored(head.detach(), types["output.weight"]), Stored(embeddings.detach(), types["token_embd.weight"])
+    stored = (
+        Stored(head.detach(), types["output.weight"]),
+        Stored(embeddings.detach(), types["token_embd.weight"]),
+    )
     verdict = judge_head(*stored)
     say(f"In {source}, {verdict.describe()}")
     if verdict.tied:
@@ -115,22 +121,29 @@ def _settle_head(model: Any, source: Path) -> None:
 
 
 def _read_names(model: Any, architecture: str) -> set[str]:
-    """The names, in a file, of the tensors that transformers reads; experts have one name for all of them."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    """The names, in a file, of the tensors that transformers reads; experts have one name for all
+    of them."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
 
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     return set(get_gguf_hf_weights_map(model, processor))
 
 
 def _tensor_types(source: Path) -> dict[str, str]:
-    """The names of the GGML types that the tensors of a file are stored in, by the tensors' names."""
+    """The names of the GGML types that the tensors of a file are stored in, by the tensors'
+    names."""
     from gguf import GGUFReader
 
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(source).tensors}
 
 
 def _save_tokenizer(tokenizer: Any, source: Path, directory: Path) -> None:
-    """Under the class that takes tokenizer.json as it is; a family's own would rebuild it from the vocabulary."""
+    """Under the class that takes tokenizer.json as it is; a family's own would rebuild it from the
+    vocabulary."""
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(directory)
@@ -140,7 +153,8 @@ def _save_tokenizer(tokenizer: Any, source: Path, directory: Path) -> None:
 
 
 def _dequantised(source: Path) -> Path:
-    """Where the checkpoint made of a GGUF file is, or will be. Raises UserError if there is no such file."""
+    """Where the checkpoint made of a GGUF file is, or will be. Raises UserError if there is no such
+    file."""
     if not source.is_file():
         raise UserError(f"{source} does not exist; check --gguf-file.")
     with waiting(f"Hashing {source}"):
@@ -148,4 +162,6 @@ def _dequantised(source: Path) -> Path:
 
 
 def _unreadable(source: Path, error: Exception) -> UserError:
-    return explain(error) or UserError(f"{source} cannot be read as a GGUF model: {first_line(error)}")
+    return explain(error) or UserError(
+        f"{source} cannot be read as a GGUF model: {first_line(error)}"
+    )

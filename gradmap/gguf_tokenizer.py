@@ -1,6 +1,8 @@
-"""The tokenizer of a GGUF file: what the file says about it, how it is loaded, and what shows that nothing was lost.
+"""The tokenizer of a GGUF file: what the file says about it, how it is loaded, and what shows that
+nothing was lost.
 
-transformers builds the tokenizer from the file's vocabulary, and leaves out some of what llama.cpp reads beside it.
+transformers builds the tokenizer from the file's vocabulary, and leaves out some of what llama.cpp
+reads beside it.
 """
 
 from __future__ import annotations
@@ -20,16 +22,31 @@ SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# After any of these llama.cpp stops: at the end of the text, of a turn of a chat, of a message to a tool.
+# After any of these llama.cpp stops: at the end of the text, of a turn of a chat, of a message to a
+# tool.
 END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # tokenizer.ggml.pre, as llama.cpp's llama-vocab.cpp understands it:
 # every digit is cut off by itself before the rest is cut as GPT-2 does it;
-SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-# a word that the vocabulary has whole is taken whole, and texts begin with BOS even if the file does not say so.
-WHOLE_WORDS = frozenset(
-    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+SINGLE_DIGITS = frozenset(
+    {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
-# Words, runs of spaces, digits after them, other scripts, line ends: where tokenizers that are nearly right differ.
+# a word that the vocabulary has whole is taken whole, and texts begin with BOS even if the file
+# does not say so.
+WHOLE_WORDS = frozenset(
+    {
+        "llama3",
+        "llama-v3",
+        "llama-bpe",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "tekken",
+    }
+)
+# Words, runs of spaces, digits after them, other scripts, line ends: where tokenizers that are
+# nearly right differ.
 SAMPLE_TEXTS = (
     "The capital of France is",
     " In 1999,  12345 people paid $3.50; it's 42%.",
@@ -42,9 +59,9 @@ SAMPLE_TEXTS = (
 class TokenizerSettings:
     """What a GGUF file's metadata says beside the vocabulary.
 
-    kind: SENTENCEPIECE or BYTE_LEVEL. splitting: the name of how text is cut before merges, if it has one.
-    add_bos, add_eos: whether a text begins and ends with those tokens. special_ids: `bos_token` and so on, to ids.
-    end_ids: the tokens after which a generation ends, each once.
+    kind: SENTENCEPIECE or BYTE_LEVEL. splitting: the name of how text is cut before merges, if it
+    has one. add_bos, add_eos: whether a text begins and ends with those tokens. special_ids:
+    `bos_token` and so on, to ids. end_ids: the tokens after which a generation ends, each once.
     """
 
     kind: str
@@ -63,13 +80,16 @@ def read_settings(source: Path) -> TokenizerSettings:
 
 
 def read_metadata(source: Path) -> dict[str, Any]:
-    """The file's metadata without its long arrays of strings. Raises ValueError if it is no GGUF file."""
+    """The file's metadata without its long arrays of strings. Raises ValueError if it is no GGUF
+    file."""
     return read_header(source)[0]
 
 
 def read_header(source: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The same, and the names of the file's tensors."""
-    from transformers.integrations.gguf import read_gguf_metadata  # gguf.GGUFReader takes seconds for a vocabulary
+    from transformers.integrations.gguf import (
+        read_gguf_metadata,
+    )  # gguf.GGUFReader takes seconds for a vocabulary
 
     header: tuple[dict[str, Any], tuple[str, ...]] = read_gguf_metadata(str(source))
     return header
@@ -97,19 +117,24 @@ def settings_of(metadata: dict[str, Any]) -> TokenizerSettings:
 
 
 def load_gguf_tokenizer(source: Path) -> Any:
-    """The tokenizer as the file describes it. Raises ValueError where transformers cannot read it."""
+    """The tokenizer as the file describes it. Raises ValueError where transformers cannot read
+    it."""
     from transformers import AutoTokenizer
 
     settings = read_settings(source)
     tokenizer = AutoTokenizer.from_pretrained(
-        source.parent, gguf_file=source.name, add_bos_token=settings.add_bos, add_eos_token=settings.add_eos
+        source.parent,
+        gguf_file=source.name,
+        add_bos_token=settings.add_bos,
+        add_eos_token=settings.add_eos,
     )
     _restore_splitting(tokenizer.backend_tokenizer, settings)
     return tokenizer
 
 
 def _restore_splitting(backend: Any, settings: TokenizerSettings) -> None:
-    """Of the ways to cut a text, transformers' reader knows some; the others would be cut as GPT-2's or Llama's."""
+    """Of the ways to cut a text, transformers' reader knows some; the others would be cut as
+    GPT-2's or Llama's."""
     from tokenizers import decoders, pre_tokenizers
 
     if settings.splitting in SINGLE_DIGITS:
@@ -117,13 +142,18 @@ def _restore_splitting(backend: Any, settings: TokenizerSettings) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     if settings.splitting in WHOLE_WORDS:
         backend.model.ignore_merges = True
-    if not settings.add_space_prefix and isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+    if not settings.add_space_prefix and isinstance(
+        backend.pre_tokenizer, pre_tokenizers.Metaspace
+    ):
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
 
 
 def require_same_tokens(tokenizer: Any, source: Path) -> None:
-    """Raises UserError unless a tokenizer does what a GGUF file says, and what llama.cpp does if it is installed."""
+    """Raises UserError unless a tokenizer does what a GGUF file says, and what llama.cpp does if it
+    is installed."""
     problem = find_problem(tokenizer, read_settings(source))
     if problem is None and find_spec("llama_cpp") is not None:
         problem = find_difference(tokenizer, source)
@@ -164,7 +194,8 @@ def _encode(tokenizer: Any, text: str, plain: bool = False) -> list[int]:
 
 
 def _frame(ids: list[int], settings: TokenizerSettings) -> list[int]:
-    """Token ids with the BOS before and the EOS behind them that the settings ask for, where there are such tokens."""
+    """Token ids with the BOS before and the EOS behind them that the settings ask for, where there
+    are such tokens."""
     bos, eos = settings.special_ids.get("bos_token"), settings.special_ids.get("eos_token")
     begin = [bos] if settings.add_bos and bos is not None else []
     end = [eos] if settings.add_eos and eos is not None else []

@@ -1,4 +1,5 @@
-"""The NVIDIA GPUs that CUDA shows to a process. NVML tells: CUDA itself would take memory from them to answer."""
+"""The NVIDIA GPUs that CUDA shows to a process. NVML tells: CUDA itself would take memory from them
+to answer."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 class Device:
     """A GPU, or a slice of one that is in MIG mode, for CUDA shows either as a device.
 
-    handle: NVML's. card, card_uuid: of the whole GPU. gpu_instance, compute_instance: a slice's numbers on its card.
+    handle: NVML's. card, card_uuid: of the whole GPU. gpu_instance, compute_instance: a slice's
+    numbers on its card.
     """
 
     handle: Any
@@ -39,14 +41,17 @@ class Device:
 
 @contextmanager
 def visible_gpus(environment: Mapping[str, str]) -> Iterator[list[Device]]:
-    """What CUDA shows to a process with this environment, in CUDA's order; nothing where no NVIDIA driver answers.
+    """What CUDA shows to a process with this environment, in CUDA's order; nothing where no NVIDIA
+    driver answers.
 
-    Devices are good until the block ends. Numbers in CUDA_VISIBLE_DEVICES count as NVML and nvidia-smi do, by PCI
-    address. CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID. Without, it puts the fastest first by a rule that is not
-    published, which makes no difference where all GPUs are of one model.
+    Devices are good until the block ends. Numbers in CUDA_VISIBLE_DEVICES count as NVML and
+    nvidia-smi do, by PCI address. CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID. Without, it puts
+    the fastest first by a rule that is not published, which makes no difference where all GPUs are
+    of one model.
 
-    With GPUs in MIG mode, we follow drivers from R570 on. Older ones show a single slice, and no whole GPU beside it.
-    How CUDA numbers slices beside whole GPUs is not documented: we put them last. UUIDs are sure.
+    With GPUs in MIG mode, we follow drivers from R570 on. Older ones show a single slice, and no
+    whole GPU beside it. How CUDA numbers slices beside whole GPUs is not documented: we put them
+    last. UUIDs are sure.
     """
     devices: list[Device] = []
     with ExitStack() as closing:
@@ -65,7 +70,8 @@ def ask(question: Callable[..., Any], *details: Any) -> Any:
 
 
 def _list_devices() -> list[Device]:
-    """Whole GPUs, then slices. A GPU in MIG mode can be used through its slices only, and so is not in the list."""
+    """Whole GPUs, then slices. A GPU in MIG mode can be used through its slices only, and so is not
+    in the list."""
     whole: list[Device] = []
     slices: list[Device] = []
     for index in range(pynvml.nvmlDeviceGetCount()):
@@ -89,13 +95,17 @@ def _list_slices(card: Any, card_uuid: str) -> Iterator[Device]:
         with suppress(pynvml.NVMLError):  # there may be fewer, and a container has some of them
             handle = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
             uuid = pynvml.nvmlDeviceGetUUID(handle)
-            instances = pynvml.nvmlDeviceGetGpuInstanceId(handle), pynvml.nvmlDeviceGetComputeInstanceId(handle)
+            instances = (
+                pynvml.nvmlDeviceGetGpuInstanceId(handle),
+                pynvml.nvmlDeviceGetComputeInstanceId(handle),
+            )
             yield Device(handle, uuid, card, card_uuid, *instances)
 
 
 def _select(devices: Sequence[Device], variable: str | None) -> list[Device]:
-    """CUDA's rules: the first entry that names nothing ends the list, and one that is repeated empties it. Numbers,
-    GPUs' UUIDs and slices' UUIDs do not mix: the first entry says which of them are read."""
+    """CUDA's rules: the first entry that names nothing ends the list, and one that is repeated
+    empties it. Numbers, GPUs' UUIDs and slices' UUIDs do not mix: the first entry says which of
+    them are read."""
     if variable is None:
         return _one_per_instance(devices)
     entries = variable.split(",")
@@ -114,9 +124,14 @@ def _kind(entry: str) -> str:
 
 
 def _find(entry: str, devices: Sequence[Device]) -> Device | None:
-    """The beginning of a UUID will do if no other begins so. A GPU in MIG mode stands for the first of its slices."""
+    """The beginning of a UUID will do if no other begins so. A GPU in MIG mode stands for the first
+    of its slices."""
     if _kind(entry) == "MIG-":
-        slices = [device for device in devices if device.uuid.startswith(entry) or device.old_name == entry]
+        slices = [
+            device
+            for device in devices
+            if device.uuid.startswith(entry) or device.old_name == entry
+        ]
         return slices[0] if len(slices) == 1 else None
     if _kind(entry) == "GPU-":
         on_card = [device for device in devices if device.card_uuid.startswith(entry)]

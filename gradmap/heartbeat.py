@@ -1,6 +1,8 @@
-"""Nothing looks hung: what goes on is said again whenever it was silent for a while, with an honest guess of the rest.
+"""Nothing looks hung: what goes on is said again whenever it was silent for a while, with an honest
+guess of the rest.
 
-`Pace` and `Heartbeat.beat` decide; they are told the time. The thread in `Heartbeat.during` only waits and asks.
+`Pace` and `Heartbeat.beat` decide; they are told the time. The thread in `Heartbeat.during` only
+waits and asks.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ RECENT_SHARE = 0.25
 class Pace:
     """How far counted work has come, and how long the rest takes. Times are seconds since it began.
 
-    The rest is expected to go on as it went of late. So neither a slow first unit counts for long, nor what an
-    interrupted run had done before; and a search that skips most of its candidates is expected to skip again.
+    The rest is expected to go on as it went of late. So neither a slow first unit counts for long,
+    nor what an interrupted run had done before; and a search that skips most of its candidates is
+    expected to skip again.
     """
 
     def __init__(self, total: int) -> None:
@@ -38,7 +41,8 @@ class Pace:
             self._marks.popleft()
 
     def eta_s(self, elapsed_s: float) -> float | None:
-        """Seconds that the rest will take; None if nothing tells, or if it should have been done by now."""
+        """Seconds that the rest will take; None if nothing tells, or if it should have been done by
+        now."""
         (first_s, before), (last_s, done) = self._marks[0], self._marks[-1]
         if done == before:
             return None
@@ -53,7 +57,11 @@ class Pace:
 
     def describe(self, elapsed_s: float) -> str:
         """`3/212, 87 s so far, ETA 40 s`."""
-        parts = (f"{self.done}/{self.total}", f"{describe_s(elapsed_s)} so far", self.describe_eta(elapsed_s))
+        parts = (
+            f"{self.done}/{self.total}",
+            f"{describe_s(elapsed_s)} so far",
+            self.describe_eta(elapsed_s),
+        )
         return ", ".join(filter(None, parts))
 
 
@@ -65,7 +73,8 @@ def describe_s(seconds: float) -> str:
 
 
 class Heartbeat:
-    """Says what goes on whenever nothing was said for `interval_s`: of activities inside each other, the innermost.
+    """Says what goes on whenever nothing was said for `interval_s`: of activities inside each
+    other, the innermost.
 
     clock: seconds, from any start.
     """
@@ -104,7 +113,8 @@ class Heartbeat:
 
     @contextmanager
     def during(self, describe: Callable[[float], str]) -> Iterator[None]:
-        """Beats, from another thread, while the block runs. describe: from its seconds so far to the line."""
+        """Beats, from another thread, while the block runs. describe: from its seconds so far to
+        the line."""
         started_s = self._clock()
 
         def line() -> str:

@@ -2,7 +2,8 @@
 
     s_i = 1/N sum_j sum_{theta in layer i} || dL(x_j)/d theta ||_2
 
-One norm per parameter tensor and per sample; L is the sum over the T-1 next-token terms of one sample.
+One norm per parameter tensor and per sample; L is the sum over the T-1 next-token terms of one
+sample.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ Advance = Callable[[int], None]
 
 
 def layer_scores(
-    model: Any, architecture: Architecture, input_ids: Tensor, batches: Batches, advance: Advance = lambda n: None
+    model: Any,
+    architecture: Architecture,
+    input_ids: Tensor,
+    batches: Batches,
+    advance: Advance = lambda n: None,
 ) -> Tensor:
     """Returns Eq. 7 for every layer the model has now: (L,) float64. input_ids: (N, T).
 
-    Batched, and without forming parameter gradients where their norms follow from activations ("ghost norms").
-    Only activations carry gradients. advance: told of passes, forward or backward, of one sample through one layer.
-    Raises UserError if the loss of a sample is not finite.
+    Batched, and without forming parameter gradients where their norms follow from activations
+    ("ghost norms"). Only activations carry gradients. advance: told of passes, forward or backward,
+    of one sample through one layer. Raises UserError if the loss of a sample is not finite.
     """
     layers = architecture.layer_list(model)
     share, first_sample = share_of(input_ids)
@@ -52,20 +57,26 @@ def streamed_layer_scores(
     entering: list[Tensor],
     advance: Advance = lambda n: None,
 ) -> Tensor:
-    """The same, one layer at a time for all samples: forward, then backward, with only the hidden states between
-    layers kept. So it runs where a layer and (L + 1) x N x T x d hidden states fit, and computes every layer twice.
+    """The same, one layer at a time for all samples: forward, then backward, with only the hidden
+    states between layers kept. So it runs where a layer and (L + 1) x N x T x d hidden states fit,
+    and computes every layer twice.
 
-    entering: the hidden states (N, T, d) that enter the first layers, as far as they are known from the scores before;
-    filled up here. Layers before the first removed one compute the same again, so those need not run forward.
+    entering: the hidden states (N, T, d) that enter the first layers, as far as they are known from
+    the scores before; filled up here. Layers before the first removed one compute the same again,
+    so those need not run forward.
     """
     layers = list(architecture.layer_list(model))
     share, first_sample = share_of(input_ids)
-    _, calls = record_layer_calls(model, layers, share[:1].to(model.device))  # the same for every sample
+    _, calls = record_layer_calls(
+        model, layers, share[:1].to(model.device)
+    )  # the same for every sample
     if not entering:
         entering.append(record_layer_calls(model, layers, share.to(model.device))[0].cpu())
     advance(len(share) * (len(entering) - 1))  # known from before
     for position in range(len(entering) - 1, len(layers)):
-        entering.append(_run_layer(layers[position], calls[position], entering[position], batches, model.device))
+        entering.append(
+            _run_layer(layers[position], calls[position], entering[position], batches, model.device)
+        )
         advance(len(share))
     gradients = torch.empty_like(entering[-1])
 
@@ -79,7 +90,9 @@ def streamed_layer_scores(
 
         def run_backward(batch: slice, position: int = position) -> None:
             leaf = entering[position][batch].to(model.device).requires_grad_(True)
-            with gradient_norms(layers[position : position + 1], len(leaf), totals[position : position + 1]):
+            with gradient_norms(
+                layers[position : position + 1], len(leaf), totals[position : position + 1]
+            ):
                 output = calls[position].run(layers[position], leaf)
                 output.backward(gradients[batch].to(output.device))
             assert leaf.grad is not None
@@ -90,7 +103,9 @@ def streamed_layer_scores(
     return summed(totals) / len(input_ids)
 
 
-def _add_norms(model: Any, layers: nn.ModuleList, input_ids: Tensor, first_sample: int, totals: Tensor) -> None:
+def _add_norms(
+    model: Any, layers: nn.ModuleList, input_ids: Tensor, first_sample: int, totals: Tensor
+) -> None:
     """Adds the norms of one batch (B, T) to `totals` (L,)."""
     input_ids = input_ids.to(model.device)
     hidden, calls = record_layer_calls(model, layers, input_ids)
@@ -102,7 +117,9 @@ def _add_norms(model: Any, layers: nn.ModuleList, input_ids: Tensor, first_sampl
 
 
 @torch.no_grad()
-def _run_layer(layer: nn.Module, call: LayerCall, entering: Tensor, batches: Batches, device: torch.device) -> Tensor:
+def _run_layer(
+    layer: nn.Module, call: LayerCall, entering: Tensor, batches: Batches, device: torch.device
+) -> Tensor:
     """Hidden states (N, T, d) through one layer."""
     leaving = torch.empty_like(entering)
 
@@ -113,12 +130,17 @@ def _run_layer(layer: nn.Module, call: LayerCall, entering: Tensor, batches: Bat
     return leaving
 
 
-def fitting_batches(model: Any, architecture: Architecture, input_ids: Tensor, streamed: bool) -> Batches:
-    """Measures on one sample how many go at once, through the whole model or, `streamed`, through one layer."""
+def fitting_batches(
+    model: Any, architecture: Architecture, input_ids: Tensor, streamed: bool
+) -> Batches:
+    """Measures on one sample how many go at once, through the whole model or, `streamed`, through
+    one layer."""
     layers = architecture.layer_list(model)[:1] if streamed else architecture.layer_list(model)
 
     def run_one() -> None:
-        hidden, calls = record_layer_calls(model, architecture.layer_list(model), input_ids[:1].to(model.device))
+        hidden, calls = record_layer_calls(
+            model, architecture.layer_list(model), input_ids[:1].to(model.device)
+        )
         hidden.requires_grad_(True)
         for layer, call in zip(layers, calls, strict=False):
             hidden = call.run(layer, hidden)
@@ -130,9 +152,11 @@ def fitting_batches(model: Any, architecture: Architecture, input_ids: Tensor, s
 def loss_gradients(
     model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor, first_sample: int
 ) -> Tensor:
-    """dL/d hidden (B, T, d) of the last layer's output, a few samples at a time, for logits are large.
+    """dL/d hidden (B, T, d) of the last layer's output, a few samples at a time, for logits are
+    large.
 
-    Raises UserError if a loss is not finite; `first_sample` is the number of the first one in the calibration set.
+    Raises UserError if a loss is not finite; `first_sample` is the number of the first one in the
+    calibration set.
     """
     together = logits_batch(input_ids.shape[1], model.config.vocab_size, hidden.device)
     gradients: list[Tensor] = []
@@ -147,7 +171,8 @@ def loss_gradients(
 
 
 def layer_scores_reference(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
-    """Eq. 7 as it is written: one sample at a time, every parameter gradient formed. (L,) float64."""
+    """Eq. 7 as it is written: one sample at a time, every parameter gradient formed. (L,)
+    float64."""
     layers = architecture.layer_list(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
     for sample in input_ids:

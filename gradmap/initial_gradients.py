@@ -1,7 +1,7 @@
 """GradPruner (arXiv 2601.19503): the first steps of LoRA fine-tuning tell which weights matter.
 
-With LoRA's factors B A in place of an update of W, the gradient of W is taken to be grad B grad A. Its square, averaged
-over the steps, is the importance of every weight (the paper's IGIA matrix).
+With LoRA's factors B A in place of an update of W, the gradient of W is taken to be grad B grad A.
+Its square, averaged over the steps, is the importance of every weight (the paper's IGIA matrix).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ STEP_SAMPLES = 8
 LEARNING_RATE = 2e-4  # the paper does not say
 
 
-def layer_importances(model: Any, architecture: Architecture, input_ids: Tensor, seed: int) -> list[float]:
+def layer_importances(
+    model: Any, architecture: Architecture, input_ids: Tensor, seed: int
+) -> list[float]:
     """The importances of a layer's weights, summed up. input_ids: (N, T)."""
     totals: dict[int, Tensor] = {}
     for gradients in lora_gradients(model, architecture, input_ids, seed):
@@ -52,7 +54,8 @@ def weight_importances(
 def lora_gradients(
     model: Any, architecture: Architecture, input_ids: Tensor, seed: int
 ) -> Iterator[dict[Place, tuple[Tensor, Tensor]]]:
-    """For every step, the gradients of B (d_out, r) and A (r, d_in) of every linear map. The model stays as it is."""
+    """For every step, the gradients of B (d_out, r) and A (r, d_in) of every linear map. The model
+    stays as it is."""
     generator = torch.Generator().manual_seed(seed)
     layers = architecture.layer_list(model)
     maps = linear_maps(architecture, model, range(len(layers)))
@@ -71,7 +74,11 @@ def lora_gradients(
 
 
 def _backward(
-    model: Any, architecture: Architecture, input_ids: Tensor, rows: Tensor, factors: dict[Place, LowRank]
+    model: Any,
+    architecture: Architecture,
+    input_ids: Tensor,
+    rows: Tensor,
+    factors: dict[Place, LowRank],
 ) -> None:
     """Of the mean loss per token of these samples of input_ids (N, T)."""
     layers = architecture.layer_list(model)

@@ -1,4 +1,5 @@
-"""What a run has decided so far, on disk after every decision, so that a crash costs one step at most."""
+"""What a run has decided so far, on disk after every decision, so that a crash costs one step at
+most."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class _Stored:
 
 @dataclass(frozen=True)
 class Journal:
-    """A JSON file beside the output directory. key: what the decisions depend on, as name -> hash or setting."""
+    """A JSON file beside the output directory. key: what the decisions depend on, as name -> hash
+    or setting."""
 
     path: Path
     key: dict[str, Any]
@@ -33,27 +35,31 @@ class Journal:
 
     @classmethod
     def recorded(cls, out: Path, inputs: dict[str, Any], name: str) -> Any:
-        """What the journal beside `out` has under `name` in its key, if its run had these inputs; else None."""
+        """What the journal beside `out` has under `name` in its key, if its run had these inputs;
+        else None."""
         stored = cls.beside(out, {})._read()
         return stored.key.get(name) if stored and inputs.items() <= stored.key.items() else None
 
     def open(self, resume: bool | None) -> list[Step]:
         """Returns the decisions to go on from.
 
-        resume: True requires a journal of the same inputs, False ignores one, None takes one of the same inputs.
-        Raises UserError if there is none to resume, or if its inputs were others.
+        resume: True requires a journal of the same inputs, False ignores one, None takes one of the
+        same inputs. Raises UserError if there is none to resume, or if its inputs were others.
         """
         if resume is False:
             return []
         stored = self._read()
         if stored is None:
             if resume:
-                raise UserError(f"There is nothing to resume: no whole {self.path}; leave out --resume.")
+                raise UserError(
+                    f"There is nothing to resume: no whole {self.path}; leave out --resume."
+                )
             return []
         changed = [name for name in self.key if stored.key.get(name) != self.key[name]]
         if changed and resume:
             raise UserError(
-                f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start over with --fresh."
+                f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start "
+                "over with --fresh."
             )
         if changed:
             say(f"Starting over: {', '.join(changed)} changed since {self.path} was written")

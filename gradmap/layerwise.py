@@ -1,7 +1,9 @@
-"""Runs a model layer by layer: what goes into the first layer, every layer's other arguments, and the loss at the end.
+"""Runs a model layer by layer: what goes into the first layer, every layer's other arguments, and
+the loss at the end.
 
-transformers builds masks and position embeddings in the model's own forward, each family in its own way. So the
-model itself is run with its layers made to pass their input on, and the arguments it calls them with are recorded.
+transformers builds masks and position embeddings in the model's own forward, each family in its own
+way. So the model itself is run with its layers made to pass their input on, and the arguments it
+calls them with are recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from gradmap.batching import logits_batch
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a model gives to one of its layers besides the hidden state: mask, position embeddings, and the like."""
+    """What a model gives to one of its layers besides the hidden state: mask, position embeddings,
+    and the like."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -34,8 +37,11 @@ class LayerCall:
 
 
 @torch.no_grad()
-def record_layer_calls(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """Returns the hidden state that enters the first layer, (B, T, d), and the call of each layer. No layer is run."""
+def record_layer_calls(
+    model: Any, layers: Iterable[nn.Module], input_ids: Tensor
+) -> tuple[Tensor, list[LayerCall]]:
+    """Returns the hidden state that enters the first layer, (B, T, d), and the call of each layer.
+    No layer is run."""
     entering: list[Tensor] = []
     calls: list[LayerCall] = []
 
@@ -49,7 +55,9 @@ def record_layer_calls(model: Any, layers: Iterable[nn.Module], input_ids: Tenso
     return entering[0], calls
 
 
-def layer_passes(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def layer_passes(
+    model: Any, layers: Iterable[nn.Module], input_ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """What enters and what leaves each layer, one after the other: (B, T) -> (B, T, d) both."""
     hidden, calls = record_layer_calls(model, layers, input_ids)
     for layer, call in zip(layers, calls, strict=True):
@@ -67,27 +75,34 @@ def run_layers(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Te
 def stacked_on_cpu(of_layers: Sequence[Tensor]) -> Tensor:
     """What was computed of each layer, (...) each, as one tensor (L, ...) in the CPU's memory.
 
-    A GPU is waited for whenever something is fetched, so all is fetched at once. Layers may be on several GPUs.
+    A GPU is waited for whenever something is fetched, so all is fetched at once. Layers may be on
+    several GPUs.
     """
     return torch.stack([tensor.to(of_layers[0].device) for tensor in of_layers]).cpu()
 
 
-def logits_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
+def logits_from(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor
+) -> Tensor:
     """What the model makes of the output of its last layer: (B, T, d), (B, T) -> (B, T, V)."""
     with forward_replaced(layers, lambda *args, **kwargs: hidden):
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits
 
 
-def losses_from(model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor) -> Tensor:
-    """The loss of Eq. 5 of each sample, given the output of the last layer: (B, T, d), (B, T) -> (B,)."""
+def losses_from(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor
+) -> Tensor:
+    """The loss of Eq. 5 of each sample, given the output of the last layer: (B, T, d), (B, T) ->
+    (B,)."""
     logits = logits_from(model, layers, hidden, input_ids)
     losses: Tensor = _SumOfTokenLosses.apply(logits, input_ids.to(logits.device))
     return losses
 
 
 def sample_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Cross-entropy of Eq. 5: the sum over next tokens, per sample. (B, T, V), (B, T) -> (B,) float32 or wider."""
+    """Cross-entropy of Eq. 5: the sum over next tokens, per sample. (B, T, V), (B, T) -> (B,)
+    float32 or wider."""
     predictions = _at_least_float32(logits)[:, :-1].flatten(end_dim=1)
     targets = input_ids[:, 1:].to(logits.device)
     token_losses = nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
@@ -97,8 +112,8 @@ def sample_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
 def divergences_from(
     model: Any, layers: Iterable[nn.Module], hidden: Tensor, wanted: Tensor, input_ids: Tensor
 ) -> Tensor:
-    """`sample_divergences` of the output of the last layer from what it is in the dense model: (B, T, d) both, (B, T)
-    -> (B,). A few samples at a time."""
+    """`sample_divergences` of the output of the last layer from what it is in the dense model: (B,
+    T, d) both, (B, T) -> (B,). A few samples at a time."""
     together = logits_batch(2 * input_ids.shape[1], model.config.vocab_size, hidden.device)
     parts: list[Tensor] = []
     for start in range(0, len(hidden), together):
@@ -110,8 +125,8 @@ def divergences_from(
 
 
 def sample_divergences(logits: Tensor, dense: Tensor) -> Tensor:
-    """KL(dense || model) of the next-token distributions: the sum over positions, per sample, in nats. (B, T, V) both
-    -> (B,) float32 or wider."""
+    """KL(dense || model) of the next-token distributions: the sum over positions, per sample, in
+    nats. (B, T, V) both -> (B,) float32 or wider."""
     logits, dense = _at_least_float32(logits), _at_least_float32(dense)
     expected = (dense.softmax(dim=-1) * (dense - logits)).sum(dim=-1)
     return (expected - dense.logsumexp(dim=-1) + logits.logsumexp(dim=-1)).sum(dim=1)
@@ -121,28 +136,40 @@ def sample_divergences_reference(logits: Tensor, dense: Tensor) -> Tensor:
     """The same by the definition, one position after the other."""
     divergences = torch.zeros(len(logits), dtype=logits.dtype)
     for sample, position in product(*map(range, logits.shape[:2])):
-        given, wanted = logits[sample, position].softmax(dim=-1), dense[sample, position].softmax(dim=-1)
+        given, wanted = (
+            logits[sample, position].softmax(dim=-1),
+            dense[sample, position].softmax(dim=-1),
+        )
         divergences[sample] += (wanted * (wanted / given).log()).sum()
     return divergences
 
 
 class _SumOfTokenLosses(torch.autograd.Function):
-    """`sample_losses` with its gradient made in the buffer of the probabilities, for logits are the largest tensor."""
+    """`sample_losses` with its gradient made in the buffer of the probabilities, for logits are the
+    largest tensor."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, input_ids: Tensor) -> Tensor:
         precise = _at_least_float32(logits)
         highest, at = precise.max(dim=-1, keepdim=True)
         probabilities = precise.softmax(dim=-1)
-        log_sum = highest - probabilities.gather(-1, at).log()  # of the exponentials: p_max = exp(highest - log_sum)
-        ctx.probabilities, ctx.targets, ctx.dtype = probabilities, input_ids[:, 1:, None], logits.dtype
+        log_sum = (
+            highest - probabilities.gather(-1, at).log()
+        )  # of the exponentials: p_max = exp(highest - log_sum)
+        ctx.probabilities, ctx.targets, ctx.dtype = (
+            probabilities,
+            input_ids[:, 1:, None],
+            logits.dtype,
+        )
         return (log_sum[:, :-1] - precise[:, :-1].gather(-1, ctx.targets)).sum(dim=(1, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         result, ctx.probabilities = ctx.probabilities, None
-        result[:, :-1].scatter_add_(-1, ctx.targets, torch.full_like(ctx.targets, -1, dtype=result.dtype))
+        result[:, :-1].scatter_add_(
+            -1, ctx.targets, torch.full_like(ctx.targets, -1, dtype=result.dtype)
+        )
         result[:, -1] = 0  # the last position predicts nothing
         return result.mul_(gradient[:, None, None]).to(ctx.dtype), None
 
@@ -153,11 +180,13 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 @contextmanager
 def capturing(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Yields what entered and what left each module when it ran last in the block: (B, T, ...), or (B*T, ...) where a
-    family flattens."""
+    """Yields what entered and what left each module when it ran last in the block: (B, T, ...), or
+    (B*T, ...) where a family flattens."""
     captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def on_forward(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         entering = args[0] if args else kwargs["hidden_states"]
         captured[module] = entering, output[0] if isinstance(output, tuple) else output
 

@@ -1,7 +1,8 @@
 """Who is writing a result: one process at a time, on any host that sees the same files.
 
-A lock is one on a file (flock), which the kernel frees when its holder ends, however that happens: what a killed run
-left blocks nobody. It holds in every container of a machine, and over NFS. The file says who holds it, for people.
+A lock is one on a file (flock), which the kernel frees when its holder ends, however that happens:
+what a killed run left blocks nobody. It holds in every container of a machine, and over NFS. The
+file says who holds it, for people.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ _HELD: dict[Path, bool] = {}
 
 @contextmanager
 def writing(path: Path, wait: bool = False) -> Iterator[bool]:
-    """While the block runs, nobody else writes the file or directory `path`, which is replaced whole.
+    """While the block runs, nobody else writes the file or directory `path`, which is replaced
+    whole.
 
-    Yields whether that is so: not every file system has locks. Within such a block of the same process, another one for
-    the same path changes nothing. wait: for who writes now, if somebody does. Raises UserError that names them if not.
+    Yields whether that is so: not every file system has locks. Within such a block of the same
+    process, another one for the same path changes nothing. wait: for who writes now, if somebody
+    does. Raises UserError that names them if not.
     """
     place = Path(os.path.realpath(path))
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +45,8 @@ def writing(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def writing_into(directory: Path) -> Iterator[None]:
-    """Likewise for a directory that results are put into one by one; it is made for that, and goes if none came."""
+    """Likewise for a directory that results are put into one by one; it is made for that, and goes
+    if none came."""
     place = Path(os.path.realpath(directory))
     is_new = not place.exists()
     place.mkdir(parents=True, exist_ok=True)
@@ -86,12 +90,17 @@ def _take(lock: Path, what: Path, wait: bool) -> int | None:
             os.close(descriptor)
             if error.errno not in _NO_LOCKS:
                 raise
-            say(f"Warning: the file system of {what} has no locks, so that another run into it would not be noticed")
+            say(
+                f"Warning: the file system of {what} has no locks, so that another run into it "
+                "would not be noticed"
+            )
             return None
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its last holder removed the file meanwhile, and the next one takes another
+        os.close(
+            descriptor
+        )  # its last holder removed the file meanwhile, and the next one takes another
 
 
 def _lock(descriptor: int, what: Path, wait: bool) -> None:
@@ -101,7 +110,8 @@ def _lock(descriptor: int, what: Path, wait: bool) -> None:
         holder = _holder(descriptor)
         if not wait:
             raise UserError(
-                f"{what} is being written by {holder}; wait until that has ended, or name another place."
+                f"{what} is being written by {holder}; wait until that has ended, or name another "
+                "place."
             ) from None
         with announced(f"Waiting for {holder}, which writes {what}"):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

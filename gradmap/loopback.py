@@ -1,4 +1,5 @@
-"""Requests to this machine go straight to it: a proxy could not reach its loopback, and would read the key."""
+"""Requests to this machine go straight to it: a proxy could not reach its loopback, and would read
+the key."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import httpx
 
 
 def is_own_address(host: str) -> bool:
-    """Whether a client that asks for `host`, a name or an address without brackets, never leaves this machine."""
+    """Whether a client that asks for `host`, a name or an address without brackets, never leaves
+    this machine."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -20,6 +22,6 @@ def is_own_address(host: str) -> bool:
 
 
 def own_transport(url: str) -> httpx.HTTPTransport | None:
-    """One that knows of no proxy if `url` leads to this machine; otherwise None, for httpx's own choice by
-    `http_proxy` and the like. Raises httpx.InvalidURL."""
+    """One that knows of no proxy if `url` leads to this machine; otherwise None, for httpx's own
+    choice by `http_proxy` and the like. Raises httpx.InvalidURL."""
     return httpx.HTTPTransport() if is_own_address(httpx.URL(url).host) else None

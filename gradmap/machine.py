@@ -1,4 +1,5 @@
-"""What this machine can do: its cores, its memory, and how fast it multiplies. Found by looking and by measuring."""
+"""What this machine can do: its cores, its memory, and how fast it multiplies. Found by looking and
+by measuring."""
 
 from __future__ import annotations
 
@@ -23,21 +24,29 @@ PRODUCT_SHAPE = (256, 576, 1536)
 # The best of so many counts: others may use the machine meanwhile.
 REPETITIONS = 5
 PRODUCTS_IN_TURN = 20
-# A dtype pays if its products are faster by this factor. Native ones are 2 to 8 times as fast, emulated ones slower.
+# A dtype pays if its products are faster by this factor. Native ones are 2 to 8 times as fast,
+# emulated ones slower.
 WORTHWHILE = 1.2
 NATIVE_BFLOAT16_CAPABILITY = (8, 0)
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 def available_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory that can be had: the machine's, or what is left of a container's limit if that is less. Pages of files
-    that were read, which the kernel gives back when others need room, do not count as used."""
+    """Memory that can be had: the machine's, or what is left of a container's limit if that is
+    less. Pages of files that were read, which the kernel gives back when others need room, do not
+    count as used."""
     available = int(psutil.virtual_memory().available)
     try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = (
+            (cgroup / name).read_text().strip() for name in ("memory.max", "memory.current")
+        )
     except OSError:
         return available
-    return available if limit == "max" else min(available, int(limit) - int(used) + _reclaimable_bytes(cgroup))
+    return (
+        available
+        if limit == "max"
+        else min(available, int(limit) - int(used) + _reclaimable_bytes(cgroup))
+    )
 
 
 def _reclaimable_bytes(cgroup: Path) -> int:
@@ -57,7 +66,8 @@ def allowed_cores() -> list[int]:
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """Cores that this process may keep busy: those it may run on, or a container's quota if that is less."""
+    """Cores that this process may keep busy: those it may run on, or a container's quota if that is
+    less."""
     cores = len(allowed_cores())
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
@@ -67,7 +77,8 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def limit_threads() -> None:
-    """Keeps torch within a container's quota: more threads than it may run at a time wait for each other.
+    """Keeps torch within a container's quota: more threads than it may run at a time wait for each
+    other.
 
     OMP_NUM_THREADS, if the user set it, is obeyed.
     """
@@ -86,7 +97,9 @@ class Rates:
         return self.by_dtype[dtype] / self.by_dtype["float32"]
 
     def describe(self) -> str:
-        return ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in self.by_dtype.items()) + " GFLOP/s"
+        return (
+            ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in self.by_dtype.items()) + " GFLOP/s"
+        )
 
 
 @cache
@@ -103,7 +116,8 @@ def measure_cpu() -> Rates:
 
 
 def bfloat16_pays(device: str = "cpu") -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32: AMX, AVX512-BF16 and the like; GPUs of 8.0 on."""
+    """Whether the hardware multiplies bfloat16 faster than float32: AMX, AVX512-BF16 and the like;
+    GPUs of 8.0 on."""
     if device.startswith("cpu"):
         return measure_cpu().ratio("bfloat16") >= WORTHWHILE
     count = torch.cuda.device_count()
@@ -113,8 +127,8 @@ def bfloat16_pays(device: str = "cpu") -> bool:
 
 @cache
 def multiplies_int8_exactly() -> bool:
-    """Whether sums of 8-bit products come out right on this CPU. Without VNNI, oneDNN adds pairs of them in 16 bits,
-    which is too few for large values, and says nothing."""
+    """Whether sums of 8-bit products come out right on this CPU. Without VNNI, oneDNN adds pairs of
+    them in 16 bits, which is too few for large values, and says nothing."""
     largest = torch.full((32, 64), 127, dtype=torch.int8)
     products = torch._int_mm(largest, largest.mT.contiguous())
     return bool((products == 127 * 127 * largest.shape[1]).all())
@@ -129,14 +143,16 @@ def warn_if_threads_hinder() -> None:
         return
     inputs, weight = _product(torch.float32)
     together_s, alone_s = 0.0, 0.0
-    for _ in range(PRODUCTS_IN_TURN):  # all of them count: what one thread waits for another is not in the best
+    for _ in range(
+        PRODUCTS_IN_TURN
+    ):  # all of them count: what one thread waits for another is not in the best
         together_s += _seconds_of_product(inputs, weight)
         with _threads(1):
             alone_s += _seconds_of_product(inputs, weight)
     if together_s > alone_s:
         say(
-            f"Warning: this machine is busy, and {threads} threads take {together_s / alone_s:.1f} times as long as "
-            f"one; set {THREADS_VARIABLE}=1 until it is free"
+            f"Warning: this machine is busy, and {threads} threads take {together_s / alone_s:.1f} "
+            f"times as long as one; set {THREADS_VARIABLE}=1 until it is free"
         )
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints made of other files: made once, and kept in the cache directory as long as they stay what they were."""
+"""Checkpoints made of other files: made once, and kept in the cache directory as long as they stay
+what they were."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     if not is_made(target):
         with writing(target, wait=True):
             if not is_made(target):  # somebody else may have made it meanwhile
-                shutil.rmtree(target, ignore_errors=True)  # what is left of one that lost files, too
+                shutil.rmtree(
+                    target, ignore_errors=True
+                )  # what is left of one that lost files, too
                 with atomic_directory(target, marker=CONFIG_FILE) as partial:
                     make(partial)
                     stamps = fingerprint([partial], partial)

@@ -1,7 +1,8 @@
-"""MKA (Liu et al. 2024, arXiv 2406.16330): how alike two layers are, by what they make of the same samples.
+"""MKA (Liu et al. 2024, arXiv 2406.16330): how alike two layers are, by what they make of the same
+samples.
 
-What enters a layer, one point for each sample, is embedded in the plane by a diffusion kernel; two layers are alike if
-one's coordinates tell the other's (mutual information, over the entropies).
+What enters a layer, one point for each sample, is embedded in the plane by a diffusion kernel; two
+layers are alike if one's coordinates tell the other's (mutual information, over the entropies).
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ LEAST_SAMPLES = 3  # two points have no entropy
 NOISE = 1e-10
 
 
-def layer_similarities(model: Any, architecture: Architecture, input_ids: Tensor, seed: int) -> Matrix:
-    """Of every pair of layers, (L, L). input_ids: (N, T). seed: of the noise that breaks ties between neighbours.
+def layer_similarities(
+    model: Any, architecture: Architecture, input_ids: Tensor, seed: int
+) -> Matrix:
+    """Of every pair of layers, (L, L). input_ids: (N, T). seed: of the noise that breaks ties
+    between neighbours.
 
     Raises UserError if there are too few samples.
     """
     if len(input_ids) < LEAST_SAMPLES:
-        raise UserError(f"mka compares layers by {LEAST_SAMPLES} samples at least; give more --samples.")
+        raise UserError(
+            f"mka compares layers by {LEAST_SAMPLES} samples at least; give more --samples."
+        )
     points = [_embed(states) for states in last_hidden_states(model, architecture, input_ids)]
     entropies = np.array([entropy(each) for each in points])
     count = len(points)
@@ -48,14 +54,17 @@ def layer_similarities(model: Any, architecture: Architecture, input_ids: Tensor
         for i in range(count):
             for j in range(i, count):
                 information = mutual_information(points[i], points[j], seed)
-                similarities[i, j] = similarities[j, i] = information / abs(entropies[i] * entropies[j]) ** 0.5
+                similarities[i, j] = similarities[j, i] = (
+                    information / abs(entropies[i] * entropies[j]) ** 0.5
+                )
                 advance(1)
     return similarities
 
 
 @torch.no_grad()
 def last_hidden_states(model: Any, architecture: Architecture, input_ids: Tensor) -> Matrix:
-    """What enters each layer at the last position of each sample: (L, N, d). Raises UserError if it is not finite."""
+    """What enters each layer at the last position of each sample: (L, N, d). Raises UserError if it
+    is not finite."""
     layers = list(architecture.layer_list(model))
     batches = []
     for batch in input_ids.split(forward_batch(input_ids, model.device)):
@@ -68,7 +77,8 @@ def last_hidden_states(model: Any, architecture: Architecture, input_ids: Tensor
 
 
 def diffusion_embedding(points: Matrix) -> Matrix:
-    """(N, d) -> (N, DIMENSIONS): leading singular vectors of the normalised kernel, over the first one."""
+    """(N, d) -> (N, DIMENSIONS): leading singular vectors of the normalised kernel, over the first
+    one."""
     kernel = np.exp(-((cdist(points, points) / KERNEL_WIDTH) ** 0.5))
     density = kernel.sum(axis=0)
     kernel = kernel / np.sqrt(np.outer(density, density))
@@ -91,7 +101,8 @@ def mutual_information(points: Matrix, others: Matrix, seed: int) -> float:
 
 
 def entropy(points: Matrix) -> float:
-    """From the distance to the k-th neighbour: -mean log(k / (n distance^d)), nats. points: (n, d)."""
+    """From the distance to the k-th neighbour: -mean log(k / (n distance^d)), nats. points: (n,
+    d)."""
     count, dimensions = points.shape
     neighbours = min(ENTROPY_NEIGHBOURS, count - 1)
     distances = KDTree(points).query(points, k=[neighbours + 1])[0]
@@ -120,7 +131,9 @@ def _information(x: Matrix, y: Matrix) -> float:
 def _nearer_than(reach: Matrix, values: Matrix) -> Matrix:
     """How many of the values are nearer to each than its reach; each itself is one. All (n,)."""
     points = values[:, None]
-    counts: Matrix = KDTree(points).query_ball_point(points, np.nextafter(reach, 0), return_length=True)
+    counts: Matrix = KDTree(points).query_ball_point(
+        points, np.nextafter(reach, 0), return_length=True
+    )
     return counts
 
 

@@ -20,7 +20,8 @@ class _Sizes(BaseModel):
 
 
 def read_sizes(directory: Path) -> dict[str, Any]:
-    """The contents of config.json. Raises UserError if it has no vocab_size, or if one of its sizes is no number."""
+    """The contents of config.json. Raises UserError if it has no vocab_size, or if one of its sizes
+    is no number."""
     path = own_file(directory, "config.json")
     config = read_json_object(path)
     return config | checked(_Sizes, config, path).model_dump(exclude_none=True)

@@ -1,4 +1,5 @@
-"""What every client of an OpenAI-compatible server needs: its key, a connection, and the name of its model."""
+"""What every client of an OpenAI-compatible server needs: its key, a connection, and the name of
+its model."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def authorization() -> dict[str, str]:
 
 
 def require_key(key: str, source: str) -> None:
-    """Raises UserError unless every client can send the key in an HTTP header. source: where it stands."""
+    """Raises UserError unless every client can send the key in an HTTP header. source: where it
+    stands."""
     if key != key.strip() or not all(" " <= character <= "~" for character in key):
         raise UserError(
             f"The API key in {source} has characters that an HTTP header cannot carry; "
@@ -33,21 +35,26 @@ def require_key(key: str, source: str) -> None:
 
 
 def open_client(url: str, timeout_s: float) -> httpx.Client:
-    """A client of the server that the user names, with the key. Raises UserError if `url` or the key is malformed."""
+    """A client of the server that the user names, with the key. Raises UserError if `url` or the
+    key is malformed."""
     try:
         transport = own_transport(url)
     except httpx.InvalidURL as error:
         raise UserError(f"{url} is no valid URL ({error}); check it.") from None
-    return httpx.Client(base_url=url.rstrip("/"), headers=authorization(), timeout=timeout_s, transport=transport)
+    return httpx.Client(
+        base_url=url.rstrip("/"), headers=authorization(), timeout=timeout_s, transport=transport
+    )
 
 
 def served_model(client: httpx.Client) -> str:
-    """Returns the name of the (first) model a server offers. Raises httpx.HTTPError or ValueError if none."""
+    """Returns the name of the (first) model a server offers. Raises httpx.HTTPError or ValueError
+    if none."""
     return served_models(client)[0]
 
 
 def choose_model(names: Sequence[str], wanted: str | None) -> str:
-    """The model that is wanted, of None the only one. Raises ValueError if it is not there, or there are several."""
+    """The model that is wanted, of None the only one. Raises ValueError if it is not there, or
+    there are several."""
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted in names:
@@ -57,7 +64,8 @@ def choose_model(names: Sequence[str], wanted: str | None) -> str:
 
 
 def served_models(client: httpx.Client) -> list[str]:
-    """The names of the models a server offers, one at least. Raises httpx.HTTPError or ValueError if there are none."""
+    """The names of the models a server offers, one at least. Raises httpx.HTTPError or ValueError
+    if there are none."""
     answer = client.get("/v1/models").raise_for_status().json()
     listed = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(listed, list):
@@ -66,6 +74,10 @@ def served_models(client: httpx.Client) -> list[str]:
     known = [name for name in names if isinstance(name, str) and name]
     if not known:
         raise ValueError("its list of models is empty")
-    if not all(map(str.isprintable, known)):  # no argument of a process, and no text in UTF-8, holds every character
-        raise ValueError(f"it lists models with names that cannot be written: {', '.join(map(repr, known))}")
+    if not all(
+        map(str.isprintable, known)
+    ):  # no argument of a process, and no text in UTF-8, holds every character
+        raise ValueError(
+            f"it lists models with names that cannot be written: {', '.join(map(repr, known))}"
+        )
     return known

@@ -13,7 +13,8 @@ Command = Callable[..., Any]
 
 
 def finite_numbers(command: Command) -> Command:
-    """The command, which refuses `nan` and `inf`: both are numbers to whoever parses them, and pass every bound."""
+    """The command, which refuses `nan` and `inf`: both are numbers to whoever parses them, and pass
+    every bound."""
 
     @wraps(command)
     def run(**options: Any) -> Any:

@@ -1,6 +1,8 @@
-"""Processes that a library has started for us, and that would not notice our end, are killed when it comes.
+"""Processes that a library has started for us, and that would not notice our end, are killed when
+it comes.
 
-`python orphans.py PID ...` kills them once nothing more can come from its standard input. That needs nothing installed.
+`python orphans.py PID ...` kills them once nothing more can come from its standard input. That
+needs nothing installed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from multiprocessing import active_children
 
 
 class Watch:
-    """Kills what multiprocessing has started in our process when that ends, however it does, or closes the watch.
+    """Kills what multiprocessing has started in our process when that ends, however it does, or
+    closes the watch.
 
     And what was started by that in turn: vLLM's workers do not notice that its engine was killed.
     """

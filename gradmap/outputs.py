@@ -1,7 +1,8 @@
-"""Where results go, looked at before the work is done: whether they can be written there, and whether nobody else does.
+"""Where results go, looked at before the work is done: whether they can be written there, and
+whether nobody else does.
 
-A result is replaced whole (a plan, an artifact, eval.json), or put into a directory one by one (a run, a comparison, a
-load test). A symbolic link is written through.
+A result is replaced whole (a plan, an artifact, eval.json), or put into a directory one by one (a
+run, a comparison, a load test). A symbolic link is written through.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from gradmap.errors import UserError
 from gradmap.failures import explain
 from gradmap.locks import INNER_LOCK, writing, writing_into
 
-# What our own files beside a result add to its name: .NAME.journal.json, and that one's partial file.
+# What our own files beside a result add to its name: .NAME.journal.json, and that one's partial
+# file.
 ROOM_BYTES = 40
 
 
@@ -30,7 +32,10 @@ def output_directory(path: Path, marker: str) -> Iterator[None]:
             place = _place(path)
             refuse_foreign_directory(path, marker)
             if Path.cwd().is_relative_to(place):
-                raise UserError(f"{path} is the working directory, which cannot be replaced; name another directory.")
+                raise UserError(
+                    f"{path} is the working directory, which cannot be replaced; name another "
+                    "directory."
+                )
             stack.enter_context(writing(path))
         yield
 
@@ -48,7 +53,8 @@ def output_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def results_in(directory: Path, marker: str) -> Iterator[None]:
-    """For a directory that results are put into; it is made. Raises UserError as `output_directory` does."""
+    """For a directory that results are put into; it is made. Raises UserError as `output_directory`
+    does."""
     with ExitStack() as stack:
         with _explained():
             _place(directory)
@@ -58,12 +64,18 @@ def results_in(directory: Path, marker: str) -> Iterator[None]:
 
 
 def refuse_foreign_directory(path: Path, marker: str) -> None:
-    """Raises UserError if `path` holds something that is not an earlier result (recognised by its `marker` file)."""
+    """Raises UserError if `path` holds something that is not an earlier result (recognised by its
+    `marker` file)."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; name a directory for the output.")
-    if path.is_dir() and not (path / marker).exists() and any(one.name != INNER_LOCK for one in path.iterdir()):
+    if (
+        path.is_dir()
+        and not (path / marker).exists()
+        and any(one.name != INNER_LOCK for one in path.iterdir())
+    ):
         raise UserError(
-            f"{path} is not empty and holds no {marker}, so it will not be overwritten; name another directory."
+            f"{path} is not empty and holds no {marker}, so it will not be overwritten; name "
+            "another directory."
         )
 
 
@@ -77,7 +89,9 @@ def _place(path: Path) -> Path:
     if place.is_symlink():
         raise UserError(f"{path} is a symbolic link that leads back to itself; name another place.")
     if not existing.is_dir():
-        raise UserError(f"{existing} is a file, so that {path} cannot be in it; name another place.")
+        raise UserError(
+            f"{existing} is a file, so that {path} cannot be in it; name another place."
+        )
     return place
 
 

@@ -1,6 +1,8 @@
-"""No process outlives the one that started it, however that ended (on Linux; elsewhere nothing tells).
+"""No process outlives the one that started it, however that ended (on Linux; elsewhere nothing
+tells).
 
-`python parent_death.py PARENT COMMAND ...` becomes the command, which keeps the promise. That needs nothing installed.
+`python parent_death.py PARENT COMMAND ...` becomes the command, which keeps the promise. That needs
+nothing installed.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 def end_with_parent(parent: int) -> None:
-    """Asks the kernel to kill this process when the thread that started it ends, and so at the latest when its process
-    does. Ends it at once if `parent`, the number of that process, has ended before. A fork has to ask anew."""
+    """Asks the kernel to kill this process when the thread that started it ends, and so at the
+    latest when its process does. Ends it at once if `parent`, the number of that process, has ended
+    before. A fork has to ask anew."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -24,7 +27,8 @@ def end_with_parent(parent: int) -> None:
 
 
 def bound_to_us(command: Sequence[str]) -> list[str]:
-    """The command line of a program that ends with the thread of ours that starts it: one that waits for it."""
+    """The command line of a program that ends with the thread of ours that starts it: one that
+    waits for it."""
     if sys.platform != "linux":
         return list(command)
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]

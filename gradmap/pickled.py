@@ -1,4 +1,5 @@
-"""Legacy `.bin` weights as safetensors: converted once, into the cache directory, where the user allows it."""
+"""Legacy `.bin` weights as safetensors: converted once, into the cache directory, where the user
+allows it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ PICKLED_WEIGHTS = "pytorch_model*.bin"
 def convert_pickled(directory: Path) -> Path:
     """Returns a cached checkpoint with the weights of `.bin` files as safetensors, file for file.
 
-    torch.load(weights_only=True) builds tensors and plain containers only; it calls no code of the file.
+    torch.load(weights_only=True) builds tensors and plain containers only; it calls no code of the
+    file.
     """
     sources = own_files(directory, [PICKLED_WEIGHTS])
     if not sources:
@@ -32,7 +34,10 @@ def convert_pickled(directory: Path) -> Path:
         read = [*sources, *own_files(directory, COMPANION_PATTERNS)]
         hashes = {str(path.relative_to(directory)): sha256_file(path) for path in read}
     target = cache_directory() / "unpickled" / sha256_json(hashes)[:16]
-    what = f"Converting {len(sources)} pickled weight file(s) of {directory} to safetensors in {target} (once)"
+    what = (
+        f"Converting {len(sources)} pickled weight file(s) of {directory} to safetensors in "
+        f"{target} (once)"
+    )
 
     def make(made: Path) -> None:
         with announced(what):
@@ -55,11 +60,19 @@ def _write_unpickled(sources: Sequence[Path], directory: Path) -> None:
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         # only the format that torch writes since 1.6, a zip archive, can be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        damaged = UserError(f"{path} is not a file of plain tensors, or is damaged: {first_line(error)}")
+        damaged = UserError(
+            f"{path} is not a file of plain tensors, or is damaged: {first_line(error)}"
+        )
         raise explain(error) or damaged from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} holds other things than tensors by name; save the model's state_dict() alone.")
+    if not isinstance(state, dict) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in state.values()
+    ):
+        raise UserError(
+            f"{path} holds other things than tensors by name; save the model's state_dict() alone."
+        )
     # a copy each: tied weights share memory, which safetensors does not store
     return {name: tensor.clone().contiguous() for name, tensor in state.items()}

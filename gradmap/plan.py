@@ -1,4 +1,5 @@
-"""The plan: what pruning decided, as files (`plan.json`, `corrections.safetensors`, `calibration.safetensors`).
+"""The plan: what pruning decided, as files (`plan.json`, `corrections.safetensors`,
+`calibration.safetensors`).
 
 A plan is megabytes for any model; with the base checkpoint it is all that export needs.
 """
@@ -50,9 +51,11 @@ class BaseModelIdentity(Strict):
 
 
 class CalibrationRecord(Strict):
-    """Where the calibration samples came from; the token ids are in `calibration.safetensors` (`input_ids`, (N, T)).
+    """Where the calibration samples came from; the token ids are in `calibration.safetensors`
+    (`input_ids`, (N, T)).
 
-    tokens: T, of which the first is `bos` where the tokenizer puts one in front of a text; else bos is null.
+    tokens: T, of which the first is `bos` where the tokenizer puts one in front of a text; else bos
+    is null.
     """
 
     source: str
@@ -65,7 +68,8 @@ class CalibrationRecord(Strict):
 
 
 class StepRecord(Strict):
-    """One decision: the score of every layer alive before it, and what it removed. Original layer indices."""
+    """One decision: the score of every layer alive before it, and what it removed. Original layer
+    indices."""
 
     scores: dict[int, float]
     removed: list[int]
@@ -74,13 +78,15 @@ class StepRecord(Strict):
 class CorrectionRecord(Strict):
     """One correction of the weight of `target`, a linear map inside a layer (original index).
 
-    kind: one of gradmap.corrections.CHANGES; its tensors (float32) are in `corrections.safetensors` as `name`.TENSOR if
-    it was accepted. Corrections of one weight apply in order. `lambda` is Eq. 12's, relative_lambda the same over the
-    mean diagonal of the Gram matrix; null for what was trained. Losses are nats per token, or null if nothing was held
-    out.
+    kind: one of gradmap.corrections.CHANGES; its tensors (float32) are in `corrections.safetensors`
+    as `name`.TENSOR if it was accepted. Corrections of one weight apply in order. `lambda` is Eq.
+    12's, relative_lambda the same over the mean diagonal of the Gram matrix; null for what was
+    trained. Losses are nats per token, or null if nothing was held out.
     """
 
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
 
     layer: int
     target: str
@@ -122,7 +128,9 @@ class Repair:
         where = f"the {first.target} of layer {first.layer} (original index)"
         return {
             Projection.kind: f"a projection W' of {where}",
-            Update.kind: f"a refit of {where}" if count == 1 else f"new weights for {count} linear maps",
+            Update.kind: f"a refit of {where}"
+            if count == 1
+            else f"new weights for {count} linear maps",
             LowRank.kind: f"low-rank corrections of {count} linear maps",
             Scale.kind: f"other scales of {count} linear maps",
         }[first.kind]
@@ -145,13 +153,16 @@ class Plan(Strict):
 
     @property
     def kept_layers(self) -> list[int]:
-        return [index for index in range(self.base_model.layers) if index not in set(self.removal_order)]
+        return [
+            index for index in range(self.base_model.layers) if index not in set(self.removal_order)
+        ]
 
     @property
     def repairs(self) -> list[Repair]:
         """The corrections, those that were fitted together as one."""
         together = groupby(
-            self.corrections, lambda one: (one.kind, one.held_out_divergence_before, one.held_out_divergence_after)
+            self.corrections,
+            lambda one: (one.kind, one.held_out_divergence_before, one.held_out_divergence_after),
         )
         return [Repair(tuple(corrections)) for _, corrections in together]
 
@@ -164,17 +175,24 @@ def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids
     for name, tensor in tensors.items():
         require_finite(f"The correction {name}", tensor)
     with atomic_directory(directory, marker=PLAN_FILE) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / CORRECTIONS_FILE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            partial / CORRECTIONS_FILE,
+        )
         save_file({"input_ids": input_ids.contiguous()}, partial / CALIBRATION_FILE)
         write_json(partial / PLAN_FILE, plan.model_dump(mode="json"))
 
 
 def load_plan(directory: Path) -> Plan:
-    """Reads and checks plan.json; raises UserError if it is missing, of another schema, or contradicts itself."""
+    """Reads and checks plan.json; raises UserError if it is missing, of another schema, or
+    contradicts itself."""
     contents = read_json_object(directory / PLAN_FILE)
     version = contents.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise UserError(f"{directory} has plan schema {version}, this version reads {SCHEMA_VERSION}; prune again.")
+        raise UserError(
+            f"{directory} has plan schema {version}, this version reads {SCHEMA_VERSION}; prune "
+            "again."
+        )
     plan = checked(Plan, contents, directory / PLAN_FILE)
     if problem := _contradiction(plan):
         raise UserError(f"{directory / PLAN_FILE} contradicts itself: {problem}.")
@@ -186,10 +204,14 @@ def _contradiction(plan: Plan) -> str | None:
     if removed != plan.removal_order:
         return "removal_order is not what its steps removed"
     if len(set(removed)) < len(removed) or not set(removed) < set(range(plan.base_model.layers)):
-        return "removal_order does not name layers that the base model has, each once, and leaves some"
+        return (
+            "removal_order does not name layers that the base model has, each once, and leaves some"
+        )
     if not {correction.layer for correction in plan.corrections} <= set(plan.kept_layers):
         return "a layer is corrected that is not there"
-    divergences = [(one.held_out_divergence_before, one.held_out_divergence_after) for one in plan.corrections]
+    divergences = [
+        (one.held_out_divergence_before, one.held_out_divergence_after) for one in plan.corrections
+    ]
     if any((before is None) != (after is None) for before, after in divergences):
         return "a held-out divergence is known before a correction or behind it alone"
     if unknown := {correction.kind for correction in plan.corrections} - CHANGES.keys():
@@ -204,12 +226,22 @@ def load_changes(directory: Path, plan: Plan) -> Changes:
     for correction in plan.corrections:
         if correction.accepted:
             prefix = f"{correction.name}."
-            tensors = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+            tensors = {
+                name.removeprefix(prefix): stored[name]
+                for name in stored
+                if name.startswith(prefix)
+            }
             try:
-                pairs.append((Place(correction.layer, correction.target), CHANGES[correction.kind](**tensors)))
+                pairs.append(
+                    (
+                        Place(correction.layer, correction.target),
+                        CHANGES[correction.kind](**tensors),
+                    )
+                )
             except (KeyError, TypeError):
                 raise UserError(
-                    f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json names; prune again."
+                    f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json "
+                    "names; prune again."
                 ) from None
     return gather_changes(pairs)
 
@@ -218,21 +250,27 @@ def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:
     """Returns the calibration token ids (N, T) after checking them against the plan's hash."""
     input_ids = _load_tensors(directory / CALIBRATION_FILE).get("input_ids")
     if input_ids is None or hash_token_ids(input_ids) != plan.calibration.sha256:
-        raise UserError(f"{directory / CALIBRATION_FILE} is not what plan.json was made with; prune again.")
+        raise UserError(
+            f"{directory / CALIBRATION_FILE} is not what plan.json was made with; prune again."
+        )
     return input_ids
 
 
 def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made for, and has as many
-    layers as the plan says."""
+    """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made
+    for, and has as many layers as the plan says."""
     hashes = checkpoint.file_hashes
     for name in sorted(plan.base_model.files.keys() | hashes.keys()):
         if plan.base_model.files.get(name) != hashes.get(name):
             raise UserError(
-                f"The plan was made for another model, {plan.base_model.name}: {name} is not that of {checkpoint.name}."
+                f"The plan was made for another model, {plan.base_model.name}: {name} is not that "
+                f"of {checkpoint.name}."
             )
     if layer_count(checkpoint.config) != plan.base_model.layers:
-        raise UserError(f"The plan is for {plan.base_model.layers} layers, which {checkpoint.name} does not have.")
+        raise UserError(
+            f"The plan is for {plan.base_model.layers} layers, which {checkpoint.name} does not "
+            "have."
+        )
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -241,4 +279,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged, or cannot be read ({first_line(error)}); prune again.") from None
+        raise UserError(
+            f"{path} is damaged, or cannot be read ({first_line(error)}); prune again."
+        ) from None

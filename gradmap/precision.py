@@ -18,7 +18,12 @@ from gradmap.console import say
 from gradmap.errors import UserError
 from gradmap.machine import WORTHWHILE, bfloat16_pays, measure_cpu, warn_if_threads_hinder
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 # Matrix products in bfloat16, everything else (residual stream, norms, loss) in float32.
 AUTOCAST = "autocast"
 _FLOAT32_ATTENTION = "sdpa_in_float32"
@@ -27,8 +32,9 @@ _FLOAT32_ATTENTION = "sdpa_in_float32"
 def fastest_dtype(stored: str, device: str) -> str:
     """What `auto` means for weights that are `stored` so.
 
-    Products in bfloat16 only where the hardware has them: a CPU that emulates them takes several times as long. On a
-    CPU all but the products stays in float32; a GPU's memory is dearer, and it computes in what is stored.
+    Products in bfloat16 only where the hardware has them: a CPU that emulates them takes several
+    times as long. On a CPU all but the products stays in float32; a GPU's memory is dearer, and it
+    computes in what is stored.
     """
     if device.startswith("cpu"):
         return AUTOCAST if bfloat16_pays(device) else "float32"
@@ -42,7 +48,9 @@ def fastest_dtype(stored: str, device: str) -> str:
 @cache  # one command loads its model more than once
 def announce(dtype: str, device: str) -> None:
     """Says once what is computed in, and why."""
-    reason = measure_cpu().describe() if device.startswith("cpu") else f"{torch.cuda.get_device_name()}"
+    reason = (
+        measure_cpu().describe() if device.startswith("cpu") else f"{torch.cuda.get_device_name()}"
+    )
     say(f"Computing in {dtype} (found: {reason})")
     if device.startswith("cpu"):
         warn_if_threads_hinder()
@@ -57,8 +65,8 @@ def warn_if_slow(dtype: str, device: str) -> None:
     ratio = measure_cpu().ratio(product)
     if ratio < 1 / WORTHWHILE:
         say(
-            f"Warning: --dtype {dtype} computes {1 / ratio:.1f} times as slowly as float32 on this machine "
-            f"({measure_cpu().describe()}); --dtype auto takes the faster one"
+            f"Warning: --dtype {dtype} computes {1 / ratio:.1f} times as slowly as float32 on this "
+            f"machine ({measure_cpu().describe()}); --dtype auto takes the faster one"
         )
 
 
@@ -80,13 +88,17 @@ def computing_in(name: str, model: Any) -> Iterator[None]:
 
 
 def prepare_for_autocast(model: Any) -> None:
-    """Casts once, to bfloat16, what autocast would cast again and again: weights, and inputs of several linear maps.
+    """Casts once, to bfloat16, what autocast would cast again and again: weights, and inputs of
+    several linear maps.
 
-    torch's fused attention is three times slower in bfloat16 than in float32 on a CPU, so that it stays in float32.
+    torch's fused attention is three times slower in bfloat16 than in float32 on a CPU, so that it
+    stays in float32.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):  # a tied head parts from its embedding
+            if parameter.dim() >= 2 and not isinstance(
+                module, nn.Embedding
+            ):  # a tied head parts from its embedding
                 setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
     cast_once = _CastOnce()
     for module in model.modules():
@@ -99,7 +111,8 @@ def prepare_for_autocast(model: Any) -> None:
 
 
 def count_parameters(model: Any) -> int:
-    """As they are stored: a head that has parted from its embedding here (see `prepare_for_autocast`) counts once."""
+    """As they are stored: a head that has parted from its embedding here (see
+    `prepare_for_autocast`) counts once."""
     parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
     if getattr(model.config, "tie_word_embeddings", False):
         parameters.pop(id(model.get_output_embeddings().weight), None)
@@ -109,7 +122,8 @@ def count_parameters(model: Any) -> int:
 
 
 class _CastOnce:
-    """Casts the input of linear maps to bfloat16, once for those that share it (query, key, value; gate, up)."""
+    """Casts the input of linear maps to bfloat16, once for those that share it (query, key, value;
+    gate, up)."""
 
     def __init__(self) -> None:
         self._input = self._cast = torch.empty(0)

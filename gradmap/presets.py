@@ -19,9 +19,9 @@ BY_HELD_OUT_LOSS = ("repair", "sequential", "refit", "distil")
 class Methods:
     """How layers are chosen and the loss is repaired.
 
-    accept: which repairs are applied, those that bring the model nearer to the dense one on held-out samples, or
-    `always` all of them.
-    held_out: how many samples are not fitted on, None for a quarter.
+    accept: which repairs are applied, those that bring the model nearer to the dense one on
+    held-out samples, or `always` all of them. held_out: how many samples are not fitted on, None
+    for a quarter.
     """
 
     selector: str
@@ -32,10 +32,13 @@ class Methods:
     @property
     def by_held_out_samples(self) -> str | None:
         """The one that needs held-out samples, if one does."""
-        return next((name for name in (self.selector, self.compensator) if name in BY_HELD_OUT_LOSS), None)
+        return next(
+            (name for name in (self.selector, self.compensator) if name in BY_HELD_OUT_LOSS), None
+        )
 
 
-# best: what did best in our own comparison. gradmap: the method as it was published, which holds nothing out.
+# best: what did best in our own comparison. gradmap: the method as it was published, which holds
+# nothing out.
 DEFAULT_PRESET = "best"
 PRESETS = {
     "best": Methods("repair", "distil"),

@@ -1,4 +1,5 @@
-"""Which of several processes this is, by the environment that `torchrun` and `accelerate launch` set."""
+"""Which of several processes this is, by the environment that `torchrun` and `accelerate launch`
+set."""
 
 from __future__ import annotations
 

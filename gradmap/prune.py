@@ -48,15 +48,29 @@ from gradmap.selection import Selection, Step, Subject, select
 from gradmap.selectors import NOT_NESTED, SELECTORS
 
 # What a plan that is made from a larger one may have differently.
-REPAIR_SETTINGS = ("remove", "compensator", "accept", "held_out", "device", "top_z", "side", "target", "unregularised")
+REPAIR_SETTINGS = (
+    "remove",
+    "compensator",
+    "accept",
+    "held_out",
+    "device",
+    "top_z",
+    "side",
+    "target",
+    "unregularised",
+)
 # In a journal's key: an interrupted run goes on with the samples that its budget once gave it.
 BUDGET, SAMPLES = "--budget-minutes", "--samples"
 
 
-def prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None = None) -> Plan:
-    """Scores, removes, corrects, and writes the plan directory `out`. Raises UserError on bad input.
+def prune(
+    checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None = None
+) -> Plan:
+    """Scores, removes, corrects, and writes the plan directory `out`. Raises UserError on bad
+    input.
 
-    resume: whether to go on from the journal of an interrupted run; None does so if its inputs were the same.
+    resume: whether to go on from the journal of an interrupted run; None does so if its inputs were
+    the same.
     """
     check_settings(checkpoint, settings)
     with _writing_plan(out):
@@ -67,9 +81,17 @@ def _prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: b
     tokenizer = load_tokenizer(checkpoint.directory)
     samples = settings.samples
     if settings.budget_minutes is not None:
-        known = None if resume is False else Journal.recorded(out, {BUDGET: settings.budget_minutes}, SAMPLES)
-        samples = known or samples_within_budget(checkpoint, settings, found_dtype(checkpoint, settings))
-    drawn = build_calibration(tokenizer, settings.calibration, samples, settings.tokens, settings.seed)
+        known = (
+            None
+            if resume is False
+            else Journal.recorded(out, {BUDGET: settings.budget_minutes}, SAMPLES)
+        )
+        samples = known or samples_within_budget(
+            checkpoint, settings, found_dtype(checkpoint, settings)
+        )
+    drawn = build_calibration(
+        tokenizer, settings.calibration, samples, settings.tokens, settings.seed
+    )
     calibration = _holding_out(drawn, settings.held_out)
     journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
     done = journal.open(resume)
@@ -79,24 +101,28 @@ def _prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: b
     return plan
 
 
-def prune_less(checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettings, out: Path) -> Plan:
-    """Makes the plan for fewer layers out of one for more: removals are nested, corrections are computed anew.
+def prune_less(
+    checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettings, out: Path
+) -> Plan:
+    """Makes the plan for fewer layers out of one for more: removals are nested, corrections are
+    computed anew.
 
-    wanted: how many layers, how to repair, and on which device; the rest is as it was for the larger plan. Raises
-    UserError if that is another model's or has fewer layers.
+    wanted: how many layers, how to repair, and on which device; the rest is as it was for the
+    larger plan. Raises UserError if that is another model's or has fewer layers.
     """
     larger = load_plan(plan_directory)
     require_same_model(larger, checkpoint)
     if not 1 <= wanted.remove <= len(larger.removal_order):
         raise UserError(
-            f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that --remove cannot be "
-            f"{wanted.remove}; give 1 to {len(larger.removal_order)}."
+            f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that "
+            f"--remove cannot be {wanted.remove}; give 1 to {len(larger.removal_order)}."
         )
     selector = larger.recipe.get("selector")
     if selector in NOT_NESTED and wanted.remove < len(larger.removal_order):
         raise UserError(
-            f"--selector {selector} chooses {wanted.remove} layers otherwise than {len(larger.removal_order)}, so that "
-            f"the plan in {plan_directory} does not hold that choice; prune again with --remove {wanted.remove}."
+            f"--selector {selector} chooses {wanted.remove} layers otherwise than "
+            f"{len(larger.removal_order)}, so that the plan in {plan_directory} does not hold that "
+            f"choice; prune again with --remove {wanted.remove}."
         )
     repair = {name: getattr(wanted, name) for name in REPAIR_SETTINGS}
     settings = checked(PruneSettings, larger.recipe | repair, plan_directory / PLAN_FILE)
@@ -117,7 +143,10 @@ def _writing_plan(out: Path) -> AbstractContextManager[None]:
 def _holding_out(calibration: Calibration, held_out: int | None) -> Calibration:
     samples = len(calibration.input_ids)
     if held_out is not None and held_out >= samples:
-        raise UserError(f"--held-out is {held_out} of {samples} samples, which leaves none to fit on; hold out fewer.")
+        raise UserError(
+            f"--held-out is {held_out} of {samples} samples, which leaves none to fit on; hold out "
+            "fewer."
+        )
     return replace(calibration, held_out=held_out)
 
 
@@ -146,7 +175,13 @@ def _make_plan(
         with costs.measured("select", model.device), waiting("Choosing layers"):
             stay = protected_layers(checkpoint, settings)
             subject = Subject(
-                model, architecture, calibration, stay, settings.stream, tuple(settings.layers), settings.remove
+                model,
+                architecture,
+                calibration,
+                stay,
+                settings.stream,
+                tuple(settings.layers),
+                settings.remove,
             )
             selection = select(
                 SELECTORS[settings.selector],
@@ -188,7 +223,8 @@ def _require_known_tokens(calibration: Calibration, config: Any) -> None:
     highest = int(calibration.input_ids.max())
     if highest >= config.vocab_size:
         raise UserError(
-            f"The tokenizer makes token {highest}, but the model knows only {config.vocab_size}: it is another model's."
+            f"The tokenizer makes token {highest}, but the model knows only {config.vocab_size}: "
+            "it is another model's."
         )
 
 
@@ -197,10 +233,20 @@ def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:
     return resolve_dtype(settings.dtype, resolve_device(settings.device), checkpoint)
 
 
-def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration) -> dict[str, Any]:
-    """What the removal order depends on. The number of layers does not count where a longer order begins like a
-    shorter one."""
-    names = ["selector", "layers", "protect_first", "protect_last", "one_shot", "held_out", "budget_minutes"]
+def journal_key(
+    checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration
+) -> dict[str, Any]:
+    """What the removal order depends on. The number of layers does not count where a longer order
+    begins like a shorter one."""
+    names = [
+        "selector",
+        "layers",
+        "protect_first",
+        "protect_last",
+        "one_shot",
+        "held_out",
+        "budget_minutes",
+    ]
     names += ["remove"] if settings.at_once else []
     options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     return {
@@ -215,7 +261,8 @@ def journal_key(checkpoint: Checkpoint, settings: PruneSettings, calibration: Ca
 
 @dataclass(frozen=True)
 class StageCosts:
-    """What each stage took: seconds, and on GPUs the most memory that torch had on all of them, model included."""
+    """What each stage took: seconds, and on GPUs the most memory that torch had on all of them,
+    model included."""
 
     timings_s: dict[str, float] = field(default_factory=dict)
     peak_gpu_bytes: dict[str, int] = field(default_factory=dict)
@@ -259,7 +306,9 @@ def _describe_plan(
             sha256=calibration.sha256,
         ),
         removal_order=list(selection.removal_order),
-        steps=[StepRecord(scores=step.scores, removed=list(step.removed)) for step in selection.steps],
+        steps=[
+            StepRecord(scores=step.scores, removed=list(step.removed)) for step in selection.steps
+        ],
         drift=dict(compensation.drift),
         corrections=[_describe_correction(correction) for correction in compensation.corrections],
         environment=describe_environment() | {"dtype": found_dtype(checkpoint, settings)},
@@ -290,11 +339,18 @@ def summarise(plan: Plan) -> list[tuple[str, Any]]:
     ]
     rows += [("repair", repair.describe()) for repair in plan.repairs]
     rows += [(f"{stage} time", f"{seconds:.1f} s") for stage, seconds in plan.timings_s.items()]
-    rows += [(f"{stage} GPU memory", f"{peak / 1e9:.1f} GB") for stage, peak in plan.peak_gpu_bytes.items()]
+    rows += [
+        (f"{stage} GPU memory", f"{peak / 1e9:.1f} GB")
+        for stage, peak in plan.peak_gpu_bytes.items()
+    ]
     return rows
 
 
 def _describe_samples(plan: Plan) -> str:
     asked, minutes = plan.recipe["samples"], plan.recipe["budget_minutes"]
     used = plan.calibration.samples
-    return str(used) if minutes is None else f"{used} of {asked}, within a budget of {minutes:g} minutes"
+    return (
+        str(used)
+        if minutes is None
+        else f"{used} of {asked}, within a budget of {minutes:g} minutes"
+    )

@@ -23,12 +23,13 @@ SEEDS = 2**32
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set, a BOS token included.
+    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set, a
+    BOS token included.
 
-    layers: the order of removal, for selector manual. protect_first, protect_last: so many layers at either end stay.
-    accept, held_out: see Methods. top_z, side, target, unregularised: see ProjectionOptions. stream: read layers from
-    disk one at a time, for a model that is larger than memory. budget_minutes: fewer samples are used if all would take
-    longer on this machine.
+    layers: the order of removal, for selector manual. protect_first, protect_last: so many layers
+    at either end stay. accept, held_out: see Methods. top_z, side, target, unregularised: see
+    ProjectionOptions. stream: read layers from disk one at a time, for a model that is larger than
+    memory. budget_minutes: fewer samples are used if all would take longer on this machine.
     """
 
     remove: int
@@ -64,7 +65,8 @@ class PruneSettings:
 
 
 def layers_to_remove(config: dict[str, Any], remove: int | None, ratio: float | None) -> int:
-    """Returns K from --remove, or from --ratio rounded to whole layers. Exactly one of the two must be given."""
+    """Returns K from --remove, or from --ratio rounded to whole layers. Exactly one of the two must
+    be given."""
     if (remove is None) == (ratio is None):
         raise UserError("Give either --remove K or --ratio R.")
     if remove is not None:
@@ -78,7 +80,10 @@ def layers_to_remove(config: dict[str, Any], remove: int | None, ratio: float | 
 def require_removable(remove: int, layers: int, name: str) -> None:
     """Raises UserError if nothing would go, or nothing stay."""
     if not 1 <= remove < layers:
-        raise UserError(f"Cannot remove {remove} of the {layers} layers of {name}; remove between 1 and {layers - 1}.")
+        raise UserError(
+            f"Cannot remove {remove} of the {layers} layers of {name}; remove between 1 and "
+            f"{layers - 1}."
+        )
 
 
 def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
@@ -86,12 +91,15 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     layers = layer_count(checkpoint.config)
     require_removable(settings.remove, layers, checkpoint.name)
     if checkpoint.positions is not None and settings.tokens > checkpoint.positions:
-        raise UserError(f"{checkpoint.name} takes {checkpoint.positions} tokens at once; lower --tokens to that.")
+        raise UserError(
+            f"{checkpoint.name} takes {checkpoint.positions} tokens at once; lower --tokens to "
+            "that."
+        )
     protected = protected_layers(checkpoint, settings)
     if layers - len(protected) < settings.remove:
         raise UserError(
-            f"{len(protected)} of the {layers} layers are protected, so that {settings.remove} cannot be removed; "
-            "lower --protect-first, --protect-last or --remove."
+            f"{len(protected)} of the {layers} layers are protected, so that {settings.remove} "
+            "cannot be removed; lower --protect-first, --protect-last or --remove."
         )
     for kind, name, known in (
         ("selector", settings.selector, SELECTORS),
@@ -102,16 +110,21 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     uncorrectable = architecture_of(checkpoint.config).uncorrectable
     if uncorrectable is not None and settings.compensator not in ANYWHERE:
         raise UserError(
-            f"The down projections of a {checkpoint.config['model_type']} model cannot be fitted in closed form: "
-            f"{uncorrectable}; use --compensator distil or none."
+            f"The down projections of a {checkpoint.config['model_type']} model cannot be fitted "
+            f"in closed form: {uncorrectable}; use --compensator distil or none."
         )
     if settings.stream and settings.compensator in IN_MEMORY:
         raise UserError(
-            f"--compensator {settings.compensator} needs all weights in memory; leave out --stream, or use sequential."
+            f"--compensator {settings.compensator} needs all weights in memory; leave out "
+            "--stream, or use sequential."
         )
-    if settings.projection != ProjectionOptions() and settings.compensator not in ("projection", "projection-adam"):
+    if settings.projection != ProjectionOptions() and settings.compensator not in (
+        "projection",
+        "projection-adam",
+    ):
         raise UserError(
-            "--top-z, --side, --target and --unregularised are for --compensator projection and projection-adam."
+            "--top-z, --side, --target and --unregularised are for --compensator projection and "
+            "projection-adam."
         )
     if settings.budget_minutes is not None and settings.budget_minutes <= 0:
         raise UserError(f"--budget-minutes is {settings.budget_minutes:g}; give a number above 0.")
@@ -124,18 +137,28 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     if settings.side not in ("left", "right"):
         raise UserError(f"--side is {settings.side}; give left or right.")
     if bool(settings.layers) != (settings.selector == "manual"):
-        raise UserError("--layers is the order of removal for --selector manual; give both, or neither.")
+        raise UserError(
+            "--layers is the order of removal for --selector manual; give both, or neither."
+        )
 
 
 def _require_nothing_held_out(settings: PruneSettings) -> None:
     name = Methods(settings.selector, settings.compensator).by_held_out_samples
     if name is not None:
-        raise UserError(f"{name} chooses by what it does on held-out samples, and --held-out is 0; leave it out.")
+        raise UserError(
+            f"{name} chooses by what it does on held-out samples, and --held-out is 0; leave it "
+            "out."
+        )
     if settings.accept != ALWAYS and settings.compensator != "none":
-        raise UserError(f"With --held-out 0 no repair can be judged; give --accept {ALWAYS}, or hold samples out.")
+        raise UserError(
+            f"With --held-out 0 no repair can be judged; give --accept {ALWAYS}, or hold samples "
+            "out."
+        )
 
 
 def protected_layers(checkpoint: Checkpoint, settings: PruneSettings) -> frozenset[int]:
     """The layers that are protected."""
     layers = range(layer_count(checkpoint.config))
-    return frozenset((*layers[: settings.protect_first], *layers[len(layers) - settings.protect_last :]))
+    return frozenset(
+        (*layers[: settings.protect_first], *layers[len(layers) - settings.protect_last :])
+    )

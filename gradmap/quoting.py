@@ -1,4 +1,5 @@
-"""Names and messages of others, written where some characters mean something: terminals, Markdown, XML."""
+"""Names and messages of others, written where some characters mean something: terminals, Markdown,
+XML."""
 
 from __future__ import annotations
 
@@ -10,15 +11,19 @@ _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def visible(text: str) -> str:
-    """For terminals: what would move the cursor, change colours or turn the direction of writing is spelt out."""
+    """For terminals: what would move the cursor, change colours or turn the direction of writing is
+    spelt out."""
     return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
         for character in text
     )
 
 
 def markdown(text: str) -> str:
-    """For a line or a cell of Markdown: shown as it is; no markup, no link, and nobody is called by it."""
+    """For a line or a cell of Markdown: shown as it is; no markup, no link, and nobody is called by
+    it."""
     escaped = _MARKDOWN.sub(r"\\\g<0>", visible(text).replace("\n", " "))
     return escaped.replace("&", "&amp;").replace("@", "&#64;").replace("://", "&#58;//")
 

@@ -1,4 +1,5 @@
-"""The reason of an exception in what a program printed, where it does not stand in the exception's own line."""
+"""The reason of an exception in what a program printed, where it does not stand in the exception's
+own line."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ REASON_LINES = 6
 
 
 def reasons_below(message: str, lines: Sequence[str]) -> list[str]:
-    """What follows an exception's message and belongs to it: nothing if the message says what is wrong, else the next
-    line that says something; of pydantic's (name of a field, what is wrong with it) all of them."""
+    """What follows an exception's message and belongs to it: nothing if the message says what is
+    wrong, else the next line that says something; of pydantic's (name of a field, what is wrong
+    with it) all of them."""
     if not HEADING.match(message):
         return []
     told = [line.strip() for line in lines[:REASON_LINES] if line.strip()]

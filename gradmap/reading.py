@@ -1,4 +1,5 @@
-"""Reads files that others wrote, as text, JSON or YAML: what is wrong with one is said in one sentence."""
+"""Reads files that others wrote, as text, JSON or YAML: what is wrong with one is said in one
+sentence."""
 
 from __future__ import annotations
 
@@ -25,14 +26,24 @@ Model = TypeVar("Model")
 
 
 class Strict(BaseModel):
-    """Part of a file format of ours: unknown keys are refused, values do not change, and numbers are finite: a
-    comparison with NaN is false, and slips through every check."""
+    """Part of a file format of ours: unknown keys are refused, values do not change, and numbers
+    are finite: a comparison with NaN is false, and slips through every check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-# What libraries raise over data that is not what they expect: few have an error of their own for it.
-MALFORMED = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+# What libraries raise over data that is not what they expect: few have an error of their own for
+# it.
+MALFORMED = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 def read_text(path: Path) -> str:
@@ -46,14 +57,16 @@ def read_text(path: Path) -> str:
         return contents.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not text in UTF-8 (byte {error.start} does not belong); convert it to UTF-8."
+            f"{path} is not text in UTF-8 (byte {error.start} does not belong); convert it to "
+            "UTF-8."
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file in UTF-8 with their numbers, but for blank ones; unpacked if its name ends in .gz.
+    """The lines of a file in UTF-8 with their numbers, but for blank ones; unpacked if its name
+    ends in .gz.
 
     Raises UserError as `read_text` does, and if an archive is damaged.
     """
@@ -69,42 +82,55 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, text
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}, line {number}, is not text in UTF-8 (byte {error.start} does not belong); convert it to UTF-8."
+            f"{path}, line {number}, is not text in UTF-8 (byte {error.start} does not belong); "
+            "convert it to UTF-8."
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path} is no gzip archive, or is cut short or damaged; fetch it again.") from None
+        raise UserError(
+            f"{path} is no gzip archive, or is cut short or damaged; fetch it again."
+        ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises UserError as `read_text` does, and if it is not JSON or a number not finite."""
+    """The value in a JSON file. Raises UserError as `read_text` does, and if it is not JSON or a
+    number not finite."""
     return parse_json(read_text(path), str(path))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError as `read_json` does, and if it holds another kind of value."""
+    """The object in a JSON file. Raises UserError as `read_json` does, and if it holds another kind
+    of value."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object, but {kind_of(value)}; check that it is the right file.")
+        raise UserError(
+            f"{path} holds no JSON object, but {kind_of(value)}; check that it is the right file."
+        )
     return value
 
 
 def parse_json(text: str, what: str) -> Any:
     """The value of JSON text, which `what` names in errors.
 
-    Raises UserError where `json` raises, and on NaN, infinities and numbers beyond the range of a float.
+    Raises UserError where `json` raises, and on NaN, infinities and numbers beyond the range of a
+    float.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
     except RecursionError:
-        raise UserError(f"{what} is not usable JSON (nested too deeply); check that it is the right file.") from None
+        raise UserError(
+            f"{what} is not usable JSON (nested too deeply); check that it is the right file."
+        ) from None
     except ValueError as error:
-        raise UserError(f"{what} is not valid JSON ({error}); it may be truncated, write it again.") from None
+        raise UserError(
+            f"{what} is not valid JSON ({error}); it may be truncated, write it again."
+        ) from None
 
 
 def parse_record(text: str) -> Any:
-    """The value of a record of data, None where it has none: what is beside the data in use may be NaN."""
+    """The value of a record of data, None where it has none: what is beside the data in use may be
+    NaN."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -112,7 +138,8 @@ def parse_record(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file. Raises UserError as `read_text` does, if it is not YAML, or if a key occurs twice."""
+    """The value in a YAML file. Raises UserError as `read_text` does, if it is not YAML, or if a
+    key occurs twice."""
     text = read_text(path)
     try:
         return yaml.load(text, Loader=_UniqueKeys)
@@ -135,8 +162,8 @@ def checked(kind: type[Model], value: Any, path: Path) -> Model:
 
 @contextmanager
 def library_errors_refused(what: str) -> Iterator[None]:
-    """What a library raises over malformed data becomes a UserError, `what` and its first line; not what others may
-    raise, so for a library's own work alone."""
+    """What a library raises over malformed data becomes a UserError, `what` and its first line; not
+    what others may raise, so for a library's own work alone."""
     try:
         yield
     except UserError:
@@ -156,7 +183,13 @@ def is_text(value: str) -> bool:
 
 def kind_of(value: Any) -> str:
     """Of a value from JSON, for a sentence."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
 
 
@@ -173,11 +206,15 @@ class _UniqueKeys(yaml.SafeLoader):
     """Plain YAML in which a key that occurs twice is an error, not the last one's value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]  # before the merge keys (<<) are filled in, which may repeat
+        keys = [
+            key.value for key, _ in node.value
+        ]  # before the merge keys (<<) are filled in, which may repeat
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} occurs twice", node.start_mark
+            )
         return mapping
 
 

@@ -1,7 +1,8 @@
 """Reads safetensors files one tensor at a time.
 
-The safetensors library maps what it reads, so that a process comes to hold the file. The format needs no library: eight
-bytes of header length, a JSON header with every tensor's dtype, shape and offsets, then the raw little-endian data.
+The safetensors library maps what it reads, so that a process comes to hold the file. The format
+needs no library: eight bytes of header length, a JSON header with every tensor's dtype, shape and
+offsets, then the raw little-endian data.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class StoredTensor:
 
 
 def list_tensors(path: Path) -> list[StoredTensor]:
-    """What a file holds, from its header alone. Raises UserError for a dtype that cannot be written."""
+    """What a file holds, from its header alone. Raises UserError for a dtype that cannot be
+    written."""
     data_start, entries = read_safetensors_header(path)
     stored = []
     for name, entry in entries.items():
@@ -88,22 +90,32 @@ def list_tensors(path: Path) -> list[StoredTensor]:
 def read_tensors(stored: Sequence[StoredTensor]) -> Iterator[Tensor]:
     """Yields the tensors in turn, all in one buffer: each is valid until the next is taken.
 
-    Memory: the largest tensor. The kernel is told of the next one, so that it reads ahead while this one is used.
+    Memory: the largest tensor. The kernel is told of the next one, so that it reads ahead while
+    this one is used.
     """
-    buffer = torch.empty(max((tensor.spec.bytes for tensor in stored), default=0), dtype=torch.uint8)
+    buffer = torch.empty(
+        max((tensor.spec.bytes for tensor in stored), default=0), dtype=torch.uint8
+    )
     with ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("rb")) for path in {tensor.file for tensor in stored}}
+        files = {
+            path: stack.enter_context(path.open("rb"))
+            for path in {tensor.file for tensor in stored}
+        }
         for tensor, following in zip_longest(stored, stored[1:]):
             if following is not None:
                 descriptor = files[following.file].fileno()
-                os.posix_fadvise(descriptor, following.offset, following.spec.bytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(
+                    descriptor, following.offset, following.spec.bytes, os.POSIX_FADV_WILLNEED
+                )
             yield _read_into(buffer[: tensor.spec.bytes], files[tensor.file], tensor)
 
 
 def read_tensor(stored: StoredTensor, pinned: bool = False) -> Tensor:
     """Reads one tensor into memory of its own. pinned: in which a GPU copies it by itself."""
     with stored.file.open("rb") as file:
-        return _read_into(torch.empty(stored.spec.bytes, dtype=torch.uint8, pin_memory=pinned), file, stored)
+        return _read_into(
+            torch.empty(stored.spec.bytes, dtype=torch.uint8, pin_memory=pinned), file, stored
+        )
 
 
 def _read_into(buffer: Tensor, file: BinaryIO, stored: StoredTensor) -> Tensor:
@@ -120,11 +132,14 @@ def check_safetensors(path: Path) -> None:
     size = path.stat().st_size
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != data_start + end:
-        raise UserError(f"{path} has {size} bytes where its header says {data_start + end}; copy it again.")
+        raise UserError(
+            f"{path} has {size} bytes where its header says {data_start + end}; copy it again."
+        )
 
 
 def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Returns where the data starts (bytes) and, by tensor name, its dtype, shape and offsets from there."""
+    """Returns where the data starts (bytes) and, by tensor name, its dtype, shape and offsets from
+    there."""
     try:
         with path.open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
@@ -133,4 +148,6 @@ def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
         _ENTRIES.validate_python(header)
         return 8 + header_size, header
     except (struct.error, ValueError, AttributeError, TypeError, RecursionError):
-        raise UserError(f"{path} is not a safetensors file, or is cut short; copy it again.") from None
+        raise UserError(
+            f"{path} is not a safetensors file, or is cut short; copy it again."
+        ) from None

@@ -1,4 +1,5 @@
-"""Which layers go, and in which order: score, remove the lowest, score the smaller model again (Algorithm 1, stage 1).
+"""Which layers go, and in which order: score, remove the lowest, score the smaller model again
+(Algorithm 1, stage 1).
 
 How layers are scored is a selector's business; selectors are in `gradmap.selectors`.
 """
@@ -21,7 +22,8 @@ from gradmap.finite import require_finite_scores
 
 @dataclass(frozen=True)
 class Step:
-    """One decision: the score of every layer that could go, and the layers it removed (original indices)."""
+    """One decision: the score of every layer that could go, and the layers it removed (original
+    indices)."""
 
     scores: dict[int, float]
     removed: tuple[int, ...]
@@ -29,7 +31,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of stage 1. The removal order is nested: its first k entries are the choice for k layers."""
+    """The outcome of stage 1. The removal order is nested: its first k entries are the choice for k
+    layers."""
 
     steps: tuple[Step, ...]
 
@@ -38,7 +41,8 @@ class Selection:
         return tuple(layer for step in self.steps for layer in step.removed)
 
     def first(self, count: int) -> Selection:
-        """The selection of the first `count` layers, which is what a run for `count` layers would have chosen."""
+        """The selection of the first `count` layers, which is what a run for `count` layers would
+        have chosen."""
         steps: list[Step] = []
         for step in self.steps:
             removed = step.removed[:count]
@@ -52,8 +56,9 @@ class Selection:
 class Subject:
     """What is scored: the model, whole, and the samples to score it on.
 
-    protected: layers that stay. streamed: whether only one layer of it is in memory at a time. order: of removal, for
-    `manual`. count: how many layers go, for a selector that chooses them all at once.
+    protected: layers that stay. streamed: whether only one layer of it is in memory at a time.
+    order: of removal, for `manual`. count: how many layers go, for a selector that chooses them all
+    at once.
     """
 
     model: Any
@@ -83,7 +88,8 @@ class LayerScorer(Protocol):
         ...
 
     def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        """Scores the model without the layers that are gone: original index -> score, for all that may go."""
+        """Scores the model without the layers that are gone: original index -> score, for all that
+        may go."""
         ...
 
 
@@ -93,7 +99,8 @@ Measure = Callable[[Any, Architecture, Tensor, Advance], Tensor]
 
 
 class ReducedModelScorer:
-    """Measures the model without the layers that are gone, in one pass of all samples through all layers."""
+    """Measures the model without the layers that are gone, in one pass of all samples through all
+    layers."""
 
     def __init__(self, subject: Subject, measure: Measure) -> None:
         self._subject, self._measure = subject, measure
@@ -104,7 +111,9 @@ class ReducedModelScorer:
     def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
         model, architecture = self._subject.model, self._subject.architecture
         with without_layers(model, architecture, so_far.removal_order):
-            scores = self._measure(model, architecture, self._subject.calibration.input_ids, advance)
+            scores = self._measure(
+                model, architecture, self._subject.calibration.input_ids, advance
+            )
         return dict(zip(self._subject.alive(so_far.removal_order), scores.tolist(), strict=True))
 
 
@@ -119,8 +128,8 @@ def select(
 ) -> Selection:
     """Chooses `count` layers, one a round, or all of them by the first scores with `one_shot`.
 
-    done: decisions of an interrupted run, which are not made again. record: told of every new one. Raises UserError if
-    too few layers may go, or a score is not finite.
+    done: decisions of an interrupted run, which are not made again. record: told of every new one.
+    Raises UserError if too few layers may go, or a score is not finite.
     """
     rounds = 1 if one_shot else count
     steps = list(done)
@@ -128,13 +137,18 @@ def select(
     if not ahead:
         return Selection(tuple(steps)).first(count)
     scorer = selector(subject)
-    with progress("Scoring layers", sum(scorer.work(len(subject.layers) - gone) for gone in ahead)) as advance:
+    with progress(
+        "Scoring layers", sum(scorer.work(len(subject.layers) - gone) for gone in ahead)
+    ) as advance:
         for _ in ahead:
             scores = scorer.score(Selection(tuple(steps)), advance)
             require_finite_scores(scores)
             candidates = [layer for layer in scores if layer not in subject.protected]
             if len(candidates) < count // rounds:
-                raise UserError(f"Only {len(candidates)} layers may still be removed; protect fewer, or remove fewer.")
+                raise UserError(
+                    f"Only {len(candidates)} layers may still be removed; protect fewer, or remove "
+                    "fewer."
+                )
             lowest = sorted(candidates, key=scores.__getitem__)[: count // rounds]
             steps.append(Step(scores, tuple(lowest)))
             record(steps[-1])

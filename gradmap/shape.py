@@ -1,4 +1,5 @@
-"""The sizes of a decoder, which are all that its costs depend on. They are in its config; torch is not needed."""
+"""The sizes of a decoder, which are all that its costs depend on. They are in its config; torch is
+not needed."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from gradmap.errors import UserError
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder: width d, inner width k of the FFN, layers, heads of keys and values over heads, vocabulary; head tied
-    or not.
+    """A decoder: width d, inner width k of the FFN, layers, heads of keys and values over heads,
+    vocabulary; head tied or not.
 
-    attention: heads x size of a head, where that is not d. gated: whether the FFN has a gate beside its up projection.
-    Of a mixture of experts, inner is that of all experts together that one token passes, and stored_inner of all that
-    there are; experts: how many its router chooses from. Where layers differ, these are means over layers. head_cost:
-    what the head takes with the loss behind it, in products of its size: 1 by FLOPs, and on a real machine more.
+    attention: heads x size of a head, where that is not d. gated: whether the FFN has a gate beside
+    its up projection. Of a mixture of experts, inner is that of all experts together that one token
+    passes, and stored_inner of all that there are; experts: how many its router chooses from. Where
+    layers differ, these are means over layers. head_cost: what the head takes with the loss behind
+    it, in products of its size: 1 by FLOPs, and on a real machine more.
     """
 
     name: str
@@ -35,13 +37,17 @@ class Shape:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], name: str = "") -> Shape:
-        """Of a checkpoint's config, with its family's defaults filled in (gradmap.checkpoint.complete_config).
+        """Of a checkpoint's config, with its family's defaults filled in
+        (gradmap.checkpoint.complete_config).
 
         Raises UserError if the family's sizes are not known, or one is missing.
         """
         family = config.get("model_type")
         if family not in _FIELDS:
-            raise UserError(f"The sizes of a {family} model cannot be read; known are {', '.join(sorted(_FIELDS))}.")
+            raise UserError(
+                f"The sizes of a {family} model cannot be read; known are "
+                f"{', '.join(sorted(_FIELDS))}."
+            )
         fields = _FIELDS[family]
         heads, width = _size(config, fields.heads), _size(config, fields.width)
         kv_heads = config.get("num_key_value_heads") or heads
@@ -92,12 +98,16 @@ class Shape:
         return layers * self.layer_parameters + self.head_parameters * (1 if self.tied else 2)
 
     def read_parameters(self, layers: float, tokens: int = 1) -> float:
-        """Those that so many tokens read together: no input embeddings but rows, and of a mixture the experts that they
-        are routed to."""
-        return layers * min(self.layer_parameters, tokens * self.active_parameters) + self.head_parameters
+        """Those that so many tokens read together: no input embeddings but rows, and of a mixture
+        the experts that they are routed to."""
+        return (
+            layers * min(self.layer_parameters, tokens * self.active_parameters)
+            + self.head_parameters
+        )
 
     def layer_flops(self, layers: float) -> float:
-        """Of one token in so many layers; attention's own products are left out, for samples are short."""
+        """Of one token in so many layers; attention's own products are left out, for samples are
+        short."""
         return 2 * layers * self.active_parameters
 
     @property
@@ -117,8 +127,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class _Fields:
-    """What a family calls its sizes. gated: see Shape. experts, expert_inner: of a mixture, how many FFNs a layer has,
-    and how wide each is."""
+    """What a family calls its sizes. gated: see Shape. experts, expert_inner: of a mixture, how
+    many FFNs a layer has, and how wide each is."""
 
     width: str = "hidden_size"
     layers: str = "num_hidden_layers"
@@ -141,7 +151,8 @@ _FIELDS = {
 
 
 def _feed_forward(config: Mapping[str, Any], fields: _Fields, width: int) -> dict[str, float]:
-    """inner, and of a mixture stored_inner and experts: means over layers, of which some may be dense."""
+    """inner, and of a mixture stored_inner and experts: means over layers, of which some may be
+    dense."""
     is_gpt2_default = fields.inner == "n_inner" and config.get("n_inner") is None
     plain = 4 * width if is_gpt2_default else _size(config, fields.inner)
     if fields.experts is None:

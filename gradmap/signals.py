@@ -1,4 +1,5 @@
-"""SIGTERM ends a command as ctrl-C does: what is open is closed, what is half done goes, what we started ends."""
+"""SIGTERM ends a command as ctrl-C does: what is open is closed, what is half done goes, what we
+started ends."""
 
 from __future__ import annotations
 
@@ -16,17 +17,20 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def raising_signals() -> Iterator[list[int]]:
-    """While the block runs, SIGTERM and SIGINT raise Terminated and KeyboardInterrupt in the main thread, once.
+    """While the block runs, SIGTERM and SIGINT raise Terminated and KeyboardInterrupt in the main
+    thread, once.
 
-    Yields what has come, for libraries catch exceptions and raise others.
-    What follows the first one would cut its tidying short, and a stage gets several: from the terminal or the
-    container, and from who started it. Only ctrl-C a second time still does, for who insists. A signal that this
-    process was started to ignore stays so. To be called in the main thread.
+    Yields what has come, for libraries catch exceptions and raise others. What follows the first
+    one would cut its tidying short, and a stage gets several: from the terminal or the container,
+    and from who started it. Only ctrl-C a second time still does, for who insists. A signal that
+    this process was started to ignore stays so. To be called in the main thread.
     """
     owner, received = os.getpid(), list[int]()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        if os.getpid() != owner:  # a fork of us, by a library: it has nothing to tidy that is not ours
+        if (
+            os.getpid() != owner
+        ):  # a fork of us, by a library: it has nothing to tidy that is not ours
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
@@ -35,11 +39,15 @@ def raising_signals() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    heeded = [one for one in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(one) != signal.SIG_IGN]
+    heeded = [
+        one for one in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(one) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, end) for number in heeded}
     try:
         yield received
     finally:
-        if not received:  # else this process is about to end, and goes on ignoring what would cut that short
+        if (
+            not received
+        ):  # else this process is about to end, and goes on ignoring what would cut that short
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -1,7 +1,8 @@
-"""How fast this machine runs a model: one decoder layer of the model's own shape, with random weights, is timed.
+"""How fast this machine runs a model: one decoder layer of the model's own shape, with random
+weights, is timed.
 
-A model reaches a part of what its products reach alone, on every machine another one. The memory is timed by a copy,
-for a single stream's tokens follow the weights that are read.
+A model reaches a part of what its products reach alone, on every machine another one. The memory is
+timed by a copy, for a single stream's tokens follow the weights that are read.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from gradmap.precision import AUTOCAST, DTYPES, computing_in, prepare_for_autoca
 from gradmap.shape import Shape
 
 TOKENS = 128
-# A layer is timed if, by the speed of products alone, a pass takes no longer, and if its weights take no more than this
-# share of the free memory. Passes are repeated for so long, and at most so many times.
+# A layer is timed if, by the speed of products alone, a pass takes no longer, and if its weights
+# take no more than this share of the free memory. Passes are repeated for so long, and at most so
+# many times.
 PASS_LIMIT_S, TIMING_LIMIT_S, REPETITIONS = 0.3, 1.0, 20
 MEMORY_SHARE = 0.2
-# Where a layer is not timed: what it reaches of the FLOP/s of a product (SmolLM2's on an EPYC: 0.7 in bfloat16, 0.9 in
-# float32), and what is left of that where tokens of 64 samples pass one at a time (0.35 to 0.5, docs/scaling.md).
+# Where a layer is not timed: what it reaches of the FLOP/s of a product (SmolLM2's on an EPYC: 0.7
+# in bfloat16, 0.9 in float32), and what is left of that where tokens of 64 samples pass one at a
+# time (0.35 to 0.5, docs/scaling.md).
 LAYER_SHARE, SINGLE_TOKEN_SHARE = 0.8, 0.4
 # Of the layer's model, which has no head.
 VOCABULARY = 256
@@ -53,13 +56,18 @@ class Disk:
 
 
 def measure_hardware(config: Mapping[str, Any], dtype: str, device: str) -> Hardware:
-    """What this machine makes of a model with this config (of gradmap.checkpoint.read_config), in a second or two.
+    """What this machine makes of a model with this config (of gradmap.checkpoint.read_config), in a
+    second or two.
 
     dtype: a name of gradmap.precision. device: cpu or cuda:N; of several GPUs, one.
     """
     if device.startswith("cpu"):
         warn_if_threads_hinder()
-    shape, rate, room = Shape.of_config(config), flops_per_s(product_rates(device), dtype), memory_bytes(device)
+    shape, rate, room = (
+        Shape.of_config(config),
+        flops_per_s(product_rates(device), dtype),
+        memory_bytes(device),
+    )
     hardware = Hardware(
         name=device,
         flops=rate,
@@ -120,7 +128,9 @@ def measure_disk(directory: Path) -> Disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         read, started = 0, time.perf_counter()
-        while time.perf_counter() - started < DISK_LIMIT_S and (part := file.read(DISK_CHUNK_BYTES)):
+        while time.perf_counter() - started < DISK_LIMIT_S and (
+            part := file.read(DISK_CHUNK_BYTES)
+        ):
             read += len(part)
         read_s = time.perf_counter() - started
     return Disk(str(directory), shutil.disk_usage(existing).free, written / write_s, read / read_s)
@@ -128,24 +138,32 @@ def measure_disk(directory: Path) -> Disk:
 
 @torch.inference_mode()
 def time_model(config: Mapping[str, Any], dtype: str, hardware: Hardware) -> Hardware:
-    """The hardware with what was timed: one layer, in passes of a few samples and of a single token of WRITTEN_TOGETHER
-    samples, and the head with the loss behind it."""
+    """The hardware with what was timed: one layer, in passes of a few samples and of a single token
+    of WRITTEN_TOGETHER samples, and the head with the loss behind it."""
     device = hardware.name
     model, layer = _one_layer(config, dtype, device)
     positions = getattr(model.config, "max_position_embeddings", None) or TOKENS
     sample = torch.zeros(1, min(TOKENS, positions), dtype=torch.int64, device=device)
     ids = sample.expand(forward_batch(sample, sample.device), -1)
-    behind = torch.zeros(WRITTEN_TOGETHER, max(1, ids.numel() // WRITTEN_TOGETHER), dtype=torch.int64, device=device)
+    behind = torch.zeros(
+        WRITTEN_TOGETHER, max(1, ids.numel() // WRITTEN_TOGETHER), dtype=torch.int64, device=device
+    )
     shape = Shape.of_config(config)
-    head = torch.full((shape.vocabulary, shape.width), 0.01, dtype=product_dtype(dtype), device=device)
-    samples = sample.expand(min(len(ids), logits_batch(sample.shape[1], shape.vocabulary, sample.device)), -1)
+    head = torch.full(
+        (shape.vocabulary, shape.width), 0.01, dtype=product_dtype(dtype), device=device
+    )
+    samples = sample.expand(
+        min(len(ids), logits_batch(sample.shape[1], shape.vocabulary, sample.device)), -1
+    )
     hidden = head.new_full((*samples.shape, shape.width), 0.01)
     with computing_in(dtype, model):
         cache = model.base_model(input_ids=behind, use_cache=True).past_key_values
         bulk_s, single_s, head_s = _best_s(
             device,
             lambda: model.base_model(input_ids=ids, use_cache=False),
-            lambda: model.base_model(input_ids=behind[:, :1], past_key_values=cache, use_cache=True),
+            lambda: model.base_model(
+                input_ids=behind[:, :1], past_key_values=cache, use_cache=True
+            ),
             lambda: sample_losses(torch.nn.functional.linear(hidden, head), samples),
         )
     flops = layer.layer_flops(1) * ids.numel() / bulk_s
@@ -162,10 +180,15 @@ def time_model(config: Mapping[str, Any], dtype: str, hardware: Hardware) -> Har
 
 def _can_be_timed(shape: Shape, dtype: str, most_flops: float, most_bytes: float) -> bool:
     """Of the layer and of the head, by what a pass multiplies and what the weights take."""
-    layer_flops = shape.layer_flops(1) * TOKENS * forward_batch(torch.empty(1, TOKENS), torch.device("cpu"))
+    layer_flops = (
+        shape.layer_flops(1) * TOKENS * forward_batch(torch.empty(1, TOKENS), torch.device("cpu"))
+    )
     flops = max(layer_flops, TOKENS * shape.head_flops)
     stored = weights_dtype(dtype).itemsize + product_dtype(dtype).itemsize
-    return flops <= most_flops and stored * (shape.layer_parameters + shape.head_parameters) <= most_bytes
+    return (
+        flops <= most_flops
+        and stored * (shape.layer_parameters + shape.head_parameters) <= most_bytes
+    )
 
 
 def _one_layer(config: Mapping[str, Any], dtype: str, device: str) -> tuple[Any, Shape]:
@@ -173,7 +196,11 @@ def _one_layer(config: Mapping[str, Any], dtype: str, device: str) -> tuple[Any,
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    small = prune_config(dict(config), range(1, layer_count(dict(config)))) | tokens | {"vocab_size": VOCABULARY}
+    small = (
+        prune_config(dict(config), range(1, layer_count(dict(config))))
+        | tokens
+        | {"vocab_size": VOCABULARY}
+    )
     parsed = CONFIG_MAPPING[config["model_type"]](**small)
     with torch.device("meta"):  # else weights would be drawn, which takes longer than to use them
         model = AutoModelForCausalLM.from_config(parsed, dtype=weights_dtype(dtype))
@@ -195,14 +222,17 @@ def _measure_gpu(device: str) -> Rates:
 
 
 def _best_s(device: str, *runs: Callable[[], object]) -> list[float]:
-    """The least of a few counts of each, after one that does not count; in turn, so that who else is busy meets all."""
+    """The least of a few counts of each, after one that does not count; in turn, so that who else
+    is busy meets all."""
     best_s = [math.inf] * len(runs)
     for run in runs:
         _seconds_of(run, device)
     until = time.perf_counter() + TIMING_LIMIT_S
     for repetition in range(REPETITIONS):
         if repetition == 0 or time.perf_counter() < until:
-            best_s = [min(best, _seconds_of(run, device)) for best, run in zip(best_s, runs, strict=True)]
+            best_s = [
+                min(best, _seconds_of(run, device)) for best, run in zip(best_s, runs, strict=True)
+            ]
     return best_s
 
 

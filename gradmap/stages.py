@@ -29,12 +29,14 @@ STAGES_DIRECTORY = ".stages"
 
 @dataclass(frozen=True)
 class Stage:
-    """One `gradmap` command. inputs: files and directories it reads; outputs: those that it leaves when it is done.
+    """One `gradmap` command. inputs: files and directories it reads; outputs: those that it leaves
+    when it is done.
 
-    schema: the version in which the outputs are written now; what is of an older version is made again.
-    verdicts: whether exit codes other than 0 are results of a gate and not failures.
-    redrawn: files among the outputs that follow from the others and may be made anew, by another command too.
-    facts: what those hold all the same that does not follow, as JSON; raises UserError where it cannot be read.
+    schema: the version in which the outputs are written now; what is of an older version is made
+    again. verdicts: whether exit codes other than 0 are results of a gate and not failures.
+    redrawn: files among the outputs that follow from the others and may be made anew, by another
+    command too. facts: what those hold all the same that does not follow, as JSON; raises UserError
+    where it cannot be read.
     """
 
     name: str
@@ -48,7 +50,8 @@ class Stage:
 
 
 class _Marker(BaseModel):
-    """What is kept of a stage that is done. outputs: of every file that it left, by its path below the directory.
+    """What is kept of a stage that is done. outputs: of every file that it left, by its path below
+    the directory.
 
     facts: their hash.
     """
@@ -61,7 +64,8 @@ class _Marker(BaseModel):
 
 
 def stage_key(stage: Stage) -> str:
-    """Hashes all that a stage's result depends on: its command, its inputs' bytes, our version and the outputs'."""
+    """Hashes all that a stage's result depends on: its command, its inputs' bytes, our version and
+    the outputs'."""
     inputs = {str(path): hash_path(path) for path in stage.inputs}
     return sha256_json([version("gradmap"), stage.schema, stage.arguments, inputs])
 
@@ -72,9 +76,12 @@ def is_within(path: Path, outputs: Sequence[Path]) -> bool:
 
 
 def is_done(stage: Stage, out: Path) -> bool:
-    """Whether it was done before, with the inputs that there are now, and left what there is now."""
+    """Whether it was done before, with the inputs that there are now, and left what there is
+    now."""
     # without a marker there is nothing to compare, and a model takes its time to hash
-    return _marker(out, stage.name).exists() and _reason_to_run(stage_key(stage), stage, out) is None
+    return (
+        _marker(out, stage.name).exists() and _reason_to_run(stage_key(stage), stage, out) is None
+    )
 
 
 def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
@@ -86,7 +93,9 @@ def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
         say(f"{label} {stage.name}: done before, inputs unchanged")
         return
     marker = _marker(out, stage.name)
-    say(f"{label} {stage.name}: {reason}" if reason and marker.exists() else f"{label} {stage.name}")
+    say(
+        f"{label} {stage.name}: {reason}" if reason and marker.exists() else f"{label} {stage.name}"
+    )
     _remove_remains(stage, out)
     marker.unlink(missing_ok=True)
     earlier = _versions(stage)
@@ -96,26 +105,32 @@ def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
     _require_success(stage, code, earlier)
     with waiting(f"{label} {stage.name}: hashing what it wrote"):
         outputs, facts = fingerprint(stage.outputs, out), sha256_json(stage.facts())
-    done = _Marker(key=key, seconds=seconds, peak_bytes=peak_bytes(usage), outputs=outputs, facts=facts)
+    done = _Marker(
+        key=key, seconds=seconds, peak_bytes=peak_bytes(usage), outputs=outputs, facts=facts
+    )
     write_json(marker, done.model_dump())
 
 
 def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
-    """How long the stage took when it last ran (`seconds`), and its process's peak resident memory (`peak_bytes`)."""
+    """How long the stage took when it last ran (`seconds`), and its process's peak resident memory
+    (`peak_bytes`)."""
     return read_json_object(_marker(out, stage_name))
 
 
 def _require_success(stage: Stage, code: int, earlier: set[tuple[int, int]]) -> None:
     """earlier: `_versions` before it ran."""
     if code == EXIT_OUT_OF_MEMORY:
-        raise OutOfMemoryError(f"Stage {stage.name} ran out of memory; run again, and it goes on from there.")
+        raise OutOfMemoryError(
+            f"Stage {stage.name} ran out of memory; run again, and it goes on from there."
+        )
     require_not_killed(code, f"Stage {stage.name}", f"{MEMORY_CURE}, and run again")
     # Python itself, where it cannot start us, exits as a gate that was missed
     is_verdict = stage.verdicts and code in EXIT_CODES.values() and not _versions(stage) <= earlier
     if (code == 0 or is_verdict) and all(path.exists() for path in stage.outputs):
         return
     raise StageError(
-        f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from there.",
+        f"Stage {stage.name} failed with exit code {code}; mend it and run again to go on from "
+        "there.",
         EXIT_BUG if code < 0 or code in EXIT_CODES.values() else code,
     )
 
@@ -135,19 +150,26 @@ def _reason_to_run(key: str, stage: Stage, out: Path) -> str | None:
         return "its inputs changed"
     if not all(path.exists() for path in stage.outputs):
         return "what it wrote is gone"
-    measured = {name: stamp for name, stamp in record.outputs.items() if out / name not in stage.redrawn}
+    measured = {
+        name: stamp for name, stamp in record.outputs.items() if out / name not in stage.redrawn
+    }
     return find_change(measured, out) or _change_of_facts(stage, record)
 
 
 def _change_of_facts(stage: Stage, record: _Marker) -> str | None:
     try:
-        return None if sha256_json(stage.facts()) == record.facts else "the facts that it noted were changed"
+        return (
+            None
+            if sha256_json(stage.facts()) == record.facts
+            else "the facts that it noted were changed"
+        )
     except UserError as error:
         return str(error)
 
 
 def _remove_remains(stage: Stage, out: Path) -> None:
-    """Of a directory of which a part is gone, its command would take the rest for somebody else's."""
+    """Of a directory of which a part is gone, its command would take the rest for somebody
+    else's."""
     record = _read_marker(stage, out)
     if record is None:
         return
@@ -169,7 +191,8 @@ def _marker(out: Path, stage_name: str) -> Path:
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
-    """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2]} -> --one-shot --remove=8 --x=1 --x=2."""
+    """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2]} -> --one-shot --remove=8 --x=1
+    --x=2."""
     flags: list[str] = []
     for name, value in values.items():
         option = f"--{name.replace('_', '-')}"

@@ -1,10 +1,12 @@
-"""A model of which one layer at a time is in memory: each is read from its safetensors files when it is called.
+"""A model of which one layer at a time is in memory: each is read from its safetensors files when
+it is called.
 
-The layers' parameters are on torch's `meta` device; a layer that is called becomes real, and the one that was real
-before goes back. Code that runs a model needs to know nothing of it, as long as it runs layer by layer.
+The layers' parameters are on torch's `meta` device; a layer that is called becomes real, and the
+one that was real before goes back. Code that runs a model needs to know nothing of it, as long as
+it runs layer by layer.
 
-While a GPU computes a layer, a thread reads the next one into the CPU's memory. A CPU computes far longer than it
-reads, and has one memory for both.
+While a GPU computes a layer, a thread reads the next one into the CPU's memory. A CPU computes far
+longer than it reads, and has one memory for both.
 """
 
 from __future__ import annotations
@@ -50,9 +52,12 @@ def reads_ahead(device: torch.device) -> bool:
 
 
 class _HeldLayer:
-    """Which layer is real, and which one is on its way from the disk: no more than two are in memory."""
+    """Which layer is real, and which one is on its way from the disk: no more than two are in
+    memory."""
 
-    def __init__(self, model: Any, architecture: Architecture, source: _TensorsOnDisk, ahead: bool) -> None:
+    def __init__(
+        self, model: Any, architecture: Architecture, source: _TensorsOnDisk, ahead: bool
+    ) -> None:
         self._model, self._architecture, self._source = model, architecture, source
         self._all_layers = list(architecture.layer_list(model))
         self._ahead = ahead
@@ -62,7 +67,9 @@ class _HeldLayer:
     def change(self, layer: nn.Module, args: Any) -> None:
         """Before the layer is called: makes it real."""
         index, previous = self._all_layers.index(layer), self._held
-        if index == previous or "forward" in vars(layer):  # nobody runs it (gradmap.layerwise.forward_replaced)
+        if index == previous or "forward" in vars(
+            layer
+        ):  # nobody runs it (gradmap.layerwise.forward_replaced)
             return
         if previous is not None:
             self._held = None
@@ -70,12 +77,16 @@ class _HeldLayer:
         self._source.place(self._tensors_of(index))
         self._held = index
         if self._ahead:
-            alive = [self._all_layers.index(other) for other in self._architecture.layer_list(self._model)]
+            alive = [
+                self._all_layers.index(other)
+                for other in self._architecture.layer_list(self._model)
+            ]
             following = expected_after(previous, index, alive)
             self._coming = None if following is None else _Coming.start(following, self._source)
 
     def _tensors_of(self, layer: int) -> dict[str, Tensor]:
-        """Those that are on their way or, if that is another layer, read now. Raises what reading raised."""
+        """Those that are on their way or, if that is another layer, read now. Raises what reading
+        raised."""
         coming, self._coming = self._coming, None
         if coming is not None and coming.layer == layer:
             return coming.tensors.result()
@@ -86,8 +97,9 @@ class _HeldLayer:
 
 
 def expected_after(previous: int | None, layer: int, alive: Sequence[int]) -> int | None:
-    """The layer that will run next, if there is one: that behind this one or, where layers run from the last to the
-    first, that before it. previous: the one that ran before. alive: those that the model has now."""
+    """The layer that will run next, if there is one: that behind this one or, where layers run from
+    the last to the first, that before it. previous: the one that ran before. alive: those that the
+    model has now."""
     place = alive.index(layer)
     before, behind = alive[:place], alive[place + 1 :]
     if behind and behind[0] == previous:
@@ -127,7 +139,8 @@ class _TensorsOnDisk:
             self._stored[place[1] if place else None].append(stored)
 
     def read(self, layer: int | None) -> dict[str, Tensor]:
-        """The tensors of one layer by name, in the CPU's memory; for a GPU, in such that it reaches by itself.
+        """The tensors of one layer by name, in the CPU's memory; for a GPU, in such that it reaches
+        by itself.
 
         Raises UserError if one is not finite, when the layer is read for the first time.
         """
@@ -139,9 +152,13 @@ class _TensorsOnDisk:
         return tensors
 
     def place(self, tensors: dict[str, Tensor]) -> None:
-        """Makes the parameters of a layer real. transformers knows how a checkpoint's names and shapes become its
-        modules' (the experts of a mixture are stacked)."""
-        options = LoadStateDictConfig(device_map={"": self._device}, weight_mapping=self._conversions)
-        with self._architecture.layers_replaced(self._model, self._all_layers):  # names count all layers
+        """Makes the parameters of a layer real. transformers knows how a checkpoint's names and
+        shapes become its modules' (the experts of a mixture are stacked)."""
+        options = LoadStateDictConfig(
+            device_map={"": self._device}, weight_mapping=self._conversions
+        )
+        with self._architecture.layers_replaced(
+            self._model, self._all_layers
+        ):  # names count all layers
             convert_and_load_state_dict_in_model(self._model, tensors, options)
         self._model.requires_grad_(False)

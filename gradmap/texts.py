@@ -10,7 +10,14 @@ from typing import Any
 
 from gradmap.console import waiting
 from gradmap.errors import UserError, first_line
-from gradmap.reading import is_text, kind_of, library_errors_refused, parse_record, read_lines, read_text
+from gradmap.reading import (
+    is_text,
+    kind_of,
+    library_errors_refused,
+    parse_record,
+    read_lines,
+    read_text,
+)
 from gradmap.text_specs import DiskSource, FileSource, HubSource, parse_source, preset_of
 
 # A hub data set can be far larger than what is needed: reading stops here.
@@ -18,8 +25,8 @@ HUB_DOCUMENTS = 10_000
 
 
 def read_texts(spec: str, seed: int) -> list[str]:
-    """Returns the distinct non-empty documents of a SPEC in an order that `seed` fixes; of a preset, its calibration
-    split.
+    """Returns the distinct non-empty documents of a SPEC in an order that `seed` fixes; of a
+    preset, its calibration split.
 
     Raises UserError if the SPEC is malformed or its data is missing, damaged, empty or no text.
     """
@@ -33,7 +40,8 @@ def read_texts(spec: str, seed: int) -> list[str]:
 
 
 def read_joined(spec: str) -> str:
-    """Returns the rows of a SPEC as one text, in their order and as they are; of a preset, its evaluation split.
+    """Returns the rows of a SPEC as one text, in their order and as they are; of a preset, its
+    evaluation split.
 
     Raises UserError as `read_texts` does.
     """
@@ -58,7 +66,9 @@ def _open_source(spec: str, seed: int | None) -> Iterator[str]:
             return _read_disk(path, field)
         case HubSource() as source:
             return _read_hub(source, seed)
-    raise UserError(f"Text source {spec} is for the prompts of load tests alone; use file:, disk: or hub:.")
+    raise UserError(
+        f"Text source {spec} is for the prompts of load tests alone; use file:, disk: or hub:."
+    )
 
 
 def _read_file(source: FileSource) -> Iterator[str]:
@@ -72,7 +82,10 @@ def _read_file(source: FileSource) -> Iterator[str]:
 def _read_plain(path: Path) -> str:
     text = read_text(path)
     if "\0" in text:  # a text in UTF-16 without a mark would pass for one in UTF-8
-        raise UserError(f"{path} is no plain text: it has zero bytes; convert it to UTF-8, if it is text at all.")
+        raise UserError(
+            f"{path} is no plain text: it has zero bytes; convert it to UTF-8, if it is text at "
+            "all."
+        )
     return text
 
 
@@ -102,12 +115,15 @@ def _read_disk(directory: Path, field: str) -> Iterator[str]:
     from datasets import DatasetDict, load_from_disk
 
     if not any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise UserError(f"{directory} is no directory written by datasets.save_to_disk; check the path.")
+        raise UserError(
+            f"{directory} is no directory written by datasets.save_to_disk; check the path."
+        )
     with library_errors_refused(f"{directory} is damaged"):
         dataset = load_from_disk(str(directory))
     if isinstance(dataset, DatasetDict):
         raise UserError(
-            f"{directory} holds the splits {', '.join(dataset)}; name one, as in disk:{directory}/SPLIT:{field}."
+            f"{directory} holds the splits {', '.join(dataset)}; name one, as in "
+            f"disk:{directory}/SPLIT:{field}."
         )
     column = _column_of(field, dataset.column_names)
     if column is None:
@@ -123,9 +139,12 @@ def _read_hub(source: HubSource, seed: int | None) -> Iterator[str]:
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=HUB_DOCUMENTS)
         rows = list(islice(stream, HUB_DOCUMENTS))
-    except Exception as error:  # a library that reads the hub's files of all kinds raises errors of all kinds
+    except (
+        Exception
+    ) as error:  # a library that reads the hub's files of all kinds raises errors of all kinds
         raise UserError(
-            f"Hub data set {source.name} could not be read ({first_line(error)}); use file: or disk: offline."
+            f"Hub data set {source.name} could not be read ({first_line(error)}); use file: or "
+            "disk: offline."
         ) from None
     for number, row in enumerate(rows, start=1):
         column = _column_of(source.field, row)
@@ -146,7 +165,8 @@ def _texts_of_column(values: Iterable[Any], column: str, field: str, place: str)
 
 
 def _text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:
-    """The text that a row has under a field, none where that is null. Raises UserError if it has something else."""
+    """The text that a row has under a field, none where that is null. Raises UserError if it has
+    something else."""
     try:
         text = value_at(row, field)
     except LookupError:
@@ -156,12 +176,15 @@ def _text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:
     if not isinstance(text, str):
         raise UserError(f"{place}: the field {field!r} is {kind_of(text)}, and no text.")
     if not is_text(text):
-        raise UserError(f"{place}: the field {field!r} holds half of a character (a lone surrogate).")
+        raise UserError(
+            f"{place}: the field {field!r} holds half of a character (a lone surrogate)."
+        )
     yield text
 
 
 def value_at(row: dict[str, Any], field: str) -> Any:
-    """What is under a field, by its whole name or nested; None also below what is null. Raises LookupError."""
+    """What is under a field, by its whole name or nested; None also below what is null. Raises
+    LookupError."""
     if field in row:
         return row[field]
     value: Any = row

@@ -15,7 +15,8 @@ class Verdict(StrEnum):
 
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3, Verdict.INVALID: 4}
-# A gate that was missed stays missed, whatever the others say; what is invalid may turn out either way.
+# A gate that was missed stays missed, whatever the others say; what is invalid may turn out either
+# way.
 _WORST_FIRST = (Verdict.FAIL, Verdict.INVALID, Verdict.INCONCLUSIVE, Verdict.PASS)
 
 

@@ -12,8 +12,9 @@ KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def vllm_defaults() -> dict[str, str]:
-    """Environment variables for vLLM where the user set none: nothing is fetched, nothing is reported, what it starts
-    takes no module from the working directory, and GPUs are numbered as NVML does, which vLLM asks about by number."""
+    """Environment variables for vLLM where the user set none: nothing is fetched, nothing is
+    reported, what it starts takes no module from the working directory, and GPUs are numbered as
+    NVML does, which vLLM asks about by number."""
     defaults = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -26,8 +27,9 @@ def vllm_defaults() -> dict[str, str]:
 
 
 def threads_within_quota() -> dict[str, str]:
-    """The cores for vLLM's CPU build where a container's quota allows fewer than there are: it would take one thread
-    for each, and they would wait for each other. For one process, that is without tensor parallelism."""
+    """The cores for vLLM's CPU build where a container's quota allows fewer than there are: it
+    would take one thread for each, and they would wait for each other. For one process, that is
+    without tensor parallelism."""
     cores = allowed_cores()
     if not is_cpu_build() or usable_cores() >= len(cores):
         return {}
@@ -35,8 +37,8 @@ def threads_within_quota() -> dict[str, str]:
 
 
 def vllm_dtype(dtype: str) -> str:
-    """What vLLM is told for a dtype of ours. `auto` is left to vLLM, which takes what is stored, or float16 on a GPU
-    without bfloat16; but on a CPU that only emulates bfloat16 it is float32."""
+    """What vLLM is told for a dtype of ours. `auto` is left to vLLM, which takes what is stored, or
+    float16 on a GPU without bfloat16; but on a CPU that only emulates bfloat16 it is float32."""
     if dtype == AUTOCAST:
         return "bfloat16"
     return "float32" if dtype == "auto" and cpu_wants_float32() else dtype

@@ -1,6 +1,8 @@
-"""Samples on their way through the layers of a model: whoever works from front to back need not begin again.
+"""Samples on their way through the layers of a model: whoever works from front to back need not
+begin again.
 
-A layer that is looked at runs once more when it is passed, and a loss runs what is ahead without passing it.
+A layer that is looked at runs once more when it is passed, and a loss runs what is ahead without
+passing it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from gradmap.corrections import Changes, corrected
 from gradmap.distributed import share_of, summed
 from gradmap.layerwise import capturing, divergences_from, record_layer_calls
 
-# What enters and leaves each watched module, (B, T, ...), and what leaves the layer, (B, T, d); of which samples.
+# What enters and leaves each watched module, (B, T, ...), and what leaves the layer, (B, T, d); of
+# which samples.
 Look = Callable[[slice, list[tuple[Tensor, Tensor]], Tensor], None]
 
 
@@ -29,7 +32,12 @@ class Walk:
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, architecture: Architecture, layers: Sequence[int], input_ids: Tensor, batches: Batches
+        self,
+        model: Any,
+        architecture: Architecture,
+        layers: Sequence[int],
+        input_ids: Tensor,
+        batches: Batches,
     ) -> None:
         """layers: the indices of those to walk through. input_ids: (N, T)."""
         self._model, self._architecture, self._batches = model, architecture, batches
@@ -37,11 +45,14 @@ class Walk:
         self._ahead = list(layers)
         self._tokens = input_ids.numel()  # of all processes
         self.input_ids = share_of(input_ids)[0].to(model.device)
-        _, self._calls = record_layer_calls(model, self._all_layers, self.input_ids[:1])  # the same for every sample
+        _, self._calls = record_layer_calls(
+            model, self._all_layers, self.input_ids[:1]
+        )  # the same for every sample
         self.hidden = self._gathered(self._embed)
 
     def go_to(self, layer: int, changes: Changes) -> None:
-        """On to the entrance of `layer`, through those before it that are ahead, with the changes."""
+        """On to the entrance of `layer`, through those before it that are ahead, with the
+        changes."""
         passed = [index for index in self._ahead if index < layer]
         if passed:
             self.hidden = self._leaving(passed, changes)
@@ -54,8 +65,8 @@ class Walk:
 
     @torch.no_grad()
     def look(self, layer: int, modules: Sequence[nn.Module], changes: Changes, visit: Look) -> None:
-        """Runs the layer, which is the next one, batch after batch without passing it; `visit` sees what its modules
-        do."""
+        """Runs the layer, which is the next one, batch after batch without passing it; `visit` sees
+        what its modules do."""
         assert self._ahead[0] == layer
 
         def run_batch(samples: slice) -> None:
@@ -68,8 +79,9 @@ class Walk:
 
     @torch.no_grad()
     def divergence(self, wanted: Tensor, changes: Changes) -> float:
-        """Mean divergence of the next-token distributions (nats per token) from those that follow from `wanted`, the
-        dense model's last output (n, T, d), if the rest of the way is gone with the changes."""
+        """Mean divergence of the next-token distributions (nats per token) from those that follow
+        from `wanted`, the dense model's last output (n, T, d), if the rest of the way is gone with
+        the changes."""
         divergences = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
 
         def run_batch(samples: slice) -> None:

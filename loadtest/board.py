@@ -1,4 +1,5 @@
-"""What people see of a load test while it runs: a live table on a terminal, plain lines elsewhere."""
+"""What people see of a load test while it runs: a live table on a terminal, plain lines
+elsewhere."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ START, LOAD = "start", "load"
 
 
 class Ahead:
-    """How long the rest of a session takes. Servers that start take longer than loads, so that each has a pace of its
-    own. Times are seconds."""
+    """How long the rest of a session takes. Servers that start take longer than loads, so that each
+    has a pace of its own. Times are seconds."""
 
     def __init__(self, starts: int, loads: int) -> None:
         self._paces = {START: Pace(starts), LOAD: Pace(loads)}
@@ -36,7 +37,8 @@ class Ahead:
         self._paces[kind].advance(1, self._spent_s[kind])
 
     def eta_s(self, kind: str, so_far_s: float) -> float | None:
-        """kind: what has been going on for `so_far_s`. None if nothing tells, or if it should have been done by now."""
+        """kind: what has been going on for `so_far_s`. None if nothing tells, or if it should have
+        been done by now."""
         total_s = 0.0
         for each, pace in self._paces.items():
             if pace.done == pace.total:
@@ -51,7 +53,8 @@ class Ahead:
 class Board:
     """Rate, TTFT and TPOT of every load that ran or runs, and how long the rest will take.
 
-    starts, loads: how many there are in all; those of the search for the highest rate are not known beforehand.
+    starts, loads: how many there are in all; those of the search for the highest rate are not known
+    beforehand.
     """
 
     def __init__(self, starts: int, loads: int) -> None:
@@ -73,7 +76,8 @@ class Board:
 
     @contextmanager
     def load(self, arm: str, stay: str, load: Load, count: int) -> Iterator[LoadProgress]:
-        """Shows a load of `count` requests while the block runs; elsewhere than on a terminal, as lines.
+        """Shows a load of `count` requests while the block runs; elsewhere than on a terminal, as
+        lines.
 
         stay: which block this is, such as `pair 2`.
         """
@@ -90,7 +94,10 @@ class Board:
 
     def _line(self, progress: LoadProgress) -> str:
         requests, rate, ttft, tpot, failed = progress.cells
-        line = f"{self._now}: {requests} requests, {rate}/s, TTFT {ttft} ms, TPOT {tpot} ms, {failed} failed"
+        line = (
+            f"{self._now}: {requests} requests, {rate}/s, TTFT {ttft} ms, TPOT {tpot} ms, {failed} "
+            "failed"
+        )
         return f"{line}   {self._describe_eta()}".rstrip()
 
     def _turn(self, kind: str) -> None:
@@ -126,7 +133,8 @@ class LoadProgress:
 
 
 def describe_progress(records: Sequence[RequestRecord], count: int) -> tuple[str, ...]:
-    """Requests so far of `count`, requests a second, medians of TTFT and TPOT (ms), failed requests."""
+    """Requests so far of `count`, requests a second, medians of TTFT and TPOT (ms), failed
+    requests."""
     metrics = [measure(record) for record in records if record.error is None]
     length_s = window_s(records) if records else None
     rate = f"{len(records) / length_s:.2f}" if length_s else "-"

@@ -20,26 +20,37 @@ from loadtest.loads import parse_loads
 from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, REQUIRED_SPEED_UP, LoadTestSettings
 
 AgainstOption = Annotated[
-    Path | None, typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now.")
+    Path | None,
+    typer.Option(help="report.json of an earlier test: FAIL where a speed-up is surely lower now."),
 ]
-ParquetOption = Annotated[bool, typer.Option("--parquet", help="Write the raw records as Parquet too.")]
+ParquetOption = Annotated[
+    bool, typer.Option("--parquet", help="Write the raw records as Parquet too.")
+]
 ESTIMATED = "estimated within a factor of two"
 DEFAULT_WORK = (
-    "This is for 128 x 128 tokens of calibration, 100 documents of each of the paper's tasks, 100 segments of a text, "
-    "formats hf and vllm, and a full load test; `gradmap run RECIPE --dry-run` estimates a recipe."
+    "This is for 128 x 128 tokens of calibration, 100 documents of each of the paper's tasks, 100 "
+    "segments of a text, formats hf and vllm, and a full load test; `gradmap run RECIPE "
+    "--dry-run` estimates a recipe."
 )
 ESTIMATE_COLUMNS = ("minutes", "memory (GB)", "available (GB)")
 
 
 @heartbeat(so_far("gradmap loadtest"))
 def loadtest(
-    dense: Annotated[str, typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server.")],
-    out: Annotated[Path, typer.Option(help="Directory for records.jsonl, blocks.jsonl and report.json.")],
+    dense: Annotated[
+        str,
+        typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Directory for records.jsonl, blocks.jsonl and report.json.")
+    ],
     pruned: Annotated[
-        str | None, typer.Option(help="The pruned model: a vLLM-ready directory, or the URL of a server.")
+        str | None,
+        typer.Option(help="The pruned model: a vLLM-ready directory, or the URL of a server."),
     ] = None,
     candidate: Annotated[
-        list[str] | None, typer.Option(help="NAME=TARGET: one more model to compare; may be given several times.")
+        list[str] | None,
+        typer.Option(help="NAME=TARGET: one more model to compare; may be given several times."),
     ] = None,
     dense_model: Annotated[
         str | None, typer.Option(help="Name of the unpruned model, at a URL that serves several.")
@@ -48,44 +59,77 @@ def loadtest(
         str | None, typer.Option(help="Name of the pruned model, at a URL that serves several.")
     ] = None,
     candidate_model: Annotated[
-        list[str] | None, typer.Option(help="NAME=MODEL: the same of a --candidate; may be given several times.")
+        list[str] | None,
+        typer.Option(help="NAME=MODEL: the same of a --candidate; may be given several times."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS.")
+        bool,
+        typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS."),
     ] = False,
     require_speedup: Annotated[
         float, typer.Option(help="TPOT speed-up that the verdict asks for.")
     ] = REQUIRED_SPEED_UP,
-    pairs: Annotated[int | None, typer.Option(help="Pairs of dense and pruned blocks (6, with --quick 3).")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="Pairs of dense and pruned blocks (6, with --quick 3).")
+    ] = None,
     concurrency: Annotated[
-        list[int] | None, typer.Option(help="Requests in flight; may be given several times (1 and 8).")
+        list[int] | None,
+        typer.Option(help="Requests in flight; may be given several times (1 and 8)."),
     ] = None,
     rate: Annotated[
-        list[float] | None, typer.Option(help="Requests a second, in an open loop; may be given several times.")
+        list[float] | None,
+        typer.Option(help="Requests a second, in an open loop; may be given several times."),
     ] = None,
-    arrivals: Annotated[str, typer.Option(help="Of an open loop: poisson, constant or burst.")] = "poisson",
+    arrivals: Annotated[
+        str, typer.Option(help="Of an open loop: poisson, constant or burst.")
+    ] = "poisson",
     open_loop_s: Annotated[float, typer.Option(help="Length of an open loop, in seconds.")] = 20.0,
     slo: Annotated[
-        list[str] | None, typer.Option(help="Such as ttft_p95=200ms or tpot_p95=30ms; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Such as ttft_p95=200ms or tpot_p95=30ms; may be given several times."),
     ] = None,
     find_rate: Annotated[
-        bool, typer.Option("--find-rate", help="Look for the highest rate of each model that meets the SLOs.")
+        bool,
+        typer.Option(
+            "--find-rate", help="Look for the highest rate of each model that meets the SLOs."
+        ),
     ] = False,
-    requests: Annotated[int, typer.Option(min=1, help="Requests per block and load, at least.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Random token ids per prompt; of texts, at most.")] = 128,
-    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request; of ShareGPT, at most.")] = 64,
-    length_spread: Annotated[float, typer.Option(help="Both lengths vary by up to this share.")] = 0.0,
-    shared_prefix: Annotated[int, typer.Option(min=0, help="So many first tokens are the same in a load.")] = 0,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests per block and load, at least.")
+    ] = 8,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Random token ids per prompt; of texts, at most.")
+    ] = 128,
+    output_tokens: Annotated[
+        int, typer.Option(help="Tokens generated per request; of ShareGPT, at most.")
+    ] = 64,
+    length_spread: Annotated[
+        float, typer.Option(help="Both lengths vary by up to this share.")
+    ] = 0.0,
+    shared_prefix: Annotated[
+        int, typer.Option(min=0, help="So many first tokens are the same in a load.")
+    ] = 0,
     prompts: Annotated[
-        str | None, typer.Option(help="Texts in place of random tokens: a SPEC as for --calibration, or sharegpt:PATH.")
+        str | None,
+        typer.Option(
+            help="Texts in place of random tokens: a SPEC as for --calibration, or sharegpt:PATH."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws prompts, arrivals and the order of the blocks.")] = 0,
-    vocabulary: Annotated[int | None, typer.Option(help="Token ids the models know; needed for URLs only.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Its directory; needed for --prompts with URLs only.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Draws prompts, arrivals and the order of the blocks.")
+    ] = 0,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Token ids the models know; needed for URLs only.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its directory; needed for --prompts with URLs only.")
+    ] = None,
     vllm_flag: Annotated[
         list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")
     ] = None,
-    processes: Annotated[int, typer.Option(help="That send requests: Locust workers on this machine.")] = 1,
+    processes: Annotated[
+        int, typer.Option(help="That send requests: Locust workers on this machine.")
+    ] = 1,
     against: AgainstOption = None,
     parquet: ParquetOption = False,
     json_line: JsonOption = False,
@@ -99,13 +143,16 @@ def loadtest(
 
     settings = LoadTestSettings(
         dense=dense,
-        candidates=({PRUNED: pruned} if pruned else {}) | _parse_named("--candidate", candidate or []),
+        candidates=({PRUNED: pruned} if pruned else {})
+        | _parse_named("--candidate", candidate or []),
         loads=parse_loads(concurrency, rate, arrivals),
         pairs=pairs if pairs is not None else QUICK_PAIRS if quick else LoadTestSettings.pairs,
         interleaved=not quick,
         requests_per_load=requests,
         open_loop_s=open_loop_s,
-        workload=Workload(prompt_tokens, output_tokens, length_spread, shared_prefix, prompts, seed),
+        workload=Workload(
+            prompt_tokens, output_tokens, length_spread, shared_prefix, prompts, seed
+        ),
         slos=tuple(parse_slo(text) for text in slo or []),
         find_rate=find_rate,
         vocabulary=vocabulary,
@@ -126,7 +173,10 @@ def loadtest(
 def report(
     directory: Annotated[Path, typer.Argument(help="The directory of a load test.")],
     require_speedup: Annotated[
-        float | None, typer.Option(help="TPOT speed-up that the verdict asks for; default: what was asked before.")
+        float | None,
+        typer.Option(
+            help="TPOT speed-up that the verdict asks for; default: what was asked before."
+        ),
     ] = None,
     against: AgainstOption = None,
     parquet: ParquetOption = False,
@@ -147,14 +197,17 @@ def report(
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="Result directory; default out/RECIPE.")] = None,
-    from_stage: Annotated[str | None, typer.Option("--from", help="Run this stage and all later ones again.")] = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", help="Run this stage and all later ones again.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would run, and how long it would take.")
     ] = False,
     json_line: JsonOption = False,
 ) -> int:
-    """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not repeated."""
+    """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not
+    repeated."""
     with importing():
         from loadtest.pipeline import plan_run, planned_rows, run_recipe
 
@@ -162,7 +215,9 @@ def run(
     if dry_run:
         with waiting("Measuring this machine"):
             planned = plan_run(recipe, out, from_stage, fresh)
-        print_table(f"What would run, {ESTIMATED}", ("stage", "", *ESTIMATE_COLUMNS), planned_rows(planned))
+        print_table(
+            f"What would run, {ESTIMATED}", ("stage", "", *ESTIMATE_COLUMNS), planned_rows(planned)
+        )
         if json_line:
             print_json_line({"stages": [asdict(stage) for stage in planned]})
         return 0
@@ -174,18 +229,29 @@ def run(
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option("--model", help="Estimate each stage for this model: a directory, or a hub id.")
+        str | None,
+        typer.Option(
+            "--model", help="Estimate each stage for this model: a directory, or a hub id."
+        ),
     ] = None,
     gguf_file: GgufOption = None,
     remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")
+    ] = None,
     json_line: JsonOption = False,
 ) -> None:
     """Say what this machine can do, and how long each stage would take with a model."""
     with importing():
         from gradmap.checkpoint import read_config
         from gradmap.doctor import examine_machine, machine_rows
-        from loadtest.estimates import Speeds, default_recipe, estimate_rows, estimate_stages, misfits
+        from loadtest.estimates import (
+            Speeds,
+            default_recipe,
+            estimate_rows,
+            estimate_stages,
+            misfits,
+        )
 
     if model is None and (gguf_file, remove, ratio) != (None, None, None):
         raise UserError("--gguf-file, --remove and --ratio are of a model; give --model.")
@@ -196,7 +262,9 @@ def doctor(
     result: dict[str, Any] = {"machine": asdict(machine)}
     if model is not None and config is not None:
         with waiting("Measuring how fast it runs the model"):
-            estimates = estimate_stages(default_recipe(model, gguf_file, remove, ratio), Speeds(config, machine.disk))
+            estimates = estimate_stages(
+                default_recipe(model, gguf_file, remove, ratio), Speeds(config, machine.disk)
+            )
         print_table(f"{model}, {ESTIMATED}", ("stage", *ESTIMATE_COLUMNS), estimate_rows(estimates))
         print(DEFAULT_WORK)
         for misfit in misfits(estimates):
@@ -212,7 +280,10 @@ def _parse_named(option: str, texts: list[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not value or name in named or name in (DENSE, PRUNED):
-            raise UserError(f"{option} {text} is not NAME=VALUE with a name of its own (not {DENSE} or {PRUNED}).")
+            raise UserError(
+                f"{option} {text} is not NAME=VALUE with a name of its own (not {DENSE} or "
+                f"{PRUNED})."
+            )
         named[name] = value
     return named
 

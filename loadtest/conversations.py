@@ -1,4 +1,5 @@
-"""Prompts in files of records: conversations in ShareGPT's format, a JSON list or one object a line, and JSON lines."""
+"""Prompts in files of records: conversations in ShareGPT's format, a JSON list or one object a
+line, and JSON lines."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class RecordCount:
 
 def read_conversations(path: Path, seed: int) -> tuple[list[Exchange], RecordCount]:
     """First question and first answer of every conversation in a file; else as `_read_usable`."""
-    return _read_usable(path, first_exchange, "conversation that begins with a question and an answer", seed)
+    return _read_usable(
+        path, first_exchange, "conversation that begins with a question and an answer", seed
+    )
 
 
 def read_documents(path: Path, field: str, seed: int) -> tuple[list[Exchange], RecordCount]:
@@ -41,7 +44,8 @@ def read_documents(path: Path, field: str, seed: int) -> tuple[list[Exchange], R
 
 
 def first_exchange(record: Any) -> tuple[str, str] | None:
-    """The question and the answer that a conversation begins with, system prompts aside; None if it does not."""
+    """The question and the answer that a conversation begins with, system prompts aside; None if it
+    does not."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
@@ -64,7 +68,8 @@ def _document(field: str, record: Any) -> Exchange | None:
 def _read_usable(
     path: Path, usable: Callable[[Any], Exchange | None], wanted: str, seed: int
 ) -> tuple[list[Exchange], RecordCount]:
-    """What is of use in a file, each once, in an order that `seed` fixes. Says how many records are not.
+    """What is of use in a file, each once, in an order that `seed` fixes. Says how many records are
+    not.
 
     Raises UserError if the file cannot be read, or nothing in it is of use.
     """
@@ -74,7 +79,10 @@ def _read_usable(
         raise UserError(f"{path} has no {wanted} ({len(records)} records).")
     count = RecordCount(len(records), len(records) - len(found))
     if count.skipped:
-        say(f"{count.skipped} of {count.records} records of {path} are skipped: they have no {wanted}.")
+        say(
+            f"{count.skipped} of {count.records} records of {path} are skipped: they have no "
+            f"{wanted}."
+        )
     exchanges = list(dict.fromkeys(found))
     random.Random(seed).shuffle(exchanges)
     return exchanges, count
@@ -87,16 +95,21 @@ def _read_records(path: Path) -> list[Any]:
         return [parse_record(line) for line in lines]
     records = parse_record("".join(lines))
     if not isinstance(records, list):
-        raise UserError(f"{path} is no list of records: it begins as one, and is no valid JSON; is it cut short?")
+        raise UserError(
+            f"{path} is no list of records: it begins as one, and is no valid JSON; is it cut "
+            "short?"
+        )
     return records
 
 
 def _begins_list(lines: list[str]) -> bool:
-    """Whether all lines are one list; a list that ends in the first of several lines is a record."""
+    """Whether all lines are one list; a list that ends in the first of several lines is a
+    record."""
     begun = bool(lines) and lines[0].lstrip().startswith("[")
     return begun and (len(lines) == 1 or parse_record(lines[0]) is None)
 
 
 def _whole(text: str) -> str:
-    """Halves of characters, which JSON may hold and no tokeniser takes, become the sign for what cannot be shown."""
+    """Halves of characters, which JSON may hold and no tokeniser takes, become the sign for what
+    cannot be shown."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()

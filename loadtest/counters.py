@@ -34,7 +34,9 @@ def read_counter(endpoint: Endpoint) -> Counter | None:
     """None if the server does not tell, or not in time, or tells what is no count."""
     text = _metrics(endpoint.url)
     rows = TOKENS.findall(text)
-    own = [row for row in rows if f'model_name="{endpoint.model}"' in row[0]]  # where several models are counted
+    own = [
+        row for row in rows if f'model_name="{endpoint.model}"' in row[0]
+    ]  # where several models are counted
     try:
         tokens = sum(float(count) for _, count in own or rows)
     except ValueError:
@@ -47,8 +49,9 @@ def read_counter(endpoint: Endpoint) -> Counter | None:
 def tokens_since(endpoint: Endpoint, before: Counter, expected: int) -> int | None:
     """By how much the count has risen; waits a little for it to be what is expected.
 
-    None if the server does not tell, or if several do: behind a balancer, each replica counts what it made itself. Then
-    the count falls from one look to the next, or processes answer that started at other times.
+    None if the server does not tell, or if several do: behind a balancer, each replica counts what
+    it made itself. Then the count falls from one look to the next, or processes answer that started
+    at other times.
     """
     deadline_s, latest = time.monotonic() + COUNTER_WAIT_S, before
     while True:

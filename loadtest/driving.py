@@ -77,17 +77,23 @@ class RecordFiles:
 def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Measurements:
     """Lets Locust send one load; prompts and arrivals depend on pair and load, not on the arm.
 
-    A server that stays, as one given by its URL does, may have seen these prompts: in another arm that is the same
-    model, or in an earlier test. So that it does not answer from its prefix cache, each load has a salt of its own.
+    A server that stays, as one given by its URL does, may have seen these prompts: in another arm
+    that is the same model, or in an earlier test. So that it does not answer from its prefix cache,
+    each load has a salt of its own.
     """
     settings = bench.settings
     count, name = settings.requests_at(load), f"{block.pair}-{load.name}"
     salt = secrets.token_hex(8)
     requests = draw_requests(bench.prompts, name, count, load, settings.workload.seed, salt)
-    stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(block.pair, f"pair {block.pair + 1}")
+    stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(
+        block.pair, f"pair {block.pair + 1}"
+    )
     showing = bench.board.load(block.arm, stay, load, count)
     records: list[RequestRecord] = []
-    with showing as shown, TemporaryDirectory(dir=bench.out.resolve(), prefix=LOAD_PREFIX) as directory:
+    with (
+        showing as shown,
+        TemporaryDirectory(dir=bench.out.resolve(), prefix=LOAD_PREFIX) as directory,
+    ):
         files = {kind: Path(directory, kind) for kind in ("requests", "records", "usage")}
         save_requests(files["requests"], requests)
         files["records"].mkdir()
@@ -100,7 +106,9 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
 
         counted_before = read_counter(endpoint)
         limit_s = BLOCK_TIMEOUT_S + math.ceil(requests[-1].due_s or 0)
-        command = _locust_command(endpoint, block, load, settings.processes_at(load), files, limit_s)
+        command = _locust_command(
+            endpoint, block, load, settings.processes_at(load), files, limit_s
+        )
         with sampled(block.arm, block.pair, load.name) as resources:
             _run_locust(command, look, Path(directory), bench.out)
         look()  # what it wrote between the last look and its end
@@ -116,14 +124,27 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
 
 
 def _locust_command(
-    endpoint: Endpoint, block: Block, load: Load, processes: int, files: Mapping[str, Path], limit_s: int
+    endpoint: Endpoint,
+    block: Block,
+    load: Load,
+    processes: int,
+    files: Mapping[str, Path],
+    limit_s: int,
 ) -> list[str]:
     users = processes if load.is_open else int(load.level)
     return [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"),
         *("--users", str(users), "--spawn-rate", str(users), "--host", endpoint.url),
         *(argument for kind, path in files.items() for argument in (f"--{kind}", str(path))),
-        *(f"--model={endpoint.model}", "--arm", block.arm, "--pair", str(block.pair), "--load", load.name),
+        *(
+            f"--model={endpoint.model}",
+            "--arm",
+            block.arm,
+            "--pair",
+            str(block.pair),
+            "--load",
+            load.name,
+        ),
         # failed requests are in the records; Locust itself must not fail for them
         *("--run-time", f"{limit_s}s", "--exit-code-on-error", "0"),
         *(_worker_flags(processes) if processes > 1 else ()),
@@ -139,13 +160,15 @@ def _worker_flags(processes: int) -> tuple[str, ...]:
 
 
 def _locust_environment(home: Path) -> dict[str, str]:
-    """Without what Locust reads besides its arguments: its variables, and `.locust.conf` in the home directory."""
+    """Without what Locust reads besides its arguments: its variables, and `.locust.conf` in the
+    home directory."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
     return kept | {"HOME": str(home), "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
 
 
 def _run_locust(command: list[str], look: Callable[[], None], home: Path, out: Path) -> None:
-    """home: an empty place, for Locust also reads `locust.conf` and `pyproject.toml` of the current directory."""
+    """home: an empty place, for Locust also reads `locust.conf` and `pyproject.toml` of the current
+    directory."""
     log = out / "locust.log"
     with log.open("ab") as log_file:
         process = subprocess.Popen(
@@ -174,6 +197,6 @@ def _run_locust(command: list[str], look: Callable[[], None], home: Path, out: P
 
 def _could_not_write(out: Path) -> UserError:
     return UserError(
-        f"The load generator could not write below {out} (its log there is locust.log); is the disk full, or the size "
-        "of files limited?"
+        f"The load generator could not write below {out} (its log there is locust.log); is the "
+        "disk full, or the size of files limited?"
     )

@@ -1,4 +1,5 @@
-"""Where the models of a load test are served, and whether they can be, before anything is measured."""
+"""Where the models of a load test are served, and whether they can be, before anything is
+measured."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Endpoint:
 def find_endpoints(settings: LoadTestSettings) -> dict[str, Endpoint]:
     """Arm -> endpoint, of those arms that are URLs.
 
-    Raises UserError unless each of them answers and has the model, and every directory can be served here.
+    Raises UserError unless each of them answers and has the model, and every directory can be
+    served here.
     """
     endpoints = {}
     for arm, target in settings.arms.items():
@@ -46,7 +48,9 @@ def find_endpoints(settings: LoadTestSettings) -> dict[str, Endpoint]:
 
 def server_settings(settings: LoadTestSettings, directory: str) -> ServerSettings:
     """Of a server for this directory, on a port that is free now."""
-    return suited_to_machine(ServerSettings(Path(directory), port=free_port(), vllm_flags=settings.vllm_flags))
+    return suited_to_machine(
+        ServerSettings(Path(directory), port=free_port(), vllm_flags=settings.vllm_flags)
+    )
 
 
 def _find_endpoint(arm: str, url: str, models: Mapping[str, str]) -> Endpoint:

@@ -1,4 +1,5 @@
-"""What the stages of a recipe will take on this machine: seconds, within a factor of two, and memory."""
+"""What the stages of a recipe will take on this machine: seconds, within a factor of two, and
+memory."""
 
 from __future__ import annotations
 
@@ -50,8 +51,9 @@ CURES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds: None where the arithmetic does not know. peak_bytes: of the largest process; available_bytes: what is
-    free where it runs. parts: what the seconds are the sum of, by name, where a stage has several."""
+    """seconds: None where the arithmetic does not know. peak_bytes: of the largest process;
+    available_bytes: what is free where it runs. parts: what the seconds are the sum of, by name,
+    where a stage has several."""
 
     seconds: float | None
     peak_bytes: float
@@ -64,7 +66,8 @@ class Estimate:
 
 
 class Speeds:
-    """What this machine makes of one model, in any dtype. Each is measured when it is first asked for."""
+    """What this machine makes of one model, in any dtype. Each is measured when it is first asked
+    for."""
 
     def __init__(self, config: dict[str, Any], disk: Disk) -> None:
         self.config, self.disk = config, disk
@@ -79,7 +82,11 @@ class Speeds:
         if (found, place) not in self._known:
             self._known[found, place] = measure_hardware(self.config, found, place)
         hardware = self._known[found, place]
-        return replace(hardware, memory=hardware.memory * torch.cuda.device_count()) if spread else hardware
+        return (
+            replace(hardware, memory=hardware.memory * torch.cuda.device_count())
+            if spread
+            else hardware
+        )
 
     def of_server(self) -> tuple[Hardware, ServerSpeed] | None:
         """What vLLM computes on; None if it is not installed, or finds nothing to compute on."""
@@ -90,8 +97,11 @@ class Speeds:
         return self.of("bfloat16", "cuda"), GPU_SERVER
 
 
-def default_recipe(model: str, gguf_file: str | None, remove: int | None, ratio: float | None) -> Recipe:
-    """What a first run of everything may look like; texts and tasks are limited, as in recipes/smollm2.yaml."""
+def default_recipe(
+    model: str, gguf_file: str | None, remove: int | None, ratio: float | None
+) -> Recipe:
+    """What a first run of everything may look like; texts and tasks are limited, as in
+    recipes/smollm2.yaml."""
     return Recipe(
         model=model,
         gguf_file=gguf_file,
@@ -101,8 +111,8 @@ def default_recipe(model: str, gguf_file: str | None, remove: int | None, ratio:
 
 
 def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
-    """By the name of the stage. Raises UserError if so many layers cannot be removed, or if the model's sizes are not
-    known."""
+    """By the name of the stage. Raises UserError if so many layers cannot be removed, or if the
+    model's sizes are not known."""
     shape = Shape.of_config(speeds.config, recipe.model)
     remove = layers_to_remove(speeds.config, recipe.prune.remove, recipe.prune.ratio)
     require_removable(remove, shape.layers, recipe.model)
@@ -118,11 +128,19 @@ def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
 
 def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
     hardware = speeds.of(section.dtype, section.device)
-    methods = choose_methods(section.preset, selector=section.selector, compensator=section.compensator)
-    given = {name: value for name in ("samples", "tokens") if (value := getattr(section, name)) is not None}
+    methods = choose_methods(
+        section.preset, selector=section.selector, compensator=section.compensator
+    )
+    given = {
+        name: value
+        for name in ("samples", "tokens")
+        if (value := getattr(section, name)) is not None
+    }
     correctable = architecture_of(speeds.config).uncorrectable is None
     size = CalibrationSize(**given)
-    pruning = Pruning(remove, methods.selector, methods.compensator, size, bool(section.one_shot), correctable)
+    pruning = Pruning(
+        remove, methods.selector, methods.compensator, size, bool(section.one_shot), correctable
+    )
     if section.budget_minutes is not None:
         samples = affordable_samples(shape, hardware, pruning, 60 * section.budget_minutes)
         pruning = replace(pruning, size=replace(size, samples=samples))
@@ -150,10 +168,14 @@ def _estimate_eval(recipe: Recipe, shape: Shape, left: int, speeds: Speeds) -> E
         answers=bool(section.answers),
     )
     seconds = evaluation_seconds(shape, hardware, size, (shape.layers, left))
-    return Estimate(_sum(seconds, STARTING_S), evaluation_bytes(shape, hardware, size), hardware.memory)
+    return Estimate(
+        _sum(seconds, STARTING_S), evaluation_bytes(shape, hardware, size), hardware.memory
+    )
 
 
-def _estimate_export(recipe: Recipe, shape: Shape, layers: int, formats: list[str], speeds: Speeds) -> Estimate:
+def _estimate_export(
+    recipe: Recipe, shape: Shape, layers: int, formats: list[str], speeds: Speeds
+) -> Estimate:
     """Verified in float32 on the CPU."""
     section, cpu = recipe.export, speeds.of("float32", "cpu")
     dtypes = [section.dtype or FORMATS[name].dtypes[0] for name in formats if name in FORMATS]
@@ -163,7 +185,9 @@ def _estimate_export(recipe: Recipe, shape: Shape, layers: int, formats: list[st
     return Estimate(seconds, export_bytes(shape, cpu, size, layers), cpu.memory)
 
 
-def _estimate_load_test(section: LoadTestSection, shape: Shape, left: int, speeds: Speeds) -> Estimate:
+def _estimate_load_test(
+    section: LoadTestSection, shape: Shape, left: int, speeds: Speeds
+) -> Estimate:
     found = speeds.of_server()
     if found is None:
         return Estimate(None, 0.0, 0.0)
@@ -191,13 +215,17 @@ def load_test_settings(section: LoadTestSection) -> LoadTestSettings:
 
 
 def estimate_rows(estimates: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
-    """Stage, minutes, memory and what is available; a row for each part of a stage that has several."""
+    """Stage, minutes, memory and what is available; a row for each part of a stage that has
+    several."""
     rows = []
     for name, estimate in estimates.items():
         parts = {f"{name}: {part}": seconds for part, seconds in estimate.parts.items()}
         for label, seconds in (parts or {name: estimate.seconds}).items():
             rows.append((label, *estimate_cells(estimate, seconds)))
-    return [*rows, ("all", _minutes(_sum(*(estimate.seconds for estimate in estimates.values()))), "", "")]
+    return [
+        *rows,
+        ("all", _minutes(_sum(*(estimate.seconds for estimate in estimates.values()))), "", ""),
+    ]
 
 
 def estimate_cells(estimate: Estimate, seconds: float | None) -> tuple[str, str, str]:
@@ -209,8 +237,8 @@ def estimate_cells(estimate: Estimate, seconds: float | None) -> tuple[str, str,
 def misfits(estimates: Mapping[str, Estimate]) -> list[str]:
     """A sentence for each stage that needs more memory than there is."""
     return [
-        f"{name} needs about {one.peak_bytes / 1e9:.0f} GB of memory and {one.available_bytes / 1e9:.0f} GB are "
-        f"available: it does not fit; {CURES[name]}."
+        f"{name} needs about {one.peak_bytes / 1e9:.0f} GB of memory and "
+        f"{one.available_bytes / 1e9:.0f} GB are available: it does not fit; {CURES[name]}."
         for name, one in estimates.items()
         if not one.fits
     ]

@@ -8,7 +8,15 @@ import matplotlib as mpl
 import numpy as np
 
 from gradmap.plan import Plan
-from loadtest.drawing import DENSE_COLOR, KEPT_COLOR, PRUNED_COLOR, STYLE, TEXT_COLOR, new_figure, to_svg
+from loadtest.drawing import (
+    DENSE_COLOR,
+    KEPT_COLOR,
+    PRUNED_COLOR,
+    STYLE,
+    TEXT_COLOR,
+    new_figure,
+    to_svg,
+)
 
 _ARM_COLORS = {"dense": DENSE_COLOR, "pruned": PRUNED_COLOR}
 # What the selectors measure; the lowest goes.
@@ -29,7 +37,9 @@ def draw_importance(plan: Plan) -> str:
         axes.bar(list(scores), list(scores.values()), color=colors)
         for rank, layer in enumerate(plan.removal_order, start=1):
             axes.annotate(f"{rank}.", (layer, scores[layer]), ha="center", va="bottom", fontsize=9)
-        axes.set_xlabel("layer (original index); red: removed, with its place in the order of removal")
+        axes.set_xlabel(
+            "layer (original index); red: removed, with its place in the order of removal"
+        )
         axes.set_ylabel(f"{SCORES.get(plan.recipe['selector'], 'score')}, first round")
         return to_svg(figure)
 
@@ -42,11 +52,16 @@ def draw_perplexity(result: dict[str, Any]) -> str:
 
 def draw_accuracy(result: dict[str, Any]) -> str:
     """Bars of accuracy per task and of their average, dense beside pruned, with standard errors."""
-    estimates = {arm: result[arm]["accuracy"] | {"average": result[arm]["average_accuracy"]} for arm in _ARM_COLORS}
+    estimates = {
+        arm: result[arm]["accuracy"] | {"average": result[arm]["average_accuracy"]}
+        for arm in _ARM_COLORS
+    }
     return _draw_estimates(estimates, "accuracy (%, higher is better)", factor=100, width=9.0)
 
 
-def _draw_estimates(estimates: dict[str, dict[str, Any]], label: str, factor: float, width: float) -> str:
+def _draw_estimates(
+    estimates: dict[str, dict[str, Any]], label: str, factor: float, width: float
+) -> str:
     """estimates: arm -> name -> value and standard error."""
     names = list(estimates["dense"])
     with mpl.rc_context(STYLE):
@@ -55,7 +70,9 @@ def _draw_estimates(estimates: dict[str, dict[str, Any]], label: str, factor: fl
             values = [factor * estimates[arm][name]["value"] for name in names]
             errors = [factor * (estimates[arm][name]["stderr"] or 0.0) for name in names]
             places = np.arange(len(names)) + offset
-            bars = axes.bar(places, values, width=0.38, yerr=errors, color=color, ecolor=TEXT_COLOR, label=arm)
+            bars = axes.bar(
+                places, values, width=0.38, yerr=errors, color=color, ecolor=TEXT_COLOR, label=arm
+            )
             axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=9)
         axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
         axes.set_ylabel(label)

@@ -1,7 +1,8 @@
 """The speed-up that the removed layers' weights would give if nothing else took time.
 
-A decoding step reads every weight once, the input embeddings aside (a row of them), so TPOT follows the bytes; a prompt
-passes through the layers only, so TTFT follows their FLOPs, and these their size.
+A decoding step reads every weight once, the input embeddings aside (a row of them), so TPOT follows
+the bytes; a prompt passes through the layers only, so TTFT follows their FLOPs, and these their
+size.
 """
 
 from __future__ import annotations
@@ -28,22 +29,37 @@ class WeightBytes:
 
 
 def weight_bytes(directory: Path) -> WeightBytes | None:
-    """From the headers of a model directory's weights; None where there is no such thing, or a family is unknown."""
+    """From the headers of a model directory's weights; None where there is no such thing, or a
+    family is unknown."""
     try:
         architecture = architecture_of(read_json_object(directory / "config.json"))
-        tensors = [stored.spec for path in sorted(directory.glob("*.safetensors")) for stored in list_tensors(path)]
+        tensors = [
+            stored.spec
+            for path in sorted(directory.glob("*.safetensors"))
+            for stored in list_tensors(path)
+        ]
     except UserError:
         return None
     tied = not any(spec.name.endswith("lm_head.weight") for spec in tensors)
     unread = POSITION_EMBEDDINGS if tied else (*INPUT_EMBEDDINGS, *POSITION_EMBEDDINGS)
-    layers = sum(spec.bytes for spec in tensors if architecture.parse_tensor_name(spec.name) is not None)
+    layers = sum(
+        spec.bytes for spec in tensors if architecture.parse_tensor_name(spec.name) is not None
+    )
     skipped = sum(spec.bytes for spec in tensors if spec.name.endswith(unread))
-    return WeightBytes(layers, sum(spec.bytes for spec in tensors) - layers - skipped) if layers else None
+    return (
+        WeightBytes(layers, sum(spec.bytes for spec in tensors) - layers - skipped)
+        if layers
+        else None
+    )
 
 
 def ideal_speed_ups(sizes: Mapping[str, WeightBytes], arm: str, against: str) -> dict[str, float]:
-    """metric -> the ceiling; empty if the size of either is not known (a server that was already running)."""
+    """metric -> the ceiling; empty if the size of either is not known (a server that was already
+    running)."""
     if arm not in sizes or against not in sizes:
         return {}
     large, small = sizes[against], sizes[arm]
-    return {"tpot": (large.layers + large.head) / (small.layers + small.head), "ttft": large.layers / small.layers}
+    return {
+        "tpot": (large.layers + large.head) / (small.layers + small.head),
+        "ttft": large.layers / small.layers,
+    }

@@ -1,4 +1,5 @@
-"""How requests arrive: so many in flight (closed loop), or so many a second, whatever the server does (open loop)."""
+"""How requests arrive: so many in flight (closed loop), or so many a second, whatever the server
+does (open loop)."""
 
 from __future__ import annotations
 
@@ -13,16 +14,19 @@ from gradmap.errors import UserError
 CONCURRENCY = "concurrency"
 Arrivals = Literal["poisson", "constant", "burst"]
 ARRIVALS: tuple[str, ...] = get_args(Arrivals)
-# Gaps of a burst are gamma distributed; with this shape they vary twice as much as Poisson's, whose shape is 1.
+# Gaps of a burst are gamma distributed; with this shape they vary twice as much as Poisson's, whose
+# shape is 1.
 BURST_SHAPE = 0.25
-# Of the search for the highest rate: requests a second, and by how much the bounds may differ in the end.
+# Of the search for the highest rate: requests a second, and by how much the bounds may differ in
+# the end.
 LOWEST_RATE, HIGHEST_RATE = 0.25, 1024.0
 PRECISION = 1.1
 
 
 @dataclass(frozen=True)
 class Load:
-    """pattern: `concurrency`, with level requests in flight; or one of ARRIVALS, with level requests a second."""
+    """pattern: `concurrency`, with level requests in flight; or one of ARRIVALS, with level
+    requests a second."""
 
     pattern: str
     level: float
@@ -49,8 +53,8 @@ def readable(name: str) -> str:
 def parse_loads(
     concurrency: Sequence[int] | None, rates: Sequence[float] | None, arrivals: str | None
 ) -> tuple[Load, ...]:
-    """Closed loops, of one request at a time and of eight if nothing is said; then open ones. Raises UserError for
-    unknown arrivals."""
+    """Closed loops, of one request at a time and of eight if nothing is said; then open ones.
+    Raises UserError for unknown arrivals."""
     arrivals = arrivals or "poisson"
     if arrivals not in ARRIVALS:
         raise UserError(f"--arrivals {arrivals} is unknown; known are {', '.join(ARRIVALS)}.")
@@ -77,7 +81,8 @@ def arrival_times(load: Load, count: int, seed: str) -> list[float]:
 def find_highest_rate(meets: Callable[[float], bool]) -> float:
     """The highest rate that meets the objectives, as far as was tried; 0 if LOWEST_RATE does not.
 
-    Doubles the rate until it is too high, then halves the gap, in proportion, until it is within PRECISION.
+    Doubles the rate until it is too high, then halves the gap, in proportion, until it is within
+    PRECISION.
     """
     if not meets(LOWEST_RATE):
         return 0.0

@@ -1,10 +1,9 @@
 """Metrics from raw records, by the field's definitions. Pure functions.
 
-TTFT  time to first token        t_1 - t_send
-E2EL  end-to-end latency         t_n - t_send
-TPOT  time per output token      (E2EL - TTFT) / (n - k), where the first chunk brought k of the n tokens, for n > k
-ITL   inter-token latency        the pooled gaps between arrivals
-In an open loop, latencies count from when a request was due, not from when it was sent: what a client that could not
+TTFT  time to first token        t_1 - t_send E2EL  end-to-end latency         t_n - t_send TPOT
+time per output token      (E2EL - TTFT) / (n - k), where the first chunk brought k of the n tokens,
+for n > k ITL   inter-token latency        the pooled gaps between arrivals In an open loop,
+latencies count from when a request was due, not from when it was sent: what a client that could not
 keep up would hide otherwise ("coordinated omission").
 
 output throughput                tokens that arrived / length of the window
@@ -29,9 +28,11 @@ SAMPLES_BEYOND = 10
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """One successful request. Times in seconds; itl_s has a gap for each chunk after the first, tpot_s needs one.
+    """One successful request. Times in seconds; itl_s has a gap for each chunk after the first,
+    tpot_s needs one.
 
-    ttft_s, e2el_s: from when it was due in an open loop, from when it was sent in a closed one. send_lag_s: between.
+    ttft_s, e2el_s: from when it was due in an open loop, from when it was sent in a closed one.
+    send_lag_s: between.
     """
 
     ttft_s: float
@@ -43,7 +44,8 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Mean and percentiles (linear interpolation); a percentile with too few samples beyond it is None."""
+    """Mean and percentiles (linear interpolation); a percentile with too few samples beyond it is
+    None."""
 
     count: int
     mean: float
@@ -53,10 +55,11 @@ class Distribution:
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """All requests of one arm at one load. Times in seconds; throughput in tokens/s, goodput in requests/s.
+    """All requests of one arm at one load. Times in seconds; throughput in tokens/s, goodput in
+    requests/s.
 
-    Rates are over time summed over the blocks, so that pauses between blocks do not count. attainment, goodput,
-    meets_slos: None without SLOs.
+    Rates are over time summed over the blocks, so that pauses between blocks do not count.
+    attainment, goodput, meets_slos: None without SLOs.
     """
 
     load: str
@@ -112,10 +115,15 @@ def output_throughput(records: Sequence[RequestRecord]) -> float | None:
     return sum(record.completion_tokens for record in records) / length_s if length_s else None
 
 
-def summarise_load(records: Sequence[RequestRecord], load: str, slos: Sequence[Slo] = ()) -> LoadSummary:
+def summarise_load(
+    records: Sequence[RequestRecord], load: str, slos: Sequence[Slo] = ()
+) -> LoadSummary:
     """Summarises the records of one arm at one load, over all its blocks."""
     metrics = [measure(record) for record in records if record.error is None]
-    blocks = [[record for record in records if record.pair == pair] for pair in sorted({r.pair for r in records})]
+    blocks = [
+        [record for record in records if record.pair == pair]
+        for pair in sorted({r.pair for r in records})
+    ]
     seconds = sum(length_s for block in blocks if (length_s := window_s(block)) is not None)
 
     def rate(amount: int) -> float | None:
@@ -124,7 +132,10 @@ def summarise_load(records: Sequence[RequestRecord], load: str, slos: Sequence[S
     good = sum(meets_all(one, slos) for one in metrics)
     # a request without a value, as of TPOT if all its tokens came at once, is within no limit
     told = [values_of(metrics, slo.metric) for slo in slos]
-    met = all(len(values) == len(records) and slo.met_by(values) for slo, values in zip(slos, told, strict=True))
+    met = all(
+        len(values) == len(records) and slo.met_by(values)
+        for slo, values in zip(slos, told, strict=True)
+    )
     return LoadSummary(
         load=load,
         requests=len(records),

@@ -1,4 +1,5 @@
-"""From a session's records to report.json: summaries, speed-ups, verdict. All of it can be computed again."""
+"""From a session's records to report.json: summaries, speed-ups, verdict. All of it can be computed
+again."""
 
 from __future__ import annotations
 
@@ -39,14 +40,21 @@ from loadtest.session import Session, run_session
 from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings
 from loadtest.slo import Slo
 from loadtest.soundness import find_faults
-from loadtest.statistics import compute_speed_ups, find_held_back, find_losses, headline, judge, main_load
+from loadtest.statistics import (
+    compute_speed_ups,
+    find_held_back,
+    find_losses,
+    headline,
+    judge,
+    main_load,
+)
 from loadtest.urls import is_url
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known besides the records: of the machine, how large the arms' weights are, where that is known, and how
-    much of the prompts' file is of use."""
+    """What is known besides the records: of the machine, how large the arms' weights are, where
+    that is known, and how much of the prompts' file is of use."""
 
     environment: dict[str, str]
     sizes: dict[str, WeightBytes]
@@ -55,7 +63,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Gate:
-    """What the verdict asks for: a TPOT speed-up, and no loss against `earlier`, another report.json."""
+    """What the verdict asks for: a TPOT speed-up, and no loss against `earlier`, another
+    report.json."""
 
     required_speed_up: float
     earlier: dict[str, Any] | None = None
@@ -63,18 +72,22 @@ class Gate:
     def __post_init__(self) -> None:
         """Raises UserError if no speed-up could be compared with what is required."""
         if not 0 < self.required_speed_up < math.inf:
-            raise UserError(f"--require-speedup is {self.required_speed_up}; give a finite number above 0.")
+            raise UserError(
+                f"--require-speedup is {self.required_speed_up}; give a finite number above 0."
+            )
 
     def require_earlier(self, candidates: Iterable[str]) -> None:
-        """Raises UserError unless the earlier report, if there is one, has an interval for every candidate."""
+        """Raises UserError unless the earlier report, if there is one, has an interval for every
+        candidate."""
         if self.earlier is None:
             return
         for arm in candidates:
             before = self.earlier["candidates"].get(arm, {"speedup": {}})
             if before["speedup"].get("tpot", {}).get("low") is None:
                 raise UserError(
-                    f"The report of --against has no speed-up of {arm} with an interval (its verdict is "
-                    f"{self.earlier['verdict']}), so that nothing can be lower; give another."
+                    f"The report of --against has no speed-up of {arm} with an interval (its "
+                    f"verdict is {self.earlier['verdict']}), so that nothing can be lower; give "
+                    "another."
                 )
 
 
@@ -102,13 +115,18 @@ def _write_report(session: Session, settings: LoadTestSettings, gate: Gate) -> d
     return report
 
 
-def report_again(directory: Path, required_speed_up: float | None, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """Computes report.json anew from the records beside it, with another requirement if one is given.
+def report_again(
+    directory: Path, required_speed_up: float | None, earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Computes report.json anew from the records beside it, with another requirement if one is
+    given.
 
     Raises UserError if there is no load test in `directory`.
     """
     before = read_report(directory / REPORT_FILE)
-    gate = Gate(before["required_speedup"] if required_speed_up is None else required_speed_up, earlier)
+    gate = Gate(
+        before["required_speedup"] if required_speed_up is None else required_speed_up, earlier
+    )
     gate.require_earlier(before["candidates"])
     measured = read_measurements(directory)
     report = build_report(measured, load_settings(before["settings"]), gate, load_facts(before))
@@ -125,7 +143,8 @@ def load_facts(report: Mapping[str, Any]) -> Facts:
 
 
 def measured_facts(directory: Path) -> dict[str, Any]:
-    """What report.json holds besides what follows from the records beside it. Raises UserError if it is no JSON."""
+    """What report.json holds besides what follows from the records beside it. Raises UserError if
+    it is no JSON."""
     report = read_json_object(directory / REPORT_FILE)
     keys = ("schema_version", "settings", "environment", "weight_bytes", "prompts")
     return {key: report.get(key) for key in keys}
@@ -139,7 +158,9 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         TypeAdapter(Report).validate_python(report)
     except ValidationError as error:
-        raise UserError(f"{path} is no whole report of a load test: {first_problem(error)}.") from None
+        raise UserError(
+            f"{path} is no whole report of a load test: {first_problem(error)}."
+        ) from None
     return report
 
 
@@ -153,7 +174,11 @@ def write_all(directory: Path, report: dict[str, Any], records: Sequence[Request
 
 def measure_sizes(settings: LoadTestSettings) -> dict[str, WeightBytes]:
     """Of the arms that are directories."""
-    sizes = {arm: weight_bytes(Path(target)) for arm, target in settings.arms.items() if not is_url(target)}
+    sizes = {
+        arm: weight_bytes(Path(target))
+        for arm, target in settings.arms.items()
+        if not is_url(target)
+    }
     return {arm: size for arm, size in sizes.items() if size is not None}
 
 
@@ -168,8 +193,11 @@ def load_settings(stored: Mapping[str, Any]) -> LoadTestSettings:
     return LoadTestSettings(**{**stored, **changes})
 
 
-def build_report(measured: Measurements, settings: LoadTestSettings, gate: Gate, facts: Facts) -> dict[str, Any]:
-    """Computes report.json, a Report, from what was measured. Nothing but faults is concluded if there are any."""
+def build_report(
+    measured: Measurements, settings: LoadTestSettings, gate: Gate, facts: Facts
+) -> dict[str, Any]:
+    """Computes report.json, a Report, from what was measured. Nothing but faults is concluded if
+    there are any."""
     of_search = [record for record in measured.requests if record.pair == SEARCH_PAIR]
     measured = measured.of_pairs()
     records = measured.requests
@@ -186,7 +214,9 @@ def build_report(measured: Measurements, settings: LoadTestSettings, gate: Gate,
         required_speedup=gate.required_speed_up,
         speedup=first.speedup,
         candidates=candidates,
-        highest_rate={arm: _highest_rate(of_search, arm, settings) for arm in settings.arms if of_search},
+        highest_rate={
+            arm: _highest_rate(of_search, arm, settings) for arm in settings.arms if of_search
+        },
         noise={} if faults else _noise(records, settings),
         arms={arm: _summarise_arm(measured, arm, settings) for arm in settings.arms},
         weight_bytes=dict(facts.sizes),
@@ -223,32 +253,49 @@ def _invalid(faults: Sequence[str]) -> Comparison:
     return Comparison(str(Verdict.INVALID), "; ".join(faults), {}, {}, {}, {})
 
 
-def _noise(records: Sequence[RequestRecord], settings: LoadTestSettings) -> dict[str, dict[str, float]]:
-    """Load -> metric -> what one more block of the dense model differs by from its first: 1 without any noise."""
+def _noise(
+    records: Sequence[RequestRecord], settings: LoadTestSettings
+) -> dict[str, dict[str, float]]:
+    """Load -> metric -> what one more block of the dense model differs by from its first: 1 without
+    any noise."""
     if not any(record.arm == DENSE_AGAIN for record in records):
         return {}
-    measured = {load.name: compute_speed_ups(records, DENSE_AGAIN, DENSE, load) for load in settings.loads}
-    return {name: {metric: one.value for metric, one in of_load.items()} for name, of_load in measured.items()}
+    measured = {
+        load.name: compute_speed_ups(records, DENSE_AGAIN, DENSE, load) for load in settings.loads
+    }
+    return {
+        name: {metric: one.value for metric, one in of_load.items()}
+        for name, of_load in measured.items()
+    }
 
 
 def _highest_rate(records: Sequence[RequestRecord], arm: str, settings: LoadTestSettings) -> float:
-    """Requests a second: the highest of the rates that were tried and met the SLOs; 0 if none did."""
+    """Requests a second: the highest of the rates that were tried and met the SLOs; 0 if none
+    did."""
     of_arm = [record for record in records if record.arm == arm]
     rates = {float(load.rpartition("_")[2]): load for load in {record.load for record in of_arm}}
     return max(
         (
             rate
             for rate, load in rates.items()
-            if summarise_load([one for one in of_arm if one.load == load], load, settings.slos).meets_slos
+            if summarise_load(
+                [one for one in of_arm if one.load == load], load, settings.slos
+            ).meets_slos
         ),
         default=0.0,
     )
 
 
-def _summarise_arm(measured: Measurements, arm: str, settings: LoadTestSettings) -> dict[str, LoadReport]:
+def _summarise_arm(
+    measured: Measurements, arm: str, settings: LoadTestSettings
+) -> dict[str, LoadReport]:
     summaries = {}
     for load in settings.loads:
-        records = [record for record in measured.requests if (record.arm, record.load) == (arm, load.name)]
+        records = [
+            record for record in measured.requests if (record.arm, record.load) == (arm, load.name)
+        ]
         summary = summarise_load(records, load.name, settings.slos)
-        summaries[load.name] = LoadReport(**vars(summary), resources=summarise_resources(measured, arm, load.name))
+        summaries[load.name] = LoadReport(
+            **vars(summary), resources=summarise_resources(measured, arm, load.name)
+        )
     return summaries

@@ -1,4 +1,5 @@
-"""A load test's report for people (report.html, self-contained; report.md) and for CI (junit.xml)."""
+"""A load test's report for people (report.html, self-contained; report.md) and for CI
+(junit.xml)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ TEMPLATES = Path(__file__).with_name("templates")
 def render_template(name: str, **values: Any) -> str:
     """All text is escaped; only Markup is not."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     return environment.get_template(name).render(**values)
 
@@ -75,8 +78,12 @@ def render_junit(report: Mapping[str, Any]) -> str:
     suite = ElementTree.Element("testsuite", name="gradmap loadtest", tests=str(len(candidates)))
     for arm, compared in candidates.items():
         name = f"{arm} is {report['required_speedup']:g} times as fast as dense"
-        case = ElementTree.SubElement(suite, "testcase", classname="gradmap.loadtest", name=xml_text(name))
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="gradmap.loadtest", name=xml_text(name)
+        )
         if compared["verdict"] != "PASS":
             kind = "error" if compared["verdict"] == "INVALID" else "failure"
-            ElementTree.SubElement(case, kind, type=compared["verdict"], message=xml_text(compared["reason"]))
+            ElementTree.SubElement(
+                case, kind, type=compared["verdict"], message=xml_text(compared["reason"])
+            )
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -1,4 +1,5 @@
-"""`gradmap run`: the stages of a recipe, each in its own process, none repeated while its inputs stay the same."""
+"""`gradmap run`: the stages of a recipe, each in its own process, none repeated while its inputs
+stay the same."""
 
 from __future__ import annotations
 
@@ -37,14 +38,21 @@ RECIPE_COPY = "recipe.yaml"
 
 
 def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
-    """Turns a recipe into command lines. `baseline` is the dense model, exported as the pruned one is."""
-    model = ("--model", recipe.model, *as_flags({"gguf_file": recipe.gguf_file, "allow_pickle": recipe.allow_pickle}))
+    """Turns a recipe into command lines. `baseline` is the dense model, exported as the pruned one
+    is."""
+    model = (
+        "--model",
+        recipe.model,
+        *as_flags({"gguf_file": recipe.gguf_file, "allow_pickle": recipe.allow_pickle}),
+    )
     model_files = (Path(recipe.model, recipe.gguf_file or ""),)
     plan, evaluation = out / "plan", out / "eval.json"
     task_data = () if recipe.eval.task_data is None else (Path(recipe.eval.task_data),)
     earlier = [Path(recipe.loadtest.against)] if recipe.loadtest.against else []
     prompt_files = source_files(recipe.loadtest.prompts) if recipe.loadtest.prompts else ()
-    text_files = tuple(path for source in recipe.eval.perplexity.values() for path in source_files(source))
+    text_files = tuple(
+        path for source in recipe.eval.perplexity.values() for path in source_files(source)
+    )
     return [
         Stage(
             "prune",
@@ -67,7 +75,16 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
         Stage(
             "export",
             (
-                *("export", *model, "--plan", str(plan), "--eval", str(evaluation), "--out", str(out)),
+                *(
+                    "export",
+                    *model,
+                    "--plan",
+                    str(plan),
+                    "--eval",
+                    str(evaluation),
+                    "--out",
+                    str(out),
+                ),
                 *as_flags(_export_options(recipe, recipe.export.formats)),
             ),
             (*model_files, plan, evaluation),
@@ -87,10 +104,21 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
         Stage(
             "loadtest",
             (
-                *("loadtest", "--dense", str(out / "dense" / "vllm"), "--pruned", str(out / "vllm")),
+                *(
+                    "loadtest",
+                    "--dense",
+                    str(out / "dense" / "vllm"),
+                    "--pruned",
+                    str(out / "vllm"),
+                ),
                 *(*as_flags(recipe.loadtest.model_dump()), "--out", str(out / "loadtest")),
             ),
-            (out / "dense" / "vllm" / "gradmap.json", out / "vllm" / "gradmap.json", *earlier, *prompt_files),
+            (
+                out / "dense" / "vllm" / "gradmap.json",
+                out / "vllm" / "gradmap.json",
+                *earlier,
+                *prompt_files,
+            ),
             (out / "loadtest",),
             schema=LOAD_TEST_SCHEMA,
             verdicts=True,
@@ -108,12 +136,19 @@ def _export_options(recipe: Recipe, formats: list[str]) -> dict[str, Any]:
 def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
     texts = [f"{name}={source}" for name, source in recipe.eval.perplexity.items()]
     tasks = ",".join(recipe.eval.tasks) or None
-    return recipe.eval.model_dump() | {"perplexity": texts, "tasks": tasks} | recipe.quality.model_dump()
+    return (
+        recipe.eval.model_dump()
+        | {"perplexity": texts, "tasks": tasks}
+        | recipe.quality.model_dump()
+    )
 
 
 def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
-    """Raises UserError for what a late stage would not find, before the first one has taken its hours."""
-    model = Path(recipe.model, recipe.gguf_file or "")  # open_checkpoint looks for it, and it may be on the hub
+    """Raises UserError for what a late stage would not find, before the first one has taken its
+    hours."""
+    model = Path(
+        recipe.model, recipe.gguf_file or ""
+    )  # open_checkpoint looks for it, and it may be on the hub
     written: list[Path] = []
     for stage in stages:
         for path in stage.inputs:
@@ -149,7 +184,9 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     forced_from = _forced_from(names, from_stage, fresh)
     require_inputs(recipe, stages)
     require_evaluation(recipe)
-    require_formats(recipe, open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config)
+    require_formats(
+        recipe, open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config
+    )
     with results_in(out, RECIPE_COPY):
         write_text(out / RECIPE_COPY, read_text(recipe_path))
         for number, stage in enumerate(stages):
@@ -157,7 +194,9 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
         timings_s = {name: stage_record(out, name)["seconds"] for name in names}
         judge_as_asked(recipe, out)
         result = write_report(out, timings_s)
-    print_table("Dense against pruned", ("", "dense", "pruned", "pruned / dense"), summary_rows(result))
+    print_table(
+        "Dense against pruned", ("", "dense", "pruned", "pruned / dense"), summary_rows(result)
+    )
     for gate, judgement in judgements(result).items():
         print(visible(f"Verdict on {gate}: {judgement['verdict']}: {judgement['reason']}"))
     print(f"Report: {out / 'report.html'}")
@@ -165,7 +204,8 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
 
 
 def judge_as_asked(recipe: Recipe, out: Path) -> None:
-    """Draws the load test's report anew by the recipe's gate: `gradmap report` may have left it with another one."""
+    """Draws the load test's report anew by the recipe's gate: `gradmap report` may have left it
+    with another one."""
     asked = recipe.loadtest
     earlier = read_report(Path(asked.against)) if asked.against else None
     report_again(out / "loadtest", asked.require_speedup or REQUIRED_SPEED_UP, earlier)
@@ -180,8 +220,11 @@ class PlannedStage:
     estimate: Estimate
 
 
-def plan_run(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool) -> list[PlannedStage]:
-    """What `run_recipe` would do, and how long it would take. Nothing is written, and no weights are read or fetched.
+def plan_run(
+    recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
+) -> list[PlannedStage]:
+    """What `run_recipe` would do, and how long it would take. Nothing is written, and no weights
+    are read or fetched.
 
     Raises UserError as that does before the first stage.
     """
@@ -215,7 +258,8 @@ def planned_rows(planned: Sequence[PlannedStage]) -> list[tuple[str, ...]]:
 
 
 def _forced_from(names: Sequence[str], from_stage: str | None, fresh: bool) -> int:
-    """The number of the first stage that runs whatever is done. Raises UserError for an unknown one."""
+    """The number of the first stage that runs whatever is done. Raises UserError for an unknown
+    one."""
     if from_stage is not None and from_stage not in names:
         raise UserError(f"Unknown stage {from_stage!r} for --from; stages are {', '.join(names)}.")
     return 0 if fresh else names.index(from_stage) if from_stage else len(names)

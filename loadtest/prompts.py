@@ -1,4 +1,5 @@
-"""Where prompts come from: random token ids, documents, or recorded conversations. Fresh ones for every load."""
+"""Where prompts come from: random token ids, documents, or recorded conversations. Fresh ones for
+every load."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ LEAST_OUTPUT_TOKENS = 2
 class Workload:
     """What a request looks like.
 
-    prompt_tokens, output_tokens: its lengths; of texts, the most. length_spread: both vary, uniformly, by up to this
-    share. shared_prefix: so many first tokens are the same in all prompts of a load. texts: SPEC of the prompts'
-    texts (gradmap.text_specs); None for random token ids.
+    prompt_tokens, output_tokens: its lengths; of texts, the most. length_spread: both vary,
+    uniformly, by up to this share. shared_prefix: so many first tokens are the same in all prompts
+    of a load. texts: SPEC of the prompts' texts (gradmap.text_specs); None for random token ids.
     """
 
     prompt_tokens: int = 128
@@ -40,7 +41,8 @@ class Prompt:
 
 
 class Prompts(Protocol):
-    """Gives `count` prompts for a load; for the same name, which does not tell the arm, the same ones again.
+    """Gives `count` prompts for a load; for the same name, which does not tell the arm, the same
+    ones again.
 
     records: of the file that they are out of, where records of it may be skipped.
     """
@@ -51,7 +53,8 @@ class Prompts(Protocol):
 
 
 class RandomPrompts:
-    """Token ids below `vocabulary`. Only a shared prefix is shared, so that the server's prefix cache stays out."""
+    """Token ids below `vocabulary`. Only a shared prefix is shared, so that the server's prefix
+    cache stays out."""
 
     records: RecordCount | None = None
 
@@ -89,10 +92,12 @@ class TextPrompts:
             used = sum(map(len, self._given.values()))
             if used + count > len(self._texts):
                 raise UserError(
-                    f"{self._workload.texts} has {len(self._texts)} texts, and every load wants fresh ones; give more, "
-                    "or ask for fewer --requests, --pairs or loads."
+                    f"{self._workload.texts} has {len(self._texts)} texts, and every load wants "
+                    "fresh ones; give more, or ask for fewer --requests, --pairs or loads."
                 )
-            self._given[name] = [self._as_prompt(*text) for text in self._texts[used : used + count]]
+            self._given[name] = [
+                self._as_prompt(*text) for text in self._texts[used : used + count]
+            ]
         return self._given[name]
 
     def _as_prompt(self, text: str, answer: str | None) -> Prompt:

@@ -33,7 +33,8 @@ def _written_slo(text: str) -> str:
 
 
 class _Section(Strict):
-    """A section's fields are named as the options of the command it is for; None leaves the command its default."""
+    """A section's fields are named as the options of the command it is for; None leaves the command
+    its default."""
 
 
 class PruneSection(_Section):

@@ -1,4 +1,5 @@
-"""The seam between load test and report: one JSON line per request, per block and per sample of the machine's use.
+"""The seam between load test and report: one JSON line per request, per block and per sample of the
+machine's use.
 
 Raw measurements only."""
 
@@ -38,10 +39,11 @@ class _Record(Strict):
 class RequestRecord(_Record):
     """What the client saw of one request. Times are seconds of this machine's monotonic clock.
 
-    arm: dense, pruned or a candidate's name; pair: index of the block; load: loadtest.loads.Load.name. scheduled_s:
-    when it was due, in an open loop. chunk_times_s / chunk_tokens: arrival of every chunk that carried new tokens, and
-    the tokens so far at that chunk. completion_tokens: as the server's `usage` counts them. error: None if the request
-    did all that was asked.
+    arm: dense, pruned or a candidate's name; pair: index of the block; load:
+    loadtest.loads.Load.name. scheduled_s: when it was due, in an open loop. chunk_times_s /
+    chunk_tokens: arrival of every chunk that carried new tokens, and the tokens so far at that
+    chunk. completion_tokens: as the server's `usage` counts them. error: None if the request did
+    all that was asked.
     """
 
     arm: str
@@ -68,7 +70,9 @@ class RequestRecord(_Record):
             raise ValueError("its chunks bring no tokens")
         if len(self.chunk_times_s) != len(self.chunk_tokens):
             raise ValueError("it has another number of chunks than of their times")
-        if self.error is None and (self.completion_tokens != self.requested_tokens or not self.chunk_tokens):
+        if self.error is None and (
+            self.completion_tokens != self.requested_tokens or not self.chunk_tokens
+        ):
             raise ValueError("it has no error, and yet not the tokens that were asked for")
         if self.chunk_tokens and self.chunk_tokens[-1] != self.completion_tokens:
             raise ValueError("its last chunk has another count of tokens than it has")
@@ -76,10 +80,11 @@ class RequestRecord(_Record):
 
 
 class BlockRecord(_Record):
-    """What is known of one load of a block. client_cpu: the load generator's CPU time over the time it ran, of its
-    busiest process.
+    """What is known of one load of a block. client_cpu: the load generator's CPU time over the time
+    it ran, of its busiest process.
 
-    server_tokens: by how much vLLM's own count of generated tokens rose; None where the server does not tell.
+    server_tokens: by how much vLLM's own count of generated tokens rose; None where the server does
+    not tell.
     """
 
     arm: str
@@ -100,7 +105,8 @@ class GpuSample(Strict):
 
 
 class ResourceSample(_Record):
-    """The whole machine at one moment of a block. cpu: share of all cores since the sample before."""
+    """The whole machine at one moment of a block. cpu: share of all cores since the sample
+    before."""
 
     arm: str
     pair: int
@@ -121,7 +127,9 @@ class Measurements:
 
     def __add__(self, other: Measurements) -> Measurements:
         return Measurements(
-            self.requests + other.requests, self.blocks + other.blocks, self.resources + other.resources
+            self.requests + other.requests,
+            self.blocks + other.blocks,
+            self.resources + other.resources,
         )
 
     def of_pairs(self) -> Measurements:
@@ -142,7 +150,8 @@ def to_json_line(record: _Record) -> str:
 
 
 def start_files(directory: Path) -> None:
-    """Empties the files of an earlier test, after its reports, which would outlive what they are of."""
+    """Empties the files of an earlier test, after its reports, which would outlive what they are
+    of."""
     for name in REPORTS:
         (directory / name).unlink(missing_ok=True)
     for name in _files(Measurements()):
@@ -176,7 +185,11 @@ def write_parquet(directory: Path, measured: Measurements) -> None:
 
 
 def _files(measured: Measurements) -> dict[str, Sequence[_Record]]:
-    return {RECORDS_FILE: measured.requests, BLOCKS_FILE: measured.blocks, RESOURCES_FILE: measured.resources}
+    return {
+        RECORDS_FILE: measured.requests,
+        BLOCKS_FILE: measured.blocks,
+        RESOURCES_FILE: measured.resources,
+    }
 
 
 def _read(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
@@ -185,11 +198,14 @@ def _read(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
         try:
             records.append(kind.model_validate_json(line))
         except ValidationError as error:
-            raise UserError(f"{path}, line {number} is no {kind.__name__}: {first_problem(error)}.") from None
+            raise UserError(
+                f"{path}, line {number} is no {kind.__name__}: {first_problem(error)}."
+            ) from None
     return records
 
 
 def _lines(path: Path) -> list[str]:
-    """A line ends with a line feed alone: str.splitlines would end it inside of strings too, at U+2028 or U+0085."""
+    """A line ends with a line feed alone: str.splitlines would end it inside of strings too, at
+    U+2028 or U+0085."""
     text = read_text(path)
     return text.removesuffix("\n").split("\n") if text else []

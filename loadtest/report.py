@@ -1,4 +1,5 @@
-"""The pipeline's results on one page: result.json, report.html (self-contained), report.md (for a pull request)."""
+"""The pipeline's results on one page: result.json, report.html (self-contained), report.md (for a
+pull request)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from loadtest.table import speed_up_lines
 
 
 def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
-    """Reads the stages' results below `out`, writes the three files and returns the contents of result.json.
+    """Reads the stages' results below `out`, writes the three files and returns the contents of
+    result.json.
 
     timings_s: seconds each stage took when it last ran.
     """
@@ -46,11 +48,16 @@ def write_report(out: Path, timings_s: dict[str, float]) -> dict[str, Any]:
     return result
 
 
-def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, float]) -> dict[str, Any]:
+def build_result(
+    out: Path, load_report: dict[str, Any], timings_s: dict[str, float]
+) -> dict[str, Any]:
     """Assembles result.json. Sizes are of the vLLM-ready weights, the ones that were served."""
     evaluation = read_evaluation(out / "eval.json", of_two=True)
     artifacts = {"pruned": out / "vllm", "dense": out / "dense" / "vllm"}
-    sides = {arm: evaluation[arm] | {"bytes": read_record(artifacts[arm]).weight_bytes} for arm in ("dense", "pruned")}
+    sides = {
+        arm: evaluation[arm] | {"bytes": read_record(artifacts[arm]).weight_bytes}
+        for arm in ("dense", "pruned")
+    }
     quality = evaluation["quality"]
     verdicts = [judged["verdict"] for judged in (load_report, quality) if judged]
     return {
@@ -60,7 +67,10 @@ def build_result(out: Path, load_report: dict[str, Any], timings_s: dict[str, fl
         **sides,
         **{key: evaluation[key] for key in ("texts", "tasks", "comparison", "quality", "answers")},
         "segment": evaluation["settings"]["segment"],
-        "loadtest": {key: load_report[key] for key in ("verdict", "reason", "required_speedup", "speedup", "arms")},
+        "loadtest": {
+            key: load_report[key]
+            for key in ("verdict", "reason", "required_speedup", "speedup", "arms")
+        },
         "artifacts": {
             str(path.relative_to(out)): {
                 "gradmap_json_sha256": sha256_file(path / ARTIFACT_FILE),
@@ -92,7 +102,11 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append(_row(f"perplexity, {name}", "{:.1f}", *values))
     if result["tasks"]:
         averages = [100 * side["average_accuracy"]["value"] for side in (dense, pruned)]
-        rows.append(_row(f"average accuracy (%), {_count(len(result['tasks']), 'task')}", "{:.1f}", *averages))
+        rows.append(
+            _row(
+                f"average accuracy (%), {_count(len(result['tasks']), 'task')}", "{:.1f}", *averages
+            )
+        )
     for level, summaries in _levels(result).items():
         for metric in ("ttft_s", "tpot_s"):
             if all(summary[metric] for summary in summaries):
@@ -106,7 +120,10 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _levels(result: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     arms = result["loadtest"]["arms"]
-    return {level.replace("_", " "): (arms["dense"][level], arms["pruned"][level]) for level in arms["dense"]}
+    return {
+        level.replace("_", " "): (arms["dense"][level], arms["pruned"][level])
+        for level in arms["dense"]
+    }
 
 
 def _row(name: str, form: str, dense: float, pruned: float) -> tuple[str, str, str, str]:
@@ -120,7 +137,8 @@ def render_html(
     load_report: dict[str, Any],
     load_drawings: Sequence[Drawing],
 ) -> str:
-    """One page without scripts or outside resources. All text is escaped; only our own drawings are markup."""
+    """One page without scripts or outside resources. All text is escaped; only our own drawings are
+    markup."""
     return render_template(
         "report.html.j2",
         plan=plan,
@@ -140,7 +158,8 @@ def render_markdown(plan: Plan, result: dict[str, Any]) -> str:
     """The summary for a pull request."""
     quality = tabulate(result)
     lines = [
-        f"## gradmap: {_code(result['model'])} without {len(plan.removal_order)} of {plan.base_model.layers} layers",
+        f"## gradmap: {_code(result['model'])} without {len(plan.removal_order)} of "
+        f"{plan.base_model.layers} layers",
         "",
         *(
             f"- {gate}: **{judged['verdict']}**: {markdown(judged['reason'])}."
@@ -158,7 +177,11 @@ def render_markdown(plan: Plan, result: dict[str, Any]) -> str:
         f"Removed layers, in order: {', '.join(map(str, plan.removal_order))}.",
     ]
     for metric, value in result["loadtest"]["speedup"].items():
-        spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f} to {value['high']:.2f})"
+        spread = (
+            ""
+            if value["low"] is None
+            else f" (95% interval {value['low']:.2f} to {value['high']:.2f})"
+        )
         lines.append(f"- speed-up, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}")
     return "\n".join(lines) + "\n"
 

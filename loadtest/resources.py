@@ -1,4 +1,5 @@
-"""What the machine does while a load runs: processors and memory through psutil, NVIDIA GPUs through NVML."""
+"""What the machine does while a load runs: processors and memory through psutil, NVIDIA GPUs
+through NVML."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from gradmap.gpus import Device, ask, visible_gpus
 from loadtest.records import GpuSample, Measurements, RequestRecord, ResourceSample
 
 INTERVAL_S = 0.5
-# Reasons for lower clocks that say a measurement is not what the card can do; idling and set limits are none.
+# Reasons for lower clocks that say a measurement is not what the card can do; idling and set limits
+# are none.
 THROTTLING = (
     pynvml.nvmlClocksThrottleReasonHwSlowdown
     | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
@@ -29,10 +31,11 @@ THROTTLING = (
 
 @dataclass(frozen=True)
 class ResourceUse:
-    """Of one arm at one load, over all blocks. Shares are 0 to 1; None where there is no GPU, or it does not tell.
+    """Of one arm at one load, over all blocks. Shares are 0 to 1; None where there is no GPU, or it
+    does not tell.
 
-    Means, but of memory the most. GPUs are averaged, their memory, power and energy added. energy_per_token_j: joules
-    of the GPUs while the load ran, over the tokens it generated.
+    Means, but of memory the most. GPUs are averaged, their memory, power and energy added.
+    energy_per_token_j: joules of the GPUs while the load ran, over the tokens it generated.
     """
 
     cpu: float
@@ -47,10 +50,11 @@ class ResourceUse:
 
 @contextmanager
 def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
-    """Samples every half second from beginning to end of the block, in a thread; the list is whole afterwards.
+    """Samples every half second from beginning to end of the block, in a thread; the list is whole
+    afterwards.
 
-    GPUs are those that this process may use, as may a server that it starts. Of one that it is given the URL of, that
-    is a guess.
+    GPUs are those that this process may use, as may a server that it starts. Of one that it is
+    given the URL of, that is a guess.
     """
     samples: list[ResourceSample] = []
     ended = threading.Event()
@@ -78,11 +82,18 @@ def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
 
 
 def _sample_gpu(gpu: Device) -> GpuSample:
-    """Of a slice, only the memory is its own: its power would be that of the whole card, neighbours included."""
+    """Of a slice, only the memory is its own: its power would be that of the whole card, neighbours
+    included."""
     memory = ask(pynvml.nvmlDeviceGetMemoryInfo, gpu.handle)
     memory_bytes = None if memory is None else memory.used
     if gpu.is_slice:
-        return GpuSample(utilisation=None, memory_bytes=memory_bytes, power_w=None, clock_mhz=None, throttled=None)
+        return GpuSample(
+            utilisation=None,
+            memory_bytes=memory_bytes,
+            power_w=None,
+            clock_mhz=None,
+            throttled=None,
+        )
     use = ask(pynvml.nvmlDeviceGetUtilizationRates, gpu.handle)
     milliwatts = ask(pynvml.nvmlDeviceGetPowerUsage, gpu.handle)
     reasons = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu.handle)
@@ -110,10 +121,16 @@ def summarise_resources(measured: Measurements, arm: str, load: str) -> Resource
         and sample.pair in windows
         and windows[sample.pair][0] <= sample.time_s <= windows[sample.pair][1]
     ]
-    return _summarise(samples, sum(end - begin for begin, end in windows.values()), records) if samples else None
+    return (
+        _summarise(samples, sum(end - begin for begin, end in windows.values()), records)
+        if samples
+        else None
+    )
 
 
-def _summarise(samples: Sequence[ResourceSample], seconds: float, records: Sequence[RequestRecord]) -> ResourceUse:
+def _summarise(
+    samples: Sequence[ResourceSample], seconds: float, records: Sequence[RequestRecord]
+) -> ResourceUse:
     power_w = _over_gpus(samples, "power_w", sum)
     tokens = sum(record.completion_tokens for record in records)
     return ResourceUse(
@@ -128,8 +145,11 @@ def _summarise(samples: Sequence[ResourceSample], seconds: float, records: Seque
     )
 
 
-def _over_gpus(samples: Sequence[ResourceSample], name: str, combine: Callable[[list[Any]], Any]) -> list[Any]:
-    """One value for each sample in which every GPU told it: a sum over some of them would be no sum."""
+def _over_gpus(
+    samples: Sequence[ResourceSample], name: str, combine: Callable[[list[Any]], Any]
+) -> list[Any]:
+    """One value for each sample in which every GPU told it: a sum over some of them would be no
+    sum."""
     told = [[getattr(gpu, name) for gpu in sample.gpus] for sample in samples]
     return [combine(values) for values in told if values and None not in values]
 

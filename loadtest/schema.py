@@ -17,7 +17,8 @@ SCHEMA_VERSION = 3
 
 @dataclass(frozen=True)
 class Ideal:
-    """value: the ceiling of a speed-up (loadtest.ideal); fraction: what share of it was measured."""
+    """value: the ceiling of a speed-up (loadtest.ideal); fraction: what share of it was
+    measured."""
 
     value: float
     fraction: float
@@ -27,9 +28,10 @@ class Ideal:
 class Comparison:
     """One candidate against the dense model.
 
-    speedup: by metric, TTFT and TPOT at the lowest concurrency, output throughput at the highest. before: the same of
-    an earlier test, where it had this candidate. ideal: by metric, where the sizes are known. loads: by load and
-    metric. All but verdict and reason are empty if the test is INVALID.
+    speedup: by metric, TTFT and TPOT at the lowest concurrency, output throughput at the highest.
+    before: the same of an earlier test, where it had this candidate. ideal: by metric, where the
+    sizes are known. loads: by load and metric. All but verdict and reason are empty if the test is
+    INVALID.
     """
 
     verdict: str
@@ -51,10 +53,11 @@ class LoadReport(LoadSummary):
 class Report:
     """verdict: the worst of the candidates'; reason and speedup: of the first one.
 
-    highest_rate: requests a second that meet the SLOs, by arm, if it was looked for. noise: by load and metric, what
-    one more block of the dense model differs by from its first; 1 without any. arms: by arm and load. weight_bytes: of
-    the arms that were directories. settings: with what it was run. environment: name -> text. prompts: of their file,
-    how many records were skipped; None where none can be.
+    highest_rate: requests a second that meet the SLOs, by arm, if it was looked for. noise: by load
+    and metric, what one more block of the dense model differs by from its first; 1 without any.
+    arms: by arm and load. weight_bytes: of the arms that were directories. settings: with what it
+    was run. environment: name -> text. prompts: of their file, how many records were skipped; None
+    where none can be.
     """
 
     schema_version: int

@@ -1,4 +1,5 @@
-"""Runs the blocks of a load test: starts one server at a time, warms it up, and lets Locust drive it."""
+"""Runs the blocks of a load test: starts one server at a time, warms it up, and lets Locust drive
+it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ SEARCH_ARRIVALS = "poisson"
 class Session:
     """What was measured so far; also in `directory`, as soon as each load ends.
 
-    models: arm -> name, of URLs. prompts: of the file that they are out of, how many records it has (see Prompts).
+    models: arm -> name, of URLs. prompts: of the file that they are out of, how many records it has
+    (see Prompts).
     """
 
     directory: Path
@@ -57,7 +59,8 @@ class Session:
 
 
 def run_session(settings: LoadTestSettings, session: Session) -> None:
-    """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until then stays.
+    """Runs all blocks. Raises UserError on bad input, or if a server fails; what was measured until
+    then stays.
 
     An earlier test in the session's directory stays until all that can be checked was.
     """
@@ -67,7 +70,9 @@ def run_session(settings: LoadTestSettings, session: Session) -> None:
     endpoints = find_endpoints(settings)
     session.start({arm: endpoint.model for arm, endpoint in endpoints.items()}, prompts.records)
     stays = list(_consecutive(schedule(settings), fresh=settings.interleaved))
-    loads = len(stays) + sum(len(blocks) for _, blocks in stays) * len(settings.loads)  # each stay has a warm-up
+    loads = len(stays) + sum(len(blocks) for _, blocks in stays) * len(
+        settings.loads
+    )  # each stay has a warm-up
     board = Board(len(stays), loads)
     bench = Bench(settings, prompts, board, session.directory)
     opened = partial(_warm_endpoint, bench, endpoints)
@@ -83,7 +88,8 @@ def run_session(settings: LoadTestSettings, session: Session) -> None:
 
 
 def _search_rate(endpoint: Endpoint, bench: Bench, arm: str, session: Session) -> None:
-    """Measures open loops up to the highest rate that meets the SLOs. Which that is, the records tell."""
+    """Measures open loops up to the highest rate that meets the SLOs. Which that is, the records
+    tell."""
 
     def meets(rate: float) -> bool:
         load = Load(SEARCH_ARRIVALS, rate)
@@ -99,35 +105,49 @@ def _warm_endpoint(bench: Bench, endpoints: Mapping[str, Endpoint], arm: str) ->
     """Raises UserError if not one request of the warm-up is answered: none would be."""
     with _open_endpoint(bench, endpoints, arm) as endpoint:
         bench.board.started()
-        warm_up = replace(bench, settings=replace(bench.settings, requests_per_load=WARM_UP_REQUESTS))
+        warm_up = replace(
+            bench, settings=replace(bench.settings, requests_per_load=WARM_UP_REQUESTS)
+        )
         records = run_load(endpoint, warm_up, Block(arm, WARM_UP_PAIR), WARM_UP_LOAD).requests
         errors = [record.error for record in records if record.error is not None]
         if len(errors) == len(records):
             first = errors[0] if errors else "none was sent"
-            raise UserError(f"All {len(records)} requests of the warm-up of {arm} failed (the first: {first}).")
+            raise UserError(
+                f"All {len(records)} requests of the warm-up of {arm} failed (the first: {first})."
+            )
         yield endpoint
 
 
 def _open_prompts(settings: LoadTestSettings) -> Prompts:
-    """Raises UserError if the texts cannot be read, or if nothing tells the vocabulary or the tokenizer."""
+    """Raises UserError if the texts cannot be read, or if nothing tells the vocabulary or the
+    tokenizer."""
     if settings.workload.texts is None:
         return RandomPrompts(settings.workload, settings.vocabulary or _vocabulary_of(settings))
     directories = [target for target in settings.arms.values() if not is_url(target)]
     source = settings.tokenizer or next(iter(directories), None)
     if source is None:
-        raise UserError("All endpoints are URLs; say with --tokenizer which directory has their tokenizer.")
+        raise UserError(
+            "All endpoints are URLs; say with --tokenizer which directory has their tokenizer."
+        )
     return TextPrompts(settings.workload, load_tokenizer(Path(source)))
 
 
 def _vocabulary_of(settings: LoadTestSettings) -> int:
-    """Token ids that all models know: the smallest vocabulary of those arms that are directories."""
+    """Token ids that all models know: the smallest vocabulary of those arms that are
+    directories."""
     directories = [Path(target) for target in settings.arms.values() if not is_url(target)]
     if not directories:
-        raise UserError("All endpoints are URLs; say with --vocabulary how many token ids they know.")
-    sizes = [whole_number(read_json_object(directory / "config.json").get("vocab_size")) for directory in directories]
+        raise UserError(
+            "All endpoints are URLs; say with --vocabulary how many token ids they know."
+        )
+    sizes = [
+        whole_number(read_json_object(directory / "config.json").get("vocab_size"))
+        for directory in directories
+    ]
     if not all(sizes):
         raise UserError(
-            "A config.json does not tell its model's vocab_size; say with --vocabulary how many ids there are."
+            "A config.json does not tell its model's vocab_size; say with --vocabulary how many "
+            "ids there are."
         )
     return min(size for size in sizes if size)
 
@@ -163,7 +183,8 @@ def _open_endpoint(bench: Bench, endpoints: Mapping[str, Endpoint], arm: str) ->
 
 @contextmanager
 def _answering_afterwards(server: Server) -> Iterator[None]:
-    """Raises ServerError if the server has ended, or is about to: that is why what was asked of it failed."""
+    """Raises ServerError if the server has ended, or is about to: that is why what was asked of it
+    failed."""
     try:
         yield
     except UserError:

@@ -29,13 +29,15 @@ MOST_REQUESTS = 1_000_000
 
 @dataclass(frozen=True)
 class LoadTestSettings:
-    """dense: the baseline, candidates: what is compared with it; model directories, or URLs of running servers.
+    """dense: the baseline, candidates: what is compared with it; model directories, or URLs of
+    running servers.
 
-    loads: each once in every block. pairs: blocks per arm. interleaved: a fresh server for every block, all arms in
-    random order within each pair; otherwise all blocks of an arm follow each other, on one server.
-    requests_per_load: at least so many; open_loop_s: length of an open loop. find_rate: whether the highest rate that
-    meets the SLOs is looked for, at the end. vocabulary, tokenizer: of the models, where all are URLs. processes: that
-    send requests, at most. models: arm -> name of its model, of arms that are URLs; where none is given, the only one.
+    loads: each once in every block. pairs: blocks per arm. interleaved: a fresh server for every
+    block, all arms in random order within each pair; otherwise all blocks of an arm follow each
+    other, on one server. requests_per_load: at least so many; open_loop_s: length of an open loop.
+    find_rate: whether the highest rate that meets the SLOs is looked for, at the end. vocabulary,
+    tokenizer: of the models, where all are URLs. processes: that send requests, at most. models:
+    arm -> name of its model, of arms that are URLs; where none is given, the only one.
     """
 
     dense: str
@@ -63,13 +65,14 @@ class LoadTestSettings:
         return len(schedule(self)) * sum(self.requests_at(load) for load in self.loads)
 
     def requests_at(self, load: Load) -> int:
-        """Enough for the load to be sustained: two full rounds of the concurrency, or the length of an open loop."""
+        """Enough for the load to be sustained: two full rounds of the concurrency, or the length of
+        an open loop."""
         enough = load.level * self.open_loop_s if load.is_open else 2 * load.level
         return max(self.requests_per_load, math.ceil(enough))
 
     def processes_at(self, load: Load) -> int:
-        """Each gets a request at least, and as many users as every other: in a closed loop, the largest number that
-        divides the level."""
+        """Each gets a request at least, and as many users as every other: in a closed loop, the
+        largest number that divides the level."""
         if load.is_open:
             return min(self.processes, self.requests_at(load))
         return max(count for count in range(1, self.processes + 1) if int(load.level) % count == 0)
@@ -104,7 +107,9 @@ def check_settings(settings: LoadTestSettings) -> None:
     if settings.pairs < 1:
         raise UserError(f"--pairs is {settings.pairs}; at least 1 is needed.")
     if not settings.interleaved and settings.pairs >= PAIRS_FOR_A_VERDICT:
-        raise UserError(f"--quick is for fewer than {PAIRS_FOR_A_VERDICT} pairs; leave it out, or --pairs.")
+        raise UserError(
+            f"--quick is for fewer than {PAIRS_FOR_A_VERDICT} pairs; leave it out, or --pairs."
+        )
     if not any(load.pattern == CONCURRENCY for load in settings.loads):
         raise UserError("--concurrency is needed: the verdict is about a closed loop.")
     if settings.processes < 1:
@@ -112,38 +117,51 @@ def check_settings(settings: LoadTestSettings) -> None:
     _check_loads(settings)
     _check_workload(settings.workload)
     if settings.vocabulary is not None and settings.vocabulary < 1:
-        raise UserError(f"--vocabulary is {settings.vocabulary}; give the number of token ids, 1 or more.")
+        raise UserError(
+            f"--vocabulary is {settings.vocabulary}; give the number of token ids, 1 or more."
+        )
     if settings.find_rate and not settings.slos:
-        raise UserError("--find-rate looks for the highest rate that meets an SLO; give --slo, such as ttft_p95=200ms.")
+        raise UserError(
+            "--find-rate looks for the highest rate that meets an SLO; give --slo, such as "
+            "ttft_p95=200ms."
+        )
     if not settings.candidates:
-        raise UserError("Give --pruned, or --candidate NAME=TARGET, to compare with the dense model.")
+        raise UserError(
+            "Give --pruned, or --candidate NAME=TARGET, to compare with the dense model."
+        )
     for name in settings.candidates:
         if name in RESERVED_ARMS or not ARM_NAME.fullmatch(name):
             raise UserError(
-                f"--candidate {name!r} is no name for a model; use up to 40 letters, digits, dots, dashes and "
-                f"underscores, and not {' or '.join(RESERVED_ARMS)}."
+                f"--candidate {name!r} is no name for a model; use up to 40 letters, digits, dots, "
+                f"dashes and underscores, and not {' or '.join(RESERVED_ARMS)}."
             )
     for arm, target in settings.arms.items():
         if is_url(target):
             base_url(target)
         elif not Path(target, "config.json").is_file():
-            raise UserError(f"{arm}: {target} is neither a URL nor a model directory; export one first.")
+            raise UserError(
+                f"{arm}: {target} is neither a URL nor a model directory; export one first."
+            )
     for arm in settings.models:
         if not is_url(settings.arms.get(arm, "")):
-            raise UserError(f"A model's name is for an arm that is a URL, and {arm} is none; leave it out.")
+            raise UserError(
+                f"A model's name is for an arm that is a URL, and {arm} is none; leave it out."
+            )
 
 
 def _check_loads(settings: LoadTestSettings) -> None:
     if not 0 < settings.open_loop_s < math.inf:
-        raise UserError(f"--open-loop-s is {settings.open_loop_s}; give a finite number of seconds above 0.")
+        raise UserError(
+            f"--open-loop-s is {settings.open_loop_s}; give a finite number of seconds above 0."
+        )
     for load in settings.loads:
         if not 0 < load.level < math.inf:
             raise UserError("--concurrency must be 1 or more, and --rate a finite number above 0.")
         enough = load.level * (settings.open_loop_s if load.is_open else 2)
         if max(enough, settings.requests_per_load) > MOST_REQUESTS:
             raise UserError(
-                f"{load.label} would take more than {MOST_REQUESTS} requests a block; lower it, --requests or "
-                "--open-loop-s."
+                f"{load.label} would take more than {MOST_REQUESTS} requests a block; lower it, "
+                "--requests or --open-loop-s."
             )
 
 
@@ -151,8 +169,13 @@ def _check_workload(workload: Workload) -> None:
     if workload.output_tokens < LEAST_OUTPUT_TOKENS:
         raise UserError("--output-tokens must be 2 or more; TPOT is undefined below.")
     if not 0 <= workload.length_spread < 1:
-        raise UserError(f"--length-spread is {workload.length_spread}; give a share from 0 to below 1.")
+        raise UserError(
+            f"--length-spread is {workload.length_spread}; give a share from 0 to below 1."
+        )
     if workload.shared_prefix >= workload.prompt_tokens:
         raise UserError("--shared-prefix must be shorter than --prompt-tokens.")
     if workload.texts and (workload.shared_prefix or workload.length_spread):
-        raise UserError("--shared-prefix and --length-spread are for random prompts; leave them out, or --prompts.")
+        raise UserError(
+            "--shared-prefix and --length-spread are for random prompts; leave them out, or "
+            "--prompts."
+        )

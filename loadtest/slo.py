@@ -1,4 +1,5 @@
-"""Service-level objectives, such as `ttft_p95=200ms`: a latency that a share of the requests must not exceed."""
+"""Service-level objectives, such as `ttft_p95=200ms`: a latency that a share of the requests must
+not exceed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _UNITS = {"ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Slo:
-    """metric: one of METRICS, in open loop counted from the schedule. percentile: of requests; limit_s: seconds."""
+    """metric: one of METRICS, in open loop counted from the schedule. percentile: of requests;
+    limit_s: seconds."""
 
     metric: str
     percentile: float
@@ -30,7 +32,12 @@ class Slo:
 
 def parse_slo(text: str) -> Slo:
     """`ttft_p95=200ms` -> Slo. Raises UserError."""
-    match = re.fullmatch(rf"({'|'.join(METRICS)})_p(\d+(?:\.\d+)?)=(\d+(?:\.\d+)?)(ms|s)", text.strip())
+    match = re.fullmatch(
+        rf"({'|'.join(METRICS)})_p(\d+(?:\.\d+)?)=(\d+(?:\.\d+)?)(ms|s)", text.strip()
+    )
     if match is None or not (0 < float(match[2]) <= 100 and 0 < float(match[3]) < math.inf):
-        raise UserError(f"--slo {text} is not METRIC_pPERCENTILE=LIMIT, such as ttft_p95=200ms or tpot_p99=0.03s.")
+        raise UserError(
+            f"--slo {text} is not METRIC_pPERCENTILE=LIMIT, such as ttft_p95=200ms or "
+            "tpot_p99=0.03s."
+        )
     return Slo(match[1], float(match[2]), float(match[3]) * _UNITS[match[4]])

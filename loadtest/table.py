@@ -54,12 +54,23 @@ def speed_up_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for arm, compared in report["candidates"].items():
         for metric, value in compared["speedup"].items():
-            spread = "" if value["low"] is None else f" (95% interval {value['low']:.2f}-{value['high']:.2f})"
+            spread = (
+                ""
+                if value["low"] is None
+                else f" (95% interval {value['low']:.2f}-{value['high']:.2f})"
+            )
             ideal = compared["ideal"].get(metric)
-            share = "" if ideal is None else f", {100 * ideal['fraction']:.0f}% of the ideal {ideal['value']:.2f}x"
+            share = (
+                ""
+                if ideal is None
+                else f", {100 * ideal['fraction']:.0f}% of the ideal {ideal['value']:.2f}x"
+            )
             before = compared["before"].get(metric)
             change = "" if before is None else f" (was {before['value']:.2f}x)"
-            lines.append(f"speed-up of {arm}, {metric.replace('_', ' ')}: {value['value']:.2f}x{spread}{share}{change}")
+            lines.append(
+                f"speed-up of {arm}, {metric.replace('_', ' ')}: "
+                f"{value['value']:.2f}x{spread}{share}{change}"
+            )
     return [*lines, *filter(None, [rate_line(report)])]
 
 
@@ -77,7 +88,11 @@ def model_lines(report: Mapping[str, Any]) -> list[str]:
 def noise_line(report: Mapping[str, Any]) -> str | None:
     """What two blocks of the same model differ by; None if that was not measured."""
     noise = [abs(value - 1) for of_load in report["noise"].values() for value in of_load.values()]
-    return f"two blocks of the dense model differ by at most {100 * max(noise):.1f}%" if noise else None
+    return (
+        f"two blocks of the dense model differ by at most {100 * max(noise):.1f}%"
+        if noise
+        else None
+    )
 
 
 def _shown(value: Any, factor: float) -> str:

@@ -1,4 +1,5 @@
-"""The URL of a server as people write it: a port, a prefix that a router wants, the `/v1` of other clients."""
+"""The URL of a server as people write it: a port, a prefix that a router wants, the `/v1` of other
+clients."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ def is_url(target: str) -> bool:
 
 
 def base_url(url: str) -> str:
-    """What /v1/models and /metrics come behind, so without /v1 at its end. Raises UserError if it is no such URL."""
+    """What /v1/models and /metrics come behind, so without /v1 at its end. Raises UserError if it
+    is no such URL."""
     problem = _problem(url)
     if problem is not None:
         raise UserError(
-            f"{url!r} is no URL of a server ({problem}); write it as http://HOST:PORT or http://HOST/PREFIX."
+            f"{url!r} is no URL of a server ({problem}); write it as http://HOST:PORT or "
+            "http://HOST/PREFIX."
         )
     parts = urlsplit(url)
     prefix = parts.path.rstrip("/").removesuffix(VERSION).rstrip("/")

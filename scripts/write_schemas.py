@@ -1,4 +1,5 @@
-"""Writes the JSON schemas of our file formats, as the code defines them, into a directory: docs/schemas."""
+"""Writes the JSON schemas of our file formats, as the code defines them, into a directory:
+docs/schemas."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def make_schemas() -> dict[str, str]:
     return {
         f"{name.partition('.')[0]}.schema.json": json.dumps(
             {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": name}
-            | {key: value for key, value in TypeAdapter(kind).json_schema().items() if key != "title"},
+            | {
+                key: value
+                for key, value in TypeAdapter(kind).json_schema().items()
+                if key != "title"
+            },
             indent=2,
         )
         + "\n"

@@ -1,4 +1,5 @@
-"""What probes and Prometheus ask (the port: serving.admin_port). Requests for completions do not pass through it."""
+"""What probes and Prometheus ask (the port: serving.admin_port). Requests for completions do not
+pass through it."""
 
 from __future__ import annotations
 
@@ -31,15 +32,22 @@ class Admin:
 
     def app(self) -> Starlette:
         endpoints = (self.livez, self.readyz, self.startupz, self.info, self.metrics)
-        return Starlette(routes=[Route(f"/{endpoint.__name__}", endpoint) for endpoint in endpoints])
+        return Starlette(
+            routes=[Route(f"/{endpoint.__name__}", endpoint) for endpoint in endpoints]
+        )
 
     def livez(self, request: Request) -> Response:
         """200 unless a server has failed for good. One that is being restarted is alive."""
         return self._states(lambda supervisor: supervisor.status.state is not State.FAILED)
 
     def readyz(self, request: Request) -> Response:
-        """200 if every server has completed a request, has not been asked to stop, and its engine is alive now."""
-        return self._states(lambda supervisor: supervisor.status.state is State.READY and self._is_healthy(supervisor))
+        """200 if every server has completed a request, has not been asked to stop, and its engine
+        is alive now."""
+        return self._states(
+            lambda supervisor: (
+                supervisor.status.state is State.READY and self._is_healthy(supervisor)
+            )
+        )
 
     def startupz(self, request: Request) -> Response:
         """200 once every server was ready for the first time; how far the start has come."""
@@ -48,7 +56,10 @@ class Admin:
     def info(self, request: Request) -> Response:
         """Which artifact, plan and base model are being served, and where."""
         return JSONResponse(
-            [{"url": one.settings.url, **asdict(one.identity), **_describe(one)} for one in self.supervisors]
+            [
+                {"url": one.settings.url, **asdict(one.identity), **_describe(one)}
+                for one in self.supervisors
+            ]
         )
 
     def metrics(self, request: Request) -> Response:
@@ -57,12 +68,20 @@ class Admin:
 
     def collect(self) -> Iterable[Metric]:
         """The registry's protocol."""
-        ready = GaugeMetricFamily("gradmap_serve_ready", "1 if requests are answered.", labels=["model_name"])
-        restarts = CounterMetricFamily("gradmap_serve_restarts", "Restarts after a failure.", labels=["model_name"])
-        phases = GaugeMetricFamily(
-            "gradmap_serve_phase_start_seconds", "When a phase of the start began.", labels=["model_name", "phase"]
+        ready = GaugeMetricFamily(
+            "gradmap_serve_ready", "1 if requests are answered.", labels=["model_name"]
         )
-        info = InfoMetricFamily("gradmap_serve_artifact", "What is being served.", labels=["model_name"])
+        restarts = CounterMetricFamily(
+            "gradmap_serve_restarts", "Restarts after a failure.", labels=["model_name"]
+        )
+        phases = GaugeMetricFamily(
+            "gradmap_serve_phase_start_seconds",
+            "When a phase of the start began.",
+            labels=["model_name", "phase"],
+        )
+        info = InfoMetricFamily(
+            "gradmap_serve_artifact", "What is being served.", labels=["model_name"]
+        )
         for one in self.supervisors:
             name, status = one.identity.name, one.status
             ready.add_metric([name], float(status.state is State.READY))

@@ -16,13 +16,15 @@ from gradmap.errors import UserError
 from serving.ports import bind
 
 POLL_S = 0.05
-# From connecting, or from the last answer, to an answer that is complete. Metrics of two busy servers take 8 s.
+# From connecting, or from the last answer, to an answer that is complete. Metrics of two busy
+# servers take 8 s.
 ANSWER_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 2
 
 
 class Impatient(H11Protocol):
-    """Ends a connection that has no complete answer in time; uvicorn would wait for ever for who sends nothing."""
+    """Ends a connection that has no complete answer in time; uvicorn would wait for ever for who
+    sends nothing."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,9 +45,15 @@ class Impatient(H11Protocol):
 
 @contextmanager
 def serving_admin(app: Starlette, host: str, port: int) -> Iterator[None]:
-    """Answers on the admin port for the length of a `with` block. Raises UserError if nobody can listen there."""
+    """Answers on the admin port for the length of a `with` block. Raises UserError if nobody can
+    listen there."""
     config = uvicorn.Config(
-        app, http=Impatient, ws="none", log_level="error", access_log=False, timeout_graceful_shutdown=STOP_TIMEOUT_S
+        app,
+        http=Impatient,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=STOP_TIMEOUT_S,
     )
     server = uvicorn.Server(config)
     with bind(host, port, "--admin-port") as listener:

@@ -13,8 +13,8 @@ TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def has_chat_template(directory: Path, vllm_flags: Sequence[str]) -> bool:
-    """Whether vLLM finds a template with which it makes one prompt of a chat's messages. Without one it answers every
-    request at /v1/chat/completions with an error."""
+    """Whether vLLM finds a template with which it makes one prompt of a chat's messages. Without
+    one it answers every request at /v1/chat/completions with an error."""
     if flag_value(vllm_flags, "--chat-template") is not None:
         return True
     if any((directory / name).is_file() for name in TEMPLATE_FILES):

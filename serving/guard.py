@@ -1,8 +1,8 @@
-"""In vLLM's own process, in front of its routes: closes what no key guards, says what is being served, and proves to
-gradmap-serve that it is its server that listens.
+"""In vLLM's own process, in front of its routes: closes what no key guards, says what is being
+served, and proves to gradmap-serve that it is its server that listens.
 
-vLLM asks for a key only below /v1 and a few other prefixes. /metrics, /tokenize, /load, /version, /docs, /invocations
-and some more answer anyone, so on a public address they do not exist.
+vLLM asks for a key only below /v1 and a few other prefixes. /metrics, /tokenize, /load, /version,
+/docs, /invocations and some more answer anyone, so on a public address they do not exist.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path, headers = scope["path"].removeprefix(scope.get("root_path", "")), Headers(scope=scope)
+            path, headers = (
+                scope["path"].removeprefix(scope.get("root_path", "")),
+                Headers(scope=scope),
+            )
             if path == PROOF_PATH and self.secret:
                 answer = proof(self.secret, headers.get(CHALLENGE_HEADER, ""))
                 await PlainTextResponse(answer)(scope, receive, send)
@@ -63,7 +66,8 @@ class Guard:
 
 
 class _AddToModels:
-    """Holds the response back until it is whole, then sends it with the identity in every model's card."""
+    """Holds the response back until it is whole, then sends it with the identity in every model's
+    card."""
 
     def __init__(self, send: Send, identity: dict[str, Any]) -> None:
         self._send, self._identity = send, identity
@@ -87,5 +91,9 @@ class _AddToModels:
         for card in models["data"]:
             card["gradmap"] = self._identity
         self._body = json.dumps(models).encode()
-        headers = [(name, value) for name, value in self._start["headers"] if name.lower() != b"content-length"]
+        headers = [
+            (name, value)
+            for name, value in self._start["headers"]
+            if name.lower() != b"content-length"
+        ]
         self._start["headers"] = [*headers, (b"content-length", str(len(self._body)).encode())]

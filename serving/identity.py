@@ -14,8 +14,8 @@ from gradmap.model_files import own_file, own_files
 
 @dataclass(frozen=True)
 class Identity:
-    """artifact_sha256: of gradmap.json, which holds the hash of every other file. All but name and weight_bytes are
-    None for a directory that gradmap did not export."""
+    """artifact_sha256: of gradmap.json, which holds the hash of every other file. All but name and
+    weight_bytes are None for a directory that gradmap did not export."""
 
     name: str
     weight_bytes: int
@@ -29,16 +29,18 @@ class Identity:
 def require_model(directory: Path) -> None:
     """Raises UserError if there is no model in the directory."""
     if not own_file(directory, "config.json").exists():
-        raise UserError(f"{directory} is no model directory (it has no config.json); export one first.")
+        raise UserError(
+            f"{directory} is no model directory (it has no config.json); export one first."
+        )
 
 
 @dataclass(frozen=True)
 class Trust:
     """What has to be known of a directory before it is served.
 
-    verify: compare every file's SHA-256 with gradmap.json. artifact: it must be an artifact; without this, whoever
-    removes gradmap.json turns it into a model that nothing is known of. expected_sha256: of gradmap.json, from
-    elsewhere; the hashes of all other files are in it.
+    verify: compare every file's SHA-256 with gradmap.json. artifact: it must be an artifact;
+    without this, whoever removes gradmap.json turns it into a model that nothing is known of.
+    expected_sha256: of gradmap.json, from elsewhere; the hashes of all other files are in it.
     """
 
     verify: bool = True
@@ -49,20 +51,26 @@ class Trust:
 def identify(directory: Path, trust: Trust) -> Identity:
     """Reads gradmap.json and compares what `trust` asks for.
 
-    Raises UserError if the directory holds no model, an artifact for another runtime, other files than exported, or
-    code.
+    Raises UserError if the directory holds no model, an artifact for another runtime, other files
+    than exported, or code.
     """
     require_model(directory)
     read_vllm_file(directory)
     if not own_file(directory, ARTIFACT_FILE).exists():
         if trust.artifact or trust.expected_sha256 is not None:
-            raise UserError(f"{directory} is no artifact (it has no {ARTIFACT_FILE}); serve one, or do not ask for it.")
+            raise UserError(
+                f"{directory} is no artifact (it has no {ARTIFACT_FILE}); serve one, or do not ask "
+                "for it."
+            )
         weights = sum(path.stat().st_size for path in own_files(directory, ["*.safetensors"]))
         return Identity(directory.resolve().name, weights)
     record = read_record(directory, trust.expected_sha256)
     refuse_code(directory)
     if record.format not in ("hf", "vllm"):
-        raise UserError(f"{directory} was exported as {record.format}, which vLLM does not read; use --format vllm.")
+        raise UserError(
+            f"{directory} was exported as {record.format}, which vLLM does not read; use --format "
+            "vllm."
+        )
     if trust.verify:
         require_files(directory, record.files)
     plan = record.plan

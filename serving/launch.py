@@ -1,4 +1,5 @@
-"""From a request to serve to an exit code: checks, one supervisor per model, the admin port, and signals."""
+"""From a request to serve to an exit code: checks, one supervisor per model, the admin port, and
+signals."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ EXIT_FAILED = 1
 
 @dataclass(frozen=True)
 class Launch:
-    """One or two models, with what has to be known of each. settings: of the first; the second has the next port."""
+    """One or two models, with what has to be known of each. settings: of the first; the second has
+    the next port."""
 
     models: Sequence[Path]
     settings: ServerSettings
@@ -55,14 +57,18 @@ class Launch:
 def run(launch: Launch, log: Log) -> int:
     """Serves until a signal arrives or a server has failed; returns the exit code.
 
-    Raises UserError if the model, the machine or a port does not allow a start, or if the first start failed.
+    Raises UserError if the model, the machine or a port does not allow a start, or if the first
+    start failed.
     """
     _require_places(launch)
     log.open()
-    identities = [identify(model, trust) for model, trust in zip(launch.models, launch.trusts, strict=True)]
+    identities = [
+        identify(model, trust) for model, trust in zip(launch.models, launch.trusts, strict=True)
+    ]
     settings = _settle(launch, identities)
     supervisors = [
-        Supervisor(each, identity, launch.policy, log) for each, identity in zip(settings, identities, strict=True)
+        Supervisor(each, identity, launch.policy, log)
+        for each, identity in zip(settings, identities, strict=True)
     ]
     stop = Stop()
     with stop.on_signals(supervisors):
@@ -75,7 +81,10 @@ def run(launch: Launch, log: Log) -> int:
 def _require_places(launch: Launch) -> None:
     """Raises UserError unless every port exists, is no other one's, and is free."""
     first = launch.settings.port
-    ports = {f"--port{f' + {number}' if number else ''}": first + number for number in range(len(launch.models))}
+    ports = {
+        f"--port{f' + {number}' if number else ''}": first + number
+        for number in range(len(launch.models))
+    }
     require_ports(ports | {"--admin-port": launch.admin_port})
     for option, port in ports.items():
         require_free_port(launch.settings.host, port, option)
@@ -88,9 +97,17 @@ def _settle(launch: Launch, identities: Sequence[Identity]) -> list[ServerSettin
     settled = []
     for number, (model, identity) in enumerate(zip(launch.models, identities, strict=True)):
         flags = launch.settings.vllm_flags
-        flags = (*memory_share(len(launch.models), bool(gpus), flags), *dtype_flags(gpus, flags), *flags)
-        settings = replace(launch.settings, directory=model, port=launch.settings.port + number, vllm_flags=flags)
-        environment = guard_environment(settings, asdict(identity)) | cache_share(len(launch.models))
+        flags = (
+            *memory_share(len(launch.models), bool(gpus), flags),
+            *dtype_flags(gpus, flags),
+            *flags,
+        )
+        settings = replace(
+            launch.settings, directory=model, port=launch.settings.port + number, vllm_flags=flags
+        )
+        environment = guard_environment(settings, asdict(identity)) | cache_share(
+            len(launch.models)
+        )
         settings = replace(settings, environment=environment)
         check_servable(settings)
         settled.append(settings)
@@ -105,14 +122,16 @@ def _settle(launch: Launch, identities: Sequence[Identity]) -> list[ServerSettin
 
 
 def memory_share(models: int, on_gpu: bool, vllm_flags: Sequence[str]) -> tuple[str, ...]:
-    """vLLM's flags that give each of several models its share of a GPU, unless the user gave a share."""
+    """vLLM's flags that give each of several models its share of a GPU, unless the user gave a
+    share."""
     if models == 1 or not on_gpu or flag_value(vllm_flags, GPU_SHARE_FLAG) is not None:
         return ()
     return (GPU_SHARE_FLAG, f"{GPU_UTILISATION / models:.2f}")
 
 
 def cache_share(models: int) -> dict[str, str]:
-    """The environment variables that give each of several models its share of the KV cache in a CPU's memory."""
+    """The environment variables that give each of several models its share of the KV cache in a
+    CPU's memory."""
     whole = os.environ.get(KV_CACHE_VARIABLE) or vllm_defaults().get(KV_CACHE_VARIABLE)
     return {} if whole is None or models == 1 else {KV_CACHE_VARIABLE: f"{float(whole) / models:g}"}
 
@@ -122,11 +141,14 @@ def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> No
     for one in supervisors:
         identity = one.identity
         size = f"{identity.weight_bytes / 1e6:,.0f} MB of weights"
-        log.say(f"Starting vLLM for {identity.name} ({size}) at {one.settings.url} ({log.location})")
+        log.say(
+            f"Starting vLLM for {identity.name} ({size}) at {one.settings.url} ({log.location})"
+        )
     if len(supervisors) > 1:
         log.say(
-            f"{len(supervisors)} models share this machine: each gets 1/{len(supervisors)} of the memory that vLLM "
-            "takes, and they compete for its processors. To compare speeds, use gradmap loadtest"
+            f"{len(supervisors)} models share this machine: each gets 1/{len(supervisors)} of the "
+            "memory that vLLM takes, and they compete for its processors. To compare speeds, use "
+            "gradmap loadtest"
         )
     _warn(supervisors, log)
     log.say(f"Try, once it is ready: {curl_command(settings, supervisors[0].identity.name)}")
@@ -137,12 +159,15 @@ def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> No
 def _warn(supervisors: Sequence[Supervisor], log: Log) -> None:
     host = supervisors[0].settings.host
     if supervisors[0].settings.is_public and not os.environ.get(KEY_VARIABLE):
-        log.say(f"{host} is reachable from outside and no key is asked for; use --api-key-file", "WARNING")
+        log.say(
+            f"{host} is reachable from outside and no key is asked for; use --api-key-file",
+            "WARNING",
+        )
     for one in supervisors:
         if not has_chat_template(one.settings.directory, one.settings.vllm_flags):
             log.say(
-                f"{one.identity.name} has no chat template, so /v1/chat/completions will refuse requests; give one "
-                "with -- --chat-template FILE, or use /v1/completions",
+                f"{one.identity.name} has no chat template, so /v1/chat/completions will refuse "
+                "requests; give one with -- --chat-template FILE, or use /v1/completions",
                 "WARNING",
             )
 
@@ -160,8 +185,9 @@ def curl_command(settings: ServerSettings, model: str) -> str:
 
 
 def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:
-    """Starts one after the other: while vLLM measures how much of a GPU's memory it needs, what another one takes
-    would count as its own. Returns when all have ended; if one fails for good, the others are stopped."""
+    """Starts one after the other: while vLLM measures how much of a GPU's memory it needs, what
+    another one takes would count as its own. Returns when all have ended; if one fails for good,
+    the others are stopped."""
     threads = [Thread(target=one.run, args=(stopping,)) for one in supervisors]
     try:
         for one, thread in zip(supervisors, threads, strict=True):

@@ -34,7 +34,8 @@ FIRST_PHASE = "importing vLLM"
 
 
 class Log:
-    """Lines of vLLM go to a file (see serving.log_file), or to stderr if `path` is None; messages of ours go to stderr.
+    """Lines of vLLM go to a file (see serving.log_file), or to stderr if `path` is None; messages
+    of ours go to stderr.
 
     as_json: each line becomes an object with time, level, source and message.
     """
@@ -49,7 +50,9 @@ class Log:
             self._lines = open_log(self.path)
 
     def say(self, message: str, level: str = "INFO") -> None:
-        with suppress(OSError, SystemExit):  # which rich raises: who listened is gone, no reason to stop serving
+        with suppress(
+            OSError, SystemExit
+        ):  # which rich raises: who listened is gone, no reason to stop serving
             if self.as_json:
                 print(self._as_object(message, level, "gradmap-serve"), file=sys.stderr, flush=True)
             else:
@@ -89,7 +92,9 @@ class Output:
     def follow(self, lines: Iterable[bytes]) -> None:
         """Returns when the process, and all that inherited its output, have ended."""
         for raw in lines:
-            line = raw.decode(errors="replace").rstrip("\r\n")  # vLLM ends the lines of a traceback with both
+            line = raw.decode(errors="replace").rstrip(
+                "\r\n"
+            )  # vLLM ends the lines of a traceback with both
             self._tail.append(line)
             self._log.relay(line)
             for sign, phase in PHASES.items():

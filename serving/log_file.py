@@ -1,4 +1,5 @@
-"""Where a log goes without harm to what is there: a regular file grows and is rotated, all else is written through."""
+"""Where a log goes without harm to what is there: a regular file grows and is rotated, all else is
+written through."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ STREAMS = (1, 2)
 def open_log(path: Path | None) -> logging.Handler:
     """Lines go behind what `path` holds, kept below 100 MB; to stderr without a path.
 
-    A terminal, a pipe or a device is written to as it is, and so is a link to one, such as /dev/stdout.
-    Raises UserError if it cannot be written.
+    A terminal, a pipe or a device is written to as it is, and so is a link to one, such as
+    /dev/stdout. Raises UserError if it cannot be written.
     """
     if path is None:
         return logging.StreamHandler(sys.stderr)
@@ -33,7 +34,9 @@ def open_log(path: Path | None) -> logging.Handler:
             return _WrittenThrough(_as_text(descriptor))
         return _PrivateFile(path.resolve(), maxBytes=ROTATE_BYTES, backupCount=1)
     except OSError as error:
-        raise UserError(f"The log {path} cannot be written ({error.strerror}); choose another with --log.") from None
+        raise UserError(
+            f"The log {path} cannot be written ({error.strerror}); choose another with --log."
+        ) from None
 
 
 def _open_other(path: Path) -> int | None:
@@ -42,7 +45,9 @@ def _open_other(path: Path) -> int | None:
         found = path.stat()
     except FileNotFoundError:
         return None
-    for stream in STREAMS:  # a socket, which cannot be opened; or a file that the shell writes to as well
+    for (
+        stream
+    ) in STREAMS:  # a socket, which cannot be opened; or a file that the shell writes to as well
         with suppress(OSError):  # it may be closed
             if os.path.samestat(found, os.fstat(stream)):
                 return os.dup(stream)

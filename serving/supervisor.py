@@ -1,4 +1,5 @@
-"""Keeps one vLLM server running until it is asked to stop, and knows at every moment what state it is in."""
+"""Keeps one vLLM server running until it is asked to stop, and knows at every moment what state it
+is in."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Policy:
-    """restarts: how many in a row. balancer_wait_s: between the end of readiness and that of the server, for load
-    balancers to notice."""
+    """restarts: how many in a row. balancer_wait_s: between the end of readiness and that of the
+    server, for load balancers to notice."""
 
     restarts: int = 3
     balancer_wait_s: float = 0.0
@@ -39,7 +40,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Status:
-    """phases: seconds after the start at which each phase began, in order. restarts: since the first start."""
+    """phases: seconds after the start at which each phase began, in order. restarts: since the
+    first start."""
 
     state: State = State.STARTING
     started: float = field(default_factory=time.monotonic)
@@ -54,7 +56,8 @@ class Status:
 
 
 def back_off_s(failures: int) -> float:
-    """Seconds to wait before the restart after so many failures in a row: 1, 2, 4, ... up to a minute."""
+    """Seconds to wait before the restart after so many failures in a row: 1, 2, 4, ... up to a
+    minute."""
     return float(min(LONGEST_WAIT_S, 2.0 ** (failures - 1)))
 
 
@@ -63,12 +66,16 @@ class _StopAsked(Exception):  # noqa: N818 - it is none
 
 
 class Supervisor:
-    """`run` keeps to one thread: Linux kills a child when the thread that started it ends (see serving.vllm_server).
+    """`run` keeps to one thread: Linux kills a child when the thread that started it ends (see
+    serving.vllm_server).
 
-    `status` is replaced as a whole, so that other threads can read it at any time. failure: what ended it.
+    `status` is replaced as a whole, so that other threads can read it at any time. failure: what
+    ended it.
     """
 
-    def __init__(self, settings: ServerSettings, identity: Identity, policy: Policy, log: Log) -> None:
+    def __init__(
+        self, settings: ServerSettings, identity: Identity, policy: Policy, log: Log
+    ) -> None:
         self.settings, self.identity, self.policy, self.log = settings, identity, policy, log
         self.status = Status()
         self.failure: Exception | None = None
@@ -76,20 +83,23 @@ class Supervisor:
         self._heartbeat = Heartbeat(log.say)
 
     def run(self, stopping: Event) -> None:
-        """Serves until `stopping` is set, or fails for good: whatever goes wrong, the state says so, and no process of
-        the server is left."""
+        """Serves until `stopping` is set, or fails for good: whatever goes wrong, the state says
+        so, and no process of the server is left."""
         self.status = Status()
         try:
             self._serve_again_and_again(stopping)
         except Exception as error:
             self.failure = error
-            self.status = replace(self.status, state=State.FAILED, error=str(error) or type(error).__name__)
+            self.status = replace(
+                self.status, state=State.FAILED, error=str(error) or type(error).__name__
+            )
             self.kill()
         else:
             self.status = replace(self.status, state=State.STOPPED)
 
     def _serve_again_and_again(self, stopping: Event) -> None:
-        """Until `stopping` is set. A first start that fails is not repeated: it would fail again."""
+        """Until `stopping` is set. A first start that fails is not repeated: it would fail
+        again."""
         failures = 0
         while not stopping.is_set():
             try:
@@ -100,10 +110,16 @@ class Supervisor:
                     raise
                 self.status = replace(self.status, error=str(error), state=State.RESTARTING)
                 wait_s = back_off_s(failures)
-                self.log.say(f"{error} Restart {failures} of {self.policy.restarts} in {wait_s:.0f} s", "ERROR")
+                self.log.say(
+                    f"{error} Restart {failures} of {self.policy.restarts} in {wait_s:.0f} s",
+                    "ERROR",
+                )
                 stopping.wait(wait_s)
                 self.status = replace(
-                    Status(), was_ready=True, restarts=self.status.restarts + 1, error=self.status.error
+                    Status(),
+                    was_ready=True,
+                    restarts=self.status.restarts + 1,
+                    error=self.status.error,
                 )
 
     def kill(self) -> None:
@@ -147,5 +163,7 @@ class Supervisor:
         self.status = replace(self.status, state=State.DRAINING)
         wait_s, drain_s = self.policy.balancer_wait_s, self.settings.drain_s
         waiting = f"{wait_s:.0f} s for load balancers to notice, then " if wait_s else ""
-        self.log.say(f"Draining: not ready any more; {waiting}up to {drain_s} s for requests in flight")
+        self.log.say(
+            f"Draining: not ready any more; {waiting}up to {drain_s} s for requests in flight"
+        )
         time.sleep(wait_s)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from gradmap.raised import reasons_below
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# In front of each line that vLLM logs: process, level, time and file; of one that it prints, the process at most.
+# In front of each line that vLLM logs: process, level, time and file; of one that it prints, the
+# process at most.
 PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) ?)?(?:(?:ERROR|WARNING) [^\]]*\] ?)?")
 # An exception, what argparse says, or that the engine is gone.
 ERROR = re.compile(
@@ -17,7 +18,11 @@ ERROR = re.compile(
     r"|.*(?P<gone>engine core exited unexpectedly)"
 )
 # Follows from another error, which stands above it.
-CONSEQUENCES = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization failed")
+CONSEQUENCES = (
+    "Engine core initialization failed",
+    "EngineDeadError",
+    "WorkerProc initialization failed",
+)
 
 
 def plain(line: str) -> str:
@@ -28,7 +33,11 @@ def plain(line: str) -> str:
 def find_error(lines: Sequence[str]) -> str | None:
     """The first error that is no consequence of another, in one line; None if there is none."""
     said = [PREFIX.sub("", plain(line), count=1) for line in lines]
-    found = [_describe(match, said[number + 1 :]) for number, line in enumerate(said) if (match := ERROR.match(line))]
+    found = [
+        _describe(match, said[number + 1 :])
+        for number, line in enumerate(said)
+        if (match := ERROR.match(line))
+    ]
     causes = [text for text in found if not any(sign in text for sign in CONSEQUENCES)]
     return next(iter(causes or found), None)
 

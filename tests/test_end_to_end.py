@@ -1,4 +1,5 @@
-"""The whole product on the real model with small budgets: prune, export, evaluate, serve, load-test, report."""
+"""The whole product on the real model with small budgets: prune, export, evaluate, serve,
+load-test, report."""
 
 import html
 import json
@@ -16,8 +17,9 @@ from tests.export.test_export import WITHOUT_US
 pytestmark = pytest.mark.alone
 
 REMOVED = 4
-# Nats per token, of a mean over 8 x 127 tokens: a logit of about 20, rounded to 8 bits in every of 26 layers, errs by
-# 20 * 2**-9 * 26**0.5 = 0.20 for one token, and by 0.006 on average; six standard deviations are at most
+# Nats per token, of a mean over 8 x 127 tokens: a logit of about 20, rounded to 8 bits in every of
+# 26 layers, errs by 20 * 2**-9 * 26**0.5 = 0.20 for one token, and by 0.006 on average; six
+# standard deviations are at most
 BFLOAT16_LOSS = 0.036
 RECIPE = f"""
 model: {SMOLLM2}
@@ -36,7 +38,9 @@ GENERATE_IN_VLLM = (
     WITHOUT_US
     + """
 import os
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1"
+)
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=256)
@@ -49,7 +53,15 @@ if __name__ == "__main__":
 
 
 def gradmap_run(directory):
-    command = [sys.executable, "-m", "gradmap", "run", str(directory / "recipe.yaml"), "--out", str(directory / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "gradmap",
+        "run",
+        str(directory / "recipe.yaml"),
+        "--out",
+        str(directory / "out"),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -66,8 +78,17 @@ def finished_run(tmp_path_factory):
 def test_the_result_directory_is_as_agreed(finished_run):
     directory, finished = finished_run
     out = directory / "out"
-    for name in ("plan/plan.json", "hf/config.json", "vllm/vllm.yaml", "eval.json", "loadtest/records.jsonl",
-                 "loadtest/report.json", "report.html", "report.md", "result.json"):  # fmt: skip
+    for name in (
+        "plan/plan.json",
+        "hf/config.json",
+        "vllm/vllm.yaml",
+        "eval.json",
+        "loadtest/records.jsonl",
+        "loadtest/report.json",
+        "report.html",
+        "report.md",
+        "result.json",
+    ):
         assert (out / name).is_file(), name
     result = json.loads((out / "result.json").read_text())
     assert result["pruned"]["layers"] == result["dense"]["layers"] - REMOVED
@@ -78,7 +99,9 @@ def test_the_result_directory_is_as_agreed(finished_run):
         assert result[arm]["parameters"] == record["parameters"]
     for arm in ("dense", "pruned"):
         assert result[arm]["perplexity"]["squad"]["stderr"] > 0
-    assert 20 < result["dense"]["perplexity"]["squad"]["value"] < 80  # of 8 segments; 100 segments give 31
+    assert (
+        20 < result["dense"]["perplexity"]["squad"]["value"] < 80
+    )  # of 8 segments; 100 segments give 31
     assert result["quality"]["verdict"] == "PASS", result["quality"]["reason"]
     assert result["loadtest"]["verdict"] in ("FAIL", "INCONCLUSIVE")  # 2 pairs cannot pass
     assert result["verdict"] == result["loadtest"]["verdict"]
@@ -86,7 +109,11 @@ def test_the_result_directory_is_as_agreed(finished_run):
     assert {"value", "low", "high"} <= result["loadtest"]["speedup"]["tpot"].keys()
     assert "is within 1.50" in result["quality"]["reason"]
     assert "is within 1.000" in result["quality"]["reason"]
-    assert set(result["pruned"]["accuracy"]) == set(result["comparison"]["tasks"]) == {"arc_easy", "winogrande"}
+    assert (
+        set(result["pruned"]["accuracy"])
+        == set(result["comparison"]["tasks"])
+        == {"arc_easy", "winogrande"}
+    )
     assert "Dense against pruned" in finished.stdout
     assert "Verdict on quality: PASS" in finished.stdout
 
@@ -119,8 +146,20 @@ def test_stock_vllm_generates_from_the_artifact_without_our_packages(finished_ru
 
 def perplexity_of_the_artifact(out, directory, *arguments):
     """Of the vLLM-ready artifact as stored. Behind an endpoint: tests/serving/test_endpoint.py."""
-    command = [sys.executable, "-m", "gradmap", "eval", "--perplexity", f"squad={SQUAD}", "--limit", "8", *arguments]
-    finished = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False, cwd=directory)
+    command = [
+        sys.executable,
+        "-m",
+        "gradmap",
+        "eval",
+        "--perplexity",
+        f"squad={SQUAD}",
+        "--limit",
+        "8",
+        *arguments,
+    ]
+    finished = subprocess.run(
+        [*command, "--out", str(out)], capture_output=True, text=True, check=False, cwd=directory
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     result = json.loads(out.read_text())
     return result["dense"]["backend"], math.log(result["dense"]["perplexity"]["squad"]["value"])
@@ -129,7 +168,11 @@ def perplexity_of_the_artifact(out, directory, *arguments):
 @pytest.mark.slow
 def test_vllm_gives_the_perplexity_of_transformers(finished_run, tmp_path):
     artifact = ("--model", str(finished_run[0] / "out" / "vllm"))
-    stock = perplexity_of_the_artifact(tmp_path / "stock.json", tmp_path, *artifact, "--dtype", "bfloat16")
-    served = perplexity_of_the_artifact(tmp_path / "served.json", tmp_path, *artifact, "--backend", "vllm")
+    stock = perplexity_of_the_artifact(
+        tmp_path / "stock.json", tmp_path, *artifact, "--dtype", "bfloat16"
+    )
+    served = perplexity_of_the_artifact(
+        tmp_path / "served.json", tmp_path, *artifact, "--backend", "vllm"
+    )
     assert (stock[0], served[0]) == ("transformers", "vllm")
     assert served[1] == pytest.approx(stock[1], abs=BFLOAT16_LOSS)

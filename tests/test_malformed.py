@@ -1,6 +1,8 @@
-"""Whatever is in a file that is read, it is read, or refused in one sentence: no reader of ours ends in a traceback.
+"""Whatever is in a file that is read, it is read, or refused in one sentence: no reader of ours
+ends in a traceback.
 
-Two kinds of files: broken bytes and shapes, and valid files of which a part is gone or another value.
+Two kinds of files: broken bytes and shapes, and valid files of which a part is gone or another
+value.
 """
 
 from __future__ import annotations
@@ -68,7 +70,22 @@ BROKEN = {
     "yaml map": b"a: !!map [1]\n",
     "yaml keys": b"{[1]: 2, {}: 3}\n",
 }
-VALUES: tuple[Any, ...] = (None, [], [[None]], {}, {"a": []}, "", "a", True, 0, -1, 7, 1.5, 10**30, float("nan"))
+VALUES: tuple[Any, ...] = (
+    None,
+    [],
+    [[None]],
+    {},
+    {"a": []},
+    "",
+    "a",
+    True,
+    0,
+    -1,
+    7,
+    1.5,
+    10**30,
+    float("nan"),
+)
 GONE = object()
 # So many changes of each file are tried: enough to reach every kind of key, and to take seconds.
 MUTATIONS = 150
@@ -87,7 +104,13 @@ class Reader:
 def places_in(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Of every value inside a value; of a list, of its first."""
     yield place
-    children = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    )
     for key, child in children:
         yield from places_in(child, (*place, key))
 
@@ -131,7 +154,10 @@ def made(picos: dict[str, Pico], word_file: Path, tmp_path_factory: pytest.TempP
         finished = gradmap(*command)
         assert finished.returncode == 0, finished.stderr
     write_json(out / "gradmap.json", make_record(load_plan(out / "plan")).model_dump())
-    save_requests(out / "requests.json", draw_requests(RandomPrompts(Workload(), 9), "a", 2, Load("constant", 4.0), 0))
+    save_requests(
+        out / "requests.json",
+        draw_requests(RandomPrompts(Workload(), 9), "a", 2, Load("constant", 4.0), 0),
+    )
     (out / "text.jsonl").write_text('{"text": {"body": ["a"]}}')
     return out
 
@@ -174,7 +200,9 @@ def read_plan(directory: Path, model: Path, out: Path) -> None:
     for repair in plan.repairs:
         repair.describe()
     methods = choose_methods(None, directory)
-    wanted = PruneSettings(9, "file:a.txt", methods.selector, methods.compensator)  # 9: refused before it is made
+    wanted = PruneSettings(
+        9, "file:a.txt", methods.selector, methods.compensator
+    )  # 9: refused before it is made
     prune_less(open_checkpoint(str(model)), directory, wanted, out)
 
 
@@ -197,7 +225,9 @@ def read_calibration(directory: Path, model: Path) -> None:
         "text",
     ]
 )
-def reader(request: pytest.FixtureRequest, made: Path, picos: dict[str, Pico], tmp_path: Path) -> Iterator[Reader]:
+def reader(
+    request: pytest.FixtureRequest, made: Path, picos: dict[str, Pico], tmp_path: Path
+) -> Iterator[Reader]:
     model = tmp_path / "model"
     model.mkdir()
     for path in picos["llama"].directory.iterdir():

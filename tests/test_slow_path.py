@@ -1,4 +1,5 @@
-"""The way from a model to a served artifact on a CPU that emulates bfloat16, which most laptops have, on any CPU."""
+"""The way from a model to a served artifact on a CPU that emulates bfloat16, which most laptops
+have, on any CPU."""
 
 import json
 import os
@@ -27,7 +28,9 @@ def gradmap_without_bfloat16(*arguments):
 def test_a_model_is_pruned_evaluated_and_exported_in_float32(tmp_path):
     plan, out = tmp_path / "plan", tmp_path / "artifacts"
     few = ("--samples", 8, "--tokens", 32, "--one-shot", "--compensator", "refit")
-    pruned = gradmap_without_bfloat16("prune", *MODEL, "--remove", 2, "--calibration", BOOLQ, *few, "--out", plan)
+    pruned = gradmap_without_bfloat16(
+        "prune", *MODEL, "--remove", 2, "--calibration", BOOLQ, *few, "--out", plan
+    )
     assert "Computing in float32 (found: float32" in pruned.stderr
     contents = json.loads((plan / "plan.json").read_text())
     assert (contents["recipe"]["dtype"], contents["environment"]["dtype"]) == ("auto", "float32")
@@ -36,7 +39,9 @@ def test_a_model_is_pruned_evaluated_and_exported_in_float32(tmp_path):
     gradmap_without_bfloat16("eval", *MODEL, "--plan", plan, *text, "--out", tmp_path / "eval.json")
     evaluation = json.loads((tmp_path / "eval.json").read_text())
     assert evaluation["dense"]["dtype"] == evaluation["pruned"]["dtype"] == "float32"
-    assert 20 < evaluation["dense"]["perplexity"]["squad"]["value"] < 80  # of 4 segments; 100 segments give 31
+    assert (
+        20 < evaluation["dense"]["perplexity"]["squad"]["value"] < 80
+    )  # of 4 segments; 100 segments give 31
 
     gradmap_without_bfloat16("export", *MODEL, "--plan", plan, "--format", "vllm", "--out", out)
     record = json.loads((out / "vllm" / "gradmap.json").read_text())

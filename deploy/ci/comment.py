@@ -24,7 +24,8 @@ GITHUB_USER = "github-actions[bot]"  # as whom a job's token writes
 
 @dataclass(frozen=True)
 class Forge:
-    """comments: the URL of a request's comments; comment: the one below which each is found by its id.
+    """comments: the URL of a request's comments; comment: the one below which each is found by its
+    id.
 
     is_own: whether the token's user wrote a comment; anybody may start one like ours.
     """
@@ -53,16 +54,21 @@ def github(environment: Mapping[str, str]) -> Forge:
         comment=f"{issues}/comments",
         update="PATCH",
         authorization={"Authorization": f"Bearer {environment['GRADMAP_COMMENT_TOKEN']}"},
-        is_own=lambda comment: (comment["user"] or {}).get("login") == GITHUB_USER,  # none: a deleted account
+        is_own=lambda comment: (
+            (comment["user"] or {}).get("login") == GITHUB_USER
+        ),  # none: a deleted account
     )
 
 
 def gitlab(environment: Mapping[str, str]) -> Forge:
     api = environment["CI_API_V4_URL"]
-    notes = f"{api}/projects/{environment['CI_PROJECT_ID']}/merge_requests/{environment['CI_MERGE_REQUEST_IID']}/notes"
+    project, request = environment["CI_PROJECT_ID"], environment["CI_MERGE_REQUEST_IID"]
+    notes = f"{api}/projects/{project}/merge_requests/{request}/notes"
     authorization = {"PRIVATE-TOKEN": environment["GRADMAP_COMMENT_TOKEN"]}
     user = call(authorization, "GET", f"{api}/user")["id"]
-    return Forge(notes, notes, "PUT", authorization, is_own=lambda note: note["author"]["id"] == user)
+    return Forge(
+        notes, notes, "PUT", authorization, is_own=lambda note: note["author"]["id"] == user
+    )
 
 
 def marker(recipe: str) -> str:

@@ -21,18 +21,23 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 def run(outcome_of: Callable[[Path, Tensor, int], tuple[dict[str, Tensor], str]]) -> None:
-    """The main program of a runner. outcome_of(directory, input_ids, greedy_tokens) -> (tensors, runtime's name)."""
+    """The main program of a runner. outcome_of(directory, input_ids, greedy_tokens) -> (tensors,
+    runtime's name)."""
     directory, probe_path, out = map(Path, sys.argv[1:])
     probe = load_file(probe_path)
     tensors, runtime = outcome_of(directory, probe["input_ids"], int(probe["greedy_tokens"]))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out, metadata={"runtime": runtime})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        out,
+        metadata={"runtime": runtime},
+    )
 
 
 def decode_greedily(step: Step, prompt_ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Continues a prompt (1, T) through the KV cache; end-of-text tokens do not stop it.
 
-    step(ids (1, n), state or None) -> logits of the last position (1, V), state. Returns the tokens (G,) and, for
-    each, the margin (G,) by which its logit led the second best.
+    step(ids (1, n), state or None) -> logits of the last position (1, V), state. Returns the tokens
+    (G,) and, for each, the margin (G,) by which its logit led the second best.
     """
     ids, margins, state = [], [], None
     feed = prompt_ids
@@ -55,7 +60,8 @@ def transformers_step(model: Any) -> Step:
 
 
 def placement_for(directory: Path) -> dict[str, Any]:
-    """Arguments for `from_pretrained` that keep a model in float32 within memory: {} if it fits as it is."""
+    """Arguments for `from_pretrained` that keep a model in float32 within memory: {} if it fits as
+    it is."""
     parameters = sum(count_stored_values(path) for path in directory.glob("*.safetensors"))
     budget = int(psutil.virtual_memory().available * MEMORY_SHARE)
     return {} if 4 * parameters <= budget else {"device_map": "auto", "max_memory": {"cpu": budget}}

@@ -14,7 +14,9 @@ from torch import Tensor
 from export.runners.probe_io import decode_greedily, run
 
 
-def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
+def outcome_of(
+    directory: Path, input_ids: Tensor, greedy_tokens: int
+) -> tuple[dict[str, Tensor], str]:
     model = onnxruntime_genai.Model(str(directory))
     limit = max(input_ids.shape[1] + greedy_tokens, window_of(directory))
 
@@ -33,7 +35,9 @@ def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[
     samples = [sample[None] for sample in input_ids]
     tensors = {
         "logits": torch.cat([append(sample, None)[0] for sample in samples]),
-        "cached_logits": torch.cat([step(sample[:, -1:], step(sample[:, :-1], None)[1])[0] for sample in samples]),
+        "cached_logits": torch.cat(
+            [step(sample[:, -1:], step(sample[:, :-1], None)[1])[0] for sample in samples]
+        ),
         "greedy_ids": decode_greedily(step, input_ids[:1], greedy_tokens)[0],
     }
     distribution = packages_distributions()["onnxruntime_genai"][0]

@@ -1,4 +1,5 @@
-"""Loads an ONNX artifact in a plain onnxruntime session, as a program would that knows optimum's names alone."""
+"""Loads an ONNX artifact in a plain onnxruntime session, as a program would that knows optimum's
+names alone."""
 
 from __future__ import annotations
 
@@ -20,13 +21,16 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Session:
-    """DIRECTORY/model.onnx with every input and output as an array: the slow, obvious way to run it."""
+    """DIRECTORY/model.onnx with every input and output as an array: the slow, obvious way to run
+    it."""
 
     def __init__(self, directory: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings of optimisations that do not apply
         providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
-        self._session = onnxruntime.InferenceSession(directory / "model.onnx", options, providers=providers)
+        self._session = onnxruntime.InferenceSession(
+            directory / "model.onnx", options, providers=providers
+        )
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
 
@@ -35,7 +39,8 @@ class Session:
         return str(self._session.get_providers()[0])
 
     def logits(self, ids: Tensor, past: Arrays | None) -> tuple[Tensor, Arrays]:
-        """Of tokens (B, n) after those in `past`, by the inputs' names: float32 (B, n, V); and the longer past."""
+        """Of tokens (B, n) after those in `past`, by the inputs' names: float32 (B, n, V); and the
+        longer past."""
         past = self._empty_past(len(ids)) if past is None else past
         before = next(iter(past.values())).shape[2]
         positions = np.arange(before, before + ids.shape[1], dtype=np.int64)
@@ -47,7 +52,9 @@ class Session:
         feeds = past | {name: array for name, array in of_tokens.items() if name in self._inputs}
         found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         logits = torch.from_numpy(found.pop("logits").astype(np.float32))
-        return logits, {name.replace("present", "past_key_values", 1): array for name, array in found.items()}
+        return logits, {
+            name.replace("present", "past_key_values", 1): array for name, array in found.items()
+        }
 
     def last_logits(self, ids: Tensor, past: Arrays | None) -> tuple[Tensor, Arrays]:
         logits, longer = self.logits(ids, past)
@@ -55,14 +62,20 @@ class Session:
 
     def _empty_past(self, batch: int) -> Arrays:
         """(B, heads, 0, head size) each."""
-        cached = (value for name, value in self._inputs.items() if name.startswith("past_key_values."))
+        cached = (
+            value for name, value in self._inputs.items() if name.startswith("past_key_values.")
+        )
         return {
-            value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype=ARRAY_TYPES[value.type])
+            value.name: np.zeros(
+                (batch, value.shape[1], 0, value.shape[3]), dtype=ARRAY_TYPES[value.type]
+            )
             for value in cached
         }
 
 
-def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
+def outcome_of(
+    directory: Path, input_ids: Tensor, greedy_tokens: int
+) -> tuple[dict[str, Tensor], str]:
     session = Session(directory)
     _, past = session.logits(input_ids[:, :-1], None)
     tensors = {

@@ -13,9 +13,15 @@ from export.runners.probe_io import decode_greedily, placement_for, run, transfo
 
 
 @torch.inference_mode()
-def outcome_of(directory: Path, input_ids: Tensor, greedy_tokens: int) -> tuple[dict[str, Tensor], str]:
-    source = {"gguf_file": GGUF_FILE} if (directory / GGUF_FILE).exists() else placement_for(directory)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **source).eval()
+def outcome_of(
+    directory: Path, input_ids: Tensor, greedy_tokens: int
+) -> tuple[dict[str, Tensor], str]:
+    source = (
+        {"gguf_file": GGUF_FILE} if (directory / GGUF_FILE).exists() else placement_for(directory)
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, **source
+    ).eval()
     step = transformers_step(model)
     _, cache = step(input_ids[:, :-1], None)
     tensors = {

@@ -1,6 +1,8 @@
-"""GradMAP's stage 2 as it was published: W' trained by Adam (Table 8). For reproduction; the closed form is exact.
+"""GradMAP's stage 2 as it was published: W' trained by Adam (Table 8). For reproduction; the closed
+form is exact.
 
-Also for maps that the layer's output does not follow linearly, which have no closed form (the ablation of Table 6).
+Also for maps that the layer's output does not follow linearly, which have no closed form (the
+ablation of Table 6).
 """
 
 from __future__ import annotations
@@ -40,9 +42,13 @@ Errors = Callable[[Tensor, int], Tensor]
 
 
 def project_with_adam(pruned: Pruned) -> Compensation:
-    """For the most drifted layer, as `project_most_drifted`; any linear map of it (ProjectionOptions.target)."""
+    """For the most drifted layer, as `project_most_drifted`; any linear map of it
+    (ProjectionOptions.target)."""
     if process_count() > 1:
-        raise UserError("--compensator projection-adam takes a sample a step; start one process, or use projection.")
+        raise UserError(
+            "--compensator projection-adam takes a sample a step; start one process, or use "
+            "projection."
+        )
     options = pruned.options
     drift = mean_drift(pruned)
     regularisation = 0.0 if options.unregularised else REGULARISATION
@@ -52,13 +58,16 @@ def project_with_adam(pruned: Pruned) -> Compensation:
         place, module = find_map(pruned, layer, options.target)
         start, errors_of = _problem(pruned, place, module, changes)
         *_, update = train_projection(start, errors_of, samples, EPOCHS, seed, regularisation)
-        return pruned.judge([(place, _as_change(update.double().cpu(), module, options.side))], changes)
+        return pruned.judge(
+            [(place, _as_change(update.double().cpu(), module, options.side))], changes
+        )
 
     return Compensation(correct_in_turn(most_drifted(drift, options.top_z), correct), drift)
 
 
 def find_map(pruned: Pruned, layer: int, target: str) -> tuple[Place, nn.Module]:
-    """The linear map of a layer that is called `target`_proj; `down` is known for every family. Raises UserError."""
+    """The linear map of a layer that is called `target`_proj; `down` is known for every family.
+    Raises UserError."""
     architecture = pruned.architecture
     if target == "down":
         module = architecture.down_projection_of(architecture.layer_list(pruned.model)[layer])
@@ -68,11 +77,19 @@ def find_map(pruned: Pruned, layer: int, target: str) -> tuple[Place, nn.Module]
         if place.target.rpartition(".")[2] == f"{target}_proj":
             return place, module
     names = ", ".join(place.target for place in maps)
-    raise UserError(f"--target {target}: this model has no {target}_proj; the linear maps of a layer are {names}.")
+    raise UserError(
+        f"--target {target}: this model has no {target}_proj; the linear maps of a layer are "
+        f"{names}."
+    )
 
 
 def train_projection(
-    start: Tensor, errors_of: Errors, samples: int, epochs: int, seed: int, regularisation: float = REGULARISATION
+    start: Tensor,
+    errors_of: Errors,
+    samples: int,
+    epochs: int,
+    seed: int,
+    regularisation: float = REGULARISATION,
 ) -> Iterator[Tensor]:
     """W' - I after every epoch, beginning with `start`, zeros (s, s). A step takes one sample."""
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +108,8 @@ def train_projection(
 def objective(update: Tensor, errors: Tensor, regularisation: float = REGULARISATION) -> Tensor:
     """Eq. 11 and 12 for W' = I + update: (s, s), (N, T, d) -> scalar.
 
-    Eq. 11 as a mean over tokens and channels, as a loss of that name is: beside a sum, Table 8's weight does nothing.
+    Eq. 11 as a mean over tokens and channels, as a loss of that name is: beside a sum, Table 8's
+    weight does nothing.
     """
     return errors.square().mean() + regularisation * update.square().sum()
 
@@ -104,8 +122,11 @@ def errors_of_output(added: Tensor, missing: Tensor) -> Errors:
     return lambda update, index: added[index] @ update.mT - missing[index]
 
 
-def _problem(pruned: Pruned, place: Place, module: nn.Module, changes: Changes) -> tuple[Tensor, Errors]:
-    """W' - I to begin with, in float32 at least, which a learning rate of 1e-3 needs; and what is to become small."""
+def _problem(
+    pruned: Pruned, place: Place, module: nn.Module, changes: Changes
+) -> tuple[Tensor, Errors]:
+    """W' - I to begin with, in float32 at least, which a learning rate of 1e-3 needs; and what is
+    to become small."""
     if place.target != pruned.architecture.down_projection:
         weight = widened(weight_of(module))
         size = weight.shape[0 if pruned.options.side == "left" else 1]
@@ -132,7 +153,9 @@ def _errors_in_layer(pruned: Pruned, place: Place, module: nn.Module, changes: C
         with pruned_and_corrected(model, architecture, sorted({*pruned.removed, *behind}), changes):
             entering.append(run_and_capture(model, [layer], batch)[0][0])
     hidden, goal = torch.cat(entering), torch.cat(wanted)
-    call = record_layer_calls(model, layers, pruned.calibration.fit_ids[:1].to(model.device))[1][place.layer]
+    call = record_layer_calls(model, layers, pruned.calibration.fit_ids[:1].to(model.device))[1][
+        place.layer
+    ]
 
     def errors_of(update: Tensor, index: int) -> Tensor:
         change = _as_change(update, module, pruned.options.side)

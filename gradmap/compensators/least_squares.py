@@ -1,4 +1,5 @@
-"""The algebra of least squares with a ridge: from sums over tokens to what fits best (Eq. 10-12)."""
+"""The algebra of least squares with a ridge: from sums over tokens to what fits best (Eq.
+10-12)."""
 
 from __future__ import annotations
 
@@ -12,12 +13,16 @@ SINGULAR = 1e-13  # relative: what float64 makes of a zero
 
 
 def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """F F^T (f, f) and D F^T (d, f), float64: products in float32 at least, whatever the model computes in.
+    """F F^T (f, f) and D F^T (d, f), float64: products in float32 at least, whatever the model
+    computes in.
 
-    features: (..., f), missing: (..., d). target: (..., d); tokens count by 1 / |target|^2 if it is given.
+    features: (..., f), missing: (..., d). target: (..., d); tokens count by 1 / |target|^2 if it is
+    given.
     """
     features, missing = _rows(features), _rows(missing)
-    weighted = features if target is None else features / _rows(target).square().sum(dim=1, keepdim=True)
+    weighted = (
+        features if target is None else features / _rows(target).square().sum(dim=1, keepdim=True)
+    )
     with torch.autocast(features.device.type, enabled=False):
         return (weighted.mT @ features).double(), (missing.mT @ weighted).double()
 
@@ -25,7 +30,8 @@ def ridge_sums(features: Tensor, missing: Tensor, target: Tensor | None) -> tupl
 def solve_ridge(gram: Tensor, cross: Tensor, lam: float | Tensor) -> Tensor:
     """S = cross (gram + lam I)^-1: (f, f), (d, f), () -> (d, f), all float64.
 
-    Where nothing is observed and nothing regularised, S is 0. Raises UserError where else there is no such inverse.
+    Where nothing is observed and nothing regularised, S is 0. Raises UserError where else there is
+    no such inverse.
     """
     regularised = gram.clone()
     regularised.diagonal().add_(lam)
@@ -44,10 +50,11 @@ def plus_identity(matrix: Tensor) -> Tensor:
 
 
 class RightSolver:
-    """S (k, k) with the least |D - W S X|^2 + lam |S|^2, from X X^T (k, k), D X^T (d, k) and W (d, k), all float64.
+    """S (k, k) with the least |D - W S X|^2 + lam |S|^2, from X X^T (k, k), D X^T (d, k) and W (d,
+    k), all float64.
 
-    The normal equations, W^T W S X X^T + lam S = W^T D X^T, fall apart in the eigenvectors of the two matrices, which
-    are found once for all lam.
+    The normal equations, W^T W S X X^T + lam S = W^T D X^T, fall apart in the eigenvectors of the
+    two matrices, which are found once for all lam.
     """
 
     def __init__(self, gram: Tensor, cross: Tensor, weight: Tensor) -> None:

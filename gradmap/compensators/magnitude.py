@@ -1,9 +1,11 @@
-"""Prune&Comp (arXiv 2507.18212): later layers expect a hidden state as large as the removed layer would have left it.
+"""Prune&Comp (arXiv 2507.18212): later layers expect a hidden state as large as the removed layer
+would have left it.
 
-With alpha, the factor by which a layer makes the hidden state larger, the paper multiplies the embeddings and what
-earlier layers add by alpha. Layers normalise what they read, so it comes to the same to divide what later layers add by
-alpha: then all of the hidden state is smaller by alpha, which the final norm takes out. That needs no change of the
-embeddings, which may be tied to the head, and is as exact: but for the epsilon of the norms.
+With alpha, the factor by which a layer makes the hidden state larger, the paper multiplies the
+embeddings and what earlier layers add by alpha. Layers normalise what they read, so it comes to the
+same to divide what later layers add by alpha: then all of the hidden state is smaller by alpha,
+which the final norm takes out. That needs no change of the embeddings, which may be tied to the
+head, and is as exact: but for the epsilon of the norms.
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ from gradmap.distributed import share_of, summed
 
 
 def scale_after_removals(pruned: Pruned) -> Compensation:
-    """One alpha for every removed layer, in the order of removal, each measured with those before it in place."""
+    """One alpha for every removed layer, in the order of removal, each measured with those before
+    it in place."""
     model, architecture = pruned.model, pruned.architecture
     changes: Changes = {}
     with progress("Measuring magnitudes (layers)", len(pruned.removed)) as advance:
         for position, layer in enumerate(pruned.removed):
             ids, gone = pruned.calibration.fit_ids, pruned.removed[:position]
-            ratio = magnitude_ratio(model, architecture, ids, layer, gone, changes, pruned.batches.size)
+            ratio = magnitude_ratio(
+                model, architecture, ids, layer, gone, changes, pruned.batches.size
+            )
             changes = followed_by(changes, scales_behind(architecture, model, layer, ratio))
             advance(1)
-    pairs = [(place, _product(scales)) for place, scales in changes.items() if place.layer in pruned.kept]
+    pairs = [
+        (place, _product(scales)) for place, scales in changes.items() if place.layer in pruned.kept
+    ]
     return Compensation(pruned.judge(pairs, {}))
 
 
@@ -44,8 +51,9 @@ def magnitude_ratio(
     changes: Changes,
     batch_size: int,
 ) -> float:
-    """alpha: mean |output| / mean |input| of a layer, over the positions of a sample for each channel, then averaged
-    over samples and channels. In the model without the layers that are `gone`, with `changes`. input_ids: (N, T)."""
+    """alpha: mean |output| / mean |input| of a layer, over the positions of a sample for each
+    channel, then averaged over samples and channels. In the model without the layers that are
+    `gone`, with `changes`. input_ids: (N, T)."""
     layers = architecture.layer_list(model)
     behind = {*gone, *range(layer + 1, len(layers))}
     total = torch.zeros((), dtype=torch.float64)
@@ -57,7 +65,9 @@ def magnitude_ratio(
     return summed(total).item() / len(input_ids)
 
 
-def scales_behind(architecture: Architecture, model: Any, layer: int, ratio: float) -> list[tuple[Place, Scale]]:
+def scales_behind(
+    architecture: Architecture, model: Any, layer: int, ratio: float
+) -> list[tuple[Place, Scale]]:
     """What later layers add, over `ratio`."""
     scale = Scale(1 / torch.tensor(ratio, dtype=torch.float64))
     targets = (architecture.attention_output, architecture.down_projection)

@@ -1,5 +1,5 @@
-"""Removed layers live on in the weights of the retained layer before them, as in MKA (arXiv 2406.16330) and
-GradPruner (arXiv 2601.19503).
+"""Removed layers live on in the weights of the retained layer before them, as in MKA (arXiv
+2406.16330) and GradPruner (arXiv 2601.19503).
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from gradmap.manifold import layer_similarities
 
 MERGED_SHARE = 0.2  # of a removed layer's weights, in GradPruner
 
-# (weight of the retained layer so far, weight of a removed one, where each is) -> the merged weight; (d_out, d_in)
+# (weight of the retained layer so far, weight of a removed one, where each is) -> the merged
+# weight; (d_out, d_in)
 Merge = Callable[[Tensor, Tensor, Place, Place], Tensor]
 
 
 def merge_by_similarity(pruned: Pruned) -> Compensation:
-    """MKA: W <- r W + (1 - r) W_removed with r = sigmoid(s / (s + s_removed)), s a layer's mean similarity to all."""
+    """MKA: W <- r W + (1 - r) W_removed with r = sigmoid(s / (s + s_removed)), s a layer's mean
+    similarity to all."""
     similarities = layer_similarities(
         pruned.model, pruned.architecture, pruned.calibration.input_ids, pruned.calibration.seed
     )
@@ -37,14 +39,21 @@ def merge_by_similarity(pruned: Pruned) -> Compensation:
 
 
 def merge_where_signs_agree(pruned: Pruned) -> Compensation:
-    """GradPruner: the most important weights of a removed layer are added where the retained one's have their sign."""
+    """GradPruner: the most important weights of a removed layer are added where the retained one's
+    have their sign."""
     importances = weight_importances(
-        pruned.model, pruned.architecture, pruned.calibration.fit_ids, pruned.calibration.seed, pruned.removed
+        pruned.model,
+        pruned.architecture,
+        pruned.calibration.fit_ids,
+        pruned.calibration.seed,
+        pruned.removed,
     )
 
     def merge(weight: Tensor, removed: Tensor, kept: Place, source: Place) -> Tensor:
         importance = importances[source]
-        least = importance.flatten().kthvalue(math.ceil((1 - MERGED_SHARE) * importance.numel())).values
+        least = (
+            importance.flatten().kthvalue(math.ceil((1 - MERGED_SHARE) * importance.numel())).values
+        )
         agreed = (importance > least) & (weight.sign() == removed.sign())
         return weight + removed * agreed
 
@@ -52,9 +61,13 @@ def merge_where_signs_agree(pruned: Pruned) -> Compensation:
 
 
 def _merge_runs(pruned: Pruned, merge: Merge) -> Compensation:
-    """Merges each run of removed layers, front to back, into the retained layer before it; norms and biases stay."""
+    """Merges each run of removed layers, front to back, into the retained layer before it; norms
+    and biases stay."""
     if pruned.architecture.expert_down_projections is not None:
-        raise UserError("The experts of two layers do not correspond, so these cannot be merged; use sequential.")
+        raise UserError(
+            "The experts of two layers do not correspond, so these cannot be merged; use "
+            "sequential."
+        )
 
     def correct(run: tuple[int, int], changes: Changes) -> tuple[Correction, ...]:
         return pruned.judge(_merge_run(pruned, merge, *run), changes)

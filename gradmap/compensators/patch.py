@@ -1,8 +1,9 @@
-"""LinearPatch (Chen et al. 2025, arXiv 2505.24680): the hidden state before a cut is scaled, channel by channel, to
-what it was behind the removed layers, in a rotated basis in which a few huge channels are spread over all.
+"""LinearPatch (Chen et al. 2025, arXiv 2505.24680): the hidden state before a cut is scaled,
+channel by channel, to what it was behind the removed layers, in a rotated basis in which a few huge
+channels are spread over all.
 
-P = H diag(s) H^T, with H a Hadamard matrix. It acts on the hidden state itself, which no stock layer can hold, so that
-a plan with it can be evaluated in memory, and not exported.
+P = H diag(s) H^T, with H a Hadamard matrix. It acts on the hidden state itself, which no stock
+layer can hold, so that a plan with it can be evaluated in memory, and not exported.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def patch_before_runs(pruned: Pruned) -> Compensation:
 
 
 def _fit_patch(pruned: Pruned, layer: int, goal: int, changes: Changes) -> Tensor:
-    """P (d, d) float64. s: mean |wanted H| / mean |given H| over positions, averaged over samples."""
+    """P (d, d) float64. s: mean |wanted H| / mean |given H| over positions, averaged over
+    samples."""
     width = pruned.model.config.hidden_size
     basis = torch.from_numpy(hadamard_matrix(width)) / width**0.5
     total = torch.zeros(width, dtype=torch.float64)
@@ -51,7 +53,8 @@ def _fit_patch(pruned: Pruned, layer: int, goal: int, changes: Changes) -> Tenso
 
 
 def hadamard_matrix(size: int) -> NDArray[Any]:
-    """A square matrix of 1 and -1 with orthogonal rows: Sylvester's doubling of one of Paley's (1933).
+    """A square matrix of 1 and -1 with orthogonal rows: Sylvester's doubling of one of Paley's
+    (1933).
 
     Raises UserError if these constructions give none of that size.
     """
@@ -66,17 +69,23 @@ def hadamard_matrix(size: int) -> NDArray[Any]:
         diagonal = np.kron(np.eye(order), [[1.0, -1.0], [-1.0, -1.0]])
         return np.asarray(signs + diagonal)
     if size % 2:
-        raise UserError("No Hadamard matrix is known that is as wide as the hidden state; use --compensator refit.")
+        raise UserError(
+            "No Hadamard matrix is known that is as wide as the hidden state; use --compensator "
+            "refit."
+        )
     return np.asarray(np.kron([[1.0, 1.0], [1.0, -1.0]], hadamard_matrix(order)))
 
 
 def _bordered(prime: int, sign: int) -> NDArray[Any]:
-    """Quadratic residues modulo a prime as 1, the others as -1, in a circulant matrix, with a border."""
+    """Quadratic residues modulo a prime as 1, the others as -1, in a circulant matrix, with a
+    border."""
     residues = {number * number % prime for number in range(1, prime)}
     first = np.array([0.0, *(1.0 if number in residues else -1.0 for number in range(1, prime))])
     bordered = np.zeros((prime + 1, prime + 1))
     bordered[0, 1:], bordered[1:, 0] = 1, sign
-    bordered[1:, 1:] = [[first[(row - column) % prime] for column in range(prime)] for row in range(prime)]
+    bordered[1:, 1:] = [
+        [first[(row - column) % prime] for column in range(prime)] for row in range(prime)
+    ]
     return bordered
 
 

@@ -1,13 +1,20 @@
-"""Repairs where something was cut: the retained layer before each run of removed layers, front to back.
+"""Repairs where something was cut: the retained layer before each run of removed layers, front to
+back.
 
-Its down projection is fitted so that the layer gives what the last layer of the run gave in the dense model. Later
-runs see what earlier corrections did.
+Its down projection is fitted so that the layer gives what the last layer of the run gave in the
+dense model. Later runs see what earlier corrections did.
 """
 
 from __future__ import annotations
 
 from gradmap.compensation import Compensation, Pruned
-from gradmap.compensators.ridge import RELATIVE_LAMBDAS, Fit, Walks, fit_correction, say_if_tokens_are_few
+from gradmap.compensators.ridge import (
+    RELATIVE_LAMBDAS,
+    Fit,
+    Walks,
+    fit_correction,
+    say_if_tokens_are_few,
+)
 
 
 def project_before_runs(pruned: Pruned) -> Compensation:
@@ -16,7 +23,8 @@ def project_before_runs(pruned: Pruned) -> Compensation:
 
 
 def refit_before_runs(pruned: Pruned) -> Compensation:
-    """W_down (d, k) itself for each run: as many more weights to fit as the FFN is wider than the hidden state."""
+    """W_down (d, k) itself for each run: as many more weights to fit as the FFN is wider than the
+    hidden state."""
     return fit_before_runs(pruned, "refit", Walks.start(pruned))
 
 
@@ -26,6 +34,8 @@ def fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
     so_far = Compensation()
     for run in pruned.runs():
         fit = Fit(*run, kind, weighted=True)
-        found = fit_correction(pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, so_far.held_out_divergence)
+        found = fit_correction(
+            pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, so_far.held_out_divergence
+        )
         so_far = Compensation((*so_far.corrections, found))
     return so_far

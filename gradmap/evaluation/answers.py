@@ -1,4 +1,5 @@
-"""What a model answers to a fixed set of prompts: numbers can look fine where the text has fallen apart."""
+"""What a model answers to a fixed set of prompts: numbers can look fine where the text has fallen
+apart."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """repetition: the share of its 4-grams of tokens that occurred before (seq-rep-4, Welleck et al. 2020)."""
+    """repetition: the share of its 4-grams of tokens that occurred before (seq-rep-4, Welleck et
+    al. 2020)."""
 
     text: str
     tokens: int
@@ -37,7 +39,11 @@ def answer_prompts(backend: Backend, tokenizer: Any) -> list[Answer]:
     with waiting("Answering the fixed prompts"):
         answers = backend.generate([_encode(tokenizer, prompt) for prompt in PROMPTS], NEW_TOKENS)
     return [
-        Answer(tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens), repeated_share(tokens))
+        Answer(
+            tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            len(tokens),
+            repeated_share(tokens),
+        )
         for tokens in answers
     ]
 

@@ -1,4 +1,5 @@
-"""What evaluation asks of a model, wherever it runs. All in token ids, so that every backend sees the same input."""
+"""What evaluation asks of a model, wherever it runs. All in token ids, so that every backend sees
+the same input."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """log_likelihood: of the whole continuation, nats. greedy: whether each of its tokens was the most likely one."""
+    """log_likelihood: of the whole continuation, nats. greedy: whether each of its tokens was the
+    most likely one."""
 
     log_likelihood: float
     greedy: bool
@@ -40,7 +42,8 @@ def never(answer: Sequence[int]) -> bool:
 class Backend(Protocol):
     """A model that runs.
 
-    name: of the runtime. max_tokens: the longest sequence it takes. vocabulary: token ids it knows, if that is known.
+    name: of the runtime. max_tokens: the longest sequence it takes. vocabulary: token ids it knows,
+    if that is known.
     """
 
     name: str
@@ -48,12 +51,17 @@ class Backend(Protocol):
     vocabulary: int | None
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
-        """Scores requests of at most max_tokens + 1 tokens (the last one is only predicted), in any order."""
+        """Scores requests of at most max_tokens + 1 tokens (the last one is only predicted), in any
+        order."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
-        """Continues each prompt greedily until the model ends or `new_tokens` are there; the end token is left out.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
+    ) -> list[list[int]]:
+        """Continues each prompt greedily until the model ends or `new_tokens` are there; the end
+        token is left out.
 
-        What follows once an answer is done may be missing, or anything. A runtime that cannot be stopped goes on.
+        What follows once an answer is done may be missing, or anything. A runtime that cannot be
+        stopped goes on.
         """
         ...

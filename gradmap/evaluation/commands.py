@@ -15,16 +15,23 @@ from gradmap.text_specs import named_sources
 
 @heartbeat(so_far("gradmap eval"))
 def evaluate(
-    model: Annotated[str, typer.Option("--model", help="The dense model: a directory, a hub id, or a server's URL.")],
-    out: Annotated[Path, typer.Option(help="The JSON file to write; the raw records go beside it.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", help="The dense model: a directory, a hub id, or a server's URL."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The JSON file to write; the raw records go beside it.")
+    ],
     gguf_file: GgufOption = None,
     allow_pickle: AllowPickleOption = False,
-    plan: Annotated[Path | None, typer.Option(help="Also evaluate the model pruned by this plan.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Also evaluate the model pruned by this plan.")
+    ] = None,
     pruned: Annotated[
         str | None,
         typer.Option(
-            help="Also evaluate this pruned model: a directory, or a server's URL (of which overlaps with its "
-            "calibration are not known)."
+            help="Also evaluate this pruned model: a directory, or a server's URL (of which "
+            "overlaps with its calibration are not known)."
         ),
     ] = None,
     perplexity: Annotated[
@@ -33,32 +40,51 @@ def evaluate(
     segment: Annotated[int, typer.Option(min=2, help="Tokens of a segment of text.")] = 128,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lm-evaluation-harness: piqa,arc_easy,…; paper: the paper's seven."),
+        typer.Option(
+            help="Tasks of lm-evaluation-harness: piqa,arc_easy,…; paper: the paper's seven."
+        ),
     ] = None,
     task_data: Annotated[
-        Path | None, typer.Option(help="Directory of saved data sets; without it, tasks are fetched from the hub.")
+        Path | None,
+        typer.Option(
+            help="Directory of saved data sets; without it, tasks are fetched from the hub."
+        ),
     ] = None,
-    answers: Annotated[bool, typer.Option("--answers", help="Also answer a few fixed prompts.")] = False,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Also answer a few fixed prompts.")
+    ] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="So many first segments of each text, and documents of each task.")
+        int | None,
+        typer.Option(
+            min=1, help="So many first segments of each text, and documents of each task."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the documents of tasks.")] = 0,
     backend: Annotated[
-        str, typer.Option(help="transformers, vllm, onnxruntime, endpoint; auto goes by what --model is.")
+        str,
+        typer.Option(
+            help="transformers, vllm, onnxruntime, endpoint; auto goes by what --model is."
+        ),
     ] = "auto",
-    tokenizer: Annotated[Path | None, typer.Option(help="Directory of the tokenizer; needed for a URL.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory of the tokenizer; needed for a URL.")
+    ] = None,
     max_average_drop: Annotated[
-        float | None, typer.Option(help="Gate: how far the average accuracy may drop (0.05 is five points).")
+        float | None,
+        typer.Option(help="Gate: how far the average accuracy may drop (0.05 is five points)."),
     ] = None,
     max_perplexity_ratio: Annotated[
         float | None, typer.Option(help="Gate: how many times higher each perplexity may become.")
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Score again what was scored before.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Score again what was scored before.")
+    ] = False,
     json_line: JsonOption = False,
 ) -> int:
-    """Measure perplexity and zero-shot accuracy of a model, and of the same model pruned; compare, and judge."""
+    """Measure perplexity and zero-shot accuracy of a model, and of the same model pruned; compare,
+    and judge."""
     with importing():
         from gradmap.evaluation.comparison import Gate
         from gradmap.evaluation.evaluate import EvaluationSettings
@@ -78,7 +104,9 @@ def evaluate(
         fresh=fresh,
         gate=Gate(max_average_drop, max_perplexity_ratio),
     )
-    subjects = find_subjects(model, gguf_file, allow_pickle, plan, pruned, Where(backend, dtype, device))
+    subjects = find_subjects(
+        model, gguf_file, allow_pickle, plan, pruned, Where(backend, dtype, device)
+    )
     tokenizer = tokenizer or subjects[0].tokenizer
     if tokenizer is None:
         raise UserError("A server has no tokenizer to be read; give --tokenizer DIR.")

@@ -1,8 +1,9 @@
-"""Dense against pruned on the same documents and segments, and whether the loss is acceptable. Pure functions.
+"""Dense against pruned on the same documents and segments, and whether the loss is acceptable. Pure
+functions.
 
-Both models answered the same questions, so differences are taken per document: their spread is far smaller than
-that of two separate accuracies. Intervals are of the paired bootstrap (Efron and Tibshirani 1993, chapter 8):
-documents are drawn again with replacement, tasks stay as they are.
+Both models answered the same questions, so differences are taken per document: their spread is far
+smaller than that of two separate accuracies. Intervals are of the paired bootstrap (Efron and
+Tibshirani 1993, chapter 8): documents are drawn again with replacement, tasks stay as they are.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from gradmap.verdict import Judgement, Verdict, worst
 CONFIDENCE = 0.95
 DRAWS = 10_000
 _DRAWS_AT_ONCE = 500
-# Of fewer, a bootstrap knows next to nothing: one segment has an interval of no width, and of 20 documents on which two
-# models agree, they may still differ on every seventh (the rule of three).
+# Of fewer, a bootstrap knows next to nothing: one segment has an interval of no width, and of 20
+# documents on which two models agree, they may still differ on every seventh (the rule of three).
 LEAST_FOR_A_VERDICT = 20
 _SEED = 0  # of the bootstrap: the same measurements always give the same interval
 
@@ -48,9 +49,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """difference: pruned minus dense accuracy. only_dense, only_pruned: documents that only one of them got right.
+    """difference: pruned minus dense accuracy. only_dense, only_pruned: documents that only one of
+    them got right.
 
-    p_value: of McNemar's exact test, that dense and pruned are equally good; None where a score is not right or wrong.
+    p_value: of McNemar's exact test, that dense and pruned are equally good; None where a score is
+    not right or wrong.
     """
 
     difference: Interval
@@ -61,8 +64,8 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class AverageComparison:
-    """Of the plain average over tasks. difference: pruned minus dense. retained: pruned over dense; None where dense
-    may be right nowhere."""
+    """Of the plain average over tasks. difference: pruned minus dense. retained: pruned over dense;
+    None where dense may be right nowhere."""
 
     difference: Interval
     retained: Interval | None
@@ -79,8 +82,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Gate:
-    """max_average_drop: of the average accuracy, as a fraction (0.05 is five points). max_perplexity_ratio: on every
-    text. None asks for nothing."""
+    """max_average_drop: of the average accuracy, as a fraction (0.05 is five points).
+    max_perplexity_ratio: on every text. None asks for nothing."""
 
     max_average_drop: float | None = None
     max_perplexity_ratio: float | None = None
@@ -97,26 +100,41 @@ class Limit:
 
 def mean_estimate(values: Values) -> Estimate:
     """Mean over documents and its standard error."""
-    return Estimate(float(values.mean()), None if len(values) < 2 else float(values.std(ddof=1)) / len(values) ** 0.5)
+    return Estimate(
+        float(values.mean()),
+        None if len(values) < 2 else float(values.std(ddof=1)) / len(values) ** 0.5,
+    )
 
 
 def average_estimate(estimates: Mapping[str, Estimate]) -> Estimate:
-    """Plain average over tasks; tasks have different documents, so variances add, if all are known."""
+    """Plain average over tasks; tasks have different documents, so variances add, if all are
+    known."""
     count = len(estimates)
     value = sum(estimate.value for estimate in estimates.values()) / count
     errors = [estimate.stderr for estimate in estimates.values() if estimate.stderr is not None]
-    return Estimate(value, None if len(errors) < count else sum(error**2 for error in errors) ** 0.5 / count)
+    return Estimate(
+        value, None if len(errors) < count else sum(error**2 for error in errors) ** 0.5 / count
+    )
 
 
 def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> Comparison:
-    """accuracies: task -> per document; losses: text -> mean cross-entropy per segment, nats per token."""
-    generator = np.random.default_rng(_SEED)  # one for all, so that tasks are drawn independently of one another
-    of_tasks = {name: resampled_means(paired, DRAWS, generator) for name, paired in accuracies.items()}
+    """accuracies: task -> per document; losses: text -> mean cross-entropy per segment, nats per
+    token."""
+    generator = np.random.default_rng(
+        _SEED
+    )  # one for all, so that tasks are drawn independently of one another
+    of_tasks = {
+        name: resampled_means(paired, DRAWS, generator) for name, paired in accuracies.items()
+    }
     of_texts = {name: resampled_means(paired, DRAWS, generator) for name, paired in losses.items()}
     return Comparison(
         tasks={name: _compare_task(accuracies[name], means) for name, means in of_tasks.items()},
-        average=_compare_averages(list(accuracies.values()), list(of_tasks.values())) if accuracies else None,
-        perplexity_ratio={name: _perplexity_ratio(losses[name], means) for name, means in of_texts.items()},
+        average=_compare_averages(list(accuracies.values()), list(of_tasks.values()))
+        if accuracies
+        else None,
+        perplexity_ratio={
+            name: _perplexity_ratio(losses[name], means) for name, means in of_texts.items()
+        },
     )
 
 
@@ -125,10 +143,14 @@ def resampled_means(paired: Paired, draws: int, generator: np.random.Generator) 
 
     Equal pairs of values are drawn together: how often each occurs in a draw is multinomial.
     """
-    pairs, counts = np.unique(np.stack([paired.dense, paired.pruned], axis=1), axis=0, return_counts=True)
+    pairs, counts = np.unique(
+        np.stack([paired.dense, paired.pruned], axis=1), axis=0, return_counts=True
+    )
     size = counts.sum()
     parts = [
-        generator.multinomial(size, counts / size, size=min(_DRAWS_AT_ONCE, draws - start)) @ pairs / size
+        generator.multinomial(size, counts / size, size=min(_DRAWS_AT_ONCE, draws - start))
+        @ pairs
+        / size
         for start in range(0, draws, _DRAWS_AT_ONCE)
     ]
     return np.concatenate(parts)
@@ -142,7 +164,10 @@ def resampled_means_reference(paired: Paired, draws: int, generator: np.random.G
 
 def _compare_task(paired: Paired, means: Values) -> TaskComparison:
     binary = np.isin(np.concatenate([paired.dense, paired.pruned]), (0.0, 1.0)).all()
-    only_dense, only_pruned = int((paired.dense > paired.pruned).sum()), int((paired.dense < paired.pruned).sum())
+    only_dense, only_pruned = (
+        int((paired.dense > paired.pruned).sum()),
+        int((paired.dense < paired.pruned).sum()),
+    )
     discordant = only_dense + only_pruned
     p_value = float(binomtest(only_dense, discordant).pvalue) if discordant else 1.0
     return TaskComparison(
@@ -163,11 +188,14 @@ def _compare_averages(tasks: Sequence[Paired], resampled: Sequence[Values]) -> A
 
 
 def _perplexity_ratio(paired: Paired, means: Values) -> Interval:
-    return _interval(np.exp((paired.pruned - paired.dense).mean()), np.exp(means[:, 1] - means[:, 0]))
+    return _interval(
+        np.exp((paired.pruned - paired.dense).mean()), np.exp(means[:, 1] - means[:, 0])
+    )
 
 
 def _retained(measured: Values, means: Values) -> Interval | None:
-    """measured: (2,), means: (draws, 2), dense and pruned. None if nothing was right to begin with, or in a draw."""
+    """measured: (2,), means: (draws, 2), dense and pruned. None if nothing was right to begin with,
+    or in a draw."""
     if not (measured[0] and means[:, 0].all()):
         return None
     return _interval(measured[1] / measured[0], means[:, 1] / means[:, 0])
@@ -182,10 +210,11 @@ def _interval(value: float, resampled: Values) -> Interval:
 def judge_quality(
     comparison: Comparison, gate: Gate, documents: Mapping[str, int], segments: Mapping[str, int]
 ) -> Judgement | None:
-    """PASS if every whole interval is within its limit, FAIL if one is wholly beyond, else INCONCLUSIVE.
+    """PASS if every whole interval is within its limit, FAIL if one is wholly beyond, else
+    INCONCLUSIVE.
 
-    documents, segments: how many there are of each task and of each text; fewer than LEAST_FOR_A_VERDICT are
-    INCONCLUSIVE too. None if the gate asks for nothing.
+    documents, segments: how many there are of each task and of each text; fewer than
+    LEAST_FOR_A_VERDICT are INCONCLUSIVE too. None if the gate asks for nothing.
     """
     judgements = []
     if gate.max_average_drop is not None and comparison.average is not None:
@@ -200,19 +229,24 @@ def judge_quality(
     if not judgements:
         return None
     return Judgement(
-        worst(judgement.verdict for judgement in judgements), "; ".join(judgement.reason for judgement in judgements)
+        worst(judgement.verdict for judgement in judgements),
+        "; ".join(judgement.reason for judgement in judgements),
     )
 
 
 def _judge(measured: Interval, limit: Limit, count: int, units: str) -> Judgement:
-    """Every verdict needs finite numbers: what is compared with NaN is neither within nor beyond."""
+    """Every verdict needs finite numbers: what is compared with NaN is neither within nor
+    beyond."""
     bounds = (measured.value, measured.low, measured.high)
     if not all(map(math.isfinite, bounds)):
         return Judgement(Verdict.INVALID, f"{limit.what} is no finite number")
     value, low, high, limit_text = map(limit.form.format, (*bounds, limit.value))
     interval = f"{limit.what} {value}, 95% interval {low} to {high}"
     if count < LEAST_FOR_A_VERDICT:
-        reason = f"{interval}, but {count} {units} are too few for a verdict (it takes {LEAST_FOR_A_VERDICT})"
+        reason = (
+            f"{interval}, but {count} {units} are too few for a verdict (it takes "
+            f"{LEAST_FOR_A_VERDICT})"
+        )
         return Judgement(Verdict.INCONCLUSIVE, reason)
     if measured.high <= limit.value:
         return Judgement(Verdict.PASS, f"{interval}, is within {limit_text}")

@@ -1,8 +1,9 @@
-"""What a plan was calibrated on is not evaluated on: texts that overlap are refused, and tasks leave documents out.
+"""What a plan was calibrated on is not evaluated on: texts that overlap are refused, and tasks
+leave documents out.
 
-Texts overlap where they share 13 tokens in a row, as GPT-3's evaluation sets and training texts were compared (Brown et
-al. 2020, arXiv 2005.14165, appendix C). There it was words; tokens need no spaces between words, and are about nine
-English words.
+Texts overlap where they share 13 tokens in a row, as GPT-3's evaluation sets and training texts
+were compared (Brown et al. 2020, arXiv 2005.14165, appendix C). There it was words; tokens need no
+spaces between words, and are about nine English words.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ GRAM_TOKENS = 13
 
 @dataclass(frozen=True)
 class CalibratedOn:
-    """source: the SPEC that was read, None if that is not known. samples: (N, T) token ids without BOS. texts: the
-    samples as text, words with one space between them."""
+    """source: the SPEC that was read, None if that is not known. samples: (N, T) token ids without
+    BOS. texts: the samples as text, words with one space between them."""
 
     source: str | None = None
     samples: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
@@ -40,48 +41,60 @@ class CalibratedOn:
     @classmethod
     def of_plan(cls, plan: Path, tokenizer: Any) -> CalibratedOn:
         contents = load_plan(plan)
-        return cls._of_samples(contents.calibration, load_calibration_ids(plan, contents), tokenizer)
+        return cls._of_samples(
+            contents.calibration, load_calibration_ids(plan, contents), tokenizer
+        )
 
     @classmethod
     def of_pruned(cls, pruned: str, tokenizer: Any) -> CalibratedOn:
-        """An artifact says where its samples came from, and their hash: they are drawn again, if that can be done.
-        Says so where it cannot, and what is not checked then."""
+        """An artifact says where its samples came from, and their hash: they are drawn again, if
+        that can be done. Says so where it cannot, and what is not checked then."""
         record = _calibration_of_artifact(Path(pruned) / ARTIFACT_FILE)
         if record is None:
-            say(f"What {pruned} was calibrated on is not known: whether it is evaluated on that is not checked")
+            say(
+                f"What {pruned} was calibrated on is not known: whether it is evaluated on that is "
+                "not checked"
+            )
             return cls()
         samples = _drawn_again(record, tokenizer)
         if samples is None:
             say(
-                f"The calibration samples of {pruned} cannot be drawn from {record.source} again: whether texts and "
-                "tasks overlap with them is not checked (with --plan it is)"
+                f"The calibration samples of {pruned} cannot be drawn from {record.source} again: "
+                "whether texts and tasks overlap with them is not checked (with --plan it is)"
             )
             return cls(preset_of(record.source).calibration)
         return cls._of_samples(record, samples, tokenizer)
 
     @classmethod
-    def _of_samples(cls, record: CalibrationRecord, input_ids: Tensor, tokenizer: Any) -> CalibratedOn:
+    def _of_samples(
+        cls, record: CalibrationRecord, input_ids: Tensor, tokenizer: Any
+    ) -> CalibratedOn:
         samples = without_bos(input_ids, record.bos)
         decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in samples.tolist()]
         # A window may begin or end within a character of several bytes.
         texts = (" ".join(text.strip("\ufffd").split()) for text in decoded)
-        return cls(preset_of(record.source).calibration, samples, tuple(text for text in texts if text))
+        return cls(
+            preset_of(record.source).calibration, samples, tuple(text for text in texts if text)
+        )
 
     def refuse(self, text: Segments) -> None:
-        """Raises UserError if the text is the calibration's source, or overlaps with its samples."""
+        """Raises UserError if the text is the calibration's source, or overlaps with its
+        samples."""
         if preset_of(text.source).evaluation == self.source:
             raise UserError(f"{text.source} was used for calibration; evaluate on other text.")
         tokens = min(GRAM_TOKENS, self.samples.shape[1])
         overlapping = overlapping_segments(text.input_ids, self.samples, tokens)
         if overlapping:
             raise UserError(
-                f"{text.source} overlaps with the calibration samples: {len(overlapping)} of {len(text.input_ids)} "
-                f"segments share {tokens} tokens in a row with them; evaluate on other text, or calibrate on other."
+                f"{text.source} overlaps with the calibration samples: {len(overlapping)} of "
+                f"{len(text.input_ids)} segments share {tokens} tokens in a row with them; "
+                "evaluate on other text, or calibrate on other."
             )
 
 
 def _calibration_of_artifact(path: Path) -> CalibrationRecord | None:
-    """None if there is no such file, as for a server, or it says nothing of a calibration that is understood."""
+    """None if there is no such file, as for a server, or it says nothing of a calibration that is
+    understood."""
     if not path.exists():
         return None
     try:
@@ -93,19 +106,29 @@ def _calibration_of_artifact(path: Path) -> CalibrationRecord | None:
 def _drawn_again(record: CalibrationRecord, tokenizer: Any) -> Tensor | None:
     """The samples (N, T), BOS included; None if the text is not there any more, or is another."""
     try:
-        drawn = build_calibration(tokenizer, record.source, record.samples, record.tokens, record.seed)
+        drawn = build_calibration(
+            tokenizer, record.source, record.samples, record.tokens, record.seed
+        )
     except UserError:
         return None
     return drawn.input_ids if drawn.sha256 == record.sha256 else None
 
 
 def overlapping_segments(segments: Tensor, samples: Tensor, tokens: int) -> set[int]:
-    """Which of consecutive segments (S, T) of a text share so many tokens in a row with a sample (N, T'), be it across
-    a border between segments."""
+    """Which of consecutive segments (S, T) of a text share so many tokens in a row with a sample
+    (N, T'), be it across a border between segments."""
     known = {gram for sample in samples.tolist() for gram in _grams(sample, tokens)}
     length = segments.shape[1]
-    shared = [start for start, gram in enumerate(_grams(segments.flatten().tolist(), tokens)) if gram in known]
-    return {segment for start in shared for segment in range(start // length, (start + tokens - 1) // length + 1)}
+    shared = [
+        start
+        for start, gram in enumerate(_grams(segments.flatten().tolist(), tokens))
+        if gram in known
+    ]
+    return {
+        segment
+        for start in shared
+        for segment in range(start // length, (start + tokens - 1) // length + 1)
+    }
 
 
 def _grams(ids: Sequence[int], tokens: int) -> Iterator[tuple[int, ...]]:

@@ -11,8 +11,9 @@ from gradmap.evaluation.answers import NEW_TOKENS, PROMPTS
 from gradmap.footprint import RUNTIME_BYTES, model_bytes
 from gradmap.shape import Shape
 
-# Of each task, besides the model's work: to load it once, and what the harness does for each model. Seven tasks of ten
-# documents took 6 s so (benchmarks.evaluation, in float32 against bfloat16), and their data 10 s to load.
+# Of each task, besides the model's work: to load it once, and what the harness does for each model.
+# Seven tasks of ten documents took 6 s so (benchmarks.evaluation, in float32 against bfloat16), and
+# their data 10 s to load.
 TASK_LOADING_S, TASK_S = 1.5, 1.0
 
 # lm-evaluation-harness and its data sets in memory: SmolLM2's evaluation takes 2.0 GB with tasks.
@@ -21,7 +22,8 @@ HARNESS_BYTES = 0.7e9
 
 @dataclass(frozen=True)
 class Documents:
-    """A task's validation set: how many documents, and for each, tokens in a pass and tokens that are predicted."""
+    """A task's validation set: how many documents, and for each, tokens in a pass and tokens that
+    are predicted."""
 
     count: int
     tokens: float
@@ -42,7 +44,8 @@ PAPER_TASKS = {
 
 @dataclass(frozen=True)
 class EvaluationSize:
-    """texts: how many; segment: tokens of a segment; limit: segments of each text, and documents of each task."""
+    """texts: how many; segment: tokens of a segment; limit: segments of each text, and documents of
+    each task."""
 
     texts: int = 0
     segment: int = 128
@@ -54,8 +57,8 @@ class EvaluationSize:
 def evaluation_seconds(
     shape: Shape, hardware: Hardware, size: EvaluationSize, layer_counts: Sequence[int]
 ) -> float | None:
-    """Of models with so many layers, one after the other. None where a text, or a task that is not the paper's, is not
-    limited, for how long it is is not known."""
+    """Of models with so many layers, one after the other. None where a text, or a task that is not
+    the paper's, is not limited, for how long it is is not known."""
     shape = hardware.sees(shape)
     documents = [_documents(task, size.limit) for task in size.tasks]
     if None in documents or (size.texts and size.limit is None):
@@ -66,8 +69,14 @@ def evaluation_seconds(
     of_texts = size.texts * (size.limit or 0) * size.segment
     seconds = TASK_LOADING_S * len(known)
     for layers in layer_counts:
-        flops = (tokens + of_texts) * shape.layer_flops(layers) + (predicted + of_texts) * shape.head_flops
-        answers_s = generation_seconds(shape, hardware, NEW_TOKENS, len(PROMPTS), layers) if size.answers else 0.0
+        flops = (tokens + of_texts) * shape.layer_flops(layers) + (
+            predicted + of_texts
+        ) * shape.head_flops
+        answers_s = (
+            generation_seconds(shape, hardware, NEW_TOKENS, len(PROMPTS), layers)
+            if size.answers
+            else 0.0
+        )
         seconds += flops / hardware.sustained_flops + answers_s + TASK_S * len(known)
     return seconds
 
@@ -78,11 +87,14 @@ def evaluation_bytes(shape: Shape, hardware: Hardware, size: EvaluationSize) -> 
 
 
 def _documents(task: str, limit: int | None) -> Documents | None:
-    """What is evaluated of a task; of one that is not the paper's, as many tokens as these have on average."""
+    """What is evaluated of a task; of one that is not the paper's, as many tokens as these have on
+    average."""
     known = PAPER_TASKS.get(task)
     if known is not None:
         return Documents(min(known.count, limit or known.count), known.tokens, known.predicted)
     if limit is None:
         return None
     paper = PAPER_TASKS.values()
-    return Documents(limit, fmean(one.tokens for one in paper), fmean(one.predicted for one in paper))
+    return Documents(
+        limit, fmean(one.tokens for one in paper), fmean(one.predicted for one in paper)
+    )

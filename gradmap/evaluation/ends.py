@@ -14,15 +14,18 @@ GENERATION_FILE = "generation_config.json"
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a generation of a model: those of generation_config.json, as transformers and vLLM take them, or
-    of `config`, its config.json, where that names none. Raises UserError if they are no ids."""
+    """The ids that end a generation of a model: those of generation_config.json, as transformers
+    and vLLM take them, or of `config`, its config.json, where that names none. Raises UserError if
+    they are no ids."""
     path = own_file(directory, GENERATION_FILE)
     found = read_json_object(path).get("eos_token_id") if path.exists() else None
     if found is None:
         path, found = directory / "config.json", config.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and token >= 0 for token in ids):
-        raise UserError(f"{path}: eos_token_id is {found!r}, which is neither a token id nor a list of them.")
+        raise UserError(
+            f"{path}: eos_token_id is {found!r}, which is neither a token id nor a list of them."
+        )
     return tuple(ids)
 
 

@@ -1,4 +1,5 @@
-"""`gradmap eval`: what one model is worth, or two on the same documents, and the verdict of the gate."""
+"""`gradmap eval`: what one model is worth, or two on the same documents, and the verdict of the
+gate."""
 
 from __future__ import annotations
 
@@ -29,7 +30,13 @@ from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segmen
 from gradmap.evaluation.result import SCHEMA_VERSION, records_beside
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.subjects import Opened, Subject
-from gradmap.evaluation.tasks import LoadedTask, TaskScores, load_task, require_answerable, score_task
+from gradmap.evaluation.tasks import (
+    LoadedTask,
+    TaskScores,
+    load_task,
+    require_answerable,
+    score_task,
+)
 from gradmap.files import sha256_file, write_json, write_text
 from gradmap.outputs import output_file
 from gradmap.plan import PLAN_FILE
@@ -42,9 +49,10 @@ ARMS = ("dense", "pruned")
 class EvaluationSettings:
     """What to evaluate on.
 
-    texts: name -> SPEC. segment: tokens of a segment. tasks: names of the harness; task_data: saved data sets.
-    answers: whether to ask the fixed prompts. limit: at most so many segments of each text, the first ones, and as many
-    documents of each task; seed: draws those. fresh: ignores scores of earlier runs.
+    texts: name -> SPEC. segment: tokens of a segment. tasks: names of the harness; task_data: saved
+    data sets. answers: whether to ask the fixed prompts. limit: at most so many segments of each
+    text, the first ones, and as many documents of each task; seed: draws those. fresh: ignores
+    scores of earlier runs.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
@@ -60,7 +68,8 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model made of it. losses: text -> (S,) nats per token. accuracies: task -> values per document.
+    """What one model made of it. losses: text -> (S,) nats per token. accuracies: task -> values
+    per document.
 
     dtype: what it computed in, if that is known.
     """
@@ -83,11 +92,12 @@ def evaluate(
     plan: Path | None = None,
     pruned: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the dense model and, if there is a second subject, the pruned one; writes `out` and the raw records.
+    """Evaluates the dense model and, if there is a second subject, the pruned one; writes `out` and
+    the raw records.
 
-    plan, pruned: what the second one is. What it was calibrated on is not evaluated on. Returns the contents of `out`.
-    Raises UserError if there is nothing to evaluate, or a text was used for calibration; what was scored until then
-    is kept in the cache.
+    plan, pruned: what the second one is. What it was calibrated on is not evaluated on. Returns the
+    contents of `out`. Raises UserError if there is nothing to evaluate, or a text was used for
+    calibration; what was scored until then is kept in the cache.
     """
     _refuse_empty(settings, len(subjects))
     with output_file(out):
@@ -111,7 +121,8 @@ def _evaluate(
     for text in texts:
         calibration.refuse(text)
     tasks = [
-        load_task(name, settings.task_data, settings.limit, settings.seed, calibration.texts) for name in settings.tasks
+        load_task(name, settings.task_data, settings.limit, settings.seed, calibration.texts)
+        for name in settings.tasks
     ]
     for task in tasks:
         require_answerable(task)
@@ -144,16 +155,21 @@ def _calibrated_on(plan: Path | None, pruned: str | None, tokenizer: Any) -> Cal
 
 def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:
     if not (settings.texts or settings.tasks or settings.answers):
-        raise UserError("There is nothing to evaluate; give --perplexity SPEC, --tasks NAMES or --answers.")
+        raise UserError(
+            "There is nothing to evaluate; give --perplexity SPEC, --tasks NAMES or --answers."
+        )
     gate = settings.gate
     if gate != Gate() and subjects < len(ARMS):
         raise UserError("A gate compares two models; give --plan or --pruned.")
     if gate.max_average_drop is not None and not 0 <= gate.max_average_drop <= 1:
         raise UserError(
-            f"--max-average-drop is {gate.max_average_drop}; give a share from 0 to 1 (five points are 0.05)."
+            f"--max-average-drop is {gate.max_average_drop}; give a share from 0 to 1 (five points "
+            "are 0.05)."
         )
     if gate.max_perplexity_ratio is not None and not 0 < gate.max_perplexity_ratio < math.inf:
-        raise UserError(f"--max-perplexity-ratio is {gate.max_perplexity_ratio}; give a finite number above 0.")
+        raise UserError(
+            f"--max-perplexity-ratio is {gate.max_perplexity_ratio}; give a finite number above 0."
+        )
     if gate.max_average_drop is not None and not settings.tasks:
         raise UserError("--max-average-drop is about the average accuracy; give --tasks.")
     if gate.max_perplexity_ratio is not None and not settings.texts:
@@ -161,7 +177,12 @@ def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:
 
 
 def _measure(
-    opened: Opened, scorer: Scorer, tokenizer: Any, texts: Sequence[Segments], tasks: Sequence[LoadedTask], ask: bool
+    opened: Opened,
+    scorer: Scorer,
+    tokenizer: Any,
+    texts: Sequence[Segments],
+    tasks: Sequence[LoadedTask],
+    ask: bool,
 ) -> Measured:
     return Measured(
         layers=opened.layers,
@@ -185,7 +206,9 @@ def _describe(measured: Measured) -> dict[str, Any]:
         "parameters": measured.parameters,
         "backend": measured.backend,
         "dtype": measured.dtype,
-        "perplexity": {name: asdict(perplexity_of_losses(losses)) for name, losses in measured.losses.items()},
+        "perplexity": {
+            name: asdict(perplexity_of_losses(losses)) for name, losses in measured.losses.items()
+        },
         "accuracy": {
             name: asdict(main[name])
             | {
@@ -213,7 +236,11 @@ def _compare(measured: Mapping[str, Measured], gate: Gate) -> dict[str, Any]:
     documents = {name: len(scores.documents) for name, scores in dense.accuracies.items()}
     segments = {name: len(losses) for name, losses in dense.losses.items()}
     judgement = judge_quality(comparison, gate, documents, segments)
-    quality = None if judgement is None else {"verdict": str(judgement.verdict), "reason": judgement.reason}
+    quality = (
+        None
+        if judgement is None
+        else {"verdict": str(judgement.verdict), "reason": judgement.reason}
+    )
     return {
         "comparison": asdict(comparison),
         "quality": quality and quality | asdict(gate),
@@ -226,20 +253,29 @@ def _paired(dense: Measured, pruned: Measured) -> Comparison:
     for name, scores in dense.accuracies.items():
         other = pruned.accuracies[name]
         assert scores.documents == other.documents
-        accuracies[name] = Paired(np.array(scores.values[scores.metric]), np.array(other.values[scores.metric]))
-    return compare(accuracies, {name: Paired(losses, pruned.losses[name]) for name, losses in dense.losses.items()})
+        accuracies[name] = Paired(
+            np.array(scores.values[scores.metric]), np.array(other.values[scores.metric])
+        )
+    return compare(
+        accuracies,
+        {name: Paired(losses, pruned.losses[name]) for name, losses in dense.losses.items()},
+    )
 
 
 def _records(measured: Mapping[str, Measured]) -> str:
-    """One JSON line for each segment and document of each model: everything the statistics are made of."""
+    """One JSON line for each segment and document of each model: everything the statistics are made
+    of."""
     lines = []
     for arm, one in measured.items():
         for name, losses in one.losses.items():
             lines += [
-                {"arm": arm, "text": name, "segment": row, "loss": loss} for row, loss in enumerate(losses.tolist())
+                {"arm": arm, "text": name, "segment": row, "loss": loss}
+                for row, loss in enumerate(losses.tolist())
             ]
         for name, scores in one.accuracies.items():
             for row, (part, document) in enumerate(scores.documents):
                 values = {metric: values[row] for metric, values in scores.values.items()}
-                lines.append({"arm": arm, "task": name, "part": part, "document": document, **values})
+                lines.append(
+                    {"arm": arm, "task": name, "part": part, "document": document, **values}
+                )
     return "".join(json.dumps(line) + "\n" for line in lines)

@@ -1,4 +1,5 @@
-"""Any backend as a model of lm-evaluation-harness (EleutherAI), which brings prompts, targets and metrics."""
+"""Any backend as a model of lm-evaluation-harness (EleutherAI), which brings prompts, targets and
+metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ ASKED_TOGETHER = 64
 
 
 class HarnessModel(TemplateLM):
-    """Encodes texts as the harness's own transformers model does; every score comes from the scorer.
+    """Encodes texts as the harness's own transformers model does; every score comes from the
+    scorer.
 
     description: of what is being evaluated, for the progress bar.
     """
@@ -39,11 +41,14 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the first token of a text, or the last one of another."""
+        """What stands before a text without context: the first token of a text, or the last one of
+        another."""
         bos = self.tokenizer.bos_token_id
         return self._special_token(self.tokenizer.eos_token_id if bos is None else bos)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         bos = self.tokenizer.bos_token
         if add_special_tokens is None and bos is not None and string.startswith(bos):
             add_special_tokens = False
@@ -51,7 +56,9 @@ class HarnessModel(TemplateLM):
         ids: list[int] = self.tokenizer.encode(string, verbose=False, **options)
         return ids
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
@@ -62,10 +69,15 @@ class HarnessModel(TemplateLM):
         scores = self._scorer.score(fitting, self._description)
         return [(score.log_likelihood, score.greedy) for score in scores]
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Whole texts, in windows of the longest sequence the model takes, each token predicted once."""
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Whole texts, in windows of the longest sequence the model takes, each token predicted
+        once."""
         windows = [self._windows(request.args[0]) for request in requests]
-        scores = iter(self._scorer.score([window for text in windows for window in text], self._description))
+        scores = iter(
+            self._scorer.score([window for text in windows for window in text], self._description)
+        )
         return [sum(next(scores).log_likelihood for _ in text) for text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
@@ -82,14 +94,18 @@ class HarnessModel(TemplateLM):
 
     def _question(self, prompt: str, options: Mapping[str, Any]) -> _Question:
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise UserError(f"{self._description} samples its answers; only greedy tasks are supported.")
+            raise UserError(
+                f"{self._description} samples its answers; only greedy tasks are supported."
+            )
         new_tokens = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
         ids = self.tok_encode(prompt)[-(self._scorer.backend.max_tokens - new_tokens) :]
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else until
         return _Question(ids, (new_tokens, tuple(stop for stop in stops if stop)))
 
-    def _answers(self, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str]) -> list[str]:
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str]
+    ) -> list[str]:
         def text_of(answer: Sequence[int]) -> str:
             return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
@@ -103,22 +119,31 @@ class HarnessModel(TemplateLM):
     def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         """Cuts the context on the left, so that all but the last token fit."""
         if not continuation:
-            raise UserError(f"{self._description} has an answer without a token of its own; it cannot be scored.")
+            raise UserError(
+                f"{self._description} has an answer without a token of its own; it cannot be "
+                "scored."
+            )
         room = self._scorer.backend.max_tokens + 1 - len(continuation)
         return Request(tuple(context[-max(1, room) :]), tuple(continuation))
 
     def _windows(self, text: str) -> list[Request]:
         windows = get_rolling_token_windows(
-            self.tok_encode(text), self.prefix_token_id, max_seq_len=self._scorer.backend.max_tokens, context_len=1
+            self.tok_encode(text),
+            self.prefix_token_id,
+            max_seq_len=self._scorer.backend.max_tokens,
+            context_len=1,
         )
-        return [Request(tuple(context), tuple(tokens)) for context, tokens in map(make_disjoint_window, windows)]
+        return [
+            Request(tuple(context), tuple(tokens))
+            for context, tokens in map(make_disjoint_window, windows)
+        ]
 
     @staticmethod
     def _special_token(token: int | None) -> int:
         if token is None:
             raise UserError(
-                "The tokenizer has neither a BOS nor an EOS token, and this task has texts without context; add the "
-                "model's own special tokens to tokenizer_config.json."
+                "The tokenizer has neither a BOS nor an EOS token, and this task has texts "
+                "without context; add the model's own special tokens to tokenizer_config.json."
             )
         return token
 

@@ -1,4 +1,5 @@
-"""Scores on disk, so that an evaluation that was interrupted goes on: each line says which request it answers."""
+"""Scores on disk, so that an evaluation that was interrupted goes on: each line says which request
+it answers."""
 
 from __future__ import annotations
 
@@ -15,26 +16,30 @@ from gradmap.evaluation.backends import Request, Score
 from gradmap.files import append_text, cache_directory, sha256_json
 from gradmap.locks import writing
 
-# Hexadecimal digits of a request's hash: of a million requests, two are alike with a chance of 1e-7.
+# Hexadecimal digits of a request's hash: of a million requests, two are alike with a chance of
+# 1e-7.
 KEY_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class KeptScores:
-    """A file in the cache directory, whose name says what its scores depend on; none is kept without a path."""
+    """A file in the cache directory, whose name says what its scores depend on; none is kept
+    without a path."""
 
     path: Path | None
 
     @classmethod
     def of(cls, identity: dict[str, Any] | None, requests: Sequence[Request]) -> KeptScores:
-        """identity: what the scores depend on besides the requests; None for a model that cannot be identified."""
+        """identity: what the scores depend on besides the requests; None for a model that cannot be
+        identified."""
         if identity is None:
             return cls(None)
         key = sha256_json([identity, [astuple(request) for request in requests]])
         return cls(cache_directory() / "scores" / f"{key}.jsonl")
 
     def read(self, requests: Sequence[Request]) -> dict[Request, Score]:
-        """What is there of these requests. A line that a crash cut off, or that is damaged, is not."""
+        """What is there of these requests. A line that a crash cut off, or that is damaged, is
+        not."""
         if self.path is None or not self.path.exists():
             return {}
         by_key = {request_key(request): request for request in requests}
@@ -43,7 +48,8 @@ class KeptScores:
 
     @contextmanager
     def writing(self, fresh: bool) -> Iterator[None]:
-        """Waits until nobody else scores the same, who may have scored it all by then. fresh: drops what is there."""
+        """Waits until nobody else scores the same, who may have scored it all by then. fresh: drops
+        what is there."""
         if self.path is None:
             yield
             return
@@ -73,7 +79,9 @@ def _parse_line(line: bytes) -> tuple[str, Score] | None:
         key, log_likelihood, greedy = json.loads(line)
     except (ValueError, TypeError):
         return None
-    if not (isinstance(key, str) and isinstance(log_likelihood, float) and isinstance(greedy, bool)):
+    if not (
+        isinstance(key, str) and isinstance(log_likelihood, float) and isinstance(greedy, bool)
+    ):
         return None
     return (key, Score(log_likelihood, greedy)) if math.isfinite(log_likelihood) else None
 

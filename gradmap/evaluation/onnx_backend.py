@@ -26,7 +26,9 @@ class OnnxBackend:
     def __init__(self, directory: Path, config: dict[str, Any], end_tokens: Sequence[int]) -> None:
         self._session = OnnxCausalLM(directory)
         self._end_tokens = set(end_tokens)
-        self.max_tokens = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+        self.max_tokens = int(
+            config.get("max_position_embeddings") or config.get("n_positions") or 2048
+        )
         self.vocabulary: int | None = int(config["vocab_size"])
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
@@ -39,20 +41,27 @@ class OnnxBackend:
             batch = inputs[: max(1, BATCH_TOKENS // len(inputs[0]))]
             ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
             for row, tokens in zip(ids, batch, strict=True):
-                row[: len(tokens)] = tokens  # padded on the right, which causal attention does not see
+                row[: len(tokens)] = (
+                    tokens  # padded on the right, which causal attention does not see
+                )
             logits, _ = self._session.step(ids, None)
             for row_logits, tokens in zip(logits, batch, strict=True):
                 scores |= {request: _score(row_logits, request) for request in by_input[tokens]}
             inputs = inputs[len(batch) :]
         return [scores[request] for request in requests]
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
+    ) -> list[list[int]]:
         return [self._generate(prompt, new_tokens, is_done) for prompt in prompts]
 
     def _generate(self, prompt: Sequence[int], new_tokens: int, is_done: IsDone) -> list[int]:
         answer: list[int] = []
         logits, cache = self._session.step(np.array([prompt], dtype=np.int64), None)
-        while len(answer) < new_tokens and (token := _most_likely(logits[0, -1])) not in self._end_tokens:
+        while (
+            len(answer) < new_tokens
+            and (token := _most_likely(logits[0, -1])) not in self._end_tokens
+        ):
             answer.append(token)
             if is_done(answer):
                 break
@@ -67,7 +76,8 @@ def _most_likely(logits: npt.NDArray[np.float32]) -> int:
 
 
 def _score(logits: npt.NDArray[np.float32], request: Request) -> Score:
-    """logits: (L, V), at least up to the position that predicts the last token of the continuation."""
+    """logits: (L, V), at least up to the position that predicts the last token of the
+    continuation."""
     first = len(request.context) - 1
     predicting = logits[first : first + len(request.continuation)]
     chosen = (np.arange(len(predicting)), np.array(request.continuation))

@@ -1,7 +1,7 @@
 """Perplexity on segments of a fixed number of tokens: the paper's protocol (section 3).
 
-Where the tokenizer begins a text with BOS, so does every segment, and all tokens of the segment are predicted. Else its
-first token is context only.
+Where the tokenizer begins a text with BOS, so does every segment, and all tokens of the segment are
+predicted. Else its first token is context only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from gradmap.evaluation.backends import Request
 from gradmap.evaluation.scoring import Scorer
 from gradmap.text_specs import preset_of
 
-# Nats per token. exp of 709 is the largest number, and of such perplexities there are products and ratios.
+# Nats per token. exp of 709 is the largest number, and of such perplexities there are products and
+# ratios.
 HIGHEST_LOSS = 300.0
 
 
@@ -44,8 +45,12 @@ class Segments:
     bos: int | None = None
 
     @classmethod
-    def read(cls, tokenizer: Any, name: str, source: str, tokens: int, limit: int | None) -> Segments:
-        return cls(name, source, build_segments(tokenizer, source, tokens, limit), bos_of(tokenizer))
+    def read(
+        cls, tokenizer: Any, name: str, source: str, tokens: int, limit: int | None
+    ) -> Segments:
+        return cls(
+            name, source, build_segments(tokenizer, source, tokens, limit), bos_of(tokenizer)
+        )
 
     @property
     def predicted_tokens(self) -> int:
@@ -78,12 +83,16 @@ def segment_losses(scorer: Scorer, segments: Segments) -> npt.NDArray[np.float64
 def perplexity_of_losses(losses: npt.NDArray[np.float64]) -> Estimate:
     """exp of the mean loss (S,) of segments, and its standard error.
 
-    Every segment predicts the same number of tokens, so segments are the independent units; the standard error of
-    the mean loss, times the perplexity (first-order propagation through exp).
+    Every segment predicts the same number of tokens, so segments are the independent units; the
+    standard error of the mean loss, times the perplexity (first-order propagation through exp).
 
     Raises UserError if it is beyond the range of numbers.
     """
     if losses.max() > HIGHEST_LOSS:
-        raise UserError(f"A loss of {losses.max():.0f} nats per token has no perplexity; the model is broken.")
+        raise UserError(
+            f"A loss of {losses.max():.0f} nats per token has no perplexity; the model is broken."
+        )
     value = float(np.exp(losses.mean()))
-    return Estimate(value, None if len(losses) < 2 else value * float(losses.std(ddof=1)) / len(losses) ** 0.5)
+    return Estimate(
+        value, None if len(losses) < 2 else value * float(losses.std(ddof=1)) / len(losses) ** 0.5
+    )

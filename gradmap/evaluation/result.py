@@ -21,7 +21,8 @@ def records_beside(result: Path) -> Path:
 
 
 class _Read(BaseModel):
-    """Part of what is read of eval.json: values are of their kind, and not converted. Other keys may be beside it."""
+    """Part of what is read of eval.json: values are of their kind, and not converted. Other keys
+    may be beside it."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -108,16 +109,23 @@ class _Evaluation(_Read):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        """Whoever shows it looks up what `texts` and `tasks` name, and compares what was compared."""
+        """Whoever shows it looks up what `texts` and `tasks` name, and compares what was
+        compared."""
         sides = [side for side in (self.dense, self.pruned) if side is not None]
         named = [(set(side.perplexity), set(side.accuracy)) for side in sides]
         averages: list[object] = [side.average_accuracy for side in sides]
         if self.comparison is not None:
             named.append((set(self.comparison.perplexity_ratio), set(self.comparison.tasks)))
             averages.append(self.comparison.average)
-        if any(one != (set(self.texts), set(self.tasks)) for one in named) or (self.tasks and None in averages):
-            raise ValueError("not all of the texts and tasks that it names were measured, or others were")
-        if (self.comparison is None) != (self.pruned is None) or (self.plan_sha256 and self.pruned is None):
+        if any(one != (set(self.texts), set(self.tasks)) for one in named) or (
+            self.tasks and None in averages
+        ):
+            raise ValueError(
+                "not all of the texts and tasks that it names were measured, or others were"
+            )
+        if (self.comparison is None) != (self.pruned is None) or (
+            self.plan_sha256 and self.pruned is None
+        ):
             raise ValueError("it lacks one of two models, or their comparison")
         if self.answers and any(side.answers is None for side in sides):
             raise ValueError("it has answers, and not what they are like")
@@ -127,16 +135,18 @@ class _Evaluation(_Read):
 def read_evaluation(path: Path, *, of_two: bool = False) -> dict[str, Any]:
     """The contents of eval.json. of_two: whether it has to compare two models.
 
-    Raises UserError if it is missing, damaged, not what is wanted, or of another schema: its perplexities are then of
-    other segments.
+    Raises UserError if it is missing, damaged, not what is wanted, or of another schema: its
+    perplexities are then of other segments.
     """
     contents = read_json_object(path)
     version = contents.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path} has evaluation schema {version}, this version reads {SCHEMA_VERSION}: the perplexities of the two "
-            "cannot be compared; evaluate again."
+            f"{path} has evaluation schema {version}, this version reads {SCHEMA_VERSION}: the "
+            "perplexities of the two cannot be compared; evaluate again."
         )
     if checked(_Evaluation, contents, path).pruned is None and of_two:
-        raise UserError(f"{path} is of one model, and not of a dense and a pruned one; evaluate with a plan.")
+        raise UserError(
+            f"{path} is of one model, and not of a dense and a pruned one; evaluate with a plan."
+        )
     return contents

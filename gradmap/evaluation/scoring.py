@@ -1,4 +1,5 @@
-"""Scores any number of requests with any backend: longest first, with progress, kept on disk as it goes."""
+"""Scores any number of requests with any backend: longest first, with progress, kept on disk as it
+goes."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ CHUNK_REQUESTS = 512
 class Scorer:
     """A backend and where its scores are kept.
 
-    identity: what the scores depend on besides the requests (hashes of the model, dtype, runtime); None for a model
-    that cannot be identified (a URL), whose scores are not kept. label: for the progress bar.
+    identity: what the scores depend on besides the requests (hashes of the model, dtype, runtime);
+    None for a model that cannot be identified (a URL), whose scores are not kept. label: for the
+    progress bar.
     """
 
     backend: Backend
@@ -42,7 +44,11 @@ class Scorer:
         return [scores[request] for request in requests]
 
     def _score_rest(
-        self, distinct: Sequence[Request], scores: dict[Request, Score], kept: KeptScores, description: str
+        self,
+        distinct: Sequence[Request],
+        scores: dict[Request, Score],
+        kept: KeptScores,
+        description: str,
     ) -> None:
         """Adds to `scores` what is missing."""
         rest = [request for request in distinct if request not in scores]
@@ -61,24 +67,30 @@ class Scorer:
 
     def _refuse_unfit(self, requests: Sequence[Request]) -> None:
         vocabulary = self.backend.vocabulary
-        highest = max((max(request.context + request.continuation) for request in requests), default=0)
+        highest = max(
+            (max(request.context + request.continuation) for request in requests), default=0
+        )
         if vocabulary is not None and highest >= vocabulary:
             raise UserError(
-                f"The tokenizer makes token {highest}, but the model knows only {vocabulary}: it is another model's."
+                f"The tokenizer makes token {highest}, but the model knows only {vocabulary}: it "
+                "is another model's."
             )
         if requests and len(requests[0]) - 1 > self.backend.max_tokens:
             raise UserError(
-                f"A text of {len(requests[0])} tokens is longer than the {self.backend.max_tokens} the model takes."
+                f"A text of {len(requests[0])} tokens is longer than the {self.backend.max_tokens} "
+                "the model takes."
             )
 
 
 def order_for_scoring(requests: Sequence[Request]) -> list[Request]:
-    """Each request once: those that share a context together, so that it is computed once, the longest first."""
+    """Each request once: those that share a context together, so that it is computed once, the
+    longest first."""
     longest: dict[tuple[int, ...], int] = {}
     for request in requests:
         longest[request.context] = max(len(request), longest.get(request.context, 0))
     return sorted(
-        dict.fromkeys(requests), key=lambda request: (-longest[request.context], request.context, -len(request))
+        dict.fromkeys(requests),
+        key=lambda request: (-longest[request.context], request.context, -len(request)),
     )
 
 

@@ -1,4 +1,5 @@
-"""Which models are evaluated, and where they run: a checkpoint, the same under a plan, an artifact, or a server."""
+"""Which models are evaluated, and where they run: a checkpoint, the same under a plan, an artifact,
+or a server."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that runs. dtype: what it computes in. All but the backend: None where it cannot be seen from outside."""
+    """A model that runs. dtype: what it computes in. All but the backend: None where it cannot be
+    seen from outside."""
 
     backend: Backend
     layers: int | None
@@ -48,7 +50,8 @@ class Opened:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to evaluate. identity: what its scores depend on; None if that is not known. open: runs it for a while.
+    """A model to evaluate. identity: what its scores depend on; None if that is not known. open:
+    runs it for a while.
 
     tokenizer: the directory that has it, if the model does.
     """
@@ -69,26 +72,38 @@ class Where:
 
 
 def find_subjects(
-    model: str, gguf_file: str | None, allow_pickle: bool, plan: Path | None, pruned: str | None, where: Where
+    model: str,
+    gguf_file: str | None,
+    allow_pickle: bool,
+    plan: Path | None,
+    pruned: str | None,
+    where: Where,
 ) -> list[Subject]:
     """The dense model and, with a plan or a pruned model, that too.
 
-    Raises UserError if something is missing or of another kind, or the plan belongs to another model.
+    Raises UserError if something is missing or of another kind, or the plan belongs to another
+    model.
     """
     if where.backend not in BACKENDS:
         raise UserError(f"Unknown backend {where.backend!r}; use {', '.join(BACKENDS)}.")
     if plan is None:
         found = [_find_subject(model, gguf_file, allow_pickle, where)]
-        return found if pruned is None else [*found, _find_subject(pruned, None, allow_pickle, where)]
+        return (
+            found if pruned is None else [*found, _find_subject(pruned, None, allow_pickle, where)]
+        )
     if pruned is not None:
         raise UserError("--plan and --pruned both say what the pruned model is; give one of them.")
     if where.backend not in ("auto", "transformers"):
-        raise UserError(f"A plan is applied in transformers, not in {where.backend}; export it, and give --pruned DIR.")
+        raise UserError(
+            f"A plan is applied in transformers, not in {where.backend}; export it, and give "
+            "--pruned DIR."
+        )
     return checkpoint_subjects(open_checkpoint(model, gguf_file, allow_pickle), plan, where)
 
 
 def checkpoint_subjects(checkpoint: Checkpoint, plan: Path | None, where: Where) -> list[Subject]:
-    """The checkpoint in transformers and, with a plan, the same pruned in memory (W' unfolded); loaded once."""
+    """The checkpoint in transformers and, with a plan, the same pruned in memory (W' unfolded);
+    loaded once."""
     device = resolve_device(where.device)
     dtype = resolve_dtype(where.dtype, device, checkpoint)
 
@@ -98,16 +113,28 @@ def checkpoint_subjects(checkpoint: Checkpoint, plan: Path | None, where: Where)
         require_finite_weights(model.named_parameters())
         return model
 
-    identity = _identity("transformers", checkpoint.file_hashes, Where("transformers", dtype, device))
+    identity = _identity(
+        "transformers", checkpoint.file_hashes, Where("transformers", dtype, device)
+    )
     dense = Subject(
-        checkpoint.name, identity, checkpoint.directory, lambda: _open_transformers(loaded(), checkpoint, dtype)
+        checkpoint.name,
+        identity,
+        checkpoint.directory,
+        lambda: _open_transformers(loaded(), checkpoint, dtype),
     )
     if plan is None:
         return [dense]
     contents = load_plan(plan)
     require_same_model(contents, checkpoint)
-    pruning = {"removed": sorted(contents.removal_order), "corrections": sha256_file(plan / CORRECTIONS_FILE)}
-    pruned = replace(dense, identity=identity | pruning, open=lambda: _open_pruned(loaded(), checkpoint, plan, dtype))
+    pruning = {
+        "removed": sorted(contents.removal_order),
+        "corrections": sha256_file(plan / CORRECTIONS_FILE),
+    }
+    pruned = replace(
+        dense,
+        identity=identity | pruning,
+        open=lambda: _open_pruned(loaded(), checkpoint, plan, dtype),
+    )
     return [dense, pruned]
 
 
@@ -121,7 +148,9 @@ def _find_subject(model: str, gguf_file: str | None, allow_pickle: bool, where: 
     if backend == "vllm":
         dtype = vllm_dtype(where.dtype)
         identity = _identity("vllm", checkpoint.file_hashes, replace(where, dtype=dtype))
-        return Subject(checkpoint.name, identity, checkpoint.directory, lambda: _open_vllm(checkpoint, dtype))
+        return Subject(
+            checkpoint.name, identity, checkpoint.directory, lambda: _open_vllm(checkpoint, dtype)
+        )
     return checkpoint_subjects(checkpoint, None, where)[0]
 
 
@@ -186,7 +215,9 @@ def _open_endpoint(url: str) -> Iterator[Opened]:
 
 def _onnx_subject(directory: Path) -> Subject:
     if not (directory / ONNX_FILE).is_file():
-        raise UserError(f"{directory} has no {ONNX_FILE}; give a directory of `gradmap export --format onnx`.")
+        raise UserError(
+            f"{directory} has no {ONNX_FILE}; give a directory of `gradmap export --format onnx`."
+        )
     config = read_sizes(directory)
     with waiting(f"Hashing {directory}"):
         files = {path.name: sha256_file(path) for path in sorted(directory.glob("*.onnx*"))}

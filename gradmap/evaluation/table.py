@@ -17,12 +17,19 @@ class Table:
 def tabulate(result: dict[str, Any]) -> Table:
     """What was measured, the value of each model and, for two models, how they compare."""
     arms = [arm for arm in ("dense", "pruned") if arm in result]
-    columns = ("± standard error", *arms, *(["pruned against dense (95% interval)"] if result["comparison"] else []))
-    return Table(columns, [row[: len(columns)] for row in _rows(result, [result[arm] for arm in arms])])
+    columns = (
+        "± standard error",
+        *arms,
+        *(["pruned against dense (95% interval)"] if result["comparison"] else []),
+    )
+    return Table(
+        columns, [row[: len(columns)] for row in _rows(result, [result[arm] for arm in arms])]
+    )
 
 
 def describe_retained(result: dict[str, Any]) -> str | None:
-    """The sentence about the average over tasks; None if there is none to compare, or nothing that was retained."""
+    """The sentence about the average over tasks; None if there is none to compare, or nothing that
+    was retained."""
     average = result["comparison"] and result["comparison"]["average"]
     if not (average and average["retained"]):
         return None
@@ -33,15 +40,37 @@ def _rows(result: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str
     comparison = result["comparison"] or {}
     rows = []
     for name in result["texts"]:
-        change = f"x {_with_interval(comparison['perplexity_ratio'][name], 1, 2)}" if comparison else ""
-        rows.append((f"perplexity, {name}", *(with_error(side["perplexity"][name], 1, 2) for side in sides), change))
+        change = (
+            f"x {_with_interval(comparison['perplexity_ratio'][name], 1, 2)}" if comparison else ""
+        )
+        rows.append(
+            (
+                f"perplexity, {name}",
+                *(with_error(side["perplexity"][name], 1, 2) for side in sides),
+                change,
+            )
+        )
     for name in result["tasks"]:
         metric = sides[0]["accuracy"][name]["metric"]
-        change = _with_interval(comparison["tasks"][name]["difference"], 100, 1) if comparison else ""
-        rows.append((f"{name}, {metric} (%)", *(with_error(side["accuracy"][name], 100, 1) for side in sides), change))
+        change = (
+            _with_interval(comparison["tasks"][name]["difference"], 100, 1) if comparison else ""
+        )
+        rows.append(
+            (
+                f"{name}, {metric} (%)",
+                *(with_error(side["accuracy"][name], 100, 1) for side in sides),
+                change,
+            )
+        )
     if result["tasks"]:
         change = _with_interval(comparison["average"]["difference"], 100, 1) if comparison else ""
-        rows.append(("average (%)", *(with_error(side["average_accuracy"], 100, 1) for side in sides), change))
+        rows.append(
+            (
+                "average (%)",
+                *(with_error(side["average_accuracy"], 100, 1) for side in sides),
+                change,
+            )
+        )
     for rate in ("empty", "repetition") if result["answers"] else ():
         rows.append((f"answers, {rate}", *(f"{side['answers'][rate]:.2f}" for side in sides), ""))
     return rows
@@ -50,9 +79,13 @@ def _rows(result: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str
 def with_error(estimate: dict[str, Any], factor: float, digits: int) -> str:
     """`71.3 ± 1.2`; without what is not known."""
     value, error = estimate["value"], estimate["stderr"]
-    return f"{value * factor:.{digits}f}" + ("" if error is None else f" ± {error * factor:.{digits}f}")
+    return f"{value * factor:.{digits}f}" + (
+        "" if error is None else f" ± {error * factor:.{digits}f}"
+    )
 
 
 def _with_interval(interval: dict[str, float], factor: float, digits: int) -> str:
-    value, low, high = (f"{interval[name] * factor:.{digits}f}" for name in ("value", "low", "high"))
+    value, low, high = (
+        f"{interval[name] * factor:.{digits}f}" for name in ("value", "low", "high")
+    )
     return f"{value} ({low} to {high})"

@@ -1,7 +1,7 @@
 """Zero-shot tasks of lm-evaluation-harness, on data from the hub or on data sets saved on disk.
 
-Offline, a task is the harness's own definition with another source of documents: prompts, targets, metrics and
-versions stay the harness's.
+Offline, a task is the harness's own definition with another source of documents: prompts, targets,
+metrics and versions stay the harness's.
 """
 
 from __future__ import annotations
@@ -20,15 +20,25 @@ from gradmap.evaluation.scoring import Scorer
 from gradmap.reading import library_errors_refused
 
 PAPER = "paper"
-PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-# The one that stands for a task, the first it has; the paper's tables hold acc_norm where a task has it.
+PAPER_TASKS = (
+    "boolq",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+)
+# The one that stands for a task, the first it has; the paper's tables hold acc_norm where a task
+# has it.
 METRICS = ("acc_norm", "acc", "exact_match")
 _MMLU = "mmlu_"
 
 
 @dataclass(frozen=True)
 class SavedData:
-    """A data set written by `datasets.save_to_disk`. folder: below --task-data. split: the one that has labels."""
+    """A data set written by `datasets.save_to_disk`. folder: below --task-data. split: the one that
+    has labels."""
 
     folder: str
     split: str = "validation"
@@ -50,8 +60,8 @@ SAVED_DATA = {
 class LoadedTask:
     """A task by the name the user gave it, which may stand for several of the harness's (mmlu).
 
-    parts: name -> the harness's task object. documents: name -> the indices of the documents to evaluate.
-    left_out: how many documents were used for calibration, and are not evaluated.
+    parts: name -> the harness's task object. documents: name -> the indices of the documents to
+    evaluate. left_out: how many documents were used for calibration, and are not evaluated.
     """
 
     name: str
@@ -73,7 +83,8 @@ class LoadedTask:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """metric -> one value per document, in the order of `documents` (harness task name and index)."""
+    """metric -> one value per document, in the order of `documents` (harness task name and
+    index)."""
 
     documents: tuple[tuple[str, int], ...]
     values: dict[str, tuple[float, ...]]
@@ -86,20 +97,30 @@ class TaskScores:
 def expand_names(names: str) -> tuple[str, ...]:
     """`paper,mmlu` -> the paper's seven tasks and mmlu, each once."""
     given = [name.strip() for name in names.split(",") if name.strip()]
-    return tuple(dict.fromkeys(each for name in given for each in (PAPER_TASKS if name == PAPER else (name,))))
+    return tuple(
+        dict.fromkeys(
+            each for name in given for each in (PAPER_TASKS if name == PAPER else (name,))
+        )
+    )
 
 
 def require_tasks(names: Sequence[str]) -> None:
-    """Raises UserError if the harness has no task of one of these names, or is not installed; loads no data."""
+    """Raises UserError if the harness has no task of one of these names, or is not installed; loads
+    no data."""
     for name in names:
         if name not in PAPER_TASKS:  # the harness takes its time to list what it has
             _expand(name)
 
 
 def load_task(
-    name: str, data: Path | None, limit: int | None, seed: int, calibration_texts: Sequence[str] = ()
+    name: str,
+    data: Path | None,
+    limit: int | None,
+    seed: int,
+    calibration_texts: Sequence[str] = (),
 ) -> LoadedTask:
-    """Loads a task (or group or tag) of the harness and chooses its documents, at random if there is a limit.
+    """Loads a task (or group or tag) of the harness and chooses its documents, at random if there
+    is a limit.
 
     data: the directory of saved data sets; None takes the harness's own source, the hub.
     Raises UserError if the harness has no such task, or its data is missing or of another shape.
@@ -107,12 +128,18 @@ def load_task(
     with waiting(f"Loading task {name}"):
         parts = {part: _load_part(part, data) for part in _expand(name)}
         usable = {
-            part: [index for index, document in enumerate(task.eval_docs) if not _is_known(document, calibration_texts)]
+            part: [
+                index
+                for index, document in enumerate(task.eval_docs)
+                if not _is_known(document, calibration_texts)
+            ]
             for part, task in parts.items()
         }
     left_out = sum(len(task.eval_docs) - len(usable[part]) for part, task in parts.items())
     if not any(usable.values()):
-        raise UserError(f"Task {name} has no documents to evaluate ({left_out} were used for calibration).")
+        raise UserError(
+            f"Task {name} has no documents to evaluate ({left_out} were used for calibration)."
+        )
     documents = _draw(name, usable, limit, seed)
     if data is None:
         return LoadedTask(name, parts, documents, left_out, "hub")
@@ -120,7 +147,8 @@ def load_task(
 
 
 def score_task(task: LoadedTask, scorer: Scorer, tokenizer: Any) -> TaskScores:
-    """Evaluates the chosen documents. Raises UserError if the task has no metric that is a number per document."""
+    """Evaluates the chosen documents. Raises UserError if the task has no metric that is a number
+    per document."""
     from gradmap.evaluation.harness_model import HarnessModel
 
     return score_task_with(task, HarnessModel(scorer, tokenizer, task.name))
@@ -139,14 +167,19 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
             samples=documents,
             bootstrap_iters=0,
         )
-    samples = [(part, sample) for part in documents for sample in _first_filter(results["samples"][part])]
+    samples = [
+        (part, sample) for part in documents for sample in _first_filter(results["samples"][part])
+    ]
     values = {
         metric: tuple(float(sample[metric]) for _, sample in samples)
         for metric in samples[0][1]["metrics"]
         if all(isinstance(sample[metric], int | float) for _, sample in samples)
     }
     if not values:
-        raise UserError(f"Task {task.name} has no metric that is one number per document; it cannot be compared.")
+        raise UserError(
+            f"Task {task.name} has no metric that is one number per document; it cannot be "
+            "compared."
+        )
     return TaskScores(tuple((part, sample["doc_id"]) for part, sample in samples), values)
 
 
@@ -171,12 +204,16 @@ def _expand(name: str) -> list[str]:
     """The harness's tasks that a name stands for: itself, or the members of a group or tag."""
     index = _manager().task_index
     if name not in index:
-        raise UserError(f"lm-evaluation-harness has no task {name!r}; the paper's are {', '.join(PAPER_TASKS)}.")
+        raise UserError(
+            f"lm-evaluation-harness has no task {name!r}; the paper's are {', '.join(PAPER_TASKS)}."
+        )
     entry = index[name]
     if entry.kind.name == "TAG":
         members: Iterable[str] = entry.tags
     elif entry.kind.name == "GROUP":
-        members = [member if isinstance(member, str) else member["task"] for member in entry.cfg["task"]]
+        members = [
+            member if isinstance(member, str) else member["task"] for member in entry.cfg["task"]
+        ]
     else:
         return [name]
     return [part for member in sorted(members) for part in _expand(member)]
@@ -190,21 +227,26 @@ def _load_part(name: str, data: Path | None) -> Any:
         (task,) = _manager().load([group])["tasks"].values()
     except UserError:
         raise
-    except Exception as error:  # of the hub's client, or of the harness over data that is not the task's
+    except (
+        Exception
+    ) as error:  # of the hub's client, or of the harness over data that is not the task's
         if data is not None:
             raise UserError(
-                f"{data / _saved_data(name).folder} is not what task {name} needs: {_reason(error)}."
+                f"{data / _saved_data(name).folder} is not what task {name} needs: "
+                f"{_reason(error)}."
             ) from None
         raise UserError(
-            f"The data of task {name} could not be fetched from the hub ({first_line(error)}); offline, give "
-            f"--task-data DIR with saved data sets (known: {', '.join(SAVED_DATA)}, mmlu)."
+            f"The data of task {name} could not be fetched from the hub ({first_line(error)}); "
+            f"offline, give --task-data DIR with saved data sets (known: {', '.join(SAVED_DATA)}, "
+            "mmlu)."
         ) from None
     return task
 
 
 def require_answerable(task: LoadedTask) -> None:
-    """Raises UserError if a document to evaluate is none of the task's: the harness would break down over it after
-    hours, or count it as wrong. Takes some milliseconds each; data of the hub is the harness's own."""
+    """Raises UserError if a document to evaluate is none of the task's: the harness would break
+    down over it after hours, or count it as wrong. Takes some milliseconds each; data of the hub is
+    the harness's own."""
     if task.source == "hub":
         return
     with waiting(f"Looking at the documents of {task.name}"):
@@ -218,13 +260,22 @@ def _require_documents(name: str, task: Any, indices: Sequence[int]) -> None:
             document = task.eval_docs[index]
             task.doc_to_text(document)
             target = task.doc_to_target(document)
-            choices = task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else None
+            choices = (
+                task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else None
+            )
         except Exception as error:  # whatever a template or a function of the harness raises
-            raise UserError(f"Document {index} of task {name} is not what the task needs: {_reason(error)}.") from None
+            raise UserError(
+                f"Document {index} of task {name} is not what the task needs: {_reason(error)}."
+            ) from None
         if choices is not None and not all(isinstance(choice, str) for choice in choices):
             raise UserError(f"Document {index} of task {name} has an answer that is no text.")
-        if choices is not None and (target is None or (isinstance(target, int) and not 0 <= target < len(choices))):
-            raise UserError(f"Document {index} of task {name} has {len(choices)} answers, and its label is {target}.")
+        if choices is not None and (
+            target is None or (isinstance(target, int) and not 0 <= target < len(choices))
+        ):
+            raise UserError(
+                f"Document {index} of task {name} has {len(choices)} answers, and its label is "
+                f"{target}."
+            )
 
 
 def _reason(error: Exception) -> str:
@@ -235,7 +286,10 @@ def _overrides(name: str, data: Path) -> dict[str, Any]:
     saved = _saved_data(name)
     directory = data / saved.folder / saved.split
     if not (directory / "state.json").is_file():
-        raise UserError(f"Task {name} has no data: {directory} is no directory written by datasets.save_to_disk.")
+        raise UserError(
+            f"Task {name} has no data: {directory} is no directory written by "
+            "datasets.save_to_disk."
+        )
     splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
     return {
         **splits,
@@ -249,8 +303,8 @@ def _saved_data(name: str) -> SavedData:
         return SavedData(f"hails/mmlu_no_train/{name.removeprefix(_MMLU)}", "test")
     if name not in SAVED_DATA:
         raise UserError(
-            f"It is not known how data of task {name} is saved on disk (known: {', '.join(SAVED_DATA)}, mmlu); leave "
-            "out --task-data to fetch it from the hub."
+            f"It is not known how data of task {name} is saved on disk (known: "
+            f"{', '.join(SAVED_DATA)}, mmlu); leave out --task-data to fetch it from the hub."
         )
     return SAVED_DATA[name]
 
@@ -258,10 +312,13 @@ def _saved_data(name: str) -> SavedData:
 def _read(name: str, directory: Path) -> Any:
     from datasets import load_from_disk
 
-    # In memory: datasets would write what it derives beside the data, which is the user's, and the input of a stage.
+    # In memory: datasets would write what it derives beside the data, which is the user's, and the
+    # input of a stage.
     with library_errors_refused(f"{directory} is damaged"):
         documents = load_from_disk(str(directory), keep_in_memory=True)
-    if name == "boolq":  # saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class
+    if (
+        name == "boolq"
+    ):  # saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class
         documents = documents.map(lambda document: {"label": int(document["answer"])})
     return documents
 
@@ -272,10 +329,15 @@ def _is_known(document: Mapping[str, Any], calibration_texts: Sequence[str]) -> 
     return any(text in column for text in calibration_texts for column in columns)
 
 
-def _draw(name: str, usable: dict[str, list[int]], limit: int | None, seed: int) -> dict[str, list[int]]:
+def _draw(
+    name: str, usable: dict[str, list[int]], limit: int | None, seed: int
+) -> dict[str, list[int]]:
     everything = [(part, index) for part, indices in usable.items() for index in indices]
     if limit is None or limit >= len(everything):
         return usable
     chosen = set(random.Random(seed).sample(everything, limit))
     say(f"{name}: {limit} of {len(everything)} documents, drawn with seed {seed}")
-    return {part: [index for index in indices if (part, index) in chosen] for part, indices in usable.items()}
+    return {
+        part: [index for index in indices if (part, index) in chosen]
+        for part, indices in usable.items()
+    }

@@ -1,7 +1,9 @@
-"""Scores with a transformers model. A context is computed once, however many continuations are scored after it.
+"""Scores with a transformers model. A context is computed once, however many continuations are
+scored after it.
 
-The continuations of one context follow it in one sequence; each sees the context and itself, and counts positions
-from the end of the context. So a question with four answers costs one pass over the question and the answers.
+The continuations of one context follow it in one sequence; each sees the context and itself, and
+counts positions from the end of the context. So a question with four answers costs one pass over
+the question and the answers.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ _PADDING = -1
 class TransformersBackend:
     """dtype: the name (of gradmap.precision) that `model` was loaded for.
 
-    The model loses its generation settings (generation_config.json): `generate` would apply penalties, bans and beams
-    of them to greedy decoding as well, and other backends have others or none. An answer is what the model finds most
-    likely.
+    The model loses its generation settings (generation_config.json): `generate` would apply
+    penalties, bans and beams of them to greedy decoding as well, and other backends have others or
+    none. An answer is what the model finds most likely.
     """
 
     name = "transformers"
@@ -49,13 +51,17 @@ class TransformersBackend:
         config = model.config
         self.max_tokens = int(getattr(config, "max_position_embeddings", None) or 2048)
         self.vocabulary: int | None = int(config.vocab_size)
-        # A packed sequence is longer than each of its requests; within a sliding window that makes no difference.
-        self._longest_packed = min(self.max_tokens, getattr(config, "sliding_window", None) or self.max_tokens)
+        # A packed sequence is longer than each of its requests; within a sliding window that makes
+        # no difference.
+        self._longest_packed = min(
+            self.max_tokens, getattr(config, "sliding_window", None) or self.max_tokens
+        )
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Score]:
         packs = list(self._pack(requests))
-        # Never in one batch: the mask that branches need would let plain sequences see beyond a sliding window.
+        # Never in one batch: the mask that branches need would let plain sequences see beyond a
+        # sliding window.
         plain = self._score_packs([pack for pack in packs if not pack.is_branched])
         scores = plain | self._score_packs([pack for pack in packs if pack.is_branched])
         return [scores[request] for request in requests]
@@ -77,11 +83,15 @@ class TransformersBackend:
         return scores
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
+    ) -> list[list[int]]:
         answers: list[list[int]] = []
         for start in range(0, len(prompts), GENERATION_BATCH):
             with computing_in(self._dtype, self._model):
-                answers += self._generate_batch(prompts[start : start + GENERATION_BATCH], new_tokens, is_done)
+                answers += self._generate_batch(
+                    prompts[start : start + GENERATION_BATCH], new_tokens, is_done
+                )
         return answers
 
     def _pack(self, requests: Sequence[Request]) -> Iterator[Pack]:
@@ -97,25 +107,37 @@ class TransformersBackend:
 
     def _halve_batches(self, packs: int) -> None:
         if packs == 1:
-            raise UserError("One request does not fit into memory; use --dtype bfloat16 or a machine with more memory.")
+            raise UserError(
+                "One request does not fit into memory; use --dtype bfloat16 or a machine with "
+                "more memory."
+            )
         self._batch_tokens //= 2
         say(f"Memory ran out; going on with {self._batch_tokens} tokens at once")
 
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone) -> list[list[int]]:
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone
+    ) -> list[list[int]]:
         """Until the last one ends or is done."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+        ids = torch.tensor(
+            [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        )
         mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
 
         def which_are_done(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            return torch.tensor([is_done(answer) for answer in ids[:, longest:].tolist()], device=ids.device)
+            return torch.tensor(
+                [is_done(answer) for answer in ids[:, longest:].tolist()], device=ids.device
+            )
 
         output = self._model.generate(
             input_ids=ids.to(self._model.device),
             attention_mask=mask.long().to(self._model.device),
             generation_config=GenerationConfig(
-                max_new_tokens=new_tokens, do_sample=False, eos_token_id=self._end_tokens or None, pad_token_id=0
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=self._end_tokens or None,
+                pad_token_id=0,
             ),
             stopping_criteria=[which_are_done],
             logits_processor=[_require_finite_logits],
@@ -169,16 +191,22 @@ def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[Request, Score]:
     inputs = {"input_ids": _padded([pack.tokens for pack in packs], longest, 0).to(model.device)}
     if packs[0].is_branched:
         branches = _padded([pack.branches for pack in packs], longest, _PADDING).to(model.device)
-        inputs["position_ids"] = _padded([pack.positions for pack in packs], longest, 0).to(model.device)
-        inputs["attention_mask"] = _additive(_tree_mask(branches), model.get_input_embeddings().weight.dtype)
+        inputs["position_ids"] = _padded([pack.positions for pack in packs], longest, 0).to(
+            model.device
+        )
+        inputs["attention_mask"] = _additive(
+            _tree_mask(branches), model.get_input_embeddings().weight.dtype
+        )
     # else every sequence is an ordinary one, padded on the right: causal attention alone is right
     rows = [
         row * longest + place
         for row, pack in enumerate(packs)
         for places in pack.predictions
         for place in places
-    ]  # fmt: skip
-    targets = [token for pack in packs for request in pack.requests for token in request.continuation]
+    ]
+    targets = [
+        token for pack in packs for request in pack.requests for token in request.continuation
+    ]
     logits = _logits_at(model, torch.tensor(rows), inputs)
     log_likelihoods, greedy = _token_scores(logits, torch.tensor(targets, device=logits.device))
     scores, start = {}, 0
@@ -193,7 +221,8 @@ def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
 
 
 def _tree_mask(branches: Tensor) -> Tensor:
-    """(B, L) -> (B, L, L), True where a query (row) attends a key: one not after it, in the context or its own branch.
+    """(B, L) -> (B, L, L), True where a query (row) attends a key: one not after it, in the context
+    or its own branch.
 
     Padding is a branch of its own, so that no row is empty.
     """
@@ -210,7 +239,8 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logits_at(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits (N, V) of the given rows of the flattened (B * L) positions: the output layer runs for these only."""
+    """Logits (N, V) of the given rows of the flattened (B * L) positions: the output layer runs for
+    these only."""
 
     def keep_rows(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(end_dim=1)[rows.to(args[0].device)][None], *args[1:])
@@ -224,7 +254,8 @@ def _logits_at(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, V), (N,) -> log likelihood of each target (N,), float64, and whether it is the most likely token."""
+    """(N, V), (N,) -> log likelihood of each target (N,), float64, and whether it is the most
+    likely token."""
     rows = max(1, LOGITS_BYTES[logits.device.type] // (4 * logits.shape[1]))
     log_likelihoods, greedy = [], []
     for part, part_targets in zip(logits.split(rows), targets.split(rows), strict=True):

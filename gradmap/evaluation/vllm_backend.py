@@ -1,4 +1,5 @@
-"""Scores with vLLM in this process: for speed where there is a GPU, and for what is going to be served."""
+"""Scores with vLLM in this process: for speed where there is a GPU, and for what is going to be
+served."""
 
 from __future__ import annotations
 
@@ -18,19 +19,26 @@ MAX_TOKENS = 4096
 
 
 class VllmBackend:
-    """directory: a checkpoint. dtype: a name that vLLM knows, see `gradmap.vllm_environment.vllm_dtype`."""
+    """directory: a checkpoint. dtype: a name that vLLM knows, see
+    `gradmap.vllm_environment.vllm_dtype`."""
 
     name = "vllm"
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], dtype: str, end_tokens: Sequence[int]) -> None:
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any], dtype: str, end_tokens: Sequence[int]
+    ) -> None:
         defaults = vllm_defaults() | threads_within_quota() | {"VLLM_LOGGING_LEVEL": "ERROR"}
         for variable, value in defaults.items():
             os.environ.setdefault(variable, value)
         try:
             from vllm import LLM
         except ImportError:
-            raise UserError("vLLM is not installed; pip install 'gradmap[gpu]', or 'gradmap[cpu]'.") from None
-        longest = int(config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS)
+            raise UserError(
+                "vLLM is not installed; pip install 'gradmap[gpu]', or 'gradmap[cpu]'."
+            ) from None
+        longest = int(
+            config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS
+        )
         window = min(MAX_TOKENS, longest)
         # Compiling takes longer than an evaluation on a CPU; scores are the same.
         self._llm = LLM(
@@ -42,7 +50,9 @@ class VllmBackend:
             trust_remote_code=False,
         )
         self._watch = Watch()
-        self.max_tokens = window - 2  # vLLM reads the whole request, and insists on generating a token after it
+        self.max_tokens = (
+            window - 2
+        )  # vLLM reads the whole request, and insists on generating a token after it
         self.vocabulary: int | None = int(config["vocab_size"])
         self._end_tokens = {*end_tokens, self._llm.get_tokenizer().eos_token_id}
 
@@ -50,22 +60,30 @@ class VllmBackend:
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        outputs = self._generate([request.context + request.continuation for request in requests], sampling)
+        outputs = self._generate(
+            [request.context + request.continuation for request in requests], sampling
+        )
         return [
             score_of_logprobs(
                 [
                     (entry[token].logprob, entry[token].rank)
-                    for entry, token in zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
+                    for entry, token in zip(
+                        output.prompt_logprobs, output.prompt_token_ids, strict=True
+                    )
                     if entry is not None
                 ][-len(request.continuation) :]
             )
             for request, output in zip(requests, outputs, strict=True)
         ]
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
+    ) -> list[list[int]]:
         from vllm import SamplingParams
 
-        outputs = self._generate(prompts, SamplingParams(max_tokens=new_tokens, temperature=0, detokenize=False))
+        outputs = self._generate(
+            prompts, SamplingParams(max_tokens=new_tokens, temperature=0, detokenize=False)
+        )
         return [until_end(output.outputs[0].token_ids, self._end_tokens) for output in outputs]
 
     def close(self) -> None:
@@ -83,5 +101,6 @@ class VllmBackend:
 
 
 def score_of_logprobs(logprobs: Sequence[tuple[float, int]]) -> Score:
-    """From the log probability and the rank of every token of a continuation; rank 1 is the most likely one."""
+    """From the log probability and the rank of every token of a continuation; rank 1 is the most
+    likely one."""
     return Score(sum(value for value, _ in logprobs), all(rank == 1 for _, rank in logprobs))

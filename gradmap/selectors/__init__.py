@@ -1,4 +1,5 @@
-"""How layers are scored, by name. Each is a class or function that makes a LayerScorer of a Subject."""
+"""How layers are scored, by name. Each is a class or function that makes a LayerScorer of a
+Subject."""
 
 from gradmap.selection import Selector
 from gradmap.selectors.fixed import listed, shuffled
@@ -25,5 +26,6 @@ SELECTORS: dict[str, Selector] = {
     "random": shuffled,
     "manual": listed,
 }
-# Those that choose all layers at once, for one count: what they remove for fewer is no beginning of it.
+# Those that choose all layers at once, for one count: what they remove for fewer is no beginning of
+# it.
 NOT_NESTED = ("window",)

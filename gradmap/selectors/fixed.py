@@ -16,7 +16,8 @@ class FixedOrderScorer:
         """Raises UserError unless the order names distinct layers of the model."""
         if not order or len(set(order)) < len(order) or not set(order) <= set(layers):
             raise UserError(
-                f"--layers must name distinct layers between 0 and {layers[-1]}, in order of removal, such as 21,22."
+                f"--layers must name distinct layers between 0 and {layers[-1]}, in order of "
+                "removal, such as 21,22."
             )
         self._order = tuple(order)
 
@@ -26,7 +27,9 @@ class FixedOrderScorer:
     def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
         removed = so_far.removal_order
         advance(1)
-        return {layer: float(place) for place, layer in enumerate(self._order) if layer not in removed}
+        return {
+            layer: float(place) for place, layer in enumerate(self._order) if layer not in removed
+        }
 
 
 def listed(subject: Subject) -> FixedOrderScorer:

@@ -11,12 +11,15 @@ from gradmap.selection import Advance, Selection, Subject
 
 
 class GradientScorer:
-    """Eq. 7. Streamed, hidden states that enter layers before the first removed one are kept between rounds."""
+    """Eq. 7. Streamed, hidden states that enter layers before the first removed one are kept
+    between rounds."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._input_ids = subject.calibration.input_ids
-        self._batches = fitting_batches(subject.model, subject.architecture, self._input_ids, subject.streamed)
+        self._batches = fitting_batches(
+            subject.model, subject.architecture, self._input_ids, subject.streamed
+        )
         self._entering: list[Tensor] = []
         self._last_alive: list[int] = []
 

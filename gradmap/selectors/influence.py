@@ -1,5 +1,5 @@
-"""ShortGPT (Men et al. 2024, arXiv 2403.03853): a layer that hardly turns the hidden state is redundant. Prune&Comp
-(arXiv 2507.18212) asks the same after every removal was made up for.
+"""ShortGPT (Men et al. 2024, arXiv 2403.03853): a layer that hardly turns the hidden state is
+redundant. Prune&Comp (arXiv 2507.18212) asks the same after every removal was made up for.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from gradmap.selection import Advance, ReducedModelScorer, Selection, Subject
 
 
 def block_influence(subject: Subject) -> ReducedModelScorer:
-    """BI_i = 1 - E[cos(h_i, h_i+1)] over samples and positions, of the hidden states before and after layer i."""
+    """BI_i = 1 - E[cos(h_i, h_i+1)] over samples and positions, of the hidden states before and
+    after layer i."""
     return ReducedModelScorer(subject, block_influences)
 
 
 class CompensatedInfluenceScorer:
-    """Block influence in the model whose later layers were scaled after every removal: Prune&Comp's loop.
+    """Block influence in the model whose later layers were scaled after every removal: Prune&Comp's
+    loop.
 
-    Whatever the scales do to the loss; `--compensator magnitude` computes them again, and keeps those that help.
+    Whatever the scales do to the loss; `--compensator magnitude` computes them again, and keeps
+    those that help.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -44,11 +47,17 @@ class CompensatedInfluenceScorer:
         for layer in so_far.removal_order[len(self._removed) :]:
             ids, gone = subject.calibration.fit_ids, self._removed
             batch_size = forward_batch(ids, model.device)
-            ratio = magnitude_ratio(model, architecture, ids, layer, gone, self._changes, batch_size)
-            self._changes = followed_by(self._changes, scales_behind(architecture, model, layer, ratio))
+            ratio = magnitude_ratio(
+                model, architecture, ids, layer, gone, self._changes, batch_size
+            )
+            self._changes = followed_by(
+                self._changes, scales_behind(architecture, model, layer, ratio)
+            )
             self._removed += (layer,)
         with pruned_and_corrected(model, architecture, self._removed, self._changes):
-            influences = block_influences(model, architecture, subject.calibration.input_ids, advance)
+            influences = block_influences(
+                model, architecture, subject.calibration.input_ids, advance
+            )
         return dict(zip(subject.alive(self._removed), influences.tolist(), strict=True))
 
 

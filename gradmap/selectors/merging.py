@@ -12,7 +12,8 @@ from gradmap.selectors.fixed import FixedOrderScorer
 
 
 class SimilarityScorer:
-    """MKA: the layer goes that is most like the one before it. The first has none before it, and stays."""
+    """MKA: the layer goes that is most like the one before it. The first has none before it, and
+    stays."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -27,11 +28,14 @@ class SimilarityScorer:
     def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
         alive = self._subject.alive(so_far.removal_order)
         advance(1)
-        return {layer: -float(self._similarities[before, layer]) for before, layer in pairwise(alive)}
+        return {
+            layer: -float(self._similarities[before, layer]) for before, layer in pairwise(alive)
+        }
 
 
 def from_the_end(subject: Subject) -> FixedOrderScorer:
-    """MKA as it was released: the last two layers are merged again and again, and the merged weights are lost."""
+    """MKA as it was released: the last two layers are merged again and again, and the merged
+    weights are lost."""
     return FixedOrderScorer(subject.layers[::-1], subject.layers)
 
 
@@ -41,7 +45,10 @@ class InitialGradientScorer:
     def __init__(self, subject: Subject) -> None:
         """Raises UserError if the layers are not in memory."""
         if subject.streamed:
-            raise UserError("--selector gradpruner needs all weights in memory; leave out --stream, or use gradient.")
+            raise UserError(
+                "--selector gradpruner needs all weights in memory; leave out --stream, or use "
+                "gradient."
+            )
         self._subject = subject
         calibration = subject.calibration
         self._importances = layer_importances(

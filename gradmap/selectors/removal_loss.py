@@ -1,4 +1,5 @@
-"""SLEB (Song et al. 2024, arXiv 2402.09025): the loss of the model without a layer, tried for every layer."""
+"""SLEB (Song et al. 2024, arXiv 2402.09025): the loss of the model without a layer, tried for every
+layer."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from gradmap.selection import Advance, Selection, Subject
 
 
 class RemovalLossScorer:
-    """Loss without each layer but the first and the last of the model, which SLEB keeps, in nats per token."""
+    """Loss without each layer but the first and the last of the model, which SLEB keeps, in nats
+    per token."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -31,17 +33,25 @@ class RemovalLossScorer:
         ends = (self._subject.layers[0], self._subject.layers[-1])
         places = [place for place, layer in enumerate(alive) if layer not in ends]
         with without_layers(model, architecture, removed):
-            losses = losses_without(model, architecture, self._subject.calibration.input_ids, places, advance)
+            losses = losses_without(
+                model, architecture, self._subject.calibration.input_ids, places, advance
+            )
         return dict(zip([alive[place] for place in places], losses.tolist(), strict=True))
 
 
 @torch.no_grad()
 def losses_without(
-    model: Any, architecture: Architecture, input_ids: Tensor, places: Sequence[int], advance: Advance = lambda n: None
+    model: Any,
+    architecture: Architecture,
+    input_ids: Tensor,
+    places: Sequence[int],
+    advance: Advance = lambda n: None,
 ) -> Tensor:
-    """Mean next-token cross-entropy without the layer at each of `places`: (P,) float64. input_ids: (N, T).
+    """Mean next-token cross-entropy without the layer at each of `places`: (P,) float64. input_ids:
+    (N, T).
 
-    What enters a layer is the same whichever later one is left out, so only the layers behind it run again.
+    What enters a layer is the same whichever later one is left out, so only the layers behind it
+    run again.
     """
     layers = list(architecture.layer_list(model))
     totals = torch.zeros(len(places), dtype=torch.float64)
@@ -53,7 +63,9 @@ def losses_without(
                 without = hidden
                 for later, later_call in zip(layers[place + 1 :], calls[place + 1 :], strict=True):
                     without = later_call.run(later, without)
-                totals[places.index(place)] += losses_from(model, layers, without, batch).double().sum().cpu()
+                totals[places.index(place)] += (
+                    losses_from(model, layers, without, batch).double().sum().cpu()
+                )
             hidden = call.run(layer, hidden)
         advance(len(layers) * len(batch))
     return summed(totals) / (input_ids.shape[0] * (input_ids.shape[1] - 1))
@@ -67,5 +79,9 @@ def losses_without_reference(
     for place in places:
         with without_layers(model, architecture, [place]), torch.no_grad():
             logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten()).item())
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits.flatten(end_dim=1), input_ids[:, 1:].flatten()
+            ).item()
+        )
     return losses

@@ -30,13 +30,16 @@ class MagnitudeScorer:
         layers = self._subject.architecture.layer_list(self._subject.model)
         scores = {}
         for index in self._subject.alive(removed):
-            scores[index] = sum(weight.double().abs().sum().item() for weight in layers[index].parameters())
+            scores[index] = sum(
+                weight.double().abs().sum().item() for weight in layers[index].parameters()
+            )
             advance(1)
         return scores
 
 
 def taylor(subject: Subject) -> ReducedModelScorer:
-    """Sum of |w dL/dw| over the weights of a layer, norms included; L is the loss of all samples together."""
+    """Sum of |w dL/dw| over the weights of a layer, norms included; L is the loss of all samples
+    together."""
     _refuse_streamed(subject, "taylor")
     return ReducedModelScorer(subject, taylor_scores)
 
@@ -44,7 +47,8 @@ def taylor(subject: Subject) -> ReducedModelScorer:
 def taylor_scores(
     model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance = lambda n: None
 ) -> Tensor:
-    """The score of every layer: (L,) float64. Forms the gradient of every weight. input_ids: (N, T)."""
+    """The score of every layer: (L,) float64. Forms the gradient of every weight. input_ids: (N,
+    T)."""
     layers = architecture.layer_list(model)
     of_layers = [list(layer.parameters()) for layer in layers]
     weights = [weight for of_layer in of_layers for weight in of_layer]
@@ -56,18 +60,26 @@ def taylor_scores(
             batch = batch.to(model.device)
             loss = sample_losses(model(input_ids=batch, use_cache=False).logits, batch).sum()
             # a weight may be idle in a batch: an expert that no token is routed to
-            for total, part in zip(gradients, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+            for total, part in zip(
+                gradients, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
+            ):
                 if part is not None:
                     total += part
             advance(len(layers) * len(batch))
     finally:
         for weight in weights:
             weight.requires_grad_(False)
-    products = [weight * summed(gradient) for weight, gradient in zip(weights, gradients, strict=True)]
+    products = [
+        weight * summed(gradient) for weight, gradient in zip(weights, gradients, strict=True)
+    ]
     sizes = iter([product.double().abs().sum().item() for product in products])
-    return torch.tensor([sum(next(sizes) for _ in of_layer) for of_layer in of_layers], dtype=torch.float64)
+    return torch.tensor(
+        [sum(next(sizes) for _ in of_layer) for of_layer in of_layers], dtype=torch.float64
+    )
 
 
 def _refuse_streamed(subject: Subject, name: str) -> None:
     if subject.streamed:
-        raise UserError(f"--selector {name} needs all weights in memory; leave out --stream, or use gradient.")
+        raise UserError(
+            f"--selector {name} needs all weights in memory; leave out --stream, or use gradient."
+        )

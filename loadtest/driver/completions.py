@@ -1,7 +1,7 @@
 """Streams one completion and notes when every token arrived.
 
-Locust's bundled OpenAI user reads the whole body before it looks, and its FastHttp `iter_lines` waits for full
-buffers, so both stamp tokens too late; this reads line by line from the socket.
+Locust's bundled OpenAI user reads the whole body before it looks, and its FastHttp `iter_lines`
+waits for full buffers, so both stamp tokens too late; this reads line by line from the socket.
 """
 
 from __future__ import annotations
@@ -48,22 +48,31 @@ def connect(url: str, model: str, connections: int, timeout_s: float) -> Client:
     """connections: kept, at most so many. timeout_s: longest silence of the server."""
     url = base_url(url)
     http = HTTPClient.from_url(
-        url, concurrency=connections, connection_timeout=CONNECT_TIMEOUT_S, network_timeout=timeout_s
+        url,
+        concurrency=connections,
+        connection_timeout=CONNECT_TIMEOUT_S,
+        network_timeout=timeout_s,
     )
     return Client(http, completions_path(url), model)
 
 
-def stream_completion(client: Client, request: Request, labels: Labels, scheduled_s: float | None) -> RequestRecord:
+def stream_completion(
+    client: Client, request: Request, labels: Labels, scheduled_s: float | None
+) -> RequestRecord:
     """Whatever goes wrong is in the record."""
     stream = Stream()
     body = _request_body(client.model, request)
     headers = {"Content-Type": "application/json", **authorization()}
     sent_s = time.monotonic()
     try:
-        error = _follow(client.http.request("POST", client.path, body=body, headers=headers), stream)
+        error = _follow(
+            client.http.request("POST", client.path, body=body, headers=headers), stream
+        )
     except StreamError as bad:
         error = str(bad)
-    except Exception as failure:  # whatever broke, it is a failed request and not the end of the test
+    except (
+        Exception
+    ) as failure:  # whatever broke, it is a failed request and not the end of the test
         error = shortened(f"{type(failure).__name__}: {failure}")
     ended_s = time.monotonic()
     arrivals, error = _settle(stream, error, request)
@@ -100,7 +109,8 @@ def _request_body(model: str, request: Request) -> bytes:
 
 
 def _follow(response: Any, stream: Stream) -> str | None:
-    """Notes every event when it arrives, to the end. Returns what the server says went wrong. Raises StreamError."""
+    """Notes every event when it arrives, to the end. Returns what the server says went wrong.
+    Raises StreamError."""
     if response.status_code != 200:
         said = _said(response.read(KEPT_BYTES))
         return f"HTTP {response.status_code}" + (f": {said}" if said else "")
@@ -115,7 +125,8 @@ def _follow(response: Any, stream: Stream) -> str | None:
 
 
 class _Lines:
-    """The lines of a body as they arrive; also the last one, which may lack its end. start: the body's beginning."""
+    """The lines of a body as they arrive; also the last one, which may lack its end. start: the
+    body's beginning."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
@@ -144,7 +155,9 @@ def _said(body: bytes) -> str:
         return shortened(text)
 
 
-def _settle(stream: Stream, error: str | None, request: Request) -> tuple[list[tuple[float, int]], str | None]:
+def _settle(
+    stream: Stream, error: str | None, request: Request
+) -> tuple[list[tuple[float, int]], str | None]:
     """When how many tokens had come, and what went wrong, first of all what was noticed before."""
     try:
         arrivals = stream.arrivals()
@@ -158,12 +171,22 @@ def _settle(stream: Stream, error: str | None, request: Request) -> tuple[list[t
 
 def report_to_locust(environment: Any, record: RequestRecord) -> None:
     """Shows TTFT, TPOT and E2EL as named entries on Locust's own pages."""
-    common = {"request_type": "completion", "response_length": record.completion_tokens, "context": {}}
+    common = {
+        "request_type": "completion",
+        "response_length": record.completion_tokens,
+        "context": {},
+    }
     if record.error is not None:
         error = RuntimeError(record.error)
         environment.events.request.fire(name="E2EL", response_time=None, exception=error, **common)
         return
     metrics: RequestMetrics = measure(record)
-    for name, value_s in (("TTFT", metrics.ttft_s), ("TPOT", metrics.tpot_s), ("E2EL", metrics.e2el_s)):
+    for name, value_s in (
+        ("TTFT", metrics.ttft_s),
+        ("TPOT", metrics.tpot_s),
+        ("E2EL", metrics.e2el_s),
+    ):
         if value_s is not None:
-            environment.events.request.fire(name=name, response_time=value_s * 1000, exception=None, **common)
+            environment.events.request.fire(
+                name=name, response_time=value_s * 1000, exception=None, **common
+            )

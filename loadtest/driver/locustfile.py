@@ -1,9 +1,10 @@
-"""A Locust file for any OpenAI-compatible endpoint, with TTFT, TPOT and E2EL as entries of their own.
+"""A Locust file for any OpenAI-compatible endpoint, with TTFT, TPOT and E2EL as entries of their
+own.
 
     locust -f loadtest/driver/locustfile.py --host http://127.0.0.1:8000 --users 8
 
-Every user completes random prompts, one after the other. All of Locust works with it: its web page (leave out
---headless), --processes, --master and --worker.
+Every user completes random prompts, one after the other. All of Locust works with it: its web page
+(leave out --headless), --processes, --master and --worker.
 """
 
 from __future__ import annotations
@@ -31,12 +32,21 @@ ONE = Load(CONCURRENCY, 1)
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: Any) -> None:
     parser.add_argument(
-        "--model", dest="served_model", default="", help="name of the served model, where there are several"
+        "--model",
+        dest="served_model",
+        default="",
+        help="name of the served model, where there are several",
     )
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="random token ids per prompt")
-    parser.add_argument("--output-tokens", type=int, default=64, help="tokens to generate per request")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=128, help="random token ids per prompt"
+    )
+    parser.add_argument(
+        "--output-tokens", type=int, default=64, help="tokens to generate per request"
+    )
     parser.add_argument("--vocabulary", type=int, default=1000, help="token ids are below this")
-    parser.add_argument("--request-timeout-s", type=float, default=300.0, help="longest silence of the server")
+    parser.add_argument(
+        "--request-timeout-s", type=float, default=300.0, help="longest silence of the server"
+    )
 
 
 class CompletionUser(User):
@@ -44,7 +54,9 @@ class CompletionUser(User):
 
     wait_time = constant(0)
     model = ""
-    cache_salt = secrets.token_hex(8)  # what an earlier test sent is not answered from the server's prefix cache
+    cache_salt = secrets.token_hex(
+        8
+    )  # what an earlier test sent is not answered from the server's prefix cache
     _numbers = count()
 
     def on_start(self) -> None:
@@ -60,14 +72,17 @@ class CompletionUser(User):
 
     @task
     def complete(self) -> None:
-        (request,) = draw_requests(self.prompts, str(next(self._numbers)), 1, ONE, 0, self.cache_salt)
+        (request,) = draw_requests(
+            self.prompts, str(next(self._numbers)), 1, ONE, 0, self.cache_salt
+        )
         record = stream_completion(self.client, request, LABELS, None)
         report_to_locust(self.environment, record)
 
 
 @events.test_start.add_listener
 def ask_for_the_model(environment: Any, **_: Any) -> None:
-    """Once in a process, and not for every user: an HTTPS client takes longer to make than a request to send."""
+    """Once in a process, and not for every user: an HTTPS client takes longer to make than a
+    request to send."""
     try:
         with open_client(base_url(environment.host), 30.0) as client:
             names = served_models(client)

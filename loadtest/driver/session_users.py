@@ -1,8 +1,10 @@
-"""The Locust users of `gradmap loadtest`: they send the requests of a file and write a record of each.
+"""The Locust users of `gradmap loadtest`: they send the requests of a file and write a record of
+each.
 
-ClosedLoopUser sends the next request as soon as its last one has ended, until none is left. OpenLoopUser, of which
-there is one in every process, sends every request when it is due, however many are under way: Locust's own wait times
-begin when a request ends, so that a slow server would be asked less often.
+ClosedLoopUser sends the next request as soon as its last one has ended, until none is left.
+OpenLoopUser, of which there is one in every process, sends every request when it is due, however
+many are under way: Locust's own wait times begin when a request ends, so that a slow server would
+be asked less often.
 
 With --processes, Locust's workers share the requests like cards, and each writes files of its own.
 """
@@ -37,32 +39,49 @@ FINISHED, FAILED = "finished", "failed"
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--requests", required=True, help="JSON file of requests (loadtest.workload)")
-    parser.add_argument("--records", required=True, help="directory for JSON lines files, one line per request")
-    parser.add_argument("--usage", required=True, help="directory for JSON files: the CPU time of each process")
-    parser.add_argument("--model", dest="served_model", required=True, help="name of the served model")
+    parser.add_argument(
+        "--requests", required=True, help="JSON file of requests (loadtest.workload)"
+    )
+    parser.add_argument(
+        "--records", required=True, help="directory for JSON lines files, one line per request"
+    )
+    parser.add_argument(
+        "--usage", required=True, help="directory for JSON files: the CPU time of each process"
+    )
+    parser.add_argument(
+        "--model", dest="served_model", required=True, help="name of the served model"
+    )
     parser.add_argument("--arm", required=True, help="label of the records")
-    parser.add_argument("--pair", type=int, required=True, help="index of the block, for the records")
+    parser.add_argument(
+        "--pair", type=int, required=True, help="index of the block, for the records"
+    )
     parser.add_argument("--load", required=True, help="name of the load, for the records")
-    parser.add_argument("--request-timeout-s", type=float, default=300.0, help="longest silence of the server")
+    parser.add_argument(
+        "--request-timeout-s", type=float, default=300.0, help="longest silence of the server"
+    )
 
 
 @events.init_command_line_parser.add_listener
 def end_with_the_master(**_: Any) -> None:
-    """Of a worker, from its first moment on: it looks for its master for minutes. It is forked after its options were
-    read."""
+    """Of a worker, from its first moment on: it looks for its master for minutes. It is forked
+    after its options were read."""
     os.register_at_fork(after_in_child=partial(end_with_parent, os.getpid()))
 
 
 class Block:
-    """The requests still to send, and the file that records go to. Shared by all users of the process."""
+    """The requests still to send, and the file that records go to. Shared by all users of the
+    process."""
 
     def __init__(self, environment: Any) -> None:
         self.environment = environment
         self.options = environment.parsed_options
         self.labels = Labels(self.options.arm, self.options.pair, self.options.load)
-        worker = environment.runner.worker_index if isinstance(environment.runner, WorkerRunner) else 0
-        self.waiting = deque(load_requests(Path(self.options.requests))[worker :: self.options.processes or 1])
+        worker = (
+            environment.runner.worker_index if isinstance(environment.runner, WorkerRunner) else 0
+        )
+        self.waiting = deque(
+            load_requests(Path(self.options.requests))[worker :: self.options.processes or 1]
+        )
         self.unfinished = len(self.waiting)
         self.name = f"{worker}.json"
         self.file: IO[str] = Path(self.options.records, self.name).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close
@@ -86,13 +105,17 @@ class Block:
 
     def close(self) -> None:
         self.file.close()
-        busy_s, length_s = time.process_time() - self.started_cpu_s, time.monotonic() - self.started_s
+        busy_s, length_s = (
+            time.process_time() - self.started_cpu_s,
+            time.monotonic() - self.started_s,
+        )
         write_json(Path(self.options.usage, self.name), {"client_cpu": busy_s / length_s})
 
 
 @contextmanager
 def ending_at_failures(environment: Any) -> Iterator[None]:
-    """Ends the test at once where something breaks: without a record, it would wait for one until its time is over."""
+    """Ends the test at once where something breaks: without a record, it would wait for one until
+    its time is over."""
     try:
         yield
     except Exception as error:
@@ -151,14 +174,18 @@ class FileUser(User):
     def on_start(self) -> None:
         self.block: Block = self.environment.block
         options = self.block.options
-        self.client = connect(self.host, options.served_model, self.connections, options.request_timeout_s)
+        self.client = connect(
+            self.host, options.served_model, self.connections, options.request_timeout_s
+        )
 
     def on_stop(self) -> None:
         self.client.http.close()
 
     def complete(self, request: Request, scheduled_s: float | None) -> None:
         with ending_at_failures(self.environment):
-            self.block.finish(stream_completion(self.client, request, self.block.labels, scheduled_s))
+            self.block.finish(
+                stream_completion(self.client, request, self.block.labels, scheduled_s)
+            )
 
 
 class ClosedLoopUser(FileUser):

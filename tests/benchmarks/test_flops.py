@@ -29,8 +29,13 @@ def test_a_linear_layer_multiplies_once_forward_and_twice_backward(bias):
 def test_what_hides_from_autograd_is_counted(hidden_from_autograd, bias):
     with hidden_from_autograd():
         assert counted(lambda: linear_pass(bias, backward=False)) == PRODUCT
-        assert counted(lambda: torch.ones(4, IN, OUT) @ torch.ones(OUT, IN)) == 2 * 4 * IN * OUT * IN
-        assert counted(lambda: torch.einsum("bij,bjk->bik", torch.ones(2, 3, 4), torch.ones(2, 4, 5))) == 240
+        assert (
+            counted(lambda: torch.ones(4, IN, OUT) @ torch.ones(OUT, IN)) == 2 * 4 * IN * OUT * IN
+        )
+        assert (
+            counted(lambda: torch.einsum("bij,bjk->bik", torch.ones(2, 3, 4), torch.ones(2, 4, 5)))
+            == 240
+        )
 
 
 def test_products_in_another_dtype_are_as_many():

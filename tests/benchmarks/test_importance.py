@@ -15,11 +15,15 @@ REMOVE = 2
 @pytest.fixture(scope="module")
 def subject(picos):
     ids = torch.randint(3, VOCABULARY, (8, 8), generator=torch.Generator().manual_seed(1))
-    return Subject(picos["llama"].load(), picos["llama"].architecture, Calibration("random", 0, ids))
+    return Subject(
+        picos["llama"].load(), picos["llama"].architecture, Calibration("random", 0, ids)
+    )
 
 
 def choose(method, subject):
-    return select(METHODS[method], subject, REMOVE, one_shot=False, done=(), record=lambda step: None)
+    return select(
+        METHODS[method], subject, REMOVE, one_shot=False, done=(), record=lambda step: None
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -30,7 +34,9 @@ def test_every_method_chooses_multiplies_and_leaves_the_model_whole(method, subj
     assert list(subject.layers) == list(range(LAYERS))
 
 
-@pytest.mark.parametrize(("faster", "slower"), [("ours", "naive"), ("SLEB, prefix caching", "SLEB as released")])
+@pytest.mark.parametrize(
+    ("faster", "slower"), [("ours", "naive"), ("SLEB, prefix caching", "SLEB as released")]
+)
 def test_what_is_computed_otherwise_scores_the_same(faster, slower, subject):
     """In float64, of which 1e-9 is far above the rounding of sums of this length."""
     steps = choose(faster, subject).steps, choose(slower, subject).steps

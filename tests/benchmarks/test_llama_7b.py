@@ -20,11 +20,15 @@ def drill(out, **changes):
     return json.loads(out.read_text())["steps"]
 
 
-def test_a_step_that_fails_spoils_no_other_and_is_all_that_is_done_again(tmp_path, monkeypatch, capsys):
+def test_a_step_that_fails_spoils_no_other_and_is_all_that_is_done_again(
+    tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "drill.json"
 
     def fail(*args):
-        assert {"gradient scores", "the default's selection", "refit"} <= json.loads(out.read_text())["steps"].keys()
+        assert {"gradient scores", "the default's selection", "refit"} <= json.loads(
+            out.read_text()
+        )["steps"].keys()
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch, pytest.raises(typer.Exit):
@@ -34,9 +38,15 @@ def test_a_step_that_fails_spoils_no_other_and_is_all_that_is_done_again(tmp_pat
     assert first.pop("writing") == {"error": "MemoryError: no room"}
     assert first.keys() == llama_7b.STEPS.keys() - {"writing"} | {llama_7b.PROFILE}
     assert all(facts["seconds"] > 0 for facts in first.values())
-    assert sorted(len(first[name]["removed"]) for name in ("gradient scores", "the default's selection")) == [2, 2]
+    assert sorted(
+        len(first[name]["removed"]) for name in ("gradient scores", "the default's selection")
+    ) == [2, 2]
     slowest = first[llama_7b.PROFILE]
-    assert slowest["step"] in llama_7b.STEPS and "aten::mm" in slowest["device"] and "aten::mm" in slowest["cpu"]
+    assert (
+        slowest["step"] in llama_7b.STEPS
+        and "aten::mm" in slowest["device"]
+        and "aten::mm" in slowest["cpu"]
+    )
     assert "failed" in capsys.readouterr().out
 
     second = drill(out)
@@ -79,11 +89,19 @@ def test_layers_go_in_as_many_runs_as_predictions_have_it():
         task = llama_7b.Task(shape, llama_7b.CalibrationSize())
         assert len(set(task.removed)) == task.remove == max(1, round(shape.layers / 4))
         starts = [layer for layer in task.removed if layer - 1 not in task.removed]
-        assert len(starts) == task.runs and min(task.removed) > 0 and max(task.removed) < shape.layers - 1
+        assert (
+            len(starts) == task.runs
+            and min(task.removed) > 0
+            and max(task.removed) < shape.layers - 1
+        )
 
 
 def test_it_runs_where_only_what_prunes_is_installed():
-    code = "import sys, benchmarks.llama_7b; print(*{name.partition('.')[0] for name in sys.modules})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    code = (
+        "import sys, benchmarks.llama_7b; print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     absent = {"datasets", "locust", "uvicorn", "vllm", "export", "serving", "loadtest"}
     assert not absent & set(found.stdout.split())

@@ -64,10 +64,16 @@ def container(pod):
 def with_command(*command):
     """The pods that run it, as parameters of a test."""
     found = [(name, pod) for name in RENDERED for pod in pods(name)]
-    return [pytest.param(pod, id=name) for name, pod in found if container(pod)["command"] == list(command)]
+    return [
+        pytest.param(pod, id=name)
+        for name, pod in found
+        if container(pod)["command"] == list(command)
+    ]
 
 
-every_pod = pytest.mark.parametrize("pod", [pytest.param(pod, id=name) for name in RENDERED for pod in pods(name)])
+every_pod = pytest.mark.parametrize(
+    "pod", [pytest.param(pod, id=name) for name in RENDERED for pod in pods(name)]
+)
 every_endpoint = pytest.mark.parametrize("pod", with_command("gradmap-serve"))
 
 
@@ -90,7 +96,11 @@ def parse_vllm(arguments, directory):
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    variables = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "gradmap-group-0"}
+    variables = {
+        "LWS_GROUP_SIZE": "2",
+        "LWS_WORKER_INDEX": "1",
+        "LWS_LEADER_ADDRESS": "gradmap-group-0",
+    }
     words = [re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word) for word in arguments]
     parser, subcommand = FlexibleArgumentParser(), ServeSubcommand()
     subcommand.subparser_init(parser.add_subparsers(dest="subparser"))
@@ -103,7 +113,9 @@ def parse_vllm(arguments, directory):
 def mount_of(pod, path):
     """The volume mount that a path in the container lies on."""
     mounts = [
-        mount for mount in container(pod)["volumeMounts"] if PurePosixPath(path).is_relative_to(mount["mountPath"])
+        mount
+        for mount in container(pod)["volumeMounts"]
+        if PurePosixPath(path).is_relative_to(mount["mountPath"])
     ]
     return max(mounts, key=lambda mount: len(mount["mountPath"]))
 
@@ -112,7 +124,9 @@ def build_target(image):
     """The stage of the Dockerfile that the image's tag names."""
     repository, tag = image.split(":")
     assert repository == "gradmap"
-    (stage,) = re.findall(rf"^FROM .* AS {tag}\n(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S)
+    (stage,) = re.findall(
+        rf"^FROM .* AS {tag}\n(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S
+    )
     return stage
 
 

@@ -1,6 +1,8 @@
-"""GitHub's and GitLab's runners, as far as our action and our template need one, and the API that comments go to.
+"""GitHub's and GitLab's runners, as far as our action and our template need one, and the API that
+comments go to.
 
-Steps that others provide (`uses:`) and the installation are left out; `gradmap` is a stand-in unless PATH has another.
+Steps that others provide (`uses:`) and the installation are left out; `gradmap` is a stand-in
+unless PATH has another.
 """
 
 import json
@@ -75,7 +77,12 @@ class ForgeHandler(BaseHTTPRequestHandler):
 
     def describe(self, number, body):
         author = self.server.authors.get(number, OWN_USER)
-        return {"id": number, "body": body, "user": {"login": author}, "author": {"id": number_of(author)}}
+        return {
+            "id": number,
+            "body": body,
+            "user": {"login": author},
+            "author": {"id": number_of(author)},
+        }
 
     def do_POST(self):
         self.change(len(self.server.comments) + 1)
@@ -95,7 +102,10 @@ class ForgeHandler(BaseHTTPRequestHandler):
         return self.answer({"id": number})
 
     def answer(self, content):
-        authorized = TOKEN in (self.headers["PRIVATE-TOKEN"], (self.headers["Authorization"] or "")[len("Bearer ") :])
+        authorized = TOKEN in (
+            self.headers["PRIVATE-TOKEN"],
+            (self.headers["Authorization"] or "")[len("Bearer ") :],
+        )
         self.send_response(200 if authorized else 401)
         self.end_headers()
         self.wfile.write(json.dumps(content).encode())
@@ -106,7 +116,8 @@ class ForgeHandler(BaseHTTPRequestHandler):
 
 @dataclass
 class Finished:
-    """passed: whether the pipeline goes on. published: what others' steps were handed before the end, by name."""
+    """passed: whether the pipeline goes on. published: what others' steps were handed before the
+    end, by name."""
 
     exit_code: int
     passed: bool
@@ -135,11 +146,19 @@ class Project:
     def execute(self, script, environment):
         """As both runners do."""
         command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", script]
-        return subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command,
+            cwd=self.directory,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
 
 class GitHub:
-    """Executes the composite action as the workflow does, and for a pull request the job that comments."""
+    """Executes the composite action as the workflow does, and for a pull request the job that
+    comments."""
 
     update = ("POST /repos/o/r/issues/7/comments", "PATCH /repos/o/r/issues/comments/1")
 
@@ -171,9 +190,14 @@ class GitHub:
             "steps": {},
         }
         code, log, published = self.run_steps(directory, action["runs"]["steps"], contexts)
-        outputs = {name: substitute(one["value"], contexts) for name, one in action.get("outputs", {}).items()}
+        outputs = {
+            name: substitute(one["value"], contexts)
+            for name, one in action.get("outputs", {}).items()
+        }
         summary = (self.temporary / "step_summary").read_text()
-        return Finished(code, code == 0, outputs.get("verdict", ""), summary, log, published), outputs
+        return Finished(
+            code, code == 0, outputs.get("verdict", ""), summary, log, published
+        ), outputs
 
     def run_comment_job(self, inputs, outputs):
         """Its log: what it ends with decides nothing."""
@@ -195,7 +219,9 @@ class GitHub:
             if step.get("name") == "Install" or not evaluate(step.get("if", "'true'"), contexts):
                 continue
             if "uses" in step:
-                given = {name: substitute(str(value), contexts) for name, value in step["with"].items()}
+                given = {
+                    name: substitute(str(value), contexts) for name, value in step["with"].items()
+                }
                 published += given.values()
                 self.use(step["uses"], given)
                 continue
@@ -276,14 +302,30 @@ class GitLab:
         chosen = {"GRADMAP_RECIPE": recipe, "GRADMAP_OUT": out}
         chosen |= {"GRADMAP_FAIL_ON": fail_on} if fail_on is not None else {}
         variables = {
-            name: Template(value).safe_substitute(predefined) for name, value in (job["variables"] | chosen).items()
+            name: Template(value).safe_substitute(predefined)
+            for name, value in (job["variables"] | chosen).items()
         }
-        finished = self.project.execute("\n".join(job["script"]), self.project.environment | predefined | variables)
+        finished = self.project.execute(
+            "\n".join(job["script"]), self.project.environment | predefined | variables
+        )
         code = finished.returncode
         passed = code == 0 or code in job["allow_failure"]["exit_codes"]
-        outcome = dict(line.split("=", 1) for line in (self.home / "outcome").read_text().splitlines())
-        named = [*job["artifacts"]["paths"], *job["artifacts"]["reports"].values(), *job["cache"]["paths"]]
+        outcome = dict(
+            line.split("=", 1) for line in (self.home / "outcome").read_text().splitlines()
+        )
+        named = [
+            *job["artifacts"]["paths"],
+            *job["artifacts"]["reports"].values(),
+            *job["cache"]["paths"],
+        ]
         published = [Template(path).substitute(variables | predefined) for path in named]
         written = self.home / "summary.md"
         summary = written.read_text() if written.exists() else ""
-        return Finished(code, passed, outcome.get("verdict", ""), summary, finished.stdout + finished.stderr, published)
+        return Finished(
+            code,
+            passed,
+            outcome.get("verdict", ""),
+            summary,
+            finished.stdout + finished.stderr,
+            published,
+        )

@@ -1,4 +1,5 @@
-"""What users' pipelines run: the shell of the GitHub action and of the GitLab job, executed as their runners would."""
+"""What users' pipelines run: the shell of the GitHub action and of the GitLab job, executed as
+their runners would."""
 
 import os
 import re
@@ -12,7 +13,17 @@ import yaml
 
 from gradmap.verdict import EXIT_CODES, Verdict
 from tests.conftest import ASSETS, BOOLQ, ROOT, SMALL_LOAD_TEST, SMOLLM2, SMOLLM2_GGUF, SQUAD
-from tests.deploy.runners import ACTION, COMMENT_ACTION, STAND_IN, TOKEN, WORKFLOW, Forge, GitHub, GitLab, Project
+from tests.deploy.runners import (
+    ACTION,
+    COMMENT_ACTION,
+    STAND_IN,
+    TOKEN,
+    WORKFLOW,
+    Forge,
+    GitHub,
+    GitLab,
+    Project,
+)
 
 FILES = (ACTION / "action.yml", COMMENT_ACTION / "action.yml", WORKFLOW)
 
@@ -30,7 +41,11 @@ def project(tmp_path):
     threading.Thread(target=forge.serve_forever, daemon=True).start()
     foreign = ("GITHUB_", "CI_", "RUNNER_")  # of a runner that these tests run on
     own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    yield Project(directory, forge, own | {"PATH": f"{binaries}:{os.environ['PATH']}", "no_proxy": "127.0.0.1"})
+    yield Project(
+        directory,
+        forge,
+        own | {"PATH": f"{binaries}:{os.environ['PATH']}", "no_proxy": "127.0.0.1"},
+    )
     forge.shutdown()
     forge.server_close()
 
@@ -198,7 +213,9 @@ def test_a_comment_that_is_refused_changes_nothing_and_shows_no_token(ci, verdic
 def test_what_the_gitlab_job_reports_is_where_a_load_test_writes_it(project):
     project.ends_with("PASS", 0)
     published = GitLab(project).run().published
-    assert (project.directory / next(path for path in published if path.endswith("junit.xml"))).is_file()
+    assert (
+        project.directory / next(path for path in published if path.endswith("junit.xml"))
+    ).is_file()
 
 
 def test_no_expression_is_pasted_into_a_shell():
@@ -216,34 +233,59 @@ def all_steps():
 
 def test_actions_of_others_are_pinned_by_commit():
     used = [
-        found for path in FILES for found in re.findall(r"^ +(?:- )?uses: ([^.].*)", path.read_text(), re.MULTILINE)
+        found
+        for path in FILES
+        for found in re.findall(r"^ +(?:- )?uses: ([^.].*)", path.read_text(), re.MULTILINE)
     ]
-    assert len(used) == len([step for step in all_steps() if not step.get("uses", ".").startswith(".")])
-    assert not [one for one in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one)]
+    assert len(used) == len(
+        [step for step in all_steps() if not step.get("uses", ".").startswith(".")]
+    )
+    assert not [
+        one for one in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one)
+    ]
 
 
 def test_what_may_write_has_no_secret_and_runs_no_model():
     jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     writing = {name for name, job in jobs.items() if "write" in job["permissions"].values()}
-    running = {name for name, job in jobs.items() if "secrets." in str(job) or f"actions/{ACTION.name}'" in str(job)}
+    running = {
+        name
+        for name, job in jobs.items()
+        if "secrets." in str(job) or f"actions/{ACTION.name}'" in str(job)
+    }
     assert (writing, running) == ({"comment"}, {"prune"})
 
 
 def test_the_workflow_and_the_action_name_only_what_exists():
     """GitHub replaces a misspelt name by nothing."""
     workflow = yaml.safe_load(WORKFLOW.read_text())
-    action, comment = (yaml.safe_load((path / "action.yml").read_text()) for path in (ACTION, COMMENT_ACTION))
-    call, job = workflow[True]["workflow_call"], workflow["jobs"]["prune"]  # YAML 1.1 reads `on` as true
+    action, comment = (
+        yaml.safe_load((path / "action.yml").read_text()) for path in (ACTION, COMMENT_ACTION)
+    )
+    call, job = (
+        workflow[True]["workflow_call"],
+        workflow["jobs"]["prune"],
+    )  # YAML 1.1 reads `on` as true
     named = {text: set(re.findall(r"inputs\.([\w-]+)", text.read_text())) for text in FILES}
-    assert list(named.values()) == [set(action["inputs"]), set(comment["inputs"]), set(call["inputs"])]
+    assert list(named.values()) == [
+        set(action["inputs"]),
+        set(comment["inputs"]),
+        set(call["inputs"]),
+    ]
     uses = next(step for step in job["steps"] if step.get("id") == "gradmap")
     assert (ROOT / uses["uses"].removeprefix("./.gradmap/") / "action.yml").is_file()
     assert uses["with"].keys() <= action["inputs"].keys()
     (uses,) = (step for step in workflow["jobs"]["comment"]["steps"] if "comment" in step["uses"])
     assert (ROOT / uses["uses"].removeprefix("./.gradmap/") / "action.yml").is_file()
     assert uses["with"].keys() == comment["inputs"].keys()
-    assert set(re.findall(r"needs\.prune\.outputs\.([\w-]+)", WORKFLOW.read_text())) <= job["outputs"].keys()
-    assert set(re.findall(r"steps\.gradmap\.outputs\.([\w-]+)", WORKFLOW.read_text())) <= action["outputs"].keys()
+    assert (
+        set(re.findall(r"needs\.prune\.outputs\.([\w-]+)", WORKFLOW.read_text()))
+        <= job["outputs"].keys()
+    )
+    assert (
+        set(re.findall(r"steps\.gradmap\.outputs\.([\w-]+)", WORKFLOW.read_text()))
+        <= action["outputs"].keys()
+    )
     assert set(re.findall(r"secrets\.(\w+)", WORKFLOW.read_text())) == call["secrets"].keys()
 
 
@@ -264,7 +306,9 @@ quality: {{max_perplexity_ratio: LIMIT}}
 @pytest.mark.timeout(3600)
 def test_the_action_fails_a_model_that_lost_too_much_and_goes_on_from_what_it_did(project):
     assert ASSETS.exists(), "run `make assets`"
-    project.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the real gradmap
+    project.environment["PATH"] = (
+        f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the real gradmap
+    )
     recipe, action = project.directory / "my recipe.yaml", GitHub(project)
 
     recipe.write_text(RECIPE.replace("LIMIT", "1.5"))  # never met without 8 layers
@@ -274,7 +318,9 @@ def test_the_action_fails_a_model_that_lost_too_much_and_goes_on_from_what_it_di
 
     recipe.write_text(RECIPE.replace("LIMIT", "1000"))  # never missed
     finished = action.run()
-    assert (finished.exit_code, finished.verdict) == (0, "INCONCLUSIVE"), finished.log  # 2 pairs cannot pass
+    assert (finished.exit_code, finished.verdict) == (0, "INCONCLUSIVE"), (
+        finished.log
+    )  # 2 pairs cannot pass
     assert "quality: **PASS**" in finished.summary
     assert "prune: done before, inputs unchanged" in finished.log
     shutil.rmtree(project.directory / "the result")  # gigabytes

@@ -1,4 +1,5 @@
-"""The container files keep step with the code and with each other. What they build: `make test-image`."""
+"""The container files keep step with the code and with each other. What they build: `make
+test-image`."""
 
 import inspect
 import json
@@ -42,7 +43,9 @@ def compose():
 
 def test_hadolint_finds_nothing():
     hadolint = Path(sys.executable).with_name("hadolint")
-    finished = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        [hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False
+    )
     assert (finished.returncode, finished.stdout) == (0, "")
 
 
@@ -72,7 +75,9 @@ def test_the_key_is_looked_for_where_it_is_documented_to_be(stages, compose, tar
     assert f":{place}:ro" in (ROOT / "Dockerfile").read_text()
     assert "--allow-anonymous" not in words
     for service in ("dense", "pruned", "loadtest"):
-        assert [f"/run/secrets/{name}" for name in compose["services"][service]["secrets"]] == [place]
+        assert [f"/run/secrets/{name}" for name in compose["services"][service]["secrets"]] == [
+            place
+        ]
     assert compose["secrets"].keys() == {Path(place).name}
     assert place in " ".join(compose["services"]["loadtest"]["entrypoint"])
 
@@ -97,7 +102,10 @@ def test_the_health_check_asks_no_proxy(stages, target):
         for path, code in (("readyz", 0), ("not-readyz", 1)):
             script = command[2].replace(":9000/readyz", f":{server.server_port}/{path}")
             finished = subprocess.run(
-                [sys.executable, *command[1:2], script], env=proxied, capture_output=True, check=False
+                [sys.executable, *command[1:2], script],
+                env=proxied,
+                capture_output=True,
+                check=False,
             )
             assert finished.returncode == code
         server.shutdown()
@@ -139,10 +147,16 @@ def test_grafana_asks_for_a_password_and_is_on_loopback(compose):
 
 
 def test_images_of_others_are_pinned_by_digest(compose, stages):
-    images = [service["image"] for service in compose["services"].values()] + [stages["base"]["FROM"]]
-    others = [image.removesuffix(" AS base") for image in images if not image.startswith("gradmap:")]
+    images = [service["image"] for service in compose["services"].values()] + [
+        stages["base"]["FROM"]
+    ]
+    others = [
+        image.removesuffix(" AS base") for image in images if not image.startswith("gradmap:")
+    ]
     assert len(others) == 3
-    assert not [image for image in others if not re.fullmatch(r"[\w/]+:[\w.-]+@sha256:[0-9a-f]{64}", image)]
+    assert not [
+        image for image in others if not re.fullmatch(r"[\w/]+:[\w.-]+@sha256:[0-9a-f]{64}", image)
+    ]
 
 
 def test_prometheus_and_grafana_find_their_files_and_targets(compose):
@@ -150,6 +164,8 @@ def test_prometheus_and_grafana_find_their_files_and_targets(compose):
     for name in ("prometheus", "grafana"):
         for volume in services[name]["volumes"]:
             assert (ROOT / volume.partition(":")[0]).exists(), volume
-    scraped = yaml.safe_load((ROOT / "deploy" / "compose" / "prometheus.yaml").read_text())["scrape_configs"]
+    scraped = yaml.safe_load((ROOT / "deploy" / "compose" / "prometheus.yaml").read_text())[
+        "scrape_configs"
+    ]
     assert scraped[0]["static_configs"][0]["targets"] == ["dense:9000", "pruned:9000"]
     assert {"dense", "pruned"} <= services.keys()

@@ -1,4 +1,5 @@
-"""deploy/kubernetes as `kubectl kustomize` renders it: valid for Kubernetes, and in step with the code."""
+"""deploy/kubernetes as `kubectl kustomize` renders it: valid for Kubernetes, and in step with the
+code."""
 
 import json
 import re
@@ -9,7 +10,13 @@ import kubernetes_validate
 import pytest
 
 from export import VLLM_CONFIG_FILE
-from gradmap.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_TERMINATED, EXIT_USAGE
+from gradmap.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+)
 from gradmap.verdict import EXIT_CODES, Verdict
 from loadtest.commands import run
 from loadtest.recipe import load_recipe
@@ -47,7 +54,9 @@ def test_kubernetes_knows_every_field(name, version):
         if manifest["kind"] not in CUSTOM_KINDS:
             kubernetes_validate.validate(manifest, version, strict=True)
         for pod in pods_of(manifest):
-            kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, version, strict=True)
+            kubernetes_validate.validate(
+                {"apiVersion": "v1", "kind": "Pod", **pod}, version, strict=True
+            )
 
 
 def test_a_field_that_does_not_exist_is_found():
@@ -61,7 +70,9 @@ def test_a_leader_worker_set_has_what_its_controller_reads():
     group = one("overlays/multi-node", "LeaderWorkerSet")
     assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
     assert set(group["spec"]) == {"replicas", "startupPolicy", "leaderWorkerTemplate"}
-    assert group["spec"]["startupPolicy"] == "LeaderCreated", "a leader is ready only with its workers"
+    assert group["spec"]["startupPolicy"] == "LeaderCreated", (
+        "a leader is ready only with its workers"
+    )
     template = group["spec"]["leaderWorkerTemplate"]
     assert set(template) == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
     assert template["restartPolicy"] == "RecreateGroupOnPodRestart"
@@ -73,7 +84,9 @@ def test_an_inference_service_has_what_its_controller_reads():
     assert service["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
     assert set(service["spec"]) == {"predictor"}
     assert container(pods("overlays/kserve")[0])["name"] == "kserve-container"
-    assert container(pods("overlays/kserve")[0])["ports"][0]["name"] == "api", "KServe routes to the first port"
+    assert container(pods("overlays/kserve")[0])["ports"][0]["name"] == "api", (
+        "KServe routes to the first port"
+    )
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -93,7 +106,9 @@ def test_gradmap_serve_understands_its_arguments(pod):
     options, flags = parse_endpoint(pod)
     assert options["directory"] == "/model"
     assert is_writable(pod, "/model") is False
-    assert options["host"] == options["admin_host"] == "0.0.0.0", "neither Service nor kubelet reach loopback"
+    assert options["host"] == options["admin_host"] == "0.0.0.0", (
+        "neither Service nor kubelet reach loopback"
+    )
     assert options["log"] == "-"
     assert not is_writable(pod, str(options["api_key_file"]))
     parse_vllm(flags, "/model")
@@ -123,7 +138,11 @@ def test_a_workers_environment_is_the_leaders(tmp_path, monkeypatch):
     for variable in ("CUDA_DEVICE_ORDER", "VLLM_NO_USAGE_STATS", "VLLM_WORKER_MULTIPROC_METHOD"):
         monkeypatch.delenv(variable, raising=False)
     of_leader = server_environment(ServerSettings(tmp_path))
-    own = {name: value for name, value in environment(pods("overlays/multi-node")[1]).items() if name != "HOME"}
+    own = {
+        name: value
+        for name, value in environment(pods("overlays/multi-node")[1]).items()
+        if name != "HOME"
+    }
     assert own.items() <= of_leader.items()
 
 
@@ -134,7 +153,9 @@ def test_ports_are_those_that_are_listened_on(pod):
     assert ports == {"api": options["port"], "admin": options["admin_port"]}
 
 
-@pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "kserve"])  # KServe makes its own Service
+@pytest.mark.parametrize(
+    "name", [name for name in OVERLAYS if name != "kserve"]
+)  # KServe makes its own Service
 def test_the_service_leads_to_the_ports_of_endpoints_only(name):
     service = one(f"overlays/{name}", "Service")
     endpoint, *workers = pods(f"overlays/{name}")
@@ -142,7 +163,10 @@ def test_the_service_leads_to_the_ports_of_endpoints_only(name):
     assert {port["name"]: port["port"] for port in service["spec"]["ports"]} == ports
     assert all(port["targetPort"] == port["name"] for port in service["spec"]["ports"])
     assert service["spec"]["selector"].items() <= endpoint["metadata"]["labels"].items()
-    assert not any(service["spec"]["selector"].items() <= worker["metadata"]["labels"].items() for worker in workers)
+    assert not any(
+        service["spec"]["selector"].items() <= worker["metadata"]["labels"].items()
+        for worker in workers
+    )
 
 
 def test_no_service_has_the_name_of_the_one_that_the_group_makes():
@@ -156,7 +180,9 @@ def test_no_service_has_the_name_of_the_one_that_the_group_makes():
 def test_policy_and_budget_are_for_the_endpoints(name):
     labels = pods(f"overlays/{name}")[0]["metadata"]["labels"]
     policies = {
-        each["metadata"]["name"]: each["spec"] for each in render(f"overlays/{name}") if "Policy" in each["kind"]
+        each["metadata"]["name"]: each["spec"]
+        for each in render(f"overlays/{name}")
+        if "Policy" in each["kind"]
     }
     policy, budget = policies["gradmap"], one(f"overlays/{name}", "PodDisruptionBudget")["spec"]
     assert policy["podSelector"]["matchLabels"].items() <= labels.items()
@@ -164,7 +190,9 @@ def test_policy_and_budget_are_for_the_endpoints(name):
     clients, monitoring = policy["ingress"]
     assert clients["ports"] == [{"port": "api"}]
     assert monitoring["ports"] == [{"port": "admin"}]
-    assert all(source for rule in policy["ingress"] for source in rule["from"]), "nobody is let in unnamed"
+    assert all(source for rule in policy["ingress"] for source in rule["from"]), (
+        "nobody is let in unnamed"
+    )
     assert "egress" not in policy and "Egress" in policy["policyTypes"]
 
 
@@ -230,7 +258,9 @@ def test_vllm_is_given_the_flags_that_its_image_needs(pod):
 @every_pod
 def test_pods_meet_the_restricted_standard(pod):
     of_pod, of_container = pod["spec"]["securityContext"], container(pod)["securityContext"]
-    assert of_pod["runAsNonRoot"] and of_pod["runAsUser"] > 0, "an image's user by name is not enough for the kubelet"
+    assert of_pod["runAsNonRoot"] and of_pod["runAsUser"] > 0, (
+        "an image's user by name is not enough for the kubelet"
+    )
     assert of_pod["seccompProfile"] == {"type": "RuntimeDefault"}
     assert of_container == {
         "allowPrivilegeEscalation": False,
@@ -260,9 +290,15 @@ def test_no_key_is_among_the_manifests():
 def test_a_verdict_is_final_and_a_killed_pod_is_not():
     spec = one("run", "Job")["spec"]
     verdict, disruption = spec["podFailurePolicy"]["rules"]
-    final = {code for outcome, code in EXIT_CODES.items() if outcome is not Verdict.PASS} | {EXIT_USAGE, EXIT_BUG}
+    final = {code for outcome, code in EXIT_CODES.items() if outcome is not Verdict.PASS} | {
+        EXIT_USAGE,
+        EXIT_BUG,
+    }
     assert not final & {EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_TERMINATED}
-    assert verdict == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": sorted(final)}}
+    assert verdict == {
+        "action": "FailJob",
+        "onExitCodes": {"operator": "In", "values": sorted(final)},
+    }
     assert disruption["action"] == "Ignore"
     assert spec["template"]["spec"]["restartPolicy"] == "Never", "or the policy is refused"
     assert spec["backoffLimit"] > 0
@@ -274,19 +310,26 @@ def test_the_job_reads_a_recipe_and_writes_where_endpoints_read():
     options = parse(run, arguments)
     assert (container(pod)["command"], command) == (["gradmap"], "run")
     recipe = one("run", "ConfigMap")
-    assert options["recipe"] == PurePosixPath(mount_of(pod, "/recipes")["mountPath"], *recipe["data"])
-    assert {"name": "recipe", "configMap": {"name": recipe["metadata"]["name"]}}.items() <= pod["spec"]["volumes"][
-        0
-    ].items()
+    assert options["recipe"] == PurePosixPath(
+        mount_of(pod, "/recipes")["mountPath"], *recipe["data"]
+    )
+    assert {"name": "recipe", "configMap": {"name": recipe["metadata"]["name"]}}.items() <= pod[
+        "spec"
+    ]["volumes"][0].items()
     results = mount_of(pod, str(options["out"]))
-    assert PurePosixPath(results["mountPath"]) in options["out"].parents, "a volume's root may hold lost+found"
+    assert PurePosixPath(results["mountPath"]) in options["out"].parents, (
+        "a volume's root may hold lost+found"
+    )
     assert is_writable(pod, environment(pod)["GRADMAP_CACHE"])
     endpoint = pods("overlays/cpu")[0]
     model = mount_of(endpoint, "/model")
     assert PurePosixPath(results["mountPath"], model["subPath"]) == options["out"] / "vllm"
     claims = {claim["metadata"]["name"] for claim in render("storage.yaml")}
     used = [
-        volume for each in (pod, endpoint) for volume in each["spec"]["volumes"] if "persistentVolumeClaim" in volume
+        volume
+        for each in (pod, endpoint)
+        for volume in each["spec"]["volumes"]
+        if "persistentVolumeClaim" in volume
     ]
     assert {volume["persistentVolumeClaim"]["claimName"] for volume in used} == claims
 
@@ -296,4 +339,6 @@ def test_the_recipe_is_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.model.startswith("/models/")
-    assert recipe.loadtest.vllm_flag == list(parse_endpoint(pods("overlays/cpu")[0])[1]), "measured as it is served"
+    assert recipe.loadtest.vllm_flag == list(parse_endpoint(pods("overlays/cpu")[0])[1]), (
+        "measured as it is served"
+    )

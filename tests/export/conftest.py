@@ -1,4 +1,5 @@
-"""Runners of exported models, without the seconds that each takes to import what this process has imported."""
+"""Runners of exported models, without the seconds that each takes to import what this process has
+imported."""
 
 import sys
 from importlib import import_module

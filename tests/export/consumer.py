@@ -1,7 +1,8 @@
 """Runs in the environment of `make consumers`, where nothing of gradmap is installed.
 
-python consumer.py transformers|optimum OUT ARTIFACT...: loads each artifact as anyone would, and writes to
-OUT/NAME.safetensors its logits for `input_ids` of OUT/probe.safetensors and what it generates greedily after the first.
+python consumer.py transformers|optimum OUT ARTIFACT...: loads each artifact as anyone would, and
+writes to OUT/NAME.safetensors its logits for `input_ids` of OUT/probe.safetensors and what it
+generates greedily after the first.
 """
 
 import sys
@@ -28,7 +29,11 @@ def use(consumer, directory, input_ids):
     mask = torch.ones_like(input_ids)
     logits = model(input_ids=input_ids, attention_mask=mask).logits
     text = model.generate(
-        input_ids[:1], attention_mask=mask[:1], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+        input_ids[:1],
+        attention_mask=mask[:1],
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
     )
     assert transformers.AutoTokenizer.from_pretrained(directory).decode(text[0])
     return {"logits": logits.contiguous(), "generated": text[0, input_ids.shape[1] :].contiguous()}

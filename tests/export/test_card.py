@@ -16,7 +16,9 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
     card = ModelCard.load(artifact[0] / "README.md")
     assert card.data.library_name == "transformers"
     assert "layer-pruning" in card.data.tags
-    results = [(one.dataset_name, one.metric_type, one.metric_value) for one in card.data.eval_results]
+    results = [
+        (one.dataset_name, one.metric_type, one.metric_value) for one in card.data.eval_results
+    ]
     assert results == [("squad", "perplexity", 12.5), ("piqa", "acc_norm", 62.5)]
     assert "12.5 ± 0.5" in card.text
     assert "62.5 ± 1.1 %" in card.text
@@ -24,13 +26,17 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
 
 def test_a_name_is_no_markup_in_the_card(artifact):
     name = "a](http://evil) <script> | b"
-    card = render_card(None, artifact[2].model_copy(update={"name": name}), QUALITY | {"perplexity": {}})
+    card = render_card(
+        None, artifact[2].model_copy(update={"name": name}), QUALITY | {"perplexity": {}}
+    )
     assert r"# a\](http&#58;//evil) \<script\> \| b" in card.splitlines()
 
 
 def test_a_directory_of_this_machine_is_no_base_model_of_the_hub(artifact, tmp_path, monkeypatch):
     base = artifact[2].base_model
-    of_hub = artifact[2].model_copy(update={"base_model": base.model_copy(update={"name": "models/llama"})})
+    of_hub = artifact[2].model_copy(
+        update={"base_model": base.model_copy(update={"name": "models/llama"})}
+    )
     monkeypatch.chdir(tmp_path)
     assert "base_model: models/llama" in render_card(None, of_hub, {})
     (tmp_path / "models" / "llama").mkdir(parents=True)
@@ -39,7 +45,13 @@ def test_a_directory_of_this_machine_is_no_base_model_of_the_hub(artifact, tmp_p
 
 def evaluation_of(model, plan_sha256):
     """As `gradmap eval` writes it, as far as it is read."""
-    side = {"layers": 5, "parameters": 1, "average_accuracy": QUALITY["accuracy"]["piqa"], "answers": None, **QUALITY}
+    side = {
+        "layers": 5,
+        "parameters": 1,
+        "average_accuracy": QUALITY["accuracy"]["piqa"],
+        "answers": None,
+        **QUALITY,
+    }
     interval = {"value": 1.0, "low": 0.9, "high": 1.1}
     difference = {"difference": interval, "retained": interval}
     return {
@@ -50,7 +62,11 @@ def evaluation_of(model, plan_sha256):
         "tasks": {"piqa": {"documents": 1}},
         "dense": side,
         "pruned": side,
-        "comparison": {"tasks": {"piqa": difference}, "average": difference, "perplexity_ratio": {"squad": interval}},
+        "comparison": {
+            "tasks": {"piqa": difference},
+            "average": difference,
+            "perplexity_ratio": {"squad": interval},
+        },
         "quality": None,
         "answers": [],
         "settings": {"segment": 128},
@@ -70,5 +86,7 @@ def test_results_of_another_protocol_do_not_get_into_the_card(artifact, tmp_path
     results.write_text(json.dumps(contents))
     assert read_quality(results, source)["perplexity"] == QUALITY["perplexity"]
     results.write_text(json.dumps(contents | {"schema_version": 2}))
-    with pytest.raises(UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"):
+    with pytest.raises(
+        UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"
+    ):
         read_quality(results, source)

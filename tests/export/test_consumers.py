@@ -1,4 +1,5 @@
-"""Programs that never heard of us, in an environment of their own (`make consumers`), get the reference's logits."""
+"""Programs that never heard of us, in an environment of their own (`make consumers`), get the
+reference's logits."""
 
 import os
 import subprocess
@@ -28,7 +29,9 @@ def consume(consumer, out, input_ids, *artifacts):
     command = [str(PYTHON), str(script), consumer, str(out), *map(str, artifacts)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    return {artifact.name: load_file(out / f"{artifact.name}.safetensors") for artifact in artifacts}
+    return {
+        artifact.name: load_file(out / f"{artifact.name}.safetensors") for artifact in artifacts
+    }
 
 
 def require_same(consumed, expected):
@@ -63,16 +66,26 @@ def test_optimum_runs_the_onnx_artifact(picos, exported, tmp_path):
     assert torch.equal(consumed["generated"], expected[: len(consumed["generated"])])
 
 
-def test_llama_cpps_converter_makes_one_file_of_the_pruned_model(picos, smollm2, tmp_path, monkeypatch):
+def test_llama_cpps_converter_makes_one_file_of_the_pruned_model(
+    picos, smollm2, tmp_path, monkeypatch
+):
     plan = make_source(picos["llama"])
     noise = torch.randn(576, 576, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    changes = {Place(CORRECTED, "mlp.down_proj"): (Projection(torch.eye(576, dtype=torch.float64) + 0.02 * noise),)}
-    source = replace(plan, checkpoint=smollm2, changes=changes, probe_ids=random_probe(49152)[:, :20])
+    changes = {
+        Place(CORRECTED, "mlp.down_proj"): (
+            Projection(torch.eye(576, dtype=torch.float64) + 0.02 * noise),
+        )
+    }
+    source = replace(
+        plan, checkpoint=smollm2, changes=changes, probe_ids=random_probe(49152)[:, :20]
+    )
     with pytest.raises(UserError, match="pipx install"):
         export(source, tmp_path, "gguf")
     monkeypatch.setenv("PATH", f"{PYTHON.parent}:{os.environ['PATH']}")
     record = export(source, tmp_path, "gguf")["gguf"]
     check = record.verification["transformers"]
-    assert check.relative_difference <= check.tolerance < 1e-4  # the reference is rounded as the file is
+    assert (
+        check.relative_difference <= check.tolerance < 1e-4
+    )  # the reference is rounded as the file is
     assert record.layers == smollm2.config["num_hidden_layers"] - 2
     assert {"model.gguf", "tokenizer.json"} <= record.files.keys()

@@ -1,4 +1,5 @@
-"""What removal promises for every family: the smaller model that is saved is the smaller model that was in memory."""
+"""What removal promises for every family: the smaller model that is saved is the smaller model that
+was in memory."""
 
 import json
 import subprocess
@@ -26,17 +27,22 @@ from transformers import AutoModelForCausalLM
 root = Path(sys.argv[1])
 ids = load_file(root / "ids.safetensors")["ids"]
 for directory in filter(Path.is_dir, root.iterdir()):
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, experts_implementation="eager"
+    )
     options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
-    texts = {f"cache_{use}": model.generate(ids[:1], use_cache=use, **options) for use in (True, False)}
-    save_file({"logits": model(input_ids=ids).logits, **texts}, root / f"{directory.name}.safetensors")
+    made = {"logits": model(input_ids=ids).logits}
+    for use in (True, False):
+        made[f"cache_{use}"] = model.generate(ids[:1], use_cache=use, **options)
+    save_file(made, root / f"{directory.name}.safetensors")
 """.replace("NEW", str(NEW_TOKENS))
 )
 
 
 @pytest.fixture(scope="module")
 def reloaded(picos, tmp_path_factory):
-    """The pruned model of every family, saved and then loaded by a process that knows nothing of gradmap."""
+    """The pruned model of every family, saved and then loaded by a process that knows nothing of
+    gradmap."""
     root = tmp_path_factory.mktemp("contract")
     sources = {family: make_source(picos[family]) for family in FAMILIES}
     save_file({"ids": sources["llama"].probe_ids.contiguous()}, root / "ids.safetensors")
@@ -54,7 +60,9 @@ class TestContract:
     def test_logits_are_those_of_the_model_in_memory(self, picos, reloaded, family):
         root, sources = reloaded
         source, model = sources[family], picos[family].load()
-        with pruned_and_corrected(model, picos[family].architecture, source.removed, source.changes):
+        with pruned_and_corrected(
+            model, picos[family].architecture, source.removed, source.changes
+        ):
             expected = model(input_ids=source.probe_ids).logits
         actual = load_file(root / f"{family}.safetensors")["logits"]
         # W' W_down was rounded once to float32 (2^-24); everything else is float64
@@ -73,5 +81,7 @@ class TestContract:
         if "layer_types" in whole:
             assert config["layer_types"] == [whole["layer_types"][index] for index in kept]
         if whole.get("mlp_only_layers"):
-            dense = [position for position, index in enumerate(kept) if index in whole["mlp_only_layers"]]
+            dense = [
+                position for position, index in enumerate(kept) if index in whole["mlp_only_layers"]
+            ]
             assert config["mlp_only_layers"] == dense

@@ -40,15 +40,21 @@ REMOVED = (3, 1)
 CORRECTED = 4
 SHARD_BYTES = 30_000
 # Stands in for an environment without our packages: importing any of them fails.
-WITHOUT_US = "import sys; sys.modules.update(dict.fromkeys(('gradmap', 'export', 'serving', 'loadtest')));"
+WITHOUT_US = (
+    "import sys; sys.modules.update(dict.fromkeys(('gradmap', 'export', 'serving', 'loadtest')));"
+)
 
 
 def make_source(pico, correction=1.0) -> Source:
-    """A hand-made plan with strong corrections of every kind, so that one that is lost or misplaced cannot hide."""
+    """A hand-made plan with strong corrections of every kind, so that one that is lost or misplaced
+    cannot hide."""
     checkpoint = pico.checkpoint
     plan = Plan(
         base_model=BaseModelIdentity(
-            name=checkpoint.name, model_type=pico.family, layers=LAYERS, files=checkpoint.file_hashes
+            name=checkpoint.name,
+            model_type=pico.family,
+            layers=LAYERS,
+            files=checkpoint.file_hashes,
         ),
         recipe={},
         calibration=CalibrationRecord(
@@ -65,7 +71,8 @@ def make_source(pico, correction=1.0) -> Source:
 
 
 def make_changes(pico, correction=1.0):
-    """W' on a down projection, scales on the attention's output, an update and a low-rank change on the first map."""
+    """W' on a down projection, scales on the attention's output, an update and a low-rank change on
+    the first map."""
     model = pico.load()
     generator = torch.Generator().manual_seed(5)
     place, module = next(linear_maps(pico.architecture, model, [0]))
@@ -74,11 +81,20 @@ def make_changes(pico, correction=1.0):
     def noise(scale, *shape):
         return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    # as large as the weights themselves: in a query projection, more would turn attention into a single token's
-    changes = {place: (Update(noise(0.1, d_out, d_in)), LowRank(noise(0.25, 2, d_in), noise(0.25, d_out, 2)))}
+    # as large as the weights themselves: in a query projection, more would turn attention into a
+    # single token's
+    changes = {
+        place: (
+            Update(noise(0.1, d_out, d_in)),
+            LowRank(noise(0.25, 2, d_in), noise(0.25, d_out, 2)),
+        )
+    }
     if pico.architecture.uncorrectable is None:
         attention = Place(CORRECTED, pico.architecture.attention_output)
-        changes[attention] = (Scale(torch.tensor(-1.5, dtype=torch.float64)), Scale(torch.tensor(0.5)))
+        changes[attention] = (
+            Scale(torch.tensor(-1.5, dtype=torch.float64)),
+            Scale(torch.tensor(0.5)),
+        )
         width = len(model.get_input_embeddings().weight[0])
         matrix = correction * (torch.eye(width, dtype=torch.float64) + noise(0.5, width, width))
         changes[Place(CORRECTED, pico.architecture.down_projection)] = (Projection(matrix),)
@@ -87,7 +103,9 @@ def make_changes(pico, correction=1.0):
 
 def export(source, out, *formats, shard_bytes=10**9, **settings):
     """Without vLLM's own check, which takes a minute; tests/test_end_to_end.py has it."""
-    return export_artifacts(source, ExportSettings(formats, shard_bytes=shard_bytes, check_vllm=False, **settings), out)
+    return export_artifacts(
+        source, ExportSettings(formats, shard_bytes=shard_bytes, check_vllm=False, **settings), out
+    )
 
 
 def unfolded_logits(pico, source, dtype):
@@ -100,7 +118,9 @@ def test_artifacts_reproduce_the_unfolded_model(pico, tmp_path):
     source = make_source(pico)
     export(source, tmp_path, "hf", shard_bytes=SHARD_BYTES)
     expected = unfolded_logits(pico, source, torch.float64)
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64, experts_implementation="eager")
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float64, experts_implementation="eager"
+    )
     # W' W_down was rounded once to float32 (2^-24); everything else is float64
     difference = (hf(input_ids=source.probe_ids).logits - expected).norm() / expected.norm()
     assert difference < LAYERS * 2**-24
@@ -112,7 +132,9 @@ def test_the_vllm_ready_weights_are_stored_as_they_are_served(picos, tmp_path):
     check = export(source, tmp_path, "vllm")["vllm"].verification["transformers"]
     vllm = load_file(tmp_path / "vllm" / "model.safetensors")
     assert {tensor.dtype for tensor in vllm.values()} == {torch.bfloat16}
-    assert check.relative_difference <= check.tolerance < 1e-5  # the reference is rounded as they are
+    assert (
+        check.relative_difference <= check.tolerance < 1e-5
+    )  # the reference is rounded as they are
 
 
 def test_every_file_is_hashed_and_shards_are_indexed(picos, tmp_path):
@@ -130,14 +152,16 @@ def test_it_generates_in_plain_transformers_without_our_packages(picos, tmp_path
     source = make_source(picos["opt"])
     export(source, tmp_path, "hf")
     script = WITHOUT_US + (
-        "from transformers import AutoModelForCausalLM; import torch;"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'hf')!r});"
-        "ids = torch.tensor([[5, 6, 7, 8]]);"
-        "texts = [model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=c).tolist() for c in (True, False)];"
-        "assert texts[0] == texts[1] and len(texts[0][0]) > 4; print('generated')"
+        "from transformers import AutoModelForCausalLM; import torch;model = "
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'hf')!r});ids = torch.tensor([[5, "
+        "6, 7, 8]]);texts = [model.generate(ids, max_new_tokens=8, do_sample=False, "
+        "use_cache=c).tolist() for c in (True, False)];assert texts[0] == texts[1] and "
+        "len(texts[0][0]) > 4; print('generated')"
     )
     command = [sys.executable, "-c", script]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=os.environ)
+    finished = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd="/", env=os.environ
+    )
     assert finished.stdout.strip() == "generated", finished.stderr
 
 
@@ -145,7 +169,9 @@ def test_links_of_a_model_are_not_followed_out_of_it(picos, tmp_path):
     model = shutil.copytree(picos["llama"].directory, tmp_path / "model")
     (tmp_path / "id_rsa").write_text("secret")
     (model / "LICENSE").symlink_to("../id_rsa")
-    source = Source(open_checkpoint(str(model)), None, None, {}, make_source(picos["llama"]).probe_ids)
+    source = Source(
+        open_checkpoint(str(model)), None, None, {}, make_source(picos["llama"]).probe_ids
+    )
     with pytest.raises(UserError, match=r"LICENSE is a link out of the directory"):
         export(source, tmp_path / "out", "hf")
     assert not (tmp_path / "out" / "hf").exists()
@@ -160,19 +186,39 @@ def test_code_of_a_models_author_is_left_behind(picos, tmp_path, capsys):
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     for name in ("config.json", "tokenizer_config.json"):
         contents = json.loads((model / name).read_text())
-        (model / name).write_text(json.dumps(contents | {"auto_map": {"AutoModelForCausalLM": "modeling_llama.X"}}))
-    source = Source(open_checkpoint(str(model)), None, None, {}, make_source(picos["llama"]).probe_ids)
+        (model / name).write_text(
+            json.dumps(contents | {"auto_map": {"AutoModelForCausalLM": "modeling_llama.X"}})
+        )
+    source = Source(
+        open_checkpoint(str(model)), None, None, {}, make_source(picos["llama"]).probe_ids
+    )
     export(source, tmp_path / "out", "hf")
     out = tmp_path / "out" / "hf"
     assert "gradmap does not know stay behind: notes.json" in capsys.readouterr().err
     assert not list(out.rglob("*.py"))
-    assert "auto_map" not in (out / "config.json").read_text() + (out / "tokenizer_config.json").read_text()
+    assert (
+        "auto_map"
+        not in (out / "config.json").read_text() + (out / "tokenizer_config.json").read_text()
+    )
     assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
     verify_directory(out)
 
 
-TOKENIZER_FILES = ("vocab.txt", "merges.txt", "tokenizer.model", "x.tiktoken", "tekken.json", "added_tokens.json")
-OTHER_FILES = ("special_tokens_map.json", "chat_template.jinja", "preprocessor_config.json", "LICENSE.txt", "NOTICE")
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "x.tiktoken",
+    "tekken.json",
+    "added_tokens.json",
+)
+OTHER_FILES = (
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "LICENSE.txt",
+    "NOTICE",
+)
 
 
 @pytest.mark.parametrize("name", [*TOKENIZER_FILES, *OTHER_FILES])
@@ -187,7 +233,9 @@ def test_what_a_models_users_need_beside_its_weights_is_in_the_artifact(picos, t
 
 
 def run_export_command(out, *arguments, preamble=""):
-    script = f"import sys; {preamble}\nfrom gradmap.cli import main\nsys.argv[1:1] = ['export']\nmain()"
+    script = (
+        f"import sys; {preamble}\nfrom gradmap.cli import main\nsys.argv[1:1] = ['export']\nmain()"
+    )
     command = [sys.executable, "-c", script, "--format", "hf", "--out", str(out), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -196,7 +244,8 @@ def test_a_kill_in_the_middle_leaves_the_earlier_artifact_whole(picos, artifact,
     shutil.copytree(artifact[0], tmp_path / "hf")
     killer = (
         "import os, export.formats as a;"
-        "a.run_artifact_in_each = lambda *_: os.kill(os.getpid(), 9)"  # everything is written, nothing is verified yet
+        # everything is written, nothing is verified yet
+        "a.run_artifact_in_each = lambda *_: os.kill(os.getpid(), 9)"
     )
     killed = run_export_command(tmp_path, "--model", str(picos["qwen2"].directory), preamble=killer)
     assert killed.returncode == -9, killed.stderr
@@ -222,10 +271,14 @@ def test_too_little_space_is_noticed_before_anything_is_written(artifact, tmp_pa
 def test_a_weight_that_half_precision_cannot_hold_is_named(picos, tmp_path, weight, correction):
     directory = shutil.copytree(picos["llama"].directory, tmp_path / "model")
     weights = load_file(directory / "model.safetensors")
-    weights["model.layers.4.mlp.down_proj.weight" if correction > 1 else "model.norm.weight"][0] = weight
+    weights["model.layers.4.mlp.down_proj.weight" if correction > 1 else "model.norm.weight"][0] = (
+        weight
+    )
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     source = make_source(Pico("llama", directory), correction)
-    with pytest.raises(UserError, match=r"(norm|down_proj)\.weight.* does not fit in torch\.float16"):
+    with pytest.raises(
+        UserError, match=r"(norm|down_proj)\.weight.* does not fit in torch\.float16"
+    ):
         export(source, tmp_path / "out", "hf", dtype="float16")
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
@@ -237,7 +290,9 @@ def test_a_weight_that_is_no_number_is_named(picos, tmp_path, damage):
     weights["model.layers.4.mlp.down_proj.weight"][1, 2] = damage
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     source = make_source(Pico("llama", directory))
-    folded = plan_fold(source.checkpoint, picos["llama"].architecture, REMOVED, source.changes, torch.float16)
+    folded = plan_fold(
+        source.checkpoint, picos["llama"].architecture, REMOVED, source.changes, torch.float16
+    )
     with pytest.raises(UserError, match=r"down_proj\.weight.* holds NaN or infinity"):
         write_folded(tmp_path, folded, SHARD_BYTES)
 
@@ -264,11 +319,15 @@ def test_a_patch_of_the_hidden_state_is_refused(picos, tmp_path):
         export(replace(make_source(picos["llama"]), changes=patch), tmp_path, "hf")
 
 
-@pytest.mark.parametrize(("family", "key"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+@pytest.mark.parametrize(
+    ("family", "key"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings")]
+)
 def test_a_model_of_fewer_positions_than_a_probe_is_exported(tmp_path, family, key):
     """Its position embeddings end there."""
     pico = make_pico(family, tmp_path / "pico", **{key: 32})
-    check = export(open_source(pico.checkpoint, None), tmp_path / "out", "hf")["hf"].verification["transformers"]
+    check = export(open_source(pico.checkpoint, None), tmp_path / "out", "hf")["hf"].verification[
+        "transformers"
+    ]
     assert check.relative_difference <= check.tolerance
     assert verify_directory(tmp_path / "out" / "hf").verification["transformers"].greedy_tokens == 0
 

@@ -1,4 +1,5 @@
-"""What a config says of positions far into a text is kept by a format, or the format is refused by name."""
+"""What a config says of positions far into a text is kept by a format, or the format is refused by
+name."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ SIZES = {
     "num_key_value_heads": 8,
 }
 LLAMA = SIZES | {"model_type": "llama", "max_position_embeddings": 131_072, "rope_scaling": LLAMA3}
-MISTRAL = SIZES | {"model_type": "mistral", "max_position_embeddings": 32_768, "sliding_window": 4096}
+MISTRAL = SIZES | {
+    "model_type": "mistral",
+    "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+}
 SHORT, LONG = {"short_factor": [1.0] * 32}, {"long_factor": [8.0] * 32}
 PHI3 = SIZES | {
     "model_type": "phi3",
@@ -52,7 +57,12 @@ PHI3 = SIZES | {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
-GEMMA3 = SIZES | {"model_type": "gemma3_text", "max_position_embeddings": 32_768, "sliding_window": 512, "head_dim": 64}
+GEMMA3 = SIZES | {
+    "model_type": "gemma3_text",
+    "max_position_embeddings": 32_768,
+    "sliding_window": 512,
+    "head_dim": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -86,13 +96,17 @@ def test_a_twin_is_small_and_its_probe_passes_every_boundary(config):
     assert probe_beyond(twin).shape[1] > max(find_boundaries(twin).values())
     assert twin["hidden_size"] // twin["num_attention_heads"] == twin["head_dim"] == 64
     assert twin["num_hidden_layers"] <= 4
-    assert set(twin.get("layer_types") or []) == set(config.get("layer_types") or twin.get("layer_types") or [])
+    assert set(twin.get("layer_types") or []) == set(
+        config.get("layer_types") or twin.get("layer_types") or []
+    )
 
 
 @pytest.mark.parametrize("config", [LLAMA, PHI3])
 def test_a_twin_has_room_for_as_many_times_its_original_length(config):
     """Ropes are scaled by that ratio, where the config does not say by how much."""
-    original = max(tokens for what, tokens in find_boundaries(config).items() if what.startswith("rope"))
+    original = max(
+        tokens for what, tokens in find_boundaries(config).items() if what.startswith("rope")
+    )
     expected = config["max_position_embeddings"] // original * NEAR
     assert twin_config(config)["max_position_embeddings"] == expected
 
@@ -113,20 +127,33 @@ def test_a_format_that_keeps_the_window_is_written(far_window, tmp_path, fresh_p
     assert "keeps the sliding_window (96 tokens)" in capsys.readouterr().err
 
 
-def test_a_format_that_loses_the_window_is_refused_before_anything_is_written(far_window, tmp_path, monkeypatch):
+def test_a_format_that_loses_the_window_is_refused_before_anything_is_written(
+    far_window, tmp_path, monkeypatch
+):
     kept = writers.artifact_config
-    monkeypatch.setattr(writers, "artifact_config", lambda *arguments: kept(*arguments) | {"sliding_window": None})
-    with pytest.raises(UserError, match=r"because of its sliding_window \(96 tokens\): .* logits differ"):
+    monkeypatch.setattr(
+        writers, "artifact_config", lambda *arguments: kept(*arguments) | {"sliding_window": None}
+    )
+    with pytest.raises(
+        UserError, match=r"because of its sliding_window \(96 tokens\): .* logits differ"
+    ):
         export(make_source(far_window), tmp_path / "out", "hf")
     assert not list((tmp_path / "out").glob("*"))
 
 
 def test_a_format_that_forgets_the_ropes_scaling_is_refused(tmp_path, monkeypatch):
-    pico = make_pico("llama", tmp_path / "pico", max_position_embeddings=65_536, rope_parameters=LLAMA3)
+    pico = make_pico(
+        "llama", tmp_path / "pico", max_position_embeddings=65_536, rope_parameters=LLAMA3
+    )
     kept = writers.artifact_config
-    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "rope_scaling": None}
+    plain = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+        "rope_scaling": None,
+    }
     monkeypatch.setattr(writers, "artifact_config", lambda *arguments: kept(*arguments) | plain)
-    with pytest.raises(UserError, match=r"because of its rope of type llama3 \(8192 tokens\): .* logits differ"):
+    with pytest.raises(
+        UserError, match=r"because of its rope of type llama3 \(8192 tokens\): .* logits differ"
+    ):
         export(make_source(pico), tmp_path / "out", "hf")
 
 
@@ -139,15 +166,23 @@ def test_a_format_that_forgets_the_ropes_scaling_is_refused(tmp_path, monkeypatc
         ("phi3", "onnx", LONGROPE),
     ],
 )
-def test_a_rope_that_follows_the_length_of_the_text_is_refused_where_no_format_says_it(tmp_path, family, form, rope):
-    pico = make_pico(family, tmp_path / "pico", rope_parameters=rope, original_max_position_embeddings=16)
-    with pytest.raises(UserError, match=f"Format {form} cannot express a rope of type {rope['rope_type']}"):
+def test_a_rope_that_follows_the_length_of_the_text_is_refused_where_no_format_says_it(
+    tmp_path, family, form, rope
+):
+    pico = make_pico(
+        family, tmp_path / "pico", rope_parameters=rope, original_max_position_embeddings=16
+    )
+    with pytest.raises(
+        UserError, match=f"Format {form} cannot express a rope of type {rope['rope_type']}"
+    ):
         export(make_source(pico), tmp_path / "out", form)
 
 
 def test_a_cache_smaller_than_the_window_is_not_what_refuses_a_model(tmp_path):
     """What onnxruntime-genai makes of Gemma 2 is judged by its logits."""
-    pico = make_pico("gemma2", tmp_path / "pico", sliding_window=200, max_position_embeddings=512, head_dim=16)
+    pico = make_pico(
+        "gemma2", tmp_path / "pico", sliding_window=200, max_position_embeddings=512, head_dim=16
+    )
     with pytest.raises(UserError, match="logits differ from the reference"):
         export(make_source(pico), tmp_path / "out", "onnx-genai")
 
@@ -157,13 +192,18 @@ def test_what_is_not_checked_is_said(tmp_path, far_window, capsys):
     target = far_positions.Target("float32", None, 10**9)
     form = far_positions.Format("gguf", None, ("float32",), (), (), far=False)
     far_positions.require_far_positions(source, form, target, [])
-    assert "That gguf keeps the sliding_window (96 tokens) is not checked" in capsys.readouterr().err
+    assert (
+        "That gguf keeps the sliding_window (96 tokens) is not checked" in capsys.readouterr().err
+    )
 
 
 def check_unread(source):
-    """As of a format whose runtime reads nothing of far positions, so that what would be checked is said."""
+    """As of a format whose runtime reads nothing of far positions, so that what would be checked is
+    said."""
     form = far_positions.Format("gguf", None, ("float32",), (), (), far=False)
-    far_positions.require_far_positions(source, form, far_positions.Target("float32", None, 10**9), [])
+    far_positions.require_far_positions(
+        source, form, far_positions.Target("float32", None, 10**9), []
+    )
 
 
 @pytest.mark.parametrize(("window", "seen"), [(19, True), (20, False)])
@@ -177,7 +217,9 @@ def test_a_window_as_long_as_the_probe_is_not_seen_by_it(tmp_path, capsys, windo
 
 def test_a_window_that_was_removed_with_its_layers_is_not_checked(tmp_path, capsys):
     kinds = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
-    source = make_source(make_pico("gemma3_text", tmp_path / "pico", layer_types=kinds, sliding_window=32))
+    source = make_source(
+        make_pico("gemma3_text", tmp_path / "pico", layer_types=kinds, sliding_window=32)
+    )
     check_unread(source)
     assert "is not checked" not in capsys.readouterr().err
     check_unread(replace(source, plan=None))
@@ -188,15 +230,21 @@ def test_each_runtime_has_to_keep_what_is_far(far_window, tmp_path, monkeypatch)
     problems = {"first": None, "second": "its logits differ"}
     comparisons = {runtime: SimpleNamespace(runtime=runtime) for runtime in problems}
     monkeypatch.setattr(far_positions, "compare_in_each", lambda *arguments: comparisons)
-    monkeypatch.setattr(far_positions, "find_problem", lambda comparison: problems[comparison.runtime])
-    with pytest.raises(UserError, match=r"sliding_window \(96 tokens\): in second, its logits differ"):
+    monkeypatch.setattr(
+        far_positions, "find_problem", lambda comparison: problems[comparison.runtime]
+    )
+    with pytest.raises(
+        UserError, match=r"sliding_window \(96 tokens\): in second, its logits differ"
+    ):
         export(make_source(far_window), tmp_path / "out", "hf")
 
 
 def test_the_twins_weights_are_seeded(far_window, tmp_path):
     from export.twin import write_twin
 
-    pairs = [write_twin(far_window.checkpoint, (1,), tmp_path / name, ("tokenizer*",)) for name in "ab"]
+    pairs = [
+        write_twin(far_window.checkpoint, (1,), tmp_path / name, ("tokenizer*",)) for name in "ab"
+    ]
     assert pairs[0].file_hashes == pairs[1].file_hashes
     assert json.loads((tmp_path / "a" / "config.json").read_text())["num_hidden_layers"] == 2
     assert torch.equal(probe_beyond(pairs[0].config), probe_beyond(pairs[1].config))

@@ -1,4 +1,5 @@
-"""Nothing but float32 arithmetic separates an artifact from its reference, whatever it is rounded to."""
+"""Nothing but float32 arithmetic separates an artifact from its reference, whatever it is rounded
+to."""
 
 import re
 import shutil
@@ -27,14 +28,16 @@ def require_exact(check):
 
 
 def test_a_bfloat16_artifact_of_every_family_has_the_weights_of_its_reference(pico, tmp_path):
-    """Scales of maps with a bias (OPT, GPT-2), transposed weights (GPT-2), stacked experts (Mixtral, Qwen)."""
+    """Scales of maps with a bias (OPT, GPT-2), transposed weights (GPT-2), stacked experts
+    (Mixtral, Qwen)."""
     record = export(make_source(pico), tmp_path, "hf", dtype="bfloat16")["hf"]
     require_exact(record.verification["transformers"])
 
 
 @pytest.fixture(params=["bfloat16", "mixed"])
 def bfloat16_pico(request, picos, tmp_path):
-    """Every tensor in bfloat16; or all but those of norms, which stay in float32, and corrected weights in float16."""
+    """Every tensor in bfloat16; or all but those of norms, which stay in float32, and corrected
+    weights in float16."""
     directory = shutil.copytree(picos["opt"].directory, tmp_path / "model")
     weights = load_file(directory / "model.safetensors")
     for name, weight in weights.items():
@@ -72,11 +75,15 @@ class MisfoldedScale(Scale):
         return 1.001 * super().fold(weight, rows)
 
 
-def test_a_change_that_folds_into_something_else_is_refused_before_anything_is_written(picos, tmp_path):
+def test_a_change_that_folds_into_something_else_is_refused_before_anything_is_written(
+    picos, tmp_path
+):
     """What is written and its reference would agree."""
     place, factor = Place(CORRECTED, "self_attn.o_proj"), torch.tensor(1.5)
     source = make_source(picos["llama"])
-    right, wrong = (replace(source, changes={place: (kind(factor),)}) for kind in (Scale, MisfoldedScale))
+    right, wrong = (
+        replace(source, changes={place: (kind(factor),)}) for kind in (Scale, MisfoldedScale)
+    )
     export(right, tmp_path / "right", "hf")
     with pytest.raises(UserError, match="Folded into the weights"):
         export(wrong, tmp_path / "wrong", "hf")
@@ -89,7 +96,9 @@ def test_a_model_larger_than_memory_is_compared_unfolded_and_as_it_is_stored(pic
     dtypes = (torch.float32, torch.bfloat16)
 
     def exactness(changes):
-        found = compute_references(source.checkpoint, source.removed, changes, source.probe_ids, dtypes)
+        found = compute_references(
+            source.checkpoint, source.removed, changes, source.probe_ids, dtypes
+        )
         return [found[dtype].exact for dtype in dtypes]
 
     assert exactness(source.changes) == [False, False]

@@ -1,4 +1,5 @@
-"""Uploading to a hub: a small server stands in for it; the client is the real huggingface_hub, in its own process."""
+"""Uploading to a hub: a small server stands in for it; the client is the real huggingface_hub, in
+its own process."""
 
 import base64
 import json
@@ -33,7 +34,8 @@ except UserError as error:
 
 @dataclass
 class FakeHub:
-    """Answers the routes of an upload; `files` holds what was committed. refuse: path part -> HTTP status."""
+    """Answers the routes of an upload; `files` holds what was committed. refuse: path part -> HTTP
+    status."""
 
     refuse: dict[str, int] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -51,13 +53,20 @@ class FakeHub:
         if "/preupload/" in path:
             asked = json.loads(body)["files"]
             return 200, {
-                "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+                "files": [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in asked
+                ]
             }
         if "/commit/" in path:
             for entry in map(json.loads, body.splitlines()):
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return 200, {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.url}/me/model/commit/{COMMIT}"}
+            return 200, {
+                "success": True,
+                "commitOid": COMMIT,
+                "commitUrl": f"{self.url}/me/model/commit/{COMMIT}",
+            }
         return 200, {"name": "me", "type": "user", "id": "me/model", "sha": COMMIT, "siblings": []}
 
 
@@ -95,7 +104,11 @@ def hub() -> Iterator[FakeHub]:
 def artifact(tmp_path):
     directory = tmp_path / "artifact"
     directory.mkdir()
-    for name, content in {"config.json": "{}", "model.safetensors": "weights", "stray.txt": "private"}.items():
+    for name, content in {
+        "config.json": "{}",
+        "model.safetensors": "weights",
+        "stray.txt": "private",
+    }.items():
         (directory / name).write_text(content)
     record = ArtifactRecord(
         schema_version=SCHEMA_VERSION,
@@ -117,7 +130,11 @@ def artifact(tmp_path):
 
 
 def push(artifact, url, repo_id="me/model", token=TOKEN):
-    environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(artifact.parent / "home")}
+    environment = os.environ | {
+        "HF_ENDPOINT": url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(artifact.parent / "home"),
+    }
     environment.pop("HF_TOKEN", None)
     if token is not None:
         environment["HF_TOKEN"] = token
@@ -130,7 +147,10 @@ def push(artifact, url, repo_id="me/model", token=TOKEN):
 
 def test_exactly_the_artifact_arrives_in_a_private_repository(hub, artifact):
     assert push(artifact, hub.url) == f"{hub.url}/me/model/commit/{COMMIT}"
-    expected = {name: (artifact / name).read_bytes() for name in ("config.json", "model.safetensors", "gradmap.json")}
+    expected = {
+        name: (artifact / name).read_bytes()
+        for name in ("config.json", "model.safetensors", "gradmap.json")
+    }
     assert hub.files == expected
     assert hub.created[0]["visibility"] == "private"
     assert hub.tokens == {f"Bearer {TOKEN}"}

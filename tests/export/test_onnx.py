@@ -1,4 +1,5 @@
-"""The ONNX graph of every family computes what transformers computes, plain and through its KV cache."""
+"""The ONNX graph of every family computes what transformers computes, plain and through its KV
+cache."""
 
 import json
 import subprocess
@@ -21,12 +22,16 @@ from tests.conftest import FAMILIES, LAYERS, VOCABULARY, make_pico
 from tests.export.test_export import WITHOUT_US, export, make_source
 from tests.gradmap.evaluation.test_scoring import random_requests
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch.onnx's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning"
+)  # torch.onnx's own
 
 SPLIT = 9
-# Of a float32 logit after LAYERS layers of dot products over at most 40 terms, relative to the largest logit
+# Of a float32 logit after LAYERS layers of dot products over at most 40 terms, relative to the
+# largest logit
 FLOAT32_TOLERANCE = 4 * LAYERS * 40 * 2**-24
-# A block of 32 normal weights reaches 2.1 standard deviations in 127 steps; errors are uniform in a step
+# A block of 32 normal weights reaches 2.1 standard deviations in 127 steps; errors are uniform in a
+# step
 INT8_ERROR = 2.1 / 127 / 12**0.5
 
 
@@ -35,7 +40,9 @@ def input_ids():
     return torch.randint(3, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=[family for family in FAMILIES if ARCHITECTURES[family].expert_down_projections is None])
+@pytest.fixture(
+    params=[family for family in FAMILIES if ARCHITECTURES[family].expert_down_projections is None]
+)
 def pico(request, picos):
     """torch's exporter cannot trace the routing of a mixture of experts."""
     return picos[request.param]
@@ -51,9 +58,14 @@ def test_the_graph_is_right_for_every_family(pico, graph, input_ids):
     expected = pico.load(torch.float32)(input_ids=input_ids).logits.numpy()
     tolerance = FLOAT32_TOLERANCE * np.abs(expected).max()
     model = OnnxCausalLM(graph)
-    np.testing.assert_allclose(model.step(input_ids.numpy(), None)[0], expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        model.step(input_ids.numpy(), None)[0], expected, rtol=0, atol=tolerance
+    )
     _, cache = model.step(input_ids[:, :SPLIT].contiguous().numpy(), None)
-    for start, end in ((SPLIT, SPLIT + 1), (SPLIT + 1, input_ids.shape[1])):  # one new token, then several
+    for start, end in (
+        (SPLIT, SPLIT + 1),
+        (SPLIT + 1, input_ids.shape[1]),
+    ):  # one new token, then several
         logits, cache = model.step(input_ids[:, start:end].contiguous().numpy(), cache)
         np.testing.assert_allclose(logits, expected[:, start:end], rtol=0, atol=tolerance)
     require_standard_layout(graph)
@@ -61,9 +73,12 @@ def test_the_graph_is_right_for_every_family(pico, graph, input_ids):
     quantise_int8(graph)
     quantised = OnnxCausalLM(graph).step(input_ids.numpy(), None)[0]
     error = np.linalg.norm(quantised - expected) / np.linalg.norm(expected)
-    # every linear map of a layer, in twos in a row, and the head; activations are rounded too, which the 3 has room for
+    # every linear map of a layer, in twos in a row, and the head; activations are rounded too,
+    # which the 3 has room for
     assert 1e-4 < error < 3 * INT8_ERROR * (4 * LAYERS + 1) ** 0.5
-    quantised_maps = [node for node in onnx.load(graph / "model.onnx").graph.node if node.op_type == "MatMulNBits"]
+    quantised_maps = [
+        node for node in onnx.load(graph / "model.onnx").graph.node if node.op_type == "MatMulNBits"
+    ]
     assert len(quantised_maps) >= 4 * LAYERS
 
 
@@ -76,7 +91,10 @@ def require_standard_layout(graph):
         *("input_ids", "attention_mask", "position_ids"),
         *(f"past_key_values.{name}" for name in names),
     ]
-    assert [value.name for value in model.graph.output] == ["logits", *(f"present.{name}" for name in names)]
+    assert [value.name for value in model.graph.output] == [
+        "logits",
+        *(f"present.{name}" for name in names),
+    ]
     assert [dim.dim_param for dim in inputs["input_ids"]] == ["batch_size", "sequence_length"]
     assert inputs["past_key_values.0.key"][2].dim_param == "past_sequence_length"
 
@@ -106,39 +124,58 @@ def test_a_half_precision_artifact_keeps_its_cache_in_half_precision_too(picos, 
     check = record.verification["onnxruntime"]
     assert artifact[1].verification["onnxruntime"].relative_difference < check.relative_difference
     assert check.typical_difference <= check.tolerance
-    assert (check.stray_share, artifact[1].verification["onnxruntime"].stray_share) == (STRAY_SHARE, 0)
-    inputs = {value.name: value.type.tensor_type for value in onnx.load(tmp_path / "onnx" / "model.onnx").graph.input}
+    assert (check.stray_share, artifact[1].verification["onnxruntime"].stray_share) == (
+        STRAY_SHARE,
+        0,
+    )
+    inputs = {
+        value.name: value.type.tensor_type
+        for value in onnx.load(tmp_path / "onnx" / "model.onnx").graph.input
+    }
     assert inputs["past_key_values.0.key"].elem_type == onnx.TensorProto.FLOAT16
 
 
 def test_a_quantised_artifact_is_judged_by_agreement(picos, tmp_path):
-    check = export(make_source(picos["opt"]), tmp_path, "onnx", quantise="int8")["onnx"].verification["onnxruntime"]
+    check = export(make_source(picos["opt"]), tmp_path, "onnx", quantise="int8")[
+        "onnx"
+    ].verification["onnxruntime"]
     assert check.tolerance is None
     assert check.min_agreement == 0.9 <= check.argmax_agreement
     assert check.relative_difference > 1e-4
     nodes = onnx.load(tmp_path / "onnx" / "model.onnx").graph.node
-    widths = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "N"]
+    widths = [
+        attribute.i for node in nodes for attribute in node.attribute if attribute.name == "N"
+    ]
     assert VOCABULARY in widths  # the output layer too, though it shares the embedding's weights
 
 
 def test_a_plain_onnxruntime_session_runs_it_without_our_packages(artifact):
     script = WITHOUT_US + (
-        "import numpy as np, onnxruntime as ort;"
-        f"session = ort.InferenceSession({str(artifact[0] / 'model.onnx')!r});"
-        "past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs()[3:]};"
-        "tokens = {'input_ids': [[5, 6, 7]], 'attention_mask': [[1, 1, 1]], 'position_ids': [[0, 1, 2]]};"
-        "tokens = {name: np.array(value) for name, value in tokens.items()};"
-        "print(session.run(['logits'], tokens | past)[0].shape)"
+        "import numpy as np, onnxruntime as ort;session = "
+        f"ort.InferenceSession({str(artifact[0] / 'model.onnx')!r});past = {{i.name: np.zeros((1, "
+        "i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs()[3:]};tokens = "
+        "{'input_ids': [[5, 6, 7]], 'attention_mask': [[1, 1, 1]], 'position_ids': [[0, 1, "
+        "2]]};tokens = {name: np.array(value) for name, value in "
+        "tokens.items()};print(session.run(['logits'], tokens | past)[0].shape)"
     )
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd="/")
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd="/"
+    )
     assert finished.stdout.strip() == f"(1, 3, {VOCABULARY})", finished.stderr
 
 
 def test_onnxruntime_genai_runs_its_own_artifact(tmp_path):
-    pico = make_pico("llama", tmp_path / "pico", hidden_size=64)  # its attention wants heads of a multiple of 16
+    pico = make_pico(
+        "llama", tmp_path / "pico", hidden_size=64
+    )  # its attention wants heads of a multiple of 16
     record = export(make_source(pico), tmp_path, "onnx-genai")["onnx-genai"]
-    assert record.verification["genai"].relative_difference <= record.verification["genai"].tolerance
-    assert json.loads((tmp_path / "onnx-genai" / "genai_config.json").read_text())["model"]["type"] == "llama"
+    assert (
+        record.verification["genai"].relative_difference <= record.verification["genai"].tolerance
+    )
+    assert (
+        json.loads((tmp_path / "onnx-genai" / "genai_config.json").read_text())["model"]["type"]
+        == "llama"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""An artifact where it arrives: whole and faithful, or refused, whatever was made of it on the way."""
+"""An artifact where it arrives: whole and faithful, or refused, whatever was made of it on the
+way."""
 
 import json
 import shutil
@@ -26,10 +27,22 @@ def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path, fresh_p
     ("damage", "message"),
     [
         (lambda directory: (directory / "tokenizer.json").unlink(), r"lacks tokenizer\.json"),
-        (lambda directory: flip_byte(directory / "model.safetensors"), r"model\.safetensors is not what was exported"),
-        (lambda directory: flip_byte(directory / "tokenizer.json"), r"tokenizer\.json is not what was exported"),
-        (lambda directory: flip_byte(directory / "config.json"), r"config\.json is not what was exported"),
-        (lambda directory: (directory / "modeling_evil.py").touch(), r"modeling_evil\.py is not part of the artifact"),
+        (
+            lambda directory: flip_byte(directory / "model.safetensors"),
+            r"model\.safetensors is not what was exported",
+        ),
+        (
+            lambda directory: flip_byte(directory / "tokenizer.json"),
+            r"tokenizer\.json is not what was exported",
+        ),
+        (
+            lambda directory: flip_byte(directory / "config.json"),
+            r"config\.json is not what was exported",
+        ),
+        (
+            lambda directory: (directory / "modeling_evil.py").touch(),
+            r"modeling_evil\.py is not part of the artifact",
+        ),
         (lambda directory: (directory / "gradmap.json").unlink(), r"gradmap\.json does not exist"),
     ],
 )
@@ -40,7 +53,9 @@ def test_a_damaged_or_altered_artifact_is_refused(artifact, tmp_path, damage, me
         verify_directory(received)
 
 
-def test_weights_that_compute_something_else_are_refused_even_if_their_hash_is_right(artifact, tmp_path):
+def test_weights_that_compute_something_else_are_refused_even_if_their_hash_is_right(
+    artifact, tmp_path
+):
     received = shutil.copytree(artifact[0], tmp_path / "received")
     weights = load_file(received / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
@@ -83,7 +98,9 @@ def test_a_record_cannot_allow_itself_a_difference(artifact, tmp_path):
 def test_a_record_that_asks_for_more_than_rounding_allows_gets_it(artifact, tmp_path):
     received = shutil.copytree(artifact[0], tmp_path / "received")
     asked = artifact[2].verification["transformers"].tolerance / 2
-    change_record(received, lambda record: record["verification"]["transformers"].update(tolerance=asked))
+    change_record(
+        received, lambda record: record["verification"]["transformers"].update(tolerance=asked)
+    )
     assert verify_directory(received).verification["transformers"].tolerance == asked
 
 
@@ -109,7 +126,9 @@ def test_code_that_a_config_names_is_refused_even_if_its_hash_is_right(artifact,
         verify_directory(received)
 
 
-@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "a/../config.json", "./config.json", ""])
+@pytest.mark.parametrize(
+    "name", ["../config.json", "/etc/passwd", "a/../config.json", "./config.json", ""]
+)
 def test_a_record_names_files_inside_the_directory_only(artifact, tmp_path, name):
     received = shutil.copytree(artifact[0], tmp_path / "received")
     change_record(received, lambda record: record["files"].update({name: "0" * 64}))
@@ -131,7 +150,9 @@ def test_the_expected_hash_may_be_in_capitals(artifact, spell):
     assert read_record(artifact[0], expected).name == artifact[2].name
 
 
-@pytest.mark.parametrize("version", [None, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, str(SCHEMA_VERSION)])
+@pytest.mark.parametrize(
+    "version", [None, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, str(SCHEMA_VERSION)]
+)
 def test_a_record_of_another_version_is_not_read(artifact, tmp_path, version):
     received = shutil.copytree(artifact[0], tmp_path / "received")
     change_record(received, lambda record: record.update(schema_version=version))

@@ -27,7 +27,11 @@ except KeyError as error:
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        (PYDANTIC, r"1 validation error for ModelConfig: length: Value error, length 65 is beyond the model's 64$"),
+        (
+            PYDANTIC,
+            r"1 validation error for ModelConfig: length: "
+            r"Value error, length 65 is beyond the model's 64$",
+        ),
         (CHAINED, r"^It failed: ValueError: the file is cut off$"),
         ("import sys; sys.exit('Error: no room')", r"^It failed: Error: no room$"),
         ("import sys; sys.exit(3)", r"^It failed: no message$"),

@@ -61,19 +61,29 @@ def test_a_difference_is_measured_and_its_place_named(reference):
 
 @pytest.mark.parametrize("where", ["logits", "cached"])
 def test_nan_does_not_pass(reference, where):
-    broken = {where: torch.full_like(reference.logits if where == "logits" else reference.logits[:, -1], torch.nan)}
+    broken = {
+        where: torch.full_like(
+            reference.logits if where == "logits" else reference.logits[:, -1], torch.nan
+        )
+    }
     assert problem_of(reference, outcome_of(reference, **broken), tolerance=1.0) is not None
-    assert problem_of(reference, outcome_of(reference, logits=reference.logits * torch.nan), min_agreement=0.5)
+    assert problem_of(
+        reference, outcome_of(reference, logits=reference.logits * torch.nan), min_agreement=0.5
+    )
 
 
 def test_a_wrong_cache_is_seen_though_the_plain_logits_are_right(reference):
-    problem = problem_of(reference, outcome_of(reference, cached=reference.logits[:, 0]), tolerance=0.1)
+    problem = problem_of(
+        reference, outcome_of(reference, cached=reference.logits[:, 0]), tolerance=0.1
+    )
     assert "through the KV cache" in problem
 
 
 def test_other_text_is_excused_only_at_a_near_tie(reference):
     assert problem_of(reference, outcome_of(reference, greedy=(4, 9, 6)), tolerance=1e-4) is None
-    assert "token 1 on" in problem_of(reference, outcome_of(reference, greedy=(9, 5, 6)), tolerance=1e-4)
+    assert "token 1 on" in problem_of(
+        reference, outcome_of(reference, greedy=(9, 5, 6)), tolerance=1e-4
+    )
 
 
 def test_a_quantised_model_is_judged_by_agreement(reference):
@@ -88,7 +98,9 @@ def test_log_probabilities_stand_in_for_logits(reference):
     outcome = Outcome("vllm", torch.tensor([4]), logprob_ids=best.indices, logprobs=best.values)
     assert compare(reference, outcome, Bounds(tolerance=1e-6)).argmax_agreement == 1.0
     assert problem_of(reference, outcome, tolerance=1e-6) is None
-    shifted = Outcome("vllm", torch.tensor([4]), logprob_ids=best.indices, logprobs=best.values + 0.5)
+    shifted = Outcome(
+        "vllm", torch.tensor([4]), logprob_ids=best.indices, logprobs=best.values + 0.5
+    )
     assert problem_of(reference, shifted, tolerance=0.1) is not None
 
 
@@ -98,8 +110,13 @@ def test_a_stored_probe_judges_as_the_whole_reference_does(reference, tmp_path):
     assert stored.logits.shape == (SAMPLES, TOKENS, 32)
     assert torch.equal(stored.best_ids, reference.best_ids)
     assert problem_of(stored, outcome_of(reference), tolerance=1e-9) is None
-    assert problem_of(stored, outcome_of(reference, reference.logits + 0.5), tolerance=0.1) is not None
-    assert problem_of(stored, outcome_of(reference, cached=reference.logits[:, 0]), tolerance=0.1) is not None
+    assert (
+        problem_of(stored, outcome_of(reference, reference.logits + 0.5), tolerance=0.1) is not None
+    )
+    assert (
+        problem_of(stored, outcome_of(reference, cached=reference.logits[:, 0]), tolerance=0.1)
+        is not None
+    )
     (tmp_path / "probe").write_bytes((tmp_path / "probe").read_bytes()[:-10])
     with pytest.raises(UserError, match="damaged"):
         load_probe(tmp_path / "probe")
@@ -127,7 +144,9 @@ def long_reference(reference):
     return replace(reference, logits=logits, scale=1.0)
 
 
-@pytest.mark.parametrize(("positions", "passes"), [(1, True), (12, True), (16, False)])  # 0.4, 4.7 and 6.3 %
+@pytest.mark.parametrize(
+    ("positions", "passes"), [(1, True), (12, True), (16, False)]
+)  # 0.4, 4.7 and 6.3 %
 def test_a_coarse_runtime_may_stray_at_a_few_positions(long_reference, positions, passes):
     logits = stray(long_reference, positions)
     outcome = outcome_of(long_reference, logits, cached=long_reference.logits[:, -1])
@@ -136,18 +155,26 @@ def test_a_coarse_runtime_may_stray_at_a_few_positions(long_reference, positions
     assert comparison.relative_difference == pytest.approx(100 * (positions / 256) ** 0.5)
     assert (find_problem(comparison) is None) == passes
     assert passes == (comparison.typical_difference == 0)
-    assert "where rounding explains" in problem_of(long_reference, outcome, tolerance=0.1)  # as in float32
+    assert "where rounding explains" in problem_of(
+        long_reference, outcome, tolerance=0.1
+    )  # as in float32
 
 
 def test_what_does_not_stray_is_held_to_the_tolerance(long_reference):
     logits = stray(long_reference, 1) + 0.2
     outcome = outcome_of(long_reference, logits, cached=long_reference.logits[:, -1])
-    assert "without the worst 5% of positions" in problem_of(long_reference, outcome, tolerance=0.1, stray_share=0.05)
+    assert "without the worst 5% of positions" in problem_of(
+        long_reference, outcome, tolerance=0.1, stray_share=0.05
+    )
 
 
 def test_only_what_is_coarser_than_float32_strays():
     assert share_of_strays(torch.float32) == share_of_strays(torch.float64) == 0
-    assert share_of_strays(torch.float16) == share_of_strays(torch.float32, torch.bfloat16) == STRAY_SHARE
+    assert (
+        share_of_strays(torch.float16)
+        == share_of_strays(torch.float32, torch.bfloat16)
+        == STRAY_SHARE
+    )
 
 
 def test_a_position_that_overflows_is_no_stray(long_reference):
@@ -155,7 +182,9 @@ def test_a_position_that_overflows_is_no_stray(long_reference):
         logits = long_reference.logits.clone()
         logits[2, 5, 7] = value
         outcome = outcome_of(long_reference, logits)
-        assert problem_of(long_reference, outcome, tolerance=0.1, stray_share=STRAY_SHARE) is not None
+        assert (
+            problem_of(long_reference, outcome, tolerance=0.1, stray_share=STRAY_SHARE) is not None
+        )
 
 
 @pytest.mark.parametrize(("samples", "passes"), [(1, True), (2, False)])
@@ -163,7 +192,10 @@ def test_one_sample_may_stray_behind_the_cache(long_reference, samples, passes):
     cached = long_reference.logits[:, -1].clone()
     cached[:samples] += 100.0
     problem = problem_of(
-        long_reference, outcome_of(long_reference, cached=cached), tolerance=0.1, stray_share=STRAY_SHARE
+        long_reference,
+        outcome_of(long_reference, cached=cached),
+        tolerance=0.1,
+        stray_share=STRAY_SHARE,
     )
     assert (problem is None) == passes
 
@@ -171,7 +203,9 @@ def test_one_sample_may_stray_behind_the_cache(long_reference, samples, passes):
 def test_a_single_sample_may_not_stray_behind_the_cache(long_reference):
     alone = replace(long_reference, logits=long_reference.logits[:1])
     broken = outcome_of(alone, cached=alone.logits[:, 0])
-    assert "through the KV cache" in problem_of(alone, broken, tolerance=0.1, stray_share=STRAY_SHARE)
+    assert "through the KV cache" in problem_of(
+        alone, broken, tolerance=0.1, stray_share=STRAY_SHARE
+    )
 
 
 def test_of_two_bounds_the_stricter_holds_in_each_respect():
@@ -181,7 +215,9 @@ def test_of_two_bounds_the_stricter_holds_in_each_respect():
 
 
 @pytest.mark.parametrize(("available", "at_once"), [(10**12, 2), (10**9, 1)])
-def test_runners_go_at_once_where_memory_has_room_for_all(reference, tmp_path, monkeypatch, available, at_once):
+def test_runners_go_at_once_where_memory_has_room_for_all(
+    reference, tmp_path, monkeypatch, available, at_once
+):
     running, most = set(), []
     meeting = threading.Barrier(at_once, timeout=60)
 
@@ -195,7 +231,10 @@ def test_runners_go_at_once_where_memory_has_room_for_all(reference, tmp_path, m
 
     monkeypatch.setattr(verification, "run_artifact", run)
     monkeypatch.setattr(verification, "available_bytes", lambda: available)
-    assert run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9) == ["first", "second"]
+    assert run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9) == [
+        "first",
+        "second",
+    ]
     assert most == [at_once, at_once]
 
 
@@ -220,5 +259,8 @@ def test_where_one_runner_fails_the_others_end(reference, tmp_path, monkeypatch)
 
 def test_a_runner_that_is_killed_has_run_out_of_memory(fresh_processes):
     script = "import os; os.kill(os.getpid(), 9)"
-    with pytest.raises(OutOfMemoryError, match="It does not run: it was killed, as the system does where memory runs"):
+    with pytest.raises(
+        OutOfMemoryError,
+        match="It does not run: it was killed, as the system does where memory runs",
+    ):
         run_in_a_fresh_process([sys.executable, "-c", script], "It does not run")

@@ -49,20 +49,32 @@ def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(picos, tm
     for quantise, directory in directories.items():
         directory.mkdir()
         write_vllm(directory, source, Target("float32", quantise, 10**9))
-    exact, quantised = (load_file(directory / "model.safetensors") for directory in directories.values())
-    scales = {name.removesuffix("_scale"): scale for name, scale in quantised.items() if name.endswith("_scale")}
+    exact, quantised = (
+        load_file(directory / "model.safetensors") for directory in directories.values()
+    )
+    scales = {
+        name.removesuffix("_scale"): scale
+        for name, scale in quantised.items()
+        if name.endswith("_scale")
+    }
     architecture = picos[family].architecture
     assert f"{architecture.layers}.{CORRECTED - 2}.{architecture.down_projection}.weight" in scales
     for name, weight in exact.items():
         if architecture.parse_tensor_name(name) and weight.ndim == 2:
-            assert ((quantised[name] * scales[name] - weight).abs() <= 0.51 * scales[name]).all(), name
+            assert ((quantised[name] * scales[name] - weight).abs() <= 0.51 * scales[name]).all(), (
+                name
+            )
         else:
             assert torch.equal(quantised[name], weight), name
 
 
 @pytest.mark.parametrize(
     ("family", "message"),
-    [("gpt2", "stores its weights transposed"), ("mixtral", "mixture of experts"), ("qwen3_moe", "mixture of experts")],
+    [
+        ("gpt2", "stores its weights transposed"),
+        ("mixtral", "mixture of experts"),
+        ("qwen3_moe", "mixture of experts"),
+    ],
 )
 def test_what_cannot_be_quantised_is_refused(picos, tmp_path, family, message):
     with pytest.raises(UserError, match=message):
@@ -86,7 +98,8 @@ def test_a_name_that_vllm_would_take_for_something_else_is_not_written(tmp_path,
 
 
 class Engine:
-    """Stands in for vLLM's, and is as strict: a text and what is generated behind it have to fit into the model."""
+    """Stands in for vLLM's, and is as strict: a text and what is generated behind it have to fit
+    into the model."""
 
     def __init__(self, directory, max_model_len, **settings):
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -95,7 +108,10 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts, sampling, use_tqdm):
-        return [self.answer(torch.tensor([prompt["prompt_token_ids"]]), sampling.max_tokens) for prompt in prompts]
+        return [
+            self.answer(torch.tensor([prompt["prompt_token_ids"]]), sampling.max_tokens)
+            for prompt in prompts
+        ]
 
     def answer(self, ids, tokens):
         assert 0 < tokens <= self.length - ids.shape[1]
@@ -108,13 +124,19 @@ class Engine:
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         text = decode_greedily(transformers_step(self.model), ids, tokens)[0].tolist()
-        return SimpleNamespace(prompt_logprobs=[None, *ranked], outputs=[SimpleNamespace(token_ids=text)])
+        return SimpleNamespace(
+            prompt_logprobs=[None, *ranked], outputs=[SimpleNamespace(token_ids=text)]
+        )
 
 
 @pytest.mark.parametrize(("tokens", "generated"), [(64, 0), (63, 1), (20, 44)])
-def test_vllm_is_asked_for_no_more_than_a_model_has_positions_for(picos, monkeypatch, tokens, generated):
+def test_vllm_is_asked_for_no_more_than_a_model_has_positions_for(
+    picos, monkeypatch, tokens, generated
+):
     """One with 64 positions has none left behind a probe of 64 tokens."""
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace))
+    monkeypatch.setitem(
+        sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
+    )
     checkpoint, probe = picos["llama"].checkpoint, random_probe(VOCABULARY)[:, :tokens]
     reference = compute_references(checkpoint, (), {}, probe, {None})[None]
     tensors, runtime = run_vllm.outcome_of(checkpoint.directory, probe, len(reference.greedy_ids))
@@ -146,7 +168,9 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
     assert ("quantization_config" in config) == (quantise is not None)
 
 
-def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(picos, tmp_path, monkeypatch):
+def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(
+    picos, tmp_path, monkeypatch
+):
     for module in ("export.formats", "serving.machine"):
         monkeypatch.setattr(f"{module}.cpu_spoils_int8", lambda: True)
     source = make_source(picos["llama"])

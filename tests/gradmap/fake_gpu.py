@@ -1,10 +1,12 @@
-"""A GPU without a GPU: tensors that say they are on `cuda`, while a plain tensor on the CPU does the work.
+"""A GPU without a GPU: tensors that say they are on `cuda`, while a plain tensor on the CPU does
+the work.
 
-The numbers are real, so a test can compare them with those of the CPU. What a GPU would mind is counted or refused:
-copies between the two memories, waits of the host for the GPU, operands that are in the wrong memory, and what the CPU
-reads before the GPU has sent it.
+The numbers are real, so a test can compare them with those of the CPU. What a GPU would mind is
+counted or refused: copies between the two memories, waits of the host for the GPU, operands that
+are in the wrong memory, and what the CPU reads before the GPU has sent it.
 
-torch's own FakeTensorMode has no numbers, and a build of torch without CUDA aborts in its backward pass.
+torch's own FakeTensorMode has no numbers, and a build of torch without CUDA aborts in its backward
+pass.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda:0")
-# What torch's C++ takes a tensor's device to be. Autograd has no queue for `cuda` here, and for `meta` it needs none.
+# What torch's C++ takes a tensor's device to be. Autograd has no queue for `cuda` here, and for
+# `meta` it needs none.
 _STAND_IN = torch.device("meta")
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
-# On CUDA, the host waits in these for a number that only the GPU knows: a value, a size, or whether all went well.
+# On CUDA, the host waits in these for a number that only the GPU knows: a value, a size, or whether
+# all went well.
 _WAITS = {
     _aten._local_scalar_dense,  # item(), bool(), int(), float()
     _aten.nonzero,
@@ -41,12 +45,19 @@ _WAITS = {
     _aten.repeat_interleave,
     _aten._linalg_check_errors,  # cholesky, eigh, solve and their like
 }
-_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
+_INDEXING = {
+    _aten.index,
+    _aten.index_put,
+    _aten.index_put_,
+    _aten._index_put_impl_,
+    _aten._unsafe_index,
+}
 
 
 @dataclass(frozen=True)
 class Event:
-    """A copy between the memories, or a wait of the host for the GPU. where: the line of code that is to blame."""
+    """A copy between the memories, or a wait of the host for the GPU. where: the line of code that
+    is to blame."""
 
     kind: str
     size_bytes: int
@@ -56,7 +67,8 @@ class Event:
 
 @dataclass
 class Traffic:
-    """What went between host and GPU. A copy waits unless it is `non_blocking`; a value that is read only waits."""
+    """What went between host and GPU. A copy waits unless it is `non_blocking`; a value that is
+    read only waits."""
 
     events: list[Event] = field(default_factory=list)
 
@@ -78,7 +90,9 @@ class Traffic:
 
     def __str__(self) -> str:
         counts = Counter((event.kind, event.where) for event in self.events)
-        return "\n".join(f"{count:5} {kind} {where}" for (kind, where), count in sorted(counts.items()))
+        return "\n".join(
+            f"{count:5} {kind} {where}" for (kind, where), count in sorted(counts.items())
+        )
 
 
 class GpuTensor(Tensor):
@@ -133,7 +147,9 @@ class FakeGpu:
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    on_gpu = moved.setdefault(id(parameter), nn.Parameter(parameter.to(GPU), requires_grad=False))
+                    on_gpu = moved.setdefault(
+                        id(parameter), nn.Parameter(parameter.to(GPU), requires_grad=False)
+                    )
                     module._parameters[name] = on_gpu
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -170,7 +186,8 @@ class _Generator(torch.Generator):
 
 
 class _Devices(TorchFunctionMode):
-    """Wherever `cuda` is asked for, asks for its stand-in, which torch's C++ does not take for an error."""
+    """Wherever `cuda` is asked for, asks for its stand-in, which torch's C++ does not take for an
+    error."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_stand_in, (args, kwargs or {}))
@@ -196,7 +213,9 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.traffic = Traffic()
-        self._on_the_way: list[Tensor] = []  # into the CPU's memory, by copies that nothing has waited for
+        self._on_the_way: list[
+            Tensor
+        ] = []  # into the CPU's memory, by copies that nothing has waited for
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -226,8 +245,12 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], on_gpu: bool) -> Any:
-        known = {id(operand.inner): operand for operand in operands if isinstance(operand, GpuTensor)}
-        args, kwargs = tree_map(lambda value: value.inner if isinstance(value, GpuTensor) else value, (args, kwargs))
+        known = {
+            id(operand.inner): operand for operand in operands if isinstance(operand, GpuTensor)
+        }
+        args, kwargs = tree_map(
+            lambda value: value.inner if isinstance(value, GpuTensor) else value, (args, kwargs)
+        )
 
         def place(value: Any) -> Any:
             if id(value) in known:  # changed in place
@@ -264,7 +287,10 @@ class _Recorder(TorchDispatchMode):
         on_the_way = {tensor.untyped_storage().data_ptr() for tensor in self._on_the_way}
         for operand in operands if on_the_way else ():
             if operand.untyped_storage().data_ptr() in on_the_way:
-                raise RuntimeError(f"{func}: a tensor of shape {tuple(operand.shape)} is still on the way to the CPU")
+                raise RuntimeError(
+                    f"{func}: a tensor of shape {tuple(operand.shape)} is still on the way to the "
+                    "CPU"
+                )
 
     def _add(self, kind: str, size_bytes: int = 0) -> None:
         if kind == "wait":
@@ -282,12 +308,16 @@ def _refuse_mixed(func: Any, operands: Iterable[Any]) -> None:
     """As CUDA does: only numbers, and indices, may be on the CPU."""
     for operand in operands:
         if isinstance(operand, Tensor) and not isinstance(operand, GpuTensor) and operand.dim() > 0:
-            raise RuntimeError(f"{func}: a tensor of shape {tuple(operand.shape)} is on the CPU, others on {GPU}")
+            raise RuntimeError(
+                f"{func}: a tensor of shape {tuple(operand.shape)} is on the CPU, others on {GPU}"
+            )
 
 
 def _caller() -> str:
     """The innermost line that is not torch's or ours."""
     frame = sys._getframe(1)
-    while frame.f_back and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame.f_back and (
+        "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno}"

@@ -1,4 +1,5 @@
-"""The steps whose copies and waits tests/gradmap/test_gpu_traffic.py counts, and what each may take.
+"""The steps whose copies and waits tests/gradmap/test_gpu_traffic.py counts, and what each may
+take.
 
 The counts are what the steps take today; a lower one may replace them, a higher one needs a reason.
 """
@@ -56,7 +57,8 @@ SIZES = [Size(), Size(layers=8), Size(samples=4, batch=4), Size(tokens=40), Size
 
 @dataclass(frozen=True)
 class Allowed:
-    """Copies and waits: once, for each batch, for each layer, for each layer and batch, and for each correction."""
+    """Copies and waits: once, for each batch, for each layer, for each layer and batch, and for
+    each correction."""
 
     once: tuple[int, int] = (0, 0)
     batch: tuple[int, int] = (0, 0)
@@ -68,7 +70,10 @@ class Allowed:
         kept = size.layers - len(REMOVED)
         factors = (1, size.batches, size.layers, size.layers * size.batches, MAPS * kept)
         counts = (self.once, self.batch, self.layer, self.layer_batch, self.correction)
-        copies, waits = (sum(f * count[kind] for f, count in zip(factors, counts, strict=True)) for kind in (0, 1))
+        copies, waits = (
+            sum(f * count[kind] for f, count in zip(factors, counts, strict=True))
+            for kind in (0, 1)
+        )
         return copies, waits
 
 
@@ -76,7 +81,8 @@ STEPS = {}
 
 
 def step(**allowed):
-    """A function of a pico, its model and a Size that returns what to run, and what that may take."""
+    """A function of a pico, its model and a Size that returns what to run, and what that may
+    take."""
 
     def add(prepare):
         STEPS[prepare.__name__] = prepare, Allowed(**allowed)
@@ -85,8 +91,9 @@ def step(**allowed):
     return add
 
 
-# transformers looks at the positions of every batch that has no mask, and waits for the answer, in each run of a model:
-# for embeddings, for logits, and once for the arguments of its layers. torch waits to see if a Cholesky factor exists.
+# transformers looks at the positions of every batch that has no mask, and waits for the answer, in
+# each run of a model: for embeddings, for logits, and once for the arguments of its layers. torch
+# waits to see if a Cholesky factor exists.
 
 
 @step(batch=(2, 5))
@@ -96,7 +103,9 @@ def importance(pico, model, size):
 
 @step(once=(3, 5), batch=(3, 5), layer_batch=(6, 6))  # hidden states live in the CPU's memory
 def streamed_importance(pico, model, size):
-    return lambda: streamed_layer_scores(model, pico.architecture, size.input_ids, Batches(size.batch), [])
+    return lambda: streamed_layer_scores(
+        model, pico.architecture, size.input_ids, Batches(size.batch), []
+    )
 
 
 @step(once=(2, 3))
@@ -109,7 +118,9 @@ def similarity(pico, model, size):
     return lambda: last_hidden_states(model, pico.architecture, size.input_ids)
 
 
-@step(once=(2 + 1, 2 * 4 + 1), layer=(MAPS, MAPS))  # factors are drawn on the CPU, whatever the device
+@step(
+    once=(2 + 1, 2 * 4 + 1), layer=(MAPS, MAPS)
+)  # factors are drawn on the CPU, whatever the device
 def first_training_steps(pico, model, size):
     """Two of them."""
 
@@ -125,7 +136,9 @@ def repair_start(pico, model, size):
     return lambda: repair_scorer(pico, model, size)._divergences
 
 
-@step(layer=(1, 3))  # a layer that is tried is fitted, runs through the output layer, and is compared
+@step(
+    layer=(1, 3)
+)  # a layer that is tried is fitted, runs through the output layer, and is compared
 def repair_round(pico, model, size):
     scorer = repair_scorer(pico, model, size)
     return lambda: scorer.score(Selection(()), lambda n: None)
@@ -145,7 +158,9 @@ def drift(pico, model, size):
     return lambda: list(mean_drift(pruned(pico, model, size)).values())
 
 
-@step(once=(4, 10), batch=(0, 2))  # it walks the dense model and the pruned one, with held-out samples too
+@step(
+    once=(4, 10), batch=(0, 2)
+)  # it walks the dense model and the pruned one, with held-out samples too
 def gram_matrices(pico, model, size):
     return lambda: accumulate_gram(pruned(pico, model, size), Fit(0, 1, "refit", True), {})
 
@@ -153,12 +168,17 @@ def gram_matrices(pico, model, size):
 @step(once=(7, 19), batch=(0, 2))
 def refit(pico, model, size):
     """With two lambdas to choose from."""
-    return lambda: fit_correction(pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2]).change.matrix
+    return lambda: (
+        fit_correction(
+            pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2]
+        ).change.matrix
+    )
 
 
 @step(once=(19, 56), batch=(0, 2))
 def refits_before_two_runs(pico, model, size):
-    """With all lambdas to choose from, of which up to eleven are tried here; each takes one copy and three waits."""
+    """With all lambdas to choose from, of which up to eleven are tried here; each takes one copy
+    and three waits."""
     without_two = replace(pruned(pico, model, size), removed=(1, 3))
     return lambda: [one.change.matrix for one in refit_before_runs(without_two).corrections]
 
@@ -197,7 +217,9 @@ def evaluation(pico, model, size):
 @step(batch=(7, 7))
 def evaluation_of_choices(pico, model, size):
     rows = size.input_ids.tolist()
-    requests = [Request(tuple(row[:-4]), tuple(row[-4:end])) for row in rows for end in (-2, -1, None)]
+    requests = [
+        Request(tuple(row[:-4]), tuple(row[-4:end])) for row in rows for end in (-2, -1, None)
+    ]
     return lambda: log_likelihoods(model, requests, size.batch * (size.tokens + 2))
 
 
@@ -234,7 +256,10 @@ def plan_changes(pico, model):
     """Of every linear map, in the CPU's memory and float32, as they are loaded."""
     generator = torch.Generator().manual_seed(2)
     maps = linear_maps(pico.architecture, model, range(len(pico.architecture.layer_list(model))))
-    return {place: [Update(0.01 * torch.randn(weight_of(module).shape, generator=generator))] for place, module in maps}
+    return {
+        place: [Update(0.01 * torch.randn(weight_of(module).shape, generator=generator))]
+        for place, module in maps
+    }
 
 
 def log_likelihoods(model, requests, batch_tokens):

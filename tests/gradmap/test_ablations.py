@@ -17,7 +17,8 @@ from tests.gradmap.test_prune import prune_arguments
 
 
 def lacking(pruned, correction):
-    """Squared distance of the corrected layer's output from the dense model's, without and with the correction."""
+    """Squared distance of the corrected layer's output from the dense model's, without and with the
+    correction."""
     ids = pruned.calibration.fit_ids
     layer = pruned.architecture.layer_list(pruned.model)[correction.place.layer]
     ((_, wanted),) = run_and_capture(pruned.model, [layer], ids)
@@ -35,15 +36,24 @@ def test_the_right_side_in_closed_form_is_least_squares(picos, input_ids):
     solver = RightSolver(gram, cross, weight)
     for relative in (0.1, 1.0):
         lam = relative * gram.diagonal().mean().item() * weight.square().sum(dim=0).mean().item()
-        # minimise |D - W S X|^2 + lam |S|^2 over vec(S): (X X^T kron W^T W + lam I) vec(S) = vec(W^T D X^T)
-        system = torch.kron(gram, weight.mT @ weight) + lam * torch.eye(len(gram) ** 2, dtype=torch.float64)
-        expected = torch.linalg.solve(system, (weight.mT @ cross).mT.flatten()).reshape(len(gram), len(gram)).mT
+        # minimise |D - W S X|^2 + lam |S|^2 over vec(S): (X X^T kron W^T W + lam I) vec(S) =
+        # vec(W^T D X^T)
+        system = torch.kron(gram, weight.mT @ weight) + lam * torch.eye(
+            len(gram) ** 2, dtype=torch.float64
+        )
+        expected = (
+            torch.linalg.solve(system, (weight.mT @ cross).mT.flatten())
+            .reshape(len(gram), len(gram))
+            .mT
+        )
         torch.testing.assert_close(solver.solve(lam), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["projection", "projection-adam"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_either_side_of_the_down_projection_lowers_what_the_layer_lacks(picos, input_ids, name, side):
+def test_either_side_of_the_down_projection_lowers_what_the_layer_lacks(
+    picos, input_ids, name, side
+):
     pico = picos["llama"]
     pruned = prune(pico, input_ids, (1, 3), side=side)
     (correction,) = COMPENSATORS[name](pruned).corrections
@@ -56,7 +66,9 @@ def test_the_layers_that_drifted_most_are_repaired_front_to_back(picos, input_id
     pruned = prune(picos["llama"], input_ids, (1, 3), top_z=2)
     compensation = COMPENSATORS["projection"](pruned)
     drift = compensation.drift
-    assert [one.place.layer for one in compensation.corrections] == sorted(sorted(drift, key=drift.get)[-2:])
+    assert [one.place.layer for one in compensation.corrections] == sorted(
+        sorted(drift, key=drift.get)[-2:]
+    )
     with pytest.raises(UserError, match="only 3 layers are left"):
         COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), top_z=4))
 
@@ -79,7 +91,9 @@ def test_other_maps_are_trained_through_the_layer(picos, input_ids):
 
 
 def test_without_eq_12_nothing_is_regularised(picos, input_ids):
-    (correction,) = COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), unregularised=True)).corrections
+    (correction,) = COMPENSATORS["projection"](
+        prune(picos["llama"], input_ids, (1, 3), unregularised=True)
+    ).corrections
     assert correction.lam == 0.0
     (trained,) = COMPENSATORS["projection-adam"](
         prune(picos["llama"], input_ids, (1, 3), unregularised=True)

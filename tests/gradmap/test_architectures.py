@@ -22,7 +22,10 @@ def test_removed_layers_come_back(pico, input_ids):
 def test_the_smaller_model_generates_the_same_with_and_without_its_cache(pico, input_ids):
     model = pico.load()
     with without_layers(model, pico.architecture, [1, 2]):
-        texts = [model.generate(input_ids[:2], max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False)]
+        texts = [
+            model.generate(input_ids[:2], max_new_tokens=8, do_sample=False, use_cache=c)
+            for c in (True, False)
+        ]
     assert torch.equal(texts[0], texts[1])
 
 
@@ -43,7 +46,12 @@ def test_per_layer_config_fields_follow():
     config = {
         "model_type": "qwen2",
         "num_hidden_layers": 4,
-        "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        "layer_types": [
+            "full_attention",
+            "full_attention",
+            "sliding_attention",
+            "sliding_attention",
+        ],
         "max_window_layers": 2,
     }
     pruned = prune_config(config, [0, 2])
@@ -57,13 +65,20 @@ def test_kinds_of_attention_that_follow_from_the_position_are_spelled_out():
     """As Gemma 2 and 3 checkpoints are published: without layer_types."""
     gemma2 = prune_config({"model_type": "gemma2", "num_hidden_layers": 4}, [0])
     assert gemma2["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
-    gemma3 = prune_config({"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window_pattern": 2}, [1])
+    gemma3 = prune_config(
+        {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window_pattern": 2}, [1]
+    )
     assert gemma3["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
 
 
 def test_layers_with_experts_keep_them():
     """Every second layer has experts, but not layer 3: 1 and 5 do."""
-    config = {"model_type": "qwen3_moe", "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 6,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+    }
     pruned = prune_config(config, [0, 2])
     assert pruned["decoder_sparse_step"] == 1
     assert pruned["mlp_only_layers"] == [1, 2]  # 3 and 4; the kept layers are 1, 3, 4, 5
@@ -86,10 +101,16 @@ def test_unsafe_removals_are_refused(extra, message):
 
 def test_tensor_names_are_split_with_or_without_leading_parts():
     gpt2 = Architecture(layers="transformer.h", down_projection="mlp.c_proj")
-    assert gpt2.parse_tensor_name("transformer.h.11.mlp.c_proj.weight") == ("transformer.h", 11, "mlp.c_proj.weight")
+    assert gpt2.parse_tensor_name("transformer.h.11.mlp.c_proj.weight") == (
+        "transformer.h",
+        11,
+        "mlp.c_proj.weight",
+    )
     assert gpt2.parse_tensor_name("h.0.ln_1.bias") == ("h", 0, "ln_1.bias")
     assert gpt2.parse_tensor_name("transformer.wte.weight") is None
-    assert architecture_of({"model_type": "opt"}).parse_tensor_name("decoder.layers.3.fc2.bias") == (
+    assert architecture_of({"model_type": "opt"}).parse_tensor_name(
+        "decoder.layers.3.fc2.bias"
+    ) == (
         "decoder.layers",
         3,
         "fc2.bias",

@@ -1,4 +1,5 @@
-"""The methods of other papers: each against a case computed by hand, or against a slow way to the same."""
+"""The methods of other papers: each against a case computed by hand, or against a slow way to the
+same."""
 
 import math
 
@@ -25,7 +26,13 @@ from gradmap.corrections import (
 )
 from gradmap.errors import UserError
 from gradmap.initial_gradients import layer_importances, lora_gradients, weight_importances
-from gradmap.manifold import diffusion_embedding, entropy, last_hidden_states, layer_similarities, mutual_information
+from gradmap.manifold import (
+    diffusion_embedding,
+    entropy,
+    last_hidden_states,
+    layer_similarities,
+    mutual_information,
+)
 from gradmap.selection import Selection, Step, Subject
 from gradmap.selectors import SELECTORS
 from tests.conftest import LAYERS
@@ -33,16 +40,20 @@ from tests.conftest import LAYERS
 
 def prune(pico, input_ids, removed, model=None, **options):
     """Input ids (N, T) to fit on; the first of them are held out too."""
-    calibration = Calibration("test", 0, torch.cat([input_ids, input_ids[: max(1, len(input_ids) // 2)]]))
+    calibration = Calibration(
+        "test", 0, torch.cat([input_ids, input_ids[: max(1, len(input_ids) // 2)]])
+    )
     assert torch.equal(calibration.fit_ids, input_ids)
     options = ProjectionOptions(**options)
-    return Pruned(model or pico.load(), pico.architecture, calibration, removed, Batches(2), options)
+    return Pruned(
+        model or pico.load(), pico.architecture, calibration, removed, Batches(2), options
+    )
 
 
 def scores(name, pico, input_ids, steps=()):
-    return SELECTORS[name](Subject(pico.load(), pico.architecture, Calibration("test", 3, input_ids))).score(
-        Selection(tuple(Step({}, (layer,)) for layer in steps)), lambda n: None
-    )
+    return SELECTORS[name](
+        Subject(pico.load(), pico.architecture, Calibration("test", 3, input_ids))
+    ).score(Selection(tuple(Step({}, (layer,)) for layer in steps)), lambda n: None)
 
 
 def without_epsilon(pico):
@@ -58,12 +69,15 @@ def without_epsilon(pico):
 
 
 def enlarge_as_the_paper_does(pico, model, layer, alpha):
-    """Embeddings, and the last maps of attention and FFN of all layers before, times alpha; the head untouched."""
+    """Embeddings, and the last maps of attention and FFN of all layers before, times alpha; the
+    head untouched."""
     base = model.base_model
     embeddings = [base.embed_tokens] if pico.family == "llama" else [base.wte, base.wpe]
     with torch.no_grad():
         for embedding in embeddings:
-            embedding.weight = torch.nn.Parameter(alpha * embedding.weight, requires_grad=False)  # no longer tied
+            embedding.weight = torch.nn.Parameter(
+                alpha * embedding.weight, requires_grad=False
+            )  # no longer tied
         for earlier in pico.architecture.layer_list(model)[:layer]:
             for target in (pico.architecture.attention_output, pico.architecture.down_projection):
                 for parameter in earlier.get_submodule(target).parameters():
@@ -75,7 +89,9 @@ def test_scaling_what_comes_later_is_scaling_what_came_before(picos, input_ids, 
     pico = picos[family]
     model = without_epsilon(pico)
     compensation = COMPENSATORS["magnitude"](prune(pico, input_ids, (2,), model))
-    entering, leaving = run_and_capture(model, [pico.architecture.layer_list(model)[2]], input_ids)[0]
+    entering, leaving = run_and_capture(model, [pico.architecture.layer_list(model)[2]], input_ids)[
+        0
+    ]
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
     changes = {one.place: (one.change,) for one in compensation.corrections}
     assert {place.layer for place in changes} == {3, 4}
@@ -94,12 +110,14 @@ def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
     first = COMPENSATORS["magnitude"](prune(pico, input_ids, (3,)))
     factor = {one.place: one.change.factor.item() for one in first.corrections}
     with without_layers(pruned.model, pico.architecture, (3,)):
-        entering, leaving = run_and_capture(pruned.model, [pico.architecture.layer_list(pruned.model)[1]], input_ids)[
-            0
-        ]  # before the scales of the first
+        entering, leaving = run_and_capture(
+            pruned.model, [pico.architecture.layer_list(pruned.model)[1]], input_ids
+        )[0]  # before the scales of the first
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
     for one in COMPENSATORS["magnitude"](pruned).corrections:
-        assert one.change.factor.item() == pytest.approx(factor.get(one.place, 1.0) / alpha, rel=1e-9)
+        assert one.change.factor.item() == pytest.approx(
+            factor.get(one.place, 1.0) / alpha, rel=1e-9
+        )
         assert one.place.layer in (2, 4)
 
 
@@ -113,9 +131,16 @@ def test_prune_and_comp_scores_the_model_that_was_made_up_for(picos, input_ids):
     assert torch.equal(calibration.fit_ids, input_ids[:-1])
     with pruned_and_corrected(model, pico.architecture, (1,), changes):
         captured = run_and_capture(model, list(pico.architecture.layer_list(model)), input_ids)
-    expected = [1 - cosine_similarity(entering, leaving, dim=-1).mean().item() for entering, leaving in captured]
-    assert list(scores("prune-comp", pico, input_ids, steps=(1,)).values()) == pytest.approx(expected, rel=1e-9)
-    assert scores("block-influence", pico, input_ids, steps=(1,))[4] != pytest.approx(expected[-1], rel=1e-9)
+    expected = [
+        1 - cosine_similarity(entering, leaving, dim=-1).mean().item()
+        for entering, leaving in captured
+    ]
+    assert list(scores("prune-comp", pico, input_ids, steps=(1,)).values()) == pytest.approx(
+        expected, rel=1e-9
+    )
+    assert scores("block-influence", pico, input_ids, steps=(1,))[4] != pytest.approx(
+        expected[-1], rel=1e-9
+    )
 
 
 # --- LinearPatch ---
@@ -134,7 +159,8 @@ def test_a_width_without_a_hadamard_matrix_is_refused():
 
 
 def test_a_patch_restores_magnitudes_in_the_rotated_basis(picos, input_ids):
-    """With one sample, exactly: mean |H h| behind the patch is what it was behind the removed layers."""
+    """With one sample, exactly: mean |H h| behind the patch is what it was behind the removed
+    layers."""
     pico = picos["llama"]
     pruned = prune(pico, input_ids[:1], (1, 2))
     (correction,) = COMPENSATORS["linear-patch"](pruned).corrections
@@ -145,7 +171,9 @@ def test_a_patch_restores_magnitudes_in_the_rotated_basis(picos, input_ids):
     patched = given @ correction.change.matrix.mT
     expected = (wanted @ basis).abs().mean(dim=1)
     torch.testing.assert_close((patched @ basis).abs().mean(dim=1), expected, rtol=1e-9, atol=1e-12)
-    with pruned_and_corrected(pruned.model, pico.architecture, (1, 2), {correction.place: (correction.change,)}):
+    with pruned_and_corrected(
+        pruned.model, pico.architecture, (1, 2), {correction.place: (correction.change,)}
+    ):
         entering, _ = run_and_capture(pruned.model, [layers[3]], input_ids[:1])[0]
     torch.testing.assert_close(entering, patched, rtol=1e-9, atol=1e-12)
 
@@ -171,7 +199,9 @@ def test_information_is_larger_about_what_depends():
     generator = np.random.default_rng(0)
     points = generator.normal(size=(200, 2))
     independent = generator.normal(size=(200, 2))
-    assert mutual_information(points, points[:, ::-1], 0) > 5 * mutual_information(points, independent, 0)
+    assert mutual_information(points, points[:, ::-1], 0) > 5 * mutual_information(
+        points, independent, 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,16 +242,22 @@ def test_mka_merges_a_run_into_the_layer_before_it(picos, input_ids, family):
     pico = picos[family]
     pruned = prune(pico, input_ids, (2, 1))
     ids = pruned.calibration.input_ids
-    means = layer_similarities(pruned.model, pico.architecture, ids, pruned.calibration.seed).mean(axis=1)
+    means = layer_similarities(pruned.model, pico.architecture, ids, pruned.calibration.seed).mean(
+        axis=1
+    )
     layers = pico.architecture.layer_list(pruned.model)
     corrections = merge_by_similarity(pruned).corrections
     assert {one.place for one in corrections} == {
         place for place, _ in linear_maps(pico.architecture, pruned.model, [0])
     }
     for one in corrections:
-        own, first, second = (weight_of(layers[index].get_submodule(one.place.target)) for index in (0, 1, 2))
+        own, first, second = (
+            weight_of(layers[index].get_submodule(one.place.target)) for index in (0, 1, 2)
+        )
         ratios = [1 / (1 + math.exp(-means[0] / (means[0] + means[index]))) for index in (1, 2)]
-        expected = ratios[1] * (ratios[0] * own + (1 - ratios[0]) * first) + (1 - ratios[1]) * second
+        expected = (
+            ratios[1] * (ratios[0] * own + (1 - ratios[0]) * first) + (1 - ratios[1]) * second
+        )
         torch.testing.assert_close(own + one.change.matrix, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -247,10 +283,14 @@ def test_the_gradients_of_the_first_step_are_those_of_the_weights(picos, input_i
     }
     model.requires_grad_(True)
     logits = model(input_ids=input_ids).logits[:, :-1]
-    (cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum") / 60).backward()
+    (
+        cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum") / 60
+    ).backward()
     for place, (up, down) in first.items():
         expected = maps[place].weight.grad @ downs[place].mT
-        torch.testing.assert_close(up, expected, rtol=1e-5, atol=1e-9)  # the loss is computed in float32
+        torch.testing.assert_close(
+            up, expected, rtol=1e-5, atol=1e-9
+        )  # the loss is computed in float32
         assert not down.any()
 
 
@@ -261,7 +301,9 @@ def test_importance_of_a_layer_is_that_of_its_weights(picos, input_ids):
     expected = [0.0] * 5
     for place, importance in per_weight.items():
         expected[place.layer] += importance.sum().item()
-    assert layer_importances(model, pico.architecture, input_ids, 0) == pytest.approx(expected, rel=1e-9)
+    assert layer_importances(model, pico.architecture, input_ids, 0) == pytest.approx(
+        expected, rel=1e-9
+    )
     assert scores("gradpruner", pico, input_ids.flip(0), steps=(0,)).keys() == {1, 2, 3, 4}
 
 
@@ -273,7 +315,9 @@ def test_only_the_most_important_weights_with_the_same_sign_are_merged(picos, in
     corrections = merge_where_signs_agree(pruned).corrections
     assert {one.place.layer for one in corrections} == {2}
     for one in corrections:
-        kept, removed = (weight_of(layers[index].get_submodule(one.place.target)) for index in (2, 3))
+        kept, removed = (
+            weight_of(layers[index].get_submodule(one.place.target)) for index in (2, 3)
+        )
         importance = importances[Place(3, one.place.target)]
         order = importance.flatten().argsort(descending=True)
         important = torch.zeros(importance.numel(), dtype=torch.bool)

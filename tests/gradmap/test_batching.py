@@ -53,7 +53,10 @@ def test_the_batch_is_what_memory_holds_for_the_backward_pass():
         values.exp().sum().backward()
 
     assert measured_batch_size(run_one, nn.Module(), 2, torch.device("cpu")) == 10
-    assert measured_batch_size(lambda: None, nn.Module(), 128, torch.device("cpu")) == TOKENS["cpu"] // 128
+    assert (
+        measured_batch_size(lambda: None, nn.Module(), 128, torch.device("cpu"))
+        == TOKENS["cpu"] // 128
+    )
     assert measured_batch_size(lambda: None, nn.Module(), 10**6, torch.device("cpu")) == 1
 
 
@@ -74,13 +77,17 @@ def test_a_gpu_takes_more_at_once(monkeypatch):
         torch.ones(100, requires_grad=True).exp().sum().backward()
 
     assert measured_batch_size(keep_400_bytes, nn.Module(), 2, gpu) == 10
-    sizes = [[forward_batch(torch.zeros(9, tokens), device) for device in (cpu, gpu)] for tokens in (128, 2048)]
+    sizes = [
+        [forward_batch(torch.zeros(9, tokens), device) for device in (cpu, gpu)]
+        for tokens in (128, 2048)
+    ]
     assert sizes == [[4, 16], [4, 4]]
 
 
 @pytest.mark.parametrize("score", [layer_scores, lambda *args: streamed_layer_scores(*args, [])])
 def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, monkeypatch, score):
-    """The second batch fails in its backward pass, when norms of some layers have been taken already."""
+    """The second batch fails in its backward pass, when norms of some layers have been taken
+    already."""
     from gradmap import importance
 
     pico = picos["llama"]
@@ -102,7 +109,9 @@ def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, mon
 def test_weights_do_not_count_however_large():
     model = nn.Linear(4096, 4096, bias=False).requires_grad_(False)
     values = torch.ones(1, 4096, requires_grad=True)
-    size = measured_batch_size(lambda: model(values).exp().sum().backward(), model, 8, torch.device("cpu"))
+    size = measured_batch_size(
+        lambda: model(values).exp().sum().backward(), model, 8, torch.device("cpu")
+    )
     assert size == TOKENS["cpu"] // 8
 
 

@@ -47,9 +47,15 @@ class Malicious:
     ("changes", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantise afterwards"),
-        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "not a causal language model"),
+        (
+            {"architectures": ["BertForMaskedLM"], "model_type": "bert"},
+            "not a causal language model",
+        ),
         ({"is_encoder_decoder": True}, "not a causal language model"),
-        ({"auto_map": {"AutoModelForCausalLM": "x.py"}, "architectures": ["MyForCausalLM"]}, "remote code"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "x.py"}, "architectures": ["MyForCausalLM"]},
+            "remote code",
+        ),
         ({"model_type": "mamba"}, "not supported"),
         ({"model_type": ["llama"]}, "model_type: Input should be a valid string"),
         ({"architectures": "LlamaForCausalLM"}, "architectures: Input should be a valid list"),
@@ -57,7 +63,10 @@ class Malicious:
         ({"num_hidden_layers": None}, "num_hidden_layers is None, where a count is expected"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a count is expected"),
         ({"vocab_size": "200"}, "vocab_size is '200', where a count is expected"),
-        ({"vocab_size": 10_000}, r"have in another shape .*embed_tokens\.weight \(\d+, \d+\) instead of \(10000, "),
+        (
+            {"vocab_size": 10_000},
+            r"have in another shape .*embed_tokens\.weight \(\d+, \d+\) instead of \(10000, ",
+        ),
         ({"hidden_size": "wide"}, "cannot be built as its config.json describes it"),
         ({"num_attention_heads": 0}, "cannot be built as its config.json describes it"),
         ({"rope_parameters": {"rope_type": "unheard", "rope_theta": 1.0}}, "cannot be built"),
@@ -90,8 +99,14 @@ def quantised(name):
     [
         (lambda name: f"_orig_mod.{name}", r"they lack .*; they also hold _orig_mod\."),
         (without("lm_head.weight"), r"they lack lm_head\.weight\."),
-        (without("layers.2.mlp.down_proj.weight"), r"they lack model\.layers\.2\.mlp\.down_proj\.weight\."),
-        (quantised, r"they lack .*down_proj\.weight.* and \d+ more; they also hold .*down_proj\.qweight"),
+        (
+            without("layers.2.mlp.down_proj.weight"),
+            r"they lack model\.layers\.2\.mlp\.down_proj\.weight\.",
+        ),
+        (
+            quantised,
+            r"they lack .*down_proj\.weight.* and \d+ more; they also hold .*down_proj\.qweight",
+        ),
         (
             lambda name: name.replace("layers.4.", "layers.5."),
             r"they lack model\.layers\.4\..*also hold model\.layers\.5\.",
@@ -113,8 +128,12 @@ def test_a_runtime_that_may_read_quantised_weights_gets_no_incomplete_ones(broke
 
 
 def test_a_single_weight_file_counts_before_a_stale_index(broken):
-    (broken / INDEX_NAME).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
-    assert [path.name for path in open_checkpoint(str(broken)).weight_files] == ["model.safetensors"]
+    (broken / INDEX_NAME).write_text(
+        json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
+    )
+    assert [path.name for path in open_checkpoint(str(broken)).weight_files] == [
+        "model.safetensors"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +169,11 @@ def split_weights(directory):
 
 def test_weight_files_may_lie_in_folders_and_are_hashed_by_their_paths(broken):
     split_weights(broken)
-    assert set(open_checkpoint(str(broken)).file_hashes) == {"config.json", "a/part.safetensors", "b/part.safetensors"}
+    assert set(open_checkpoint(str(broken)).file_hashes) == {
+        "config.json",
+        "a/part.safetensors",
+        "b/part.safetensors",
+    }
 
 
 @pytest.mark.parametrize("folder", ["a", "b"])
@@ -158,7 +181,9 @@ def test_each_of_several_weight_files_is_checked(broken, folder):
     split_weights(broken)
     path = broken / folder / "part.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{folder}/part\.safetensors has \d+ bytes where its header says \d+"):
+    with pytest.raises(
+        UserError, match=rf"{folder}/part\.safetensors has \d+ bytes where its header says \d+"
+    ):
         open_checkpoint(str(broken))
 
 
@@ -194,14 +219,18 @@ def test_a_config_is_no_link_to_another_place(broken, tmp_path):
 def test_a_weight_file_with_more_than_its_header_says_is_named(broken):
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(UserError, match=r"model\.safetensors has \d+ bytes where its header says \d+"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors has \d+ bytes where its header says \d+"
+    ):
         open_checkpoint(str(broken))
 
 
 def test_a_truncated_weight_file_is_named(broken):
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"model\.safetensors has \d+ bytes where its header says \d+"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors has \d+ bytes where its header says \d+"
+    ):
         open_checkpoint(str(broken))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=r"model\.safetensors is not a safetensors file"):
@@ -220,7 +249,9 @@ def test_pickled_weights_are_converted_only_on_request(picos, broken, tmp_path, 
         open_checkpoint(str(broken))
     converted = open_checkpoint(str(broken), allow_pickle=True)
     original = load_file(picos["llama"].directory / "model.safetensors")
-    stored = {name: tensor for path in converted.weight_files for name, tensor in load_file(path).items()}
+    stored = {
+        name: tensor for path in converted.weight_files for name, tensor in load_file(path).items()
+    }
     assert stored.keys() == original.keys()
     assert all(torch.equal(stored[name], original[name]) for name in original)
     assert load_tokenizer(converted.directory)("w5")["input_ids"] == [5]
@@ -235,7 +266,10 @@ def test_what_was_converted_is_of_this_config_and_tokenizer_too(broken, tmp_path
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     second = open_checkpoint(str(broken), allow_pickle=True)
-    assert (first.config["rms_norm_eps"], second.config["rms_norm_eps"]) == (config["rms_norm_eps"], 0.5)
+    assert (first.config["rms_norm_eps"], second.config["rms_norm_eps"]) == (
+        config["rms_norm_eps"],
+        0.5,
+    )
 
 
 def test_what_was_converted_and_then_changed_is_converted_again(broken, tmp_path, monkeypatch):
@@ -262,7 +296,14 @@ def test_what_was_converted_is_of_each_of_these_weight_files(broken, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "x.tiktoken", "vocab.txt", "x.model"]
+    "name",
+    [
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "x.tiktoken",
+        "vocab.txt",
+        "x.model",
+    ],
 )
 def test_what_lies_beside_pickled_weights_comes_along(broken, tmp_path, monkeypatch, name):
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
@@ -292,8 +333,12 @@ def test_pickles_of_the_old_format_are_read(picos, broken, tmp_path, monkeypatch
     assert load_file(converted.weight_files[0]).keys() == tensors.keys()
 
 
-@pytest.mark.parametrize("wrap", [lambda tensors: {"state_dict": tensors}, lambda tensors: list(tensors.values())])
-def test_pickles_of_other_things_than_tensors_by_name_are_refused(broken, tmp_path, monkeypatch, wrap):
+@pytest.mark.parametrize(
+    "wrap", [lambda tensors: {"state_dict": tensors}, lambda tensors: list(tensors.values())]
+)
+def test_pickles_of_other_things_than_tensors_by_name_are_refused(
+    broken, tmp_path, monkeypatch, wrap
+):
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
     torch.save(wrap(load_file(broken / "model.safetensors")), broken / "pytorch_model.bin")
     (broken / "model.safetensors").unlink()
@@ -346,5 +391,7 @@ def header_of(entry):
 )
 def test_a_damaged_header_of_weights_is_one_sentence(broken, header):
     (broken / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    with pytest.raises(UserError, match=r"model\.safetensors is not a safetensors file, or is cut short"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is not a safetensors file, or is cut short"
+    ):
         open_checkpoint(str(broken))

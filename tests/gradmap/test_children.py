@@ -23,7 +23,11 @@ def strangers(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "says"),
-    [("gradmap", "Usage: "), ("export.runners.run_transformers", "not enough values"), ("loadtest", "No module named")],
+    [
+        ("gradmap", "Usage: "),
+        ("export.runners.run_transformers", "not enough values"),
+        ("loadtest", "No module named"),
+    ],
 )
 def test_no_file_of_the_working_directory_replaces_ours(strangers, module, says):
     command = module_command(module, *(["--help"] if module == "gradmap" else []))
@@ -36,6 +40,12 @@ def test_nor_what_vllm_starts(strangers):
     settings = ServerSettings(Path("model"))
     assert build_command(settings)[:4] == module_command("serving.vllm_server")
     environment = server_environment(settings)
-    started = [*module_command("this")[:1], "-m", "vllm.version"]  # as vLLM asks for a model's class
-    finished = subprocess.run(started, cwd=strangers, env=environment, capture_output=True, text=True, check=False)
+    started = [
+        *module_command("this")[:1],
+        "-m",
+        "vllm.version",
+    ]  # as vLLM asks for a model's class
+    finished = subprocess.run(
+        started, cwd=strangers, env=environment, capture_output=True, text=True, check=False
+    )
     assert "replaced" not in finished.stderr

@@ -11,7 +11,10 @@ from tests.command_line import gradmap
         (("prune", "--nope"), "No such option: --nope"),
         (("nosuch",), "No such command"),
         (("verify",), "Missing argument"),
-        (("prune", "--model", "m", "--out", "o", "--samples", "many"), "Input should be a valid integer"),
+        (
+            ("prune", "--model", "m", "--out", "o", "--samples", "many"),
+            "Input should be a valid integer",
+        ),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, message):

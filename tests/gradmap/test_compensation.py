@@ -1,4 +1,5 @@
-"""The closed form solves Eq. 10, changes on hooks are what the equations say, and no repair makes anything worse."""
+"""The closed form solves Eq. 10, changes on hooks are what the equations say, and no repair makes
+anything worse."""
 
 import math
 from dataclasses import replace
@@ -64,14 +65,20 @@ def test_closed_form_equals_least_squares(pico, input_ids, kind, weighted):
     features, missing = activations(pruned, refit=kind == "refit")
     if weighted:
         ((_, dense),) = run_and_capture(
-            pruned.model, [pruned.architecture.layer_list(pruned.model)[LAYER]], pruned.calibration.fit_ids
+            pruned.model,
+            [pruned.architecture.layer_list(pruned.model)[LAYER]],
+            pruned.calibration.fit_ids,
         )
         scale = 1 / dense.flatten(end_dim=-2).norm(dim=1, keepdim=True)
         features, missing = features * scale, missing * scale
     lam = 0.1 * gram.diagonal().mean().item()
-    # normal equations square the condition number, which lam bounds by about 10 f: 1e-16 * (400)^2, with room
+    # normal equations square the condition number, which lam bounds by about 10 f: 1e-16 * (400)^2,
+    # with room
     torch.testing.assert_close(
-        solve_ridge(gram, cross, lam), solve_ridge_reference(features, missing, lam), rtol=0, atol=1e-9
+        solve_ridge(gram, cross, lam),
+        solve_ridge_reference(features, missing, lam),
+        rtol=0,
+        atol=1e-9,
     )
 
 
@@ -85,7 +92,10 @@ def test_the_lowest_of_losses_that_fall_and_then_rise_is_found_without_trying_al
             tried.append(value)
             return value
 
-        assert best_downhill(values, attempt, loss=lambda value, lowest=lowest: abs(value - lowest)) == lowest
+        assert (
+            best_downhill(values, attempt, loss=lambda value, lowest=lowest: abs(value - lowest))
+            == lowest
+        )
         assert len(tried) == len(set(tried)) <= max(3, abs(lowest - count // 2) + 3)
 
 
@@ -100,7 +110,9 @@ def test_a_gpu_fits_the_same(picos, input_ids, kind):
     pico, fit = picos["llama"], Fit(LAYER, LAYER, kind, weighted=True)
     of_cpu = prune(pico, input_ids)
     of_gpu = replace(of_cpu, model=load_model(pico.checkpoint, "float64", "cuda"))
-    (gram, cross), (expected_gram, expected_cross) = (accumulate_gram(one, fit, {}) for one in (of_gpu, of_cpu))
+    (gram, cross), (expected_gram, expected_cross) = (
+        accumulate_gram(one, fit, {}) for one in (of_gpu, of_cpu)
+    )
     assert gram.is_cuda  # so that no batch waits for it to be moved
     lam = 0.1 * expected_gram.diagonal().mean().item()
     expected = solve_ridge(expected_gram, expected_cross, lam)
@@ -110,7 +122,11 @@ def test_a_gpu_fits_the_same(picos, input_ids, kind):
 def test_a_gram_matrix_without_room_on_the_gpu_is_kept_by_the_cpu(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 8 * 100**2, 10**9))
-    assert (device_with_room(100, gpu), device_with_room(101, gpu), device_with_room(100, cpu)) == (gpu, cpu, cpu)
+    assert (device_with_room(100, gpu), device_with_room(101, gpu), device_with_room(100, cpu)) == (
+        gpu,
+        cpu,
+        cpu,
+    )
     with pytest.raises(UserError, match=r"Gram matrices of 1000000 x 1000000 need 32000\.0 GB"):
         device_with_room(10**6, gpu)
 
@@ -124,7 +140,9 @@ def test_no_other_matrix_has_a_lower_objective(pico, input_ids):
 
     def objective(matrix):
         target = added + missing
-        return (added @ matrix.mT - target).square().sum() + lam * (matrix - torch.eye(len(matrix))).square().sum()
+        return (added @ matrix.mT - target).square().sum() + lam * (
+            matrix - torch.eye(len(matrix))
+        ).square().sum()
 
     best = torch.eye(len(gram)) + solve_ridge(gram, cross, lam)
     generator = torch.Generator().manual_seed(0)
@@ -140,16 +158,24 @@ def test_sums_are_solved_with_in_float64_whatever_the_model_computes_in(dtype):
     gram, cross = ridge_sums(features, missing, None)
     assert torch.equal(gram, torch.eye(3, dtype=torch.float64))
     halves = torch.full((2, 3), 0.5, dtype=torch.float64)
-    torch.testing.assert_close(solve_ridge(gram, cross, 1.0), halves, rtol=1e-15, atol=0)  # the root of two, squared
+    torch.testing.assert_close(
+        solve_ridge(gram, cross, 1.0), halves, rtol=1e-15, atol=0
+    )  # the root of two, squared
 
 
 def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
     gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER), {})
-    features, missing = (tensor.reshape(*input_ids.shape, -1) for tensor in activations(pruned, refit=False))
+    features, missing = (
+        tensor.reshape(*input_ids.shape, -1) for tensor in activations(pruned, refit=False)
+    )
     exact = solve_ridge(gram, cross, REGULARISATION * missing.numel())
     training = train_projection(
-        torch.zeros_like(exact), errors_of_output(features, missing), len(input_ids), epochs=30, seed=0
+        torch.zeros_like(exact),
+        errors_of_output(features, missing),
+        len(input_ids),
+        epochs=30,
+        seed=0,
     )
     values = [objective(update, features @ update.mT - missing).item() for update in training]
     best = objective(exact, features @ exact.mT - missing)
@@ -159,10 +185,16 @@ def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):
 def test_adam_steps_at_the_published_rate():
     """Its first step moves every weight by the rate, whatever the gradient."""
     generator = torch.Generator().manual_seed(0)
-    added, missing = (torch.randn(1, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    added, missing = (
+        torch.randn(1, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     start = torch.zeros(4, 4, dtype=torch.float64)
-    (update,) = train_projection(start, errors_of_output(added, missing), samples=1, epochs=1, seed=0)
-    torch.testing.assert_close(update.abs(), torch.full_like(update, 1e-3), rtol=1e-4, atol=0)  # Adam's epsilon
+    (update,) = train_projection(
+        start, errors_of_output(added, missing), samples=1, epochs=1, seed=0
+    )
+    torch.testing.assert_close(
+        update.abs(), torch.full_like(update, 1e-3), rtol=1e-4, atol=0
+    )  # Adam's epsilon
 
 
 def test_the_objective_is_eq_11_as_a_mean_and_a_thousandth_of_eq_12():
@@ -174,11 +206,16 @@ def test_the_objective_is_eq_11_as_a_mean_and_a_thousandth_of_eq_12():
 def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied(pico, input_ids):
     """Eq. 11 as a mean over tokens and channels, beside 1e-3 of Eq. 12: from all samples."""
     calibration = Calibration("test", 0, input_ids, held_out=0)
-    pruned = Pruned(pico.load(), pico.architecture, calibration, REMOVED, Batches(2), accept_all=True)
+    pruned = Pruned(
+        pico.load(), pico.architecture, calibration, REMOVED, Batches(2), accept_all=True
+    )
     compensation = project_most_drifted(pruned)
     (correction,) = compensation.corrections
     assert correction.accepted
-    assert (correction.held_out_divergence_before, correction.held_out_divergence_after) == (None, None)
+    assert (correction.held_out_divergence_before, correction.held_out_divergence_after) == (
+        None,
+        None,
+    )
     added, missing = activations(pruned, refit=False, layer=correction.place.layer)
     identity = torch.eye(added.shape[1], dtype=torch.float64)
 
@@ -198,7 +235,9 @@ def test_repairs_that_are_always_accepted_are_applied_though_they_do_harm(picos,
 
     pruned = prune(picos["llama"], input_ids)
     for accept_all in (False, True):
-        judged = Worse(*vars(replace(pruned, accept_all=accept_all)).values()).judge([(Place(4, "x"), None)], {})
+        judged = Worse(*vars(replace(pruned, accept_all=accept_all)).values()).judge(
+            [(Place(4, "x"), None)], {}
+        )
         assert [one.accepted for one in judged] == [accept_all]
         assert Compensation(judged).held_out_divergence == float(accept_all)
 
@@ -208,15 +247,20 @@ def test_adam_trains_in_float32_whatever_the_model_is_in(picos, input_ids):
     coarse = replace(exact, model=picos["llama"].load(torch.bfloat16))
     (correction,) = COMPENSATORS["projection-adam"](coarse).corrections
     matrix = correction.change.matrix
-    # a step of 1e-3 is below half of bfloat16's spacing beside one: there, W' could not move off the diagonal's 1
+    # a step of 1e-3 is below half of bfloat16's spacing beside one: there, W' could not move off
+    # the diagonal's 1
     assert not torch.equal(matrix.bfloat16().double(), matrix)
 
 
 def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
-    (trained,), (exact,) = (COMPENSATORS[name](pruned).corrections for name in ("projection-adam", "projection"))
+    (trained,), (exact,) = (
+        COMPENSATORS[name](pruned).corrections for name in ("projection-adam", "projection")
+    )
     assert trained.place == exact.place
-    assert trained.held_out_divergence_before == pytest.approx(exact.held_out_divergence_before, rel=1e-12)
+    assert trained.held_out_divergence_before == pytest.approx(
+        exact.held_out_divergence_before, rel=1e-12
+    )
 
 
 def test_drift_is_the_distance_of_mean_outputs(pico, input_ids):
@@ -236,7 +280,9 @@ def test_drift_is_the_distance_of_mean_outputs(pico, input_ids):
 def test_identity_changes_nothing_and_the_hook_spares_the_bias(pico, input_ids):
     model = pico.load()
     width = len(model.get_input_embeddings().weight[0])
-    matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = torch.randn(
+        width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     place = Place(LAYER, pico.architecture.down_projection)
     projection = pico.architecture.down_projection_of(pico.architecture.layer_list(model)[LAYER])
     bias = getattr(projection, "bias", None)
@@ -287,7 +333,10 @@ def test_only_what_brings_the_model_nearer_to_the_dense_one_is_kept(pico, input_
     whole = pruned.model(input_ids=input_ids).logits
     compensation = COMPENSATORS[name](pruned)
     divergences = [pruned.divergence({})]
-    judged = [(one.held_out_divergence_before, one.held_out_divergence_after) for one in compensation.corrections]
+    judged = [
+        (one.held_out_divergence_before, one.held_out_divergence_after)
+        for one in compensation.corrections
+    ]
     for before, after in dict.fromkeys(judged):
         assert before == pytest.approx(divergences[-1], rel=1e-9)
         divergences.append(min(before, after))
@@ -301,7 +350,9 @@ def test_too_few_tokens_to_fit_on_are_told(picos, input_ids, capsys, monkeypatch
     pruned = prune(picos["llama"], input_ids)
     config, tokens = pruned.model.config, pruned.calibration.fit_ids.numel()
     inputs = config.hidden_size if name == "sequential" else config.intermediate_size
-    monkeypatch.setattr("gradmap.compensators.ridge.TOKENS_PER_INPUT", tokens / inputs + (0 if enough else 0.01))
+    monkeypatch.setattr(
+        "gradmap.compensators.ridge.TOKENS_PER_INPUT", tokens / inputs + (0 if enough else 0.01)
+    )
     COMPENSATORS[name](pruned)
     told = "tokens are few to fit so wide a map on" in capsys.readouterr().err
     assert told == (not enough and name != "distil")  # which writes what is missing
@@ -309,7 +360,8 @@ def test_too_few_tokens_to_fit_on_are_told(picos, input_ids, capsys, monkeypatch
 
 @pytest.mark.parametrize("name", ["sequential", "refit"])
 def test_repairs_before_runs_by_hand(picos, input_ids, name):
-    """Towards what the last layer of each run gave in the dense model, the second one behind the first one's repair."""
+    """Towards what the last layer of each run gave in the dense model, the second one behind the
+    first one's repair."""
     pruned = replace(prune(picos["llama"], input_ids), accept_all=True)
     model, architecture, ids = pruned.model, pruned.architecture, pruned.calibration.fit_ids
     layers = list(architecture.layer_list(model))
@@ -332,8 +384,11 @@ def test_repairs_before_runs_by_hand(picos, input_ids, name):
 
 
 def test_a_real_model_is_repaired(smollm2):
-    """Each repair that may change more does better: of nothing, of the layer before each cut, of all that is left."""
-    calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=16, tokens=64, seed=42)
+    """Each repair that may change more does better: of nothing, of the layer before each cut, of
+    all that is left."""
+    calibration = build_calibration(
+        load_tokenizer(smollm2.directory), BOOLQ, samples=16, tokens=64, seed=42
+    )
     model, architecture = load_model(smollm2, "float32"), architecture_of(smollm2.config)
     pruned = Pruned(model, architecture, calibration, (13, 14, 16), Batches(4))
     names = ("none", "sequential", "refit", "distil")

@@ -1,4 +1,5 @@
-"""What is printed while something runs: on a terminal, elsewhere, and by which of several processes."""
+"""What is printed while something runs: on a terminal, elsewhere, and by which of several
+processes."""
 
 import io
 import threading
@@ -60,7 +61,9 @@ def test_lines_of_several_threads_stay_whole(impatient):
             say(f"message {number}")
         stream.wait_for("A wait,")
     lines = stream.getvalue().splitlines()
-    assert [line for line in lines if line.startswith("message")] == [f"message {number}" for number in range(200)]
+    assert [line for line in lines if line.startswith("message")] == [
+        f"message {number}" for number in range(200)
+    ]
     assert all(line.startswith("message ") or line.endswith(" so far") for line in lines)
 
 
@@ -89,7 +92,10 @@ def test_a_command_keeps_its_signature_under_the_decorator(impatient):
 
     with impatient() as stream:
         assert (command(1), command(2)) == (1, 2)
-    assert (command.__doc__, command.__annotations__) == ("Its help.", {"value": int, "return": int})
+    assert (command.__doc__, command.__annotations__) == (
+        "Its help.",
+        {"value": int, "return": int},
+    )
 
 
 def test_only_the_first_of_several_processes_talks(impatient, monkeypatch):
@@ -105,7 +111,11 @@ def test_only_the_first_of_several_processes_talks(impatient, monkeypatch):
 def test_a_terminal_shows_bars_and_waits_below_each_other_and_messages_above(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(console.STDERR, "is_interactive", True)
-    with redirect_stderr(Terminal()) as terminal, waiting("Choosing [layers]"), progress("Scoring", 3) as advance:
+    with (
+        redirect_stderr(Terminal()) as terminal,
+        waiting("Choosing [layers]"),
+        progress("Scoring", 3) as advance,
+    ):
         say("[a message]")
         advance(2)
         shown = terminal.wait_for("2/3")

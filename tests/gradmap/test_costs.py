@@ -1,4 +1,5 @@
-"""The arithmetic of costs against FLOPs that are counted while the code runs, on pico models; and its assumptions."""
+"""The arithmetic of costs against FLOPs that are counted while the code runs, on pico models; and
+its assumptions."""
 
 import math
 import subprocess
@@ -32,7 +33,8 @@ from gradmap.shape import Shape
 from tests.conftest import FAMILIES, PICO_CONFIGS, VOCABULARY, make_pico
 
 distilling = import_module("gradmap.compensators.distil")  # the package has a function of that name
-# Short samples, so that a weight's gradient norm is cheapest by Gram matrices, as for models of a real width.
+# Short samples, so that a weight's gradient norm is cheapest by Gram matrices, as for models of a
+# real width.
 SIZE = CalibrationSize(samples=8, tokens=8)
 LAYERS = 13
 
@@ -43,14 +45,22 @@ def shape_of(family, **changes):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """A Llama with so many layers that the middle one is about in the middle; wide enough for maps to be most of it."""
-    changes = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 192, "vocab_size": VOCABULARY}
+    """A Llama with so many layers that the middle one is about in the middle; wide enough for maps
+    to be most of it."""
+    changes = {
+        "num_hidden_layers": LAYERS,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "vocab_size": VOCABULARY,
+    }
     directory = tmp_path_factory.mktemp("deep")
     return make_pico("llama", directory, **changes), shape_of("llama", **changes)
 
 
 def calibration():
-    ids = torch.randint(3, VOCABULARY, (SIZE.samples, SIZE.tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        3, VOCABULARY, (SIZE.samples, SIZE.tokens), generator=torch.Generator().manual_seed(1)
+    )
     return Calibration("none", 0, ids)
 
 
@@ -61,16 +71,25 @@ def pruned(pico, removed):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_are_those_of_the_model(picos, family):
-    """Matrices of the layers, and the embeddings; Qwen2-MoE's gate of the shared expert, a vector, is left out."""
+    """Matrices of the layers, and the embeddings; Qwen2-MoE's gate of the shared expert, a vector,
+    is left out."""
     shape, model = Shape.of_config(read_config(str(picos[family].directory))), picos[family].load()
     layers = picos[family].architecture.layer_list(model)
-    matrices = sum(weight.numel() for weight in layers.parameters() if weight.dim() >= 2 and 1 not in weight.shape)
+    matrices = sum(
+        weight.numel()
+        for weight in layers.parameters()
+        if weight.dim() >= 2 and 1 not in weight.shape
+    )
     assert shape.layers * shape.layer_parameters == pytest.approx(matrices)
-    rest = matrices + sum(weight.numel() for name, weight in model.named_parameters() if "embed_tokens" in name)
+    rest = matrices + sum(
+        weight.numel() for name, weight in model.named_parameters() if "embed_tokens" in name
+    )
     untied = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     assert shape.tied != untied
     if family not in ("opt", "gpt2"):  # which have embeddings of positions too
-        assert shape.parameters(shape.layers) == pytest.approx(rest + untied * shape.head_parameters)
+        assert shape.parameters(shape.layers) == pytest.approx(
+            rest + untied * shape.head_parameters
+        )
 
 
 def test_every_family_that_is_pruned_has_its_sizes_read():
@@ -89,7 +108,8 @@ def test_what_cannot_be_read_is_said():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forward_pass_multiplies_what_is_said(picos, family):
-    """A mixture's experts get whole tokens, so that their number is exact; only rotations come on top: 2%."""
+    """A mixture's experts get whole tokens, so that their number is exact; only rotations come on
+    top: 2%."""
     model, shape, ids = picos[family].load(torch.float32), shape_of(family), calibration().input_ids
     layers = picos[family].architecture.layer_list(model)
     flops = counted(lambda: losses_from(model, layers, run_layers(model, layers, ids), ids))
@@ -104,7 +124,8 @@ def test_scores_multiply_what_is_said(deep):
 
 
 @pytest.mark.parametrize(
-    ("measure", "flops"), [(block_influences, costs.influence_flops), (taylor_scores, costs.taylor_flops)]
+    ("measure", "flops"),
+    [(block_influences, costs.influence_flops), (taylor_scores, costs.taylor_flops)],
 )
 def test_a_round_of_other_selectors_multiplies_what_is_said(deep, measure, flops):
     pico, shape = deep
@@ -115,29 +136,40 @@ def test_a_round_of_other_selectors_multiplies_what_is_said(deep, measure, flops
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_selection_by_repairs_multiplies_what_is_said(deep, monkeypatch, rounds):
-    """Up to what is a matter of the model: how many are tried, on how many samples, and where the removals are."""
+    """Up to what is a matter of the model: how many are tried, on how many samples, and where the
+    removals are."""
     pico, shape = deep
     monkeypatch.setattr(racing, "is_clearly_worse", lambda losses, best: False)
     monkeypatch.setattr(costs, "MEASURED_SHARE", 1.0)
     tried = []
     try_one = repair.RepairScorer._try
     monkeypatch.setattr(
-        repair.RepairScorer, "_try", lambda scorer, *args: tried.append(args[0]) or try_one(scorer, *args)
+        repair.RepairScorer,
+        "_try",
+        lambda scorer, *args: tried.append(args[0]) or try_one(scorer, *args),
     )
 
     def run():
-        scorer = repair.RepairScorer(Subject(pico.load(torch.float32), pico.architecture, calibration()))
+        scorer = repair.RepairScorer(
+            Subject(pico.load(torch.float32), pico.architecture, calibration())
+        )
         steps = ()
         for _ in range(rounds):
             scores = scorer.score(Selection(steps), lambda n: None)
             best = min(scores, key=scores.__getitem__)
-            steps += (Step(dict.fromkeys(scores, -math.inf), (best,)),)  # no bounds, so that all layers are tried
+            steps += (
+                Step(dict.fromkeys(scores, -math.inf), (best,)),
+            )  # no bounds, so that all layers are tried
 
     flops = counted(run)
     assert tried[: LAYERS - 1] and len(set(tried[: LAYERS - 1])) == LAYERS - 1
     if rounds > 1:
-        monkeypatch.setattr(costs, "TRIED_IN_LATER_ROUNDS", (len(tried) - (LAYERS - 1)) / (rounds - 1))
-    assert flops == pytest.approx(costs.selection_flops(shape, rounds, SIZE), rel=0.02 if rounds == 1 else 0.1)
+        monkeypatch.setattr(
+            costs, "TRIED_IN_LATER_ROUNDS", (len(tried) - (LAYERS - 1)) / (rounds - 1)
+        )
+    assert flops == pytest.approx(
+        costs.selection_flops(shape, rounds, SIZE), rel=0.02 if rounds == 1 else 0.1
+    )
 
 
 def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypatch):
@@ -154,13 +186,17 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
 
     tried = []
     solve = ridge.ClosedForm.solve
-    monkeypatch.setattr(ridge.ClosedForm, "solve", lambda form, lam: (tried.append(lam), solve(form, lam))[1])
+    monkeypatch.setattr(
+        ridge.ClosedForm, "solve", lambda form, lam: (tried.append(lam), solve(form, lam))[1]
+    )
     flops = counted(fit)
     monkeypatch.setattr(costs, "LAMBDAS", len(tried))
     assert flops == pytest.approx(costs.refit_flops(shape, 1, 1, SIZE), rel=0.1)
     known = distilling.Lessons(subject.calibration.fit_ids, walks.dense.hidden)
     training = counted(
-        lambda: distilling.train_low_rank(subject, closed_form, known.followed_by(distilling.written_by_dense(subject)))
+        lambda: distilling.train_low_rank(
+            subject, closed_form, known.followed_by(distilling.written_by_dense(subject))
+        )
     )
     one_flop_a_second = Hardware("one FLOP/s", 1.0, float("inf"), 0, efficiency=1.0)
     writing = costs.writing_seconds(shape, one_flop_a_second, SIZE)
@@ -169,7 +205,10 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
 
 def test_choices_of_other_modules_are_the_same_here():
     assert costs.HELD_OUT_FRACTION == HELD_OUT_FRACTION
-    assert (costs.SELECT_FIT_TOKENS, costs.SELECT_MEASURE_TOKENS) == (repair.FIT_TOKENS, repair.MEASURE_TOKENS)
+    assert (costs.SELECT_FIT_TOKENS, costs.SELECT_MEASURE_TOKENS) == (
+        repair.FIT_TOKENS,
+        repair.MEASURE_TOKENS,
+    )
     names = ("WRITTEN_PER_SAMPLE", "WRITTEN_TOGETHER", "RANK", "STEP_SAMPLES", "TOKENS_PER_INPUT")
     assert [getattr(costs, name) for name in names] == [getattr(distilling, name) for name in names]
     assert set(costs.SELECTORS) <= set(SELECTORS)
@@ -198,9 +237,13 @@ def test_time_grows_with_what_is_to_be_done_and_falls_with_the_hardware():
     few, many = Pruning(2), Pruning(6)
     faster = replace(HARDWARE, flops=2e12, bandwidth=2e11)
     for seconds in (costs.select_seconds, costs.repair_seconds):
-        assert seconds(SHAPE, HARDWARE, Pruning(2, size=CalibrationSize(32, 64))) < seconds(SHAPE, HARDWARE, few)
+        assert seconds(SHAPE, HARDWARE, Pruning(2, size=CalibrationSize(32, 64))) < seconds(
+            SHAPE, HARDWARE, few
+        )
         assert seconds(SHAPE, faster, few) == pytest.approx(seconds(SHAPE, HARDWARE, few) / 2)
-        assert seconds(SHAPE, replace(HARDWARE, devices=2), few) == pytest.approx(seconds(SHAPE, faster, few))
+        assert seconds(SHAPE, replace(HARDWARE, devices=2), few) == pytest.approx(
+            seconds(SHAPE, faster, few)
+        )
         assert seconds(SHAPE, replace(HARDWARE, head_cost=2.0), few) > seconds(SHAPE, HARDWARE, few)
     assert costs.select_seconds(SHAPE, HARDWARE, few) < costs.select_seconds(SHAPE, HARDWARE, many)
     assert costs.default_seconds(SHAPE, HARDWARE, 2) == pytest.approx(
@@ -229,9 +272,15 @@ def test_every_second_removed_layer_begins_a_run():
 def test_a_single_stream_waits_for_its_weights_and_many_for_products():
     read = HARDWARE.weight_bytes * SHAPE.read_parameters(12) / HARDWARE.bandwidth
     assert costs.token_seconds(SHAPE, HARDWARE) == pytest.approx(read)
-    assert costs.token_seconds(SHAPE, HARDWARE, 10**4) == pytest.approx(10**4 * SHAPE.forward_flops(12) / 1e12)
+    assert costs.token_seconds(SHAPE, HARDWARE, 10**4) == pytest.approx(
+        10**4 * SHAPE.forward_flops(12) / 1e12
+    )
     mixture = replace(SHAPE, inner=256, stored_inner=1024, experts=8)
-    assert mixture.read_parameters(12, 1) < mixture.read_parameters(12, 8) == mixture.read_parameters(12, 100)
+    assert (
+        mixture.read_parameters(12, 1)
+        < mixture.read_parameters(12, 8)
+        == mixture.read_parameters(12, 100)
+    )
 
 
 def test_memory_holds_the_weights_as_they_are_computed_with():
@@ -241,7 +290,10 @@ def test_memory_holds_the_weights_as_they_are_computed_with():
     tied = replace(SHAPE, tied=True)
     assert footprint.model_bytes(tied, HARDWARE) == 2 * tied.parameters(12)
     # the embedding stays in float32, and the head parts from it
-    assert footprint.model_bytes(tied, autocast) == 2 * 12 * tied.layer_parameters + 6 * tied.head_parameters
+    assert (
+        footprint.model_bytes(tied, autocast)
+        == 2 * 12 * tied.layer_parameters + 6 * tied.head_parameters
+    )
     assert footprint.prune_bytes(SHAPE, HARDWARE, Pruning(2)) > footprint.prune_bytes(
         SHAPE, HARDWARE, Pruning(2, "random", "none")
     )
@@ -249,7 +301,9 @@ def test_memory_holds_the_weights_as_they_are_computed_with():
 
 def test_a_streamed_model_holds_a_layer_and_the_hidden_states_between_all():
     states = (SHAPE.layers + 1) * 4 * 8 * SHAPE.width
-    assert footprint.streamed_bytes(SHAPE, CalibrationSize(4, 8)) == 2 * (SHAPE.layer_parameters + states)
+    assert footprint.streamed_bytes(SHAPE, CalibrationSize(4, 8)) == 2 * (
+        SHAPE.layer_parameters + states
+    )
 
 
 def test_torch_is_not_needed():
@@ -264,11 +318,16 @@ def test_a_budget_buys_as_many_samples_as_are_estimated_to_fit():
 
     def seconds(samples):
         smaller = replace(pruning, size=CalibrationSize(samples, pruning.size.tokens))
-        return costs.select_seconds(shape, hardware, smaller) + costs.repair_seconds(shape, hardware, smaller)
+        return costs.select_seconds(shape, hardware, smaller) + costs.repair_seconds(
+            shape, hardware, smaller
+        )
 
     whole_s = seconds(pruning.size.samples)
     assert affordable_samples(shape, hardware, pruning, whole_s) == pruning.size.samples
-    bought = [affordable_samples(shape, hardware, pruning, share * whole_s) for share in (0.9, 0.5, 0.25, 0.0)]
+    bought = [
+        affordable_samples(shape, hardware, pruning, share * whole_s)
+        for share in (0.9, 0.5, 0.25, 0.0)
+    ]
     assert bought == sorted(bought, reverse=True)
     assert bought[0] < pruning.size.samples
     assert bought[-1] == LEAST_SAMPLES
@@ -279,9 +338,13 @@ def test_a_budget_buys_as_many_samples_as_are_estimated_to_fit():
 def test_a_budget_is_given_in_minutes(picos, monkeypatch):
     checkpoint, size = picos["llama"].checkpoint, CalibrationSize(24, 16)
     monkeypatch.setattr(budget, "measure_hardware", lambda config, dtype, device: HARDWARE)
-    settings = PruneSettings(2, "none", "repair", "distil", samples=size.samples, tokens=size.tokens)
+    settings = PruneSettings(
+        2, "none", "repair", "distil", samples=size.samples, tokens=size.tokens
+    )
     shape, pruning = Shape.of_config(checkpoint.config), Pruning(2, size=size)
-    needed_s = costs.select_seconds(shape, HARDWARE, pruning) + costs.repair_seconds(shape, HARDWARE, pruning)
+    needed_s = costs.select_seconds(shape, HARDWARE, pruning) + costs.repair_seconds(
+        shape, HARDWARE, pruning
+    )
     for share, samples in ((1.001, 24), (0.999, 18)):
         limited = replace(settings, budget_minutes=share * needed_s / 60)
         assert samples_within_budget(checkpoint, limited, "float32") == samples

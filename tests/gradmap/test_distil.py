@@ -32,12 +32,16 @@ def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(pic
     pruned = prune(picos["llama"], input_ids)
     model, layers = pruned.model, picos["llama"].architecture.layer_list(pruned.model)
     goal = pruned.walk(pruned.layers, input_ids).finish({})
-    hidden = (goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))).requires_grad_(True)
+    hidden = (
+        goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))
+    ).requires_grad_(True)
     wanted = model(input_ids=input_ids).logits.float().softmax(-1)
     given = logits_from(model, layers, hidden, input_ids).float().log_softmax(-1)
     (-(wanted * given).sum(-1).mean()).backward()
     actual = distillation_gradients(model, layers, hidden.detach(), goal, input_ids)
-    torch.testing.assert_close(actual, hidden.grad, rtol=1e-4, atol=1e-8)  # the loss is computed in float32
+    torch.testing.assert_close(
+        actual, hidden.grad, rtol=1e-4, atol=1e-8
+    )  # the loss is computed in float32
 
 
 def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
@@ -49,7 +53,9 @@ def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
         ids = torch.cat([ids, draw_tokens(logits, number)], dim=1)
     assert torch.equal(written.input_ids, ids)
     outputs = run_layers(model, pico.architecture.layer_list(model), ids)
-    torch.testing.assert_close(written.outputs, outputs, rtol=1e-9, atol=1e-9)  # float64, through a KV cache
+    torch.testing.assert_close(
+        written.outputs, outputs, rtol=1e-9, atol=1e-9
+    )  # float64, through a KV cache
 
 
 def lessons_of(pruned):
@@ -58,7 +64,9 @@ def lessons_of(pruned):
     return known.followed_by(written_by_dense(pruned))
 
 
-def test_training_sees_every_sample_and_all_that_the_dense_model_wrote_once(picos, input_ids, monkeypatch):
+def test_training_sees_every_sample_and_all_that_the_dense_model_wrote_once(
+    picos, input_ids, monkeypatch
+):
     pruned = prune(picos["llama"], input_ids)
     seen = []
     take_step = distilling._take_step
@@ -72,7 +80,9 @@ def test_training_sees_every_sample_and_all_that_the_dense_model_wrote_once(pico
     assert sorted(torch.cat(seen).tolist()) == sorted(expected.tolist())
 
 
-def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(picos, input_ids, monkeypatch, capsys):
+def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(
+    picos, input_ids, monkeypatch, capsys
+):
     pruned = prune(picos["llama"], input_ids)
     lessons = lessons_of(pruned)
     expected = train_low_rank(pruned, Compensation(), lessons)
@@ -87,12 +97,15 @@ def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(picos
     actual = train_low_rank(pruned, Compensation(), lessons)
     assert "going on with 1 samples at once" in capsys.readouterr().err
     for one, other in zip(actual, expected, strict=True):
-        # gradients are sums in another order: of losses in float32. Adam's steps follow their sign where they are small
+        # gradients are sums in another order: of losses in float32. Adam's steps follow their sign
+        # where they are small
         torch.testing.assert_close(one.change.up, other.change.up, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens_per_input", [0, 8])
-def test_where_tokens_are_few_what_the_dense_model_writes_is_fitted_on(picos, input_ids, monkeypatch, tokens_per_input):
+def test_where_tokens_are_few_what_the_dense_model_writes_is_fitted_on(
+    picos, input_ids, monkeypatch, tokens_per_input
+):
     pico = picos["llama"]
     monkeypatch.setattr(distilling, "TOKENS_PER_INPUT", tokens_per_input)
     pruned = replace(prune(pico, input_ids), accept_all=True)
@@ -117,7 +130,9 @@ def test_tokens_are_drawn_from_the_whole_distribution():
     assert tokens.shape == (draws, 1)
     shares = tokens[:, 0].bincount(minlength=len(chances)) / draws
     deviations = (chances * (1 - chances) / draws).sqrt()
-    assert ((shares - chances).abs() <= 4 * deviations).all(), shares  # and never the one that has no chance
+    assert ((shares - chances).abs() <= 4 * deviations).all(), (
+        shares
+    )  # and never the one that has no chance
 
 
 def test_tokens_do_not_depend_on_how_large_all_logits_are():
@@ -130,14 +145,22 @@ def test_tokens_do_not_depend_on_how_large_all_logits_are():
 
 
 def test_prompts_come_from_every_place_of_every_sample(input_ids):
-    places = {tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
-    drawn = draw_prompts(input_ids, None, 2000, seed=0)  # of 45 places: one is missed with a chance of 1e-18
+    places = {
+        tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)
+    }
+    drawn = draw_prompts(
+        input_ids, None, 2000, seed=0
+    )  # of 45 places: one is missed with a chance of 1e-18
     assert {tuple(prompt) for prompt in drawn.tolist()} == places
 
 
 def test_what_the_dense_model_writes_begins_with_samples_that_may_be_fitted_on(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
-    known = {tuple(run.tolist()) for sample in pruned.calibration.fit_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
+    known = {
+        tuple(run.tolist())
+        for sample in pruned.calibration.fit_ids
+        for run in sample.unfold(0, PROMPT_TOKENS, 1)
+    }
     written = written_by_dense(pruned).input_ids
     assert written.shape[1] == input_ids.shape[1]
     assert {tuple(sample[:PROMPT_TOKENS].tolist()) for sample in written} <= known
@@ -147,7 +170,9 @@ def test_what_the_dense_model_writes_begins_with_samples_that_may_be_fitted_on(p
 def test_what_the_dense_model_writes_begins_with_bos_where_samples_do(picos, input_ids):
     pruned = prune(picos["llama"], torch.cat([torch.full((5, 1), BOS), input_ids], dim=1))
     pruned = replace(pruned, calibration=replace(pruned.calibration, bos=BOS))
-    known = {tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)}
+    known = {
+        tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)
+    }
     written = written_by_dense(pruned).input_ids
     assert written.shape[1] == input_ids.shape[1] + 1
     assert set(written[:, 0].tolist()) == {BOS}
@@ -156,7 +181,9 @@ def test_what_the_dense_model_writes_begins_with_bos_where_samples_do(picos, inp
     assert len(prompts) > 1
 
 
-def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_closer(pico, input_ids):
+def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_closer(
+    pico, input_ids
+):
     pruned = prune(pico, input_ids)
     model = pruned.model
     maps = dict(linear_maps(pico.architecture, model, pruned.kept))
@@ -167,5 +194,7 @@ def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_clo
     distances = []
     for changes in ({}, {one.place: (one.change,) for one in corrections}):
         with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
-            distances.append(-(wanted * model(input_ids=input_ids).logits.log_softmax(-1)).sum(-1).mean())
+            distances.append(
+                -(wanted * model(input_ids=input_ids).logits.log_softmax(-1)).sum(-1).mean()
+            )
     assert distances[1] < distances[0]

@@ -14,8 +14,12 @@ from tests.gradmap.test_prune import prune_arguments
 
 
 def without_record(plan):
-    """What has to be the same: not the environment, the timings, or the --remove that was asked for."""
-    return {key: plan[key] for key in ("base_model", "calibration", "removal_order", "steps", "corrections", "drift")}
+    """What has to be the same: not the environment, the timings, or the --remove that was asked
+    for."""
+    return {
+        key: plan[key]
+        for key in ("base_model", "calibration", "removal_order", "steps", "corrections", "drift")
+    }
 
 
 def read(directory):
@@ -31,21 +35,38 @@ def alone(picos, word_file, tmp_path_factory):
 
 
 def in_two_processes(*arguments):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gradmap")
-    finished = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, check=False)
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "gradmap",
+    )
+    finished = subprocess.run(
+        [*launcher, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished
 
 
 def test_two_processes_make_the_same_plan(picos, alone, word_file, tmp_path):
-    finished = in_two_processes(*prune_arguments(picos["llama"], word_file, tmp_path / "plan", remove=3))
+    finished = in_two_processes(
+        *prune_arguments(picos["llama"], word_file, tmp_path / "plan", remove=3)
+    )
     assert finished.stdout.count("removed, in order") == 1  # one of them talks
     expected, actual = read(alone), read(tmp_path / "plan")
     assert actual["removal_order"] == expected["removal_order"]
-    for one, other in zip(actual["steps"], expected["steps"], strict=True):  # float64 sums in another order
+    for one, other in zip(
+        actual["steps"], expected["steps"], strict=True
+    ):  # float64 sums in another order
         assert one["scores"] == pytest.approx(other["scores"], rel=1e-10)
     assert actual["drift"] == pytest.approx(expected["drift"], rel=1e-8)
-    matrices, expected_matrices = (load_file(out / "corrections.safetensors") for out in (tmp_path / "plan", alone))
+    matrices, expected_matrices = (
+        load_file(out / "corrections.safetensors") for out in (tmp_path / "plan", alone)
+    )
     assert matrices.keys() == expected_matrices.keys()
     for name, matrix in matrices.items():
         torch.testing.assert_close(matrix, expected_matrices[name], rtol=1e-6, atol=1e-8)
@@ -56,7 +77,9 @@ def test_gradients_are_summed_up_in_one_message(monkeypatch):
     messages = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: messages.append(len(tensor.mul_(2))))
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda tensor: messages.append(len(tensor.mul_(2)))
+    )
     parameters = [torch.zeros(shape, requires_grad=True) for shape in ((2, 3), (4,), (1, 1))]
     (parameters[0].sum() + 3 * parameters[2].sum()).backward()
     sum_gradients(parameters)
@@ -65,8 +88,12 @@ def test_gradients_are_summed_up_in_one_message(monkeypatch):
         assert torch.equal(parameter.grad, torch.full_like(parameter, expected))
 
 
-@pytest.mark.parametrize(("processes", "said"), [(1, ""), (4, ""), (7, "3 of 7 processes are idle")])
-def test_processes_for_which_a_step_of_training_has_no_sample_are_named(monkeypatch, capsys, processes, said):
+@pytest.mark.parametrize(
+    ("processes", "said"), [(1, ""), (4, ""), (7, "3 of 7 processes are idle")]
+)
+def test_processes_for_which_a_step_of_training_has_no_sample_are_named(
+    monkeypatch, capsys, processes, said
+):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     say_if_some_are_idle(4)
     message = capsys.readouterr().err
@@ -82,8 +109,12 @@ def test_two_processes_repair_as_one_does(picos, word_file, tmp_path):
         plans.append(read(tmp_path / name))
     one, two = plans
     assert one["removal_order"] == two["removal_order"]
-    for a, b in zip(one["corrections"], two["corrections"], strict=True):  # sums in another order, over many steps
-        assert b["held_out_divergence_after"] == pytest.approx(a["held_out_divergence_after"], rel=1e-6)
+    for a, b in zip(
+        one["corrections"], two["corrections"], strict=True
+    ):  # sums in another order, over many steps
+        assert b["held_out_divergence_after"] == pytest.approx(
+            a["held_out_divergence_after"], rel=1e-6
+        )
 
 
 def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path):
@@ -100,7 +131,8 @@ def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("family", "remove", "message"), [("llama", 4, "removes 3 layers"), ("mistral", 2, "another model")]
+    ("family", "remove", "message"),
+    [("llama", 4, "removes 3 layers"), ("mistral", 2, "another model")],
 )
 def test_what_a_plan_does_not_hold_is_refused(picos, alone, tmp_path, family, remove, message):
     arguments = ("--model", picos[family].directory, "--remove", remove, "--from-plan", alone)

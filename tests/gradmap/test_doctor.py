@@ -1,4 +1,5 @@
-"""What is found of a machine, and how fast a model's own layer runs on it. Nothing is held against a clock."""
+"""What is found of a machine, and how fast a model's own layer runs on it. Nothing is held against
+a clock."""
 
 import json
 import math
@@ -41,7 +42,10 @@ def test_a_machine_is_examined_and_what_is_found_can_be_written_as_json(tmp_path
     assert machine.limits == {"GRADMAP_CACHE": str(tmp_path / "cache")}
     assert 1 <= machine.cores <= machine.all_cores
     assert 0 < machine.available_bytes <= machine.memory_bytes
-    assert set(machine.gflops) == {"float32", "bfloat16", "float16"} and min(machine.gflops.values()) > 0
+    assert (
+        set(machine.gflops) == {"float32", "bfloat16", "float16"}
+        and min(machine.gflops.values()) > 0
+    )
     assert machine.auto in ("autocast", "float32", "bfloat16")
     assert machine.bandwidth > 0 and machine.disk.write > 0 and machine.disk.read > 0
     assert {"torch", "transformers"} <= set(machine.packages)
@@ -55,7 +59,12 @@ def test_the_table_says_what_was_found():
         limits={"ONEDNN_MAX_CPU_ISA": "AVX2"},
         **{"memory_bytes": 16 * 2**30, "available_bytes": 4 * 2**30},
         gpus=(Gpu("H100", 80 * 2**30, "9.0", True), Gpu("old", None, None, False)),
-        **{"device": "cuda:0", "gflops": {"float32": 1234.0}, "auto": "bfloat16", "bandwidth": 2e12},
+        **{
+            "device": "cuda:0",
+            "gflops": {"float32": 1234.0},
+            "auto": "bfloat16",
+            "bandwidth": 2e12,
+        },
         **{"packages": {"vllm": "0.32.0"}, "providers": ()},
         disk=Disk("cache", 7 * 2**30, 1e8, 2e9),
     )
@@ -99,16 +108,24 @@ def test_one_layer_of_the_model_s_own_shape_is_timed(rates, family, dtype):
     assert hardware.efficiency == 1 and 0 < hardware.flops < math.inf
     assert 0 < hardware.single_token_share < math.inf
     assert hardware.head_cost >= 1
-    assert (hardware.weight_bytes, hardware.state_bytes) == ((4, 4) if dtype == "float32" else (2, 4))
+    assert (hardware.weight_bytes, hardware.state_bytes) == (
+        (4, 4) if dtype == "float32" else (2, 4)
+    )
 
 
 def test_what_is_timed_has_one_layer_and_no_weights_of_the_model_s_size():
     model, shape = speed._one_layer(complete("qwen3_moe", vocab_size=10**6), "float32", "cpu")
-    assert (model.config.num_hidden_layers, shape.layers, shape.vocabulary) == (1, 1, speed.VOCABULARY)
+    assert (model.config.num_hidden_layers, shape.layers, shape.vocabulary) == (
+        1,
+        1,
+        speed.VOCABULARY,
+    )
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e11), ("autocast", 4e11), ("float64", 5e10)])
+@pytest.mark.parametrize(
+    ("dtype", "rate"), [("float32", 1e11), ("autocast", 4e11), ("float64", 5e10)]
+)
 def test_a_layer_that_is_too_large_gets_a_share_of_what_products_reach(rates, dtype, rate):
     config = complete("llama", hidden_size=2**14, intermediate_size=2**16, num_attention_heads=128)
     hardware = measure_hardware(config, dtype, "cpu")
@@ -142,7 +159,9 @@ def test_a_gguf_s_config_is_read_without_converting_it(tmp_path, monkeypatch):
 
 
 def test_a_config_that_cannot_be_pruned_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
+    )
     with pytest.raises(UserError, match="not a causal language model"):
         read_config(str(tmp_path))
     with pytest.raises(UserError, match=r"none\.gguf does not exist"):

@@ -1,4 +1,5 @@
-"""A full disk and want of memory are no bugs: one sentence, and an exit code of its own for what may be tried again."""
+"""A full disk and want of memory are no bugs: one sentence, and an exit code of its own for what
+may be tried again."""
 
 import errno
 import os
@@ -98,7 +99,9 @@ def test_lines_are_appended_all_or_none(tmp_path, full_disk):
 
 
 def of_safetensors(number):
-    return Exception(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+    return Exception(
+        f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,9 @@ def test_a_failure_behind_another_is_found():
 OF_MEMORY = (
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."
+    ),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
 )
 
@@ -182,7 +187,9 @@ def test_a_stage_that_was_killed_for_memory_may_be_tried_again(monkeypatch, tmp_
         (-signal.SIGSEGV, EXIT_BUG),
     ],
 )
-def test_a_stage_that_failed_otherwise_ends_the_run_as_it_ended(monkeypatch, tmp_path, capfd, code, passed_on):
+def test_a_stage_that_failed_otherwise_ends_the_run_as_it_ended(
+    monkeypatch, tmp_path, capfd, code, passed_on
+):
     stage = stage_ending(monkeypatch, tmp_path, code)
     assert run_app(lambda **options: run_stage(stage, "[1/1]", tmp_path, forced=False)) == passed_on
     assert f"Error: Stage prune failed with exit code {code}; mend it" in capfd.readouterr().err
@@ -194,7 +201,9 @@ def test_a_real_process_that_cannot_get_memory_ends_with_that_code():
         "resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
         "sys.exit(run_app(lambda **options: torch.zeros(2**38)))"
     )
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert finished.returncode == EXIT_OUT_OF_MEMORY, finished.stderr
 
 
@@ -212,7 +221,14 @@ def cgroup(tmp_path):
 
 @pytest.mark.parametrize(
     ("membership", "kills"),
-    [("0::/user/job\n", 2), ("4:memory:/a\n0::/\n", 5), ("0::/gone\n", 0), ("4:memory:/a\n", 0), ("", 0), (None, 0)],
+    [
+        ("0::/user/job\n", 2),
+        ("4:memory:/a\n0::/\n", 5),
+        ("0::/gone\n", 0),
+        ("4:memory:/a\n", 0),
+        ("", 0),
+        (None, 0),
+    ],
 )
 def test_kills_are_counted_in_the_control_group_of_this_process(cgroup, membership, kills):
     root, file = cgroup
@@ -223,7 +239,8 @@ def test_kills_are_counted_in_the_control_group_of_this_process(cgroup, membersh
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Runs a command that fails, while as many processes were killed before and after it; returns its exit code."""
+    """Runs a command that fails, while as many processes were killed before and after it; returns
+    its exit code."""
 
     def run(error, kills):
         counts = iter(kills)
@@ -239,12 +256,16 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize(("kills", "code"), [([3, 4], EXIT_OUT_OF_MEMORY), ([3, 3], EXIT_USAGE)])
-def test_a_failure_while_the_system_killed_for_memory_may_be_tried_again(failing, capsys, kills, code):
+def test_a_failure_while_the_system_killed_for_memory_may_be_tried_again(
+    failing, capsys, kills, code
+):
     """As of a server whose engine was killed: it ends with a code of its own."""
     assert failing(UserError("vLLM ended with code 1."), kills) == code
     said = capsys.readouterr().err
     assert said.startswith("Error: vLLM ended with code 1.")
-    assert ("Meanwhile the system has killed a process because memory ran out" in said) == (code == EXIT_OUT_OF_MEMORY)
+    assert ("Meanwhile the system has killed a process because memory ran out" in said) == (
+        code == EXIT_OUT_OF_MEMORY
+    )
 
 
 @pytest.mark.parametrize(("kills", "code"), [([3, 4], EXIT_OUT_OF_MEMORY), ([3, 3], EXIT_BUG)])

@@ -35,7 +35,9 @@ def test_its_numbers_are_those_of_the_cpu(move):
 
 def test_a_model_of_transformers_computes_the_same(pico, input_ids):
     model, layers = pico.load(), pico.architecture.layer_list
-    expected = losses_from(model, layers(model), run_layers(model, layers(model), input_ids), input_ids)
+    expected = losses_from(
+        model, layers(model), run_layers(model, layers(model), input_ids), input_ids
+    )
     with fake_gpu() as gpu:
         count = len(list(model.parameters()))  # weights that are tied count once
         assert len(list(gpu.move(model).parameters())) == count
@@ -82,7 +84,9 @@ WAITS = {
     "assigned by a mask": lambda tensor: tensor.clone().__setitem__(tensor > 2, 0.0),
     "unique": lambda tensor: tensor.unique(),
     "equal": lambda tensor: torch.equal(tensor, tensor + 1),
-    "solving": lambda tensor: torch.linalg.cholesky(tensor.mT @ tensor + torch.eye(3, device=tensor.device)),
+    "solving": lambda tensor: torch.linalg.cholesky(
+        tensor.mT @ tensor + torch.eye(3, device=tensor.device)
+    ),
 }
 
 

@@ -32,7 +32,9 @@ def test_a_failure_leaves_the_earlier_result_and_no_debris(tmp_path):
 def test_an_earlier_result_is_replaced_in_one_step(tmp_path, monkeypatch):
     target = tmp_path / "out"
     write_result(target, "old")
-    monkeypatch.setattr(Path, "rename", None)  # not by two renames, between which there would be nothing
+    monkeypatch.setattr(
+        Path, "rename", None
+    )  # not by two renames, between which there would be nothing
     write_result(target, "new")
     assert (target / "result").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -56,7 +58,9 @@ def test_foreign_files_are_never_overwritten(tmp_path):
 
 def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path):
     script = (
-        "import os, signal, sys; from pathlib import Path; from gradmap.files import atomic_directory\n"
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from gradmap.files import atomic_directory\n"
         "with atomic_directory(Path(sys.argv[1]), marker='result') as partial:\n"
         "    (partial / 'result').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -1,4 +1,5 @@
-"""NaN and infinity are refused in one sentence wherever they appear, and never written; each method is asked."""
+"""NaN and infinity are refused in one sentence wherever they appear, and never written; each method
+is asked."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def damaged(pico: Pico, kind: str):
 @pytest.mark.parametrize("name", MEASURING)
 def test_no_selector_chooses_by_what_is_no_number(picos, input_ids, name, kind):
     pico = picos["llama"]
-    subject = Subject(damaged(pico, kind), pico.architecture, Calibration("test", 3, input_ids), count=2)
+    subject = Subject(
+        damaged(pico, kind), pico.architecture, Calibration("test", 3, input_ids), count=2
+    )
     one_shot, steps = name in NOT_NESTED, []
     try:
         select(SELECTORS[name], subject, 2, one_shot=one_shot, done=[], record=steps.append)
@@ -62,7 +65,9 @@ def test_no_compensator_repairs_by_what_is_no_number(picos, input_ids, name, kin
     calibration = Calibration("test", 3, input_ids)
     pruned = Pruned(damaged(pico, kind), pico.architecture, calibration, (3,), Batches(2))
     for accept_all in (False, True):
-        with pytest.raises(UserError, match="is not finite; the checkpoint is damaged, or its dtype overflows"):
+        with pytest.raises(
+            UserError, match="is not finite; the checkpoint is damaged, or its dtype overflows"
+        ):
             COMPENSATORS[name](replace(pruned, accept_all=accept_all))
 
 
@@ -73,12 +78,16 @@ def copied(picos: dict[str, Pico], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["nan", "infinity"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_damaged_weight_is_named_before_anything_is_chosen(copied, word_file, tmp_path, stream, kind):
+def test_a_damaged_weight_is_named_before_anything_is_chosen(
+    copied, word_file, tmp_path, stream, kind
+):
     tensors = load_file(copied / "model.safetensors")
     tensors[DAMAGED][1, 2] = WEIGHTS[kind]
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     selector = "gradient" if stream else "random"  # which reads no weight
-    settings = PruneSettings(2, f"file:{word_file}", selector, "none", samples=4, tokens=8, device="cpu", stream=stream)
+    settings = PruneSettings(
+        2, f"file:{word_file}", selector, "none", samples=4, tokens=8, device="cpu", stream=stream
+    )
     with pytest.raises(UserError, match=f"The weight {DAMAGED} is not finite"):
         prune(open_checkpoint(str(copied)), settings, tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
@@ -111,7 +120,9 @@ def with_idle_ffns(pico: Pico):
 @pytest.mark.parametrize("name", ["projection", "sequential"])
 def test_what_an_idle_ffn_adds_cannot_be_repaired_and_stays(picos, input_ids, name, held_out):
     pico, calibration = picos["llama"], Calibration("test", 3, input_ids, held_out=held_out)
-    pruned = Pruned(with_idle_ffns(pico), pico.architecture, calibration, (2, 3), Batches(2), accept_all=True)
+    pruned = Pruned(
+        with_idle_ffns(pico), pico.architecture, calibration, (2, 3), Batches(2), accept_all=True
+    )
     (correction,) = COMPENSATORS[name](pruned).corrections
     assert torch.equal(correction.change.tensors["matrix"], torch.eye(32, dtype=torch.float64))
 
@@ -119,7 +130,9 @@ def test_what_an_idle_ffn_adds_cannot_be_repaired_and_stays(picos, input_ids, na
 def test_layers_with_idle_ffns_are_chosen(picos, input_ids):
     pico, steps = picos["llama"], []
     subject = Subject(with_idle_ffns(pico), pico.architecture, Calibration("test", 3, input_ids))
-    selection = select(SELECTORS["repair"], subject, 2, one_shot=False, done=[], record=steps.append)
+    selection = select(
+        SELECTORS["repair"], subject, 2, one_shot=False, done=[], record=steps.append
+    )
     assert len(set(selection.removal_order)) == 2
 
 
@@ -141,8 +154,18 @@ def test_a_correction_that_is_no_number_is_not_written(copied, word_file, tmp_pa
     broken = Compensation((Correction(place, scale, None, None, True),))
     monkeypatch.setitem(COMPENSATORS, "magnitude", lambda pruned: broken)
     settings = PruneSettings(
-        2, f"file:{word_file}", "random", "magnitude", accept="always", held_out=0, samples=4, tokens=8, device="cpu"
+        2,
+        f"file:{word_file}",
+        "random",
+        "magnitude",
+        accept="always",
+        held_out=0,
+        samples=4,
+        tokens=8,
+        device="cpu",
     )
-    with pytest.raises(UserError, match=r"The correction layers.0.mlp.down_proj.scale\.factor is not finite"):
+    with pytest.raises(
+        UserError, match=r"The correction layers.0.mlp.down_proj.scale\.factor is not finite"
+    ):
         prune(open_checkpoint(str(copied)), settings, tmp_path / "plan")
     assert not (tmp_path / "plan").exists()

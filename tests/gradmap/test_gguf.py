@@ -1,4 +1,5 @@
-"""What a GGUF file says about its tokenizer and its head reaches the checkpoint that is made of it."""
+"""What a GGUF file says about its tokenizer and its head reaches the checkpoint that is made of
+it."""
 
 import sys
 from types import SimpleNamespace
@@ -14,7 +15,12 @@ from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.errors import UserError
 from gradmap.gguf_head import Stored, finer_of, judge_head, rounding_error
 from gradmap.gguf_metadata import require_understood
-from gradmap.gguf_tokenizer import find_problem, load_gguf_tokenizer, read_settings, require_same_tokens
+from gradmap.gguf_tokenizer import (
+    find_problem,
+    load_gguf_tokenizer,
+    read_settings,
+    require_same_tokens,
+)
 from tests.conftest import PICO_CONFIGS
 from tests.pico_gguf import BOS, EOS, TEMPLATE, WORDS, write_gguf
 
@@ -41,12 +47,19 @@ def test_texts_begin_and_end_as_the_file_says(opened, kind, add_bos, add_eos):
     tokenizer = load_tokenizer(opened(kind, add_bos_token=add_bos, add_eos_token=add_eos).directory)
     ids = tokenizer("the")["input_ids"]
     assert (ids[0] == BOS, ids[-1] == EOS) == (add_bos, add_eos)
-    assert tokenizer("the", add_special_tokens=False)["input_ids"] == ids[add_bos : len(ids) - add_eos]
+    assert (
+        tokenizer("the", add_special_tokens=False)["input_ids"] == ids[add_bos : len(ids) - add_eos]
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "expected"),
-    [("llama", {}, True), ("gpt2", {}, False), ("gpt2", {"pre": "llama-bpe"}, True), ("gpt2", {"pre": "qwen2"}, False)],
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, False),
+        ("gpt2", {"pre": "llama-bpe"}, True),
+        ("gpt2", {"pre": "qwen2"}, False),
+    ],
 )
 def test_a_silent_file_means_what_it_means_to_llama_cpp(opened, kind, settings, expected):
     tokenizer = load_tokenizer(opened(kind, **settings).directory)
@@ -80,11 +93,15 @@ def test_a_space_is_put_before_only_where_the_file_says_so(opened, add_space_pre
 
 
 def test_a_tokenizer_that_lost_something_is_refused(opened, tmp_path):
-    tokenizer = load_tokenizer(opened("llama", add_bos_token=True, chat_template=TEMPLATE).directory)
+    tokenizer = load_tokenizer(
+        opened("llama", add_bos_token=True, chat_template=TEMPLATE).directory
+    )
     settings = read_settings(tmp_path / "pico.gguf")
     assert find_problem(tokenizer, settings) is None
     tokenizer.add_bos_token = False
-    with pytest.raises(UserError, match=r"The tokenizer is not that of .*pico\.gguf.* from number 0 on, but \[1, "):
+    with pytest.raises(
+        UserError, match=r"The tokenizer is not that of .*pico\.gguf.* from number 0 on, but \[1, "
+    ):
         require_same_tokens(tokenizer, tmp_path / "pico.gguf")
     tokenizer.add_bos_token = True
     tokenizer.chat_template = None
@@ -101,7 +118,9 @@ def test_a_checkpoint_whose_tokenizer_lost_something_is_not_kept(opened, tmp_pat
         return tokenizer
 
     monkeypatch.setattr(gguf_model, "load_gguf_tokenizer", load_without_bos)
-    with pytest.raises(UserError, match=r"The tokenizer is not that of .*pico\.gguf.*; nothing was written"):
+    with pytest.raises(
+        UserError, match=r"The tokenizer is not that of .*pico\.gguf.*; nothing was written"
+    ):
         opened("llama")
     assert not list(tmp_path.glob("cache/dequantised/*"))
 
@@ -136,7 +155,9 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path, monkeypatch):
 
 def rounded(values, kind):
     """As a GGUF file gives them back."""
-    return Stored(torch.from_numpy(np.array(dequantize(quantize(values.numpy(), kind), kind))), kind.name)
+    return Stored(
+        torch.from_numpy(np.array(dequantize(quantize(values.numpy(), kind), kind))), kind.name
+    )
 
 
 @pytest.fixture
@@ -144,7 +165,9 @@ def weights():
     return 0.02 * torch.randn(300, 64, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("kind", [Q4_0, Q5_0, Q8_0, F16, GGMLQuantizationType.Q4_1, GGMLQuantizationType.BF16])
+@pytest.mark.parametrize(
+    "kind", [Q4_0, Q5_0, Q8_0, F16, GGMLQuantizationType.Q4_1, GGMLQuantizationType.BF16]
+)
 def test_the_bound_on_rounding_holds_and_is_near(weights, kind):
     stored = rounded(weights, kind)
     error = float((stored.values - weights).norm())
@@ -155,14 +178,18 @@ def test_embeddings_stored_twice_are_one_matrix_and_the_finer_copy_is_kept(weigh
     head, embeddings = rounded(weights, Q8_0), rounded(weights, Q5_0)
     verdict = judge_head(head, embeddings)
     assert verdict.tied
-    assert verdict.distance == pytest.approx(float((head.values - embeddings.values).norm() / embeddings.values.norm()))
+    assert verdict.distance == pytest.approx(
+        float((head.values - embeddings.values).norm() / embeddings.values.norm())
+    )
     assert finer_of(head, embeddings) is head
     assert finer_of(embeddings, head) is head
     assert "Q8_0" in verdict.describe() and "are tied" in verdict.describe()
 
 
 def test_a_head_of_its_own_stays_so(weights):
-    other = weights + 0.3 * 0.02 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(5))
+    other = weights + 0.3 * 0.02 * torch.randn(
+        weights.shape, generator=torch.Generator().manual_seed(5)
+    )
     verdict = judge_head(rounded(other, Q8_0), rounded(weights, Q5_0))
     assert not verdict.tied
     assert "0.3" in verdict.describe() and "stays a matrix of its own" in verdict.describe()
@@ -175,7 +202,9 @@ def test_levels_that_are_not_even_justify_nothing(weights):
     assert "not known" in verdict.describe()
 
 
-@pytest.mark.parametrize(("types", "finer"), [((Q8_0, Q5_0), "output.weight"), ((Q5_0, Q8_0), "token_embd.weight")])
+@pytest.mark.parametrize(
+    ("types", "finer"), [((Q8_0, Q5_0), "output.weight"), ((Q5_0, Q8_0), "token_embd.weight")]
+)
 def test_a_head_stored_twice_is_tied_once(opened, tmp_path, types, finer):
     model = load_model(opened(head=types), "float32", "cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -216,8 +245,16 @@ def test_what_a_file_says_and_transformers_passes_over_is_a_refusal(opened, meta
 
 
 def test_what_changes_nothing_is_no_obstacle(opened):
-    metadata = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "llama.rope.freq_base": 50_000.0}
-    metadata |= {"llama.attention.key_length": 8, "llama.attention.value_length": 8, "llama.attention.causal": True}
+    metadata = {
+        "llama.rope.scaling.type": "none",
+        "llama.expert_count": 0,
+        "llama.rope.freq_base": 50_000.0,
+    }
+    metadata |= {
+        "llama.attention.key_length": 8,
+        "llama.attention.value_length": 8,
+        "llama.attention.causal": True,
+    }
     config = opened(metadata=metadata).config
     assert config["rope_parameters"]["rope_theta"] == 50_000
 
@@ -241,7 +278,10 @@ def test_a_number_is_where_the_familys_config_has_it(tmp_path, family, key, righ
 
 
 def test_another_file_of_the_same_name_is_another_model(opened):
-    thetas = [opened(metadata={"llama.rope.freq_base": theta}).config["rope_parameters"] for theta in (2e4, 5e4)]
+    thetas = [
+        opened(metadata={"llama.rope.freq_base": theta}).config["rope_parameters"]
+        for theta in (2e4, 5e4)
+    ]
     assert [theta["rope_theta"] for theta in thetas] == [2e4, 5e4]
 
 
@@ -255,7 +295,9 @@ def remove(name):
 
 
 def add(name, *shape):
-    return lambda tensors: tensors.update({name: (np.ones(shape, np.float32), GGMLQuantizationType.F32)})
+    return lambda tensors: tensors.update(
+        {name: (np.ones(shape, np.float32), GGMLQuantizationType.F32)}
+    )
 
 
 @pytest.mark.parametrize(

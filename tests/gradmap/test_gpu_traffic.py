@@ -1,7 +1,9 @@
-"""What goes between host and GPU does not grow with what is computed: copies and waits of every step are counted.
+"""What goes between host and GPU does not grow with what is computed: copies and waits of every
+step are counted.
 
-A wait is the host's for the GPU: a blocking copy, or a value or size that is read. Where a GPU is fast, each costs more
-than a layer does, since nothing is given to it meanwhile. The steps and their counts are in tests/gradmap/gpu_steps.py.
+A wait is the host's for the GPU: a blocking copy, or a value or size that is read. Where a GPU is
+fast, each costs more than a layer does, since nothing is given to it meanwhile. The steps and their
+counts are in tests/gradmap/gpu_steps.py.
 """
 
 from importlib import import_module
@@ -34,7 +36,10 @@ from tests.gradmap.gpu_steps import (
 def llamas(tmp_path_factory):
     """By their number of layers."""
     root = tmp_path_factory.mktemp("llamas")
-    return {layers: make_pico("llama", root / str(layers), num_hidden_layers=layers) for layers in (4, 8)}
+    return {
+        layers: make_pico("llama", root / str(layers), num_hidden_layers=layers)
+        for layers in (4, 8)
+    }
 
 
 def run_on_gpu(pico, prepare, size):
@@ -44,7 +49,9 @@ def run_on_gpu(pico, prepare, size):
         run = prepare(pico, gpu.move(model), size)
         with gpu.traffic() as traffic:
             result = run()
-        result = tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, result)
+        result = tree_map(
+            lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, result
+        )
     return result, traffic
 
 
@@ -71,15 +78,20 @@ def test_a_step_computes_what_it_computes_on_a_cpu(llamas, name):
 def test_the_mask_that_choices_need_is_made_on_the_gpu(llamas):
     """Bytes that are copied grow with the tokens, not with their square."""
     sizes = [Size(tokens=tokens) for tokens in (8, 40)]
-    few, many = (run_on_gpu(llamas[4], evaluation_of_choices, size)[1].copied_bytes for size in sizes)
+    few, many = (
+        run_on_gpu(llamas[4], evaluation_of_choices, size)[1].copied_bytes for size in sizes
+    )
     assert many <= 5 * few
 
 
 def test_importance_of_every_family(pico):
-    """Experts are run one by one, so the host has to know how many tokens each was given, once in a layer."""
+    """Experts are run one by one, so the host has to know how many tokens each was given, once in a
+    layer."""
     size = Size(layers=LAYERS)
     actual, traffic = run_on_gpu(pico, importance, size)
-    allowed = Allowed(batch=(2, 7), layer_batch=(1, 1) if pico.architecture.expert_down_projections else (0, 0))
+    allowed = Allowed(
+        batch=(2, 7), layer_batch=(1, 1) if pico.architecture.expert_down_projections else (0, 0)
+    )
     copies, waits = allowed.of(size)
     assert traffic.copies <= copies, traffic
     assert traffic.waits <= waits, traffic
@@ -88,21 +100,28 @@ def test_importance_of_every_family(pico):
 
 
 @pytest.mark.parametrize("prepare", [repair_round, repair_round_after_a_removal])
-def test_states_that_have_no_room_on_the_gpu_are_sent_to_the_cpu_without_a_wait(llamas, prepare, monkeypatch):
+def test_states_that_have_no_room_on_the_gpu_are_sent_to_the_cpu_without_a_wait(
+    llamas, prepare, monkeypatch
+):
     size = Size(layers=8)
     scores, with_room = run_on_gpu(llamas[8], prepare, size)
     monkeypatch.setattr("gradmap.batching.GPU_STATES_SHARE", 0)
     scores_without, without_room = run_on_gpu(llamas[8], prepare, size)
     assert without_room.copies > 2 * with_room.copies
-    assert without_room.waits <= with_room.waits + 2, without_room  # states without a removed layer are the CPU's work
+    assert without_room.waits <= with_room.waits + 2, (
+        without_room
+    )  # states without a removed layer are the CPU's work
     assert scores_without == pytest.approx(scores, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize(("free_bytes", "batches"), [(1 << 30, [10]), (9 * 40 * 2**10, [4, 4, 2])])
 def test_a_gpu_writes_as_many_texts_at_once_as_have_room(llamas, monkeypatch, free_bytes, batches):
-    """And what a CPU writes in batches of its own. A token's keys and values of 2 x 8 float64 in 4 layers are 1 KiB."""
+    """And what a CPU writes in batches of its own. A token's keys and values of 2 x 8 float64 in 4
+    layers are 1 KiB."""
     size, prompts = Size(samples=5, tokens=40), []
-    distil = import_module("gradmap.compensators.distil")  # the package has a function of the same name
+    distil = import_module(
+        "gradmap.compensators.distil"
+    )  # the package has a function of the same name
     monkeypatch.setattr(distil, "WRITTEN_TOGETHER", 3)
     expected = written_by_dense(pruned(llamas[4], llamas[4].load(), size))
 
@@ -126,7 +145,10 @@ def test_a_gpu_writes_as_many_texts_at_once_as_have_room(llamas, monkeypatch, fr
 
 def training(pico, model, size, changes):
     so_far = Compensation(
-        tuple(Correction(place, change, 2.0, 1.0, accepted=True) for place, (change,) in changes.items())
+        tuple(
+            Correction(place, change, 2.0, 1.0, accepted=True)
+            for place, (change,) in changes.items()
+        )
     )
     to_repair = pruned(pico, model, size)
     known = Lessons(size.input_ids, to_repair.walk(to_repair.layers, size.input_ids).finish({}))
@@ -141,8 +163,11 @@ def training_of_a_plan(pico, model, size):
     return training(pico, model, size, plan_changes(pico, model))
 
 
-# Factors are drawn on the CPU; the corrections of a plan are moved to train on top of them, and to judge.
-@pytest.mark.parametrize(("prepare", "moves_of_a_map"), [(bare_training, 1), (training_of_a_plan, 3)])
+# Factors are drawn on the CPU; the corrections of a plan are moved to train on top of them, and to
+# judge.
+@pytest.mark.parametrize(
+    ("prepare", "moves_of_a_map"), [(bare_training, 1), (training_of_a_plan, 3)]
+)
 def test_a_step_of_training_takes_the_same_however_deep_the_model(llamas, prepare, moves_of_a_map):
     """Four samples more are twelve with what is written: three steps."""
     counts = {}
@@ -153,7 +178,9 @@ def test_a_step_of_training_takes_the_same_however_deep_the_model(llamas, prepar
             counts[layers, samples] = traffic.copies, traffic.waits
 
     def growth(fewer, more):
-        return tuple(after - before for before, after in zip(counts[fewer], counts[more], strict=True))
+        return tuple(
+            after - before for before, after in zip(counts[fewer], counts[more], strict=True)
+        )
 
     copies, waits = growth((8, 4), (8, 8))
     assert (copies, waits) == growth((4, 4), (4, 8))

@@ -7,11 +7,17 @@ from gradmap.gpus import ask, visible_gpus
 from tests.fake_nvml import Card, FakeNvml, Slice
 
 PLAIN = tuple(Card(f"GPU-{letters}") for letters in ("aaaa-1", "aabb-2", "cccc-3"))
-# One card in three GPU instances, of which the second has two compute instances, beside a whole card.
+# One card in three GPU instances, of which the second has two compute instances, beside a whole
+# card.
 SLICED = (
     Card(
         "GPU-aaaa-1",
-        slices=(Slice("MIG-0001", 3), Slice("MIG-0102", 5, 0), Slice("MIG-0103", 5, 1), Slice("MIG-0204", 9)),
+        slices=(
+            Slice("MIG-0001", 3),
+            Slice("MIG-0102", 5, 0),
+            Slice("MIG-0103", 5, 1),
+            Slice("MIG-0204", 9),
+        ),
     ),
     Card("GPU-bbbb-2"),
 )

@@ -74,7 +74,8 @@ def test_a_slow_first_unit_is_forgotten():
 
 
 def test_the_guess_is_honest_after_a_lazy_search_has_ended_early():
-    """As selector `repair` does: eight rounds of 30 layers and less; all are tried in the first, then five a round."""
+    """As selector `repair` does: eight rounds of 30 layers and less; all are tried in the first,
+    then five a round."""
     unit_s, works = 16.0, [30 - gone for gone in range(8)]
     tried = [29, *[5] * 7]
     pace, now_s = Pace(sum(works)), 0.0
@@ -148,7 +149,10 @@ def test_a_thread_beats_while_the_block_runs_and_ends_with_it():
     lines = Queue()
     heartbeat = Heartbeat(lines.put, interval_s=0.001)
     before = set(threading.enumerate())
-    with pytest.raises(ValueError, match="in the block"), heartbeat.during(lambda elapsed_s: "busy"):
+    with (
+        pytest.raises(ValueError, match="in the block"),
+        heartbeat.during(lambda elapsed_s: "busy"),
+    ):
         threads = set(threading.enumerate()) - before
         assert [thread.daemon for thread in threads] == [True]  # it does not keep a process alive
         assert [lines.get(timeout=PATIENCE_S) for _ in range(3)] == ["busy"] * 3

@@ -27,7 +27,8 @@ def test_scores_equal_the_per_sample_reference(pico, input_ids):
     model = pico.load()
     expected = layer_scores_reference(model, pico.architecture, input_ids)
     actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
-    # float64 throughout; the squares of a ghost norm cancel at most a few digits: half the mantissa remains
+    # float64 throughout; the squares of a ghost norm cancel at most a few digits: half the mantissa
+    # remains
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
 
@@ -46,7 +47,9 @@ def test_long_samples_take_the_direct_formula(picos):
     ids = torch.randint(3, VOCABULARY, (3, 60), generator=torch.Generator().manual_seed(2))
     model = pico.load()
     actual = layer_scores(model, pico.architecture, ids, Batches(3))
-    torch.testing.assert_close(actual, layer_scores_reference(model, pico.architecture, ids), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        actual, layer_scores_reference(model, pico.architecture, ids), rtol=1e-7, atol=0
+    )
 
 
 @pytest.mark.parametrize("tokens", [2, 200])
@@ -72,11 +75,18 @@ def test_loss_and_its_gradient_are_those_of_cross_entropy(picos, input_ids):
     pico = picos["gemma2"]
     model = pico.load()
     layers = pico.architecture.layer_list(model)
-    hidden = model.base_model(input_ids=input_ids, output_hidden_states=True).hidden_states[-2].requires_grad_()
+    hidden = (
+        model.base_model(input_ids=input_ids, output_hidden_states=True)
+        .hidden_states[-2]
+        .requires_grad_()
+    )
     losses = losses_from(model, layers, hidden, input_ids)
     (gradient,) = torch.autograd.grad(losses.sum(), hidden)
     logits = model.lm_head(model.model.norm(hidden))
-    capped = torch.tanh(logits / model.config.final_logit_softcapping) * model.config.final_logit_softcapping
+    capped = (
+        torch.tanh(logits / model.config.final_logit_softcapping)
+        * model.config.final_logit_softcapping
+    )
     expected = sample_losses(capped, input_ids)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), hidden)[0])
@@ -109,24 +119,31 @@ def test_a_nan_loss_names_the_sample(picos, input_ids, monkeypatch, logits_bytes
 
 
 def test_float32_scores_on_smollm2(smollm2):
-    calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42)
+    calibration = build_calibration(
+        load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42
+    )
     model = load_model(smollm2, "float32")
     architecture = architecture_of(smollm2.config)
     actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
     expected = layer_scores_reference(model, architecture, calibration.input_ids)
-    # float32 rounding of about 1e-7 per product, over 128 x 128 products of mixed sign in a ghost norm
+    # float32 rounding of about 1e-7 per product, over 128 x 128 products of mixed sign in a ghost
+    # norm
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
     assert actual.argsort().tolist() == expected.argsort().tolist()
 
 
 def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smollm2):
-    calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42)
+    calibration = build_calibration(
+        load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42
+    )
     architecture = architecture_of(smollm2.config)
     exact = load_model(smollm2, "float32")
     expected = layer_scores(exact, architecture, calibration.input_ids, Batches(4))
     model = load_model(smollm2, "autocast")
     assert model.get_input_embeddings().weight.dtype == torch.float32
-    assert count_parameters(model) == count_parameters(exact) == 134_515_008  # though the head has parted
+    assert (
+        count_parameters(model) == count_parameters(exact) == 134_515_008
+    )  # though the head has parted
     with computing_in("autocast", model):
         actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
     assert not torch.equal(actual, expected)
@@ -136,24 +153,30 @@ def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smoll
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_model_that_accelerate_has_placed_scores_the_same(picos, input_ids, family):
-    """As `--device spread` does over GPUs; here all parts are on the CPU, with accelerate's hooks around each."""
+    """As `--device spread` does over GPUs; here all parts are on the CPU, with accelerate's hooks
+    around each."""
     pico = picos[family]
     model = pico.load()
     with without_layers(model, pico.architecture, [2]):
         expected = layer_scores_reference(model, pico.architecture, input_ids)
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-    placement = dict.fromkeys([*parts, *(f"model.layers.{index}" for index in range(LAYERS))], "cpu")
+    placement = dict.fromkeys(
+        [*parts, *(f"model.layers.{index}" for index in range(LAYERS))], "cpu"
+    )
     dispatch_model(model, placement, main_device="cpu", force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for layer in pico.architecture.layer_list(model))
     with without_layers(model, pico.architecture, [2]):
         actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
-    assert all("forward" in vars(layer) for layer in pico.architecture.layer_list(model))  # the hooks are still there
+    assert all(
+        "forward" in vars(layer) for layer in pico.architecture.layer_list(model)
+    )  # the hooks are still there
 
 
 def across_devices(pico):
-    """Relative tolerance. A router takes its softmax in float32, and two devices' exponentials differ by up to two
-    units in the last place (2^-23 each); what a token gets from an expert is a ratio of two of them."""
+    """Relative tolerance. A router takes its softmax in float32, and two devices' exponentials
+    differ by up to two units in the last place (2^-23 each); what a token gets from an expert is a
+    ratio of two of them."""
     return 4 * 2**-23 if pico.family == "mixtral" else 1e-7
 
 
@@ -178,7 +201,8 @@ def test_scores_on_a_gpu_are_those_of_the_cpu(pico, input_ids, streamed):
 
 
 def test_float16_does_not_end_at_an_attention_sink():
-    """Hidden states of 300 in 64 dimensions: the square of one token is 5.8 million, and float16 ends at 65504."""
+    """Hidden states of 300 in 64 dimensions: the square of one token is 5.8 million, and float16
+    ends at 65504."""
     layer = torch.nn.Linear(64, 64, bias=False)
     inputs = torch.full((2, 8, 64), 300.0)
     norms = {}

@@ -25,7 +25,9 @@ STEPS = [Step({0: 0.1, 1: 1 / 3, 2: 1e-30}, (2,)), Step({0: 0.5, 1: 0.7}, (0,))]
 
 def kill_after_decisions(arguments, journal, decisions, number):
     """Runs gradmap and sends it a signal as soon as so many decisions are on disk."""
-    process = subprocess.Popen([sys.executable, "-m", "gradmap", *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradmap", *arguments], stderr=subprocess.DEVNULL
+    )
     while process.poll() is None:
         if journal.exists() and len(json.loads(journal.read_text())["steps"]) >= decisions:
             process.send_signal(number)
@@ -41,18 +43,29 @@ def test_a_killed_run_ends_in_the_identical_plan(picos, word_file, tmp_path):
         ("terminated", signal.SIGTERM, EXIT_TERMINATED),
     ):
         out = tmp_path / name / "plan"
-        arguments = [*map(str, prune_arguments(picos["llama"], word_file, out, remove=4)), "--samples", "48"]
+        arguments = [
+            *map(str, prune_arguments(picos["llama"], word_file, out, remove=4)),
+            "--samples",
+            "48",
+        ]
         if number is not None:
             journal = out.parent / ".plan.journal.json"
             assert kill_after_decisions(arguments, journal, 2, number) == code
             left = {path.name for path in out.parent.iterdir()}
-            assert left == {journal.name} if number == signal.SIGTERM else journal.name in left and "plan" not in left
+            assert (
+                left == {journal.name}
+                if number == signal.SIGTERM
+                else journal.name in left and "plan" not in left
+            )
             arguments.append("--resume")
         finished = gradmap(*arguments)
         assert finished.returncode == 0, finished.stderr
         assert ("decisions of an interrupted run" in finished.stderr) == (number is not None)
         assert [path.name for path in out.parent.iterdir()] == ["plan"]  # nothing is left beside it
-        plans[name] = json.loads((out / "plan.json").read_text()), (out / "corrections.safetensors").read_bytes()
+        plans[name] = (
+            json.loads((out / "plan.json").read_text()),
+            (out / "corrections.safetensors").read_bytes(),
+        )
     for name in ("killed", "terminated"):
         assert without_record(plans[name][0]) == without_record(plans["whole"][0])
         assert plans[name][1] == plans["whole"][1]
@@ -112,7 +125,9 @@ def test_a_damaged_journal_is_not_gone_on_with(journal, contents, capsys):
 
 def test_another_version_starts_over(picos, word_file, monkeypatch):
     """It may choose otherwise."""
-    calibration = build_calibration(load_tokenizer(picos["llama"].directory), f"file:{word_file}", 4, 8, 0)
+    calibration = build_calibration(
+        load_tokenizer(picos["llama"].directory), f"file:{word_file}", 4, 8, 0
+    )
     settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="none")
     before = journal_key(picos["llama"].checkpoint, settings, calibration)
     monkeypatch.setattr("gradmap.prune.version", lambda package: "another")
@@ -127,9 +142,15 @@ def test_the_key_holds_what_decisions_depend_on_and_nothing_else(picos, word_fil
 
     settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="projection")
     plain = key("llama", settings)
-    assert key("llama", replace(settings, remove=3, compensator="none", device="cpu", stream=True)) == plain
+    assert (
+        key("llama", replace(settings, remove=3, compensator="none", device="cpu", stream=True))
+        == plain
+    )
     others = ({"seed": 1}, {"dtype": "float64"}, {"one_shot": True}, {"budget_minutes": 1.0})
-    assert plain not in [key("mistral", settings), *(key("llama", replace(settings, **changes)) for changes in others)]
+    assert plain not in [
+        key("mistral", settings),
+        *(key("llama", replace(settings, **changes)) for changes in others),
+    ]
 
 
 def test_a_run_with_a_budget_goes_on_with_the_samples_that_it_once_got(tmp_path):

@@ -1,4 +1,5 @@
-"""One process at a time writes a result; what a killed one left blocks nobody, in whatever container it ran."""
+"""One process at a time writes a result; what a killed one left blocks nobody, in whatever
+container it ran."""
 
 import errno
 import fcntl
@@ -29,7 +30,10 @@ IN_A_NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--
 
 
 def can_unshare():
-    return shutil.which("unshare") and subprocess.run([*IN_A_NAMESPACE, "true"], check=False).returncode == 0
+    return (
+        shutil.which("unshare")
+        and subprocess.run([*IN_A_NAMESPACE, "true"], check=False).returncode == 0
+    )
 
 
 @pytest.fixture(params=["this container", "another container"])
@@ -82,7 +86,10 @@ def _is_free(lock):
 
 def test_two_names_of_one_place_are_one_lock(tmp_path, holder):
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    with pytest.raises(UserError, match="link is being written by process"), writing(tmp_path / "link"):
+    with (
+        pytest.raises(UserError, match="link is being written by process"),
+        writing(tmp_path / "link"),
+    ):
         pass
 
 
@@ -136,7 +143,9 @@ def test_a_directory_that_nothing_came_into_goes_again(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_there_are_no_locks_it_warns_and_leaves_the_partials_of_others(tmp_path, monkeypatch, capsys, number):
+def test_where_there_are_no_locks_it_warns_and_leaves_the_partials_of_others(
+    tmp_path, monkeypatch, capsys, number
+):
     def refuse(descriptor, operation):
         raise OSError(number, os.strerror(number))
 

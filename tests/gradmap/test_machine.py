@@ -54,7 +54,10 @@ def test_files_that_were_read_do_not_fill_a_container(tmp_path):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     assert available_bytes(tmp_path) == 100
-    stat = "anon 200\nfile 650\nshmem 50\ninactive_anon 60\nactive_anon 190\ninactive_file 500\nactive_file 100\n"
+    stat = (
+        "anon 200\nfile 650\nshmem 50\ninactive_anon 60\nactive_anon 190\ninactive_file "
+        "500\nactive_file 100\n"
+    )
     (tmp_path / "memory.stat").write_text(stat)
     assert available_bytes(tmp_path) == 700
 
@@ -65,7 +68,9 @@ def test_auto_is_what_the_cpu_multiplies_fastest(picos, on, capsys, rates, expec
     checkpoint = open_checkpoint(str(picos["llama"].directory))
     for _ in range(2):
         assert resolve_dtype("auto", "cpu", checkpoint) == expected
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Computing in")]
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("Computing in")
+    ]
     assert said == [f"Computing in {expected} (found: {rates.describe()})"]
 
 
@@ -80,9 +85,13 @@ def test_auto_is_what_the_cpu_multiplies_fastest(picos, on, capsys, rates, expec
         ("float32", (7, 5), "float32"),
     ],
 )
-def test_auto_on_a_gpu_is_what_is_stored_unless_that_is_emulated(monkeypatch, stored, capability, expected):
+def test_auto_on_a_gpu_is_what_is_stored_unless_that_is_emulated(
+    monkeypatch, stored, capability, expected
+):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: ((9, 0), capability)[index])
+    monkeypatch.setattr(
+        "torch.cuda.get_device_capability", lambda index: ((9, 0), capability)[index]
+    )
     assert precision.fastest_dtype(stored, "cuda:0") == expected
 
 
@@ -101,7 +110,9 @@ def test_a_cpu_whose_products_are_limited_to_avx2_is_found_out():
     """The slow path can be forced on a fast machine."""
     code = "from gradmap.machine import *; print(bfloat16_pays(), multiplies_int8_exactly())"
     environment = {**os.environ, **WITHOUT_BFLOAT16}
-    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert finished.stdout.split() == ["False", "False"]  # nor has AVX2 the 8-bit products of VNNI
 
 

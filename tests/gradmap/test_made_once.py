@@ -37,7 +37,9 @@ def gguf(tmp_path, monkeypatch):
 
 
 def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != STAMPS_FILE}
+    return {
+        path.name: path.read_bytes() for path in directory.iterdir() if path.name != STAMPS_FILE
+    }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -64,7 +66,9 @@ def test_a_changed_config_is_not_read_either(gguf, tmp_path):
     expected = read_config(str(tmp_path), "pico.gguf")["num_hidden_layers"]
     made = gguf()
     config = (made / "config.json").read_text()
-    (made / "config.json").write_text(config.replace(f'"num_hidden_layers": {expected}', '"num_hidden_layers": 99'))
+    (made / "config.json").write_text(
+        config.replace(f'"num_hidden_layers": {expected}', '"num_hidden_layers": 99')
+    )
     assert read_config(str(tmp_path), "pico.gguf")["num_hidden_layers"] == expected
 
 

@@ -16,7 +16,9 @@ def test_a_plain_name_stays_what_it_is(name: str) -> None:
     assert plain_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/../b", "/etc/passwd", "a//b", "./a", "a/", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/../b", "/etc/passwd", "a//b", "./a", "a/", "a\nb"]
+)
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no plain name"):
         own_file(tmp_path, name)
@@ -29,7 +31,10 @@ def test_a_link_inside_the_directory_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_of_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs, snapshot = (
+        tmp_path / "models--a--b" / "blobs",
+        tmp_path / "models--a--b" / "snapshots" / "0123",
+    )
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     (blobs / "abc").write_text("{}")
@@ -42,9 +47,14 @@ def test_a_snapshot_of_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("directory", "target"),
-    [("models--a--b/snapshots/0123", "../../refs/main"), ("models--a--b/copies/0123", "../../blobs/abc")],
+    [
+        ("models--a--b/snapshots/0123", "../../refs/main"),
+        ("models--a--b/copies/0123", "../../blobs/abc"),
+    ],
 )
-def test_only_a_snapshot_has_links_out_and_only_to_its_blobs(tmp_path: Path, directory: str, target: str) -> None:
+def test_only_a_snapshot_has_links_out_and_only_to_its_blobs(
+    tmp_path: Path, directory: str, target: str
+) -> None:
     model = tmp_path / directory
     model.mkdir(parents=True)
     (model / target).resolve().parent.mkdir()
@@ -54,7 +64,9 @@ def test_only_a_snapshot_has_links_out_and_only_to_its_blobs(tmp_path: Path, dir
         own_files(model, ["*.json"])
 
 
-@pytest.mark.parametrize("target", ["../id_rsa", "/proc/self/environ", "../private/key", "loop.txt", "/dev/zero"])
+@pytest.mark.parametrize(
+    "target", ["../id_rsa", "/proc/self/environ", "../private/key", "loop.txt", "/dev/zero"]
+)
 def test_a_link_to_anything_else_is_refused(tmp_path: Path, target: str) -> None:
     model = tmp_path / "model"
     (tmp_path / "private").mkdir()

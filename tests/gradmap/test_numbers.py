@@ -41,18 +41,31 @@ def test_prune_refuses_numbers_that_make_no_sense(picos, word_file, tmp_path, op
     given = {"--samples": 12, "--tokens": 16, "--remove": 1, option: value}
     if option == "--ratio":
         del given["--remove"]
-    methods = ("--selector", "random", "--compensator", "projection", "--calibration", f"file:{word_file}")
+    methods = (
+        "--selector",
+        "random",
+        "--compensator",
+        "projection",
+        "--calibration",
+        f"file:{word_file}",
+    )
     numbers = [part for pair in given.items() for part in pair]
     model = picos["llama"].directory
-    require_sentence(gradmap("prune", "--model", model, *methods, *numbers, "--out", tmp_path / "plan"))
+    require_sentence(
+        gradmap("prune", "--model", model, *methods, *numbers, "--out", tmp_path / "plan")
+    )
     assert not (tmp_path / "plan").exists()
 
 
 @pytest.mark.parametrize(("option", "value"), cases(EVAL))
 def test_eval_refuses_numbers_that_make_no_sense(picos, tmp_path, option, value):
-    (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(400)))
+    (tmp_path / "other.txt").write_text(
+        " ".join(f"w{3 + (7 * index) % 190}" for index in range(400))
+    )
     text = ("--perplexity", f"own=file:{tmp_path}/other.txt", "--segment", 16, option, value)
-    require_sentence(gradmap("eval", "--model", picos["llama"].directory, *text, "--out", tmp_path / "eval.json"))
+    require_sentence(
+        gradmap("eval", "--model", picos["llama"].directory, *text, "--out", tmp_path / "eval.json")
+    )
     assert not (tmp_path / "eval.json").exists()
 
 
@@ -65,10 +78,20 @@ def test_a_tokenizer_of_another_model_is_refused(word_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("selector", "samples"), [("repair", 2), ("gradient", 2), ("gradpruner", 2), ("window", 2), ("mka", 3), ("mka", 2)]
+    ("selector", "samples"),
+    [("repair", 2), ("gradient", 2), ("gradpruner", 2), ("window", 2), ("mka", 3), ("mka", 2)],
 )
 def test_so_many_samples_are_enough(picos, word_file, tmp_path, selector, samples):
-    source = ("--calibration", f"file:{word_file}", "--samples", samples, "--tokens", 8, "--remove", 2)
+    source = (
+        "--calibration",
+        f"file:{word_file}",
+        "--samples",
+        samples,
+        "--tokens",
+        8,
+        "--remove",
+        2,
+    )
     options = ("--selector", selector, "--compensator", "none", "--out", tmp_path / "plan")
     finished = gradmap("prune", "--model", picos["llama"].directory, *source, *options)
     if (selector, samples) == ("mka", 2):

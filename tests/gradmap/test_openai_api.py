@@ -1,4 +1,5 @@
-"""What every client of a server does: straight to this machine, by proxy to others, with a key that can be sent."""
+"""What every client of a server does: straight to this machine, by proxy to others, with a key that
+can be sent."""
 
 import json
 
@@ -43,7 +44,8 @@ def test_other_machines_are_asked_by_the_proxy(proxy):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a server is asked that cuts answers after three tokens, as one with max_new_tokens does."""
+    """What a server is asked that cuts answers after three tokens, as one with max_new_tokens
+    does."""
     asked = []
 
     def answer(request):
@@ -51,7 +53,9 @@ def asked(monkeypatch):
             return httpx.Response(200, json={"data": [{"id": "m", "max_model_len": 9}]})
         asked.append(json.loads(request.content))
         tokens = min(3, asked[-1]["max_tokens"])
-        return httpx.Response(200, json={"choices": [{"finish_reason": "length", "token_ids": [7] * tokens}]})
+        return httpx.Response(
+            200, json={"choices": [{"finish_reason": "length", "token_ids": [7] * tokens}]}
+        )
 
     def client(url, timeout_s):
         return httpx.Client(base_url=url, transport=httpx.MockTransport(answer))
@@ -63,7 +67,12 @@ def asked(monkeypatch):
 def test_a_server_answers_by_the_model_s_own_probabilities(asked):
     """It would take the penalties of generation_config.json where a request names none."""
     assert EndpointBackend("http://server").generate([[5, 6]], 3) == [[7, 7, 7]]
-    neutral = {"temperature": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    neutral = {
+        "temperature": 0,
+        "repetition_penalty": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+    }
     assert asked[0].items() >= neutral.items()
 
 
@@ -88,10 +97,14 @@ def test_own_addresses_are_known():
     assert [host for host in others if is_own_address(host)] == []
 
 
-@pytest.mark.parametrize("key", ["one\ntwo", "tab\there", "snow☃", "caf\u00e9", " edge", "edge\n", "nul\x7f", " "])
+@pytest.mark.parametrize(
+    "key", ["one\ntwo", "tab\there", "snow☃", "caf\u00e9", " edge", "edge\n", "nul\x7f", " "]
+)
 def test_a_key_that_no_header_carries_is_refused_and_not_shown(monkeypatch, key):
     monkeypatch.setenv("VLLM_API_KEY", key)
-    with pytest.raises(UserError, match="The API key in VLLM_API_KEY has characters that an HTTP header") as raised:
+    with pytest.raises(
+        UserError, match="The API key in VLLM_API_KEY has characters that an HTTP header"
+    ) as raised:
         authorization()
     assert key.strip() == "" or key.strip() not in str(raised.value)
 
@@ -103,7 +116,10 @@ def test_a_key_may_have_spaces_inside(monkeypatch):
 
 @pytest.mark.parametrize("body", [b'{"data": []}', b"[]", b"{}", b"null"])
 def test_a_server_without_a_model_is_told(servers, body):
-    with open_client(servers(body).url, 10) as client, pytest.raises(ValueError, match="its list of models is"):
+    with (
+        open_client(servers(body).url, 10) as client,
+        pytest.raises(ValueError, match="its list of models is"),
+    ):
         served_model(client)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.processes import ended
 
-# Says which processes it has started by multiprocessing, the second by way of the first, and does as it is told. They
-# end by SIGKILL alone.
+# Says which processes it has started by multiprocessing, the second by way of the first, and does
+# as it is told. They end by SIGKILL alone.
 OURS = """
 import multiprocessing, os, signal, sys, time
 from gradmap.orphans import Watch
@@ -37,7 +37,9 @@ time.sleep(600)
 @pytest.fixture
 def started():
     """A process of ours, and the numbers of those that it has started."""
-    with subprocess.Popen([sys.executable, "-c", OURS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as ours:
+    with subprocess.Popen(
+        [sys.executable, "-c", OURS], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as ours:
         numbers = [int(number) for number in ours.stdout.readline().split()]
         try:
             assert len(numbers) == 2 and all(map(psutil.pid_exists, numbers))

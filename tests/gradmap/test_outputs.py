@@ -1,4 +1,5 @@
-"""Where a result cannot be written, or somebody else writes it, a command says so before it works."""
+"""Where a result cannot be written, or somebody else writes it, a command says so before it
+works."""
 
 import fcntl
 import json
@@ -14,9 +15,10 @@ from gradmap.outputs import output_directory, output_file, results_in
 from tests.command_line import gradmap
 from tests.gradmap.test_prune import prune_arguments
 
-RECIPE = (
-    'model: {model}\nprune: {{remove: 2, calibration: "file:{text}"}}\neval: {{perplexity: {{a: "file:{text}"}}}}\n'
-)
+RECIPE = """model: {model}
+prune: {{remove: 2, calibration: "file:{text}"}}
+eval: {{perplexity: {{a: "file:{text}"}}}}
+"""
 
 
 @contextmanager
@@ -33,7 +35,9 @@ def held(lock):
 @pytest.fixture
 def commands(picos, word_file, tmp_path):
     """From a command's name to its arguments, without --out."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=picos["llama"].directory, text=word_file))
+    (tmp_path / "recipe.yaml").write_text(
+        RECIPE.format(model=picos["llama"].directory, text=word_file)
+    )
     model = ("--model", picos["llama"].directory)
     text = ("--perplexity", f"a=file:{word_file}")
     return {
@@ -61,7 +65,9 @@ def refusal(commands, command, out):
 def test_who_writes_there_is_named(commands, command, tmp_path):
     with held(tmp_path / LOCKS.get(command, f"result/{INNER_LOCK}")):
         said = refusal(commands, command, tmp_path / OUT.get(command, "result"))
-    assert "is being written by process 7 on pod-1 since yesterday; wait until that has ended" in said
+    assert (
+        "is being written by process 7 on pod-1 since yesterday; wait until that has ended" in said
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -129,16 +135,25 @@ def test_the_working_directory_is_not_replaced(elsewhere, path):
         output_directory(elsewhere / "work" / path, "result"),
     ):
         pass
-    with output_directory(elsewhere / "work" / "below", "result"), results_in(elsewhere / "work" / ".", "result"):
+    with (
+        output_directory(elsewhere / "work" / "below", "result"),
+        results_in(elsewhere / "work" / ".", "result"),
+    ):
         pass  # what is in it may be, and results may be put into it
 
 
 def test_a_directory_is_no_file_and_a_file_no_directory(elsewhere):
     (elsewhere / "file").write_text("precious")
-    with pytest.raises(UserError, match="is a directory; name a file"), output_file(elsewhere / "work"):
+    with (
+        pytest.raises(UserError, match="is a directory; name a file"),
+        output_file(elsewhere / "work"),
+    ):
         pass
     for refuses in (output_directory, results_in):
-        with pytest.raises(UserError, match="is a file; name a directory"), refuses(elsewhere / "file", "result"):
+        with (
+            pytest.raises(UserError, match="is a file; name a directory"),
+            refuses(elsewhere / "file", "result"),
+        ):
             pass
 
 
@@ -167,4 +182,8 @@ def test_a_link_is_written_through(tmp_path, there):
     with results_in(into, "result"):
         write_text(into / "result", "text")
     assert into.is_symlink() and (tmp_path / "place" / "results" / "result").read_text() == "text"
-    assert sorted(path.name for path in (tmp_path / "place").iterdir()) == ["file", "results", "target"]
+    assert sorted(path.name for path in (tmp_path / "place").iterdir()) == [
+        "file",
+        "results",
+        "target",
+    ]

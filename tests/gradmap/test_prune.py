@@ -1,4 +1,5 @@
-"""`gradmap prune` and `gradmap eval` on the command line: plans that can be recomputed, and refusals."""
+"""`gradmap prune` and `gradmap eval` on the command line: plans that can be recomputed, and
+refusals."""
 
 import json
 import math
@@ -44,21 +45,39 @@ def test_the_plan_can_be_recomputed_from_its_own_files(planned):
         alive = [layer for layer in range(LAYERS) if layer not in removed]
         assert list(step.scores) == alive
         torch.testing.assert_close(
-            torch.tensor(list(step.scores.values()), dtype=torch.float64), expected, rtol=1e-7, atol=0
+            torch.tensor(list(step.scores.values()), dtype=torch.float64),
+            expected,
+            rtol=1e-7,
+            atol=0,
         )
         assert step.removed == [alive[int(expected.argmin())]]
 
 
 def test_plan_json_keeps_the_agreed_names(planned):
     contents = json.loads((planned[1] / "plan.json").read_text())
-    assert {"removal_order", "steps", "corrections", "calibration", "recipe", "base_model"} <= contents.keys()
+    assert {
+        "removal_order",
+        "steps",
+        "corrections",
+        "calibration",
+        "recipe",
+        "base_model",
+    } <= contents.keys()
     (correction,) = contents["corrections"]
-    assert {"layer", "target", "lambda", "held_out_divergence_before", "held_out_divergence_after"} <= correction.keys()
+    assert {
+        "layer",
+        "target",
+        "lambda",
+        "held_out_divergence_before",
+        "held_out_divergence_after",
+    } <= correction.keys()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_plan_tells_what_each_stage_took(picos, word_file, tmp_path, device):
-    finished = gradmap(*prune_arguments(picos["llama"], word_file, tmp_path / "plan"), "--device", device)
+    finished = gradmap(
+        *prune_arguments(picos["llama"], word_file, tmp_path / "plan"), "--device", device
+    )
     assert finished.returncode == 0, finished.stderr
     plan = load_plan(tmp_path / "plan")
     assert list(plan.timings_s) == ["select", "compensate"]
@@ -69,10 +88,20 @@ def test_the_plan_tells_what_each_stage_took(picos, word_file, tmp_path, device)
 
 def test_eval_measures_dense_and_pruned(planned, tmp_path):
     pico, plan, _ = planned
-    (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(400)))
+    (tmp_path / "other.txt").write_text(
+        " ".join(f"w{3 + (7 * index) % 190}" for index in range(400))
+    )
     out = tmp_path / "eval.json"
     finished = gradmap(
-        *("eval", "--model", pico.directory, "--plan", plan, "--perplexity", f"own=file:{tmp_path}/other.txt"),
+        *(
+            "eval",
+            "--model",
+            pico.directory,
+            "--plan",
+            plan,
+            "--perplexity",
+            f"own=file:{tmp_path}/other.txt",
+        ),
         *("--segment", 64, "--dtype", "float64", "--out", out),
     )
     assert finished.returncode == 0, finished.stderr
@@ -82,13 +111,20 @@ def test_eval_measures_dense_and_pruned(planned, tmp_path):
     losses = sample_losses(pico.load()(input_ids=ids).logits, ids) / 63
     estimate = result["dense"]["perplexity"]["own"]
     assert estimate["value"] == pytest.approx(losses.mean().exp().item(), rel=1e-9)
-    assert estimate["stderr"] == pytest.approx(estimate["value"] * losses.std().item() / math.sqrt(6), rel=1e-9)
+    assert estimate["stderr"] == pytest.approx(
+        estimate["value"] * losses.std().item() / math.sqrt(6), rel=1e-9
+    )
 
 
 @pytest.fixture(scope="module")
 def planned_with_bos(pico_with_bos, word_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("bos") / "plan"
-    assert gradmap(*prune_arguments(pico_with_bos, word_file, out), "--selector", "gradient").returncode == 0
+    assert (
+        gradmap(
+            *prune_arguments(pico_with_bos, word_file, out), "--selector", "gradient"
+        ).returncode
+        == 0
+    )
     return pico_with_bos, out
 
 
@@ -101,7 +137,16 @@ def test_a_plan_is_made_of_samples_that_begin_with_bos(planned_with_bos, tmp_pat
     assert set(input_ids[:, 0].tolist()) == {BOS}
     expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
     assert list(plan.steps[0].scores.values()) == pytest.approx(expected.tolist(), rel=1e-7)
-    smaller = ("--from-plan", out, "--remove", 1, "--compensator", "distil", "--out", tmp_path / "smaller")
+    smaller = (
+        "--from-plan",
+        out,
+        "--remove",
+        1,
+        "--compensator",
+        "distil",
+        "--out",
+        tmp_path / "smaller",
+    )
     finished = gradmap("prune", "--model", pico.directory, *smaller)
     assert finished.returncode == 0, finished.stderr
     smaller = load_plan(tmp_path / "smaller").calibration
@@ -117,17 +162,32 @@ def test_eval_puts_bos_before_every_segment(planned_with_bos, tmp_path):
     tokens = [3 + (7 * index) % 190 for index in range(384)]
     (tmp_path / "other.txt").write_text(" ".join(f"w{token}" for token in tokens))
     finished = gradmap(
-        *("eval", "--model", pico.directory, "--plan", plan, "--perplexity", f"own=file:{tmp_path}/other.txt"),
+        *(
+            "eval",
+            "--model",
+            pico.directory,
+            "--plan",
+            plan,
+            "--perplexity",
+            f"own=file:{tmp_path}/other.txt",
+        ),
         *("--segment", 48, "--limit", 5, "--dtype", "float64", "--out", tmp_path / "eval.json"),
     )
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "eval.json").read_text())
     text = result["texts"]["own"]
-    assert (text["segments"], text["tokens"], text["bos"], text["predicted_tokens"]) == (5, 48, BOS, 48)
+    assert (text["segments"], text["tokens"], text["bos"], text["predicted_tokens"]) == (
+        5,
+        48,
+        BOS,
+        48,
+    )
     segments = torch.tensor(tokens[: 5 * 48]).reshape(5, 48)
     ids = torch.cat([torch.full((5, 1), BOS), segments], dim=1)
     losses = sample_losses(pico.load()(input_ids=ids).logits, ids) / 48
-    assert result["dense"]["perplexity"]["own"]["value"] == pytest.approx(losses.mean().exp().item(), rel=1e-9)
+    assert result["dense"]["perplexity"]["own"]["value"] == pytest.approx(
+        losses.mean().exp().item(), rel=1e-9
+    )
 
 
 def test_evaluating_on_the_calibration_text_is_refused(planned, word_file, tmp_path):
@@ -183,7 +243,9 @@ def test_a_tampered_plan_is_refused(planned, tmp_path):
 def test_a_rejected_correction_is_not_loaded(planned):
     plan = load_plan(planned[1])
     rejected = plan.model_copy(
-        update={"corrections": [one.model_copy(update={"accepted": False}) for one in plan.corrections]}
+        update={
+            "corrections": [one.model_copy(update={"accepted": False}) for one in plan.corrections]
+        }
     )
     assert load_changes(planned[1], rejected) == {}
 
@@ -200,8 +262,14 @@ def test_the_published_method_fits_on_all_samples_and_applies_what_it_fitted(pla
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--selector", "repair", "--held-out", 0), "repair chooses by what it does on held-out samples"),
-        (("--compensator", "refit", "--held-out", 0), "refit chooses by what it does on held-out samples"),
+        (
+            ("--selector", "repair", "--held-out", 0),
+            "repair chooses by what it does on held-out samples",
+        ),
+        (
+            ("--compensator", "refit", "--held-out", 0),
+            "refit chooses by what it does on held-out samples",
+        ),
         (("--accept", "held-out"), "give --accept always"),
         (("--accept", "never"), "give held-out or always"),
         (("--held-out", 12), "leaves none to fit on"),
@@ -225,14 +293,18 @@ def test_a_preset_with_another_method_holds_out_what_that_needs(picos, word_file
 
 
 @pytest.mark.parametrize(("minutes", "samples"), [(1e-9, LEAST_SAMPLES), (1e9, 24)])
-def test_a_budget_scales_the_samples_to_what_the_machine_manages(picos, word_file, tmp_path, minutes, samples):
+def test_a_budget_scales_the_samples_to_what_the_machine_manages(
+    picos, word_file, tmp_path, minutes, samples
+):
     out = tmp_path / "plan"
     arguments = prune_arguments(picos["llama"], word_file, out)
     finished = gradmap(*arguments, "--samples", 24, "--budget-minutes", minutes)
     assert finished.returncode == 0, finished.stderr
     plan = load_plan(out)
     assert (plan.calibration.samples, plan.recipe["samples"]) == (samples, 24)
-    assert f"{samples} of 24, within a budget of {minutes:g} minutes" in " ".join(finished.stdout.split())
+    assert f"{samples} of 24, within a budget of {minutes:g} minutes" in " ".join(
+        finished.stdout.split()
+    )
     assert ("is estimated to manage" in finished.stderr) is (samples < 24)
 
 

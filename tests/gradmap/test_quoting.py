@@ -10,13 +10,23 @@ from gradmap import cli, console
 from gradmap.errors import EXIT_USAGE, UserError
 from gradmap.quoting import markdown, visible, xml_text
 
-CONTROL = [*map(chr, [*range(0x20), *range(0x7F, 0xA0)]), "\u2028", "\u2029", "\u202e", "\u200b", "\ud800", "\ufeff"]
+CONTROL = [
+    *map(chr, [*range(0x20), *range(0x7F, 0xA0)]),
+    "\u2028",
+    "\u2029",
+    "\u202e",
+    "\u200b",
+    "\ud800",
+    "\ufeff",
+]
 
 
 @pytest.mark.parametrize("character", CONTROL)
 def test_no_control_character_reaches_a_terminal(character):
     shown = visible(f"a{character}b")
-    assert shown == ("a\nb" if character == "\n" else f"a{character.encode('unicode_escape').decode()}b")
+    assert shown == (
+        "a\nb" if character == "\n" else f"a{character.encode('unicode_escape').decode()}b"
+    )
     shown.encode()
 
 
@@ -58,4 +68,8 @@ def test_xml_holds_every_character_that_is_left():
     read = ElementTree.fromstring(ElementTree.tostring(element, encoding="unicode"))
     # attributes escape line feeds and tabs, so that all but what is no character of XML comes back
     assert len(read.get("b")) == len(everything)
-    assert read.get("b")[0x41] == "A" and read.get("b")[0x1B] == "\ufffd" and read.get("b")[0xD800] == "\ufffd"
+    assert (
+        read.get("b")[0x41] == "A"
+        and read.get("b")[0x1B] == "\ufffd"
+        and read.get("b")[0xD800] == "\ufffd"
+    )

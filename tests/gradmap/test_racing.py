@@ -11,7 +11,9 @@ SAMPLES = 32
 
 
 def noise(seed, size=SAMPLES, scale=1.0):
-    return scale * torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_laps_are_all_samples_once():
@@ -26,8 +28,12 @@ def test_clearly_worse_is_a_mean_difference_of_so_many_standard_errors():
     spread = torch.tensor([1.0, -1.0] * (measured // 2), dtype=torch.float64)
     error = float(spread.std()) * math.sqrt(1 / measured - 1 / SAMPLES)
     for factor, expected in ((0.99, False), (1.01, True)):
-        assert is_clearly_worse(best[:measured] + spread + factor * CLEARLY * error, best) is expected
-        assert not is_clearly_worse(best[:measured] + spread - factor * CLEARLY * error, best)  # better is not worse
+        assert (
+            is_clearly_worse(best[:measured] + spread + factor * CLEARLY * error, best) is expected
+        )
+        assert not is_clearly_worse(
+            best[:measured] + spread - factor * CLEARLY * error, best
+        )  # better is not worse
 
 
 def test_what_all_samples_share_does_not_count():
@@ -40,7 +46,9 @@ def test_what_all_samples_share_does_not_count():
 def test_one_sample_or_all_of_them_decide_nothing():
     best = noise(5)
     assert not is_clearly_worse(best[:1] + 100, best)
-    assert not is_clearly_worse(best + 100, best)  # all were measured: the means themselves are compared
+    assert not is_clearly_worse(
+        best + 100, best
+    )  # all were measured: the means themselves are compared
 
 
 def test_equals_are_given_up_hardly_ever():
@@ -54,9 +62,13 @@ def test_the_leader_is_the_lowest_mean_of_all_samples():
     race, losses = Race(SAMPLES), noise(6)
     assert race.best_mean == math.inf
     assert race.enter(losses) == pytest.approx(float(losses.mean()))
-    assert race.enter(losses + 1) == pytest.approx(float(losses.mean()) + 1)  # measured on all, and worse
+    assert race.enter(losses + 1) == pytest.approx(
+        float(losses.mean()) + 1
+    )  # measured on all, and worse
     assert race.best_mean == pytest.approx(float(losses.mean()))
-    assert race.enter(losses[:4] - 1) == pytest.approx(float(losses.mean()) - 1)  # not measured on all: does not lead
+    assert race.enter(losses[:4] - 1) == pytest.approx(
+        float(losses.mean()) - 1
+    )  # not measured on all: does not lead
     assert race.best_mean == pytest.approx(float(losses.mean()))
     assert race.enter(losses - 0.5) == race.best_mean == pytest.approx(float(losses.mean()) - 0.5)
 
@@ -64,14 +76,20 @@ def test_the_leader_is_the_lowest_mean_of_all_samples():
 def test_what_is_given_up_is_estimated_by_its_difference_on_the_first_samples():
     race, best = Race(SAMPLES), torch.arange(SAMPLES, dtype=torch.float64)
     race.enter(best)
-    assert race.enter(best[:4] + 2) == pytest.approx(float(best.mean()) + 2)  # not the mean of the first four
+    assert race.enter(best[:4] + 2) == pytest.approx(
+        float(best.mean()) + 2
+    )  # not the mean of the first four
 
 
 @pytest.mark.parametrize(
     ("base", "before", "tried"),
     [
         (0.0, {1: 1.0, 2: 0.99 / (1 - MAY_FALL), 3: 1.01 / (1 - MAY_FALL)}, [1, 2]),
-        (2.0, {1: -1.0, 2: -0.99 / (1 + MAY_FALL), 3: -0.5}, [1]),  # the model gets better without them
+        (
+            2.0,
+            {1: -1.0, 2: -0.99 / (1 + MAY_FALL), 3: -0.5},
+            [1],
+        ),  # the model gets better without them
         (2.0, {1: -1.0, 2: -1.0, 3: -1.01 / (1 + MAY_FALL)}, [1, 2, 3]),
         (0.0, {1: -math.inf, 2: -math.inf, 3: -math.inf}, [1, 2, 3]),  # nothing is known
     ],

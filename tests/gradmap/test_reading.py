@@ -32,7 +32,9 @@ BROKEN_YAML = {
 
 
 @pytest.mark.parametrize(("contents", "problem"), BROKEN_JSON.items(), ids=range(len(BROKEN_JSON)))
-def test_broken_json_is_refused_with_its_name(tmp_path: Path, contents: bytes, problem: str) -> None:
+def test_broken_json_is_refused_with_its_name(
+    tmp_path: Path, contents: bytes, problem: str
+) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(contents)
     with pytest.raises(UserError, match=rf"plan\.json.*{problem}"):
@@ -40,7 +42,9 @@ def test_broken_json_is_refused_with_its_name(tmp_path: Path, contents: bytes, p
 
 
 @pytest.mark.parametrize(("contents", "problem"), BROKEN_YAML.items(), ids=range(len(BROKEN_YAML)))
-def test_broken_yaml_is_refused_with_its_name(tmp_path: Path, contents: bytes, problem: str) -> None:
+def test_broken_yaml_is_refused_with_its_name(
+    tmp_path: Path, contents: bytes, problem: str
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(contents)
     with pytest.raises(UserError, match=rf"recipe\.yaml.*{problem}"):
@@ -48,7 +52,9 @@ def test_broken_yaml_is_refused_with_its_name(tmp_path: Path, contents: bytes, p
 
 
 @pytest.mark.parametrize("text", ["[1]", '"a"', "true", "null", "1"])
-def test_json_of_another_shape_is_refused_where_an_object_is_expected(tmp_path: Path, text: str) -> None:
+def test_json_of_another_shape_is_refused_where_an_object_is_expected(
+    tmp_path: Path, text: str
+) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json holds no JSON object"):
         read_json_object(tmp_path / "config.json")

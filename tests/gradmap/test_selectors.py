@@ -1,4 +1,5 @@
-"""Every selector scores what it says, by hand or by a slow reference, and leaves the model as it was."""
+"""Every selector scores what it says, by hand or by a slow reference, and leaves the model as it
+was."""
 
 import json
 import math
@@ -36,7 +37,9 @@ def subject_of(pico, input_ids, **options):
 def choose(name, subject, count, done=(), one_shot=False):
     steps = []
     one_shot, subject = one_shot or name in NOT_NESTED, replace(subject, count=count)
-    selection = select(SELECTORS[name], subject, count, one_shot=one_shot, done=list(done), record=steps.append)
+    selection = select(
+        SELECTORS[name], subject, count, one_shot=one_shot, done=list(done), record=steps.append
+    )
     assert list(selection.steps)[len(done) :] == steps
     return selection
 
@@ -66,7 +69,9 @@ def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_i
 
 @pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", *NOT_NESTED}))
 def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
-    longer, shorter = (choose(name, subject_of(picos["llama"], input_ids), count).removal_order for count in (3, 2))
+    longer, shorter = (
+        choose(name, subject_of(picos["llama"], input_ids), count).removal_order for count in (3, 2)
+    )
     assert longer[:2] == shorter
 
 
@@ -83,10 +88,13 @@ def test_block_influence_is_one_minus_the_mean_cosine(pico, input_ids):
     expected = []
     for entering, leaving in run_and_capture(model, layers, input_ids):
         cosines = [
-            cosine_similarity(h, g, dim=0) for h, g in zip(entering.flatten(0, 1), leaving.flatten(0, 1), strict=True)
+            cosine_similarity(h, g, dim=0)
+            for h, g in zip(entering.flatten(0, 1), leaving.flatten(0, 1), strict=True)
         ]
         expected.append(1 - torch.stack(cosines).mean())
-    torch.testing.assert_close(block_influences(model, pico.architecture, input_ids), torch.stack(expected))
+    torch.testing.assert_close(
+        block_influences(model, pico.architecture, input_ids), torch.stack(expected)
+    )
 
 
 def test_removal_losses_are_those_of_whole_smaller_models(pico, input_ids):
@@ -94,7 +102,10 @@ def test_removal_losses_are_those_of_whole_smaller_models(pico, input_ids):
     places = [1, 2, 3]
     torch.testing.assert_close(
         losses_without(model, pico.architecture, input_ids, places),
-        torch.tensor(losses_without_reference(model, pico.architecture, input_ids, places), dtype=torch.float64),
+        torch.tensor(
+            losses_without_reference(model, pico.architecture, input_ids, places),
+            dtype=torch.float64,
+        ),
         rtol=1e-6,  # the loss is summed in float32
         atol=0,
     )
@@ -123,14 +134,28 @@ def test_magnitude_is_the_sum_of_absolute_weights(picos, input_ids):
     pico = picos["gpt2"]
     (step,) = choose("magnitude", subject_of(pico, input_ids), 1).steps
     layer = pico.architecture.layer_list(pico.load())[2]
-    maps = (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj, layer.ln_1, layer.ln_2)
-    expected = sum(module.weight.abs().sum().item() + module.bias.abs().sum().item() for module in maps)
+    maps = (
+        layer.attn.c_attn,
+        layer.attn.c_proj,
+        layer.mlp.c_fc,
+        layer.mlp.c_proj,
+        layer.ln_1,
+        layer.ln_2,
+    )
+    expected = sum(
+        module.weight.abs().sum().item() + module.bias.abs().sum().item() for module in maps
+    )
     assert step.scores[2] == pytest.approx(expected)
 
 
 def test_orders_that_measure_nothing(picos, input_ids):
-    assert choose("manual", subject_of(picos["llama"], input_ids, order=(4, 1, 2)), 2).removal_order == (4, 1)
-    drawn = [choose("random", subject_of(picos["llama"], input_ids), LAYERS - 1).removal_order for _ in range(2)]
+    assert choose(
+        "manual", subject_of(picos["llama"], input_ids, order=(4, 1, 2)), 2
+    ).removal_order == (4, 1)
+    drawn = [
+        choose("random", subject_of(picos["llama"], input_ids), LAYERS - 1).removal_order
+        for _ in range(2)
+    ]
     assert drawn[0] == drawn[1]
     for order in ((), (1, 1), (9,)):
         with pytest.raises(UserError, match="--layers must name distinct layers"):
@@ -138,8 +163,8 @@ def test_orders_that_measure_nothing(picos, input_ids):
 
 
 def mend_by_hand(pico, model, ids, before, wanted):
-    """Least squares for the layer `before`, towards `wanted`, in the model as it is now; the hook that does it, which
-    does nothing where a norm follows."""
+    """Least squares for the layer `before`, towards `wanted`, in the model as it is now; the hook
+    that does it, which does nothing where a norm follows."""
     projection = pico.architecture.down_projection_of(before)
     if pico.architecture.uncorrectable is not None:
         return projection.register_forward_hook(lambda *args: None)
@@ -155,14 +180,19 @@ def mend_by_hand(pico, model, ids, before, wanted):
 
 
 def mean_divergence(model, ids, dense):
-    return sample_divergences_reference(model(input_ids=ids).logits, dense).sum().item() / ids.numel()
+    return (
+        sample_divergences_reference(model(input_ids=ids).logits, dense).sum().item() / ids.numel()
+    )
 
 
 @pytest.mark.parametrize("removed", [(), (2,), (4,), (3, 2), (3, 4)])
 @pytest.mark.parametrize("family", [*CORRECTABLE, "gemma2"])
-def test_repair_scores_are_divergences_after_a_repair_by_hand(picos, input_ids, monkeypatch, family, removed):
-    """Also in later rounds, which go on from what those before them left: a repair in front of which another layer may
-    go (4), one in a layer that went itself (3, 2), and two in one layer (3, 4)."""
+def test_repair_scores_are_divergences_after_a_repair_by_hand(
+    picos, input_ids, monkeypatch, family, removed
+):
+    """Also in later rounds, which go on from what those before them left: a repair in front of
+    which another layer may go (4), one in a layer that went itself (3, 2), and two in one layer (3,
+    4)."""
     monkeypatch.setattr("gradmap.selectors.racing.is_clearly_worse", lambda losses, best: False)
     pico = picos[family]
     subject = subject_of(pico, input_ids)
@@ -189,10 +219,14 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(picos, input_ids, 
     unknown = dict.fromkeys(range(1, LAYERS), -math.inf)
     so_far = Selection(tuple(Step(unknown, (layer,)) for layer in removed))
     scores = RepairScorer(subject).score(so_far, lambda n: None)
-    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # divergences are summed in float32
+    assert scores == pytest.approx(
+        expected, rel=1e-5, abs=1e-6
+    )  # divergences are summed in float32
 
 
-def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(picos, input_ids, monkeypatch, capsys):
+def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(
+    picos, input_ids, monkeypatch, capsys
+):
     subject = subject_of(picos["llama"], input_ids)
     expected = RepairScorer(subject).score(Selection(()), lambda n: None)
     run = LayerCall.run
@@ -205,7 +239,9 @@ def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(pico
     monkeypatch.setattr(LayerCall, "run", short_of_memory)
     scores = RepairScorer(subject).score(Selection(()), lambda n: None)
     assert "going on with 1 samples at once" in capsys.readouterr().err
-    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)  # divergences are summed in float32
+    assert scores == pytest.approx(
+        expected, rel=1e-5, abs=1e-6
+    )  # divergences are summed in float32
 
 
 def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, monkeypatch):
@@ -213,7 +249,9 @@ def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, mon
     subject = subject_of(picos["llama"], ids)
     measured = {}
     run = RepairScorer._try
-    monkeypatch.setattr("gradmap.selectors.racing.CLEARLY", 0.3)  # layers of a random model are much alike
+    monkeypatch.setattr(
+        "gradmap.selectors.racing.CLEARLY", 0.3
+    )  # layers of a random model are much alike
 
     def spy(self, layer, race):
         trial = run(self, layer, race)
@@ -234,9 +272,13 @@ def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):
     subject = subject_of(picos["llama"], input_ids)
     tried = []
     fit = RepairScorer._fit
-    monkeypatch.setattr(RepairScorer, "_fit", lambda self, layer: tried.append(layer) or fit(self, layer))
+    monkeypatch.setattr(
+        RepairScorer, "_fit", lambda self, layer: tried.append(layer) or fit(self, layer)
+    )
     bounds = {2: -100.0, 3: 1000.0, 4: 1000.0}
-    scores = RepairScorer(subject).score(Selection((Step({1: -1.0, **bounds}, (1,)),)), lambda n: None)
+    scores = RepairScorer(subject).score(
+        Selection((Step({1: -1.0, **bounds}, (1,)),)), lambda n: None
+    )
     assert tried == [1, 2]  # 1 was decided before; 2 is the only one that could be the best
     assert (scores[3], scores[4]) == (1000.0, 1000.0)
     assert -100 < scores[2] < 1000
@@ -248,7 +290,10 @@ def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):
         (("--selector", "manual"), "--layers is the order of removal"),
         (("--layers", "1,2"), "--layers is the order of removal"),
         (("--selector", "manual", "--layers", "a"), "give whole numbers with commas"),
-        (("--selector", "manual", "--layers", "1,7"), "--layers must name distinct layers between 0 and 4"),
+        (
+            ("--selector", "manual", "--layers", "1,7"),
+            "--layers must name distinct layers between 0 and 4",
+        ),
         (("--selector", "repair", "--stream"), "needs all weights in memory"),
         (("--selector", "taylor", "--stream"), "needs all weights in memory"),
         (("--compensator", "distil", "--stream"), "needs all weights in memory"),
@@ -266,14 +311,29 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
     arguments = prune_arguments(picos[family], word_file, tmp_path / "plan")
     finished = gradmap(*arguments, "--preset", "best")
     assert finished.returncode == 0, finished.stderr
-    (tmp_path / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(400)))
+    (tmp_path / "other.txt").write_text(
+        " ".join(f"w{3 + (7 * index) % 190}" for index in range(400))
+    )
     text = ("--perplexity", f"own=file:{tmp_path}/other.txt", "--segment", 16, "--dtype", "float64")
     out = tmp_path / "eval.json"
-    finished = gradmap(*("eval", "--model", picos[family].directory, "--plan", tmp_path / "plan", *text, "--out", out))
+    finished = gradmap(
+        *(
+            "eval",
+            "--model",
+            picos[family].directory,
+            "--plan",
+            tmp_path / "plan",
+            *text,
+            "--out",
+            out,
+        )
+    )
     assert finished.returncode == 0, finished.stderr
     ids = torch.tensor([3 + (7 * index) % 190 for index in range(400)]).reshape(25, 16)
     measured = json.loads(out.read_text())["pruned"]["perplexity"]["own"]["value"]
-    assert measured == pytest.approx(perplexity_of_plan(picos[family], tmp_path / "plan", ids), rel=1e-6)
+    assert measured == pytest.approx(
+        perplexity_of_plan(picos[family], tmp_path / "plan", ids), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, LAYERS - 1])
@@ -310,13 +370,22 @@ def test_a_window_for_fewer_layers_is_chosen_anew(picos, word_file, tmp_path):
     of_larger = ("prune", "--model", picos["llama"].directory, "--from-plan", tmp_path / "plan")
     finished = gradmap(*of_larger, "--remove", 2, "--out", tmp_path / "fewer")
     assert finished.returncode == 2
-    assert "does not hold that choice; prune again with --remove 2" in " ".join(finished.stderr.split())
-    assert gradmap(*of_larger, "--remove", 3, "--compensator", "none", "--out", tmp_path / "same").returncode == 0
+    assert "does not hold that choice; prune again with --remove 2" in " ".join(
+        finished.stderr.split()
+    )
+    assert (
+        gradmap(
+            *of_larger, "--remove", 3, "--compensator", "none", "--out", tmp_path / "same"
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize(("name", "count"), [("gradient", 3), ("block-influence", 3), ("sleb", 1)])
 def test_autocast_removes_the_layers_of_smollm2_that_float32_does(smollm2, name, count):
-    calibration = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=8, tokens=64, seed=42)
+    calibration = build_calibration(
+        load_tokenizer(smollm2.directory), BOOLQ, samples=8, tokens=64, seed=42
+    )
     orders = []
     for dtype in ("float32", "autocast"):
         model = load_model(smollm2, dtype)

@@ -40,7 +40,10 @@ SLEEPING = "print('ready', flush=True); time.sleep(600)"
 def start(tmp_path, work=SLEEPING, imports=""):
     script = COMMAND.format(work=work, imports=imports)
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     first = process.stdout.readline()
     assert first, process.communicate()[1]
@@ -52,7 +55,11 @@ def start(tmp_path, work=SLEEPING, imports=""):
     [
         ([signal.SIGTERM], EXIT_TERMINATED, "Ended by SIGTERM."),
         ([signal.SIGINT], EXIT_INTERRUPTED, "Interrupted."),
-        ([signal.SIGTERM, signal.SIGTERM], EXIT_TERMINATED, "Ended by SIGTERM."),  # of the group, and of our parent
+        (
+            [signal.SIGTERM, signal.SIGTERM],
+            EXIT_TERMINATED,
+            "Ended by SIGTERM.",
+        ),  # of the group, and of our parent
         ([signal.SIGINT, signal.SIGTERM], EXIT_INTERRUPTED, "Interrupted."),
     ],
 )
@@ -67,13 +74,22 @@ def test_a_command_tidies_up_before_it_ends(tmp_path, numbers, code, said):
 
 
 # What a stage of `run` is, and the fresh process in which a stage runs what it exported
-STAGE = "run_process([sys.executable, '-c', {script!r}, str(Path(sys.argv[1]).with_name('of_stage'))])"
-CHILD = "import os, subprocess, sys, time; print(os.getpid(), subprocess.Popen(['sleep', '600']).pid, flush=True); "
+STAGE = (
+    "run_process([sys.executable, '-c', {script!r}, str(Path(sys.argv[1]).with_name('of_stage'))])"
+)
+CHILD = (
+    "import os, subprocess, sys, time; print(os.getpid(), subprocess.Popen(['sleep', '600']).pid, "
+    "flush=True); "
+)
 
 
 def test_a_stage_gets_the_signal_and_is_waited_for(tmp_path):
-    stage = COMMAND.format(imports="import os", work="print(os.getpid(), flush=True); time.sleep(600)")
-    process, started = start(tmp_path, STAGE.format(script=stage), "from gradmap.children import run_process")
+    stage = COMMAND.format(
+        imports="import os", work="print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    process, started = start(
+        tmp_path, STAGE.format(script=stage), "from gradmap.children import run_process"
+    )
     assert (tmp_path / ".of_stage.lock").exists()
     process.terminate()
     process.communicate(timeout=60)
@@ -86,10 +102,12 @@ def test_a_stage_of_a_killed_command_ends_and_the_next_run_removes_its_half_of_a
     """What it had started ends with it; its partial directory and its lock stop nobody."""
     stage = COMMAND.format(
         imports="import subprocess; from gradmap.children import run_process",
-        work="run_process([sys.executable, '-c', 'import os, time; print(os.getpid(), os.getppid(), flush=True); "
-        "time.sleep(600)'])",
+        work="run_process([sys.executable, '-c', 'import os, time; "
+        "print(os.getpid(), os.getppid(), flush=True); time.sleep(600)'])",
     )
-    process, started = start(tmp_path, STAGE.format(script=stage), "from gradmap.children import run_process")
+    process, started = start(
+        tmp_path, STAGE.format(script=stage), "from gradmap.children import run_process"
+    )
     process.kill()
     process.communicate(timeout=60)
     assert ended(map(int, started))
@@ -101,7 +119,9 @@ def test_a_stage_of_a_killed_command_ends_and_the_next_run_removes_its_half_of_a
     assert sorted(path.name for path in tmp_path.iterdir()) == ["of_stage", "out"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process that its parent has died"
+)
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_program_whose_parent_died_before_it_began_does_not_begin(dead):
     parent = subprocess.Popen(["true"])
@@ -116,7 +136,9 @@ def test_a_program_whose_parent_died_before_it_began_does_not_begin(dead):
 @pytest.mark.parametrize("threads", [0, 2])
 def test_what_a_command_runs_in_fresh_processes_ends_too(tmp_path, threads, end):
     """With what those have started, whether they are run in the main thread or in others."""
-    script = CHILD.replace("flush=True", "file=open(sys.argv[1], 'w'), flush=True") + "time.sleep(600)"
+    script = (
+        CHILD.replace("flush=True", "file=open(sys.argv[1], 'w'), flush=True") + "time.sleep(600)"
+    )
     command = f"[sys.executable, '-c', {script!r}, str(Path(sys.argv[1]).with_name(name))]"
     one = f"(lambda name: run_captured({command}, os.environ))"
     pool = (
@@ -128,8 +150,12 @@ def test_what_a_command_runs_in_fresh_processes_ends_too(tmp_path, threads, end)
         "import os; from concurrent.futures import ThreadPoolExecutor\n"
         "from gradmap.children import ending_children, run_captured"
     )
-    process, _ = start(tmp_path, pool if threads else f"print('ready', flush=True); {one}('0')", imports)
-    numbers = [number for name in range(max(1, threads)) for number in read_numbers(tmp_path / str(name))]
+    process, _ = start(
+        tmp_path, pool if threads else f"print('ready', flush=True); {one}('0')", imports
+    )
+    numbers = [
+        number for name in range(max(1, threads)) for number in read_numbers(tmp_path / str(name))
+    ]
     getattr(process, end)()
     process.communicate(timeout=60)
     if end == "terminate":
@@ -152,7 +178,9 @@ def test_what_a_killed_stage_left_is_killed():
         "import sys; from gradmap.children import run_process\n"
         f"print(run_process([sys.executable, '-c', {script!r}])[0])"
     )
-    finished = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True, check=True, timeout=60)
+    finished = subprocess.run(
+        [sys.executable, "-c", outer], capture_output=True, text=True, check=True, timeout=60
+    )
     numbers, code = finished.stdout.splitlines()
     assert int(code) == -signal.SIGKILL
     assert ended([int(number) for number in numbers.split()])
@@ -189,7 +217,9 @@ def test_where_nothing_came_handlers_are_those_of_before(handlers):
 
 
 def test_what_is_ignored_stays_ignored(handlers):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a program that a script starts in the background
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # as of a program that a script starts in the background
     with pytest.raises(Terminated), raising_signals() as received:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)

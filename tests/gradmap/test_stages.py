@@ -18,7 +18,9 @@ def stage(tmp_path, monkeypatch):
     """Its command writes a directory, as `prune` does, and a file; `ran` is how often."""
     (tmp_path / "input").write_text("a")
     out = tmp_path / "out"
-    stage = Stage("made", ("make",), (tmp_path / "input",), (out / "plan", out / "eval.json"), schema=1)
+    stage = Stage(
+        "made", ("make",), (tmp_path / "input",), (out / "plan", out / "eval.json"), schema=1
+    )
 
     def run(command):
         with atomic_directory(out / "plan", marker="plan.json") as partial:
@@ -53,7 +55,10 @@ CHANGES = {
     "a file is gone": lambda out: (out / "plan" / "weights").unlink(),
     "the file that marks a result is gone": lambda out: (out / "plan" / "plan.json").unlink(),
     "a directory is gone": lambda out: shutil.rmtree(out / "plan"),
-    "a file became a directory": lambda out: [(out / "eval.json").unlink(), (out / "eval.json").mkdir()],
+    "a file became a directory": lambda out: [
+        (out / "eval.json").unlink(),
+        (out / "eval.json").mkdir(),
+    ],
     "the marker": lambda out: (out / STAGES_DIRECTORY / "made.json").unlink(),
     "the input": lambda out: out.with_name("input").write_text("b"),
 }

@@ -52,11 +52,14 @@ def test_hidden_states_before_the_first_removal_are_used_again(pico, input_ids):
 
 
 def test_a_layer_is_read_only_where_it_runs(picos, input_ids, monkeypatch):
-    """Not for embeddings, for logits, or for the arguments of the layers, and not if it is removed."""
+    """Not for embeddings, for logits, or for the arguments of the layers, and not if it is
+    removed."""
     pico, reads = picos["llama"], []
     model = load_model(pico.checkpoint, "float64", streamed=True)
     read = _TensorsOnDisk.read
-    monkeypatch.setattr(_TensorsOnDisk, "read", lambda self, layer: reads.append(layer) or read(self, layer))
+    monkeypatch.setattr(
+        _TensorsOnDisk, "read", lambda self, layer: reads.append(layer) or read(self, layer)
+    )
     walk = Walk(model, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids)))
     walk.go_to(2, {})
     walk.divergence(walk.hidden, {})
@@ -81,7 +84,9 @@ def read_ahead(monkeypatch, ahead=True):
     monkeypatch.setattr("gradmap.streaming.reads_ahead", lambda device: ahead)
 
 
-def test_the_next_layer_is_read_while_one_is_computed(picos, input_ids, monkeypatch, no_thread_is_left):
+def test_the_next_layer_is_read_while_one_is_computed(
+    picos, input_ids, monkeypatch, no_thread_is_left
+):
     """Forward and backward, without the layer that is removed, and no more than two are held."""
     read_ahead(monkeypatch)
     pico = picos["llama"]
@@ -103,7 +108,8 @@ def test_the_next_layer_is_read_while_one_is_computed(picos, input_ids, monkeypa
         place(self, tensors)
         unplaced.pop(0)
 
-    # so many were read by the end of each layer's run, though nobody has asked for the last of them yet
+    # so many were read by the end of each layer's run, though nobody has asked for the last of them
+    # yet
     runs = iter([(0, 2), (1, 3), (3, 4), (4, 4), (4, 4), (3, 6), (1, 7), (0, 7)])
 
     def wait_for_the_next(layer, args, output):
@@ -118,7 +124,9 @@ def test_the_next_layer_is_read_while_one_is_computed(picos, input_ids, monkeypa
     for layer in layers:
         layer.register_forward_hook(wait_for_the_next)
     with without_layers(model, pico.architecture, [2]):
-        actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(len(input_ids)), [])
+        actual = streamed_layer_scores(
+            model, pico.architecture, input_ids, Batches(len(input_ids)), []
+        )
     assert reads == [0, 1, 3, 4, 3, 1, 0]
     assert held == [1, 2, 2, 2, 1, 2, 2]
     whole = pico.load()
@@ -131,21 +139,31 @@ def test_a_layer_that_was_read_in_vain_is_let_go(picos, input_ids, monkeypatch, 
     read_ahead(monkeypatch)
     pico = picos["mixtral"]
     model, whole = load_model(pico.checkpoint, "float64", streamed=True), pico.load()
-    walks = [Walk(one, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids))) for one in (model, whole)]
+    walks = [
+        Walk(one, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids)))
+        for one in (model, whole)
+    ]
     streamed, at_once = (walk.divergence(walks[1].hidden, {}) for walk in walks)
     assert streamed == pytest.approx(at_once, rel=1e-7)
     assert layers_in_memory(pico, model) == 1
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_file_that_is_cut_short_meanwhile_is_named(picos, input_ids, monkeypatch, tmp_path, no_thread_is_left, ahead):
+def test_a_file_that_is_cut_short_meanwhile_is_named(
+    picos, input_ids, monkeypatch, tmp_path, no_thread_is_left, ahead
+):
     read_ahead(monkeypatch, ahead)
     pico, directory = picos["llama"], tmp_path / "model"
     shutil.copytree(pico.directory, directory)
     (file,) = directory.glob("*.safetensors")
     model = load_model(open_checkpoint(str(directory)), "float64", streamed=True)
-    os.truncate(file, min(stored.offset for stored in list_tensors(file) if ".layers.1." in stored.spec.name))
-    with pytest.raises(UserError, match=f"^{file} was cut short while it was read; copy it again.$"):
+    os.truncate(
+        file,
+        min(stored.offset for stored in list_tensors(file) if ".layers.1." in stored.spec.name),
+    )
+    with pytest.raises(
+        UserError, match=f"^{file} was cut short while it was read; copy it again.$"
+    ):
         streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
 
 
@@ -153,13 +171,18 @@ def test_a_file_that_is_cut_short_meanwhile_is_named(picos, input_ids, monkeypat
 def test_a_streamed_plan_is_that_of_the_whole_model(picos, word_file, tmp_path, family):
     plans = []
     for name, flags in (("whole", ()), ("streamed", ("--stream",))):
-        finished = gradmap(*prune_arguments(picos[family], word_file, tmp_path / name, remove=3), *flags)
+        finished = gradmap(
+            *prune_arguments(picos[family], word_file, tmp_path / name, remove=3), *flags
+        )
         assert finished.returncode == 0, finished.stderr
         plans.append(json.loads((tmp_path / name / "plan.json").read_text()))
     whole, streamed = plans
     assert streamed["removal_order"] == whole["removal_order"]
     assert streamed["corrections"] == [
-        {key: pytest.approx(value, rel=1e-7) if isinstance(value, float) else value for key, value in one.items()}
+        {
+            key: pytest.approx(value, rel=1e-7) if isinstance(value, float) else value
+            for key, value in one.items()
+        }
         for one in whole["corrections"]
     ]
 
@@ -170,9 +193,13 @@ def test_smollm2_is_scored_the_same_from_disk(smollm2):
     from gradmap.checkpoint import load_tokenizer
     from tests.conftest import BOOLQ
 
-    ids = build_calibration(load_tokenizer(smollm2.directory), BOOLQ, samples=2, tokens=128, seed=42).input_ids
+    ids = build_calibration(
+        load_tokenizer(smollm2.directory), BOOLQ, samples=2, tokens=128, seed=42
+    ).input_ids
     architecture = architecture_of(smollm2.config)
-    streamed = streamed_layer_scores(load_model(smollm2, "float32", streamed=True), architecture, ids, Batches(2), [])
+    streamed = streamed_layer_scores(
+        load_model(smollm2, "float32", streamed=True), architecture, ids, Batches(2), []
+    )
     expected = layer_scores(load_model(smollm2, "float32"), architecture, ids, Batches(2))
     # the same operations in the same order, but for the loss gradient's
     torch.testing.assert_close(streamed, expected, rtol=1e-3, atol=0)

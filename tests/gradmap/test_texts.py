@@ -82,7 +82,9 @@ def test_a_preset_is_evaluated_on_the_split_that_public_code_uses(
 
 
 def test_rows_keep_their_order_and_their_repetitions(sources):
-    (sources / "b.jsonl").write_text('{"text": "b "}\n{"text": ""}\n{"text": "a"}\n{"text": "b "}\n')
+    (sources / "b.jsonl").write_text(
+        '{"text": "b "}\n{"text": ""}\n{"text": "a"}\n{"text": "b "}\n'
+    )
     assert read_joined(f"file:{sources}/b.jsonl") == "b \n\n\n\na\n\nb "
     assert sorted(read_texts(f"file:{sources}/b.jsonl", seed=0)) == ["a", "b"]
 
@@ -123,7 +125,11 @@ def test_a_path_may_begin_at_home_and_have_a_hash(sources, monkeypatch):
     (sources / "a.jsonl").rename(folder / "a#.jsonl")
     (sources / "saved").rename(folder / "saved")
     monkeypatch.setenv("HOME", str(sources / "c#"))
-    for spec in ("file:~/b.txt#/a#.jsonl", "file:~/b.txt#/a#.jsonl#doc.body", "disk:~/b.txt#/saved:passage"):
+    for spec in (
+        "file:~/b.txt#/a#.jsonl",
+        "file:~/b.txt#/a#.jsonl#doc.body",
+        "disk:~/b.txt#/saved:passage",
+    ):
         assert sorted(read_texts(spec, seed=0)) == DOCUMENTS
         assert source_files(spec)[0].is_relative_to(folder)
 
@@ -159,7 +165,10 @@ def test_blank_lines_and_a_byte_order_mark_are_no_text(tmp_path):
 GZIP = gzip.compress(b'{"text": "first"}\n' * 1000)
 BROKEN_TEXTS = {
     "latin-1.jsonl": ('{"text": "é"}'.encode("latin-1"), "line 1, is not text in UTF-8"),
-    "late.jsonl": ('{"text": "a"}\n{"text": "é"}'.encode("latin-1") * 2, "line 2, is not text in UTF-8"),
+    "late.jsonl": (
+        '{"text": "a"}\n{"text": "é"}'.encode("latin-1") * 2,
+        "line 2, is not text in UTF-8",
+    ),
     "utf-16.jsonl": ('{"text": "a"}'.encode("utf-16"), "is in UTF-16; convert it to UTF-8"),
     "utf-16le.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "line 1 is no JSON object"),
     "latin-1.txt": ("é".encode("latin-1"), "not text in UTF-8"),
@@ -175,11 +184,20 @@ BROKEN_TEXTS = {
     "deep.jsonl": (b"[" * 100_000, "line 1 is no JSON object"),
     "cut.jsonl": (b'{"text": "a"}\n{"te', "line 2 is no JSON object"),
     "missing.jsonl": (b'{"text": "a"}\n\n{"body": "a"}', "line 3 has no field 'text'"),
-    "number.jsonl": (b'{"text": "a"}\n{"text": 1}', "line 2: the field 'text' is a number, and no text"),
+    "number.jsonl": (
+        b'{"text": "a"}\n{"text": 1}',
+        "line 2: the field 'text' is a number, and no text",
+    ),
     "object.jsonl": (b'{"text": {"a": 1}}', "the field 'text' is an object, and no text"),
-    "surrogate.jsonl": (rb'{"text": "\ud800 a"}', "line 1: the field 'text' holds half of a character"),
+    "surrogate.jsonl": (
+        rb'{"text": "\ud800 a"}',
+        "line 1: the field 'text' holds half of a character",
+    ),
     "cut.jsonl.gz": (GZIP[:-12], "is no gzip archive, or is cut short or damaged"),
-    "turned.jsonl.gz": (GZIP[:20] + b"\xff" * 9 + GZIP[29:], "is no gzip archive, or is cut short or damaged"),
+    "turned.jsonl.gz": (
+        GZIP[:20] + b"\xff" * 9 + GZIP[29:],
+        "is no gzip archive, or is cut short or damaged",
+    ),
     "none.jsonl.gz": (b'{"text": "a"}', "is no gzip archive"),
     "zip.jsonl.gz": (b"PK\3\4", "is no gzip archive"),
     "gzip.jsonl": (GZIP, "line 1, is not text in UTF-8"),
@@ -214,9 +232,14 @@ def test_a_damaged_data_set_is_named(sources, name, contents):
 
 
 def test_the_splits_of_a_saved_data_set_are_named(sources):
-    splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": ["a"]}) for name in ("train", "test")})
+    splits = datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": ["a"]}) for name in ("train", "test")}
+    )
     splits.save_to_disk(sources / "dict")
-    with pytest.raises(UserError, match=r"dict holds the splits train, test; name one, as in disk:.*/dict/SPLIT:text"):
+    with pytest.raises(
+        UserError,
+        match=r"dict holds the splits train, test; name one, as in disk:.*/dict/SPLIT:text",
+    ):
         read_texts(f"disk:{sources}/dict:text", seed=0)
     assert read_texts(f"disk:{sources}/dict/test:text", seed=0) == ["a"]
 

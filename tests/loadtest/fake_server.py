@@ -16,11 +16,13 @@ HTTP_500 = "http 500"
 
 @dataclass
 class FakeServer:
-    """gap_s: pause before each token. serial: one request after the other. faults: what goes wrong with a request, by
-    its first prompt token; bytes are all that is answered. failing: numbers of requests that fail, from 1.
+    """gap_s: pause before each token. serial: one request after the other. faults: what goes wrong
+    with a request, by its first prompt token; bytes are all that is answered. failing: numbers of
+    requests that fail, from 1.
 
-    models: what /v1/models lists. prefix: before all paths; others do not exist. metrics: the text of /metrics at each
-    look, if there is one. sent_s: for each request, the monotonic times at which its tokens were written.
+    models: what /v1/models lists. prefix: before all paths; others do not exist. metrics: the text
+    of /metrics at each look, if there is one. sent_s: for each request, the monotonic times at
+    which its tokens were written.
     """
 
     gap_s: float = 0.0
@@ -53,7 +55,9 @@ class FakeServer:
         with self._turn if self.serial else nullcontext():
             self._stream(handler, tokens, fault, sent_s)
 
-    def _stream(self, handler: BaseHTTPRequestHandler, tokens: int, fault: str | None, sent_s: list[float]) -> None:
+    def _stream(
+        self, handler: BaseHTTPRequestHandler, tokens: int, fault: str | None, sent_s: list[float]
+    ) -> None:
         for count in range(1, tokens + 1):
             time.sleep(self.gap_s)
             if fault == "cut short" and count == 2:

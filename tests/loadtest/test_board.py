@@ -26,8 +26,8 @@ def test_a_load_is_described_though_no_request_has_ended(monkeypatch):
 
 
 def test_the_rest_is_what_starts_and_loads_have_taken_each():
-    """Of a session that ran: two servers, each with a warm-up and six loads. At one pace for both, it was said to take
-    another 25 minutes after the first load, and took 4."""
+    """Of a session that ran: two servers, each with a warm-up and six loads. At one pace for both,
+    it was said to take another 25 minutes after the first load, and took 4."""
     ahead = Ahead(starts=2, loads=14)
     assert ahead.eta_s(START, 30.0) is None
     ahead.done(START, 115.0)

@@ -37,7 +37,9 @@ def share_of_ink(png):
 def test_the_report_is_drawn_offline_on_light_and_dark(browser, tmp_path, scheme):
     page_file = tmp_path / "report.html"
     page_file.write_text(render_page(*make_report()))
-    context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": 1100, "height": 900})
+    context = browser.new_context(
+        offline=True, color_scheme=scheme, viewport={"width": 1100, "height": 900}
+    )
     page, problems, asked = context.new_page(), [], []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text))
@@ -52,7 +54,10 @@ def test_the_report_is_drawn_offline_on_light_and_dark(browser, tmp_path, scheme
         assert box["x"] + box["width"] <= 1100
         assert share_of_ink(figure.screenshot()) > LEAST_INK
     assert (problems, asked) == ([], [page_file.as_uri()])
-    text, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    text, paper = (
+        page.evaluate(f"getComputedStyle(document.body).{name}")
+        for name in ("color", "backgroundColor")
+    )
     brightness = [sum(map(int, color.strip("rgba()").split(",")[:3])) for color in (text, paper)]
     assert (brightness[0] < brightness[1]) == (scheme == "light")
     assert abs(brightness[0] - brightness[1]) > 300

@@ -33,11 +33,28 @@ def test_the_first_exchange_is_what_follows_system_prompts(turns):
 @pytest.mark.parametrize(
     "record",
     [
-        *(1, None, "x", [], {}, {"conversations": None}, {"conversations": "x"}, {"conversations": [1, 2]}),
+        *(
+            1,
+            None,
+            "x",
+            [],
+            {},
+            {"conversations": None},
+            {"conversations": "x"},
+            {"conversations": [1, 2]},
+        ),
         *(
             {"conversations": turns}
             for turns in (
-                *([], [ASK], [SYSTEM], [SYSTEM, ASK], [ANSWER, ASK], [ASK, ASK], [ASK, turn("gpt", " ")]),
+                *(
+                    [],
+                    [ASK],
+                    [SYSTEM],
+                    [SYSTEM, ASK],
+                    [ANSWER, ASK],
+                    [ASK, ASK],
+                    [ASK, turn("gpt", " ")],
+                ),
                 *(
                     [ASK, turn("gpt", None)],
                     [ASK, turn("gpt", 3)],
@@ -52,7 +69,10 @@ def test_a_record_without_an_exchange_is_none(record):
     assert first_exchange(record) is None
 
 
-GOOD = [{"conversations": [turn("human", f"why {number}?"), ANSWER], "text": f"t {number}"} for number in range(5)]
+GOOD = [
+    {"conversations": [turn("human", f"why {number}?"), ANSWER], "text": f"t {number}"}
+    for number in range(5)
+]
 BAD = [
     None,
     {"conversations": [], "text": " "},
@@ -73,7 +93,10 @@ def read(kind, path, seed=0):
     return [text for text, _ in pairs], count
 
 
-TEXTS = {"sharegpt": [f"why {number}?" for number in range(5)], "jsonl": [f"t {number}" for number in range(5)]}
+TEXTS = {
+    "sharegpt": [f"why {number}?" for number in range(5)],
+    "jsonl": [f"t {number}" for number in range(5)],
+}
 either_kind = pytest.mark.parametrize("kind", TEXTS)
 
 
@@ -85,13 +108,19 @@ def test_records_of_no_use_are_skipped_and_counted(tmp_path, monkeypatch, lines,
     monkeypatch.setattr(conversations, "say", said.append)
     path = tmp_path / "share.json"
     records = [*BAD, *GOOD]
-    text = "\n".join(map(json.dumps, records)) + "\n\n{broken\n" if lines else json.dumps(records, indent=1)
+    text = (
+        "\n".join(map(json.dumps, records)) + "\n\n{broken\n"
+        if lines
+        else json.dumps(records, indent=1)
+    )
     path.write_text(mark + text)
     texts, count = read(kind, path)
     assert sorted(texts) == TEXTS[kind]
     assert texts != sorted(texts) == sorted(read(kind, path, seed=1)[0])
     assert count == (RecordCount(11, 6) if lines else RecordCount(10, 5))
-    assert said[0].startswith(f"{count.skipped} of {count.records} records of {path} are skipped: they have no ")
+    assert said[0].startswith(
+        f"{count.skipped} of {count.records} records of {path} are skipped: they have no "
+    )
     path.write_text(json.dumps(GOOD))
     said.clear()
     assert read(kind, path)[1] == RecordCount(5, 0)
@@ -146,6 +175,9 @@ def test_halves_of_characters_survive(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
 def test_utf_16_is_named(tmp_path, encoding, kind):
     path = tmp_path / "share.json"
-    path.write_bytes(("" if encoding == "utf-16" else "\ufeff").encode(encoding) + json.dumps(GOOD).encode(encoding))
+    path.write_bytes(
+        ("" if encoding == "utf-16" else "\ufeff").encode(encoding)
+        + json.dumps(GOOD).encode(encoding)
+    )
     with pytest.raises(UserError, match=r"share\.json is in UTF-16; convert it to UTF-8"):
         read(kind, path)

@@ -1,4 +1,5 @@
-"""Estimates against what was recorded, and what `gradmap doctor` and `run --dry-run` make of them."""
+"""Estimates against what was recorded, and what `gradmap doctor` and `run --dry-run` make of
+them."""
 
 import json
 from dataclasses import replace
@@ -26,8 +27,8 @@ from tests.conftest import ROOT
 
 SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 30, 3 / 9, 49152, tied=True)
 DISK = Disk("", 10**12, write=4e8, read=1e9)
-# The two cores of an EPYC that benchmarks/results/amd-epyc-2-cores.json is of: one of them reached 85 GFLOP/s in
-# float32 (benchmarks.importance, ShortGPT: the layers alone).
+# The two cores of an EPYC that benchmarks/results/amd-epyc-2-cores.json is of: one of them reached
+# 85 GFLOP/s in float32 (benchmarks.importance, ShortGPT: the layers alone).
 EPYC = Hardware(
     "cpu",
     flops=150e9,
@@ -43,7 +44,9 @@ SERVED = replace(EPYC, flops=300e9, weight_bytes=2)
 
 @pytest.fixture(scope="module")
 def recorded():
-    result = read_json(ROOT / "benchmarks" / "results" / "amd-epyc-2-cores.json")["end_to_end"]["result"]
+    result = read_json(ROOT / "benchmarks" / "results" / "amd-epyc-2-cores.json")["end_to_end"][
+        "result"
+    ]
     return {name: stage["seconds"] for name, stage in result["stages"].items()}
 
 
@@ -61,7 +64,10 @@ def speeds(picos, monkeypatch):
 
 def recipe_of(picos, word_file, **sections):
     text = f"file:{word_file}"
-    sections = {"prune": {"remove": 2, "calibration": text}, "eval": {"perplexity": {"a": text}, "limit": 5}} | sections
+    sections = {
+        "prune": {"remove": 2, "calibration": text},
+        "eval": {"perplexity": {"a": text}, "limit": 5},
+    } | sections
     return Recipe.model_validate({"model": str(picos["llama"].directory), **sections})
 
 
@@ -78,7 +84,9 @@ def test_the_recorded_evaluation_is_within_a_factor_of_two(recorded, demo):
 def test_the_recorded_exports_are_within_a_factor_of_two(recorded, demo):
     size = ExportSize(demo.export.formats, roundings=2)
     assert within_two(export_seconds(SMOLLM2, EPYC, size, 22, DISK), recorded["export"])
-    assert within_two(export_seconds(SMOLLM2, EPYC, ExportSize(["vllm"]), 30, DISK), recorded["baseline"])
+    assert within_two(
+        export_seconds(SMOLLM2, EPYC, ExportSize(["vllm"]), 30, DISK), recorded["baseline"]
+    )
 
 
 def test_the_recorded_load_test_is_within_a_factor_of_two(recorded, demo):
@@ -103,7 +111,9 @@ def test_what_has_no_limit_is_not_known_but_for_the_paper_s_tasks():
 
 def test_every_token_of_a_text_passes_the_layers_and_the_head():
     size = EvaluationSize(2, 128, limit=10)
-    passes_s = [2 * 128 * 10 * SMOLLM2.forward_flops(layers) / EPYC.sustained_flops for layers in (30, 22)]
+    passes_s = [
+        2 * 128 * 10 * SMOLLM2.forward_flops(layers) / EPYC.sustained_flops for layers in (30, 22)
+    ]
     assert evaluation_seconds(SMOLLM2, EPYC, size, (30, 22)) == pytest.approx(sum(passes_s))
     with_answers = evaluation_seconds(SMOLLM2, EPYC, replace(size, answers=True), (30, 22))
     assert with_answers > sum(passes_s)
@@ -113,11 +123,18 @@ def test_each_format_and_a_check_by_vllm_add_their_time():
     def seconds(*formats, **options):
         return export_seconds(SMOLLM2, EPYC, ExportSize(formats, **options), 22, DISK)
 
-    assert seconds("hf") < seconds("vllm", check_vllm=False) + 1 < seconds("vllm") < seconds("hf", "vllm")
+    assert (
+        seconds("hf")
+        < seconds("vllm", check_vllm=False) + 1
+        < seconds("vllm")
+        < seconds("hf", "vllm")
+    )
     assert seconds("hf") < seconds("onnx")
     onnx, stock = (export_bytes(SMOLLM2, EPYC, ExportSize([name]), 22) for name in ("onnx", "hf"))
     assert stock < onnx
-    assert export_bytes(replace(SMOLLM2, layers=3000), EPYC, ExportSize(["hf"]), 3000) < EPYC.memory  # read from disk
+    assert (
+        export_bytes(replace(SMOLLM2, layers=3000), EPYC, ExportSize(["hf"]), 3000) < EPYC.memory
+    )  # read from disk
 
 
 def test_a_full_load_test_starts_a_server_for_each_block():
@@ -135,12 +152,21 @@ def test_a_full_load_test_starts_a_server_for_each_block():
 
 def test_a_section_is_understood_as_the_command_understands_its_options(monkeypatch, tmp_path):
     understood = []
-    monkeypatch.setattr("loadtest.outcome.run_load_test", lambda settings, *rest: understood.append(settings) or 1 / 0)
+    monkeypatch.setattr(
+        "loadtest.outcome.run_load_test",
+        lambda settings, *rest: understood.append(settings) or 1 / 0,
+    )
     for options in (
         {},
         {"quick": True, "concurrency": [4]},
         {"pairs": 7, "rate": [2.0], "arrivals": "burst", "open_loop_s": 5.0, "requests": 3},
-        {"prompt_tokens": 9, "output_tokens": 8, "length_spread": 0.5, "shared_prefix": 2, "seed": 3},
+        {
+            "prompt_tokens": 9,
+            "output_tokens": 8,
+            "length_spread": 0.5,
+            "shared_prefix": 2,
+            "seed": 3,
+        },
         {"find_rate": True, "slo": ["ttft_p95=200ms"]},
     ):
         with pytest.raises(ZeroDivisionError):
@@ -157,7 +183,8 @@ def test_every_stage_of_a_recipe_is_estimated(picos, word_file, speeds):
     assert prune.seconds == pytest.approx(sum(prune.parts.values()))
     assert all(estimate.seconds > 0 and estimate.peak_bytes > 0 for estimate in found.values())
     unknown = estimate_stages(
-        recipe_of(picos, word_file, prune={"remove": 2, "calibration": "c4", "selector": "mka"}), speeds
+        recipe_of(picos, word_file, prune={"remove": 2, "calibration": "c4", "selector": "mka"}),
+        speeds,
     )
     assert unknown["prune"].seconds is None and unknown["prune"].parts["repair"] > 0
     assert unknown["eval"].seconds == found["eval"].seconds
@@ -192,7 +219,8 @@ def test_counts_that_cannot_be_removed_are_refused(picos, speeds, options, messa
 
 
 def run_doctor(capsys, *arguments):
-    """As `gradmap doctor`; it is found by that name once the package is installed with its entry points."""
+    """As `gradmap doctor`; it is found by that name once the package is installed with its entry
+    points."""
     app = typer.Typer()
     app.command("doctor")(commands.doctor)
     app.command("other")(lambda: None)
@@ -207,7 +235,10 @@ def test_doctor_describes_the_machine_and_with_a_model_each_stage(picos, capsys)
     code, output = run_doctor(capsys, "--model", picos["llama"].directory, "--ratio", 0.4, "--json")
     assert code == 0 and "prune: choose layers" in output.out and "loadtest" in output.out
     stages = json.loads(output.out.splitlines()[-1])["stages"]
-    assert stages["prune"]["seconds"] > 0 and stages["prune"]["peak_bytes"] < stages["prune"]["available_bytes"]
+    assert (
+        stages["prune"]["seconds"] > 0
+        and stages["prune"]["peak_bytes"] < stages["prune"]["available_bytes"]
+    )
 
 
 def test_doctor_refuses_what_it_cannot_estimate(picos, capsys):

@@ -21,11 +21,21 @@ from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, spe
 
 ONE = Load("concurrency", 1)
 FACTS = Facts({}, {})
-SETTINGS = LoadTestSettings("a", {"pruned": "b"}, loads=(ONE,), pairs=1, interleaved=False, requests_per_load=2)
+SETTINGS = LoadTestSettings(
+    "a", {"pruned": "b"}, loads=(ONE,), pairs=1, interleaved=False, requests_per_load=2
+)
 
 
 def record(
-    arm="dense", pair=0, load="concurrency_1", ttft=0.5, tpot=0.1, tokens=5, sent=100.0, scheduled=None, error=None
+    arm="dense",
+    pair=0,
+    load="concurrency_1",
+    ttft=0.5,
+    tpot=0.1,
+    tokens=5,
+    sent=100.0,
+    scheduled=None,
+    error=None,
 ):
     times = tuple(sent + ttft + tpot * index for index in range(tokens))
     return RequestRecord(
@@ -66,7 +76,9 @@ def test_definitions():
 
 
 def test_tpot_counts_tokens_and_not_chunks():
-    chunked = record(tokens=3).model_copy(update={"chunk_tokens": (1, 4, 9), "completion_tokens": 9})
+    chunked = record(tokens=3).model_copy(
+        update={"chunk_tokens": (1, 4, 9), "completion_tokens": 9}
+    )
     assert measure(chunked).tpot_s == pytest.approx(0.2 / 8)
     assert len(measure(chunked).itl_s) == 2
 
@@ -104,7 +116,9 @@ def test_speed_up_is_above_one_when_the_pruned_model_is_faster():
     for value in compute_speed_ups(records, "pruned", "dense", ONE).values():
         assert value.value == pytest.approx(2.0)
     opened = [record.model_copy(update={"load": "poisson_4"}) for record in records]
-    assert "output_throughput" not in compute_speed_ups(opened, "pruned", "dense", Load("poisson", 4))
+    assert "output_throughput" not in compute_speed_ups(
+        opened, "pruned", "dense", Load("poisson", 4)
+    )
 
 
 def test_the_headline_is_of_the_lowest_and_the_highest_concurrency():
@@ -180,7 +194,11 @@ def test_nothing_is_concluded_from_failed_or_missing_requests():
     ("block", "scheduled", "message"),
     [
         ({"client_cpu": 0.95}, None, "the load generator was busy 95% of the time"),
-        ({"server_tokens": 9}, None, r"the server generated 9 tokens and 10 arrived \(dense, pair 1, concurrency_1\)"),
+        (
+            {"server_tokens": 9},
+            None,
+            r"the server generated 9 tokens and 10 arrived \(dense, pair 1, concurrency_1\)",
+        ),
         ({}, 99.9, r"requests were sent late \(p99 100 ms"),
         ({"server_tokens": 10}, 99.99, None),
     ],
@@ -202,24 +220,33 @@ def test_several_candidates_have_a_verdict_each_and_the_worst_counts():
         for _ in range(2)
     ]
     report = report_of(records, settings, 1.5)
-    assert {arm: one["verdict"] for arm, one in report["candidates"].items()} == {"pruned": "PASS", "more": "FAIL"}
+    assert {arm: one["verdict"] for arm, one in report["candidates"].items()} == {
+        "pruned": "PASS",
+        "more": "FAIL",
+    }
     assert report["verdict"] == "FAIL"
     assert report["speedup"] == report["candidates"]["pruned"]["speedup"]
 
 
 def test_an_extra_dense_block_tells_the_noise():
     settings = replace(SETTINGS, interleaved=True)
-    records = [record(arm, tpot=tpot) for arm, tpot in (("dense", 0.2), ("dense-again", 0.21), ("pruned", 0.1))] * 2
+    records = [
+        record(arm, tpot=tpot)
+        for arm, tpot in (("dense", 0.2), ("dense-again", 0.21), ("pruned", 0.1))
+    ] * 2
     noise = report_of(records, settings)["noise"]["concurrency_1"]
     assert noise["tpot"] == pytest.approx(0.2 / 0.21)
 
 
 @pytest.mark.parametrize(
-    ("pause", "message"), [(0.0, None), (0.04, None), (0.06, r"only 0\.9\d requests .*client paused")]
+    ("pause", "message"),
+    [(0.0, None), (0.04, None), (0.06, r"only 0\.9\d requests .*client paused")],
 )
 def test_nothing_is_concluded_from_a_client_that_pauses(pause, message):
     """A request takes 0.9 s, so that a pause of 0.06 s leaves 0.94 requests in flight."""
-    records = [record(arm, sent=100 + k * (0.9 + pause)) for arm in ("dense", "pruned") for k in range(2)]
+    records = [
+        record(arm, sent=100 + k * (0.9 + pause)) for arm in ("dense", "pruned") for k in range(2)
+    ]
     assert mean_in_flight(records[:2]) == pytest.approx(0.9 / (0.9 + pause))
     report = report_of(records)
     assert (report["verdict"] == "INVALID") == (message is not None)
@@ -228,12 +255,16 @@ def test_nothing_is_concluded_from_a_client_that_pauses(pause, message):
 
 
 def test_requests_in_flight_are_counted_until_the_last_is_sent():
-    assert mean_in_flight([record(sent=at) for at in (100.0, 100.0, 100.9, 100.9)]) == pytest.approx(2.0)
+    assert mean_in_flight(
+        [record(sent=at) for at in (100.0, 100.0, 100.9, 100.9)]
+    ) == pytest.approx(2.0)
     assert mean_in_flight([record(), record()]) is None
 
 
 def sample(time_s, pair=0, cpu=0.5, gpus=()):
-    return ResourceSample(arm="dense", pair=pair, load=ONE.name, time_s=time_s, cpu=cpu, memory_bytes=9, gpus=gpus)
+    return ResourceSample(
+        arm="dense", pair=pair, load=ONE.name, time_s=time_s, cpu=cpu, memory_bytes=9, gpus=gpus
+    )
 
 
 def test_what_the_machine_did_is_counted_while_requests_were_under_way():
@@ -254,12 +285,19 @@ def test_energy_is_power_times_time_over_tokens():
     samples = (sample(100.1, gpus=gpus), sample(100.6, gpus=silent))
     use = summarise_resources(Measurements((record(),), (), samples), "dense", ONE.name)
     assert use.energy_per_token_j == pytest.approx(300 * 0.9 / 5)
-    assert (use.gpu, use.gpu_memory_bytes, use.gpu_power_w, use.gpu_clock_mhz) == (0.5, 2, 300.0, 1000)
+    assert (use.gpu, use.gpu_memory_bytes, use.gpu_power_w, use.gpu_clock_mhz) == (
+        0.5,
+        2,
+        300.0,
+        1000,
+    )
     assert use.throttled == 0.5
 
 
 def test_a_sum_over_gpus_of_which_one_does_not_tell_is_none():
     told = {"utilisation": None, "memory_bytes": 1, "clock_mhz": None, "throttled": None}
     gpus = (GpuSample(power_w=100.0, **told), GpuSample(power_w=None, **told))
-    use = summarise_resources(Measurements((record(),), (), (sample(100.1, gpus=gpus),)), "dense", ONE.name)
+    use = summarise_resources(
+        Measurements((record(),), (), (sample(100.1, gpus=gpus),)), "dense", ONE.name
+    )
     assert (use.gpu_memory_bytes, use.gpu_power_w, use.energy_per_token_j) == (2, None, None)

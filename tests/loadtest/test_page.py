@@ -1,4 +1,5 @@
-"""What people and CI get of a load test: a page, a summary, a JUnit file; and the ideal that it is compared with."""
+"""What people and CI get of a load test: a page, a summary, a JUnit file; and the ideal that it is
+compared with."""
 
 import re
 from dataclasses import replace
@@ -50,7 +51,9 @@ def make_report(required=1.5, error=None, name="pruned", earlier=None):
         for _ in range(settings.requests_at(load))
     ]
     records += [
-        record("dense-again", load=load.name, tpot=0.21) for load in LOADS for _ in range(settings.requests_at(load))
+        record("dense-again", load=load.name, tpot=0.21)
+        for load in LOADS
+        for _ in range(settings.requests_at(load))
     ]
     sizes = {"dense": WeightBytes(200, 100), name: WeightBytes(100, 50)}
     facts = Facts({"cpu": EVIL}, sizes, RecordCount(9, 1))
@@ -99,7 +102,9 @@ def test_a_speed_up_that_is_surely_lower_than_before_fails():
     assert reason == "less than in the earlier test: tpot speed-up 2.00x, was 3.00x"
 
 
-@pytest.mark.parametrize(("error", "kinds"), [(None, [None, "failure"]), ("cut & run", ["error", "error"])])
+@pytest.mark.parametrize(
+    ("error", "kinds"), [(None, [None, "failure"]), ("cut & run", ["error", "error"])]
+)
 def test_junit_tells_ci_what_passed(error, kinds):
     suite = ElementTree.fromstring(render_junit(make_report(error=error, name="a&b")[0]))
     assert suite.get("tests") == "2"
@@ -111,11 +116,17 @@ def test_of_very_many_requests_the_page_draws_some_and_says_so(monkeypatch):
     monkeypatch.setattr(load_figures, "MOST_POINTS", 50)
     report, records = make_report()
     assert "Every request" in render_page(report, records)
-    many = [record(arm, sent=100.0 + k, ttft=0.1 + 0.001 * k) for arm in ("dense", "pruned") for k in range(1000)]
+    many = [
+        record(arm, sent=100.0 + k, ttft=0.1 + 0.001 * k)
+        for arm in ("dense", "pruned")
+        for k in range(1000)
+    ]
     few = [one for one in many if one.sent_s % 20 == 0]  # 50 of each arm
     for draw in (draw_timeline, partial(draw_latency, load=ONE.name)):
         # coordinates have other digits, and nothing else may take more room
-        assert len(draw(many, arms=["dense", "pruned"])) < 1.2 * len(draw(few, arms=["dense", "pruned"]))
+        assert len(draw(many, arms=["dense", "pruned"])) < 1.2 * len(
+            draw(few, arms=["dense", "pruned"])
+        )
     page = render_page(report, many)
     assert page.count("50 of up to 1,000 requests of a model, evenly") == 2
     assert "Every request" not in page
@@ -149,9 +160,17 @@ def test_the_ideal_follows_from_what_is_read(picos, tmp_path, tied):
     for arm, layers in (("dense", 3), ("pruned", 2)):
         directory = tmp_path / arm
         directory.mkdir()
-        (directory / "config.json").write_text((picos["llama"].directory / "config.json").read_text())
-        tensors = {f"model.layers.{index}.mlp.down_proj.weight": torch.zeros(10, 10) for index in range(layers)}
-        tensors |= {"model.embed_tokens.weight": torch.zeros(50, 10), "model.norm.weight": torch.zeros(10)}
+        (directory / "config.json").write_text(
+            (picos["llama"].directory / "config.json").read_text()
+        )
+        tensors = {
+            f"model.layers.{index}.mlp.down_proj.weight": torch.zeros(10, 10)
+            for index in range(layers)
+        }
+        tensors |= {
+            "model.embed_tokens.weight": torch.zeros(50, 10),
+            "model.norm.weight": torch.zeros(10),
+        }
         tensors |= {} if tied else {"lm_head.weight": torch.zeros(50, 10)}
         save_file(tensors, directory / "model.safetensors")
         sizes[arm] = weight_bytes(directory)

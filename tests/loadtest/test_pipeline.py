@@ -32,7 +32,8 @@ prune: {{remove: 2, calibration: "file:{text}"}}
 eval: {{perplexity: {{a: "file:{text}"}}}}
 """
 FULL_EXPORT = (
-    "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, shard_size_gb: 2, check_vllm: false}"
+    "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, shard_size_gb: 2, "
+    "check_vllm: false}"
 )
 
 
@@ -77,18 +78,25 @@ def test_recipes_with_mistakes_are_refused(recipe_file, tmp_path, extra, message
         ("tasks: [piqa, no_such_task]", "has no task 'no_such_task'"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_pruning(recipe_file, tmp_path, refuse, asked, message):
+def test_what_cannot_be_evaluated_is_refused_before_pruning(
+    recipe_file, tmp_path, refuse, asked, message
+):
     recipe_file.write_text(recipe_file.read_text().replace("eval: {", f"eval: {{{asked}, "))
     with pytest.raises(UserError, match=message):
         refuse(recipe_file, tmp_path / "out", None, False)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_format_cannot_do_with_the_model_is_refused_before_pruning(tmp_path, picos, word_file):
+def test_what_a_format_cannot_do_with_the_model_is_refused_before_pruning(
+    tmp_path, picos, word_file
+):
     (recipe_file := tmp_path / "recipe.yaml").write_text(
-        MINIMAL.format(model=picos["gpt2"].directory, text=word_file) + "export: {formats: [vllm], quantise: int8}"
+        MINIMAL.format(model=picos["gpt2"].directory, text=word_file)
+        + "export: {formats: [vllm], quantise: int8}"
     )
-    with pytest.raises(UserError, match="cannot quantise a model that stores its weights transposed"):
+    with pytest.raises(
+        UserError, match="cannot quantise a model that stores its weights transposed"
+    ):
         run_recipe(recipe_file, tmp_path / "out", None, False)
     assert not (tmp_path / "out").exists()
 
@@ -106,13 +114,21 @@ def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
 
     commands = typer.main.get_command(build_app()).commands
     (full := tmp_path / "full.yaml").write_text(recipe_file.read_text() + "export: " + FULL_EXPORT)
-    recipes = [load_recipe(recipe_file), load_recipe(ROOT / "recipes" / "smollm2.yaml"), load_recipe(full)]
+    recipes = [
+        load_recipe(recipe_file),
+        load_recipe(ROOT / "recipes" / "smollm2.yaml"),
+        load_recipe(full),
+    ]
     for stage in [stage for recipe in recipes for stage in plan_stages(recipe, tmp_path)]:
         name, *arguments = stage.arguments
         known = {
-            option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+            option
+            for parameter in commands[name].params
+            for option in (*parameter.opts, *parameter.secondary_opts)
         }
-        assert {argument.partition("=")[0] for argument in arguments if argument.startswith("--")} <= known
+        assert {
+            argument.partition("=")[0] for argument in arguments if argument.startswith("--")
+        } <= known
 
 
 def test_a_stage_depends_on_its_command_and_its_inputs(tmp_path):
@@ -139,7 +155,12 @@ eval: {perplexity: {a: "file:b.txt"}}
 
 NAMES = ["prune", "eval", "export", "baseline", "loadtest"]
 # One file of each stage's directories.
-FILES = {"prune": "plan.json", "export": "gradmap.json", "baseline": "gradmap.json", "loadtest": "report.json"}
+FILES = {
+    "prune": "plan.json",
+    "export": "gradmap.json",
+    "baseline": "gradmap.json",
+    "loadtest": "report.json",
+}
 
 
 def finish(recipe_file, out, *names, keep=None):
@@ -148,9 +169,17 @@ def finish(recipe_file, out, *names, keep=None):
         if stage.name in names:
             for path in set(stage.outputs) - {keep}:
                 write_text(path if path.suffix else path / FILES[stage.name], "{}")
-            outputs = {name: stamp.model_dump() for name, stamp in fingerprint(stage.outputs, out).items()}
+            outputs = {
+                name: stamp.model_dump() for name, stamp in fingerprint(stage.outputs, out).items()
+            }
             facts = sha256_json(stage.facts())
-            record = {"key": stage_key(stage), "seconds": 1, "peak_bytes": 1, "outputs": outputs, "facts": facts}
+            record = {
+                "key": stage_key(stage),
+                "seconds": 1,
+                "peak_bytes": 1,
+                "outputs": outputs,
+                "facts": facts,
+            }
             write_json(out / STAGES_DIRECTORY / f"{stage.name}.json", record)
     write_text(out / "recipe.yaml", "")
 
@@ -175,10 +204,14 @@ def test_a_dry_run_writes_nothing_and_estimates_every_stage(recipe_file, tmp_pat
     assert [stage["name"] for stage in stages] == NAMES and all(stage["runs"] for stage in stages)
     assert all(name in finished.stdout for name in NAMES)
     assert stages[0]["estimate"]["seconds"] > 0
-    assert stages[1]["estimate"]["seconds"] is None and "not known" in finished.stdout  # the text is not limited
+    assert (
+        stages[1]["estimate"]["seconds"] is None and "not known" in finished.stdout
+    )  # the text is not limited
 
 
-def test_a_dry_run_says_which_stages_are_done_and_which_would_run_for_an_earlier_one(recipe_file, tmp_path):
+def test_a_dry_run_says_which_stages_are_done_and_which_would_run_for_an_earlier_one(
+    recipe_file, tmp_path
+):
     out = tmp_path / "out"
     assert running(recipe_file, out) == NAMES
     finish(recipe_file, out, *NAMES)
@@ -212,7 +245,11 @@ def test_a_dry_run_refuses_what_a_run_would(recipe_file, tmp_path, extra, messag
 
 
 def undone(recipe_file, out):
-    return [stage.name for stage in plan_stages(load_recipe(recipe_file), out) if not is_done(stage, out)]
+    return [
+        stage.name
+        for stage in plan_stages(load_recipe(recipe_file), out)
+        if not is_done(stage, out)
+    ]
 
 
 def flip(path):
@@ -235,7 +272,9 @@ def lose(path):
         ("loadtest/report.json", ["loadtest"]),
     ],
 )
-def test_a_stage_whose_result_was_changed_or_is_incomplete_runs_again(recipe_file, tmp_path, damage, path, again):
+def test_a_stage_whose_result_was_changed_or_is_incomplete_runs_again(
+    recipe_file, tmp_path, damage, path, again
+):
     out = tmp_path / "out"
     write_text(out / "hf" / "weights" / "model.safetensors", "weights")
     finish(recipe_file, out, *NAMES)
@@ -245,7 +284,8 @@ def test_a_stage_whose_result_was_changed_or_is_incomplete_runs_again(recipe_fil
 
 @pytest.fixture
 def measured_run(recipe_file, tmp_path):
-    """A run that is done, with a load test that can be drawn again; the recipe's gate is the default one."""
+    """A run that is done, with a load test that can be drawn again; the recipe's gate is the
+    default one."""
     out = tmp_path / "out"
     report, records = make_report(required=REQUIRED_SPEED_UP)
     append_measurements(out / "loadtest", measured(records))
@@ -254,13 +294,17 @@ def measured_run(recipe_file, tmp_path):
     return out
 
 
-def test_a_report_that_is_drawn_again_leaves_the_load_test_done(recipe_file, measured_run, monkeypatch):
+def test_a_report_that_is_drawn_again_leaves_the_load_test_done(
+    recipe_file, measured_run, monkeypatch
+):
     left = (measured_run / "loadtest" / "report.json").read_bytes()
     drawn = gradmap("report", measured_run / "loadtest", "--require-speedup", 100, "--parquet")
     assert drawn.returncode == EXIT_CODES[Verdict.FAIL], drawn.stderr
     assert (measured_run / "loadtest" / "report.json").read_bytes() != left
     assert undone(recipe_file, measured_run) == []
-    monkeypatch.setattr(pipeline, "write_report", lambda *_: 1 / 0)  # which comes when all stages are done
+    monkeypatch.setattr(
+        pipeline, "write_report", lambda *_: 1 / 0
+    )  # which comes when all stages are done
     with pytest.raises(ZeroDivisionError):
         run_recipe(recipe_file, measured_run, None, False)
     assert (measured_run / "loadtest" / "report.json").read_bytes() == left
@@ -280,7 +324,8 @@ def test_what_was_measured_and_changed_is_measured_again(recipe_file, measured_r
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("environment", {}), ("settings", {}), ("weight_bytes", {}), ("prompts", None)]
+    ("key", "value"),
+    [("environment", {}), ("settings", {}), ("weight_bytes", {}), ("prompts", None)],
 )
 def test_facts_that_only_the_report_has_may_not_change(recipe_file, measured_run, key, value):
     path = measured_run / "loadtest" / "report.json"
@@ -304,7 +349,9 @@ def test_results_out_of_a_cache_have_other_times_and_are_taken(recipe_file, tmp_
     assert undone(recipe_file, out) == ["export"]
 
 
-@pytest.mark.parametrize("marker", ['{"key": "other"}', "{", "[]", '"key"', '{"outputs": {}}', "null"])
+@pytest.mark.parametrize(
+    "marker", ['{"key": "other"}', "{", "[]", '"key"', '{"outputs": {}}', "null"]
+)
 def test_a_marker_that_does_not_say_what_was_written_is_not_taken(recipe_file, tmp_path, marker):
     out = tmp_path / "out"
     finish(recipe_file, out, *NAMES)
@@ -331,5 +378,7 @@ def test_a_stage_whose_output_is_of_an_older_format_runs_again(recipe_file, tmp_
 
 def test_a_report_has_no_results_of_another_protocol(tmp_path):
     write_json(tmp_path / "eval.json", {"schema_version": 2, "dense": {}, "pruned": {}})
-    with pytest.raises(UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"):
+    with pytest.raises(
+        UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"
+    ):
         build_result(tmp_path, {}, {})

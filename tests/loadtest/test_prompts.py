@@ -23,7 +23,9 @@ def test_random_prompts_are_the_same_for_a_name_and_share_only_what_is_shared():
 
 
 def test_lengths_vary_by_the_share_that_was_asked_for():
-    prompts = RandomPrompts(Workload(prompt_tokens=100, output_tokens=50, length_spread=0.5), 10).take("a", 400)
+    prompts = RandomPrompts(
+        Workload(prompt_tokens=100, output_tokens=50, length_spread=0.5), 10
+    ).take("a", 400)
     lengths = [len(prompt.token_ids) for prompt in prompts]
     assert min(lengths) >= 50
     assert max(lengths) <= 150
@@ -31,7 +33,9 @@ def test_lengths_vary_by_the_share_that_was_asked_for():
     outputs = [prompt.output_tokens for prompt in prompts]
     # of a uniform variable on 25..75: mean 50, standard error 14.4 / 20 = 0.72; six of them
     assert sum(outputs) / 400 == pytest.approx(50, abs=4.4)
-    assert {RandomPrompts(Workload(output_tokens=2, length_spread=0.9), 9).take("a", 1)[0].output_tokens} <= {2, 3, 4}
+    assert {
+        RandomPrompts(Workload(output_tokens=2, length_spread=0.9), 9).take("a", 1)[0].output_tokens
+    } <= {2, 3, 4}
 
 
 @pytest.fixture
@@ -41,8 +45,12 @@ def tokenizer(picos):
 
 def test_texts_are_cut_and_never_used_twice(tokenizer, tmp_path):
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": f"w{3 + index} w4 w5 w6"}) + "\n" for index in range(10)))
-    prompts = TextPrompts(Workload(prompt_tokens=3, output_tokens=7, texts=f"file:{path}"), tokenizer)
+    path.write_text(
+        "".join(json.dumps({"text": f"w{3 + index} w4 w5 w6"}) + "\n" for index in range(10))
+    )
+    prompts = TextPrompts(
+        Workload(prompt_tokens=3, output_tokens=7, texts=f"file:{path}"), tokenizer
+    )
     first, second = prompts.take("a", 4), prompts.take("b", 6)
     assert prompts.take("a", 4) == first
     assert len({prompt.token_ids for prompt in [*first, *second]}) == 10
@@ -63,7 +71,11 @@ def test_prompts_of_json_lines_know_what_was_skipped(tokenizer, tmp_path):
 def test_conversations_give_the_question_and_the_length_of_the_answer(tokenizer, tmp_path):
     path = tmp_path / "share.json"
     turns = [{"from": "human", "value": "w3 w4"}, {"from": "gpt", "value": "w5 w6 w7"}]
-    unusable = [{"conversations": turns[1:]}, {"conversations": []}, {"conversations": [turns[1], turns[0]]}]
+    unusable = [
+        {"conversations": turns[1:]},
+        {"conversations": []},
+        {"conversations": [turns[1], turns[0]]},
+    ]
     path.write_text(json.dumps([{"id": "1", "conversations": turns}, *unusable]))
     prompts = TextPrompts(Workload(output_tokens=9, texts=f"sharegpt:{path}"), tokenizer)
     assert prompts.take("a", 1) == [Prompt((3, 4), 3)]

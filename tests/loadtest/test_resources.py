@@ -8,7 +8,11 @@ from loadtest import resources
 from loadtest.resources import sampled
 from tests.fake_nvml import GIB, Card, FakeNvml, Slice
 
-CARDS = (Card("GPU-aaaa"), Card("GPU-bbbb", 24 * GIB), Card("GPU-cccc", slices=(Slice("MIG-0001"),)))
+CARDS = (
+    Card("GPU-aaaa"),
+    Card("GPU-bbbb", 24 * GIB),
+    Card("GPU-cccc", slices=(Slice("MIG-0001"),)),
+)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Where models are served: URLs as people write them, lists of models, counters of one server and of several."""
+"""Where models are served: URLs as people write them, lists of models, counters of one server and
+of several."""
 
 import re
 import time
@@ -40,41 +41,62 @@ def found(fake, **models):
 
 
 def test_of_several_models_none_is_taken_silently():
-    with running(FakeServer(models=[{"id": "a"}, {"id": "b"}, {"id": "-c"}], prefix="/team")) as fake:
-        with pytest.raises(UserError, match="'a', 'b', '-c'; say with --dense-model which one is meant"):
+    with running(
+        FakeServer(models=[{"id": "a"}, {"id": "b"}, {"id": "-c"}], prefix="/team")
+    ) as fake:
+        with pytest.raises(
+            UserError, match="'a', 'b', '-c'; say with --dense-model which one is meant"
+        ):
             found(fake, pruned="b", more="a")
         with pytest.raises(UserError, match="--pruned-model"):
             found(fake, dense="a", more="a")
         with pytest.raises(UserError, match=r"'d' is not served: .*--candidate-model more=MODEL"):
             found(fake, dense="a", pruned="b", more="d")
-        assert found(fake, dense="a", pruned="b", more="-c") == {"dense": "a", "pruned": "b", "more": "-c"}
+        assert found(fake, dense="a", pruned="b", more="-c") == {
+            "dense": "a",
+            "pruned": "b",
+            "more": "-c",
+        }
         fake.models = [{"id": "only"}]
         assert found(fake, more="only") == dict.fromkeys(("dense", "pruned", "more"), "only")
 
 
-@pytest.mark.parametrize("models", [[], None, {}, "x", [None], [{}], [{"id": None}], [{"id": ""}], [{"id": 3}]])
+@pytest.mark.parametrize(
+    "models", [[], None, {}, "x", [None], [{}], [{"id": None}], [{"id": ""}], [{"id": 3}]]
+)
 def test_a_list_without_models_is_refused(models):
-    with running(FakeServer(models=models)) as fake, pytest.raises(UserError, match="its list of models is"):
+    with (
+        running(FakeServer(models=models)) as fake,
+        pytest.raises(UserError, match="its list of models is"),
+    ):
         found(fake)
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m", "a\0", "\ud800", "a\nb"])
 def test_names_that_cannot_be_written_are_refused(name):
     message = re.escape(f"names that cannot be written: 'a', {name!r}")
-    with running(FakeServer(models=[{"id": "a"}, {"id": name}])) as fake, pytest.raises(UserError, match=message):
+    with (
+        running(FakeServer(models=[{"id": "a"}, {"id": name}])) as fake,
+        pytest.raises(UserError, match=message),
+    ):
         found(fake)
 
 
 def test_what_is_no_server_of_models_is_refused():
     with running(FakeServer(prefix="/team")) as fake:
         fake.url = fake.url.removesuffix("/team")
-        with pytest.raises(UserError, match=r"does not answer as an OpenAI-compatible server: .*404"):
+        with pytest.raises(
+            UserError, match=r"does not answer as an OpenAI-compatible server: .*404"
+        ):
             found(fake)
 
 
 def told(tokens, started=1.5, model="fake"):
     labels = f'{{engine="0",model_name="{model}"}}'
-    return f"# a comment\nprocess_start_time_seconds {started}\nvllm:generation_tokens_total{labels} {tokens}\n"
+    return (
+        f"# a comment\nprocess_start_time_seconds {started}\nvllm:generation_tokens_total{labels} "
+        f"{tokens}\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,4 +157,6 @@ def test_replicas_that_count_apart_are_recognised(monkeypatch, looks, risen):
         return next(answers) if answers else looks[min(next(number), len(looks) - 1)]
 
     with running(FakeServer(metrics=metrics)) as fake:
-        assert tokens_since(Endpoint(fake.url, "fake"), Counter(10, frozenset(["1.5"])), 20) == risen
+        assert (
+            tokens_since(Endpoint(fake.url, "fake"), Counter(10, frozenset(["1.5"])), 20) == risen
+        )

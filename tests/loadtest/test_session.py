@@ -1,4 +1,5 @@
-"""The real Locust against a server of known behaviour: what is sent, what is stamped, what counts as failed."""
+"""The real Locust against a server of known behaviour: what is sent, what is stamped, what counts
+as failed."""
 
 import csv
 import json
@@ -14,7 +15,14 @@ import pytest
 
 from gradmap.errors import UserError
 from loadtest import loads, session
-from loadtest.loads import ARRIVALS, HIGHEST_RATE, LOWEST_RATE, Load, arrival_times, find_highest_rate
+from loadtest.loads import (
+    ARRIVALS,
+    HIGHEST_RATE,
+    LOWEST_RATE,
+    Load,
+    arrival_times,
+    find_highest_rate,
+)
 from loadtest.outcome import Gate, run_load_test
 from loadtest.prompts import Workload
 from loadtest.records import read_measurements
@@ -28,10 +36,37 @@ from tests.loadtest.fake_server import FakeServer, running
 
 ONE = Load("concurrency", 1)
 BAD_URLS = (
-    *("http://", "http://host:99999", "http://host:port", "http://host:0", "http://[::1", "http://me:secret@host"),
-    *("http://host/?a=b", "http://host/#a", "http://host/a b", "http://host/\x1b[31m", "http://höst"),
+    *(
+        "http://",
+        "http://host:99999",
+        "http://host:port",
+        "http://host:0",
+        "http://[::1",
+        "http://me:secret@host",
+    ),
+    *(
+        "http://host/?a=b",
+        "http://host/#a",
+        "http://host/a b",
+        "http://host/\x1b[31m",
+        "http://höst",
+    ),
 )
-BAD_NAMES = ("", "dense", "dense-again", "a/b", "..", "-x", "a b", "a|b", "<b>", "a\nb", "\x1b[31m", "ä", "x" * 41)
+BAD_NAMES = (
+    "",
+    "dense",
+    "dense-again",
+    "a/b",
+    "..",
+    "-x",
+    "a b",
+    "a|b",
+    "<b>",
+    "a\nb",
+    "\x1b[31m",
+    "ä",
+    "x" * 41,
+)
 
 
 def settings(fake, **changes):
@@ -59,12 +94,20 @@ def test_both_arms_get_the_same_token_ids_and_blocks_get_fresh_ones(tmp_path):
         records = run(options, tmp_path)
     assert len(records) == options.expected_records == 2 * 2 * (2 + 6)
     assert all(record.error is None and record.completion_tokens == 4 for record in records)
-    names = {arm: [record.request for record in records if record.arm == arm] for arm in ("dense", "pruned")}
+    names = {
+        arm: [record.request for record in records if record.arm == arm]
+        for arm in ("dense", "pruned")
+    }
     assert names["dense"] == names["pruned"] or sorted(names["dense"]) == sorted(names["pruned"])
     prompts = [tuple(body["prompt"]) for body in fake.bodies]
     assert len(set(prompts)) == len(prompts) / 2  # every prompt twice: once for each arm
     for body in fake.bodies:
-        assert (body["temperature"], body["ignore_eos"], body["stream"], body["max_tokens"]) == (0, True, True, 4)
+        assert (body["temperature"], body["ignore_eos"], body["stream"], body["max_tokens"]) == (
+            0,
+            True,
+            True,
+            4,
+        )
 
 
 def test_no_prompt_is_answered_from_the_prefix_cache_of_a_server_that_stays(tmp_path):
@@ -88,7 +131,8 @@ def test_tokens_are_stamped_when_they_arrive(tmp_path):
         (sent,) = [times for times in fake.sent_s if record.sent_s < times[0] < record.ended_s]
         assert record.chunk_tokens == (1, 2, 3, 4)
         arrived = record.chunk_times_s
-        # a client that buffers would stamp a token only after the server had sent the next one, 200 ms later
+        # a client that buffers would stamp a token only after the server had sent the next one, 200
+        # ms later
         assert all(sent[k] <= arrived[k] for k in range(4))
         assert all(arrived[k] < sent[k + 1] for k in range(3))
 
@@ -107,11 +151,31 @@ def test_a_failed_request_is_recorded_as_failed(tmp_path, fault):
 @pytest.mark.alone
 @pytest.mark.parametrize("processes", [(), ("--processes", "2")])
 def test_the_locust_file_works_by_itself(tmp_path, processes):
-    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/driver/locustfile.py"), "--headless"]
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        str(ROOT / "loadtest/driver/locustfile.py"),
+        "--headless",
+    ]
     with running(FakeServer(gap_s=0.01)) as fake:
-        options = ["--host", fake.url, "--users", "2", "--run-time", "8s", "--output-tokens", "5", *processes]
+        options = [
+            "--host",
+            fake.url,
+            "--users",
+            "2",
+            "--run-time",
+            "8s",
+            "--output-tokens",
+            "5",
+            *processes,
+        ]
         finished = subprocess.run(
-            [*command, *options, "--csv", str(tmp_path / "out")], capture_output=True, text=True, check=False
+            [*command, *options, "--csv", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert finished.returncode == 0, finished.stderr
     rows = {row["Name"]: row for row in csv.DictReader((tmp_path / "out_stats.csv").open())}
@@ -126,10 +190,20 @@ def test_the_locust_file_works_by_itself(tmp_path, processes):
 
 @pytest.mark.alone
 def test_the_locust_file_takes_none_of_several_models_silently():
-    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/driver/locustfile.py"), "--headless"]
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        str(ROOT / "loadtest/driver/locustfile.py"),
+        "--headless",
+    ]
     with running(FakeServer(models=[{"id": "a"}, {"id": "b"}])) as fake:
         finished = subprocess.run(
-            [*command, "--host", fake.url, "--run-time", "60s"], capture_output=True, text=True, check=False
+            [*command, "--host", fake.url, "--run-time", "60s"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert finished.returncode == 1
     assert f"{fake.url}: several models are served: 'a', 'b'; --model says which" in finished.stderr
@@ -138,22 +212,48 @@ def test_the_locust_file_takes_none_of_several_models_silently():
 
 def test_the_verdict_is_the_exit_code(tmp_path):
     with running(FakeServer(gap_s=0.005)) as fake:
-        command = [sys.executable, "-m", "gradmap", "loadtest", "--dense", fake.url, "--pruned", fake.url, "--quick"]
-        command += ["--requests", "2", "--concurrency", "1", "--output-tokens", "4", "--vocabulary", "100"]
+        command = [
+            sys.executable,
+            "-m",
+            "gradmap",
+            "loadtest",
+            "--dense",
+            fake.url,
+            "--pruned",
+            fake.url,
+            "--quick",
+        ]
+        command += [
+            "--requests",
+            "2",
+            "--concurrency",
+            "1",
+            "--output-tokens",
+            "4",
+            "--vocabulary",
+            "100",
+        ]
         out = tmp_path / "fail"
         failing = subprocess.run(
-            [*command, "--require-speedup", "100", "--out", str(out)], capture_output=True, text=True, check=False
+            [*command, "--require-speedup", "100", "--out", str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         fake.failing = {len(fake.bodies) + WARM_UP_REQUESTS + 1}  # the first that is measured
         out = tmp_path / "invalid"
-        invalid = subprocess.run([*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False)
+        invalid = subprocess.run(
+            [*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False
+        )
     assert failing.returncode == 1, failing.stderr
     assert json.loads((tmp_path / "fail" / "report.json").read_text())["verdict"] == "FAIL"
     assert invalid.returncode == 4, invalid.stderr
     assert json.loads(invalid.stdout.splitlines()[-1])["verdict"] == "INVALID"
 
 
-@pytest.mark.parametrize("vocabulary", [{}, {"vocab_size": 0}, {"vocab_size": "many"}, {"vocab_size": 1.5}])
+@pytest.mark.parametrize(
+    "vocabulary", [{}, {"vocab_size": 0}, {"vocab_size": "many"}, {"vocab_size": 1.5}]
+)
 def test_a_vocabulary_that_no_config_tells_is_asked_for(tmp_path, vocabulary):
     for name, config in (("dense", {"vocab_size": 100}), ("pruned", vocabulary)):
         (tmp_path / name).mkdir()
@@ -185,15 +285,30 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
         ({"vocabulary": None}, "--vocabulary"),
         ({"vocabulary": 0}, "--vocabulary is 0"),
         *(({"dense": url}, "is no URL of a server") for url in BAD_URLS),
-        *(({"candidates": {name: "http://127.0.0.1:9"}}, "is no name for a model") for name in BAD_NAMES),
-        *(({"loads": (ONE, Load("poisson", rate))}, "--rate") for rate in (math.nan, math.inf, -1.0)),
+        *(
+            ({"candidates": {name: "http://127.0.0.1:9"}}, "is no name for a model")
+            for name in BAD_NAMES
+        ),
+        *(
+            ({"loads": (ONE, Load("poisson", rate))}, "--rate")
+            for rate in (math.nan, math.inf, -1.0)
+        ),
         ({"loads": (Load("concurrency", math.nan),)}, "--concurrency must be 1 or more"),
-        *(({"open_loop_s": seconds}, "--open-loop-s is") for seconds in (math.nan, math.inf, 0.0, -1.0)),
-        ({"loads": (ONE, Load("poisson", 1.0)), "open_loop_s": 1e7}, "more than 1000000 requests a block"),
+        *(
+            ({"open_loop_s": seconds}, "--open-loop-s is")
+            for seconds in (math.nan, math.inf, 0.0, -1.0)
+        ),
+        (
+            {"loads": (ONE, Load("poisson", 1.0)), "open_loop_s": 1e7},
+            "more than 1000000 requests a block",
+        ),
         ({"loads": (ONE, Load("poisson", 1e300))}, "more than 1000000 requests a block"),
         ({"requests_per_load": 10**7}, "more than 1000000 requests a block"),
         ({"models": {"other": "x"}}, "other is none"),
-        ({"candidates": {"pruned": str(ROOT)}, "models": {"pruned": "x"}}, "neither a URL nor a model directory"),
+        (
+            {"candidates": {"pruned": str(ROOT)}, "models": {"pruned": "x"}},
+            "neither a URL nor a model directory",
+        ),
         ({"workload": Workload(output_tokens=1)}, "TPOT is undefined"),
         ({"workload": Workload(shared_prefix=128)}, "shorter than --prompt-tokens"),
         ({"workload": Workload(length_spread=1.0)}, "from 0 to below 1"),
@@ -209,7 +324,11 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
     ],
 )
 def test_bad_input_is_refused(tmp_path, changes, message):
-    base = {"dense": "http://127.0.0.1:9", "candidates": {"pruned": "http://127.0.0.1:9"}, "vocabulary": 10}
+    base = {
+        "dense": "http://127.0.0.1:9",
+        "candidates": {"pruned": "http://127.0.0.1:9"},
+        "vocabulary": 10,
+    }
     with pytest.raises(UserError, match=message):
         run_session(LoadTestSettings(**(base | changes)), Session(tmp_path))
 
@@ -218,23 +337,36 @@ def test_bad_input_is_refused(tmp_path, changes, message):
 def test_several_processes_share_the_requests(tmp_path):
     open_loop = Load("constant", 20.0)
     with running(FakeServer(gap_s=0.05)) as fake:
-        options = settings(fake, pairs=1, loads=(ONE, Load("concurrency", 4), open_loop), open_loop_s=1.0, processes=2)
+        options = settings(
+            fake,
+            pairs=1,
+            loads=(ONE, Load("concurrency", 4), open_loop),
+            open_loop_s=1.0,
+            processes=2,
+        )
         records = run(options, tmp_path)
     assert len(records) == options.expected_records == 2 * (2 + 8 + 20)
     assert all(record.error is None for record in records)
     for load in options.loads:
-        names = [[one.request for one in records if (one.arm, one.load) == (arm, load.name)] for arm in options.arms]
+        names = [
+            [one.request for one in records if (one.arm, one.load) == (arm, load.name)]
+            for arm in options.arms
+        ]
         assert sorted(names[0]) == sorted(names[1])
         assert len(set(names[0])) == options.requests_at(load)
     assert options.processes_at(ONE) == 1
     assert options.processes_at(Load("concurrency", 4)) == options.processes_at(open_loop) == 2
-    of_one_load = [record for record in records if (record.arm, record.load) == ("dense", "concurrency_4")]
+    of_one_load = [
+        record for record in records if (record.arm, record.load) == ("dense", "concurrency_4")
+    ]
     # each request takes 0.2 s, and all four users have one under way until the last is sent
     assert mean_in_flight(of_one_load) == pytest.approx(4, rel=0.2)
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("arrivals", ["poisson", *(pytest.param(one, marks=pytest.mark.slow) for one in ARRIVALS[1:])])
+@pytest.mark.parametrize(
+    "arrivals", ["poisson", *(pytest.param(one, marks=pytest.mark.slow) for one in ARRIVALS[1:])]
+)
 def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals):
     """Two a second at 0.5 s apiece would be 1 a second, if each waited for the one before."""
     load = Load(arrivals, 20.0)
@@ -244,14 +376,20 @@ def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals)
     for arm in ("dense", "pruned"):
         of_arm = sorted((one for one in records if one.arm == arm), key=lambda one: one.scheduled_s)
         assert len(of_arm) == 60
-        scheduled, sent = ([getattr(one, name) for one in of_arm] for name in ("scheduled_s", "sent_s"))
+        scheduled, sent = (
+            [getattr(one, name) for one in of_arm] for name in ("scheduled_s", "sent_s")
+        )
         assert scheduled[-1] - scheduled[0] == pytest.approx(59 / 20, rel=1e-6)
         assert all(due <= at < due + 0.05 for due, at in zip(scheduled, sent, strict=True))
         gaps = [later - earlier for earlier, later in pairwise(scheduled)]
         if arrivals == "constant":
             assert gaps == pytest.approx([0.05] * 59)
-    dense, pruned = (sorted(one.scheduled_s for one in records if one.arm == arm) for arm in ("dense", "pruned"))
-    assert [at - dense[0] for at in dense] == pytest.approx([at - pruned[0] for at in pruned], abs=1e-6)
+    dense, pruned = (
+        sorted(one.scheduled_s for one in records if one.arm == arm) for arm in ("dense", "pruned")
+    )
+    assert [at - dense[0] for at in dense] == pytest.approx(
+        [at - pruned[0] for at in pruned], abs=1e-6
+    )
 
 
 def test_arrivals_vary_as_their_name_says():
@@ -267,7 +405,12 @@ def test_arrivals_vary_as_their_name_says():
 @pytest.mark.alone
 def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     with running(FakeServer(gap_s=0.005)) as fake:
-        options = settings(fake, loads=(ONE, Load("poisson", 20.0)), open_loop_s=0.5, slos=(parse_slo("ttft_p50=1s"),))
+        options = settings(
+            fake,
+            loads=(ONE, Load("poisson", 20.0)),
+            open_loop_s=0.5,
+            slos=(parse_slo("ttft_p50=1s"),),
+        )
         first = run_load_test(options, Gate(0.1), tmp_path)
     assert first["verdict"] == "INCONCLUSIVE"  # two pairs cannot pass
     assert first["arms"]["dense"]["poisson_20"]["attainment"] == 1.0
@@ -275,7 +418,8 @@ def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     assert again.returncode == 3, again.stderr
     assert json.loads(again.stdout.splitlines()[-1]) == json.loads(json.dumps(first))
     assert pyarrow.parquet.read_table(tmp_path / "records.parquet").to_pylist() == [
-        record.model_dump() | {name: list(getattr(record, name)) for name in ("chunk_times_s", "chunk_tokens")}
+        record.model_dump()
+        | {name: list(getattr(record, name)) for name in ("chunk_times_s", "chunk_tokens")}
         for record in read_measurements(tmp_path).requests
     ]
     stricter = gradmap("report", tmp_path, "--require-speedup", 100)
@@ -304,7 +448,9 @@ def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
     monkeypatch.setattr(loads, "LOWEST_RATE", 5.0)
     monkeypatch.setattr(loads, "PRECISION", 3.0)
     with running(FakeServer(gap_s=0.01, serial=True)) as fake:
-        options = settings(fake, pairs=1, loads=(ONE,), slos=(parse_slo("e2el_p90=250ms"),), find_rate=True)
+        options = settings(
+            fake, pairs=1, loads=(ONE,), slos=(parse_slo("e2el_p90=250ms"),), find_rate=True
+        )
         report = run_load_test(replace(options, open_loop_s=3.0), Gate(0.1), tmp_path)
     assert report["arms"]["dense"]["concurrency_1"]["requests"] == 2
     for rate in report["highest_rate"].values():

@@ -1,4 +1,5 @@
-"""What is no evidence gives no verdict: numbers that are none, what is missing, tokens that were held back."""
+"""What is no evidence gives no verdict: numbers that are none, what is missing, tokens that were
+held back."""
 
 import json
 import math
@@ -32,14 +33,18 @@ from tests.loadtest.test_metrics import FACTS, ONE, SETTINGS, measured, record, 
 def test_what_is_no_number_passes_nothing(number):
     ratios, good = (1.3,) * 6, {"value": 1.3, "low": 1.2, "high": 1.4}
     for name in good:
-        assert judge(SpeedUp(**good | {name: number}, ratios=ratios), 1.0).verdict is Verdict.INVALID
+        assert (
+            judge(SpeedUp(**good | {name: number}, ratios=ratios), 1.0).verdict is Verdict.INVALID
+        )
     with pytest.raises(UserError, match=r"--require-speedup is .*; give a finite number above 0"):
         Gate(number)
     for name in ("sent_s", "ended_s", "scheduled_s"):
         with pytest.raises(ValidationError):
             RequestRecord(**record().model_dump() | {name: number})
     with pytest.raises(ValidationError):
-        RequestRecord(**record().model_dump() | {"chunk_times_s": (100.5, 100.6, number, 100.8, 100.9)})
+        RequestRecord(
+            **record().model_dump() | {"chunk_times_s": (100.5, 100.6, number, 100.8, 100.9)}
+        )
     with pytest.raises(ValidationError):
         BlockRecord(arm="dense", pair=0, load=ONE.name, client_cpu=number, server_tokens=None)
     with pytest.raises(ValidationError):
@@ -85,7 +90,9 @@ def test_separators_of_lines_inside_of_a_record_do_not_end_it(tmp_path):
     append_measurements(tmp_path, odd)
     assert len((tmp_path / RECORDS_FILE).read_text().splitlines()) == 2
     assert read_measurements(tmp_path) == odd
-    by_another_program = [json.dumps(one.model_dump(), ensure_ascii=False) + "\n" for one in odd.requests]
+    by_another_program = [
+        json.dumps(one.model_dump(), ensure_ascii=False) + "\n" for one in odd.requests
+    ]
     (tmp_path / RECORDS_FILE).write_text("".join(by_another_program))
     assert read_measurements(tmp_path) == odd
 
@@ -93,22 +100,33 @@ def test_separators_of_lines_inside_of_a_record_do_not_end_it(tmp_path):
 def test_nothing_is_concluded_where_something_is_missing_or_too_much():
     good = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
     assert report_of(good)["verdict"] == "INCONCLUSIVE"
-    another_arm, another_pair = ([*good[:-1], record(*place)] for place in (("dense",), ("pruned", 1)))
+    another_arm, another_pair = (
+        [*good[:-1], record(*place)] for place in (("dense",), ("pruned", 1))
+    )
     for records in (another_arm, another_pair, [*good, good[0]], []):
         report = report_of(records)
         assert (report["verdict"], report["speedup"]) == ("INVALID", {})
-    assert report_of(another_arm)["reason"] == "3 of 2 requests were recorded in dense, pair 1, concurrency_1"
+    assert (
+        report_of(another_arm)["reason"]
+        == "3 of 2 requests were recorded in dense, pair 1, concurrency_1"
+    )
 
 
 def test_nothing_is_concluded_where_the_load_generator_left_no_account():
     records = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
-    report = build_report(Measurements(tuple(records), measured(records).blocks[:1]), SETTINGS, Gate(1.0), FACTS)
+    report = build_report(
+        Measurements(tuple(records), measured(records).blocks[:1]), SETTINGS, Gate(1.0), FACTS
+    )
     assert report["verdict"] == "INVALID"
-    assert report["reason"] == "how busy the load generator was is not recorded in pruned, pair 1, concurrency_1"
+    assert (
+        report["reason"]
+        == "how busy the load generator was is not recorded in pruned, pair 1, concurrency_1"
+    )
 
 
 def six_pairs(ttft=0.1, tpot=0.1):
-    """Dense has 0.1 s to the first of five tokens and 0.2 s to each other one; blocks scatter a little."""
+    """Dense has 0.1 s to the first of five tokens and 0.2 s to each other one; blocks scatter a
+    little."""
     records = [
         record(arm, pair, ttft=to_first, tpot=to_next + 0.0001 * pair)
         for pair in range(6)
@@ -120,15 +138,24 @@ def six_pairs(ttft=0.1, tpot=0.1):
 
 @pytest.mark.parametrize("arm", ["dense", "pruned"])
 def test_tokens_that_arrive_in_a_burst_are_no_speed_up(arm):
-    """A proxy that buffers: all four tokens after the first follow it at once, whichever arm it stands before."""
+    """A proxy that buffers: all four tokens after the first follow it at once, whichever arm it
+    stands before."""
     records, settings = six_pairs()
     assert report_of(records, settings)["verdict"] == "PASS"
-    late = {"chunk_times_s": tuple(101.0 + BURST_S / 2 * index for index in range(5)), "ended_s": 102.0}
+    late = {
+        "chunk_times_s": tuple(101.0 + BURST_S / 2 * index for index in range(5)),
+        "ended_s": 102.0,
+    }
     at_once = {"chunk_times_s": (101.0,), "chunk_tokens": (5,), "ended_s": 101.0}
     for held_back, apart in ((late, 100), (at_once, 0)):
-        report = report_of([one.model_copy(update=held_back) if one.arm == arm else one for one in records], settings)
+        report = report_of(
+            [one.model_copy(update=held_back) if one.arm == arm else one for one in records],
+            settings,
+        )
         assert (report["verdict"], report["speedup"]) == ("INVALID", {})
-        expected = f"tokens arrived in a burst, {apart} microseconds apart ({arm}, pair 1, concurrency_1)"
+        expected = (
+            f"tokens arrived in a burst, {apart} microseconds apart ({arm}, pair 1, concurrency_1)"
+        )
         assert report["reason"].startswith(expected)
 
 
@@ -156,7 +183,10 @@ def test_what_tpot_gains_end_to_end_latency_must_have_too(ttft, tpot, verdict):
 
 def test_first_tokens_that_came_at_once_cannot_be():
     records, settings = six_pairs(ttft=0.0)
-    assert "first tokens arrived when their requests were sent" in report_of(records, settings)["reason"]
+    assert (
+        "first tokens arrived when their requests were sent"
+        in report_of(records, settings)["reason"]
+    )
 
 
 def test_a_first_chunk_of_several_tokens_is_not_counted_as_one():
@@ -171,7 +201,9 @@ def test_a_first_chunk_of_several_tokens_is_not_counted_as_one():
 def test_a_request_without_a_tpot_is_within_no_limit_of_it():
     at_once = {"chunk_times_s": (100.5,), "chunk_tokens": (5,)}
     slos = (parse_slo("tpot_p50=1s"),)
-    summary = summarise_load([record(), record(), record().model_copy(update=at_once)], "load", slos)
+    summary = summarise_load(
+        [record(), record(), record().model_copy(update=at_once)], "load", slos
+    )
     assert summary.attainment == pytest.approx(2 / 3)
     assert not summary.meets_slos
     assert summarise_load([record()], "load", slos).meets_slos
@@ -205,11 +237,13 @@ def test_a_report_that_is_not_whole_is_refused(tmp_path, path, value):
             read_report(file)
 
 
-@pytest.mark.parametrize("arms", [{}, {"pruned": {"speedup": {}}}, {"pruned": {"speedup": {"tpot": {"low": None}}}}])
+@pytest.mark.parametrize(
+    "arms", [{}, {"pruned": {"speedup": {}}}, {"pruned": {"speedup": {"tpot": {"low": None}}}}]
+)
 def test_an_earlier_test_without_an_interval_is_nothing_to_compare_with(arms):
     gate = Gate(1.0, {"verdict": "INVALID", "candidates": arms})
     with pytest.raises(UserError, match="has no speed-up of pruned with an interval"):
         gate.require_earlier(["pruned"])
-    Gate(1.0, {"verdict": "PASS", "candidates": {"pruned": {"speedup": {"tpot": {"low": 1.2}}}}}).require_earlier(
-        ["pruned"]
-    )
+    Gate(
+        1.0, {"verdict": "PASS", "candidates": {"pruned": {"speedup": {"tpot": {"low": 1.2}}}}}
+    ).require_earlier(["pruned"])

@@ -1,4 +1,5 @@
-"""Servers that a load test starts, without the minutes of a real one: one that is killed is why requests failed."""
+"""Servers that a load test starts, without the minutes of a real one: one that is killed is why
+requests failed."""
 
 import sys
 
@@ -18,11 +19,18 @@ from tests.serving.conftest import STAND_IN
 
 @pytest.fixture
 def load_test(picos, monkeypatch, tmp_path):
-    """Runs a test of two models; `load` is called in place of Locust for each load, the warm-up first."""
-    monkeypatch.setattr(server, "build_command", lambda one: [sys.executable, str(STAND_IN), str(one.port)])
+    """Runs a test of two models; `load` is called in place of Locust for each load, the warm-up
+    first."""
+    monkeypatch.setattr(
+        server, "build_command", lambda one: [sys.executable, str(STAND_IN), str(one.port)]
+    )
     directory = str(picos["llama"].directory)
     settings = LoadTestSettings(
-        directory, {"pruned": directory}, loads=(Load("concurrency", 1),), pairs=1, workload=Workload()
+        directory,
+        {"pruned": directory},
+        loads=(Load("concurrency", 1),),
+        pairs=1,
+        workload=Workload(),
     )
 
     def run(load):
@@ -74,7 +82,9 @@ def test_what_failed_while_the_server_answers_is_said_as_it_is(load_test):
 
 
 @pytest.mark.parametrize(("number", "for_memory"), [(9, True), (15, False)])
-def test_a_load_generator_that_is_killed_may_be_tried_again(load_test, monkeypatch, tmp_path, number, for_memory):
+def test_a_load_generator_that_is_killed_may_be_tried_again(
+    load_test, monkeypatch, tmp_path, number, for_memory
+):
     command = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"]
     monkeypatch.setattr(driving, "_locust_command", lambda *_: command)
     with pytest.raises(UserError, match="Locust") as caught:

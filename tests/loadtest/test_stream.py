@@ -1,4 +1,5 @@
-"""What servers stream, as they do: how they count, how they fail, and how their events are written."""
+"""What servers stream, as they do: how they count, how they fail, and how their events are
+written."""
 
 import json
 from itertools import count
@@ -6,7 +7,14 @@ from itertools import count
 import pytest
 
 from loadtest.driver.completions import Labels, connect, stream_completion
-from loadtest.driver.stream import KEPT_CHARACTERS, Stream, StreamError, server_sent_events, shortened, whole_number
+from loadtest.driver.stream import (
+    KEPT_CHARACTERS,
+    Stream,
+    StreamError,
+    server_sent_events,
+    shortened,
+    whole_number,
+)
 from loadtest.metrics import measure
 from loadtest.workload import Request
 from tests.loadtest.fake_server import FakeServer, running
@@ -15,7 +23,10 @@ TOKENS = 4
 
 
 def event(text="x", usage=None, last=False, **choice):
-    return {"choices": [{"text": text, "finish_reason": "length" if last else None, **choice}], "usage": usage}
+    return {
+        "choices": [{"text": text, "finish_reason": "length" if last else None, **choice}],
+        "usage": usage,
+    }
 
 
 def counted(number):
@@ -25,12 +36,20 @@ def counted(number):
 SUM = {"choices": [], "usage": counted(TOKENS)}
 COUNTS = {
     "in every event": [event(usage=counted(number)) for number in (1, 2, 3, 4)],
-    "in every event, a token decodes to nothing": [event(text, counted(n)) for n, text in enumerate(("", *"abc"), 1)],
-    "in every event and at the end": [*(event(usage=counted(number)) for number in (1, 2, 3, 4)), SUM],
+    "in every event, a token decodes to nothing": [
+        event(text, counted(n)) for n, text in enumerate(("", *"abc"), 1)
+    ],
+    "in every event and at the end": [
+        *(event(usage=counted(number)) for number in (1, 2, 3, 4)),
+        SUM,
+    ],
     "as 4.0": [event(usage=counted(float(number))) for number in (1, 2, 3, 4)],
     "at the end": [*[event()] * 4, SUM],
     "at the end, a token decodes to nothing": [event(""), event("a"), event(""), event("b"), SUM],
-    "in the last event, which has no token": [*[event()] * 4, event("", counted(TOKENS), last=True)],
+    "in the last event, which has no token": [
+        *[event()] * 4,
+        event("", counted(TOKENS), last=True),
+    ],
     "in the last event, which has one": [*[event()] * 3, event("x", counted(TOKENS), last=True)],
     "by token ids": [*[event(token_ids=[7])] * 4, SUM],
     "by log-probabilities": [*[event(logprobs={"tokens": ["x"]})] * 4, SUM],
@@ -54,8 +73,15 @@ def test_tokens_are_counted_however_a_server_tells(way):
     "events",
     [
         [event("abcd", counted(4)), *(event(usage=counted(number)) for number in (5, 6, 7, 8))],
-        [event("abcd", token_ids=[1, 2, 3, 4]), *[event(token_ids=[5])] * 4, {"choices": [], "usage": counted(8)}],
-        [event("abcd", logprobs={"tokens": list("abcd")}), *[event(logprobs={"tokens": ["x"]})] * 4],
+        [
+            event("abcd", token_ids=[1, 2, 3, 4]),
+            *[event(token_ids=[5])] * 4,
+            {"choices": [], "usage": counted(8)},
+        ],
+        [
+            event("abcd", logprobs={"tokens": list("abcd")}),
+            *[event(logprobs={"tokens": ["x"]})] * 4,
+        ],
     ],
 )
 def test_a_first_chunk_of_several_tokens_is_counted_as_such(events):
@@ -65,10 +91,16 @@ def test_a_first_chunk_of_several_tokens_is_counted_as_such(events):
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        ([event("abcd"), *[event()] * 4, {"choices": [], "usage": counted(8)}], "8 tokens came in 5 chunks, and the"),
+        (
+            [event("abcd"), *[event()] * 4, {"choices": [], "usage": counted(8)}],
+            "8 tokens came in 5 chunks, and the",
+        ),
         ([event()] * 4, "does not count its tokens"),
         ([event(usage=counted(2)), event(usage=counted(1))], "counted 1 tokens after 2"),
-        ([*[event(token_ids=[7])] * 3, SUM], "the chunks brought 3 tokens, and the server counted 4"),
+        (
+            [*[event(token_ids=[7])] * 3, SUM],
+            "the chunks brought 3 tokens, and the server counted 4",
+        ),
         *(
             ([event(usage=counted(number))], "which is no count")
             for number in (1.5, -1, "3", True, float("nan"), float("inf"), 1e300, [1], 10**400)
@@ -97,7 +129,9 @@ def test_an_error_fails_the_request_whenever_it_comes(error, before):
 
 
 def test_events_without_an_error_are_none():
-    assert streamed([event(usage=counted(1)) | {"error": None}, {}, {"choices": None}]) == [(0.0, 1)]
+    assert streamed([event(usage=counted(1)) | {"error": None}, {}, {"choices": None}]) == [
+        (0.0, 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +174,9 @@ def completed(fake, reply=None, status=200):
         fake.faults[prompt] = reply
     client = connect(fake.url, "fake", 1, 10.0)
     try:
-        return stream_completion(client, Request("one", (prompt,), TOKENS), Labels("dense", 0, "load"), None)
+        return stream_completion(
+            client, Request("one", (prompt,), TOKENS), Labels("dense", 0, "load"), None
+        )
     finally:
         client.http.close()
 
@@ -153,9 +189,16 @@ ONE_OVER_LINES = b'data:{"choices": [{"text": "x"}],\ndata: "usage": {"completio
 
 
 def test_requests_fail_with_what_the_server_said():
-    vllm = {"error": {"message": "This model's maximum context length is 64 tokens.", "type": "BadRequestError"}}
+    vllm = {
+        "error": {
+            "message": "This model's maximum context length is 64 tokens.",
+            "type": "BadRequestError",
+        }
+    }
     replies = {
-        json.dumps(vllm).encode(): "no stream of events came, but: This model's maximum context length is 64 tokens.",
+        json.dumps(vllm).encode(): (
+            "no stream of events came, but: This model's maximum context length is 64 tokens."
+        ),
         b"<html>Log in</html>": "no stream of events came, but: <html>Log in</html>",
         b"": "no stream of events came, but: ",
         as_events(
@@ -178,7 +221,7 @@ def test_requests_fail_with_what_the_server_said():
 
 def test_the_start_of_an_errors_body_is_kept(monkeypatch):
     bodies = {
-        b'{"error": {"message": "maximum context length is 64"}}': "HTTP 400: maximum context length is 64",
+        b'{"error": {"message": "the context length is 64"}}': "HTTP 400: the context length is 64",
         b'{"object": "error", "message": "no such model"}': "HTTP 400: no such model",
         b'{"detail": "Not Found"}': "HTTP 400: Not Found",
         b"upstream\nis away": "HTTP 400: upstream is away",
@@ -200,7 +243,9 @@ def test_the_start_of_an_errors_body_is_kept(monkeypatch):
             assert len(record.error) <= KEPT_CHARACTERS + len("HTTP 400: ")
 
 
-@pytest.mark.parametrize(("prefix", "written"), [("", "/v1"), ("/team-a", ""), ("/team-a", "/v1/"), ("/a/b", "/")])
+@pytest.mark.parametrize(
+    ("prefix", "written"), [("", "/v1"), ("/team-a", ""), ("/team-a", "/v1/"), ("/a/b", "/")]
+)
 def test_a_prefix_of_the_path_is_kept(prefix, written):
     with running(FakeServer(prefix=prefix)) as fake:
         fake.url += written

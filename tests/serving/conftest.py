@@ -28,7 +28,14 @@ def stand_in(monkeypatch, picos, tmp_path):
         monkeypatch.setattr(launching, "require_gpus", lambda settings: ())
         port = free_port(in_a_row=3)  # of the model, of a second one, and for probes
         settings = ServerSettings(Path(), port=port, ready_timeout_s=30, drain_s=5)
-        return Launch([picos["llama"].directory], settings, policy or Policy(), "127.0.0.1", port + 2, [Trust()])
+        return Launch(
+            [picos["llama"].directory],
+            settings,
+            policy or Policy(),
+            "127.0.0.1",
+            port + 2,
+            [Trust()],
+        )
 
     return launch
 
@@ -38,7 +45,16 @@ def artifact(tmp_path_factory):
     """SmolLM2 without eight layers, as exported for vLLM; unrepaired, for that takes minutes."""
     directory = tmp_path_factory.mktemp("served")
     model = ("--model", SMOLLM2, "--gguf-file", SMOLLM2_GGUF)
-    choice = ("--selector", "manual", "--layers", "12,13,14,15,16,17,18,19", "--compensator", "none", "--remove", "8")
+    choice = (
+        "--selector",
+        "manual",
+        "--layers",
+        "12,13,14,15,16,17,18,19",
+        "--compensator",
+        "none",
+        "--remove",
+        "8",
+    )
     calibration = ("--calibration", BOOLQ, "--samples", "4", "--tokens", "32")
     pruned = gradmap("prune", *model, *choice, *calibration, "--out", directory / "plan")
     assert pruned.returncode == 0, pruned.stderr

@@ -1,4 +1,5 @@
-"""A real endpoint for tests: `gradmap-serve` in a process of its own, with vLLM's CPU build behind it."""
+"""A real endpoint for tests: `gradmap-serve` in a process of its own, with vLLM's CPU build behind
+it."""
 
 from __future__ import annotations
 
@@ -49,16 +50,36 @@ class Endpoint:
 
 
 @contextmanager
-def serving(directory: Path, temporary: Path, *options: str, host: str = "127.0.0.1") -> Iterator[Endpoint]:
+def serving(
+    directory: Path, temporary: Path, *options: str, host: str = "127.0.0.1"
+) -> Iterator[Endpoint]:
     """Starts `gradmap-serve`; kills all of it at the end, whatever state it is in."""
     port, admin_port = free_port(), free_port()
     messages = temporary / "messages.txt"
-    command = [sys.executable, "-c", "from serving.cli import main; main()", str(directory), "--host", host]
-    ports = ["--port", str(port), "--admin-port", str(admin_port), "--log", str(temporary / "vllm.log")]
+    command = [
+        sys.executable,
+        "-c",
+        "from serving.cli import main; main()",
+        str(directory),
+        "--host",
+        host,
+    ]
+    ports = [
+        "--port",
+        str(port),
+        "--admin-port",
+        str(admin_port),
+        "--log",
+        str(temporary / "vllm.log"),
+    ]
     flags = ["--", "--enforce-eager", "--max-model-len", "512", "--max-num-queued-reqs", "32"]
     with messages.open("wb") as file:
-        process = subprocess.Popen([*command, *ports, *options, *flags], stdout=file, stderr=file, env=os.environ)
-    endpoint = Endpoint(process, f"http://{host}:{port}", f"http://127.0.0.1:{admin_port}", messages)
+        process = subprocess.Popen(
+            [*command, *ports, *options, *flags], stdout=file, stderr=file, env=os.environ
+        )
+    endpoint = Endpoint(
+        process, f"http://{host}:{port}", f"http://127.0.0.1:{admin_port}", messages
+    )
     family: list[psutil.Process] = []
     try:
         yield endpoint
@@ -73,7 +94,11 @@ def serving(directory: Path, temporary: Path, *options: str, host: str = "127.0.
 
 def still_running(family: list[psutil.Process]) -> list[psutil.Process]:
     """Those that have not ended in time."""
-    return [process for process in psutil.wait_procs(family, timeout=GONE_AFTER_S)[1] if not _is_zombie(process)]
+    return [
+        process
+        for process in psutil.wait_procs(family, timeout=GONE_AFTER_S)[1]
+        if not _is_zombie(process)
+    ]
 
 
 def _is_zombie(process: psutil.Process) -> bool:

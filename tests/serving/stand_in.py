@@ -1,6 +1,8 @@
-"""Stands in for vLLM: answers on a port. `python stand_in.py PORT [--fail LINE] [--live-s S] [--ignore-sigterm]`
+"""Stands in for vLLM: answers on a port. `python stand_in.py PORT [--fail LINE] [--live-s S]
+[--ignore-sigterm]`
 
---live-s: seconds from the first completion, which is the one that makes it ready, to an end that nobody asked for.
+--live-s: seconds from the first completion, which is the one that makes it ready, to an end that
+nobody asked for.
 """
 
 import argparse
@@ -29,7 +31,11 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps({"data": [{"id": "stand-in"}]}).encode()
         if self.path == "/gradmap-proof":
             challenge = self.headers["X-Gradmap-Challenge"].encode()
-            body = hmac.new(os.environ["GRADMAP_PASS"].encode(), challenge, "sha256").hexdigest().encode()
+            body = (
+                hmac.new(os.environ["GRADMAP_PASS"].encode(), challenge, "sha256")
+                .hexdigest()
+                .encode()
+            )
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -22,7 +22,10 @@ APP = Starlette(routes=[Route("/livez", lambda request: PlainTextResponse("alive
 def test_a_client_that_sends_too_little_is_sent_away(monkeypatch, sent):
     monkeypatch.setattr(admin_port, "ANSWER_TIMEOUT_S", 0.3)
     port = free_port()
-    with serving_admin(APP, "127.0.0.1", port), socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+    with (
+        serving_admin(APP, "127.0.0.1", port),
+        socket.create_connection(("127.0.0.1", port), timeout=60) as client,
+    ):
         client.sendall(sent)
         assert httpx.get(f"http://127.0.0.1:{port}/livez").text == "alive"
         try:
@@ -45,7 +48,10 @@ def test_the_port_closes_while_a_client_waits():
 
 def test_a_kept_connection_may_ask_again():
     port = free_port()
-    with serving_admin(APP, "127.0.0.1", port), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with (
+        serving_admin(APP, "127.0.0.1", port),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
         assert [client.get("/livez").text for _ in range(3)] == ["alive"] * 3
 
 

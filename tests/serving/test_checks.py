@@ -1,4 +1,5 @@
-"""What is refused before minutes are spent on a start, what is said, and what stands between vLLM and the world."""
+"""What is refused before minutes are spent on a start, what is said, and what stands between vLLM
+and the world."""
 
 import json
 import shlex
@@ -94,7 +95,9 @@ def test_an_artifact_cannot_have_code_run(pico_artifact):
         identify(pico_artifact, Trust(verify=False))
     (pico_artifact / "vllm.yaml").unlink()
     config = json.loads((pico_artifact / "config.json").read_text())
-    (pico_artifact / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
+    (pico_artifact / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}})
+    )
     with pytest.raises(UserError, match=r"config\.json names code to run \(auto_map\)"):
         identify(pico_artifact, Trust(verify=False))
     (pico_artifact / "config.json").write_text(json.dumps(config))
@@ -106,7 +109,14 @@ def test_an_artifact_cannot_have_code_run(pico_artifact):
 
 @pytest.mark.parametrize(
     "contents",
-    ["served-model-name: --enable-x", "dtype: [a]", "- a", "dtype: a", "middleware: x", "dtype: auto\ndtype: auto"],
+    [
+        "served-model-name: --enable-x",
+        "dtype: [a]",
+        "- a",
+        "dtype: a",
+        "middleware: x",
+        "dtype: auto\ndtype: auto",
+    ],
 )
 def test_an_artifact_tells_vllm_a_name_and_a_dtype_and_no_more(pico_artifact, contents):
     (pico_artifact / "vllm.yaml").write_text(contents)
@@ -125,11 +135,15 @@ def test_memory_is_asked_for_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     settings, identity = ServerSettings(tmp_path), Identity("model", weight_bytes=4 * GIB)
     require_memory(settings, identity, 9 * GIB)
-    with pytest.raises(UserError, match=r"about 9.0 GiB .*weights 4.0, KV cache 3.0.* 8.9 GiB are available; free"):
+    with pytest.raises(
+        UserError, match=r"about 9.0 GiB .*weights 4.0, KV cache 3.0.* 8.9 GiB are available; free"
+    ):
         require_memory(settings, identity, int(8.9 * GIB))
 
 
-def test_a_cpu_that_emulates_bfloat16_serves_in_float32_and_needs_the_memory_for_it(monkeypatch, tmp_path):
+def test_a_cpu_that_emulates_bfloat16_serves_in_float32_and_needs_the_memory_for_it(
+    monkeypatch, tmp_path
+):
     config = tmp_path / "config.json"
     identity = Identity("model", weight_bytes=4 * GIB)
     for emulates, dtype, flags in (
@@ -146,7 +160,9 @@ def test_a_cpu_that_emulates_bfloat16_serves_in_float32_and_needs_the_memory_for
         doubled = dtype == "bfloat16" and flags == ("--dtype", "float32")
         assert bytes_in_memory(settings, identity) == (8 if doubled else 4) * GIB
     config.write_text(json.dumps({"dtype": "bfloat16", "quantization_config": {"bits": 8}}))
-    assert bytes_in_memory(replace(settings, vllm_flags=("--dtype", "float32")), identity) == 4 * GIB
+    assert (
+        bytes_in_memory(replace(settings, vllm_flags=("--dtype", "float32")), identity) == 4 * GIB
+    )
 
 
 def test_vllm_gets_no_more_cores_than_a_container_s_quota(monkeypatch, tmp_path):
@@ -179,7 +195,9 @@ def test_directories_come_before_vllms_flags():
             split_arguments(arguments, count)
 
 
-@pytest.mark.parametrize("flag", ["--api-key=x", "--api_key", "--api-k", "--port", "--ssl_keyfile=x"])
+@pytest.mark.parametrize(
+    "flag", ["--api-key=x", "--api_key", "--api-k", "--port", "--ssl_keyfile=x"]
+)
 def test_flags_that_would_leak_or_mislead_are_refused(flag):
     with pytest.raises(UserError, match=r"use --api-key-file|comes before --"):
         split_arguments(["a", flag, "1"], 1)
@@ -201,7 +219,9 @@ def guarded(monkeypatch, host):
         "/health": lambda request: PlainTextResponse("fine"),
         "/metrics": lambda request: PlainTextResponse("numbers"),
     }
-    return TestClient(Guard(Starlette(routes=[Route(path, answer) for path, answer in routes.items()])))
+    return TestClient(
+        Guard(Starlette(routes=[Route(path, answer) for path, answer in routes.items()]))
+    )
 
 
 def test_unguarded_routes_are_closed_on_public_addresses_only(monkeypatch):
@@ -210,7 +230,9 @@ def test_unguarded_routes_are_closed_on_public_addresses_only(monkeypatch):
     assert client.get("/metrics").status_code == 404
     assert client.get("/metrics", headers={PASS_HEADER: "guess"}).status_code == 404
     assert client.get("/metrics", headers={PASS_HEADER: "open sesame"}).text == "numbers"
-    assert client.get("/v1/models").json() == {"data": [{"id": "m", "gradmap": {"plan_sha256": "abc"}}]}
+    assert client.get("/v1/models").json() == {
+        "data": [{"id": "m", "gradmap": {"plan_sha256": "abc"}}]
+    }
     monkeypatch.delenv("GRADMAP_CLOSED")
     assert guarded(monkeypatch, "127.0.0.1").get("/metrics").text == "numbers"
 
@@ -220,7 +242,9 @@ def test_tls_is_for_vllm_and_for_our_own_requests(picos, tmp_path):
     options = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=elsewhere"]
     files = ["-out", str(certificate), "-keyout", str(key)]
     subprocess.run(["openssl", "req", "-x509", *options, *files], check=True, capture_output=True)
-    settings = ServerSettings(picos["llama"].directory, "0.0.0.0", 8443, certificate=certificate, private_key=key)
+    settings = ServerSettings(
+        picos["llama"].directory, "0.0.0.0", 8443, certificate=certificate, private_key=key
+    )
     assert settings.url == "https://127.0.0.1:8443"
     command = build_command(settings)
     assert command[command.index("--ssl-certfile") + 1] == str(certificate)
@@ -230,12 +254,17 @@ def test_tls_is_for_vllm_and_for_our_own_requests(picos, tmp_path):
 def test_an_error_is_told_from_what_it_led_to(tmp_path):
     log = Log(tmp_path / "log")
     output = Output(log)
-    output.follow([
-        b"Found ulimit of 20000 and failed; this can cause errors like `OSError: [Errno 24] Too many open files`.\n",
-        b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9]   File 'x'\n",
-        b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9] torch.OutOfMemoryError: CUDA out of memory\r\n",
-        b"(APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above.\n",
-    ])  # fmt: skip
+    output.follow(
+        [
+            b"Found ulimit of 20000 and failed; this can cause errors like "
+            b"`OSError: [Errno 24] Too many open files`.\n",
+            b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9]   File 'x'\n",
+            b"(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9] "
+            b"torch.OutOfMemoryError: CUDA out of memory\r\n",
+            b"(APIServer pid=5) RuntimeError: Engine core initialization failed. "
+            b"See root cause above.\n",
+        ]
+    )
     assert output.error() == "OutOfMemoryError: CUDA out of memory"
     assert (tmp_path / "log").read_text().count("\n") == 4
 
@@ -244,21 +273,32 @@ def test_an_error_is_told_from_what_it_led_to(tmp_path):
     ("lines", "phases"),
     [
         (
-            ["Loading weights took 0.12 seconds", "Warming up model for the compilation...", "Warming up done."],
+            [
+                "Loading weights took 0.12 seconds",
+                "Warming up model for the compilation...",
+                "Warming up done.",
+            ],
             ["warming up", "compiling"],
         ),
         (
-            ["Starting torch.compile", "Dynamo bytecode transform time: 5.21 s", "torch.compile took 31.40 s in total",
-             "Profiling CUDA graph memory: FULL=35 (largest=512)", "init engine (profile, create kv cache) took 60 s"],
+            [
+                "Starting torch.compile",
+                "Dynamo bytecode transform time: 5.21 s",
+                "torch.compile took 31.40 s in total",
+                "Profiling CUDA graph memory: FULL=35 (largest=512)",
+                "init engine (profile, create kv cache) took 60 s",
+            ],
             ["compiling", "profiling memory", "capturing CUDA graphs", "starting the API"],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_start_says_what_it_waits_for(tmp_path, lines, phases):
     seen = []
     output = Output(Log(tmp_path / "log"), seen.append)
     assert output.phase == "importing vLLM"
-    output.follow([f"(EngineCore pid=7) INFO 11-25 09:14:31 [a.py:1] {line}\n".encode() for line in lines])
+    output.follow(
+        [f"(EngineCore pid=7) INFO 11-25 09:14:31 [a.py:1] {line}\n".encode() for line in lines]
+    )
     assert (seen, output.phase) == (phases, phases[-1])
 
 
@@ -267,7 +307,9 @@ def test_phases_are_told_by_lines_that_this_vllm_logs():
     if None in packages:
         pytest.skip("vLLM is not installed")
     missing = set(PHASES)
-    for path in [path for package in packages for path in Path(package.origin).parent.rglob("*.py")]:
+    for path in [
+        path for package in packages for path in Path(package.origin).parent.rglob("*.py")
+    ]:
         missing -= {sign for sign in missing if sign in path.read_text()}
     assert not missing
 
@@ -275,7 +317,10 @@ def test_phases_are_told_by_lines_that_this_vllm_logs():
 def test_logs_can_be_objects(tmp_path, capsys):
     log = Log(tmp_path / "log", as_json=True)
     log.say("ready")
-    log.relay("\x1b[0;36m(APIServer pid=5)\x1b[0;0m \x1b[33mWARNING\x1b[0m 11-25 09:14:31 [a.py:1] careful")
+    log.relay(
+        "\x1b[0;36m(APIServer pid=5)\x1b[0;0m \x1b[33mWARNING\x1b[0m 11-25 09:14:31 [a.py:1] "
+        "careful"
+    )
     assert json.loads(capsys.readouterr().err)["message"] == "ready"
     entry = json.loads((tmp_path / "log").read_text())
     assert (entry["source"], entry["level"]) == ("vllm", "WARNING")

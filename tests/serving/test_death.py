@@ -13,7 +13,9 @@ def test_a_dead_api_server_without_restarts_is_a_failure(artifact, tmp_path):
     with serving(artifact, tmp_path, "--restarts", "0") as endpoint:
         endpoint.wait_until_ready()
         family = endpoint.family()
-        next(process for process in family if "serving.vllm_server" in " ".join(process.cmdline())).kill()
+        next(
+            process for process in family if "serving.vllm_server" in " ".join(process.cmdline())
+        ).kill()
         assert endpoint.process.wait(30) == 1
         assert not still_running(family)
         assert "vLLM was killed by signal 9" in endpoint.messages.read_text()

@@ -1,4 +1,5 @@
-"""What clients, probes and operators get from the real thing. One endpoint for all; the last tests break it."""
+"""What clients, probes and operators get from the real thing. One endpoint for all; the last tests
+break it."""
 
 import json
 import math
@@ -28,10 +29,12 @@ KEY = "a key that must not be seen"
 ADDRESS = "127.0.0.2"
 MODEL = "SmolLM2-135M-Instruct.Q4_1-minus-8"
 BALANCER_WAIT_S, DRAIN_S = 3, 30
-# Nats per token, of a mean over 8 x 127 tokens: a logit of about 20, rounded to 8 bits in each of 22 layers, errs by
-# 20 * 2**-9 * 22**0.5 = 0.18 for one token, and by 0.006 on average; six standard deviations are at most
+# Nats per token, of a mean over 8 x 127 tokens: a logit of about 20, rounded to 8 bits in each of
+# 22 layers, errs by 20 * 2**-9 * 22**0.5 = 0.18 for one token, and by 0.006 on average; six
+# standard deviations are at most
 BFLOAT16_LOSS = 0.036
-# What allocators keep back after a burst; a leak of one prompt per request would be larger after 400 requests.
+# What allocators keep back after a burst; a leak of one prompt per request would be larger after
+# 400 requests.
 MEMORY_SLACK_BYTES = 64e6
 
 
@@ -40,7 +43,9 @@ def endpoint(artifact, tmp_path_factory):
     directory = tmp_path_factory.mktemp("endpoint")
     (directory / "key").write_text(KEY + "\n")
     options = ["--api-key-file", str(directory / "key"), "--balancer-wait-s", str(BALANCER_WAIT_S)]
-    with serving(artifact, directory, *options, "--drain-s", str(DRAIN_S), host=ADDRESS) as endpoint:
+    with serving(
+        artifact, directory, *options, "--drain-s", str(DRAIN_S), host=ADDRESS
+    ) as endpoint:
         first = wait_for_the_admin_port(endpoint)
         endpoint.wait_until_ready()
         endpoint.while_starting = first
@@ -72,8 +77,15 @@ def test_probes_tell_a_start_from_readiness(endpoint):
     code, states = endpoint.state("startupz")
     assert (code, states[MODEL]["state"]) == (200, "ready")
     phases = states[MODEL]["phases_s"]
-    assert list(phases) == ["importing vLLM", "starting the engine", "loading weights", "warming up",
-                            "starting the API", "first completion", "ready"]  # fmt: skip
+    assert list(phases) == [
+        "importing vLLM",
+        "starting the engine",
+        "loading weights",
+        "warming up",
+        "starting the API",
+        "first completion",
+        "ready",
+    ]
     assert list(phases.values()) == sorted(phases.values())
 
 
@@ -90,10 +102,21 @@ def test_what_is_served_is_said(endpoint, artifact, client):
 
 def test_openai_clients_get_what_they_ask_for(client):
     messages = [{"role": "user", "content": "Hello"}]
-    chat = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4, logprobs=True, top_logprobs=2)
+    chat = client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=4, logprobs=True, top_logprobs=2
+    )
     assert 1 <= chat.usage.completion_tokens <= 4
-    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in chat.choices[0].logprobs.content)
-    greedy = {"model": MODEL, "prompt": "A", "max_tokens": 5, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    assert all(
+        len(token.top_logprobs) == 2 and token.logprob <= 0
+        for token in chat.choices[0].logprobs.content
+    )
+    greedy = {
+        "model": MODEL,
+        "prompt": "A",
+        "max_tokens": 5,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
     completion = client.completions.create(**greedy, logprobs=1)
     assert completion.usage.completion_tokens == len(completion.choices[0].logprobs.tokens) == 5
     pieces = [event.choices[0].text for event in client.completions.create(**greedy, stream=True)]
@@ -107,10 +130,14 @@ def test_langchain_works(endpoint):
 
 
 def test_the_printed_curl_command_works(endpoint):
-    line = next(line for line in endpoint.messages.read_text().splitlines() if line.startswith("Try"))
+    line = next(
+        line for line in endpoint.messages.read_text().splitlines() if line.startswith("Try")
+    )
     command = line[line.index("curl ") :]
     environment = os.environ | {"VLLM_API_KEY": KEY}
-    finished = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, check=True)
+    finished = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=environment, check=True
+    )
     assert json.loads(finished.stdout)["usage"]["completion_tokens"] <= 16
     assert shlex.split(command)[0] == "curl"
 
@@ -150,7 +177,10 @@ def test_another_cache_salt_keeps_a_prompt_out_of_the_prefix_cache(endpoint):
     hits = []
     for salt in ("one", "another", "one"):
         asked, found = prefix_cache(endpoint)
-        assert post(endpoint, prompt=list(range(100, 400)), max_tokens=2, cache_salt=salt).status_code == 200
+        assert (
+            post(endpoint, prompt=list(range(100, 400)), max_tokens=2, cache_salt=salt).status_code
+            == 200
+        )
         while (now := prefix_cache(endpoint))[0] == asked:  # the counters follow a moment later
             time.sleep(0.05)
         hits.append(now[1] - found)
@@ -162,7 +192,10 @@ def prefix_cache(endpoint):
     """How many tokens were looked for, and how many were found."""
     families = metric_families(endpoint)
     names = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
-    return tuple(next(one.value for one in families[name].samples if one.name == f"{name}_total") for name in names)
+    return tuple(
+        next(one.value for one in families[name].samples if one.name == f"{name}_total")
+        for name in names
+    )
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(endpoint):
@@ -186,19 +219,26 @@ def test_the_dashboard_asks_for_metrics_that_exist(endpoint):
 def test_no_key_and_no_prompt_is_in_argv_or_logs(endpoint):
     post(endpoint, prompt="the secret of the prompt", max_tokens=2)
     texts = [endpoint.messages.read_text(), (endpoint.messages.parent / "vllm.log").read_text()]
-    texts += [" ".join(process.cmdline()) for process in [psutil.Process(endpoint.process.pid), *endpoint.family()]]
+    texts += [
+        " ".join(process.cmdline())
+        for process in [psutil.Process(endpoint.process.pid), *endpoint.family()]
+    ]
     for text in texts:
         assert KEY not in text
         assert "the secret of the prompt" not in text
 
 
 def perplexity(out, *arguments):
-    finished = gradmap("eval", "--perplexity", f"squad={SQUAD}", "--limit", "8", "--out", out, *arguments)
+    finished = gradmap(
+        "eval", "--perplexity", f"squad={SQUAD}", "--limit", "8", "--out", out, *arguments
+    )
     assert finished.returncode == 0, finished.stderr
     return math.log(json.loads(out.read_text())["dense"]["perplexity"]["squad"]["value"])
 
 
-def test_the_served_model_has_the_perplexity_of_the_artifact(endpoint, artifact, tmp_path, monkeypatch):
+def test_the_served_model_has_the_perplexity_of_the_artifact(
+    endpoint, artifact, tmp_path, monkeypatch
+):
     expected = perplexity(tmp_path / "stock.json", "--model", artifact, "--dtype", "bfloat16")
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     served = perplexity(tmp_path / "served.json", "--model", endpoint.url, "--tokenizer", artifact)
@@ -239,10 +279,20 @@ def test_what_was_accepted_is_finished_before_the_end(endpoint):
     begun = threading.Barrier(9)
 
     def stream(_):
-        body = {"model": MODEL, "prompt": "Once", "max_tokens": 64, "ignore_eos": True, "stream": True}
-        body["stream_options"] = {"include_usage": True}  # a busy server sends several tokens in one line
+        body = {
+            "model": MODEL,
+            "prompt": "Once",
+            "max_tokens": 64,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        body["stream_options"] = {
+            "include_usage": True
+        }  # a busy server sends several tokens in one line
         headers = {"Authorization": f"Bearer {KEY}"}
-        with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body, headers=headers, timeout=90) as response:
+        with httpx.stream(
+            "POST", f"{endpoint.url}/v1/completions", json=body, headers=headers, timeout=90
+        ) as response:
             lines = [line for line in iter_lines_after(response, begun) if line]
         usage = json.loads(lines[-2].removeprefix("data: "))["usage"]
         return usage["completion_tokens"], lines[-1]

@@ -1,4 +1,5 @@
-"""Whatever goes wrong in the supervisor: the state says so, no process is left, and the exit code is not 0."""
+"""Whatever goes wrong in the supervisor: the state says so, no process is left, and the exit code
+is not 0."""
 
 import socket
 from contextlib import closing
@@ -21,7 +22,11 @@ from tests.serving.conftest import STAND_IN
 
 
 def servers_left():
-    return [child for child in psutil.Process().children(recursive=True) if str(STAND_IN) in child.cmdline()]
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if str(STAND_IN) in child.cmdline()
+    ]
 
 
 def test_a_port_that_is_taken_before_a_restart_is_a_failure(stand_in, tmp_path, monkeypatch, capfd):
@@ -41,7 +46,9 @@ def test_a_port_that_is_taken_before_a_restart_is_a_failure(stand_in, tmp_path, 
     assert not servers_left()
 
 
-@pytest.mark.parametrize(("line", "for_memory"), [("torch.OutOfMemoryError: 2 GiB", True), ("ValueError: 2", False)])
+@pytest.mark.parametrize(
+    ("line", "for_memory"), [("torch.OutOfMemoryError: 2 GiB", True), ("ValueError: 2", False)]
+)
 def test_a_first_start_without_memory_may_be_tried_again(stand_in, tmp_path, line, for_memory):
     with pytest.raises(ServerError, match=line.partition(".")[2] or line) as caught:
         run(stand_in("--fail", line), Log(tmp_path / "log"))
@@ -100,7 +107,9 @@ def test_every_exception_is_a_failure_that_probes_see(tmp_path, monkeypatch, err
     monkeypatch.setattr(Broken, place, fail)
     monkeypatch.setattr(supervisor, "Server", Broken)
     monkeypatch.setattr(supervisor, "POLL_S", 0.0)
-    broken = Supervisor(ServerSettings(tmp_path), Identity("model", 1), Policy(), Log(tmp_path / "log"))
+    broken = Supervisor(
+        ServerSettings(tmp_path), Identity("model", 1), Policy(), Log(tmp_path / "log")
+    )
     broken.run(launching.Event())
     assert broken.status.state is State.FAILED
     assert broken.status.error == (str(error) or "RuntimeError")

@@ -17,13 +17,22 @@ from tests.deploy.manifests import parse_vllm
 from tests.fake_nvml import GIB, Card, FakeNvml, Slice
 
 SMALL, LARGE = Gpu(24 * GIB, (7, 5)), Gpu(80 * GIB, (9, 0))
-CARDS = (Card("GPU-aaaa", SMALL.total_bytes, SMALL.capability), Card("GPU-bbbb"), Card("GPU-cccc"), Card("GPU-dddd"))
-IN_MIG_MODE = (Card("GPU-eeee", capability=(8, 0), slices=(Slice("MIG-0001", 3, 0, 20 * GIB),)), Card("GPU-ffff"))
+CARDS = (
+    Card("GPU-aaaa", SMALL.total_bytes, SMALL.capability),
+    Card("GPU-bbbb"),
+    Card("GPU-cccc"),
+    Card("GPU-dddd"),
+)
+IN_MIG_MODE = (
+    Card("GPU-eeee", capability=(8, 0), slices=(Slice("MIG-0001", 3, 0, 20 * GIB),)),
+    Card("GPU-ffff"),
+)
 
 
 @pytest.fixture
 def gpus_of(monkeypatch, tmp_path):
-    """Returns `gpus_of(*flags, visible=None, cards=CARDS)`: the GPUs that vLLM's CUDA build would compute on."""
+    """Returns `gpus_of(*flags, visible=None, cards=CARDS)`: the GPUs that vLLM's CUDA build would
+    compute on."""
 
     def gpus_of(*flags, visible=None, cards=CARDS):
         FakeNvml(cards).install(monkeypatch)
@@ -71,18 +80,25 @@ def test_flags_say_how_many_gpus_as_vllm_reads_them(gpus_of, tmp_path, flags):
     asked = parse_vllm(["/model", *flags], tmp_path)
     count = asked.tensor_parallel_size * asked.pipeline_parallel_size
     assert 1 < count == len(gpus_of(*flags))
-    with pytest.raises(UserError, match=rf"needs {count} GPUs and sees 1 \(CUDA_VISIBLE_DEVICES=3\); let it see more"):
+    with pytest.raises(
+        UserError,
+        match=rf"needs {count} GPUs and sees 1 \(CUDA_VISIBLE_DEVICES=3\); let it see more",
+    ):
         gpus_of(*flags, visible="3")
 
 
 def test_more_gpus_than_the_machine_has_are_refused(gpus_of):
-    with pytest.raises(UserError, match=r"needs 8 GPUs and sees 4 \(CUDA_VISIBLE_DEVICES is not set\)"):
+    with pytest.raises(
+        UserError, match=r"needs 8 GPUs and sees 4 \(CUDA_VISIBLE_DEVICES is not set\)"
+    ):
         gpus_of("-tp", "8")
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "GPU-typo", "7", "1,1"])
 def test_a_variable_that_hides_all_gpus_is_refused(gpus_of, visible):
-    with pytest.raises(UserError, match=rf"needs 1 GPU and sees 0 \(CUDA_VISIBLE_DEVICES={visible}\)"):
+    with pytest.raises(
+        UserError, match=rf"needs 1 GPU and sees 0 \(CUDA_VISIBLE_DEVICES={visible}\)"
+    ):
         gpus_of(visible=visible)
 
 
@@ -90,7 +106,9 @@ def test_a_server_that_sees_no_gpu_is_not_started(gpus_of, picos, monkeypatch, t
     gpus_of()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-typo")
     settings = ServerSettings(Path(), port=free_port())
-    launch = Launch([picos["llama"].directory], settings, Policy(), "127.0.0.1", free_port(), [Trust()])
+    launch = Launch(
+        [picos["llama"].directory], settings, Policy(), "127.0.0.1", free_port(), [Trust()]
+    )
     with pytest.raises(UserError, match="needs 1 GPU and sees 0"):
         run(launch, Log(tmp_path / "log"))
 
@@ -103,16 +121,26 @@ def test_vllm_on_a_cpu_needs_no_gpu(gpus_of, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--nnodes", "2"), ("-n=2",), ("--device-ids=1,2",), ("--distributed-executor-backend", "ray")]
+    "flags",
+    [
+        ("--nnodes", "2"),
+        ("-n=2",),
+        ("--device-ids=1,2",),
+        ("--distributed-executor-backend", "ray"),
+    ],
 )
 def test_gpus_that_are_placed_elsewhere_cannot_be_checked_here(gpus_of, tmp_path, flags):
     asked = ("-tp", "8", *flags)
     gpus = gpus_of(*asked)
     assert gpus == (SMALL, LARGE, LARGE, LARGE)
-    require_gpu_memory(ServerSettings(tmp_path, vllm_flags=asked), Identity("model", weight_bytes=1000 * GIB), gpus)
+    require_gpu_memory(
+        ServerSettings(tmp_path, vllm_flags=asked), Identity("model", weight_bytes=1000 * GIB), gpus
+    )
 
 
-@pytest.mark.parametrize(("flag", "name"), [("-tp=two", "--tensor-parallel-size"), ("-pp=0", "--pipeline-parallel")])
+@pytest.mark.parametrize(
+    ("flag", "name"), [("-tp=two", "--tensor-parallel-size"), ("-pp=0", "--pipeline-parallel")]
+)
 def test_a_number_of_gpus_is_a_number(gpus_of, flag, name):
     with pytest.raises(UserError, match=rf"{name}.* is (two|0); give a number of GPUs"):
         gpus_of(flag)
@@ -120,19 +148,32 @@ def test_a_number_of_gpus_is_a_number(gpus_of, flag, name):
 
 def test_weights_must_fit_the_gpu(tmp_path):
     identity = Identity("model", weight_bytes=75 * GIB)
-    with pytest.raises(UserError, match=r"take 75\.0 GiB, and vLLM has 73\.6 GiB there; .*--tensor-parallel-size N"):
+    with pytest.raises(
+        UserError, match=r"take 75\.0 GiB, and vLLM has 73\.6 GiB there; .*--tensor-parallel-size N"
+    ):
         require_gpu_memory(ServerSettings(tmp_path), identity, [LARGE])
     require_gpu_memory(ServerSettings(tmp_path), identity, [LARGE, LARGE])
 
 
 def test_the_smallest_of_several_gpus_must_hold_its_part(tmp_path):
-    require_gpu_memory(ServerSettings(tmp_path), Identity("model", weight_bytes=44 * GIB), [SMALL, LARGE])
-    with pytest.raises(UserError, match=r"take 22\.5 GiB on each of 2 GPUs, and vLLM has 22\.1 GiB there"):
-        require_gpu_memory(ServerSettings(tmp_path), Identity("model", weight_bytes=45 * GIB), [LARGE, SMALL])
+    require_gpu_memory(
+        ServerSettings(tmp_path), Identity("model", weight_bytes=44 * GIB), [SMALL, LARGE]
+    )
+    with pytest.raises(
+        UserError, match=r"take 22\.5 GiB on each of 2 GPUs, and vLLM has 22\.1 GiB there"
+    ):
+        require_gpu_memory(
+            ServerSettings(tmp_path), Identity("model", weight_bytes=45 * GIB), [LARGE, SMALL]
+        )
 
 
 @pytest.mark.parametrize(
-    "flags", [("--gpu-memory-utilization", "0.46"), ("--gpu_memory_utilization=0.46",), ("--gpu-mem", "0.46")]
+    "flags",
+    [
+        ("--gpu-memory-utilization", "0.46"),
+        ("--gpu_memory_utilization=0.46",),
+        ("--gpu-mem", "0.46"),
+    ],
 )
 def test_weights_must_fit_the_share_of_the_gpu(tmp_path, flags):
     settings = ServerSettings(tmp_path, vllm_flags=flags)

@@ -58,7 +58,9 @@ def test_a_link_to_a_stream_is_written_through(tmp_path, capfd, monkeypatch, tar
     link.symlink_to(target)
     write(link, "longer than a rotation", "of logs")
     captured = capfd.readouterr()
-    assert (captured.err if target == "/dev/stderr" else captured.out) == "longer than a rotation\nof logs\n"
+    assert (
+        captured.err if target == "/dev/stderr" else captured.out
+    ) == "longer than a rotation\nof logs\n"
     assert str(link.readlink()) == target
     assert list(tmp_path.iterdir()) == [link]
 
@@ -91,7 +93,10 @@ def test_a_link_to_a_file_is_followed(tmp_path, monkeypatch):
     write(tmp_path / "link", "12345678")
     write(tmp_path / "link", "next")
     assert (tmp_path / "link").is_symlink()
-    assert [(tmp_path / name).read_text() for name in ("link", "file.1")] == ["next\n", "12345678\n"]
+    assert [(tmp_path / name).read_text() for name in ("link", "file.1")] == [
+        "next\n",
+        "12345678\n",
+    ]
 
 
 def test_a_reader_that_is_gone_does_not_stop_the_server():
@@ -101,7 +106,9 @@ def test_a_reader_that_is_gone_does_not_stop_the_server():
         "[log.say('unheard') or log.relay('unheard') for log in logs]; sys.exit(7)"
     )
     command = [sys.executable, "-c", script]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     process.stderr.close()
     process.stdin.close()
     assert process.wait() == 7

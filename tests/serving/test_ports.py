@@ -70,11 +70,15 @@ def test_ports_at_the_ends_exist():
         (1, 0, 1000, "--port is 0"),
     ],
 )
-def test_ports_are_checked_before_anything_else(stand_in, tmp_path, monkeypatch, models, port, admin_port, message):
+def test_ports_are_checked_before_anything_else(
+    stand_in, tmp_path, monkeypatch, models, port, admin_port, message
+):
     monkeypatch.setattr(launching, "identify", lambda *_: pytest.fail("it began to hash"))
     launch = stand_in()
     settings = replace(launch.settings, port=port)
-    launch = replace(launch, models=launch.models * models, settings=settings, admin_port=admin_port)
+    launch = replace(
+        launch, models=launch.models * models, settings=settings, admin_port=admin_port
+    )
     with pytest.raises(UserError, match=message):
         run(launch, Log(tmp_path / "log"))
     assert not (tmp_path / "log").exists()
@@ -98,7 +102,9 @@ def test_chosen_ports_are_free_and_in_a_row(monkeypatch):
     with bind("127.0.0.1", first + 1, "--port") as taken:
         taken.listen()
         assert {free_port() for _ in range(20)} == {first}
-        with pytest.raises(UserError, match=rf"^No loopback port from {first} to {first + 1} is free"):
+        with pytest.raises(
+            UserError, match=rf"^No loopback port from {first} to {first + 1} is free"
+        ):
             free_port(in_a_row=2)
     assert free_port(in_a_row=2) in (first, first + 1)
 
@@ -116,7 +122,9 @@ def no_key(monkeypatch):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "myhost"])
 def test_a_public_address_without_a_key_takes_consent(no_key, host):
-    with pytest.raises(UserError, match=r"no key is asked for; give --api-key-file, or --allow-anonymous"):
+    with pytest.raises(
+        UserError, match=r"no key is asked for; give --api-key-file, or --allow-anonymous"
+    ):
         serve(["model"], host=host)
 
 
@@ -145,13 +153,22 @@ def test_consent_or_a_key_or_loopback_will_do(no_key, monkeypatch, tmp_path):
 @pytest.mark.parametrize("content", ["one\ntwo", "caf\u00e9", "bell\a", "snow☃"])
 def test_a_key_file_that_no_header_carries_is_refused(no_key, tmp_path, content):
     (tmp_path / "key").write_text(content)
-    with pytest.raises(UserError, match=r"The API key in .*key has characters that an HTTP header cannot carry"):
+    with pytest.raises(
+        UserError, match=r"The API key in .*key has characters that an HTTP header cannot carry"
+    ):
         serve(["model"], api_key_file=tmp_path / "key")
 
 
 def test_the_command_line_knows_the_flag(picos):
-    command = [sys.executable, "-c", "from serving.cli import main; main()", str(picos["llama"].directory)]
+    command = [
+        sys.executable,
+        "-c",
+        "from serving.cli import main; main()",
+        str(picos["llama"].directory),
+    ]
     options = ["--host", "0.0.0.0", "--port", "70000", "--allow-anonymous"]
     finished = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert finished.stderr == "Error: --port is 70000, and ports go from 1 to 65535; choose another.\n"
+    assert (
+        finished.stderr == "Error: --port is 70000, and ports go from 1 to 65535; choose another.\n"
+    )

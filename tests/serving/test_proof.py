@@ -30,7 +30,9 @@ def settings(picos, monkeypatch):
     return ServerSettings(picos["llama"].directory, port=free_port(), ready_timeout_s=30, drain_s=0)
 
 
-def test_who_takes_the_port_gets_no_key_and_is_not_taken_for_the_server(settings, servers, monkeypatch, tmp_path):
+def test_who_takes_the_port_gets_no_key_and_is_not_taken_for_the_server(
+    settings, servers, monkeypatch, tmp_path
+):
     settings = ServerSettings(settings.directory, port=settings.port, ready_timeout_s=2, drain_s=0)
     taken = []
 
@@ -39,7 +41,10 @@ def test_who_takes_the_port_gets_no_key_and_is_not_taken_for_the_server(settings
         return [sys.executable, "-c", "import time; time.sleep(600)"]
 
     monkeypatch.setattr(server, "build_command", command)
-    with pytest.raises(ServerError, match="did not complete a request"), Server(settings, Log(tmp_path / "log")) as one:
+    with (
+        pytest.raises(ServerError, match="did not complete a request"),
+        Server(settings, Log(tmp_path / "log")) as one,
+    ):
         one.wait_until_ready()
     requests = taken[0].requests
     assert {path for path, _ in requests} == {PROOF_PATH}
@@ -55,7 +60,9 @@ def test_a_proxy_is_not_asked_for_the_own_server(settings, servers, monkeypatch,
         monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server, "build_command", lambda _: [sys.executable, str(STAND_IN), str(settings.port)])
+    monkeypatch.setattr(
+        server, "build_command", lambda _: [sys.executable, str(STAND_IN), str(settings.port)]
+    )
     with Server(settings, Log(tmp_path / "log")) as one:
         assert one.wait_until_ready() == "stand-in"
     assert proxy.requests == []
@@ -63,13 +70,16 @@ def test_a_proxy_is_not_asked_for_the_own_server(settings, servers, monkeypatch,
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Settings of a server that is a guard, with one route behind it that tells what it was sent."""
+    """Settings of a server that is a guard, with one route behind it that tells what it was
+    sent."""
     settings = ServerSettings(Path(), port=free_port())
     monkeypatch.setenv("GRADMAP_PASS", settings.secret)
     monkeypatch.setenv("VLLM_API_KEY", "hidden")
 
     def headers(request):
-        return PlainTextResponse(f"{request.headers.get('Authorization')} {request.headers.get(PASS_HEADER)}")
+        return PlainTextResponse(
+            f"{request.headers.get('Authorization')} {request.headers.get(PASS_HEADER)}"
+        )
 
     guard = Guard(Starlette(routes=[Route("/health", headers)]))
     with serving_admin(guard, settings.host, settings.port):

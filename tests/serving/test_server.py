@@ -1,4 +1,5 @@
-"""Starting and stopping a server process, without the minutes that a real one takes (see test_endpoint)."""
+"""Starting and stopping a server process, without the minutes that a real one takes (see
+test_endpoint)."""
 
 import os
 import socket
@@ -24,7 +25,9 @@ def settings(picos):
 
 
 def test_flags_of_the_user_come_last(picos, tmp_path):
-    command = build_command(ServerSettings(tmp_path, port=1234, vllm_flags=("--max-model-len", "64")))
+    command = build_command(
+        ServerSettings(tmp_path, port=1234, vllm_flags=("--max-model-len", "64"))
+    )
     assert command[-2:] == ["--max-model-len", "64"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
 
@@ -34,8 +37,15 @@ def test_a_taken_port_is_refused_on_the_command_line(picos):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-c", "from serving.cli import main; main()", str(picos["llama"].directory)]
-        finished = subprocess.run([*command, "--port", str(port)], capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "-c",
+            "from serving.cli import main; main()",
+            str(picos["llama"].directory),
+        ]
+        finished = subprocess.run(
+            [*command, "--port", str(port)], capture_output=True, text=True, check=False
+        )
     assert finished.returncode == 2
     assert f"Cannot listen on 127.0.0.1:{port} (Address already in use)" in finished.stderr
     assert finished.stderr.count("\n") == 1
@@ -53,7 +63,10 @@ def use_script(monkeypatch, script):
 def test_a_server_that_ends_is_a_failure_even_with_code_0(settings, monkeypatch, tmp_path):
     use_script(monkeypatch, "print('(EngineCore pid=1) ValueError: no room', flush=True)")
     message = r"ended with code 0: ValueError: no room \(log: "
-    with pytest.raises(ServerError, match=message), Server(settings, Log(tmp_path / "log")) as running:
+    with (
+        pytest.raises(ServerError, match=message),
+        Server(settings, Log(tmp_path / "log")) as running,
+    ):
         running.wait_until_ready()
 
 
@@ -70,7 +83,9 @@ KILLED = "import os; os.kill(os.getpid(), 9)"
         (KILLED.replace("9", "15"), False),
     ],
 )
-def test_a_server_that_memory_was_wanting_for_may_be_tried_again(settings, monkeypatch, tmp_path, script, for_memory):
+def test_a_server_that_memory_was_wanting_for_may_be_tried_again(
+    settings, monkeypatch, tmp_path, script, for_memory
+):
     use_script(monkeypatch, script)
     with pytest.raises(ServerError) as caught, Server(settings, Log(tmp_path / "log")) as running:
         running.wait_until_ready()
@@ -92,7 +107,9 @@ def test_stopping_ends_children_that_ignore_sigterm(settings, monkeypatch, tmp_p
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_who_never_answers_is_waited_for_no_longer_than_for_a_start(settings, monkeypatch, tmp_path):
+def test_who_never_answers_is_waited_for_no_longer_than_for_a_start(
+    settings, monkeypatch, tmp_path
+):
     monkeypatch.setattr(server, "PROBE_TIMEOUT_S", 3600)
     with socket.socket() as silent:
 
@@ -103,7 +120,10 @@ def test_who_never_answers_is_waited_for_no_longer_than_for_a_start(settings, mo
 
         monkeypatch.setattr(server, "build_command", command)
         starting = Server(replace(settings, ready_timeout_s=1), Log(tmp_path / "log"))
-        with pytest.raises(ServerError, match="did not complete a request within 1 s"), starting as running:
+        with (
+            pytest.raises(ServerError, match="did not complete a request within 1 s"),
+            starting as running,
+        ):
             running.wait_until_ready()
 
 

@@ -1,4 +1,5 @@
-"""The life of a supervised server, with a stand-in for vLLM that starts in a second (the real one: test_endpoint)."""
+"""The life of a supervised server, with a stand-in for vLLM that starts in a second (the real one:
+test_endpoint)."""
 
 import os
 import signal
@@ -49,11 +50,15 @@ def test_the_exit_code_tells_who_asked_for_the_end(stand_in, tmp_path, number, c
 
 def test_a_first_start_that_fails_is_not_repeated(stand_in, tmp_path):
     launch = stand_in("--fail", "(EngineCore pid=1) ValueError: no room")
-    with pytest.raises(UserError, match=r"vLLM ended with code 3: ValueError: no room \(log: .*log\)"):
+    with pytest.raises(
+        UserError, match=r"vLLM ended with code 3: ValueError: no room \(log: .*log\)"
+    ):
         run(launch, Log(tmp_path / "log"))
 
 
-def test_an_exit_that_nobody_asked_for_is_mended_so_many_times(stand_in, tmp_path, capfd, monkeypatch):
+def test_an_exit_that_nobody_asked_for_is_mended_so_many_times(
+    stand_in, tmp_path, capfd, monkeypatch
+):
     monkeypatch.setattr(supervisor, "back_off_s", lambda failures: 0.1)
     launch = stand_in("--live-s", "0.5", policy=Policy(restarts=2))
     assert run(launch, Log(tmp_path / "log")) == 1
@@ -107,7 +112,9 @@ def test_readiness_ends_before_the_server_does(stand_in, tmp_path):
 
     def ask_while_draining():
         os.kill(os.getpid(), signal.SIGTERM)
-        while (answer := httpx.get(f"http://127.0.0.1:{launch.admin_port}/readyz")).status_code == 200:
+        while (
+            answer := httpx.get(f"http://127.0.0.1:{launch.admin_port}/readyz")
+        ).status_code == 200:
             time.sleep(0.02)
         seen["state"] = next(iter(answer.json().values()))["state"]
         seen["answers"] = httpx.get(f"{launch.settings.url}/health").status_code
@@ -130,8 +137,14 @@ def test_a_second_ctrl_c_does_not_wait(stand_in, tmp_path):
     assert time.monotonic() - started < launch.settings.drain_s  # it would take this and 15 s more
 
 
-def test_the_second_of_two_models_starts_when_the_first_is_ready(stand_in, tmp_path, picos, monkeypatch):
-    launch = replace(stand_in(), models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2)
+def test_the_second_of_two_models_starts_when_the_first_is_ready(
+    stand_in, tmp_path, picos, monkeypatch
+):
+    launch = replace(
+        stand_in(),
+        models=[picos["llama"].directory, picos["qwen2"].directory],
+        trusts=[Trust()] * 2,
+    )
     build_command, first_answers = server.build_command, []
 
     def note_and_build(settings):
@@ -140,20 +153,29 @@ def test_the_second_of_two_models_starts_when_the_first_is_ready(stand_in, tmp_p
         return build_command(settings)
 
     monkeypatch.setattr(server, "build_command", note_and_build)
-    assert run_in_this_process(launch, Log(tmp_path / "log"), lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    assert (
+        run_in_this_process(
+            launch, Log(tmp_path / "log"), lambda: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        == 0
+    )
     assert first_answers == [False, True]
 
 
 def test_a_first_model_that_fails_keeps_the_second_from_starting(stand_in, tmp_path, picos):
     launch = stand_in("--fail", "ValueError: no room")
-    launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2)
+    launch = replace(
+        launch, models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2
+    )
     with pytest.raises(UserError, match="vLLM ended with code 3: ValueError: no room"):
         run(launch, Log(tmp_path / "log"))
 
 
 def test_two_models_are_ready_when_both_are(stand_in, tmp_path, picos, capfd):
     launch = stand_in()
-    launch = replace(launch, models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2)
+    launch = replace(
+        launch, models=[picos["llama"].directory, picos["qwen2"].directory], trusts=[Trust()] * 2
+    )
     seen = {}
 
     def ask():

@@ -29,7 +29,12 @@ def certificate(tmp_path):
 
 
 def test_it_serves_over_tls(artifact, tmp_path, certificate):
-    options = ["--tls-certificate", str(certificate), "--tls-key", str(certificate.with_name("key.pem"))]
+    options = [
+        "--tls-certificate",
+        str(certificate),
+        "--tls-key",
+        str(certificate.with_name("key.pem")),
+    ]
     with serving(artifact, tmp_path, *options) as endpoint:
         endpoint.wait_until_ready()
         url = endpoint.url.replace("http://", "https://")
@@ -64,12 +69,25 @@ def test_dense_and_pruned_are_served_at_once_and_end_together(artifact, tmp_path
         for port in (first_port, first_port + 1):
             url = f"http://127.0.0.1:{port}/v1"
             (name,) = (one["id"] for one in httpx.get(f"{url}/models").json()["data"])
-            request = {"model": name, "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
-            answers[name] = httpx.post(f"{url}/completions", json=request, timeout=60).json()["choices"][0]["text"]
-        assert set(answers) == set(endpoint.state("readyz")[1]) == {MODEL, MODEL.removesuffix("-minus-8")}
+            request = {
+                "model": name,
+                "prompt": "The capital of France is",
+                "max_tokens": 8,
+                "temperature": 0,
+            }
+            answers[name] = httpx.post(f"{url}/completions", json=request, timeout=60).json()[
+                "choices"
+            ][0]["text"]
+        assert (
+            set(answers)
+            == set(endpoint.state("readyz")[1])
+            == {MODEL, MODEL.removesuffix("-minus-8")}
+        )
         assert len(set(answers.values())) == 2
         metrics = httpx.get(f"{endpoint.admin}/metrics").text
-        assert set(re.findall(r'vllm:generation_tokens_total\{.*model_name="([^"]+)"', metrics)) == set(answers)
+        assert set(
+            re.findall(r'vllm:generation_tokens_total\{.*model_name="([^"]+)"', metrics)
+        ) == set(answers)
         family = endpoint.family()
         endpoint.process.send_signal(signal.SIGTERM)
         assert endpoint.process.wait(60) == 0

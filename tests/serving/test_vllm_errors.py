@@ -1,4 +1,5 @@
-"""vLLM's error is found in what it prints: in colours, with its processes' names, and where it takes several lines."""
+"""vLLM's error is found in what it prints: in colours, with its processes' names, and where it
+takes several lines."""
 
 import pytest
 
@@ -7,17 +8,25 @@ from serving.vllm_errors import find_error
 INVALID = """\
 pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
   Value error, max_model_len (9) is greater than 8 [type=value_error, input_value=Args(), input_type=Args]
-    For further information visit https://errors.pydantic.dev/2/v/value_error"""
+    For further information visit https://errors.pydantic.dev/2/v/value_error"""  # noqa: E501
 WRONG_FIELD = """\
 pydantic_core._pydantic_core.ValidationError: 1 validation error for CacheConfig
 block_size
   Input should be an integer [type=int_parsing, input_value='x', input_type=str]"""
 ERRORS = {
     "ValueError: no room": "ValueError: no room",
-    "ValueError:\n\n  To serve one request, give more": "ValueError: To serve one request, give more",
+    "ValueError:\n\n  To serve one request, give more": (
+        "ValueError: To serve one request, give more"
+    ),
     "AssertionError": "AssertionError",
-    INVALID: "ValidationError: 1 validation error for ModelConfig: Value error, max_model_len (9) is greater than 8",
-    WRONG_FIELD: "ValidationError: 1 validation error for CacheConfig: block_size: Input should be an integer",
+    INVALID: (
+        "ValidationError: 1 validation error for ModelConfig: Value error, max_model_len (9) is "
+        "greater than 8"
+    ),
+    WRONG_FIELD: (
+        "ValidationError: 1 validation error for CacheConfig: block_size: Input should be an "
+        "integer"
+    ),
     "vllm serve: error: unrecognized arguments: --x": "unrecognized arguments: --x",
     "nothing of the kind": None,
 }
@@ -25,7 +34,8 @@ PREFIXES = (
     "",
     "(APIServer pid=5) ",
     "(EngineCore pid=7) ERROR 11-25 09:14:31 [core.py:9] ",
-    "\x1b[0;36m(EngineCore pid=7)\x1b[0;0m \x1b[31mERROR\x1b[0m \x1b[90m11-25 09:14:31\x1b[0m \x1b[90m[a.py:9]\x1b[0m ",
+    "\x1b[0;36m(EngineCore pid=7)\x1b[0;0m \x1b[31mERROR\x1b[0m \x1b[90m11-25 09:14:31\x1b[0m "
+    "\x1b[90m[a.py:9]\x1b[0m ",
 )
 
 

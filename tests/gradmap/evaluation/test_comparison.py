@@ -38,7 +38,8 @@ def test_an_accuracy_has_the_standard_error_of_a_mean():
 
 @pytest.mark.parametrize("resample", [resampled_means, resampled_means_reference])
 def test_resampling_has_the_moments_of_the_bootstrap(resample):
-    """Means over n documents drawn again: expectation the sample's mean, covariance the sample's over n."""
+    """Means over n documents drawn again: expectation the sample's mean, covariance the sample's
+    over n."""
     generator = np.random.default_rng(1)
     paired = Paired(generator.integers(0, 2, 200).astype(float), generator.normal(size=200))
     means = resample(paired, DRAWS, np.random.default_rng(2))
@@ -58,15 +59,24 @@ def test_a_task_is_compared_document_by_document():
     assert (task.only_dense, task.only_pruned) == (30, 10)
     # McNemar's exact test: 2 * P(Binomial(40, 1/2) <= 10)
     assert task.p_value == pytest.approx(2 * sum(comb(40, wins) for wins in range(11)) / 2**40)
-    # standard deviation of differences: sqrt(0.4 - 0.04) over sqrt(100), so about 0.06 either side times 1.96
+    # standard deviation of differences: sqrt(0.4 - 0.04) over sqrt(100), so about 0.06 either side
+    # times 1.96
     assert task.difference.low == pytest.approx(-0.2 - 1.96 * 0.06, abs=0.01)
     assert task.difference.high == pytest.approx(-0.2 + 1.96 * 0.06, abs=0.01)
 
 
 def test_the_same_model_differs_by_nothing():
-    comparison = compare({"task": outcomes(50, 0, 0, 50)}, {"text": Paired(np.array([1.0, 2.0]), np.array([1.0, 2.0]))})
+    comparison = compare(
+        {"task": outcomes(50, 0, 0, 50)},
+        {"text": Paired(np.array([1.0, 2.0]), np.array([1.0, 2.0]))},
+    )
     task = comparison.tasks["task"]
-    assert (task.difference.value, task.difference.low, task.difference.high, task.p_value) == (0, 0, 0, 1.0)
+    assert (task.difference.value, task.difference.low, task.difference.high, task.p_value) == (
+        0,
+        0,
+        0,
+        1.0,
+    )
     assert comparison.average.retained.value == comparison.average.retained.low == 1
     assert comparison.perplexity_ratio["text"].high == 1
 
@@ -78,7 +88,9 @@ def test_the_average_weighs_tasks_equally_and_draws_them_independently():
     assert average.retained.value == pytest.approx(0.6 / 0.7)
     # variances of the two mean differences, 0.29 / 100 and 0.29 / 1000, over 4
     sigma = (0.29 / 100 + 0.29 / 1000) ** 0.5 / 2
-    assert average.difference.high - average.difference.low == pytest.approx(2 * 1.96 * sigma, rel=0.05)
+    assert average.difference.high - average.difference.low == pytest.approx(
+        2 * 1.96 * sigma, rel=0.05
+    )
 
 
 def test_of_one_document_there_is_no_standard_error():
@@ -91,7 +103,9 @@ def test_of_one_document_there_is_no_standard_error():
 def test_of_what_may_be_nothing_no_share_is_retained(dense):
     average = compare({"task": Paired(np.array(dense), np.array([0.0, 1.0, 0.0]))}, {}).average
     assert average.retained is None
-    assert np.isfinite([average.difference.value, average.difference.low, average.difference.high]).all()
+    assert np.isfinite(
+        [average.difference.value, average.difference.low, average.difference.high]
+    ).all()
 
 
 def test_the_perplexity_ratio_follows_from_paired_losses():
@@ -119,7 +133,9 @@ def test_the_perplexity_ratio_follows_from_paired_losses():
 )
 def test_the_gate_looks_at_whole_intervals(gate, verdict):
     dense = np.linspace(2, 4, 50)
-    comparison = compare({"task": outcomes(50, 30, 10, 10)}, {"text": Paired(dense, dense + np.log(2))})
+    comparison = compare(
+        {"task": outcomes(50, 30, 10, 10)}, {"text": Paired(dense, dense + np.log(2))}
+    )
     judgement = judge_quality(comparison, gate, {"task": 100}, {"text": 50})
     assert (judgement and judgement.verdict) == verdict
     if verdict is Verdict.INCONCLUSIVE:
@@ -129,23 +145,33 @@ def test_the_gate_looks_at_whole_intervals(gate, verdict):
 @pytest.mark.parametrize("gate", [Gate(max_average_drop=1.0), Gate(max_perplexity_ratio=1000.0)])
 @pytest.mark.parametrize("agree", [True, False])
 def test_a_handful_of_documents_proves_nothing(gate, agree):
-    """One document, or some on which the models agree, have an interval of no width: all of it is within any limit."""
+    """One document, or some on which the models agree, have an interval of no width: all of it is
+    within any limit."""
 
     def judged(count):
         same = np.zeros(count)
-        paired = Paired(same, same if agree else same + np.log(2000) * (gate.max_average_drop is None))
-        return judge_quality(compare({"task": paired}, {"text": paired}), gate, {"task": count}, {"text": count})
+        paired = Paired(
+            same, same if agree else same + np.log(2000) * (gate.max_average_drop is None)
+        )
+        return judge_quality(
+            compare({"task": paired}, {"text": paired}), gate, {"task": count}, {"text": count}
+        )
 
     for count in (1, 2, LEAST_FOR_A_VERDICT - 1):
         judgement = judged(count)
         assert judgement.verdict is Verdict.INCONCLUSIVE
-        assert f"but {count} " in judgement.reason and "too few for a verdict (it takes 20)" in judgement.reason
+        assert (
+            f"but {count} " in judgement.reason
+            and "too few for a verdict (it takes 20)" in judgement.reason
+        )
     assert judged(LEAST_FOR_A_VERDICT).verdict in (Verdict.PASS, Verdict.FAIL)
 
 
 def test_the_smallest_of_the_tasks_decides_whether_there_are_enough_documents():
     comparison = compare({"large": outcomes(500, 0, 0, 0), "small": outcomes(5, 0, 0, 0)}, {})
-    judgement = judge_quality(comparison, Gate(max_average_drop=0.1), {"large": 500, "small": 5}, {})
+    judgement = judge_quality(
+        comparison, Gate(max_average_drop=0.1), {"large": 500, "small": 5}, {}
+    )
     assert judgement.verdict is Verdict.INCONCLUSIVE
 
 

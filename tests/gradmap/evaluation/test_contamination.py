@@ -1,4 +1,5 @@
-"""A text that shares 13 tokens in a row with a calibration sample is not evaluated on, wherever they stand."""
+"""A text that shares 13 tokens in a row with a calibration sample is not evaluated on, wherever
+they stand."""
 
 import shutil
 
@@ -47,12 +48,21 @@ def planned(pico_with_bos, word_file, tmp_path_factory):
 
 @pytest.mark.parametrize("lost", [None, "source", "record"])
 def test_an_artifacts_samples_are_drawn_again(pico_with_bos, word_file, tmp_path, lost):
-    pico, texts, plan, out = pico_with_bos, tmp_path / "words.txt", tmp_path / "plan", tmp_path / "out"
+    pico, texts, plan, out = (
+        pico_with_bos,
+        tmp_path / "words.txt",
+        tmp_path / "plan",
+        tmp_path / "out",
+    )
     shutil.copy(word_file, texts)
     assert gradmap(*prune_arguments(pico, texts, plan)).returncode == 0
-    exported = gradmap("export", "--model", pico.directory, "--plan", plan, "--format", "hf", "--out", out)
+    exported = gradmap(
+        "export", "--model", pico.directory, "--plan", plan, "--format", "hf", "--out", out
+    )
     assert exported.returncode == 0, exported.stderr
-    own = " ".join(f"w{token}" for token in load_calibration_ids(plan, load_plan(plan))[3, 1:].tolist())
+    own = " ".join(
+        f"w{token}" for token in load_calibration_ids(plan, load_plan(plan))[3, 1:].tolist()
+    )
     (tmp_path / "own.txt").write_text(" ".join([own] * 4))
     if lost == "source":
         texts.write_text(texts.read_text().replace("w7", "w8"))
@@ -60,7 +70,9 @@ def test_an_artifacts_samples_are_drawn_again(pico_with_bos, word_file, tmp_path
         (out / "hf" / ARTIFACT_FILE).unlink()
     text = ("--perplexity", f"file:{tmp_path}/own.txt", "--segment", SEGMENT, "--dtype", "float64")
     finished = gradmap(
-        *("eval", "--model", pico.directory, "--pruned", out / "hf"), *text, *("--out", tmp_path / "eval.json")
+        *("eval", "--model", pico.directory, "--pruned", out / "hf"),
+        *text,
+        *("--out", tmp_path / "eval.json"),
     )
     said = {
         None: "overlaps with the calibration samples",
@@ -85,12 +97,21 @@ def test_a_text_that_overlaps_is_refused_with_the_count(planned, tmp_path, share
     words = [f"w{3 + (7 * index) % 190}" for index in range(6 * SEGMENT)]
     words[place : place + shared] = [f"w{token}" for token in sample[2 : 2 + shared]]
     (tmp_path / "other.txt").write_text(" ".join(words))
-    text = ("--perplexity", f"file:{tmp_path}/other.txt", "--segment", SEGMENT, "--dtype", "float64")
-    finished = gradmap("eval", "--model", pico.directory, "--plan", plan, *text, "--out", tmp_path / "eval.json")
+    text = (
+        "--perplexity",
+        f"file:{tmp_path}/other.txt",
+        "--segment",
+        SEGMENT,
+        "--dtype",
+        "float64",
+    )
+    finished = gradmap(
+        "eval", "--model", pico.directory, "--plan", plan, *text, "--out", tmp_path / "eval.json"
+    )
     assert finished.returncode == (2 if segments else 0), finished.stderr
     assert (tmp_path / "eval.json").exists() is not bool(segments)
     if segments:
         assert (
-            f"other.txt overlaps with the calibration samples: {segments} of 6 segments share 13 tokens in a row with "
-            "them; evaluate on other text, or calibrate on other."
+            f"other.txt overlaps with the calibration samples: {segments} of 6 segments share 13 "
+            "tokens in a row with them; evaluate on other text, or calibrate on other."
         ) in finished.stderr

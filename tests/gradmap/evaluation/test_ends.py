@@ -28,7 +28,9 @@ def generated(directory):
 
 def generated_by_transformers(directory):
     model = AutoModelForCausalLM.from_pretrained(directory)
-    output = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    output = model.generate(
+        torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
     return output[0, len(PROMPT) :].tolist()
 
 
@@ -57,8 +59,11 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_an_answer_is_what_the_model_finds_most_likely_whatever_its_generation_config_asks_for(directory, setting):
-    """As in ONNX Runtime and vLLM, which are given none of these settings; transformers itself obeys them."""
+def test_an_answer_is_what_the_model_finds_most_likely_whatever_its_generation_config_asks_for(
+    directory, setting
+):
+    """As in ONNX Runtime and vLLM, which are given none of these settings; transformers itself
+    obeys them."""
     path = directory / "generation_config.json"
     whole = generated(directory)
     if setting == "min_new_tokens":  # which puts an end off

@@ -22,12 +22,14 @@ from gradmap.evaluation.transformers_backend import TransformersBackend, score_r
 from gradmap.layerwise import sample_losses
 from tests.conftest import BOS, VOCABULARY
 
-# Of a float64 log likelihood: products of at most 40 terms in 5 layers, over the batch in another order
+# Of a float64 log likelihood: products of at most 40 terms in 5 layers, over the batch in another
+# order
 FLOAT64_TOLERANCE = 1e-10
 
 
 def random_requests(generator, contexts=6):
-    """Contexts with one to four continuations of one to nine tokens; some longer than the picos' windows of 8."""
+    """Contexts with one to four continuations of one to nine tokens; some longer than the picos'
+    windows of 8."""
 
     def tokens(low, high):
         length = int(torch.randint(low, high, (), generator=generator))
@@ -36,10 +38,19 @@ def random_requests(generator, contexts=6):
     requests = []
     for _ in range(contexts):
         context = tokens(1, 14)
-        requests += [Request(context, tokens(1, 10)) for _ in range(int(torch.randint(1, 5, (), generator=generator)))]
-    # Answers of a single token, and a context short enough to stay within a window of 8 with its branches
+        requests += [
+            Request(context, tokens(1, 10))
+            for _ in range(int(torch.randint(1, 5, (), generator=generator)))
+        ]
+    # Answers of a single token, and a context short enough to stay within a window of 8 with its
+    # branches
     short = tokens(2, 3)
-    requests += [Request(tokens(9, 10), (5,)), Request(short, (5, 6)), Request(short, (7, 8, 9)), Request(short, (5,))]
+    requests += [
+        Request(tokens(9, 10), (5,)),
+        Request(short, (5, 6)),
+        Request(short, (7, 8, 9)),
+        Request(short, (5,)),
+    ]
     return requests
 
 
@@ -57,7 +68,9 @@ def test_requests_that_share_a_context_are_scored_together():
     backend = CountingBackend()
     lengths = random.Random(0)
     requests = [
-        Request((context,), (1,) * lengths.randint(1, 20)) for _ in range(4) for context in range(CHUNK_REQUESTS)
+        Request((context,), (1,) * lengths.randint(1, 20))
+        for _ in range(4)
+        for context in range(CHUNK_REQUESTS)
     ]
     Scorer(backend, None, "dense").score(requests, "test")
     contexts = [{request.context for request in chunk} for chunk in backend.chunks]
@@ -123,7 +136,9 @@ def test_perplexity_is_that_of_the_loss_of_calibration(picos, word_file):
     assert losses.tolist() == pytest.approx(expected.tolist(), rel=FLOAT64_TOLERANCE)
     estimate = perplexity_of_losses(losses)
     assert estimate.value == pytest.approx(expected.mean().exp().item(), rel=FLOAT64_TOLERANCE)
-    assert estimate.stderr == pytest.approx(estimate.value * expected.std().item() / 20**0.5, rel=1e-9)
+    assert estimate.stderr == pytest.approx(
+        estimate.value * expected.std().item() / 20**0.5, rel=1e-9
+    )
     assert perplexity_of_losses(losses[:1]).stderr is None
     with pytest.raises(UserError, match="A loss of 1000 nats per token has no perplexity"):
         perplexity_of_losses(np.array([3.0, 1000.0]))
@@ -131,7 +146,9 @@ def test_perplexity_is_that_of_the_loss_of_calibration(picos, word_file):
 
 def test_behind_bos_every_token_of_a_segment_is_predicted(pico_with_bos, word_file):
     model = pico_with_bos.load()
-    segments = Segments.read(load_tokenizer(pico_with_bos.directory), "words", f"file:{word_file}", 16, 20)
+    segments = Segments.read(
+        load_tokenizer(pico_with_bos.directory), "words", f"file:{word_file}", 16, 20
+    )
     assert segments.input_ids.shape == (20, 16)
     record = segments.describe()
     assert (record["bos"], record["tokens"], record["predicted_tokens"]) == (BOS, 16, 16)
@@ -220,7 +237,9 @@ def test_what_is_no_number_is_not_generated(picos):
         TransformersBackend(model, "float64").generate([[5, 6]], 4)
 
 
-@pytest.mark.parametrize("order", ["reversed", "mixed with another's", "with what is no score", "of an older version"])
+@pytest.mark.parametrize(
+    "order", ["reversed", "mixed with another's", "with what is no score", "of an older version"]
+)
 def test_a_kept_score_is_of_the_request_that_its_line_names(kept, tmp_path, order):
     """Whoever wrote the lines, in whatever order."""
     Scorer(CountingBackend(), kept, "dense").score(REQUESTS, "task")
@@ -228,8 +247,19 @@ def test_a_kept_score_is_of_the_request_that_its_line_names(kept, tmp_path, orde
     lines = file.read_text().splitlines()
     changed = {
         "reversed": lines[::-1],
-        "mixed with another's": [line for pair in zip(lines, lines[::-1], strict=True) for line in pair],
-        "with what is no score": ["", "[]", "7", "null", '["key", NaN, true]', '["a", "b", "c"]', "{", *lines[3:]],
+        "mixed with another's": [
+            line for pair in zip(lines, lines[::-1], strict=True) for line in pair
+        ],
+        "with what is no score": [
+            "",
+            "[]",
+            "7",
+            "null",
+            '["key", NaN, true]',
+            '["a", "b", "c"]',
+            "{",
+            *lines[3:],
+        ],
         "of an older version": [json.dumps(json.loads(line)[1:]) for line in lines],
     }[order]
     file.write_text("".join(f"{line}\n" for line in changed))
@@ -259,7 +289,9 @@ class SlowBackend(CountingBackend):
         return super().score(requests)
 
 
-def test_of_two_evaluations_of_the_same_the_second_waits_and_takes_what_the_first_scored(kept, tmp_path):
+def test_of_two_evaluations_of_the_same_the_second_waits_and_takes_what_the_first_scored(
+    kept, tmp_path
+):
     script = (
         "import sys; from gradmap.evaluation.scoring import Scorer\n"
         "from tests.gradmap.evaluation.test_scoring import EXPECTED, REQUESTS, CountingBackend\n"
@@ -271,7 +303,9 @@ def test_of_two_evaluations_of_the_same_the_second_waits_and_takes_what_the_firs
     with ThreadPoolExecutor() as pool:
         scores = pool.submit(Scorer(first, kept, "dense").score, REQUESTS, "task")
         assert first.started.wait(60)
-        second = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        second = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         assert second.stderr is not None
         while b"Waiting for process" not in second.stderr.readline():
             assert second.poll() is None
@@ -285,6 +319,8 @@ def test_a_text_that_is_too_long_is_refused_wherever_it_stands():
     backend = CountingBackend()
     short, longest = Request((1,), (1, 1)), Request((2,), (1,) * (backend.max_tokens + 1))
     for requests in ([short, longest], [longest, short]):
-        with pytest.raises(UserError, match="A text of 52 tokens is longer than the 50 the model takes"):
+        with pytest.raises(
+            UserError, match="A text of 52 tokens is longer than the 50 the model takes"
+        ):
             Scorer(backend, None, "dense").score(requests, "test")
     assert not backend.scored

@@ -1,4 +1,5 @@
-"""Our offline tasks ask what lm-evaluation-harness asks, of the same documents, and judge answers as it does."""
+"""Our offline tasks ask what lm-evaluation-harness asks, of the same documents, and judge answers
+as it does."""
 
 import pickle
 import random
@@ -36,7 +37,8 @@ DOCUMENTS = 30
 
 
 class RecordingModel(LM):
-    """Answers by a hash of the question, the same for the same question, and keeps what it was asked."""
+    """Answers by a hash of the question, the same for the same question, and keeps what it was
+    asked."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +56,8 @@ class RecordingModel(LM):
 
 
 def harness_task(name, monkeypatch):
-    """The harness's own definition, with the saved data in place of its download; every split is the saved one."""
+    """The harness's own definition, with the saved data in place of its download; every split is
+    the saved one."""
 
     def load_dataset(path, name=None, **_):
         documents = load_from_disk(str(DATA / saved.folder / saved.split), keep_in_memory=True)
@@ -71,7 +74,9 @@ def harness_task(name, monkeypatch):
 @pytest.mark.parametrize("name", [*PAPER_TASKS, "commonsense_qa"])
 def test_prompts_answers_and_metrics_are_the_harness_s_own(name, monkeypatch):
     ours = load_task(name, DATA, DOCUMENTS, seed=1)
-    theirs = LoadedTask(name, {name: harness_task(name, monkeypatch)}, ours.documents, 0, "download")
+    theirs = LoadedTask(
+        name, {name: harness_task(name, monkeypatch)}, ours.documents, 0, "download"
+    )
     asked_by_us, asked_by_them = RecordingModel(), RecordingModel()
     scores, expected = score_task_with(ours, asked_by_us), score_task_with(theirs, asked_by_them)
     assert asked_by_us.asked == asked_by_them.asked
@@ -83,7 +88,9 @@ def test_prompts_answers_and_metrics_are_the_harness_s_own(name, monkeypatch):
 
 
 def test_the_paper_s_seven_have_all_their_documents():
-    sizes = {name: load_task(name, DATA, None, seed=0).describe()["documents"] for name in PAPER_TASKS}
+    sizes = {
+        name: load_task(name, DATA, None, seed=0).describe()["documents"] for name in PAPER_TASKS
+    }
     assert sizes == {
         **{"boolq": 3270, "piqa": 1838, "hellaswag": 10042, "winogrande": 1267},
         **{"arc_easy": 570, "arc_challenge": 299, "openbookqa": 500},
@@ -97,7 +104,9 @@ def test_a_group_is_one_task_with_many_parts():
     assert sum(map(len, task.documents.values())) == 24
     scores = score_task_with(task, RecordingModel())
     assert len(scores.values["acc"]) == 24
-    assert {part for part, _ in scores.documents} == {part for part, indices in task.documents.items() if indices}
+    assert {part for part, _ in scores.documents} == {
+        part for part, indices in task.documents.items() if indices
+    }
 
 
 def test_documents_are_drawn_by_the_seed():
@@ -112,10 +121,14 @@ def test_documents_that_hold_calibration_text_are_left_out():
     window = " ".join(passage.split()[3:40])
     task = load_task("boolq", DATA, None, seed=0, calibration_texts=[window])
     assert 17 not in task.documents["boolq"]
-    assert 1 <= task.left_out == 3270 - len(task.documents["boolq"]) < 20  # several questions share a passage
+    assert (
+        1 <= task.left_out == 3270 - len(task.documents["boolq"]) < 20
+    )  # several questions share a passage
 
 
-@pytest.mark.parametrize("name", ["boolq", "hellaswag"])  # whose documents are derived from what is saved
+@pytest.mark.parametrize(
+    "name", ["boolq", "hellaswag"]
+)  # whose documents are derived from what is saved
 def test_nothing_is_written_beside_the_data(tmp_path, name):
     """It is an input of stages of `gradmap run`, which would be repeated."""
     folder = SAVED_DATA[name].folder
@@ -136,7 +149,8 @@ class Planted:
 
 
 def test_no_cache_of_the_harness_is_read(monkeypatch, tmp_path):
-    """Its caches are pickles, which can run code: of requests (dill), and of answers (sqlitedict)."""
+    """Its caches are pickles, which can run code: of requests (dill), and of answers
+    (sqlitedict)."""
     trace, caches = tmp_path / "trace", tmp_path / "caches"
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(caches))
     monkeypatch.setitem(sys.modules, "sqlitedict", None)  # to import it is an error
@@ -156,7 +170,11 @@ def test_no_cache_of_the_harness_is_read(monkeypatch, tmp_path):
     ("name", "data", "message"),
     [
         ("pica", DATA, "no task 'pica'; the paper's are boolq"),
-        ("piqa", ASSETS, r"Task piqa has no data: .*/piqa/plain_text/validation is no directory written by"),
+        (
+            "piqa",
+            ASSETS,
+            r"Task piqa has no data: .*/piqa/plain_text/validation is no directory written by",
+        ),
         ("lambada_openai", DATA, "not known how data of task lambada_openai is saved"),
         ("piqa", None, r"piqa could not be fetched from the hub .*; offline, give --task-data DIR"),
     ],
@@ -181,7 +199,10 @@ def save_piqa(directory, rows):
         ({"text": "a"}, "is not what (the )?task"),
         (QUESTION | {"label": 2}, "Document 1 of task piqa has 2 answers, and its label is 2"),
         (QUESTION | {"label": -1}, "Document 1 of task piqa has 2 answers, and its label is -1"),
-        (QUESTION | {"label": None}, "Document 1 of task piqa has 2 answers, and its label is None"),
+        (
+            QUESTION | {"label": None},
+            "Document 1 of task piqa has 2 answers, and its label is None",
+        ),
         (QUESTION | {"sol1": None}, "Document 1 of task piqa has an answer that is no text"),
     ],
 )
@@ -194,7 +215,9 @@ def test_saved_data_of_another_shape_is_named(tmp_path, row, problem):
 def test_saved_data_without_documents_is_named(tmp_path):
     save_piqa(tmp_path, [QUESTION])
     assert load_task("piqa", tmp_path, None, seed=0).documents == {"piqa": [0]}
-    with pytest.raises(UserError, match=r"Task piqa has no documents to evaluate \(1 were used for calibration\)"):
+    with pytest.raises(
+        UserError, match=r"Task piqa has no documents to evaluate \(1 were used for calibration\)"
+    ):
         load_task("piqa", tmp_path, None, seed=0, calibration_texts=["a"])
     Dataset.from_dict({name: [] for name in QUESTION}).save_to_disk(tmp_path / PIQA / "validation")
     with pytest.raises(UserError, match="piqa"):
@@ -265,7 +288,9 @@ def test_a_tokenizer_without_special_tokens_is_refused_where_one_is_needed():
 
 @pytest.mark.parametrize("context", ["w5 w6 w7", "w5 w6 ", "", "<s> w5 w6"])
 @pytest.mark.parametrize("puts_bos", [False, True])
-def test_texts_get_the_special_tokens_that_the_harness_gives_them(picos, pico_with_bos, puts_bos, context):
+def test_texts_get_the_special_tokens_that_the_harness_gives_them(
+    picos, pico_with_bos, puts_bos, context
+):
     """Compared with the harness's own transformers model."""
     pico = pico_with_bos if puts_bos else picos["llama"]
     tokenizer, model = load_tokenizer(pico.directory), pico.load()
@@ -288,11 +313,24 @@ def test_answers_end_before_what_a_task_says_and_are_asked_for_together(monkeypa
     from lm_eval.api.instance import Instance
 
     monkeypatch.setattr("gradmap.evaluation.harness_model.ASKED_TOGETHER", 2)
-    asked = [("a", "xxx"), ("bb", ["xxxx", "q"]), ("bb", ["xxxx", "q"]), ("a", ["xxxx", "q"]), ("ccc", [])]
+    asked = [
+        ("a", "xxx"),
+        ("bb", ["xxxx", "q"]),
+        ("bb", ["xxxx", "q"]),
+        ("a", ["xxxx", "q"]),
+        ("ccc", []),
+    ]
     backend = UnevenBackend()
     model = HarnessModel(Scorer(backend, None, "dense"), WordTokenizer(2), "task")
     requests = [
-        Instance("generate_until", {}, (prompt, {"until": until, "max_gen_toks": 3}), 0) for prompt, until in asked
+        Instance("generate_until", {}, (prompt, {"until": until, "max_gen_toks": 3}), 0)
+        for prompt, until in asked
     ]
-    assert model.generate_until(requests) == ["x xx ", "xx xxx ", "xx xxx ", "x xx xxx", "xxx xxxx xxxxx"]
+    assert model.generate_until(requests) == [
+        "x xx ",
+        "xx xxx ",
+        "xx xxx ",
+        "x xx xxx",
+        "xxx xxxx xxxxx",
+    ]
     assert backend.asked == [1, 2, 1, 1]
