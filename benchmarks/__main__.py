@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 import typer
 
-from gradmap.console import say
-from gradmap.environment import describe_environment
-from gradmap.files import write_json, write_text
-from gradmap.reading import read_json
+from gradmap.common.console import say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json, write_text
+from gradmap.common.reading import read_json
 
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(".assets")

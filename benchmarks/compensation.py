@@ -22,19 +22,20 @@ import torch
 import typer
 from torch import Tensor
 
-from gradmap.architectures import architecture_of
-from gradmap.batching import Batches, forward_batch
-from gradmap.calibration import build_calibration
-from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
-from gradmap.compensation import Pruned
-from gradmap.compensators.adam import errors_of_output, objective, train_projection
-from gradmap.compensators.least_squares import ridge_sums, solve_ridge
-from gradmap.compensators.projection import mean_drift
-from gradmap.compensators.ridge import REGULARISATION, Fit, all_features
-from gradmap.console import print_table, say
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
+from gradmap.common.console import print_table, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.data.calibration import build_calibration
+from gradmap.methods.compensation import Pruned
+from gradmap.methods.gradmap.adam import errors_of_output, objective, train_projection
+from gradmap.methods.gradmap.projection import mean_drift
+from gradmap.methods.least_squares import ridge_sums, solve_ridge
+from gradmap.methods.ridge import REGULARISATION, Fit, all_features
+from gradmap.model.architectures import architecture_of
+from gradmap.model.batching import Batches, forward_batch
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.loading import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import typer
 
-from gradmap.console import print_table
-from gradmap.files import write_json
-from gradmap.reading import read_json
-from gradmap.stages import stage_record
-from gradmap.verdict import EXIT_CODES
+from gradmap.common.console import print_table
+from gradmap.common.files import write_json
+from gradmap.common.reading import read_json
+from gradmap.common.stages import stage_record
+from gradmap.common.verdict import EXIT_CODES
 
 
 def main(

@@ -27,17 +27,18 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
-from gradmap.console import print_table, say
-from gradmap.environment import describe_environment
+from gradmap.common.console import print_table, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
 from gradmap.evaluation.comparison import mean_estimate
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.table import with_error
 from gradmap.evaluation.tasks import LoadedTask, expand_names, load_task, score_task_with
 from gradmap.evaluation.transformers_backend import TransformersBackend
-from gradmap.files import write_json
-from gradmap.precision import computing_in
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.loading import load_model, load_tokenizer
+from gradmap.model.precision import computing_in
 
 DEFAULT_RUNS = ["harness@float32", "harness, batch 16@bfloat16", "ours@float32", "ours@bfloat16"]
 WARM_UP = "openbookqa"

@@ -30,11 +30,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from export.safetensors_writer import write_safetensors
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.model_files import INDEX_NAME
-from gradmap.reading import read_json
-from gradmap.safetensors_reader import TensorSpec
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.common.reading import read_json
+from gradmap.model.model_files import INDEX_NAME
+from gradmap.model.safetensors_reader import TensorSpec
 
 SHARD_BYTES = 5 * 10**9
 # Prints the seconds from after Python's imports, which no longer checkpoint makes longer, to the
@@ -43,10 +43,10 @@ FOLD = """
 import sys, time, torch
 from pathlib import Path
 from export.fold import plan_fold, write_folded
-from gradmap.architectures import architecture_of
-from gradmap.checkpoint import open_checkpoint
-from gradmap.corrections import Place, Projection
-from gradmap.files import atomic_directory
+from gradmap.model.architectures import architecture_of
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.corrections import Place, Projection
+from gradmap.common.files import atomic_directory
 started = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 layers, width = checkpoint.config["num_hidden_layers"], checkpoint.config["hidden_size"]

@@ -25,10 +25,10 @@ from typing import Annotated
 
 import typer
 
-from gradmap.console import print_table, progress, say
-from gradmap.environment import describe_environment
-from gradmap.files import ARTIFACT_FILE, write_json
-from gradmap.reading import read_json
+from gradmap.common.console import print_table, progress, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import ARTIFACT_FILE, write_json
+from gradmap.common.reading import read_json
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def load_transformers(directory: Path, threads: int, prompt: Tensor, new_tokens:
 
 
 def load_onnx(directory: Path, threads: int, prompt: Tensor, new_tokens: int) -> Generate:
-    from gradmap.onnx_session import OnnxCausalLM
+    from gradmap.runtimes.onnx_session import OnnxCausalLM
 
     model = OnnxCausalLM(directory, threads)
 

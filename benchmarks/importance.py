@@ -35,17 +35,15 @@ from torch import Tensor
 from benchmarks.flops import counted
 from benchmarks.random_model import make_random_llama
 from benchmarks.scaling import LLAMA_2_7B
-from gradmap.architectures import Architecture, architecture_of, without_layers
-from gradmap.calibration import Calibration, build_calibration
-from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
-from gradmap.console import print_table, say
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.importance import layer_scores_reference
-from gradmap.layerwise import losses_from, record_layer_calls, sample_losses
-from gradmap.precision import computing_in, weights_dtype
-from gradmap.selection import (
+from gradmap.common.console import print_table, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.data.calibration import Calibration, build_calibration
+from gradmap.methods.gradmap.scores import layer_scores_reference
+from gradmap.methods.gradmap.selector import GradientScorer
+from gradmap.methods.repair import RepairScorer
+from gradmap.methods.selection import (
     Advance,
     Measure,
     ReducedModelScorer,
@@ -54,8 +52,11 @@ from gradmap.selection import (
     Subject,
     select,
 )
-from gradmap.selectors.gradient import GradientScorer
-from gradmap.selectors.repair import RepairScorer
+from gradmap.model.architectures import Architecture, architecture_of, without_layers
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.layerwise import losses_from, record_layer_calls, sample_losses
+from gradmap.model.loading import load_model, load_tokenizer
+from gradmap.model.precision import computing_in, weights_dtype
 
 BATCH_SIZE = 4  # of the methods that only run forward
 # The loss of a block that may not go: no other is as high, and it is a number.
@@ -178,7 +179,7 @@ def main(
     model: str | None = None,
     gguf_file: str | None = None,
     calibration: Annotated[
-        str, typer.Option(help="Text source, see gradmap/text_specs.py.")
+        str, typer.Option(help="Text source, see gradmap/data/text_specs.py.")
     ] = "wikipedia",
     random_7b: bool = False,
     run: Annotated[

@@ -35,14 +35,11 @@ import typer
 from benchmarks.profiling import RECORDED_S, profile_tables
 from benchmarks.random_model import make_random_llama
 from benchmarks.scaling import HARDWARE, LLAMA_2_7B, SHAPES
-from gradmap.architectures import Architecture
-from gradmap.batching import Batches, forward_batch
-from gradmap.calibration import Calibration
-from gradmap.compensation import Compensation, Pruned
-from gradmap.compensators.distil import Lessons, train_low_rank, written_by_dense
-from gradmap.compensators.sequential import refit_before_runs
-from gradmap.console import print_table, say
-from gradmap.costs import (
+from gradmap.common.console import print_table, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.common.reading import read_json
+from gradmap.costs.steps import (
     CalibrationSize,
     Hardware,
     refit_flops,
@@ -51,12 +48,15 @@ from gradmap.costs import (
     training_flops,
     writing_seconds,
 )
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.reading import read_json
-from gradmap.selection import Subject, select
-from gradmap.selectors import SELECTORS
-from gradmap.shape import Shape
+from gradmap.data.calibration import Calibration
+from gradmap.methods.compensation import Compensation, Pruned
+from gradmap.methods.distil import Lessons, train_low_rank, written_by_dense
+from gradmap.methods.selection import Subject, select
+from gradmap.methods.selectors import SELECTORS
+from gradmap.methods.sequential import refit_before_runs
+from gradmap.model.architectures import Architecture
+from gradmap.model.batching import Batches, forward_batch
+from gradmap.model.shape import Shape
 
 PICO = Shape("pico", width=64, inner=96, layers=8, kv_share=0.5, vocabulary=200)
 KNOWN_SHAPES = {shape.name.lower(): shape for shape in (*SHAPES, PICO)}
@@ -265,7 +265,7 @@ def main(
         Path | None, typer.Option(help="To serve: a model directory with a tokenizer.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="To serve: a text source, see gradmap/text_specs.py.")
+        str | None, typer.Option(help="To serve: a text source, see gradmap/data/text_specs.py.")
     ] = None,
     directory: Annotated[Path, typer.Option(help="To serve: where models are written.")] = Path(
         "out/benchmark/llama-7b"

@@ -21,12 +21,12 @@ import httpx
 
 from benchmarks.fold import write_random_model
 from benchmarks.scaling import LLAMA_2_7B
-from gradmap.children import run_process
-from gradmap.console import print_table, say
-from gradmap.costs import Hardware, decode_speed_up, prefill_speed_up, token_seconds
-from gradmap.loopback import own_transport
-from gradmap.reading import read_json
-from gradmap.shape import Shape
+from gradmap.common.children import run_process
+from gradmap.common.console import print_table, say
+from gradmap.common.loopback import own_transport
+from gradmap.common.reading import read_json
+from gradmap.costs.steps import Hardware, decode_speed_up, prefill_speed_up, token_seconds
+from gradmap.model.shape import Shape
 from serving.ports import free_port
 
 READY_TIMEOUT_S = 600

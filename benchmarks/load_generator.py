@@ -23,10 +23,10 @@ import httpx
 import typer
 
 from benchmarks.one_load import send_load
-from gradmap.console import print_table, say
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.loopback import own_transport
+from gradmap.common.console import print_table, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.common.loopback import own_transport
 from loadtest.endpoints import Endpoint
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.metrics import summarise_load

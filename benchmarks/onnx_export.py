@@ -28,12 +28,12 @@ import typer
 from torch import Tensor
 
 from benchmarks.generation import Contestant, Result, compete
-from gradmap.children import peak_bytes, run_process
-from gradmap.console import print_table, say
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.onnx_session import ONNX_FILE, OnnxCausalLM
-from gradmap.reading import read_json
+from gradmap.common.children import peak_bytes, run_process
+from gradmap.common.console import print_table, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.common.reading import read_json
+from gradmap.runtimes.onnx_session import ONNX_FILE, OnnxCausalLM
 
 OURS, OPTIMUM = "ours", "optimum"
 

@@ -20,11 +20,11 @@ from export.comparison import Comparison
 from export.formats import ExportSettings
 from export.reference import random_probe
 from export.writers import Source
-from gradmap.checkpoint import open_checkpoint
-from gradmap.console import print_table
-from gradmap.environment import describe_environment
-from gradmap.errors import UserError
-from gradmap.files import write_json
+from gradmap.common.console import print_table
+from gradmap.common.environment import describe_environment
+from gradmap.common.errors import UserError
+from gradmap.common.files import write_json
+from gradmap.model.checkpoint import open_checkpoint
 from tests.conftest import VOCABULARY, make_pico
 from tests.export.test_export import make_source
 

@@ -5,7 +5,7 @@ would choose.
         [--seed 42 --seed 43 --seed 44]
 
 For each seed of the calibration the first rounds of `--selector repair` are measured without a
-race: every layer on all samples. Then the race itself, `gradmap.selectors.racing`, runs over what
+race: every layer on all samples. Then the race itself, `gradmap.methods.racing`, runs over what
 was measured, with the samples in many random orders. What it found a layer to cost is known in the
 next round, as in a real run. A round has the share of all measurements that the race made; how
 often another layer won, and what that one costs more; and how often the best layer was not tried,
@@ -24,17 +24,18 @@ import torch
 import typer
 from torch import Tensor
 
-from gradmap.architectures import architecture_of
-from gradmap.calibration import build_calibration
-from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
 from gradmap.cli import quiet_libraries
-from gradmap.console import print_table, progress
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.precision import computing_in
-from gradmap.selection import Subject
-from gradmap.selectors.racing import CLEARLY, MAY_FALL, Race, laps
-from gradmap.selectors.repair import RepairScorer
+from gradmap.common.console import print_table, progress
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.data.calibration import build_calibration
+from gradmap.methods.racing import CLEARLY, MAY_FALL, Race, laps
+from gradmap.methods.repair import RepairScorer
+from gradmap.methods.selection import Subject
+from gradmap.model.architectures import architecture_of
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.loading import load_model, load_tokenizer
+from gradmap.model.precision import computing_in
 
 LAP = 4  # samples, as many as a CPU takes at once
 
@@ -162,7 +163,7 @@ def simulate(of_seeds: Sequence[Sequence[Round]], races: int) -> list[dict[str, 
 
 def main(
     model: Annotated[str, typer.Option()],
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")],
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/data/text_specs.py.")],
     gguf_file: str | None = None,
     dtype: str = "autocast",
     samples: int = 128,

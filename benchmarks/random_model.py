@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gradmap.architectures import Architecture, architecture_of
-from gradmap.shape import Shape
+from gradmap.model.architectures import Architecture, architecture_of
+from gradmap.model.shape import Shape
 
 HEAD_WIDTH, LEAST_HEADS = 128, 4
 

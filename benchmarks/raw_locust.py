@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 import typer
 
 from benchmarks.load_generator import Case, fake_endpoint
-from gradmap.console import print_table, say
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.reading import read_json
+from gradmap.common.console import print_table, say
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.common.reading import read_json
 from loadtest.loads import CONCURRENCY, Load
 
 LOCUSTFILES = "benchmarks/raw_locustfile.py,loadtest/driver/locustfile.py"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from locust import FastHttpUser, HttpUser, constant, events
 
-from gradmap.files import write_json
+from gradmap.common.files import write_json
 
 PATH = "/v1/completions"
 started_cpu_s = 0.0

@@ -12,7 +12,8 @@ import math
 
 import typer
 
-from gradmap.costs import (
+from gradmap.costs.footprint import repair_bytes, streamed_bytes
+from gradmap.costs.steps import (
     BF16_BYTES,
     Hardware,
     decode_speed_up,
@@ -27,8 +28,7 @@ from gradmap.costs import (
     training_flops,
     writing_seconds,
 )
-from gradmap.footprint import repair_bytes, streamed_bytes
-from gradmap.shape import Shape
+from gradmap.model.shape import Shape
 
 LLAMA_2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 1, 32000)
 SHAPES = (

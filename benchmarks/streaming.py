@@ -23,16 +23,16 @@ from typing import Annotated
 import typer
 
 from benchmarks.fold import write_random_model
-from gradmap.environment import describe_environment
-from gradmap.files import write_json
-from gradmap.reading import read_json
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import write_json
+from gradmap.common.reading import read_json
 
 GROUP = "gradmap-streaming"
 
 
 def main(
     tokenizer: Annotated[Path, typer.Option(help="A model directory with a tokenizer.")],
-    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/text_specs.py.")],
+    calibration: Annotated[str, typer.Option(help="Text source, see gradmap/data/text_specs.py.")],
     directory: Path = Path("out/benchmark"),
     limit_gb: float = 6,
     samples: int = 8,

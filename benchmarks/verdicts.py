@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gradmap.console import print_table, progress
-from gradmap.files import write_json
+from gradmap.common.console import print_table, progress
+from gradmap.common.files import write_json
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.outcome import Facts, Gate, build_report
 from loadtest.records import BlockRecord, Measurements, RequestRecord

@@ -50,25 +50,32 @@ from export.reference import (
 from export.tolerance import logit_tolerance, share_of_strays
 from export.verification import compare, require_faithful, run_artifact
 from export.writers import Source, Target, Written, left_behind
-from gradmap.architectures import architecture_of, layer_count
-from gradmap.checkpoint import Checkpoint, load_tokenizer
-from gradmap.console import announced, say, waiting
-from gradmap.environment import describe_environment
-from gradmap.errors import UserError
+from gradmap.common.console import announced, say, waiting
+from gradmap.common.environment import describe_environment
+from gradmap.common.errors import UserError
+from gradmap.common.files import (
+    ARTIFACT_FILE,
+    atomic_directory,
+    sha256_file,
+    write_json,
+    write_text,
+)
+from gradmap.common.outputs import output_directory
+from gradmap.common.reading import read_json_object
 from gradmap.evaluation.result import read_evaluation
-from gradmap.files import ARTIFACT_FILE, atomic_directory, sha256_file, write_json, write_text
-from gradmap.gguf_model import read_license
-from gradmap.gguf_tokenizer import require_same_tokens
-from gradmap.outputs import output_directory
-from gradmap.plan import (
+from gradmap.model.architectures import architecture_of, layer_count
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.gguf_model import read_license
+from gradmap.model.gguf_tokenizer import require_same_tokens
+from gradmap.model.loading import load_tokenizer
+from gradmap.model.precision import DTYPES
+from gradmap.pruning.plan import (
     PLAN_FILE,
     load_calibration_ids,
     load_changes,
     load_plan,
     require_same_model,
 )
-from gradmap.precision import DTYPES
-from gradmap.reading import read_json_object
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from export.comparison import Comparison
 from export.integrity import ArtifactRecord
+from gradmap.common.quoting import markdown
 from gradmap.evaluation.table import with_error
-from gradmap.plan import Plan
-from gradmap.quoting import markdown
+from gradmap.pruning.plan import Plan
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 USE = {

@@ -10,7 +10,7 @@ import typer
 
 from export.comparison import MIN_AGREEMENT
 from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
-from gradmap.console import heartbeat, importing, print_json_line, print_table, say, so_far
+from gradmap.common.console import heartbeat, importing, print_json_line, print_table, say, so_far
 
 if TYPE_CHECKING:
     from export.comparison import Comparison
@@ -83,8 +83,8 @@ def export(
         from export.artifact import export_artifacts, open_source, read_quality
         from export.formats import ExportSettings
         from export.hub import check_hub_access, push
-        from gradmap.checkpoint import open_checkpoint
-        from gradmap.errors import UserError
+        from gradmap.common.errors import UserError
+        from gradmap.model.checkpoint import open_checkpoint
 
     if push_to_hub is not None:
         if len(format_names) != 1:

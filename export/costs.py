@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from export.reference import GREEDY_TOKENS, PROBE_SAMPLES, PROBE_TOKENS
 from export.runners.probe_io import MEMORY_SHARE
 from export.writers import ONNX_MEMORY_FACTOR
-from gradmap.costs import STARTING_S, Hardware, generation_seconds
-from gradmap.footprint import FLOAT32_BYTES, RUNTIME_BYTES
-from gradmap.shape import Shape
-from gradmap.speed import Disk
+from gradmap.costs.footprint import FLOAT32_BYTES, RUNTIME_BYTES
+from gradmap.costs.speed import Disk
+from gradmap.costs.steps import STARTING_S, Hardware, generation_seconds
+from gradmap.model.shape import Shape
 
 # How often the probe passes the model in the process that verifies: with and without a cache.
 PASSES_OF_CHILD = 2

@@ -14,9 +14,9 @@ from export.reference import compute_references
 from export.twin import find_boundaries, probe_beyond, write_twin
 from export.verification import find_problem
 from export.writers import COPIED_PATTERNS, Source, Target
-from gradmap.architectures import prune_config
-from gradmap.console import announced, say
-from gradmap.errors import UserError
+from gradmap.common.console import announced, say
+from gradmap.common.errors import UserError
+from gradmap.model.architectures import prune_config
 
 
 def require_far_positions(

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from export.quantisation import quantise_weight, quantised_specs
 from export.safetensors_writer import write_safetensors
-from gradmap.architectures import Architecture
-from gradmap.checkpoint import Checkpoint
-from gradmap.console import progress
-from gradmap.corrections import HIDDEN_STATE, Change, Changes, Place, Projection, fold_changes
-from gradmap.errors import UserError
-from gradmap.files import write_json
-from gradmap.finite import is_finite
-from gradmap.model_files import INDEX_NAME
-from gradmap.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
+from gradmap.common.console import progress
+from gradmap.common.errors import UserError
+from gradmap.common.files import write_json
+from gradmap.common.finite import is_finite
+from gradmap.model.architectures import Architecture
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.corrections import HIDDEN_STATE, Change, Changes, Place, Projection, fold_changes
+from gradmap.model.model_files import INDEX_NAME
+from gradmap.model.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
 
 
 @dataclass(frozen=True)

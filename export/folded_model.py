@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from export.tolerance import logit_tolerance
-from gradmap.architectures import Architecture, architecture_of, layer_count, without_layers
-from gradmap.checkpoint import Checkpoint, load_model
-from gradmap.corrections import Change, Changes, Place, fold_changes, pruned_and_corrected
-from gradmap.errors import UserError
-from gradmap.safetensors_reader import StoredTensor, list_tensors
+from gradmap.common.errors import UserError
+from gradmap.model.architectures import Architecture, architecture_of, layer_count, without_layers
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.corrections import Change, Changes, Place, fold_changes, pruned_and_corrected
+from gradmap.model.loading import load_model
+from gradmap.model.safetensors_reader import StoredTensor, list_tensors
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:

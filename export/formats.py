@@ -29,11 +29,11 @@ from export.writers import (
     write_onnx,
     write_vllm,
 )
-from gradmap.architectures import Architecture, architecture_of, layer_count
-from gradmap.checkpoint import Checkpoint
-from gradmap.errors import UserError
-from gradmap.precision import DTYPES
-from gradmap.vllm_environment import cpu_spoils_int8
+from gradmap.common.errors import UserError
+from gradmap.model.architectures import Architecture, architecture_of, layer_count
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.precision import DTYPES
+from gradmap.runtimes.vllm_environment import cpu_spoils_int8
 
 
 @dataclass(frozen=True)

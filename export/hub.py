@@ -12,9 +12,9 @@ from pathlib import Path
 
 from export.card import HUB_ID
 from export.integrity import read_record
-from gradmap.console import waiting
-from gradmap.errors import UserError
-from gradmap.files import ARTIFACT_FILE
+from gradmap.common.console import waiting
+from gradmap.common.errors import UserError
+from gradmap.common.files import ARTIFACT_FILE
 
 
 def check_hub_access(repo_id: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from export.comparison import Comparison
-from gradmap.console import waiting
-from gradmap.errors import UserError
-from gradmap.files import ARTIFACT_FILE, sha256_file
-from gradmap.model_files import CODE_KEY, PlainName, own_file, own_files
-from gradmap.reading import Strict, checked, read_json_object
+from gradmap.common.console import waiting
+from gradmap.common.errors import UserError
+from gradmap.common.files import ARTIFACT_FILE, sha256_file
+from gradmap.common.reading import Strict, checked, read_json_object
+from gradmap.model.model_files import CODE_KEY, PlainName, own_file, own_files
 
 SCHEMA_VERSION = 3
 

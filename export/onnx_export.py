@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from gradmap.onnx_session import ONNX_FILE
+from gradmap.runtimes.onnx_session import ONNX_FILE
 
 OPSET = 23
 EXTERNAL_DATA_FILE = "model.onnx_data"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradmap.safetensors_reader import TensorSpec
+from gradmap.model.safetensors_reader import TensorSpec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme

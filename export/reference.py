@@ -15,10 +15,11 @@ from torch import Tensor
 
 from export.folded_model import finite_logits, fold_and_round, require_exact_fold, stored_dtype
 from export.runners.probe_io import decode_greedily, placement_for, transformers_step
-from gradmap.architectures import architecture_of, without_layers
-from gradmap.checkpoint import Checkpoint, load_model
-from gradmap.corrections import Changes, pruned_and_corrected
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.model.architectures import architecture_of, without_layers
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.corrections import Changes, pruned_and_corrected
+from gradmap.model.loading import load_model
 
 # Safetensors inside; not so named, because vLLM takes every *.safetensors of a directory for
 # weights.

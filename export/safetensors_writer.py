@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export.direct_file import DirectFile
-from gradmap.safetensors_reader import DTYPE_NAMES, TensorSpec
+from gradmap.model.safetensors_reader import DTYPE_NAMES, TensorSpec
 
 
 def write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> str:

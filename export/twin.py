@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradmap.architectures import prune_config
-from gradmap.checkpoint import Checkpoint, open_checkpoint
-from gradmap.files import write_json
-from gradmap.model_files import copy_files
+from gradmap.common.files import write_json
+from gradmap.model.architectures import prune_config
+from gradmap.model.checkpoint import Checkpoint, open_checkpoint
+from gradmap.model.model_files import copy_files
 
 # Beyond the last boundary; greedy decoding then goes on through the cache.
 TOKENS_BEYOND = 32

@@ -20,11 +20,11 @@ from torch import Tensor
 from export.comparison import Bounds, Comparison
 from export.reference import Reference
 from export.tolerance import SWAP_FACTOR
-from gradmap.children import ending_children, module_command, run_captured
-from gradmap.errors import UserError
-from gradmap.failures import require_not_killed
-from gradmap.machine import available_bytes
-from gradmap.raised import reasons_below
+from gradmap.common.children import ending_children, module_command, run_captured
+from gradmap.common.errors import UserError
+from gradmap.common.failures import require_not_killed
+from gradmap.common.machine import available_bytes
+from gradmap.common.raised import reasons_below
 
 # How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(:|$)")

@@ -14,9 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from export import VLLM_CONFIG_FILE
-from gradmap.files import write_text
-from gradmap.model_files import own_file
-from gradmap.reading import checked, read_yaml
+from gradmap.common.files import write_text
+from gradmap.common.reading import checked, read_yaml
+from gradmap.model.model_files import own_file
 
 HEADER = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"
 

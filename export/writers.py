@@ -20,17 +20,17 @@ from export.fold import FoldedTensor, plan_fold, write_folded
 from export.quantisation import quantisation_config
 from export.verification import run_child
 from export.vllm_file import write_vllm_file
-from gradmap.architectures import architecture_of, prune_config
-from gradmap.checkpoint import Checkpoint
-from gradmap.children import module_command
-from gradmap.console import announced
-from gradmap.corrections import Changes
-from gradmap.errors import UserError
-from gradmap.files import write_json
-from gradmap.model_files import CODE_KEY, copy_files
-from gradmap.plan import Plan
-from gradmap.precision import DTYPES
-from gradmap.reading import read_json_object
+from gradmap.common.children import module_command
+from gradmap.common.console import announced
+from gradmap.common.errors import UserError
+from gradmap.common.files import write_json
+from gradmap.common.reading import read_json_object
+from gradmap.model.architectures import architecture_of, prune_config
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.corrections import Changes
+from gradmap.model.model_files import CODE_KEY, copy_files
+from gradmap.model.precision import DTYPES
+from gradmap.pruning.plan import Plan
 
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
 COPIED_PATTERNS = (

@@ -11,12 +11,18 @@ from importlib.metadata import entry_points
 import typer
 from typer.exceptions import TyperException
 
-from gradmap.console import say
-from gradmap.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED, OutOfMemoryError, UserError
-from gradmap.failures import count_oom_kills, explain, explain_kills
-from gradmap.options import finite_numbers
-from gradmap.quoting import visible
-from gradmap.signals import raising_signals
+from gradmap.common.console import say
+from gradmap.common.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    OutOfMemoryError,
+    UserError,
+)
+from gradmap.common.failures import count_oom_kills, explain, explain_kills
+from gradmap.common.options import finite_numbers
+from gradmap.common.quoting import visible
+from gradmap.common.signals import raising_signals
 
 
 def build_app() -> typer.Typer:

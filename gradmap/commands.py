@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
-from gradmap.errors import UserError
+from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
+from gradmap.common.errors import UserError
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="Model directory, or hub id such as org/name.")
@@ -106,7 +106,7 @@ def prune(
         bool, typer.Option("--one-shot", help="Score once instead of after every removal.")
     ] = False,
     calibration: Annotated[
-        str, typer.Option(help="Text source, see gradmap/text_specs.py.")
+        str, typer.Option(help="Text source, see gradmap/data/text_specs.py.")
     ] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
@@ -137,11 +137,11 @@ def prune(
 ) -> None:
     """Choose which layers to remove, compute the corrections, and write a plan."""
     with importing():
-        from gradmap.checkpoint import open_checkpoint
-        from gradmap.presets import choose_methods
-        from gradmap.prune import prune as make_plan
-        from gradmap.prune import prune_less, summarise
-        from gradmap.prune_settings import PruneSettings, layers_to_remove
+        from gradmap.model.checkpoint import open_checkpoint
+        from gradmap.pruning.presets import choose_methods
+        from gradmap.pruning.prune import prune as make_plan
+        from gradmap.pruning.prune import prune_less, summarise
+        from gradmap.pruning.settings import PruneSettings, layers_to_remove
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     count = layers_to_remove(checkpoint.config, remove, ratio)
@@ -195,7 +195,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="The directory of the results.")],
     gguf_file: GgufOption = None,
     calibration: Annotated[
-        str, typer.Option(help="Text source, see gradmap/text_specs.py.")
+        str, typer.Option(help="Text source, see gradmap/data/text_specs.py.")
     ] = "wikipedia",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
@@ -220,7 +220,7 @@ def compare(
     """Compare methods at several removal counts, with the same calibration and the same
     evaluation."""
     with importing():
-        from gradmap.compare import CompareSettings, compare_methods, parse_methods, table_rows
+        from gradmap.compare.run import CompareSettings, compare_methods, parse_methods, table_rows
 
     evaluation = {
         "perplexity": perplexity,

@@ -12,8 +12,8 @@ from statistics import median
 from rich.live import Live
 from rich.table import Table
 
-from gradmap.console import STDERR, heartbeat, say
-from gradmap.heartbeat import Pace, describe_s
+from gradmap.common.console import STDERR, heartbeat, say
+from gradmap.common.heartbeat import Pace, describe_s
 from loadtest.loads import Load
 from loadtest.metrics import measure, values_of, window_s
 from loadtest.records import RequestRecord

@@ -12,10 +12,17 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import GgufOption, JsonOption
-from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far, waiting
-from gradmap.errors import UserError
-from gradmap.quoting import visible
-from gradmap.verdict import EXIT_CODES, Verdict
+from gradmap.common.console import (
+    heartbeat,
+    importing,
+    print_json_line,
+    print_table,
+    so_far,
+    waiting,
+)
+from gradmap.common.errors import UserError
+from gradmap.common.quoting import visible
+from gradmap.common.verdict import EXIT_CODES, Verdict
 from loadtest.loads import parse_loads
 from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, REQUIRED_SPEED_UP, LoadTestSettings
 
@@ -243,8 +250,8 @@ def doctor(
 ) -> None:
     """Say what this machine can do, and how long each stage would take with a model."""
     with importing():
-        from gradmap.checkpoint import read_config
-        from gradmap.doctor import examine_machine, machine_rows
+        from gradmap.costs.doctor import examine_machine, machine_rows
+        from gradmap.model.checkpoint import read_config
         from loadtest.estimates import (
             Speeds,
             default_recipe,

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gradmap.console import say
-from gradmap.errors import UserError
-from gradmap.reading import parse_record, read_lines
-from gradmap.texts import value_at
+from gradmap.common.console import say
+from gradmap.common.errors import UserError
+from gradmap.common.reading import parse_record, read_lines
+from gradmap.data.texts import value_at
 
 ASKING = ("human", "user")
 # Turns that are no part of the exchange.

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gradmap.costs import STARTING_S, Hardware, token_seconds
-from gradmap.shape import Shape
+from gradmap.costs.steps import STARTING_S, Hardware, token_seconds
+from gradmap.model.shape import Shape
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.session import WARM_UP_LOAD, WARM_UP_REQUESTS
 from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings, schedule

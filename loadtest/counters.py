@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from gradmap.openai_api import open_client
+from gradmap.runtimes.openai_api import open_client
 from loadtest.endpoints import Endpoint
 
 TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{(.*)\})?\s+(\S+)", flags=re.MULTILINE)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gradmap.children import kill_group
-from gradmap.errors import UserError
-from gradmap.failures import require_not_killed
-from gradmap.parent_death import bound_to_us
-from gradmap.reading import read_json
+from gradmap.common.children import kill_group
+from gradmap.common.errors import UserError
+from gradmap.common.failures import require_not_killed
+from gradmap.common.parent_death import bound_to_us
+from gradmap.common.reading import read_json
 from loadtest.board import Board
 from loadtest.counters import read_counter, tokens_since
 from loadtest.endpoints import Endpoint

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 
-from gradmap.console import waiting
-from gradmap.errors import UserError
-from gradmap.openai_api import choose_model, open_client, served_models
+from gradmap.common.console import waiting
+from gradmap.common.errors import UserError
+from gradmap.runtimes.openai_api import choose_model, open_client, served_models
 from loadtest.settings import DENSE, PRUNED, LoadTestSettings
 from loadtest.urls import base_url, is_url
 from serving.machine import suited_to_machine

@@ -12,10 +12,9 @@ import torch
 
 from export.costs import ExportSize, export_bytes, export_seconds
 from export.formats import FORMATS
-from gradmap.architectures import architecture_of
-from gradmap.budget import affordable_samples
-from gradmap.checkpoint import SPREAD, auto_dtype, resolve_device
-from gradmap.costs import (
+from gradmap.costs.footprint import RUNTIME_BYTES, prune_bytes, streamed_bytes
+from gradmap.costs.speed import Disk, measure_hardware
+from gradmap.costs.steps import (
     STARTING_S,
     CalibrationSize,
     Hardware,
@@ -26,13 +25,14 @@ from gradmap.costs import (
 )
 from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
 from gradmap.evaluation.tasks import expand_names
-from gradmap.footprint import RUNTIME_BYTES, prune_bytes, streamed_bytes
-from gradmap.precision import AUTOCAST
-from gradmap.presets import choose_methods
-from gradmap.prune_settings import layers_to_remove, require_removable
-from gradmap.shape import Shape
-from gradmap.speed import Disk, measure_hardware
-from gradmap.vllm_environment import cpu_wants_float32, is_cpu_build
+from gradmap.model.architectures import architecture_of
+from gradmap.model.loading import SPREAD, auto_dtype, resolve_device
+from gradmap.model.precision import AUTOCAST
+from gradmap.model.shape import Shape
+from gradmap.pruning.budget import affordable_samples
+from gradmap.pruning.presets import choose_methods
+from gradmap.pruning.settings import layers_to_remove, require_removable
+from gradmap.runtimes.vllm_environment import cpu_wants_float32, is_cpu_build
 from loadtest.costs import CPU_SERVER, GPU_SERVER, ServerSpeed, load_test_seconds, serving_bytes
 from loadtest.loads import parse_loads
 from loadtest.prompts import Workload

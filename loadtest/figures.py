@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from gradmap.plan import Plan
+from gradmap.pruning.plan import Plan
 from loadtest.drawing import (
     DENSE_COLOR,
     KEPT_COLOR,

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradmap.architectures import architecture_of
-from gradmap.errors import UserError
-from gradmap.reading import read_json_object
-from gradmap.safetensors_reader import list_tensors
+from gradmap.common.errors import UserError
+from gradmap.common.reading import read_json_object
+from gradmap.model.architectures import architecture_of
+from gradmap.model.safetensors_reader import list_tensors
 
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 POSITION_EMBEDDINGS = ("embed_positions.weight", "wpe.weight")

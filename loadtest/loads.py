@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 CONCURRENCY = "concurrency"
 Arrivals = Literal["poisson", "constant", "burst"]

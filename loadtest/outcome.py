@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gradmap.environment import describe_environment
-from gradmap.errors import UserError
-from gradmap.files import write_json, write_text
-from gradmap.outputs import results_in
-from gradmap.reading import first_problem, read_json, read_json_object
-from gradmap.verdict import Judgement, Verdict, worst
+from gradmap.common.environment import describe_environment
+from gradmap.common.errors import UserError
+from gradmap.common.files import write_json, write_text
+from gradmap.common.outputs import results_in
+from gradmap.common.reading import first_problem, read_json, read_json_object
+from gradmap.common.verdict import Judgement, Verdict, worst
 from loadtest.conversations import RecordCount
 from loadtest.driving import SEARCH_PAIR
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import jinja2
 from markupsafe import Markup
 
-from gradmap.quoting import markdown, xml_text
+from gradmap.common.quoting import markdown, xml_text
 from loadtest.load_figures import Drawing, draw_load_test
 from loadtest.records import RequestRecord
 from loadtest.table import load_rows, model_lines, noise_line, speed_up_lines

@@ -11,21 +11,22 @@ from typing import Any
 
 from export.formats import ExportSettings, choose_target
 from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
-from gradmap.checkpoint import open_checkpoint, read_config, resolve_device
-from gradmap.console import print_table
-from gradmap.errors import UserError
+from gradmap.common.console import print_table
+from gradmap.common.errors import UserError
+from gradmap.common.files import cache_directory, write_text
+from gradmap.common.outputs import refuse_foreign_directory, results_in
+from gradmap.common.quoting import visible
+from gradmap.common.reading import read_text
+from gradmap.common.stages import Stage, as_flags, is_done, is_within, run_stage, stage_record
+from gradmap.costs.speed import measure_disk
+from gradmap.data.text_specs import source_files
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import records_beside
 from gradmap.evaluation.tasks import expand_names, require_tasks
-from gradmap.files import cache_directory, write_text
-from gradmap.outputs import refuse_foreign_directory, results_in
-from gradmap.plan import SCHEMA_VERSION as PLAN_SCHEMA
-from gradmap.precision import weights_dtype
-from gradmap.quoting import visible
-from gradmap.reading import read_text
-from gradmap.speed import measure_disk
-from gradmap.stages import Stage, as_flags, is_done, is_within, run_stage, stage_record
-from gradmap.text_specs import source_files
+from gradmap.model.checkpoint import open_checkpoint, read_config
+from gradmap.model.loading import resolve_device
+from gradmap.model.precision import weights_dtype
+from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from loadtest.estimates import Estimate, Speeds, estimate_cells, estimate_stages
 from loadtest.outcome import measured_facts, read_report, report_again
 from loadtest.recipe import Recipe, load_recipe

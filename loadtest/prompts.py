@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gradmap.errors import UserError
-from gradmap.text_specs import Conversations, FileSource, parse_source
-from gradmap.texts import read_texts
+from gradmap.common.errors import UserError
+from gradmap.data.text_specs import Conversations, FileSource, parse_source
+from gradmap.data.texts import read_texts
 from loadtest.conversations import Exchange, RecordCount, read_conversations, read_documents
 
 # Below, TPOT is undefined.
@@ -23,7 +23,8 @@ class Workload:
 
     prompt_tokens, output_tokens: its lengths; of texts, the most. length_spread: both vary,
     uniformly, by up to this share. shared_prefix: so many first tokens are the same in all prompts
-    of a load. texts: SPEC of the prompts' texts (gradmap.text_specs); None for random token ids.
+    of a load. texts: SPEC of the prompts' texts (gradmap.data.text_specs); None for random token
+    ids.
     """
 
     prompt_tokens: int = 128

@@ -14,9 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from gradmap.errors import UserError
-from gradmap.prune_settings import SEEDS
-from gradmap.reading import Strict, checked, read_yaml
+from gradmap.common.errors import UserError
+from gradmap.common.reading import Strict, checked, read_yaml
+from gradmap.pruning.settings import SEEDS
 from loadtest.loads import Arrivals
 from loadtest.prompts import LEAST_OUTPUT_TOKENS
 from loadtest.slo import parse_slo

@@ -14,9 +14,9 @@ from typing import Annotated, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from gradmap.errors import UserError
-from gradmap.files import append_text, atomic_file
-from gradmap.reading import Strict, first_problem, read_text
+from gradmap.common.errors import UserError
+from gradmap.common.files import append_text, atomic_file
+from gradmap.common.reading import Strict, first_problem, read_text
 
 SCHEMA_VERSION = 3
 RECORDS_FILE = "records.jsonl"

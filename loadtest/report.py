@@ -10,14 +10,14 @@ from typing import Any
 from markupsafe import Markup
 
 from export.integrity import read_record
-from gradmap.environment import describe_environment
+from gradmap.common.environment import describe_environment
+from gradmap.common.files import ARTIFACT_FILE, sha256_file, write_json, write_text
+from gradmap.common.quoting import markdown, visible
+from gradmap.common.verdict import Verdict, worst
 from gradmap.evaluation.answers import NEW_TOKENS
 from gradmap.evaluation.result import read_evaluation
 from gradmap.evaluation.table import describe_retained, tabulate
-from gradmap.files import ARTIFACT_FILE, sha256_file, write_json, write_text
-from gradmap.plan import Plan, load_plan
-from gradmap.quoting import markdown, visible
-from gradmap.verdict import Verdict, worst
+from gradmap.pruning.plan import Plan, load_plan
 from loadtest import figures
 from loadtest.load_figures import Drawing, draw_load_test
 from loadtest.outcome import read_report

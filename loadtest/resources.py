@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pynvml
 
-from gradmap.gpus import Device, ask, visible_gpus
+from gradmap.common.gpus import Device, ask, visible_gpus
 from loadtest.records import GpuSample, Measurements, RequestRecord, ResourceSample
 
 INTERVAL_S = 0.5

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from gradmap.checkpoint import load_tokenizer
-from gradmap.console import say, waiting
-from gradmap.errors import UserError
-from gradmap.reading import read_json_object
+from gradmap.common.console import say, waiting
+from gradmap.common.errors import UserError
+from gradmap.common.reading import read_json_object
+from gradmap.model.loading import load_tokenizer
 from loadtest.board import Board
 from loadtest.conversations import RecordCount
 from loadtest.driver.stream import whole_number

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.prompts import LEAST_OUTPUT_TOKENS, Workload
 from loadtest.slo import Slo

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 METRICS = ("ttft", "tpot", "e2el")
 _UNITS = {"ms": 1e-3, "s": 1.0}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from gradmap.verdict import Judgement, Verdict
+from gradmap.common.verdict import Judgement, Verdict
 from loadtest.loads import Load
 from loadtest.metrics import measure, output_throughput, values_of
 from loadtest.records import RequestRecord

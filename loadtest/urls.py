@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 VERSION = "/v1"
 COMPLETIONS = f"{VERSION}/completions"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gradmap.files import write_json
-from gradmap.reading import checked, read_json
+from gradmap.common.files import write_json
+from gradmap.common.reading import checked, read_json
 from loadtest.loads import Load, arrival_times
 from loadtest.prompts import Prompts
 

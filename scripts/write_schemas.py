@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from gradmap.plan import Plan
+from gradmap.pruning.plan import Plan
 from loadtest.recipe import Recipe
 from loadtest.records import BlockRecord, RequestRecord, ResourceSample
 from loadtest.schema import Report

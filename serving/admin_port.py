@@ -12,7 +12,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from serving.ports import bind
 
 POLL_S = 0.05

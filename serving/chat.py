@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradmap.reading import read_json_object
+from gradmap.common.reading import read_json_object
 from serving.flags import flag_value
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")

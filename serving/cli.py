@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 from gradmap.cli import quiet_libraries, run_app
-from gradmap.errors import UserError
-from gradmap.files import cache_directory
-from gradmap.options import finite_numbers
-from gradmap.signals import Terminated, raising_signals
+from gradmap.common.errors import UserError
+from gradmap.common.files import cache_directory
+from gradmap.common.options import finite_numbers
+from gradmap.common.signals import Terminated, raising_signals
 from serving.flags import flag_names, means
 
 
@@ -164,8 +164,8 @@ def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tu
 def _read_key(path: Path | None, allow_anonymous: bool) -> None:
     """Puts the key where vLLM and our own requests look for it. The file may be missing if there is
     another key, or if none is asked for: the container image names it always."""
-    from gradmap.openai_api import KEY_VARIABLE, require_key
-    from gradmap.reading import read_text
+    from gradmap.common.reading import read_text
+    from gradmap.runtimes.openai_api import KEY_VARIABLE, require_key
 
     dispensable = allow_anonymous or os.environ.get(KEY_VARIABLE)
     if path is None or (dispensable and not path.exists()):
@@ -178,7 +178,7 @@ def _read_key(path: Path | None, allow_anonymous: bool) -> None:
 
 
 def _require_key(host: str) -> None:
-    from gradmap.openai_api import authorization
+    from gradmap.runtimes.openai_api import authorization
 
     if not authorization():
         raise UserError(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from export.integrity import read_record, refuse_code, require_files
 from export.vllm_file import read_vllm_file
-from gradmap.errors import UserError
-from gradmap.files import ARTIFACT_FILE, sha256_file
-from gradmap.model_files import own_file, own_files
+from gradmap.common.errors import UserError
+from gradmap.common.files import ARTIFACT_FILE, sha256_file
+from gradmap.model.model_files import own_file, own_files
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 
-from gradmap.errors import EXIT_INTERRUPTED, UserError
-from gradmap.machine import available_bytes
-from gradmap.openai_api import KEY_VARIABLE
-from gradmap.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults
+from gradmap.common.errors import EXIT_INTERRUPTED, UserError
+from gradmap.common.machine import available_bytes
+from gradmap.runtimes.openai_api import KEY_VARIABLE
+from gradmap.runtimes.vllm_environment import KV_CACHE_VARIABLE, vllm_defaults
 from serving.admin import Admin
 from serving.admin_port import serving_admin
 from serving.chat import has_chat_template

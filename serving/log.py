@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gradmap.console import say
+from gradmap.common.console import say
 from serving.log_file import open_log
 from serving.vllm_errors import find_error, plain
 

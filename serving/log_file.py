@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 ROTATE_BYTES = 50_000_000
 # Nobody but its owner reads a log.

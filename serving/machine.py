@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pynvml
 
-from gradmap.errors import UserError
-from gradmap.gpus import VISIBLE_VARIABLE, ask, visible_gpus
-from gradmap.machine import NATIVE_BFLOAT16_CAPABILITY
-from gradmap.reading import read_json_object
-from gradmap.vllm_environment import (
+from gradmap.common.errors import UserError
+from gradmap.common.gpus import VISIBLE_VARIABLE, ask, visible_gpus
+from gradmap.common.machine import NATIVE_BFLOAT16_CAPABILITY
+from gradmap.common.reading import read_json_object
+from gradmap.runtimes.vllm_environment import (
     KV_CACHE_VARIABLE,
     cpu_spoils_int8,
     cpu_wants_float32,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from random import SystemRandom
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 HIGHEST_PORT = 65535
 # Outside of what systems give to outgoing connections (Linux begins at 32768, others at 49152).

@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 import httpx
 
-from gradmap.openai_api import authorization
+from gradmap.runtimes.openai_api import authorization
 
 PROOF_PATH = "/gradmap-proof"
 CHALLENGE_HEADER = "X-Gradmap-Challenge"

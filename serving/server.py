@@ -14,12 +14,12 @@ from typing import Self
 
 import httpx
 
-from gradmap.children import kill_group
-from gradmap.console import so_far
-from gradmap.errors import OutOfMemoryError, UserError
-from gradmap.failures import says_out_of_memory, was_killed
-from gradmap.heartbeat import Heartbeat
-from gradmap.openai_api import authorization, served_model
+from gradmap.common.children import kill_group
+from gradmap.common.console import so_far
+from gradmap.common.errors import OutOfMemoryError, UserError
+from gradmap.common.failures import says_out_of_memory, was_killed
+from gradmap.common.heartbeat import Heartbeat
+from gradmap.runtimes.openai_api import authorization, served_model
 from serving.identity import require_model
 from serving.log import Log, Output
 from serving.machine import require_exact_products

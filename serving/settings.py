@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from gradmap.children import module_command
-from gradmap.vllm_environment import threads_within_quota, vllm_defaults
+from gradmap.common.children import module_command
+from gradmap.runtimes.vllm_environment import threads_within_quota, vllm_defaults
 from serving.flags import TENSOR_FLAGS, flag_value
 from serving.ports import reachable_host, url_host
 from serving.proof import PASS_VARIABLE, OnlyToOurs

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from threading import Event
 
-from gradmap.heartbeat import Heartbeat
+from gradmap.common.heartbeat import Heartbeat
 from serving.identity import Identity
 from serving.log import FIRST_PHASE, Log
 from serving.server import Server, ServerError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from gradmap.raised import reasons_below
+from gradmap.common.raised import reasons_below
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # In front of each line that vLLM logs: process, level, time and file; of one that it prints, the

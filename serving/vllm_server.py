@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from gradmap.parent_death import end_with_parent
+from gradmap.common.parent_death import end_with_parent
 
 # The process that started this one; from gradmap-serve to the server, and from there to those that
 # it spawns.

@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gradmap.architectures import ARCHITECTURES, architecture_of
-from gradmap.checkpoint import Checkpoint, open_checkpoint
 from gradmap.cli import quiet_libraries
-from gradmap.corrections import pruned_and_corrected
-from gradmap.layerwise import sample_losses
-from gradmap.plan import load_changes, load_plan
+from gradmap.model.architectures import ARCHITECTURES, architecture_of
+from gradmap.model.checkpoint import Checkpoint, open_checkpoint
+from gradmap.model.corrections import pruned_and_corrected
+from gradmap.model.layerwise import sample_losses
+from gradmap.pruning.plan import load_changes, load_plan
 from tests.noting_server import NotingServer
 
 quiet_libraries()

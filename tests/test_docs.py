@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks.__main__ import BENCHMARKS
 from gradmap.cli import build_app
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from loadtest.recipe import load_recipe
 from serving.cli import split_arguments
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from gradmap.verdict import EXIT_CODES, Verdict
+from gradmap.common.verdict import EXIT_CODES, Verdict
 from tests.conftest import ASSETS, BOOLQ, SMALL_LOAD_TEST, SMOLLM2, SMOLLM2_GGUF, SQUAD
 from tests.export.test_export import WITHOUT_US
 

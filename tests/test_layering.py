@@ -1,7 +1,9 @@
-"""Data flows one way: imports only go gradmap <- export <- serving <- loadtest."""
+"""Data flows one way: imports only go gradmap <- export <- serving <- loadtest, and inside gradmap
+from room to room."""
 
 import ast
 import importlib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,21 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = ("gradmap", "export", "serving", "loadtest")
-
+# Of gradmap, from the lowest on: a room imports of those before it.
+ROOMS = (
+    "common",
+    "data",
+    "model",
+    "runtimes",
+    "costs",
+    "methods",
+    "pruning",
+    "evaluation",
+    "compare",
+)
 
 # Of ours, what the runners may import beside each other: names of files, and what a runtime reads.
-KNOWN_TO_RUNNERS = {"export", "export.vllm_file", "gradmap.vllm_environment"}
+KNOWN_TO_RUNNERS = {"export", "export.vllm_file", "gradmap.runtimes.vllm_environment"}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -51,3 +64,33 @@ def test_what_verifies_an_artifact_shares_no_arithmetic_with_what_made_it():
         ours = {name for name in imported_modules(path) if name.partition(".")[0] in LAYERS}
         others = {name for name in ours if not name.startswith("export.runners.")}
         assert others <= KNOWN_TO_RUNNERS, path
+
+
+def room_of(module: str) -> str | None:
+    package, _, inside = module.partition(".")
+    room = inside.partition(".")[0]
+    return room if package == "gradmap" and room in ROOMS else None
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_no_room_above_it(room):
+    above = set(ROOMS[ROOMS.index(room) + 1 :])
+    files = sorted((ROOT / "gradmap" / room).rglob("*.py"))
+    assert len(files) > 1
+    for path in files:
+        assert not {room_of(name) for name in imported_modules(path)} & above, path
+
+
+def test_every_room_is_known():
+    rooms = {path.parent.name for path in (ROOT / "gradmap").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_modules_import_each_other(layer):
+    """Directly or in a circle, wherever in the file."""
+    files = [path for path in sorted((ROOT / layer).rglob("*.py")) if path.stem != "__init__"]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    graph = {name: imported_modules(path) & set(modules) for name, path in modules.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) == set(modules)

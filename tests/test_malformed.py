@@ -19,20 +19,21 @@ import pytest
 import yaml
 
 from export.integrity import SCHEMA_VERSION, ArtifactRecord, BaseRecord, PlanRecord, read_record
-from gradmap.checkpoint import load_tokenizer, open_checkpoint
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.common.files import write_json
+from gradmap.data.texts import read_texts
 from gradmap.evaluation.contamination import CalibratedOn
 from gradmap.evaluation.ends import end_tokens
 from gradmap.evaluation.result import read_evaluation
 from gradmap.evaluation.table import describe_retained, tabulate
-from gradmap.files import write_json
-from gradmap.model_sizes import read_sizes
-from gradmap.plan import Plan, load_calibration_ids, load_changes, load_plan
-from gradmap.presets import choose_methods
-from gradmap.prune import prune_less
-from gradmap.prune_settings import PruneSettings
-from gradmap.safetensors_reader import list_tensors
-from gradmap.texts import read_texts
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.loading import load_tokenizer
+from gradmap.model.model_sizes import read_sizes
+from gradmap.model.safetensors_reader import list_tensors
+from gradmap.pruning.plan import Plan, load_calibration_ids, load_changes, load_plan
+from gradmap.pruning.presets import choose_methods
+from gradmap.pruning.prune import prune_less
+from gradmap.pruning.settings import PruneSettings
 from loadtest.loads import Load
 from loadtest.prompts import RandomPrompts, Workload
 from loadtest.recipe import load_recipe

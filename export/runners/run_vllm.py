@@ -12,7 +12,7 @@ from torch import Tensor
 
 from export.runners.probe_io import run
 from export.vllm_file import read_vllm_file
-from gradmap.vllm_environment import cpu_wants_float32
+from gradmap.runtimes.vllm_environment import cpu_wants_float32
 
 TOP_LOGPROBS = 20  # what vLLM gives without being asked for more
 ENVIRONMENT = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradmap.console import waiting
+from gradmap.common.console import waiting
 from gradmap.evaluation.backends import Backend
 
 NEW_TOKENS = 48

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from gradmap.commands import AllowPickleOption, DeviceOption, DtypeOption, GgufOption, JsonOption
-from gradmap.console import heartbeat, importing, print_json_line, print_table, so_far
-from gradmap.errors import UserError
-from gradmap.text_specs import named_sources
+from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
+from gradmap.common.errors import UserError
+from gradmap.data.text_specs import named_sources
 
 
 @heartbeat(so_far("gradmap eval"))
@@ -86,12 +86,12 @@ def evaluate(
     """Measure perplexity and zero-shot accuracy of a model, and of the same model pruned; compare,
     and judge."""
     with importing():
+        from gradmap.common.verdict import EXIT_CODES, Verdict
         from gradmap.evaluation.comparison import Gate
         from gradmap.evaluation.evaluate import EvaluationSettings
         from gradmap.evaluation.evaluate import evaluate as measure
         from gradmap.evaluation.subjects import Where, find_subjects
         from gradmap.evaluation.tasks import expand_names
-        from gradmap.verdict import EXIT_CODES, Verdict
 
     settings = EvaluationSettings(
         texts=named_sources(perplexity or []),

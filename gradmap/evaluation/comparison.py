@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 
+from gradmap.common.verdict import Judgement, Verdict, worst
 from gradmap.evaluation.perplexity import Estimate
-from gradmap.verdict import Judgement, Verdict, worst
 
 CONFIDENCE = 0.95
 DRAWS = 10_000

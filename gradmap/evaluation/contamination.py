@@ -17,14 +17,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from gradmap.calibration import build_calibration, without_bos
-from gradmap.console import say
-from gradmap.errors import UserError
+from gradmap.common.console import say
+from gradmap.common.errors import UserError
+from gradmap.common.files import ARTIFACT_FILE
+from gradmap.common.reading import read_json_object
+from gradmap.data.calibration import build_calibration, without_bos
+from gradmap.data.text_specs import preset_of
 from gradmap.evaluation.perplexity import Segments
-from gradmap.files import ARTIFACT_FILE
-from gradmap.plan import CalibrationRecord, load_calibration_ids, load_plan
-from gradmap.reading import read_json_object
-from gradmap.text_specs import preset_of
+from gradmap.pruning.plan import CalibrationRecord, load_calibration_ids, load_plan
 
 GRAM_TOKENS = 13
 

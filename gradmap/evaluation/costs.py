@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from gradmap.costs import Hardware, generation_seconds
+from gradmap.costs.footprint import RUNTIME_BYTES, model_bytes
+from gradmap.costs.steps import Hardware, generation_seconds
 from gradmap.evaluation.answers import NEW_TOKENS, PROMPTS
-from gradmap.footprint import RUNTIME_BYTES, model_bytes
-from gradmap.shape import Shape
+from gradmap.model.shape import Shape
 
 # Of each task, besides the model's work: to load it once, and what the harness does for each model.
 # Seven tasks of ten documents took 6 s so (benchmarks.evaluation, in float32 against bfloat16), and

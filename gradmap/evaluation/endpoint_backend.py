@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.evaluation.vllm_backend import score_of_logprobs
-from gradmap.openai_api import open_client, served_model
+from gradmap.runtimes.openai_api import open_client, served_model
 
 REQUESTS_IN_FLIGHT = 16
 TIMEOUT_S = 300.0

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmap.errors import UserError
-from gradmap.model_files import own_file
-from gradmap.reading import read_json_object
+from gradmap.common.errors import UserError
+from gradmap.common.reading import read_json_object
+from gradmap.model.model_files import own_file
 
 GENERATION_FILE = "generation_config.json"
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from gradmap.checkpoint import load_tokenizer
-from gradmap.environment import describe_environment
-from gradmap.errors import UserError
+from gradmap.common.environment import describe_environment
+from gradmap.common.errors import UserError
+from gradmap.common.files import sha256_file, write_json, write_text
+from gradmap.common.outputs import output_file
 from gradmap.evaluation.answers import PROMPTS, Answer, answer_prompts, summarise_answers
 from gradmap.evaluation.comparison import (
     Comparison,
@@ -37,9 +38,8 @@ from gradmap.evaluation.tasks import (
     require_answerable,
     score_task,
 )
-from gradmap.files import sha256_file, write_json, write_text
-from gradmap.outputs import output_file
-from gradmap.plan import PLAN_FILE
+from gradmap.model.loading import load_tokenizer
+from gradmap.pruning.plan import PLAN_FILE
 
 SEGMENT_TOKENS = 128
 ARMS = ("dense", "pruned")

@@ -12,8 +12,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from gradmap.console import progress
-from gradmap.errors import UserError
+from gradmap.common.console import progress
+from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import Request
 from gradmap.evaluation.scoring import Scorer
 

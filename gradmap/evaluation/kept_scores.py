@@ -12,9 +12,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from gradmap.common.files import append_text, cache_directory, sha256_json
+from gradmap.common.locks import writing
 from gradmap.evaluation.backends import Request, Score
-from gradmap.files import append_text, cache_directory, sha256_json
-from gradmap.locks import writing
 
 # Hexadecimal digits of a request's hash: of a million requests, two are alike with a chance of
 # 1e-7.

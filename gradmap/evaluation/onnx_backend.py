@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from scipy.special import log_softmax
 
+from gradmap.common.finite import require_finite
 from gradmap.evaluation.backends import LOGITS, IsDone, Request, Score, never
-from gradmap.finite import require_finite
-from gradmap.onnx_session import OnnxCausalLM
+from gradmap.runtimes.onnx_session import OnnxCausalLM
 
 BATCH_TOKENS = 1024
 

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from gradmap.calibration import bos_of, build_segments, hash_token_ids, with_bos
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import bos_of, build_segments, hash_token_ids, with_bos
+from gradmap.data.text_specs import preset_of
 from gradmap.evaluation.backends import Request
 from gradmap.evaluation.scoring import Scorer
-from gradmap.text_specs import preset_of
 
 # Nats per token. exp of 709 is the largest number, and of such perplexities there are products and
 # ratios.

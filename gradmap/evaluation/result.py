@@ -7,9 +7,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gradmap.errors import UserError
-from gradmap.reading import checked, read_json_object
-from gradmap.verdict import Verdict
+from gradmap.common.errors import UserError
+from gradmap.common.reading import checked, read_json_object
+from gradmap.common.verdict import Verdict
 
 # 3: segments are of joined rows in their order, and begin with BOS where the tokenizer puts one.
 SCHEMA_VERSION = 3

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradmap.console import progress
-from gradmap.errors import UserError
+from gradmap.common.console import progress
+from gradmap.common.errors import UserError
+from gradmap.common.finite import require_finite
 from gradmap.evaluation.backends import Backend, Request, Score
 from gradmap.evaluation.kept_scores import KeptScores
-from gradmap.finite import require_finite
 
 # Requests between two writes to disk: what a crash can cost.
 CHUNK_REQUESTS = 512

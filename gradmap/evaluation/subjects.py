@@ -11,28 +11,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gradmap.architectures import architecture_of
-from gradmap.checkpoint import (
-    Checkpoint,
-    is_quantised,
-    load_model,
-    open_checkpoint,
-    resolve_device,
-    resolve_dtype,
-)
-from gradmap.console import waiting
-from gradmap.corrections import pruned_and_corrected
-from gradmap.errors import UserError
+from gradmap.common.console import waiting
+from gradmap.common.errors import UserError
+from gradmap.common.files import sha256_file
+from gradmap.common.finite import require_finite_weights
+from gradmap.common.reading import read_json_object
 from gradmap.evaluation.backends import Backend
 from gradmap.evaluation.ends import end_tokens
-from gradmap.files import sha256_file
-from gradmap.finite import require_finite_weights
-from gradmap.model_sizes import read_sizes
-from gradmap.onnx_session import ONNX_FILE
-from gradmap.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
-from gradmap.precision import count_parameters
-from gradmap.reading import read_json_object
-from gradmap.vllm_environment import vllm_dtype
+from gradmap.model.architectures import architecture_of
+from gradmap.model.checkpoint import Checkpoint, is_quantised, open_checkpoint
+from gradmap.model.corrections import pruned_and_corrected
+from gradmap.model.loading import load_model, resolve_device, resolve_dtype
+from gradmap.model.model_sizes import read_sizes
+from gradmap.model.precision import count_parameters
+from gradmap.pruning.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
+from gradmap.runtimes.onnx_session import ONNX_FILE
+from gradmap.runtimes.vllm_environment import vllm_dtype
 
 BACKENDS = ("auto", "transformers", "vllm", "onnxruntime", "endpoint")
 
@@ -64,7 +58,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Where:
-    """backend: one of BACKENDS; dtype and device as for `gradmap.checkpoint.load_model`."""
+    """backend: one of BACKENDS; dtype and device as for `gradmap.model.loading.load_model`."""
 
     backend: str = "auto"
     dtype: str = "auto"

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gradmap.console import say, waiting
-from gradmap.errors import UserError, first_line
+from gradmap.common.console import say, waiting
+from gradmap.common.errors import UserError, first_line
+from gradmap.common.reading import library_errors_refused
 from gradmap.evaluation.scoring import Scorer
-from gradmap.reading import library_errors_refused
 
 PAPER = "paper"
 PAPER_TASKS = (

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from gradmap.console import say
-from gradmap.errors import UserError
+from gradmap.common.console import say
+from gradmap.common.errors import UserError
+from gradmap.common.failures import is_out_of_memory
+from gradmap.common.finite import require_finite
 from gradmap.evaluation.backends import LOGITS, IsDone, Request, Score, never
 from gradmap.evaluation.ends import until_end
-from gradmap.failures import is_out_of_memory
-from gradmap.finite import require_finite
-from gradmap.precision import computing_in
+from gradmap.model.precision import computing_in
 
 # Tokens in one pass; halved when memory runs out. More brings no speed.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -33,7 +33,7 @@ _PADDING = -1
 
 
 class TransformersBackend:
-    """dtype: the name (of gradmap.precision) that `model` was loaded for.
+    """dtype: the name (of gradmap.model.precision) that `model` was loaded for.
 
     The model loses its generation settings (generation_config.json): `generate` would apply
     penalties, bans and beams of them to greedy decoding as well, and other backends have others or

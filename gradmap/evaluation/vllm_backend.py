@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.common.orphans import Watch
 from gradmap.evaluation.backends import IsDone, Request, Score, never
 from gradmap.evaluation.ends import until_end
-from gradmap.orphans import Watch
-from gradmap.vllm_environment import threads_within_quota, vllm_defaults
+from gradmap.runtimes.vllm_environment import threads_within_quota, vllm_defaults
 
 MAX_TOKENS = 4096
 
 
 class VllmBackend:
     """directory: a checkpoint. dtype: a name that vLLM knows, see
-    `gradmap.vllm_environment.vllm_dtype`."""
+    `gradmap.runtimes.vllm_environment.vllm_dtype`."""
 
     name = "vllm"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from geventhttpclient import HTTPClient
 
-from gradmap.openai_api import authorization
+from gradmap.runtimes.openai_api import authorization
 from loadtest.driver.stream import Stream, StreamError, error_in, server_sent_events, shortened
 from loadtest.metrics import RequestMetrics, measure
 from loadtest.records import RequestRecord

@@ -18,7 +18,7 @@ import gevent
 import httpx
 from locust import User, constant, events, task
 
-from gradmap.openai_api import choose_model, open_client, served_models
+from gradmap.runtimes.openai_api import choose_model, open_client, served_models
 from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
 from loadtest.loads import CONCURRENCY, Load
 from loadtest.prompts import RandomPrompts, Workload

@@ -27,8 +27,8 @@ from locust import User, constant, events, task
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
-from gradmap.files import write_json
-from gradmap.parent_death import end_with_parent
+from gradmap.common.files import write_json
+from gradmap.common.parent_death import end_with_parent
 from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
 from loadtest.records import RequestRecord, to_json_line
 from loadtest.workload import Request, load_requests

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.flops import counted
 from benchmarks.importance import METHODS
-from gradmap.calibration import Calibration
-from gradmap.selection import Subject, select
+from gradmap.data.calibration import Calibration
+from gradmap.methods.selection import Subject, select
 from tests.conftest import LAYERS, VOCABULARY
 
 REMOVE = 2

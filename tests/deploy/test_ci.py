@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradmap.verdict import EXIT_CODES, Verdict
+from gradmap.common.verdict import EXIT_CODES, Verdict
 from tests.conftest import ASSETS, BOOLQ, ROOT, SMALL_LOAD_TEST, SMOLLM2, SMOLLM2_GGUF, SQUAD
 from tests.deploy.runners import (
     ACTION,

@@ -10,14 +10,14 @@ import kubernetes_validate
 import pytest
 
 from export import VLLM_CONFIG_FILE
-from gradmap.errors import (
+from gradmap.common.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
     EXIT_OUT_OF_MEMORY,
     EXIT_TERMINATED,
     EXIT_USAGE,
 )
-from gradmap.verdict import EXIT_CODES, Verdict
+from gradmap.common.verdict import EXIT_CODES, Verdict
 from loadtest.commands import run
 from loadtest.recipe import load_recipe
 from serving.admin import PROBE_TIMEOUT_S, Admin

@@ -8,7 +8,7 @@ import pytest
 
 from export import verification
 from export.runners.probe_io import run
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 IMPORTED_HERE = ("export.runners.run_transformers", "export.runners.run_onnxruntime")
 run_in_a_fresh_process = verification.run_child

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from export.artifact import read_quality
 from export.card import render_card
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION
 from tests.export.conftest import QUALITY
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from export.reference import random_probe
 from export.writers import Target, write_checkpoint
-from gradmap.corrections import Place, Projection
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.model.corrections import Place, Projection
 from tests.conftest import FAMILIES, LAYERS, ROOT
 from tests.export.test_export import CORRECTED, SHARD_BYTES, export, make_source, unfolded_logits
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.writers import Target, write_checkpoint
-from gradmap.architectures import layer_count
-from gradmap.corrections import pruned_and_corrected
+from gradmap.model.architectures import layer_count
+from gradmap.model.corrections import pruned_and_corrected
 from tests.conftest import FAMILIES, LAYERS
 from tests.export.test_export import REMOVED, WITHOUT_US, make_source
 

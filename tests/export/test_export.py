@@ -19,8 +19,10 @@ from export.fold import plan_fold, write_folded
 from export.formats import ExportSettings
 from export.reference import random_probe
 from export.writers import Source
-from gradmap.checkpoint import open_checkpoint
-from gradmap.corrections import (
+from gradmap.common.errors import UserError
+from gradmap.common.files import sha256_file
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.corrections import (
     HIDDEN_STATE,
     LowRank,
     Place,
@@ -31,9 +33,7 @@ from gradmap.corrections import (
     pruned_and_corrected,
     weight_of,
 )
-from gradmap.errors import UserError
-from gradmap.files import sha256_file
-from gradmap.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
+from gradmap.pruning.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
 from tests.conftest import LAYERS, Pico, make_pico
 
 REMOVED = (3, 1)

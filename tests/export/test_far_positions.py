@@ -12,7 +12,7 @@ import torch
 
 from export import far_positions, writers
 from export.twin import FAR, NEAR, find_boundaries, probe_beyond, twin_config
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from tests.conftest import make_pico
 from tests.export.test_export import export, make_source
 

@@ -6,16 +6,16 @@ from safetensors.torch import load_file
 
 from export.fold import plan_fold, split_shards
 from export.safetensors_writer import write_safetensors
-from gradmap import corrections
-from gradmap.corrections import (
+from gradmap.common.files import sha256_file
+from gradmap.model import corrections
+from gradmap.model.corrections import (
     LowRank,
     Projection,
     Scale,
     Update,
     fold_changes,
 )
-from gradmap.files import sha256_file
-from gradmap.safetensors_reader import TensorSpec
+from gradmap.model.safetensors_reader import TensorSpec
 from tests.export.test_export import REMOVED, SHARD_BYTES, make_source
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from export import fold, reference
 from export.reference import compute_references
 from export.tolerance import logit_tolerance
-from gradmap.corrections import Place, Projection, Scale, fold_changes
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.model.corrections import Place, Projection, Scale, fold_changes
 from tests.conftest import LAYERS, Pico
 from tests.export.test_export import CORRECTED, REMOVED, export, make_source
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from export.artifact import export_artifacts, open_source
 from export.formats import ExportSettings
-from gradmap.checkpoint import open_checkpoint
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.model.checkpoint import open_checkpoint
 from tests.pico_gguf import BOS, EOS, TEMPLATE, write_gguf
 
 

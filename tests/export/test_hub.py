@@ -15,7 +15,7 @@ import pytest
 
 from export.hub import check_hub_access
 from export.integrity import SCHEMA_VERSION, ArtifactRecord, BaseRecord
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 TOKEN = "hf_secret"
 COMMIT = "0123456789" * 4
@@ -23,7 +23,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from export.hub import check_hub_access, push
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 try:
     check_hub_access(sys.argv[2])
     print(push(Path(sys.argv[1]), sys.argv[2]))

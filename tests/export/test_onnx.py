@@ -12,12 +12,12 @@ import torch
 
 from export.onnx_export import OPSET, export_onnx, quantise_int8
 from export.tolerance import STRAY_SHARE
-from gradmap.architectures import ARCHITECTURES
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import Request
 from gradmap.evaluation.onnx_backend import OnnxBackend
 from gradmap.evaluation.transformers_backend import score_reference
-from gradmap.onnx_session import OnnxCausalLM
+from gradmap.model.architectures import ARCHITECTURES
+from gradmap.runtimes.onnx_session import OnnxCausalLM
 from tests.conftest import FAMILIES, LAYERS, VOCABULARY, make_pico
 from tests.export.test_export import WITHOUT_US, export, make_source
 from tests.gradmap.evaluation.test_scoring import random_requests

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from export.artifact import verify_directory
 from export.integrity import SCHEMA_VERSION, read_record
-from gradmap.errors import UserError
-from gradmap.files import sha256_file
+from gradmap.common.errors import UserError
+from gradmap.common.files import sha256_file
 
 
 def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path, fresh_processes):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from export.verification import run_child
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 
 PYDANTIC = """
 from pydantic import BaseModel, field_validator

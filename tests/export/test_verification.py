@@ -15,9 +15,9 @@ from export.comparison import Bounds
 from export.reference import Reference, load_probe, save_probe
 from export.tolerance import STRAY_SHARE, logit_tolerance, share_of_strays
 from export.verification import Outcome, compare, find_problem, run_artifact_in_each
-from gradmap import children
-from gradmap.children import run_captured
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.common import children
+from gradmap.common.children import run_captured
+from gradmap.common.errors import OutOfMemoryError, UserError
 from tests.export.conftest import run_in_a_fresh_process
 
 SAMPLES, TOKENS, VOCABULARY = 2, 6, 50

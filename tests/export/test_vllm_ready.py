@@ -20,10 +20,10 @@ from export.tolerance import logit_tolerance
 from export.verification import Outcome, compare, find_problem
 from export.vllm_file import read_vllm_file, write_vllm_file
 from export.writers import Target, write_vllm
-from gradmap.checkpoint import open_checkpoint
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from gradmap.evaluation.subjects import Where, find_subjects
-from gradmap.vllm_environment import cpu_spoils_int8
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.runtimes.vllm_environment import cpu_spoils_int8
 from serving.ports import free_port
 from serving.server import check_servable
 from serving.settings import ServerSettings

@@ -10,22 +10,22 @@ from unittest.mock import patch
 
 import torch
 
-from gradmap.batching import Batches
-from gradmap.calibration import Calibration
-from gradmap.compensation import Pruned
-from gradmap.compensators.distil import uniform_numbers, write_on
-from gradmap.compensators.projection import mean_drift
-from gradmap.compensators.ridge import Fit, accumulate_gram, fit_correction
-from gradmap.compensators.sequential import refit_before_runs
-from gradmap.corrections import Update, linear_maps, pruned_and_corrected, weight_of
+from gradmap.data.calibration import Calibration
 from gradmap.evaluation.backends import Request
 from gradmap.evaluation.transformers_backend import TransformersBackend
-from gradmap.importance import layer_scores, streamed_layer_scores
-from gradmap.initial_gradients import layer_importances
-from gradmap.manifold import last_hidden_states
-from gradmap.selection import Selection, Step, Subject
-from gradmap.selectors.influence import block_influences
-from gradmap.selectors.repair import RepairScorer
+from gradmap.methods.compensation import Pruned
+from gradmap.methods.distil import uniform_numbers, write_on
+from gradmap.methods.gradmap.projection import mean_drift
+from gradmap.methods.gradmap.scores import layer_scores, streamed_layer_scores
+from gradmap.methods.gradpruner import layer_importances
+from gradmap.methods.mka import last_hidden_states
+from gradmap.methods.repair import RepairScorer
+from gradmap.methods.ridge import Fit, accumulate_gram, fit_correction
+from gradmap.methods.selection import Selection, Step, Subject
+from gradmap.methods.sequential import refit_before_runs
+from gradmap.methods.shortgpt import block_influences
+from gradmap.model.batching import Batches
+from gradmap.model.corrections import Update, linear_maps, pruned_and_corrected, weight_of
 from tests.conftest import VOCABULARY
 
 REMOVED = (1,)
@@ -125,7 +125,7 @@ def first_training_steps(pico, model, size):
     """Two of them."""
 
     def run():
-        with patch("gradmap.initial_gradients.STEPS", 2):
+        with patch("gradmap.methods.gradpruner.STEPS", 2):
             return layer_importances(model, pico.architecture, size.input_ids, 0)
 
     return run
@@ -248,7 +248,7 @@ def pruned(pico, model, size):
 
 
 def repair_scorer(pico, model, size):
-    with patch("gradmap.selectors.repair.forward_batch", lambda input_ids, device: size.batch):
+    with patch("gradmap.methods.repair.forward_batch", lambda input_ids, device: size.batch):
         return RepairScorer(Subject(model, pico.architecture, calibration(size)))
 
 

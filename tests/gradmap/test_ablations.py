@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from gradmap.compensation import run_and_capture
-from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.least_squares import RightSolver
-from gradmap.compensators.projection import most_drifted
-from gradmap.compensators.ridge import Fit, accumulate_gram, down_projection_weight
-from gradmap.corrections import Projection, Update, pruned_and_corrected
-from gradmap.errors import UserError
-from gradmap.plan import load_plan
+from gradmap.common.errors import UserError
+from gradmap.methods.compensation import run_and_capture
+from gradmap.methods.compensators import COMPENSATORS
+from gradmap.methods.gradmap.projection import most_drifted
+from gradmap.methods.least_squares import RightSolver
+from gradmap.methods.ridge import Fit, accumulate_gram, down_projection_weight
+from gradmap.model.corrections import Projection, Update, pruned_and_corrected
+from gradmap.pruning.plan import load_plan
 from tests.command_line import gradmap
 from tests.gradmap.test_baselines import prune
 from tests.gradmap.test_prune import prune_arguments

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gradmap.architectures import Architecture, architecture_of, prune_config, without_layers
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.model.architectures import Architecture, architecture_of, prune_config, without_layers
 from tests.conftest import LAYERS
 
 

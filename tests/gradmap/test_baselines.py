@@ -8,15 +8,26 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from gradmap import initial_gradients
-from gradmap.architectures import without_layers
-from gradmap.batching import Batches
-from gradmap.calibration import Calibration
-from gradmap.compensation import ProjectionOptions, Pruned, run_and_capture
-from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.merge import merge_by_similarity, merge_where_signs_agree
-from gradmap.compensators.patch import hadamard_matrix
-from gradmap.corrections import (
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import Calibration
+from gradmap.methods import gradpruner as initial_gradients
+from gradmap.methods.compensation import ProjectionOptions, Pruned, run_and_capture
+from gradmap.methods.compensators import COMPENSATORS
+from gradmap.methods.gradpruner import layer_importances, lora_gradients, weight_importances
+from gradmap.methods.linear_patch import hadamard_matrix
+from gradmap.methods.merge import merge_by_similarity, merge_where_signs_agree
+from gradmap.methods.mka import (
+    diffusion_embedding,
+    entropy,
+    last_hidden_states,
+    layer_similarities,
+    mutual_information,
+)
+from gradmap.methods.selection import Selection, Step, Subject
+from gradmap.methods.selectors import SELECTORS
+from gradmap.model.architectures import without_layers
+from gradmap.model.batching import Batches
+from gradmap.model.corrections import (
     HIDDEN_STATE,
     Place,
     Scale,
@@ -24,17 +35,6 @@ from gradmap.corrections import (
     pruned_and_corrected,
     weight_of,
 )
-from gradmap.errors import UserError
-from gradmap.initial_gradients import layer_importances, lora_gradients, weight_importances
-from gradmap.manifold import (
-    diffusion_embedding,
-    entropy,
-    last_hidden_states,
-    layer_similarities,
-    mutual_information,
-)
-from gradmap.selection import Selection, Step, Subject
-from gradmap.selectors import SELECTORS
 from tests.conftest import LAYERS
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradmap.batching import (
+from gradmap.common.errors import UserError
+from gradmap.methods.gradmap.scores import fitting_batches, layer_scores, streamed_layer_scores
+from gradmap.model.batching import (
     CPU_ACTIVATION_BYTES,
     LOGITS_BYTES,
     TOKENS,
@@ -13,8 +15,6 @@ from gradmap.batching import (
     logits_batch,
     measured_batch_size,
 )
-from gradmap.errors import UserError
-from gradmap.importance import fitting_batches, layer_scores, streamed_layer_scores
 
 
 def out_of_memory():
@@ -88,7 +88,7 @@ def test_a_gpu_takes_more_at_once(monkeypatch):
 def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, monkeypatch, score):
     """The second batch fails in its backward pass, when norms of some layers have been taken
     already."""
-    from gradmap import importance
+    from gradmap.methods.gradmap import scores as importance
 
     pico = picos["llama"]
     model = pico.load()

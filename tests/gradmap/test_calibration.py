@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from gradmap.calibration import bos_of, build_calibration, build_segments
-from gradmap.checkpoint import load_tokenizer
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import bos_of, build_calibration, build_segments
+from gradmap.model.loading import load_tokenizer
 from tests.conftest import BOOLQ, BOS
 
 # Of 128 x 128 tokens, seed 42, as they were before any sample began with a token of its own.

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradmap.checkpoint import load_tokenizer, open_checkpoint, read_config
-from gradmap.errors import UserError
-from gradmap.model_files import INDEX_NAME
+from gradmap.common.errors import UserError
+from gradmap.model.checkpoint import open_checkpoint, read_config
+from gradmap.model.loading import load_tokenizer
+from gradmap.model.model_files import INDEX_NAME
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradmap.children import module_command
+from gradmap.common.children import module_command
 from serving.settings import ServerSettings, build_command, server_environment
 
 NAMES = ("gradmap", "export", "serving", "loadtest", "typer", "vllm")

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gradmap import stages
-from gradmap.compare import OF_SELECTORS, parse_methods, split_variant
-from gradmap.errors import UserError
-from gradmap.plan import load_changes, load_plan
+from gradmap.common import stages
+from gradmap.common.errors import UserError
+from gradmap.compare.run import OF_SELECTORS, parse_methods, split_variant
+from gradmap.pruning.plan import load_changes, load_plan
 from tests.command_line import gradmap
 from tests.conftest import perplexity_of_plan
 

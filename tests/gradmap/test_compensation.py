@@ -7,25 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradmap.architectures import architecture_of, without_layers
-from gradmap.batching import Batches
-from gradmap.calibration import Calibration, build_calibration
-from gradmap.checkpoint import load_model, load_tokenizer
-from gradmap.compensation import Compensation, Pruned, run_and_capture
-from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.adam import errors_of_output, objective, train_projection
-from gradmap.compensators.least_squares import ridge_sums, solve_ridge, solve_ridge_reference
-from gradmap.compensators.projection import mean_drift, project_most_drifted
-from gradmap.compensators.ridge import (
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import Calibration, build_calibration
+from gradmap.methods.compensation import Compensation, Pruned, run_and_capture
+from gradmap.methods.compensators import COMPENSATORS
+from gradmap.methods.gradmap.adam import errors_of_output, objective, train_projection
+from gradmap.methods.gradmap.projection import mean_drift, project_most_drifted
+from gradmap.methods.least_squares import ridge_sums, solve_ridge, solve_ridge_reference
+from gradmap.methods.ridge import (
     REGULARISATION,
     Fit,
     accumulate_gram,
     best_downhill,
     device_with_room,
 )
-from gradmap.corrections import Place, Projection, linear_output, pruned_and_corrected
-from gradmap.errors import UserError
-from gradmap.layerwise import sample_divergences_reference
+from gradmap.model.architectures import architecture_of, without_layers
+from gradmap.model.batching import Batches
+from gradmap.model.corrections import Place, Projection, linear_output, pruned_and_corrected
+from gradmap.model.layerwise import sample_divergences_reference
+from gradmap.model.loading import load_model, load_tokenizer
 from tests.conftest import BOOLQ, CORRECTABLE
 
 REMOVED = (1, 3)
@@ -351,7 +351,7 @@ def test_too_few_tokens_to_fit_on_are_told(picos, input_ids, capsys, monkeypatch
     config, tokens = pruned.model.config, pruned.calibration.fit_ids.numel()
     inputs = config.hidden_size if name == "sequential" else config.intermediate_size
     monkeypatch.setattr(
-        "gradmap.compensators.ridge.TOKENS_PER_INPUT", tokens / inputs + (0 if enough else 0.01)
+        "gradmap.methods.ridge.TOKENS_PER_INPUT", tokens / inputs + (0 if enough else 0.01)
     )
     COMPENSATORS[name](pruned)
     told = "tokens are few to fit so wide a map on" in capsys.readouterr().err

@@ -8,9 +8,9 @@ from queue import Queue
 
 import pytest
 
-from gradmap import console
-from gradmap.console import announced, heartbeat, progress, say, waiting
-from gradmap.heartbeat import Heartbeat
+from gradmap.common import console
+from gradmap.common.console import announced, heartbeat, progress, say, waiting
+from gradmap.common.heartbeat import Heartbeat
 
 PATIENCE_S = 60.0
 

@@ -12,27 +12,29 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from benchmarks.flops import counted
-from gradmap import budget, costs, footprint
-from gradmap.architectures import ARCHITECTURES
-from gradmap.batching import Batches
-from gradmap.budget import LEAST_SAMPLES, affordable_samples, samples_within_budget
-from gradmap.calibration import HELD_OUT_FRACTION, Calibration
-from gradmap.checkpoint import read_config
-from gradmap.compensation import Pruned
-from gradmap.compensators import ridge, sequential
-from gradmap.costs import CalibrationSize, Hardware, Pruning
-from gradmap.errors import UserError
-from gradmap.importance import layer_scores
-from gradmap.layerwise import losses_from, run_layers
-from gradmap.prune_settings import PruneSettings
-from gradmap.selection import Selection, Step, Subject
-from gradmap.selectors import SELECTORS, racing, repair
-from gradmap.selectors.influence import block_influences
-from gradmap.selectors.weights import taylor_scores
-from gradmap.shape import Shape
+from gradmap.common.errors import UserError
+from gradmap.costs import footprint
+from gradmap.costs import steps as costs
+from gradmap.costs.steps import CalibrationSize, Hardware, Pruning
+from gradmap.data.calibration import HELD_OUT_FRACTION, Calibration
+from gradmap.methods import racing, repair, ridge, sequential
+from gradmap.methods.compensation import Pruned
+from gradmap.methods.gradmap.scores import layer_scores
+from gradmap.methods.selection import Selection, Step, Subject
+from gradmap.methods.selectors import SELECTORS
+from gradmap.methods.shortened_llama import taylor_scores
+from gradmap.methods.shortgpt import block_influences
+from gradmap.model.architectures import ARCHITECTURES
+from gradmap.model.batching import Batches
+from gradmap.model.checkpoint import read_config
+from gradmap.model.layerwise import losses_from, run_layers
+from gradmap.model.shape import Shape
+from gradmap.pruning import budget
+from gradmap.pruning.budget import LEAST_SAMPLES, affordable_samples, samples_within_budget
+from gradmap.pruning.settings import PruneSettings
 from tests.conftest import FAMILIES, PICO_CONFIGS, VOCABULARY, make_pico
 
-distilling = import_module("gradmap.compensators.distil")  # the package has a function of that name
+distilling = import_module("gradmap.methods.distil")  # the package has a function of that name
 # Short samples, so that a weight's gradient norm is cheapest by Gram matrices, as for models of a
 # real width.
 SIZE = CalibrationSize(samples=8, tokens=8)
@@ -307,7 +309,7 @@ def test_a_streamed_model_holds_a_layer_and_the_hidden_states_between_all():
 
 
 def test_torch_is_not_needed():
-    code = "import sys, gradmap.costs; sys.exit('torch' in sys.modules)"
+    code = "import sys, gradmap.costs.steps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,8 +7,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from gradmap.compensation import Compensation
-from gradmap.compensators.distil import (
+from gradmap.methods.compensation import Compensation
+from gradmap.methods.distil import (
     PROMPT_TOKENS,
     Lessons,
     distillation_gradients,
@@ -19,13 +19,13 @@ from gradmap.compensators.distil import (
     write_on,
     written_by_dense,
 )
-from gradmap.compensators.sequential import refit_before_runs
-from gradmap.corrections import linear_maps, pruned_and_corrected
-from gradmap.layerwise import logits_from, run_layers
+from gradmap.methods.sequential import refit_before_runs
+from gradmap.model.corrections import linear_maps, pruned_and_corrected
+from gradmap.model.layerwise import logits_from, run_layers
 from tests.conftest import BOS
 from tests.gradmap.test_compensation import REMOVED, prune
 
-distilling = import_module("gradmap.compensators.distil")  # the package has a function of that name
+distilling = import_module("gradmap.methods.distil")  # the package has a function of that name
 
 
 def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(picos, input_ids):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradmap.distributed import say_if_some_are_idle, sum_gradients
+from gradmap.common.distributed import say_if_some_are_idle, sum_gradients
 from tests.command_line import gradmap
 from tests.gradmap.test_prune import prune_arguments
 

@@ -10,13 +10,13 @@ import pynvml
 import pytest
 from transformers import CONFIG_MAPPING
 
-from gradmap import doctor, speed
-from gradmap.checkpoint import read_config
-from gradmap.costs import Hardware
-from gradmap.doctor import Gpu, Machine, examine_machine, find_gpus, machine_rows
-from gradmap.errors import UserError
-from gradmap.machine import Rates
-from gradmap.speed import Disk, measure_disk, measure_hardware
+from gradmap.common.errors import UserError
+from gradmap.common.machine import Rates
+from gradmap.costs import doctor, speed
+from gradmap.costs.doctor import Gpu, Machine, examine_machine, find_gpus, machine_rows
+from gradmap.costs.speed import Disk, measure_disk, measure_hardware
+from gradmap.costs.steps import Hardware
+from gradmap.model.checkpoint import read_config
 from tests.conftest import PICO_CONFIGS, SMOLLM2, SMOLLM2_GGUF
 from tests.fake_nvml import Card, FakeNvml
 from tests.gradmap.fake_gpu import fake_gpu

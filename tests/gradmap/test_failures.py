@@ -13,9 +13,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from gradmap import cli, failures, stages
+from gradmap import cli
 from gradmap.cli import run_app
-from gradmap.errors import (
+from gradmap.common import failures, stages
+from gradmap.common.errors import (
     EXIT_BUG,
     EXIT_OUT_OF_MEMORY,
     EXIT_TERMINATED,
@@ -23,9 +24,9 @@ from gradmap.errors import (
     OutOfMemoryError,
     UserError,
 )
-from gradmap.failures import count_oom_kills, explain, is_out_of_memory
-from gradmap.files import append_text, atomic_directory, atomic_file, write_json, write_text
-from gradmap.stages import Stage, run_stage
+from gradmap.common.failures import count_oom_kills, explain, is_out_of_memory
+from gradmap.common.files import append_text, atomic_directory, atomic_file, write_json, write_text
+from gradmap.common.stages import Stage, run_stage
 
 SMALL, LARGE = 20_000, 100_000
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradmap.layerwise import losses_from, run_layers
+from gradmap.model.layerwise import losses_from, run_layers
 from tests.gradmap.fake_gpu import GPU, fake_gpu
 
 VALUES = torch.arange(6.0).reshape(2, 3)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gradmap import files
-from gradmap.errors import UserError
-from gradmap.files import atomic_directory, remove_file
+from gradmap.common import files
+from gradmap.common.errors import UserError
+from gradmap.common.files import atomic_directory, remove_file
 
 
 def write_result(path, text):
@@ -60,7 +60,7 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path):
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from gradmap.files import atomic_directory\n"
+        "from gradmap.common.files import atomic_directory\n"
         "with atomic_directory(Path(sys.argv[1]), marker='result') as partial:\n"
         "    (partial / 'result').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )

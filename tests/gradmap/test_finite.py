@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradmap.batching import Batches
-from gradmap.calibration import Calibration
-from gradmap.checkpoint import open_checkpoint
-from gradmap.compensation import Compensation, Correction, Pruned
-from gradmap.compensators import COMPENSATORS
-from gradmap.compensators.least_squares import solve_ridge
-from gradmap.corrections import Place, Scale
-from gradmap.errors import UserError
-from gradmap.prune import prune
-from gradmap.prune_settings import PruneSettings
-from gradmap.selection import Subject, select
-from gradmap.selectors import NOT_NESTED, SELECTORS
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import Calibration
+from gradmap.methods.compensation import Compensation, Correction, Pruned
+from gradmap.methods.compensators import COMPENSATORS
+from gradmap.methods.least_squares import solve_ridge
+from gradmap.methods.selection import Subject, select
+from gradmap.methods.selectors import NOT_NESTED, SELECTORS
+from gradmap.model.batching import Batches
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.corrections import Place, Scale
+from gradmap.pruning.prune import prune
+from gradmap.pruning.settings import PruneSettings
 from tests.conftest import LAYERS, Pico
 
 MEASURING = sorted(set(SELECTORS) - {"manual", "random", "mka-as-released"})

@@ -10,17 +10,18 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from transformers import AutoConfig
 
-from gradmap import gguf_model
-from gradmap.checkpoint import load_model, load_tokenizer, open_checkpoint
-from gradmap.errors import UserError
-from gradmap.gguf_head import Stored, finer_of, judge_head, rounding_error
-from gradmap.gguf_metadata import require_understood
-from gradmap.gguf_tokenizer import (
+from gradmap.common.errors import UserError
+from gradmap.model import gguf_model
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.gguf_head import Stored, finer_of, judge_head, rounding_error
+from gradmap.model.gguf_metadata import require_understood
+from gradmap.model.gguf_tokenizer import (
     find_problem,
     load_gguf_tokenizer,
     read_settings,
     require_same_tokens,
 )
+from gradmap.model.loading import load_model, load_tokenizer
 from tests.conftest import PICO_CONFIGS
 from tests.pico_gguf import BOS, EOS, TEMPLATE, WORDS, write_gguf
 

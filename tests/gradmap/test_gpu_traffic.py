@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from gradmap.compensation import Compensation, Correction
-from gradmap.compensators.distil import Lessons, train_low_rank, write_on, written_by_dense
+from gradmap.methods.compensation import Compensation, Correction
+from gradmap.methods.distil import Lessons, train_low_rank, write_on, written_by_dense
 from tests.conftest import LAYERS, make_pico
 from tests.gradmap.fake_gpu import fake_gpu
 from tests.gradmap.gpu_steps import (
@@ -105,7 +105,7 @@ def test_states_that_have_no_room_on_the_gpu_are_sent_to_the_cpu_without_a_wait(
 ):
     size = Size(layers=8)
     scores, with_room = run_on_gpu(llamas[8], prepare, size)
-    monkeypatch.setattr("gradmap.batching.GPU_STATES_SHARE", 0)
+    monkeypatch.setattr("gradmap.model.batching.GPU_STATES_SHARE", 0)
     scores_without, without_room = run_on_gpu(llamas[8], prepare, size)
     assert without_room.copies > 2 * with_room.copies
     assert without_room.waits <= with_room.waits + 2, (
@@ -119,9 +119,7 @@ def test_a_gpu_writes_as_many_texts_at_once_as_have_room(llamas, monkeypatch, fr
     """And what a CPU writes in batches of its own. A token's keys and values of 2 x 8 float64 in 4
     layers are 1 KiB."""
     size, prompts = Size(samples=5, tokens=40), []
-    distil = import_module(
-        "gradmap.compensators.distil"
-    )  # the package has a function of the same name
+    distil = import_module("gradmap.methods.distil")  # the package has a function of the same name
     monkeypatch.setattr(distil, "WRITTEN_TOGETHER", 3)
     expected = written_by_dense(pruned(llamas[4], llamas[4].load(), size))
 

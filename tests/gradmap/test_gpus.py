@@ -3,7 +3,7 @@
 import pynvml
 import pytest
 
-from gradmap.gpus import ask, visible_gpus
+from gradmap.common.gpus import ask, visible_gpus
 from tests.fake_nvml import Card, FakeNvml, Slice
 
 PLAIN = tuple(Card(f"GPU-{letters}") for letters in ("aaaa-1", "aabb-2", "cccc-3"))

@@ -5,7 +5,7 @@ from queue import Queue
 
 import pytest
 
-from gradmap.heartbeat import Heartbeat, Pace, describe_s
+from gradmap.common.heartbeat import Heartbeat, Pace, describe_s
 
 PATIENCE_S = 60.0  # of a test whose other thread does not answer
 

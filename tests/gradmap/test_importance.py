@@ -4,14 +4,22 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from gradmap.architectures import architecture_of, without_layers
-from gradmap.batching import LOGITS_BYTES, Batches
-from gradmap.calibration import build_calibration
-from gradmap.checkpoint import load_model, load_tokenizer
-from gradmap.errors import UserError
-from gradmap.gradient_norms import direct_squares, ghost_is_cheaper, ghost_squares, gradient_norms
-from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
-from gradmap.layerwise import (
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import build_calibration
+from gradmap.methods.gradmap.ghost_norms import (
+    direct_squares,
+    ghost_is_cheaper,
+    ghost_squares,
+    gradient_norms,
+)
+from gradmap.methods.gradmap.scores import (
+    layer_scores,
+    layer_scores_reference,
+    streamed_layer_scores,
+)
+from gradmap.model.architectures import architecture_of, without_layers
+from gradmap.model.batching import LOGITS_BYTES, Batches
+from gradmap.model.layerwise import (
     divergences_from,
     logits_from,
     losses_from,
@@ -19,7 +27,8 @@ from gradmap.layerwise import (
     sample_divergences_reference,
     sample_losses,
 )
-from gradmap.precision import computing_in, count_parameters
+from gradmap.model.loading import load_model, load_tokenizer
+from gradmap.model.precision import computing_in, count_parameters
 from tests.conftest import BOOLQ, LAYERS, VOCABULARY
 
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from gradmap.calibration import build_calibration
-from gradmap.checkpoint import load_tokenizer
-from gradmap.errors import EXIT_TERMINATED, UserError
-from gradmap.journal import Journal
-from gradmap.prune import journal_key
-from gradmap.prune_settings import PruneSettings
-from gradmap.selection import Step
+from gradmap.common.errors import EXIT_TERMINATED, UserError
+from gradmap.data.calibration import build_calibration
+from gradmap.methods.selection import Step
+from gradmap.model.loading import load_tokenizer
+from gradmap.pruning.journal import Journal
+from gradmap.pruning.prune import journal_key
+from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
 from tests.gradmap.test_distributed import without_record
 from tests.gradmap.test_prune import prune_arguments
@@ -130,7 +130,7 @@ def test_another_version_starts_over(picos, word_file, monkeypatch):
     )
     settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="none")
     before = journal_key(picos["llama"].checkpoint, settings, calibration)
-    monkeypatch.setattr("gradmap.prune.version", lambda package: "another")
+    monkeypatch.setattr("gradmap.pruning.prune.version", lambda package: "another")
     assert journal_key(picos["llama"].checkpoint, settings, calibration) != before
 
 

@@ -13,13 +13,13 @@ import time
 
 import pytest
 
-from gradmap import locks
-from gradmap.errors import UserError
-from gradmap.files import atomic_directory, write_text
-from gradmap.locks import INNER_LOCK, writing, writing_into
+from gradmap.common import locks
+from gradmap.common.errors import UserError
+from gradmap.common.files import atomic_directory, write_text
+from gradmap.common.locks import INNER_LOCK, writing, writing_into
 
 HOLDER = """
-import sys; from pathlib import Path; from gradmap.files import atomic_directory
+import sys; from pathlib import Path; from gradmap.common.files import atomic_directory
 with atomic_directory(Path(sys.argv[1]), marker="result") as partial:
     (partial / "result").write_text("half")
     print(partial.name, flush=True)
@@ -104,7 +104,7 @@ def test_within_a_block_the_same_process_goes_on_writing(tmp_path):
 
 def test_who_waits_goes_on_when_the_other_has_ended(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from gradmap.locks import writing\n"
+        "import sys; from pathlib import Path; from gradmap.common.locks import writing\n"
         "with writing(Path(sys.argv[1]), wait=True): print(Path(sys.argv[1]).read_text())"
     )
     with writing(tmp_path / "out"):
@@ -159,7 +159,7 @@ def test_where_there_are_no_locks_it_warns_and_leaves_the_partials_of_others(
 
 def test_a_lock_ends_with_its_holder_however_it_ends(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from gradmap.locks import writing\n"
+        "import os, sys; from pathlib import Path; from gradmap.common.locks import writing\n"
         "with writing(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from gradmap import machine, precision
-from gradmap.checkpoint import open_checkpoint, resolve_dtype
-from gradmap.machine import Rates, available_bytes, measure_cpu, usable_cores
+from gradmap.common import machine
+from gradmap.common.machine import Rates, available_bytes, measure_cpu, usable_cores
+from gradmap.model import precision
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.loading import resolve_dtype
 
 # What oneDNN and torch are told, so that a CPU with native bfloat16 computes as one without.
 WITHOUT_BFLOAT16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -108,7 +110,7 @@ def test_an_explicit_choice_is_obeyed_and_its_cost_said(picos, on, capsys):
 
 def test_a_cpu_whose_products_are_limited_to_avx2_is_found_out():
     """The slow path can be forced on a fast machine."""
-    code = "from gradmap.machine import *; print(bfloat16_pays(), multiplies_int8_exactly())"
+    code = "from gradmap.common.machine import *; print(bfloat16_pays(), multiplies_int8_exactly())"
     environment = {**os.environ, **WITHOUT_BFLOAT16}
     finished = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

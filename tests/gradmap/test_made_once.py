@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from gradmap.checkpoint import open_checkpoint, read_config
-from gradmap.made_once import STAMPS_FILE, made_once
+from gradmap.common.made_once import STAMPS_FILE, made_once
+from gradmap.model.checkpoint import open_checkpoint, read_config
 from tests.pico_gguf import write_gguf
 
 

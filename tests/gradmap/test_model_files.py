@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradmap.errors import UserError
-from gradmap.model_files import own_file, own_files, plain_name
+from gradmap.common.errors import UserError
+from gradmap.model.model_files import own_file, own_files, plain_name
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "sub/model.safetensors", "a..b", "-x"])

@@ -6,11 +6,11 @@ import json
 import httpx
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.common.loopback import is_own_address
 from gradmap.evaluation import endpoint_backend
 from gradmap.evaluation.endpoint_backend import EndpointBackend
-from gradmap.loopback import is_own_address
-from gradmap.openai_api import authorization, open_client, served_model
+from gradmap.runtimes.openai_api import authorization, open_client, served_model
 from loadtest.counters import read_counter
 from loadtest.endpoints import Endpoint
 

@@ -13,7 +13,7 @@ from tests.processes import ended
 # as it is told. They end by SIGKILL alone.
 OURS = """
 import multiprocessing, os, signal, sys, time
-from gradmap.orphans import Watch
+from gradmap.common.orphans import Watch
 
 def wait(pipe, more):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

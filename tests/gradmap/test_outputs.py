@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from gradmap.errors import UserError
-from gradmap.files import atomic_directory, write_text
-from gradmap.locks import INNER_LOCK
-from gradmap.outputs import output_directory, output_file, results_in
+from gradmap.common.errors import UserError
+from gradmap.common.files import atomic_directory, write_text
+from gradmap.common.locks import INNER_LOCK
+from gradmap.common.outputs import output_directory, output_file, results_in
 from tests.command_line import gradmap
 from tests.gradmap.test_prune import prune_arguments
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from gradmap.architectures import without_layers
-from gradmap.budget import LEAST_SAMPLES
-from gradmap.errors import UserError
-from gradmap.importance import layer_scores_reference
-from gradmap.layerwise import sample_losses
-from gradmap.plan import load_calibration_ids, load_changes, load_plan, require_same_model
+from gradmap.common.errors import UserError
+from gradmap.methods.gradmap.scores import layer_scores_reference
+from gradmap.model.architectures import without_layers
+from gradmap.model.layerwise import sample_losses
+from gradmap.pruning.budget import LEAST_SAMPLES
+from gradmap.pruning.plan import load_calibration_ids, load_changes, load_plan, require_same_model
 from tests.command_line import gradmap
 from tests.conftest import BOS, LAYERS
 

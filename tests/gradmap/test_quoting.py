@@ -6,9 +6,10 @@ from xml.etree import ElementTree
 import pytest
 import typer
 
-from gradmap import cli, console
-from gradmap.errors import EXIT_USAGE, UserError
-from gradmap.quoting import markdown, visible, xml_text
+from gradmap import cli
+from gradmap.common import console
+from gradmap.common.errors import EXIT_USAGE, UserError
+from gradmap.common.quoting import markdown, visible, xml_text
 
 CONTROL = [
     *map(chr, [*range(0x20), *range(0x7F, 0xA0)]),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradmap.selectors.racing import CLEARLY, MAY_FALL, Race, is_clearly_worse, laps
+from gradmap.methods.racing import CLEARLY, MAY_FALL, Race, is_clearly_worse, laps
 
 SAMPLES = 32
 

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from gradmap.architectures import architecture_of, without_layers
-from gradmap.calibration import Calibration, build_calibration
-from gradmap.checkpoint import load_model, load_tokenizer
-from gradmap.compensation import run_and_capture
-from gradmap.compensators.least_squares import solve_ridge_reference
-from gradmap.corrections import linear_output
-from gradmap.errors import UserError
-from gradmap.layerwise import LayerCall, sample_divergences_reference
-from gradmap.precision import computing_in
-from gradmap.selection import Selection, Step, Subject, select
-from gradmap.selectors import NOT_NESTED, SELECTORS
-from gradmap.selectors.influence import block_influences
-from gradmap.selectors.removal_loss import losses_without, losses_without_reference
-from gradmap.selectors.repair import RepairScorer
-from gradmap.selectors.weights import taylor_scores
-from gradmap.selectors.window import window_influences, window_influences_reference
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import Calibration, build_calibration
+from gradmap.methods.compensation import run_and_capture
+from gradmap.methods.least_squares import solve_ridge_reference
+from gradmap.methods.repair import RepairScorer
+from gradmap.methods.selection import Selection, Step, Subject, select
+from gradmap.methods.selectors import NOT_NESTED, SELECTORS
+from gradmap.methods.shortened_llama import taylor_scores
+from gradmap.methods.shortgpt import block_influences
+from gradmap.methods.sleb import losses_without, losses_without_reference
+from gradmap.methods.streamline import window_influences, window_influences_reference
+from gradmap.model.architectures import architecture_of, without_layers
+from gradmap.model.corrections import linear_output
+from gradmap.model.layerwise import LayerCall, sample_divergences_reference
+from gradmap.model.loading import load_model, load_tokenizer
+from gradmap.model.precision import computing_in
 from tests.command_line import gradmap
 from tests.conftest import BOOLQ, CORRECTABLE, LAYERS, VOCABULARY, perplexity_of_plan
 from tests.gradmap.test_prune import prune_arguments
@@ -193,7 +193,7 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(
     """Also in later rounds, which go on from what those before them left: a repair in front of
     which another layer may go (4), one in a layer that went itself (3, 2), and two in one layer (3,
     4)."""
-    monkeypatch.setattr("gradmap.selectors.racing.is_clearly_worse", lambda losses, best: False)
+    monkeypatch.setattr("gradmap.methods.racing.is_clearly_worse", lambda losses, best: False)
     pico = picos[family]
     subject = subject_of(pico, input_ids)
     model, calibration = pico.load(), subject.calibration
@@ -250,7 +250,7 @@ def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, mon
     measured = {}
     run = RepairScorer._try
     monkeypatch.setattr(
-        "gradmap.selectors.racing.CLEARLY", 0.3
+        "gradmap.methods.racing.CLEARLY", 0.3
     )  # layers of a random model are much alike
 
     def spy(self, layer, race):

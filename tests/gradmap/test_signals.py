@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 
-from gradmap.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
-from gradmap.files import atomic_directory
-from gradmap.parent_death import bound_to_us
-from gradmap.signals import Terminated, raising_signals
+from gradmap.common.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from gradmap.common.files import atomic_directory
+from gradmap.common.parent_death import bound_to_us
+from gradmap.common.signals import Terminated, raising_signals
 from serving.signals import Stop
 from tests.processes import ended
 
@@ -20,7 +20,7 @@ from tests.processes import ended
 COMMAND = """
 import sys, time; from pathlib import Path; import typer
 from gradmap.cli import run_app
-from gradmap.files import atomic_directory
+from gradmap.common.files import atomic_directory
 {imports}
 app = typer.Typer()
 @app.command()
@@ -88,7 +88,7 @@ def test_a_stage_gets_the_signal_and_is_waited_for(tmp_path):
         imports="import os", work="print(os.getpid(), flush=True); time.sleep(600)"
     )
     process, started = start(
-        tmp_path, STAGE.format(script=stage), "from gradmap.children import run_process"
+        tmp_path, STAGE.format(script=stage), "from gradmap.common.children import run_process"
     )
     assert (tmp_path / ".of_stage.lock").exists()
     process.terminate()
@@ -101,12 +101,12 @@ def test_a_stage_gets_the_signal_and_is_waited_for(tmp_path):
 def test_a_stage_of_a_killed_command_ends_and_the_next_run_removes_its_half_of_a_result(tmp_path):
     """What it had started ends with it; its partial directory and its lock stop nobody."""
     stage = COMMAND.format(
-        imports="import subprocess; from gradmap.children import run_process",
+        imports="import subprocess; from gradmap.common.children import run_process",
         work="run_process([sys.executable, '-c', 'import os, time; "
         "print(os.getpid(), os.getppid(), flush=True); time.sleep(600)'])",
     )
     process, started = start(
-        tmp_path, STAGE.format(script=stage), "from gradmap.children import run_process"
+        tmp_path, STAGE.format(script=stage), "from gradmap.common.children import run_process"
     )
     process.kill()
     process.communicate(timeout=60)
@@ -148,7 +148,7 @@ def test_what_a_command_runs_in_fresh_processes_ends_too(tmp_path, threads, end)
     )
     imports = (
         "import os; from concurrent.futures import ThreadPoolExecutor\n"
-        "from gradmap.children import ending_children, run_captured"
+        "from gradmap.common.children import ending_children, run_captured"
     )
     process, _ = start(
         tmp_path, pool if threads else f"print('ready', flush=True); {one}('0')", imports
@@ -175,7 +175,7 @@ def read_numbers(path):
 def test_what_a_killed_stage_left_is_killed():
     script = CHILD + "os.kill(os.getpid(), 9)"
     outer = (
-        "import sys; from gradmap.children import run_process\n"
+        "import sys; from gradmap.common.children import run_process\n"
         f"print(run_process([sys.executable, '-c', {script!r}])[0])"
     )
     finished = subprocess.run(

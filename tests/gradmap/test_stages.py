@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from gradmap import stages
-from gradmap.errors import StageError, UserError
-from gradmap.files import atomic_directory, write_text
-from gradmap.stages import STAGES_DIRECTORY, Stage, is_done, run_stage, stage_record
+from gradmap.common import stages
+from gradmap.common.errors import StageError, UserError
+from gradmap.common.files import atomic_directory, write_text
+from gradmap.common.stages import STAGES_DIRECTORY, Stage, is_done, run_stage, stage_record
 
 
 @pytest.fixture

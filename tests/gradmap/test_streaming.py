@@ -8,15 +8,20 @@ import threading
 import pytest
 import torch
 
-from gradmap.architectures import without_layers
-from gradmap.batching import Batches
-from gradmap.checkpoint import load_model, open_checkpoint
-from gradmap.costs import READS_PER_ROUND
-from gradmap.errors import UserError
-from gradmap.importance import layer_scores, layer_scores_reference, streamed_layer_scores
-from gradmap.safetensors_reader import list_tensors
-from gradmap.streaming import _TensorsOnDisk
-from gradmap.walk import Walk
+from gradmap.common.errors import UserError
+from gradmap.costs.steps import READS_PER_ROUND
+from gradmap.methods.gradmap.scores import (
+    layer_scores,
+    layer_scores_reference,
+    streamed_layer_scores,
+)
+from gradmap.model.architectures import without_layers
+from gradmap.model.batching import Batches
+from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.loading import load_model
+from gradmap.model.safetensors_reader import list_tensors
+from gradmap.model.streaming import _TensorsOnDisk
+from gradmap.model.walk import Walk
 from tests.command_line import gradmap
 from tests.conftest import LAYERS
 from tests.gradmap.test_prune import prune_arguments
@@ -81,7 +86,7 @@ def no_thread_is_left():
 
 def read_ahead(monkeypatch, ahead=True):
     """As for a GPU."""
-    monkeypatch.setattr("gradmap.streaming.reads_ahead", lambda device: ahead)
+    monkeypatch.setattr("gradmap.model.streaming.reads_ahead", lambda device: ahead)
 
 
 def test_the_next_layer_is_read_while_one_is_computed(
@@ -188,9 +193,9 @@ def test_a_streamed_plan_is_that_of_the_whole_model(picos, word_file, tmp_path, 
 
 
 def test_smollm2_is_scored_the_same_from_disk(smollm2):
-    from gradmap.architectures import architecture_of
-    from gradmap.calibration import build_calibration
-    from gradmap.checkpoint import load_tokenizer
+    from gradmap.data.calibration import build_calibration
+    from gradmap.model.architectures import architecture_of
+    from gradmap.model.loading import load_tokenizer
     from tests.conftest import BOOLQ
 
     ids = build_calibration(

@@ -9,9 +9,9 @@ import pytest
 import typer
 
 from gradmap.cli import run_app
-from gradmap.errors import EXIT_BUG, EXIT_USAGE, UserError
-from gradmap.text_specs import named_sources, source_files
-from gradmap.texts import read_joined, read_texts
+from gradmap.common.errors import EXIT_BUG, EXIT_USAGE, UserError
+from gradmap.data.text_specs import named_sources, source_files
+from gradmap.data.texts import read_joined, read_texts
 
 DOCUMENTS = ["first", "second", "third"]
 

@@ -2,8 +2,8 @@
 
 from threading import Event
 
-from gradmap import console
-from gradmap.heartbeat import Heartbeat
+from gradmap.common import console
+from gradmap.common.heartbeat import Heartbeat
 from loadtest import board
 from loadtest.board import LOAD, START, Ahead, Board
 from loadtest.loads import Load

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from loadtest import conversations
 from loadtest.conversations import RecordCount, first_exchange, read_conversations, read_documents
 

@@ -8,15 +8,15 @@ import pytest
 import typer
 
 from export.costs import ExportSize, export_bytes, export_seconds
-from gradmap.checkpoint import read_config
 from gradmap.cli import run_app
-from gradmap.costs import STARTING_S, Hardware
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.common.reading import read_json
+from gradmap.costs.speed import Disk
+from gradmap.costs.steps import STARTING_S, Hardware
 from gradmap.evaluation.costs import PAPER_TASKS, EvaluationSize, evaluation_seconds
 from gradmap.evaluation.tasks import PAPER_TASKS as TASK_NAMES
-from gradmap.reading import read_json
-from gradmap.shape import Shape
-from gradmap.speed import Disk
+from gradmap.model.checkpoint import read_config
+from gradmap.model.shape import Shape
 from loadtest import commands, estimates
 from loadtest.costs import CPU_SERVER, load_test_seconds
 from loadtest.estimates import Speeds, default_recipe, estimate_stages, load_test_settings, misfits

@@ -12,7 +12,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from loadtest import driving
 from loadtest.board import Board
 from loadtest.driving import BLOCK_TIMEOUT_S, Bench, run_load

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from gradmap.errors import UserError
-from gradmap.verdict import Verdict
+from gradmap.common.errors import UserError
+from gradmap.common.verdict import Verdict
 from loadtest.loads import Load
 from loadtest.metrics import describe, measure, output_throughput, summarise_load
 from loadtest.outcome import Facts, Gate, build_report

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from gradmap.cli import build_app
-from gradmap.errors import UserError
-from gradmap.files import sha256_json, write_json, write_text
-from gradmap.fingerprints import fingerprint
-from gradmap.stages import STAGES_DIRECTORY, is_done, stage_key
-from gradmap.verdict import EXIT_CODES, Verdict
+from gradmap.common.errors import UserError
+from gradmap.common.files import sha256_json, write_json, write_text
+from gradmap.common.fingerprints import fingerprint
+from gradmap.common.stages import STAGES_DIRECTORY, is_done, stage_key
+from gradmap.common.verdict import EXIT_CODES, Verdict
 from loadtest import pipeline
 from loadtest.outcome import write_all
 from loadtest.pipeline import judge_as_asked, plan_run, plan_stages, run_recipe

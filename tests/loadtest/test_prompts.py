@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gradmap.checkpoint import load_tokenizer
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.model.loading import load_tokenizer
 from loadtest.conversations import RecordCount
 from loadtest.loads import Load
 from loadtest.prompts import Prompt, RandomPrompts, TextPrompts, Workload

@@ -7,7 +7,7 @@ from itertools import count, cycle
 
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from loadtest import counters
 from loadtest.counters import Counter, read_counter, tokens_since
 from loadtest.endpoints import Endpoint, find_endpoints

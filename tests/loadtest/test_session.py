@@ -13,7 +13,7 @@ from itertools import pairwise
 import pyarrow.parquet
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from loadtest import loads, session
 from loadtest.loads import (
     ARRIVALS,

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from gradmap.errors import UserError
-from gradmap.verdict import Verdict
+from gradmap.common.errors import UserError
+from gradmap.common.verdict import Verdict
 from loadtest.metrics import measure, summarise_load
 from loadtest.outcome import Gate, build_report, read_report
 from loadtest.records import (

@@ -6,7 +6,7 @@ import sys
 import psutil
 import pytest
 
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.common.errors import OutOfMemoryError, UserError
 from loadtest import driving, session
 from loadtest.loads import Load
 from loadtest.prompts import Workload

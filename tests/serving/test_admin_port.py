@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from serving import admin_port
 from serving.admin_port import serving_admin
 from serving.ports import free_port

@@ -16,8 +16,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from export.vllm_file import vllm_arguments
-from gradmap.errors import UserError
-from gradmap.files import sha256_file
+from gradmap.common.errors import UserError
+from gradmap.common.files import sha256_file
 from serving.chat import has_chat_template
 from serving.cli import split_arguments
 from serving.guard import Guard, guard_environment
@@ -169,10 +169,12 @@ def test_vllm_gets_no_more_cores_than_a_container_s_quota(monkeypatch, tmp_path)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {7, 3, 5})
     for quota, cores in ((2, "3,5"), (3, None)):
-        monkeypatch.setattr("gradmap.vllm_environment.usable_cores", lambda quota=quota: quota)
+        monkeypatch.setattr(
+            "gradmap.runtimes.vllm_environment.usable_cores", lambda quota=quota: quota
+        )
         environment = server_environment(ServerSettings(tmp_path))
         assert environment.get("VLLM_CPU_OMP_THREADS_BIND") == cores
-    monkeypatch.setattr("gradmap.vllm_environment.usable_cores", lambda: 2)
+    monkeypatch.setattr("gradmap.runtimes.vllm_environment.usable_cores", lambda: 2)
     parallel = ServerSettings(tmp_path, vllm_flags=("-tp", "2"))  # vLLM wants cores for each of two
     assert "VLLM_CPU_OMP_THREADS_BIND" not in server_environment(parallel)
 

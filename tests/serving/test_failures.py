@@ -8,7 +8,7 @@ import psutil
 import pytest
 from starlette.testclient import TestClient
 
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.common.errors import OutOfMemoryError, UserError
 from serving import launch as launching
 from serving import supervisor
 from serving.admin import Admin

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from serving import machine
 from serving.identity import Identity, Trust
 from serving.launch import Launch, run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from serving import log_file
 from serving.log import Log
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import typer
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from serving import launch as launching
 from serving import ports
 from serving.cli import serve

@@ -11,7 +11,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from gradmap.errors import OutOfMemoryError, UserError
+from gradmap.common.errors import OutOfMemoryError, UserError
 from serving import server
 from serving.log import Log
 from serving.ports import free_port

@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from gradmap.errors import UserError
-from gradmap.heartbeat import Heartbeat
+from gradmap.common.errors import UserError
+from gradmap.common.heartbeat import Heartbeat
 from serving import server, supervisor
 from serving.identity import Identity, Trust
 from serving.launch import run

@@ -5,6 +5,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from gradmap.common.verdict import Verdict, worst
 from gradmap.evaluation.comparison import (
     DRAWS,
     LEAST_FOR_A_VERDICT,
@@ -18,7 +19,6 @@ from gradmap.evaluation.comparison import (
     resampled_means_reference,
 )
 from gradmap.evaluation.perplexity import Estimate
-from gradmap.verdict import Verdict, worst
 
 
 def outcomes(both, only_dense, only_pruned, neither):

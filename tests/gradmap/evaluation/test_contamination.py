@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
+from gradmap.common.files import ARTIFACT_FILE
 from gradmap.evaluation.contamination import GRAM_TOKENS, overlapping_segments
-from gradmap.files import ARTIFACT_FILE
-from gradmap.plan import load_calibration_ids, load_plan
+from gradmap.pruning.plan import load_calibration_ids, load_plan
 from tests.command_line import gradmap
 from tests.gradmap.test_prune import prune_arguments
 

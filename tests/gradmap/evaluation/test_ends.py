@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.common.reading import read_json
 from gradmap.evaluation.ends import end_tokens, until_end
 from gradmap.evaluation.subjects import Where, find_subjects
-from gradmap.reading import read_json
 
 PROMPT = [5, 6, 7]
 

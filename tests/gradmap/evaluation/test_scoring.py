@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from gradmap.calibration import build_segments
-from gradmap.checkpoint import load_tokenizer
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
+from gradmap.data.calibration import build_segments
 from gradmap.evaluation.backends import Request, Score
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
 from gradmap.evaluation.scoring import CHUNK_REQUESTS, Scorer
 from gradmap.evaluation.transformers_backend import TransformersBackend, score_reference
-from gradmap.layerwise import sample_losses
+from gradmap.model.layerwise import sample_losses
+from gradmap.model.loading import load_tokenizer
 from tests.conftest import BOS, VOCABULARY
 
 # Of a float64 log likelihood: products of at most 40 terms in 5 layers, over the batch in another

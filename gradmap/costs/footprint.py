@@ -1,0 +1,71 @@
+"""What pruning holds in memory by arithmetic, as gradmap.costs.steps is what it multiplies. torch
+is not needed."""
+
+from __future__ import annotations
+
+from gradmap.costs.steps import (
+    BF16_BYTES,
+    DEFAULT_SIZE,
+    STEP_SAMPLES,
+    CalibrationSize,
+    Hardware,
+    Pruning,
+)
+from gradmap.model.shape import Shape
+
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
+# What a selection by repairs holds in every layer, in hidden states. Of a token that it fits on:
+# what the dense model gives, and what enters and is added now. Of one that it measures on: the last
+# two, and again behind the layer that leads and behind the one that is tried, which are half of the
+# layers each.
+FIT_STATES, MEASURE_STATES = 3, 4
+# Numbers that training keeps of a token in each layer for its backward pass, over the widths of the
+# layer's maps.
+KEPT_WIDTHS = 2
+# Python, torch, transformers and what they keep, as measured.
+RUNTIME_BYTES = 0.8e9
+
+
+def model_bytes(shape: Shape, hardware: Hardware) -> float:
+    """Of the weights in memory. A head that is multiplied in another dtype parts from its
+    embedding."""
+    shared = shape.tied and hardware.weight_bytes == hardware.state_bytes
+    of_token = hardware.state_bytes + (0 if shared else hardware.weight_bytes)
+    return (
+        shape.layers * shape.layer_parameters * hardware.weight_bytes
+        + shape.head_parameters * of_token
+    )
+
+
+def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """The peak of `gradmap prune`: what a selection by repairs keeps of its samples, or what
+    training keeps for its backward pass, and a refit."""
+    size, states = pruning.size, shape.layers * shape.width * hardware.state_bytes
+    select = (
+        FIT_STATES * size.select_fit_tokens + MEASURE_STATES * size.select_measure_tokens
+    ) * states
+    widths = KEPT_WIDTHS * (shape.map_inputs + shape.map_outputs)
+    trained = STEP_SAMPLES * size.tokens * (shape.layers - pruning.remove) * widths
+    needed = [
+        select if pruning.selector == "repair" else 0.0,
+        trained * FLOAT32_BYTES if pruning.compensator == "distil" else 0.0,
+        repair_bytes(shape)
+        if pruning.compensator in ("distil", "refit") and not shape.experts
+        else 0.0,
+    ]
+    return RUNTIME_BYTES + model_bytes(shape, hardware) + max(needed)
+
+
+def repair_bytes(shape: Shape) -> float:
+    """A refit while it is solved. Of the down projection's inputs, k x k: the Gram matrix, the same
+    regularised, its factor, and the copy of it that torch solves with; d x k: what is missing by
+    inputs, a copy, the solution."""
+    return (4 * shape.inner**2 + 3 * shape.width * shape.inner) * FLOAT64_BYTES
+
+
+def streamed_bytes(shape: Shape, size: CalibrationSize = DEFAULT_SIZE) -> float:
+    """One layer, and the hidden states between all layers. With a GPU this is of the CPU's memory,
+    and the layer is the next one: that which runs is on the GPU."""
+    return BF16_BYTES * (
+        shape.layer_parameters + (shape.layers + 1) * size.all_tokens * shape.width
+    )

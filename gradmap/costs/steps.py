@@ -1,0 +1,370 @@
+"""What pruning costs by arithmetic: FLOPs of each stage, and what they make of seconds on given
+hardware.
+
+docs/scaling.md has the numbers from 1B to 405B (python -m benchmarks.scaling) and holds them
+against measurements; `gradmap doctor` takes the hardware that it measured. Nothing is measured
+here, and torch is not needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from gradmap.model.shape import Shape
+
+BF16_BYTES = 2
+# What follows is a choice of other modules, which import torch; a test compares.
+# gradmap.data.calibration: the share of the samples that is held out.
+HELD_OUT_FRACTION = 0.25
+# gradmap.methods.repair: tokens that a selection fits and measures on.
+SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
+# gradmap.methods.distil: samples that the dense model writes for each that is fitted on, and
+# how many at once; the rank of what is trained, and samples of a step; tokens that a closed form is
+# fitted on, for each input of a map.
+WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES, TOKENS_PER_INPUT = 2, 64, 16, 4, 8
+# Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are
+# tried in each.
+TRIED_IN_LATER_ROUNDS = 2.7
+# Likewise, so many lambdas are tried in each fit.
+LAMBDAS = 3
+# Of the samples to measure on, that a layer which is tried sees before the race is decided: what
+# meets the FLOPs that were counted (SmolLM2 without 8 layers). It is a third in the first round;
+# later, more are tried on few samples each.
+MEASURED_SHARE = 0.72
+# Of a checkpoint that is streamed from disk, in each round of gradient scores: forward and
+# backward.
+READS_PER_ROUND = 2
+# To start Python and import torch and transformers: 8 to 10 s of one core of an EPYC.
+STARTING_S = 10.0
+# A layer in transformers for one token, however small it is: SmolLM2's 22 take 44 ms
+# (benchmarks.generation).
+LAYER_CALL_S = 0.002
+# Of the peak, that products of this size reach in practice; an assumption.
+EFFICIENCY = 0.4
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """So many samples of so many tokens, and what the stages make of them."""
+
+    samples: int = 128
+    tokens: int = 128
+
+    @property
+    def all_tokens(self) -> int:
+        return self.samples * self.tokens
+
+    @property
+    def held_out(self) -> int:
+        return max(1, round(self.samples * HELD_OUT_FRACTION))
+
+    @property
+    def fit(self) -> int:
+        return self.samples - self.held_out
+
+    @property
+    def fit_tokens(self) -> int:
+        return self.fit * self.tokens
+
+    @property
+    def held_out_tokens(self) -> int:
+        return self.held_out * self.tokens
+
+    def lacking(self, inputs: float) -> int:
+        """Samples that `distil` fits on beside these, where a map has so many inputs."""
+        return max(0, math.ceil(TOKENS_PER_INPUT * inputs / self.tokens) - self.fit)
+
+    def written(self, inputs: float) -> int:
+        return max(WRITTEN_PER_SAMPLE * self.fit, self.lacking(inputs))
+
+    @property
+    def select_fit_tokens(self) -> int:
+        return min(self.fit, max(1, SELECT_FIT_TOKENS // self.tokens)) * self.tokens
+
+    @property
+    def select_measure_tokens(self) -> int:
+        return min(self.held_out, max(1, SELECT_MEASURE_TOKENS // self.tokens)) * self.tokens
+
+
+DEFAULT_SIZE = CalibrationSize()
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """FLOP/s, bytes/s and bytes of memory of one device, and how many there are.
+
+    efficiency: the share of the FLOP/s that a model reaches; single_token_share: of these, that is
+    left where WRITTEN_TOGETHER samples pass a token at a time. head_cost: see Shape. weight_bytes:
+    of a weight as products read it; state_bytes: of a number in the hidden state, and of an
+    embedding.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    devices: int = 1
+    efficiency: float = EFFICIENCY
+    single_token_share: float = 1.0
+    head_cost: float = 1.0
+    weight_bytes: int = BF16_BYTES
+    state_bytes: int = BF16_BYTES
+
+    @property
+    def sustained_flops(self) -> float:
+        return self.efficiency * self.flops * self.devices
+
+    @property
+    def all_bandwidth(self) -> float:
+        return self.bandwidth * self.devices
+
+    def sees(self, shape: Shape) -> Shape:
+        """The shape with what its head costs here."""
+        return replace(shape, head_cost=self.head_cost)
+
+
+def score_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
+    """GradMAP's stage 1: in each round the forward pass, the gradients of all activations, which
+    cost as much, and the products of the gradient norms."""
+    left = _mean_left(shape, rounds)
+    return (
+        rounds
+        * size.all_tokens
+        * (2 * shape.forward_flops(left) + gradient_norm_flops(shape, left, size.tokens))
+    )
+
+
+def gradient_norm_flops(shape: Shape, layers: float, tokens: int) -> float:
+    """Of one token: two Gram matrices (T x T) for every linear map; maps that share an input share
+    its own."""
+    inputs = 2 * shape.width + shape.attention_width + shape.inner
+    return 2 * tokens * layers * (inputs + shape.map_outputs)
+
+
+def sleb_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
+    """Every candidate from where it is left out on: half of the layers on average."""
+    tried = [shape.layers - removed for removed in range(rounds)]
+    return size.all_tokens * sum(left * shape.forward_flops(left / 2) for left in tried)
+
+
+def influence_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
+    """Block influence: one pass through the layers in each round."""
+    return rounds * size.all_tokens * shape.layer_flops(_mean_left(shape, rounds))
+
+
+def taylor_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
+    """Forward, and backward for activations and for weights."""
+    return 3 * rounds * size.all_tokens * shape.forward_flops(_mean_left(shape, rounds))
+
+
+def selection_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
+    """`--selector repair`: all samples pass the dense model once; after a removal, those to fit on
+    pass what is behind it; and of those to measure on, a share passes what is behind each layer
+    that is tried. The first is not, so that this is half of the others on average, and two output
+    layers. A trial begins with a fit (d x d), of which the sums are counted."""
+    fitted, measured = size.select_fit_tokens, size.select_measure_tokens
+    fit = (4 * fitted + 2 * MEASURED_SHARE * measured) * shape.width**2
+    total = fitted * shape.layer_flops(shape.layers)
+    total += measured * (shape.forward_flops(shape.layers) + shape.head_flops)
+    for removed in range(rounds):
+        left = shape.layers - removed
+        tried = left - 1 if removed == 0 else TRIED_IN_LATER_ROUNDS
+        measuring = shape.forward_flops((left - 2) / 2) + shape.head_flops
+        total += tried * (fit + MEASURED_SHARE * measured * measuring)
+        if removed > 0:
+            total += fitted * shape.layer_flops((left - 1) / 2)
+    return total
+
+
+def _mean_left(shape: Shape, rounds: int) -> float:
+    """How many layers a round finds, on average."""
+    return shape.layers - (rounds - 1) / 2
+
+
+def fits_flops(
+    shape: Shape,
+    remove: int,
+    runs: int,
+    features: float,
+    size: CalibrationSize = DEFAULT_SIZE,
+    more: int = 0,
+) -> float:
+    """A fit before each run of removed layers. Of all runs together, the dense model is walked
+    through to its end, by all samples, and the pruned one to the last of them; a layer that is
+    fitted runs once more; and each lambda is tried on what is behind it, half of what is left.
+
+    features: what is fitted from, d (W') or k (the down projection itself). more: samples that the
+    dense model wrote. Solutions are left out.
+    """
+    fit_tokens = size.fit_tokens + more * size.tokens
+    left = shape.layers - remove
+    last = left * runs / (runs + 1)  # as far as the last of so many places reaches on average
+    walks = fit_tokens * shape.layer_flops(shape.layers + last + runs)
+    walks += size.held_out_tokens * shape.layer_flops(shape.layers + last)
+    trials = (
+        (1 + runs * LAMBDAS)
+        * size.held_out_tokens
+        * (shape.forward_flops(left / 2) + shape.head_flops)
+    )
+    return walks + trials + runs * fit_tokens * 2 * features * (features + shape.width)
+
+
+def refit_flops(
+    shape: Shape, remove: int, runs: int, size: CalibrationSize = DEFAULT_SIZE
+) -> float:
+    return fits_flops(shape, remove, runs, shape.inner, size)
+
+
+def distil_inputs(shape: Shape, correctable: bool = True) -> float:
+    """Of the maps that `distil` fits: of experts, which are too many to refit, what they give is
+    fitted on."""
+    if not correctable:
+        return 0.0
+    return shape.width if shape.experts else shape.inner
+
+
+def training_flops(
+    shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True
+) -> float:
+    """`distil` after that: the dense model's logits, whose hidden states are known; the pruned
+    model forward and, through its activations, backward; the low-rank corrections of every map
+    likewise, and their own gradients; in the end the held-out divergence."""
+    left = shape.layers - remove
+    pruned = shape.forward_flops(left)
+    corrections = 3 * 2 * RANK * left * (shape.map_inputs + shape.map_outputs)
+    lessons = (size.fit + size.written(distil_inputs(shape, correctable))) * size.tokens
+    return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * (
+        pruned + shape.head_flops
+    )
+
+
+def writing_seconds(
+    shape: Shape, hardware: Hardware, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True
+) -> float:
+    """What the dense model writes, a token of some samples at a time."""
+    steps = size.tokens * size.written(distil_inputs(shape, correctable)) / WRITTEN_TOGETHER
+    return steps * token_seconds(shape, hardware, WRITTEN_TOGETHER)
+
+
+def token_seconds(
+    shape: Shape, hardware: Hardware, streams: int = 1, layers: float | None = None
+) -> float:
+    """Of the next token of some streams together: by weights that are read, or by FLOPs."""
+    layers = shape.layers if layers is None else layers
+    read_s = hardware.weight_bytes * shape.read_parameters(layers, streams) / hardware.all_bandwidth
+    flops = hardware.single_token_share * hardware.sustained_flops
+    return max(read_s, streams * shape.forward_flops(layers) / flops)
+
+
+def generation_seconds(
+    shape: Shape, hardware: Hardware, tokens: int, streams: int, layers: float
+) -> float:
+    """In transformers, where no layer takes less than its Python."""
+    return tokens * max(token_seconds(shape, hardware, streams, layers), LAYER_CALL_S * layers)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `gradmap prune` is asked for."""
+
+    remove: int
+    selector: str = "repair"
+    compensator: str = "distil"
+    size: CalibrationSize = DEFAULT_SIZE
+    one_shot: bool = False
+    correctable: bool = True  # whether down projections have a closed form
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.one_shot else self.remove
+
+    @property
+    def runs(self) -> int:
+        """If every second removed layer begins a run."""
+        return max(1, self.remove // 2)
+
+
+SELECTORS: Mapping[str, Callable[[Shape, int, CalibrationSize], float]] = {
+    "repair": selection_flops,
+    "gradient": score_flops,
+    "sleb": sleb_flops,
+    "block-influence": influence_flops,
+    "window": lambda shape, rounds, size: influence_flops(shape, 1, size),
+    "taylor": taylor_flops,
+    **dict.fromkeys(
+        ("magnitude", "random", "manual", "mka-as-released"), lambda shape, rounds, size: 0.0
+    ),
+}
+
+
+def select_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float | None:
+    """None for a selector whose costs are not known here."""
+    flops = SELECTORS.get(pruning.selector)
+    return (
+        None
+        if flops is None
+        else flops(hardware.sees(shape), pruning.rounds, pruning.size) / hardware.sustained_flops
+    )
+
+
+def repair_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float | None:
+    """None for a compensator whose costs are not known here."""
+    shape = hardware.sees(shape)
+    remove, runs, size = pruning.remove, pruning.runs, pruning.size
+    inputs = distil_inputs(shape, pruning.correctable)
+
+    def fits(features: float, more: int = 0) -> float:
+        return fits_flops(shape, remove, runs, features, size, more) if pruning.correctable else 0.0
+
+    drift = size.fit_tokens * shape.layer_flops(2 * shape.layers - remove)
+    flops = {
+        "none": 0.0,
+        "refit": fits(shape.inner),
+        "sequential": fits(shape.width),
+        "distil": fits(inputs, size.lacking(inputs))
+        + training_flops(shape, remove, size, pruning.correctable),
+        "projection": drift + fits_flops(shape, remove, 1, shape.width, size),
+    }.get(pruning.compensator)
+    if flops is None:
+        return None
+    written_s = (
+        writing_seconds(shape, hardware, size, pruning.correctable)
+        if pruning.compensator == "distil"
+        else 0.0
+    )
+    return flops / hardware.sustained_flops + written_s
+
+
+def streaming_seconds(
+    shape: Shape, hardware: Hardware, pruning: Pruning, disk_bytes_per_s: float
+) -> float:
+    """To read the checkpoint again and again: twice in each round of gradient scores (others read
+    it for every few samples, which is not counted); for repairs, once for either model, and half of
+    it for each lambda of each run."""
+    reads = float(READS_PER_ROUND * pruning.rounds)
+    if pruning.compensator != "none":
+        reads += 2 + pruning.runs * LAMBDAS / 2
+    return reads * hardware.weight_bytes * shape.parameters(shape.layers) / disk_bytes_per_s
+
+
+def score_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
+    return score_flops(shape, remove) / hardware.sustained_flops
+
+
+def default_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
+    """Of the default's selection and repair."""
+    pruning = Pruning(remove)
+    parts = select_seconds(shape, hardware, pruning), repair_seconds(shape, hardware, pruning)
+    return math.fsum(part for part in parts if part is not None)
+
+
+def decode_speed_up(shape: Shape, remove: int) -> float:
+    """Of one stream: the bytes of weights that a token reads. A tied head is read once, an untied
+    embedding hardly."""
+    return shape.read_parameters(shape.layers) / shape.read_parameters(shape.layers - remove)
+
+
+def prefill_speed_up(shape: Shape, remove: int) -> float:
+    return shape.forward_flops(shape.layers) / shape.forward_flops(shape.layers - remove)

@@ -1,0 +1,311 @@
+"""Low-rank corrections of every linear map that is left, trained to predict what the dense model
+does.
+
+The loss is the cross-entropy between the two next-token distributions (Hinton et al. 2015, arXiv
+1503.02531), the trained matrices are LoRA's (Hu et al. 2021, arXiv 2106.09685). They fold into the
+weights like any other correction, and a plan stays as small as its rank. What was fitted in closed
+form comes first: training starts where it ends. A calibration set is too small to train on again
+and again, or to fit wide maps on at all; the dense model itself writes what else is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmap.common.console import progress
+from gradmap.common.distributed import (
+    gathered,
+    say_if_some_are_idle,
+    share_of,
+    share_of_step,
+    sum_gradients,
+)
+from gradmap.data.calibration import with_bos, without_bos
+from gradmap.methods.compensation import Compensation, Correction, Pruned
+from gradmap.methods.ridge import TOKENS_PER_INPUT, Walks, fitted_inputs
+from gradmap.methods.sequential import fit_before_runs
+from gradmap.model.architectures import Architecture
+from gradmap.model.batching import Batches, logits_batch, states_batch
+from gradmap.model.corrections import (
+    LowRank,
+    followed_by,
+    linear_maps,
+    pruned_and_corrected,
+    untrained_low_rank,
+)
+from gradmap.model.layerwise import capturing, logits_from, run_layers
+
+RANK = 16
+LEARNING_RATE = 1e-3
+STEP_SAMPLES = 4
+# Of texts that the dense model writes: how many for each calibration sample at least, how many
+# tokens they begin with, and how many a CPU writes at once.
+WRITTEN_PER_SAMPLE = 2
+PROMPT_TOKENS = 4
+WRITTEN_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Samples (N, T) to train on, and what the dense model makes of them: the output of its last
+    layer, (N, T, d), for its logits would be far larger."""
+
+    input_ids: Tensor
+    outputs: Tensor
+
+    def followed_by(self, others: Lessons) -> Lessons:
+        outputs = others.outputs.to(self.outputs.device)
+        return Lessons(
+            torch.cat([self.input_ids, others.input_ids]), torch.cat([self.outputs, outputs])
+        )
+
+    def behind(self, samples: int) -> Lessons:
+        """Without the first of them."""
+        return Lessons(self.input_ids[samples:], self.outputs[samples:])
+
+
+def distil(pruned: Pruned) -> Compensation:
+    """Repairs before every run in closed form, where that can be done, and then trains."""
+    written, lacking = written_by_dense(pruned), samples_lacking(pruned)
+    calibration = pruned.calibration.fitted_also_on(written.input_ids[:lacking])
+    pruned = replace(pruned, calibration=calibration)
+    walks = Walks.start(pruned)
+    kind = _closed_form_kind(pruned)
+    closed_form = Compensation() if kind is None else fit_before_runs(pruned, kind, walks)
+    known = Lessons(calibration.fit_ids, gathered(walks.dense.finish({}), len(calibration.fit_ids)))
+    trained = train_low_rank(pruned, closed_form, known.followed_by(written.behind(lacking)))
+    return Compensation((*closed_form.corrections, *trained))
+
+
+def samples_lacking(pruned: Pruned) -> int:
+    """How many samples the closed form lacks, with which the dense model helps out."""
+    kind = _closed_form_kind(pruned)
+    if kind is None:
+        return 0
+    count, length = pruned.calibration.fit_ids.shape
+    return max(0, math.ceil(TOKENS_PER_INPUT * fitted_inputs(pruned, kind) / length) - count)
+
+
+def _closed_form_kind(pruned: Pruned) -> str | None:
+    """Of a Fit; None where there is no closed form."""
+    if pruned.architecture.uncorrectable is not None:
+        return None
+    return (
+        "refit" if pruned.architecture.expert_down_projections is None else "left"
+    )  # experts are too many to refit
+
+
+def train_low_rank(
+    pruned: Pruned, so_far: Compensation, lessons: Lessons
+) -> tuple[Correction, ...]:
+    """Corrections on top of those so far, from one pass over the lessons."""
+    generator = torch.Generator().manual_seed(pruned.calibration.seed)
+    maps = linear_maps(pruned.architecture, pruned.model, pruned.kept)
+    factors = [(place, untrained_low_rank(module, RANK, generator)) for place, module in maps]
+    parameters = [tensor for _, factor in factors for tensor in (factor.down, factor.up)]
+    together = followed_by(so_far.changes, factors)
+    goal = lessons.outputs
+    samples = lessons.input_ids.to(goal.device)
+    order = torch.randperm(len(samples), generator=generator).to(goal.device)
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, math.ceil(len(samples) / STEP_SAMPLES)
+    )
+    batches = Batches(STEP_SAMPLES)
+    say_if_some_are_idle(STEP_SAMPLES)
+    with (
+        progress("Distilling (samples)", len(samples)) as advance,
+        pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, together),
+    ):
+        for rows in order.split(STEP_SAMPLES):
+            _take_step(pruned, Lessons(samples[rows], goal[rows]), parameters, optimizer, batches)
+            schedule.step()
+            advance(len(rows))
+    return pruned.judge(
+        [(place, _trained(factor)) for place, factor in factors],
+        so_far.changes,
+        so_far.held_out_divergence,
+    )
+
+
+def written_by_dense(pruned: Pruned) -> Lessons:
+    """Samples (N, T) that begin with a few tokens from the calibration samples to fit on, and go on
+    as the dense model would (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888).
+
+    Up to rounding the same on every device and for any number of processes, which write a share
+    each. Rounding may turn a token into another, and the text goes on from there.
+    """
+    known, seed = pruned.calibration.fit_ids, pruned.calibration.seed
+    count = max(WRITTEN_PER_SAMPLE * len(known), samples_lacking(pruned))
+    drawn = draw_prompts(known, pruned.calibration.bos, count, seed)
+    length = drawn.shape[1]
+    prompts, _ = share_of(drawn)
+    numbers, _ = share_of(uniform_numbers(count, known.shape[1] - length, seed))
+    parts: list[Lessons] = []
+    with progress("The dense model writes (tokens)", len(prompts) * known.shape[1]) as advance:
+
+        def write_batch(batch: slice) -> None:
+            parts.append(
+                write_on(pruned.model, pruned.architecture, prompts[batch], numbers[batch])
+            )
+            advance(parts[-1].input_ids.numel())
+
+        Batches(_written_together(pruned.model, prompts, known.shape[1])).run(
+            len(prompts), write_batch
+        )
+    return Lessons(
+        gathered(torch.cat([part.input_ids for part in parts]), count),
+        gathered(torch.cat([part.outputs for part in parts]), count),
+    )
+
+
+def uniform_numbers(count: int, tokens: int, seed: int) -> Tensor:
+    """From 0 to 1, one for every token of so many texts that is drawn: (count, tokens) float64.
+
+    In the CPU's memory, wherever the model is: generators of other devices give other numbers. What
+    a CPU writes at once has a seed of its own.
+    """
+    parts: list[Tensor] = []
+    for number, start in enumerate(range(0, count, WRITTEN_TOGETHER)):
+        generator = torch.Generator().manual_seed(seed + number)
+        shape = tokens, min(WRITTEN_TOGETHER, count - start)
+        parts.append(torch.rand(shape, dtype=torch.float64, generator=generator).mT)
+    return torch.cat(parts)
+
+
+def draw_prompts(known: Tensor, bos: int | None, count: int, seed: int) -> Tensor:
+    """PROMPT_TOKENS tokens from random places of random samples (N, T); before them the BOS token,
+    where samples begin with it: (count, PROMPT_TOKENS or one more)."""
+    texts = without_bos(known, bos)
+    length = min(PROMPT_TOKENS, texts.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(texts), (count, 1), generator=generator)
+    starts = torch.randint(texts.shape[1] - length + 1, (count, 1), generator=generator)
+    return with_bos(texts[rows, starts + torch.arange(length)], bos)
+
+
+@torch.no_grad()
+def _written_together(model: Any, prompts: Tensor, length: int) -> int:
+    """How many prompts (N, P) are continued at once to so many tokens. A GPU takes as long for a
+    few as for many, so there it is as many as have room for their KV cache."""
+    if model.device.type == "cpu":
+        return WRITTEN_TOGETHER
+    cache = model(
+        input_ids=prompts[:1].to(model.device), use_cache=True, logits_to_keep=1
+    ).past_key_values
+    of_prompt = sum(
+        states.nbytes for layer in cache.layers for states in (layer.keys, layer.values)
+    )
+    return states_batch(of_prompt * length // prompts.shape[1], model.device)
+
+
+@torch.no_grad()
+def write_on(model: Any, architecture: Architecture, prompts: Tensor, numbers: Tensor) -> Lessons:
+    """Continues each prompt (B, P) by a token for each of its `numbers` (B, n), which is drawn by
+    that number from the model's whole next-token distribution.
+
+    Unlike transformers' own sampling, whatever the model's generation config says: what is wanted
+    is its knowledge.
+    """
+    ids = entering = prompts.to(model.device, non_blocking=True)
+    numbers = numbers.to(model.device, non_blocking=True)
+    last_layer = architecture.layer_list(model)[-1]
+    outputs: list[Tensor] = []
+    cache: Any = None
+    while True:
+        with capturing([last_layer]) as captured:
+            output = model(
+                input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+        outputs.append(captured[last_layer][1])
+        if len(outputs) > numbers.shape[1]:
+            return Lessons(ids.cpu(), torch.cat(outputs, dim=1))
+        logits, cache = output.logits[:, -1], output.past_key_values
+        # drawn where the logits are: to hand them to the CPU takes as long as the model does
+        number = numbers[:, len(outputs) - 1, None].to(logits.device)
+        entering = draw_tokens(logits, number).to(ids.device)
+        ids = torch.cat([ids, entering], dim=1)
+
+
+def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:
+    """One token (B, 1) from each distribution (B, V): the first whose cumulative probability
+    exceeds the number between 0 and 1, (B, 1) float64.
+
+    torch.multinomial draws a number for every token of the vocabulary, which takes a CPU as long as
+    the model does.
+    """
+    chances = (logits.double() - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    return torch.searchsorted(chances, numbers * chances[:, -1:], right=True).clamp(
+        max=chances.shape[1] - 1
+    )
+
+
+def distillation_gradients(
+    model: Any, layers: nn.ModuleList, hidden: Tensor, goal: Tensor, input_ids: Tensor
+) -> Tensor:
+    """dL/d hidden (B, T, d) of the last layer's output, where L is the mean over positions of the
+    cross-entropy between the next-token distributions that follow from `goal` (B, T, d) and from
+    `hidden`. A few samples at a time."""
+    together = logits_batch(input_ids.shape[1], model.config.vocab_size, hidden.device)
+    gradients: list[Tensor] = []
+    for start in range(0, len(hidden), together):
+        part = slice(start, start + together)
+        leaf = hidden[part].detach().requires_grad_(True)
+        with torch.no_grad():
+            wanted = (
+                logits_from(model, layers, goal[part], input_ids[part])
+                .flatten(end_dim=1)
+                .float()
+                .softmax(dim=-1)
+            )
+        logits = logits_from(model, layers, leaf, input_ids[part]).flatten(end_dim=1).float()
+        loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / hidden[..., 0].numel()
+        gradients += torch.autograd.grad(loss, leaf)
+    return torch.cat(gradients)
+
+
+def _take_step(
+    pruned: Pruned,
+    lessons: Lessons,
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+) -> None:
+    """Of the pruned model as it is now, that is with what is trained on hooks."""
+    device, samples = pruned.model.device, len(lessons.input_ids)
+    ids, goal = (
+        share_of_step(tensor).to(device) for tensor in (lessons.input_ids, lessons.outputs)
+    )
+    optimizer.zero_grad()
+
+    def add_gradients(batch: slice) -> None:
+        gradients = _gradients(pruned, ids[batch], goal[batch], samples, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    batches.run(len(ids), add_gradients)
+    sum_gradients(parameters)
+    optimizer.step()
+
+
+def _gradients(
+    pruned: Pruned, ids: Tensor, goal: Tensor, samples: int, parameters: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of these samples' part of the mean over `samples`: all of them or, where memory runs out,
+    none. None for experts that were idle."""
+    layers = pruned.architecture.layer_list(pruned.model)
+    hidden = run_layers(pruned.model, layers, ids)
+    at_the_end = distillation_gradients(pruned.model, layers, hidden, goal, ids)
+    return torch.autograd.grad(
+        hidden, parameters, at_the_end * (len(ids) / samples), allow_unused=True
+    )
+
+
+def _trained(factor: LowRank) -> LowRank:
+    return LowRank(factor.down.detach(), factor.up.detach())

@@ -1,0 +1,177 @@
+"""GradMAP's stage 2 as it was published: W' trained by Adam (Table 8). For reproduction; the closed
+form is exact.
+
+Also for maps that the layer's output does not follow linearly, which have no closed form (the
+ablation of Table 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gradmap.common.console import progress
+from gradmap.common.errors import UserError
+from gradmap.common.processes import process_count
+from gradmap.methods.compensation import (
+    Compensation,
+    Correction,
+    Pruned,
+    correct_in_turn,
+    run_and_capture,
+)
+from gradmap.methods.gradmap.projection import mean_drift, most_drifted
+from gradmap.methods.least_squares import widened
+from gradmap.methods.ridge import REGULARISATION, Fit, all_features, down_projection_weight
+from gradmap.model.architectures import without_layers
+from gradmap.model.corrections import (
+    Change,
+    Changes,
+    Place,
+    Projection,
+    Update,
+    corrected,
+    followed_by,
+    linear_maps,
+    pruned_and_corrected,
+    weight_of,
+)
+from gradmap.model.layerwise import record_layer_calls
+
+LEARNING_RATE = 1e-3
+EPOCHS = 10  # the paper does not say
+
+# (W' - I, index of a sample) -> what the layer's output lacks, (T, d)
+Errors = Callable[[Tensor, int], Tensor]
+
+
+def project_with_adam(pruned: Pruned) -> Compensation:
+    """For the most drifted layer, as `project_most_drifted`; any linear map of it
+    (ProjectionOptions.target)."""
+    if process_count() > 1:
+        raise UserError(
+            "--compensator projection-adam takes a sample a step; start one process, or use "
+            "projection."
+        )
+    options = pruned.options
+    drift = mean_drift(pruned)
+    regularisation = 0.0 if options.unregularised else REGULARISATION
+    samples, seed = len(pruned.calibration.fit_ids), pruned.calibration.seed
+
+    def correct(layer: int, changes: Changes) -> tuple[Correction, ...]:
+        place, module = find_map(pruned, layer, options.target)
+        start, errors_of = _problem(pruned, place, module, changes)
+        *_, update = train_projection(start, errors_of, samples, EPOCHS, seed, regularisation)
+        return pruned.judge(
+            [(place, _as_change(update.double().cpu(), module, options.side))], changes
+        )
+
+    return Compensation(correct_in_turn(most_drifted(drift, options.top_z), correct), drift)
+
+
+def find_map(pruned: Pruned, layer: int, target: str) -> tuple[Place, nn.Module]:
+    """The linear map of a layer that is called `target`_proj; `down` is known for every family.
+    Raises UserError."""
+    architecture = pruned.architecture
+    if target == "down":
+        module = architecture.down_projection_of(architecture.layer_list(pruned.model)[layer])
+        return Place(layer, architecture.down_projection), module
+    maps = dict(linear_maps(architecture, pruned.model, [layer]))
+    for place, module in maps.items():
+        if place.target.rpartition(".")[2] == f"{target}_proj":
+            return place, module
+    names = ", ".join(place.target for place in maps)
+    raise UserError(
+        f"--target {target}: this model has no {target}_proj; the linear maps of a layer are "
+        f"{names}."
+    )
+
+
+def train_projection(
+    start: Tensor,
+    errors_of: Errors,
+    samples: int,
+    epochs: int,
+    seed: int,
+    regularisation: float = REGULARISATION,
+) -> Iterator[Tensor]:
+    """W' - I after every epoch, beginning with `start`, zeros (s, s). A step takes one sample."""
+    generator = torch.Generator().manual_seed(seed)
+    update = start.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([update], LEARNING_RATE)
+    with progress("Training W' (samples)", epochs * samples) as advance:
+        for _ in range(epochs):
+            for index in torch.randperm(samples, generator=generator).tolist():
+                optimizer.zero_grad()
+                objective(update, errors_of(update, index)[None], regularisation).backward()
+                optimizer.step()
+                advance(1)
+            yield update.detach()
+
+
+def objective(update: Tensor, errors: Tensor, regularisation: float = REGULARISATION) -> Tensor:
+    """Eq. 11 and 12 for W' = I + update: (s, s), (N, T, d) -> scalar.
+
+    Eq. 11 as a mean over tokens and channels, as a loss of that name is: beside a sum, Table 8's
+    weight does nothing.
+    """
+    return errors.square().mean() + regularisation * update.square().sum()
+
+
+def errors_of_output(added: Tensor, missing: Tensor) -> Errors:
+    """For W' on the left of the down projection: W' A + X_F - X_O is (W' - I) A - missing.
+
+    added: A, missing: X_O - H', both (N, T, d).
+    """
+    return lambda update, index: added[index] @ update.mT - missing[index]
+
+
+def _problem(
+    pruned: Pruned, place: Place, module: nn.Module, changes: Changes
+) -> tuple[Tensor, Errors]:
+    """W' - I to begin with, in float32 at least, which a learning rate of 1e-3 needs; and what is
+    to become small."""
+    if place.target != pruned.architecture.down_projection:
+        weight = widened(weight_of(module))
+        size = weight.shape[0 if pruned.options.side == "left" else 1]
+        return weight.new_zeros(size, size), _errors_in_layer(pruned, place, module, changes)
+    fit = Fit(place.layer, place.layer, pruned.options.side)
+    features, missing = map(widened, all_features(pruned, fit, changes))
+    start = features.new_zeros(features.shape[-1], features.shape[-1])
+    if fit.kind == "left":
+        return start, errors_of_output(features, missing)
+    weight = down_projection_weight(pruned, place.layer).to(features)
+    return start, lambda update, index: features[index] @ update.mT @ weight.mT - missing[index]
+
+
+@torch.no_grad()
+def _errors_in_layer(pruned: Pruned, place: Place, module: nn.Module, changes: Changes) -> Errors:
+    """For any other map: the layer runs."""
+    model, architecture = pruned.model, pruned.architecture
+    layers = architecture.layer_list(model)
+    layer, behind = layers[place.layer], range(place.layer + 1, len(layers))
+    entering, wanted = [], []
+    for batch in pruned.calibration.fit_ids.split(pruned.batches.size):
+        with without_layers(model, architecture, behind):
+            wanted.append(run_and_capture(model, [layer], batch)[0][1])
+        with pruned_and_corrected(model, architecture, sorted({*pruned.removed, *behind}), changes):
+            entering.append(run_and_capture(model, [layer], batch)[0][0])
+    hidden, goal = torch.cat(entering), torch.cat(wanted)
+    call = record_layer_calls(model, layers, pruned.calibration.fit_ids[:1].to(model.device))[1][
+        place.layer
+    ]
+
+    def errors_of(update: Tensor, index: int) -> Tensor:
+        change = _as_change(update, module, pruned.options.side)
+        with corrected(model, architecture, followed_by(changes, [(place, change)])):
+            return call.run(layer, hidden[index : index + 1])[0] - goal[index]
+
+    return errors_of
+
+
+def _as_change(update: Tensor, module: nn.Module, side: str) -> Change:
+    if side == "left":
+        return Projection(torch.eye(len(update)).to(update) + update)
+    return Update(weight_of(module).to(update) @ update)

@@ -1,0 +1,188 @@
+"""Stage 1: the importance of a layer is the size of its loss gradient (GradMAP, Eq. 5-7).
+
+    s_i = 1/N sum_j sum_{theta in layer i} || dL(x_j)/d theta ||_2
+
+One norm per parameter tensor and per sample; L is the sum over the T-1 next-token terms of one
+sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmap.common.distributed import share_of, summed
+from gradmap.common.finite import require_finite_losses
+from gradmap.methods.gradmap.ghost_norms import gradient_norms
+from gradmap.model.architectures import Architecture
+from gradmap.model.batching import Batches, logits_batch, measured_batch_size
+from gradmap.model.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
+
+Advance = Callable[[int], None]
+
+
+def layer_scores(
+    model: Any,
+    architecture: Architecture,
+    input_ids: Tensor,
+    batches: Batches,
+    advance: Advance = lambda n: None,
+) -> Tensor:
+    """Returns Eq. 7 for every layer the model has now: (L,) float64. input_ids: (N, T).
+
+    Batched, and without forming parameter gradients where their norms follow from activations
+    ("ghost norms"). Only activations carry gradients. advance: told of passes, forward or backward,
+    of one sample through one layer. Raises UserError if the loss of a sample is not finite.
+    """
+    layers = architecture.layer_list(model)
+    share, first_sample = share_of(input_ids)
+    totals = torch.zeros(len(layers), dtype=torch.float64)
+
+    def run_batch(batch: slice) -> None:
+        _add_norms(model, layers, share[batch], first_sample + batch.start, totals)
+        advance(2 * len(share[batch]) * len(layers))
+
+    batches.run(len(share), run_batch)
+    return summed(totals) / len(input_ids)
+
+
+def streamed_layer_scores(
+    model: Any,
+    architecture: Architecture,
+    input_ids: Tensor,
+    batches: Batches,
+    entering: list[Tensor],
+    advance: Advance = lambda n: None,
+) -> Tensor:
+    """The same, one layer at a time for all samples: forward, then backward, with only the hidden
+    states between layers kept. So it runs where a layer and (L + 1) x N x T x d hidden states fit,
+    and computes every layer twice.
+
+    entering: the hidden states (N, T, d) that enter the first layers, as far as they are known from
+    the scores before; filled up here. Layers before the first removed one compute the same again,
+    so those need not run forward.
+    """
+    layers = list(architecture.layer_list(model))
+    share, first_sample = share_of(input_ids)
+    _, calls = record_layer_calls(
+        model, layers, share[:1].to(model.device)
+    )  # the same for every sample
+    if not entering:
+        entering.append(record_layer_calls(model, layers, share.to(model.device))[0].cpu())
+    advance(len(share) * (len(entering) - 1))  # known from before
+    for position in range(len(entering) - 1, len(layers)):
+        entering.append(
+            _run_layer(layers[position], calls[position], entering[position], batches, model.device)
+        )
+        advance(len(share))
+    gradients = torch.empty_like(entering[-1])
+
+    def start_backward(batch: slice) -> None:
+        hidden, ids = entering[-1][batch].to(model.device), share[batch].to(model.device)
+        gradients[batch] = loss_gradients(model, layers, hidden, ids, first_sample + batch.start)
+
+    batches.run(len(share), start_backward)
+    totals = torch.zeros(len(layers), dtype=torch.float64)
+    for position in reversed(range(len(layers))):
+
+        def run_backward(batch: slice, position: int = position) -> None:
+            leaf = entering[position][batch].to(model.device).requires_grad_(True)
+            with gradient_norms(
+                layers[position : position + 1], len(leaf), totals[position : position + 1]
+            ):
+                output = calls[position].run(layers[position], leaf)
+                output.backward(gradients[batch].to(output.device))
+            assert leaf.grad is not None
+            gradients[batch] = leaf.grad
+            advance(len(leaf))
+
+        batches.run(len(share), run_backward)
+    return summed(totals) / len(input_ids)
+
+
+def _add_norms(
+    model: Any, layers: nn.ModuleList, input_ids: Tensor, first_sample: int, totals: Tensor
+) -> None:
+    """Adds the norms of one batch (B, T) to `totals` (L,)."""
+    input_ids = input_ids.to(model.device)
+    hidden, calls = record_layer_calls(model, layers, input_ids)
+    hidden.requires_grad_(True)
+    with gradient_norms(layers, len(input_ids), totals):
+        for layer, call in zip(layers, calls, strict=True):
+            hidden = call.run(layer, hidden)
+        hidden.backward(loss_gradients(model, layers, hidden.detach(), input_ids, first_sample))
+
+
+@torch.no_grad()
+def _run_layer(
+    layer: nn.Module, call: LayerCall, entering: Tensor, batches: Batches, device: torch.device
+) -> Tensor:
+    """Hidden states (N, T, d) through one layer."""
+    leaving = torch.empty_like(entering)
+
+    def run_batch(batch: slice) -> None:
+        leaving[batch] = call.run(layer, entering[batch].to(device))
+
+    batches.run(len(entering), run_batch)
+    return leaving
+
+
+def fitting_batches(
+    model: Any, architecture: Architecture, input_ids: Tensor, streamed: bool
+) -> Batches:
+    """Measures on one sample how many go at once, through the whole model or, `streamed`, through
+    one layer."""
+    layers = architecture.layer_list(model)[:1] if streamed else architecture.layer_list(model)
+
+    def run_one() -> None:
+        hidden, calls = record_layer_calls(
+            model, architecture.layer_list(model), input_ids[:1].to(model.device)
+        )
+        hidden.requires_grad_(True)
+        for layer, call in zip(layers, calls, strict=False):
+            hidden = call.run(layer, hidden)
+        hidden.backward(torch.zeros_like(hidden))
+
+    return Batches(measured_batch_size(run_one, model, input_ids.shape[1], model.device))
+
+
+def loss_gradients(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor, first_sample: int
+) -> Tensor:
+    """dL/d hidden (B, T, d) of the last layer's output, a few samples at a time, for logits are
+    large.
+
+    Raises UserError if a loss is not finite; `first_sample` is the number of the first one in the
+    calibration set.
+    """
+    together = logits_batch(input_ids.shape[1], model.config.vocab_size, hidden.device)
+    gradients: list[Tensor] = []
+    known: list[Tensor] = []
+    for start in range(0, len(hidden), together):
+        leaf = hidden[start : start + together].detach().requires_grad_(True)
+        losses = losses_from(model, layers, leaf, input_ids[start : start + together])
+        gradients += torch.autograd.grad(losses.sum(), leaf)
+        known.append(losses.detach())
+    require_finite_losses(torch.cat(known), range(first_sample, first_sample + len(hidden)))
+    return torch.cat(gradients)
+
+
+def layer_scores_reference(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
+    """Eq. 7 as it is written: one sample at a time, every parameter gradient formed. (L,)
+    float64."""
+    layers = architecture.layer_list(model)
+    totals = torch.zeros(len(layers), dtype=torch.float64)
+    for sample in input_ids:
+        layers.requires_grad_(True)
+        batch = sample[None].to(model.device)
+        sample_losses(model(input_ids=batch, use_cache=False).logits, batch).sum().backward()
+        for index, layer in enumerate(layers):
+            for parameter in layer.parameters():
+                assert parameter.grad is not None
+                totals[index] += parameter.grad.double().norm().cpu()
+        layers.zero_grad()
+        layers.requires_grad_(False)
+    return totals / len(input_ids)

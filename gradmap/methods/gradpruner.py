@@ -1,0 +1,104 @@
+"""GradPruner (arXiv 2601.19503): the first steps of LoRA fine-tuning tell which weights matter.
+
+With LoRA's factors B A in place of an update of W, the gradient of W is taken to be grad B grad A.
+Its square, averaged over the steps, is the importance of every weight (the paper's IGIA matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmap.common.console import progress
+from gradmap.common.distributed import say_if_some_are_idle, share_of_step, sum_gradients
+from gradmap.common.finite import require_finite_losses
+from gradmap.model.architectures import Architecture
+from gradmap.model.corrections import LowRank, Place, corrected, linear_maps, untrained_low_rank
+from gradmap.model.layerwise import losses_from, run_layers, stacked_on_cpu
+
+RANK = 8
+STEPS = 40
+STEP_SAMPLES = 8
+LEARNING_RATE = 2e-4  # the paper does not say
+
+
+def layer_importances(
+    model: Any, architecture: Architecture, input_ids: Tensor, seed: int
+) -> list[float]:
+    """The importances of a layer's weights, summed up. input_ids: (N, T)."""
+    totals: dict[int, Tensor] = {}
+    for gradients in lora_gradients(model, architecture, input_ids, seed):
+        for place, (up, down) in gradients.items():
+            # |B A|^2 = tr(B^T B A A^T), without the product
+            importance = ((up.mT @ up) * (down @ down.mT)).sum().double() / STEPS
+            totals[place.layer] = totals.get(place.layer, 0) + importance
+    return stacked_on_cpu([totals[layer] for layer in sorted(totals)]).tolist()
+
+
+def weight_importances(
+    model: Any, architecture: Architecture, input_ids: Tensor, seed: int, layers: Sequence[int]
+) -> dict[Place, Tensor]:
+    """Of every weight of these layers' linear maps, (d_out, d_in)."""
+    totals: dict[Place, Tensor] = {}
+    for gradients in lora_gradients(model, architecture, input_ids, seed):
+        for place, (up, down) in gradients.items():
+            if place.layer in layers:
+                totals[place] = totals.get(place, 0) + (up @ down).square() / STEPS
+    return totals
+
+
+def lora_gradients(
+    model: Any, architecture: Architecture, input_ids: Tensor, seed: int
+) -> Iterator[dict[Place, tuple[Tensor, Tensor]]]:
+    """For every step, the gradients of B (d_out, r) and A (r, d_in) of every linear map. The model
+    stays as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = architecture.layer_list(model)
+    maps = linear_maps(architecture, model, range(len(layers)))
+    factors = {place: untrained_low_rank(module, RANK, generator) for place, module in maps}
+    parameters = [tensor for factor in factors.values() for tensor in (factor.up, factor.down)]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
+    say_if_some_are_idle(STEP_SAMPLES)
+    with progress("First steps of LoRA", STEPS) as advance:
+        for rows in islice(_rows(len(input_ids), generator), STEPS):
+            optimizer.zero_grad()
+            _backward(model, architecture, input_ids, rows, factors)
+            sum_gradients(parameters)
+            yield {place: _gradients(factor) for place, factor in factors.items()}
+            optimizer.step()
+            advance(1)
+
+
+def _backward(
+    model: Any,
+    architecture: Architecture,
+    input_ids: Tensor,
+    rows: Tensor,
+    factors: dict[Place, LowRank],
+) -> None:
+    """Of the mean loss per token of these samples of input_ids (N, T)."""
+    layers = architecture.layer_list(model)
+    own = share_of_step(rows)
+    if not len(own):
+        return
+    ids = input_ids[own].to(model.device)
+    with corrected(model, architecture, {place: (factor,) for place, factor in factors.items()}):
+        losses = losses_from(model, layers, run_layers(model, layers, ids), ids)
+        require_finite_losses(losses.detach(), own.tolist())
+        (losses.sum() / (len(rows) * input_ids.shape[1])).backward()
+
+
+def _rows(samples: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endlessly, the samples in random order, so many at once as a step takes."""
+    while True:
+        yield from torch.randperm(samples, generator=generator).split(STEP_SAMPLES)
+
+
+def _gradients(factor: LowRank) -> tuple[Tensor, Tensor]:
+    assert factor.up.grad is not None
+    assert factor.down.grad is not None
+    return factor.up.grad, factor.down.grad

@@ -1,0 +1,288 @@
+"""How weights that stay are changed: unfolded, on a hook of a model in memory, or folded into the
+weight itself.
+
+Both are the same linear map: folding is exact, and a test compares the two for every kind of
+change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradmap.model.architectures import Architecture, without_layers
+
+ALL = slice(None)
+# Of a weight in float64, so much is folded at a time: what stays in a CPU's cache.
+FOLD_BYTES = 1 << 22
+# The target of what acts on the hidden state that leaves a layer. No stock layer can hold it.
+HIDDEN_STATE = ""
+
+
+class Place(NamedTuple):
+    """A linear map: the original index of its layer, and its path inside the layer; or
+    HIDDEN_STATE."""
+
+    layer: int
+    target: str
+
+
+class Change(Protocol):
+    """A change of a linear map, whose weight W is (d_out, d_in)."""
+
+    kind: ClassVar[str]
+    mixes_rows: ClassVar[bool]
+
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        """What the change adds to the map's output W inputs + bias, (..., d_out), given its inputs
+        (..., d_in)."""
+        ...
+
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        """What these rows of the weight, (n, d_in) float64, become; in the memory that was given,
+        if that can be.
+
+        They are all of them if the change mixes rows.
+        """
+        ...
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """The changed bias; (d_out,) float64 both."""
+        ...
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of it: the arguments of the class, by name."""
+        ...
+
+
+class _BiasStays:
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        return bias
+
+
+@dataclass(frozen=True)
+class Projection(_BiasStays):
+    """W <- W' W (Eq. 13). matrix: W' (d_out, d_out)."""
+
+    kind: ClassVar[str] = "projection"
+    mixes_rows: ClassVar[bool] = True
+    matrix: Tensor
+
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        linear = output - bias
+        return linear @ self.matrix.to(linear).mT - linear
+
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return self.matrix.double() @ weight
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix}
+
+
+@dataclass(frozen=True)
+class Update(_BiasStays):
+    """W <- W + matrix, (d_out, d_in)."""
+
+    kind: ClassVar[str] = "update"
+    mixes_rows: ClassVar[bool] = False
+    matrix: Tensor
+
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        return inputs @ self.matrix.to(inputs).mT
+
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return weight.add_(self.matrix[rows])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix}
+
+
+@dataclass(frozen=True)
+class LowRank(_BiasStays):
+    """W <- W + up down, with down (r, d_in) and up (d_out, r) (LoRA, Hu et al. 2021, arXiv
+    2106.09685)."""
+
+    kind: ClassVar[str] = "low-rank"
+    mixes_rows: ClassVar[bool] = False
+    down: Tensor
+    up: Tensor
+
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        return inputs @ self.down.to(inputs).mT @ self.up.to(inputs).mT
+
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return weight.addmm_(self.up[rows].double(), self.down.double())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """W <- factor W, and the bias likewise. factor: () a number."""
+
+    kind: ClassVar[str] = "scale"
+    mixes_rows: ClassVar[bool] = False
+    factor: Tensor
+
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        return output * (self.factor.double() - 1)
+
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        return weight.mul_(self.factor.double())
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        return bias * self.factor.double()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"factor": self.factor}
+
+
+CHANGES: dict[str, type[Projection] | type[Update] | type[LowRank] | type[Scale]] = {
+    kind.kind: kind for kind in (Projection, Update, LowRank, Scale)
+}
+# What is done to a weight, in this order.
+Changes = Mapping[Place, Sequence[Change]]
+
+
+def gather_changes(pairs: Sequence[tuple[Place, Change]]) -> dict[Place, tuple[Change, ...]]:
+    """Changes by the weight they change, in order."""
+    gathered: dict[Place, tuple[Change, ...]] = {}
+    for place, change in pairs:
+        gathered[place] = (*gathered.get(place, ()), change)
+    return gathered
+
+
+def followed_by(
+    changes: Changes, pairs: Sequence[tuple[Place, Change]]
+) -> dict[Place, tuple[Change, ...]]:
+    """`changes`, and then those of `pairs`."""
+    return gather_changes(
+        [*((place, change) for place, each in changes.items() for change in each), *pairs]
+    )
+
+
+def fold_changes(
+    tensor: Tensor, changes: Sequence[Change], transposed: bool, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The changed weight or bias (d_out,), computed in float64 and rounded once to `dtype`.
+
+    A transposed weight (Conv1D) is stored (d_in, d_out). A weight is folded some rows at a time
+    unless a change mixes them: whole, its copies in float64 would take several times as long to go
+    to memory and back as to compute.
+    """
+    if tensor.dim() == 1:
+        bias = tensor.double()
+        for change in changes:
+            bias = change.fold_bias(bias)
+        return bias.to(dtype)
+    folded = torch.empty_like(tensor, dtype=dtype)
+    weight, target = (tensor.mT, folded.mT) if transposed else (tensor, folded)
+    d_out, d_in = weight.shape
+    mixed = any(change.mixes_rows for change in changes)
+    together = d_out if mixed else max(1, FOLD_BYTES // (torch.float64.itemsize * d_in))
+    for start in range(0, d_out, together):
+        rows = slice(start, start + together)
+        target[rows] = _fold_rows(weight[rows], changes, rows)
+    return folded
+
+
+def _fold_rows(weight: Tensor, changes: Sequence[Change], rows: slice) -> Tensor:
+    """weight: those rows of it, (n, d_in). Returns float64."""
+    folded = weight.to(torch.float64, copy=True)
+    for change in changes:
+        folded = change.fold(folded, rows)
+    return folded
+
+
+def linear_maps(
+    architecture: Architecture, model: Any, layers: Sequence[int]
+) -> Iterator[tuple[Place, nn.Module]]:
+    """Every linear map of the layers at these indices; not the stacked weights of experts, nor
+    their router."""
+    for index in layers:
+        for path, module in architecture.layer_list(model)[index].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                yield Place(index, path), module
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear map as (d_out, d_in), which Conv1D stores the other way round."""
+    weight: Tensor = module.get_parameter("weight")
+    return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def untrained_low_rank(module: nn.Module, rank: int, generator: torch.Generator) -> LowRank:
+    """Factors to train. They change nothing yet: `up` is zero."""
+    weight = weight_of(module)
+    d_out, d_in = weight.shape
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    down = torch.randn(rank, d_in, generator=generator, dtype=dtype).to(weight.device) / d_in**0.5
+    up = torch.zeros(d_out, rank, dtype=dtype, device=weight.device)
+    return LowRank(down.requires_grad_(True), up.requires_grad_(True))
+
+
+@contextmanager
+def corrected(model: Any, architecture: Architecture, changes: Changes) -> Iterator[None]:
+    """Runs the whole `model` with changes on hooks."""
+    layers = architecture.layer_list(model)
+    with ExitStack() as stack:
+        for place, of_place in changes.items():
+            module = layers[place.layer].get_submodule(place.target)
+            stack.callback(module.register_forward_hook(_apply(of_place)).remove)
+        yield
+
+
+@contextmanager
+def pruned_and_corrected(
+    model: Any, architecture: Architecture, removed: Sequence[int], changes: Changes
+) -> Iterator[None]:
+    """Runs `model` without the `removed` layers and with the changes, unfolded."""
+    with corrected(model, architecture, changes), without_layers(model, architecture, removed):
+        yield
+
+
+def linear_output(module: nn.Module, output: Tensor) -> Tensor:
+    """The output of a linear map without its bias (a mixture of experts has none)."""
+    bias: Tensor | None = getattr(module, "bias", None)
+    return output if bias is None else output - bias
+
+
+def _apply(changes: Sequence[Change]) -> Any:
+    placed: list[Change] = []
+
+    def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        given: Tensor = output[0] if isinstance(output, tuple) else output
+        if (
+            not placed
+        ):  # once, at the first pass, which tells where and in what dtype the module computes
+            placed.extend(_placed(change, given) for change in changes)
+        bias: Any = getattr(module, "bias", None)
+        bias = 0.0 if bias is None else bias
+        for change in placed:
+            given = given + change.added(args[0], given, bias).to(given.dtype)
+            bias = change.fold_bias(bias)
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    return on_forward
+
+
+def _placed(change: Change, like: Tensor) -> Change:
+    """The change in the memory and the dtype of a tensor; but what is trained stays the tensor it
+    is."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor if tensor.requires_grad or tensor.dim() == 0 else tensor.to(like)
+
+    return type(change)(**{name: place(tensor) for name, tensor in change.tensors.items()})

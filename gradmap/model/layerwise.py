@@ -1,0 +1,209 @@
+"""Runs a model layer by layer: what goes into the first layer, every layer's other arguments, and
+the loss at the end.
+
+transformers builds masks and position embeddings in the model's own forward, each family in its own
+way. So the model itself is run with its layers made to pass their input on, and the arguments it
+calls them with are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gradmap.model.batching import logits_batch
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a model gives to one of its layers besides the hidden state: mask, position embeddings,
+    and the like."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        output = layer(hidden, *self.args, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@torch.no_grad()
+def record_layer_calls(
+    model: Any, layers: Iterable[nn.Module], input_ids: Tensor
+) -> tuple[Tensor, list[LayerCall]]:
+    """Returns the hidden state that enters the first layer, (B, T, d), and the call of each layer.
+    No layer is run."""
+    entering: list[Tensor] = []
+    calls: list[LayerCall] = []
+
+    def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        entering.append(hidden)
+        calls.append(LayerCall(args, kwargs))
+        return hidden
+
+    with forward_replaced(layers, pass_on):
+        model.base_model(input_ids=input_ids, use_cache=False)
+    return entering[0], calls
+
+
+def layer_passes(
+    model: Any, layers: Iterable[nn.Module], input_ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What enters and what leaves each layer, one after the other: (B, T) -> (B, T, d) both."""
+    hidden, calls = record_layer_calls(model, layers, input_ids)
+    for layer, call in zip(layers, calls, strict=True):
+        entering, hidden = hidden, call.run(layer, hidden)
+        yield entering, hidden
+
+
+def run_layers(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Tensor:
+    """The output of the last layer: (B, T) -> (B, T, d)."""
+    for _, leaving in layer_passes(model, layers, input_ids):  # noqa: B007 - all but the last are let go at once
+        pass
+    return leaving
+
+
+def stacked_on_cpu(of_layers: Sequence[Tensor]) -> Tensor:
+    """What was computed of each layer, (...) each, as one tensor (L, ...) in the CPU's memory.
+
+    A GPU is waited for whenever something is fetched, so all is fetched at once. Layers may be on
+    several GPUs.
+    """
+    return torch.stack([tensor.to(of_layers[0].device) for tensor in of_layers]).cpu()
+
+
+def logits_from(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor
+) -> Tensor:
+    """What the model makes of the output of its last layer: (B, T, d), (B, T) -> (B, T, V)."""
+    with forward_replaced(layers, lambda *args, **kwargs: hidden):
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits
+
+
+def losses_from(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor
+) -> Tensor:
+    """The loss of Eq. 5 of each sample, given the output of the last layer: (B, T, d), (B, T) ->
+    (B,)."""
+    logits = logits_from(model, layers, hidden, input_ids)
+    losses: Tensor = _SumOfTokenLosses.apply(logits, input_ids.to(logits.device))
+    return losses
+
+
+def sample_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Cross-entropy of Eq. 5: the sum over next tokens, per sample. (B, T, V), (B, T) -> (B,)
+    float32 or wider."""
+    predictions = _at_least_float32(logits)[:, :-1].flatten(end_dim=1)
+    targets = input_ids[:, 1:].to(logits.device)
+    token_losses = nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
+    return token_losses.reshape(targets.shape).sum(dim=1)
+
+
+def divergences_from(
+    model: Any, layers: Iterable[nn.Module], hidden: Tensor, wanted: Tensor, input_ids: Tensor
+) -> Tensor:
+    """`sample_divergences` of the output of the last layer from what it is in the dense model: (B,
+    T, d) both, (B, T) -> (B,). A few samples at a time."""
+    together = logits_batch(2 * input_ids.shape[1], model.config.vocab_size, hidden.device)
+    parts: list[Tensor] = []
+    for start in range(0, len(hidden), together):
+        part = slice(start, start + together)
+        both = torch.cat([hidden[part], wanted[part]])
+        logits, dense = logits_from(model, layers, both, input_ids[part].repeat(2, 1)).chunk(2)
+        parts.append(sample_divergences(logits, dense))
+    return torch.cat(parts)
+
+
+def sample_divergences(logits: Tensor, dense: Tensor) -> Tensor:
+    """KL(dense || model) of the next-token distributions: the sum over positions, per sample, in
+    nats. (B, T, V) both -> (B,) float32 or wider."""
+    logits, dense = _at_least_float32(logits), _at_least_float32(dense)
+    expected = (dense.softmax(dim=-1) * (dense - logits)).sum(dim=-1)
+    return (expected - dense.logsumexp(dim=-1) + logits.logsumexp(dim=-1)).sum(dim=1)
+
+
+def sample_divergences_reference(logits: Tensor, dense: Tensor) -> Tensor:
+    """The same by the definition, one position after the other."""
+    divergences = torch.zeros(len(logits), dtype=logits.dtype)
+    for sample, position in product(*map(range, logits.shape[:2])):
+        given, wanted = (
+            logits[sample, position].softmax(dim=-1),
+            dense[sample, position].softmax(dim=-1),
+        )
+        divergences[sample] += (wanted * (wanted / given).log()).sum()
+    return divergences
+
+
+class _SumOfTokenLosses(torch.autograd.Function):
+    """`sample_losses` with its gradient made in the buffer of the probabilities, for logits are the
+    largest tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, input_ids: Tensor) -> Tensor:
+        precise = _at_least_float32(logits)
+        highest, at = precise.max(dim=-1, keepdim=True)
+        probabilities = precise.softmax(dim=-1)
+        log_sum = (
+            highest - probabilities.gather(-1, at).log()
+        )  # of the exponentials: p_max = exp(highest - log_sum)
+        ctx.probabilities, ctx.targets, ctx.dtype = (
+            probabilities,
+            input_ids[:, 1:, None],
+            logits.dtype,
+        )
+        return (log_sum[:, :-1] - precise[:, :-1].gather(-1, ctx.targets)).sum(dim=(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        result, ctx.probabilities = ctx.probabilities, None
+        result[:, :-1].scatter_add_(
+            -1, ctx.targets, torch.full_like(ctx.targets, -1, dtype=result.dtype)
+        )
+        result[:, -1] = 0  # the last position predicts nothing
+        return result.mul_(gradient[:, None, None]).to(ctx.dtype), None
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def capturing(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Yields what entered and what left each module when it ran last in the block: (B, T, ...), or
+    (B*T, ...) where a family flattens."""
+    captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def on_forward(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        entering = args[0] if args else kwargs["hidden_states"]
+        captured[module] = entering, output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(on_forward, with_kwargs=True).remove)
+        yield captured
+
+
+@contextmanager
+def forward_replaced(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Calls `forward` in place of each module's own, and puts what was there back afterwards."""
+    with ExitStack() as stack:
+        for module in modules:
+            if "forward" in vars(module):  # a wrapper that a library (accelerate) put there
+                stack.callback(setattr, module, "forward", module.forward)
+            else:
+                stack.callback(delattr, module, "forward")
+            module.forward = forward
+        yield

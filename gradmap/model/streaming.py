@@ -1,0 +1,164 @@
+"""A model of which one layer at a time is in memory: each is read from its safetensors files when
+it is called.
+
+The layers' parameters are on torch's `meta` device; a layer that is called becomes real, and the
+one that was real before goes back. Code that runs a model needs to know nothing of it, as long as
+it runs layer by layer.
+
+While a GPU computes a layer, a thread reads the next one into the CPU's memory. A CPU computes far
+longer than it reads, and has one memory for both.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from gradmap.common.finite import require_finite_weights
+from gradmap.model.architectures import Architecture, architecture_of
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.safetensors_reader import StoredTensor, list_tensors, read_tensor
+
+
+def load_streamed_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """Loads all but the layers, and arranges for each layer to be read when it is called."""
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    with device, init_empty_weights(include_buffers=False):  # buffers are real, and small
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    source = _TensorsOnDisk(model, checkpoint, device)
+    source.place(source.read(None))
+    model.tie_weights()
+    architecture = architecture_of(checkpoint.config)
+    held = _HeldLayer(model, architecture, source, reads_ahead(device))
+    for layer in architecture.layer_list(model):
+        layer.register_forward_pre_hook(held.change)
+    return model.eval().requires_grad_(False)
+
+
+def reads_ahead(device: torch.device) -> bool:
+    """Whether the next layer is read while this one is computed."""
+    return device.type == "cuda"
+
+
+class _HeldLayer:
+    """Which layer is real, and which one is on its way from the disk: no more than two are in
+    memory."""
+
+    def __init__(
+        self, model: Any, architecture: Architecture, source: _TensorsOnDisk, ahead: bool
+    ) -> None:
+        self._model, self._architecture, self._source = model, architecture, source
+        self._all_layers = list(architecture.layer_list(model))
+        self._ahead = ahead
+        self._held: int | None = None
+        self._coming: _Coming | None = None
+
+    def change(self, layer: nn.Module, args: Any) -> None:
+        """Before the layer is called: makes it real."""
+        index, previous = self._all_layers.index(layer), self._held
+        if index == previous or "forward" in vars(
+            layer
+        ):  # nobody runs it (gradmap.model.layerwise.forward_replaced)
+            return
+        if previous is not None:
+            self._held = None
+            self._all_layers[previous].to("meta")
+        self._source.place(self._tensors_of(index))
+        self._held = index
+        if self._ahead:
+            alive = [
+                self._all_layers.index(other)
+                for other in self._architecture.layer_list(self._model)
+            ]
+            following = expected_after(previous, index, alive)
+            self._coming = None if following is None else _Coming.start(following, self._source)
+
+    def _tensors_of(self, layer: int) -> dict[str, Tensor]:
+        """Those that are on their way or, if that is another layer, read now. Raises what reading
+        raised."""
+        coming, self._coming = self._coming, None
+        if coming is not None and coming.layer == layer:
+            return coming.tensors.result()
+        if coming is not None:
+            wait([coming.tensors])  # and is let go: one is read at a time
+            del coming
+        return self._source.read(layer)
+
+
+def expected_after(previous: int | None, layer: int, alive: Sequence[int]) -> int | None:
+    """The layer that will run next, if there is one: that behind this one or, where layers run from
+    the last to the first, that before it. previous: the one that ran before. alive: those that the
+    model has now."""
+    place = alive.index(layer)
+    before, behind = alive[:place], alive[place + 1 :]
+    if behind and behind[0] == previous:
+        return before[-1] if before else None
+    return behind[0] if behind else None
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A layer that a thread reads, which ends when it is read."""
+
+    layer: int
+    tensors: Future[dict[str, Tensor]]
+
+    @classmethod
+    def start(cls, layer: int, source: _TensorsOnDisk) -> _Coming:
+        thread = ThreadPoolExecutor(max_workers=1)
+        tensors = thread.submit(source.read, layer)
+        thread.shutdown(wait=False)
+        return cls(layer, tensors)
+
+
+class _TensorsOnDisk:
+    """Where the tensors of a checkpoint are, by layer; None stands for all that is in no layer."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+        architecture = architecture_of(checkpoint.config)
+        self._model = model
+        self._architecture = architecture
+        self._all_layers = architecture.layer_list(model)
+        self._device = device
+        self._conversions = get_model_conversion_mapping(model)
+        self._stored: dict[int | None, list[StoredTensor]] = defaultdict(list)
+        self._known_finite: set[int | None] = set()
+        for stored in [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]:
+            place = architecture.parse_tensor_name(stored.spec.name)
+            self._stored[place[1] if place else None].append(stored)
+
+    def read(self, layer: int | None) -> dict[str, Tensor]:
+        """The tensors of one layer by name, in the CPU's memory; for a GPU, in such that it reaches
+        by itself.
+
+        Raises UserError if one is not finite, when the layer is read for the first time.
+        """
+        pinned = self._device.type == "cuda"
+        tensors = {stored.spec.name: read_tensor(stored, pinned) for stored in self._stored[layer]}
+        if layer not in self._known_finite:
+            require_finite_weights(tensors.items())
+            self._known_finite.add(layer)
+        return tensors
+
+    def place(self, tensors: dict[str, Tensor]) -> None:
+        """Makes the parameters of a layer real. transformers knows how a checkpoint's names and
+        shapes become its modules' (the experts of a mixture are stacked)."""
+        options = LoadStateDictConfig(
+            device_map={"": self._device}, weight_mapping=self._conversions
+        )
+        with self._architecture.layers_replaced(
+            self._model, self._all_layers
+        ):  # names count all layers
+            convert_and_load_state_dict_in_model(self._model, tensors, options)
+        self._model.requires_grad_(False)

@@ -1,0 +1,92 @@
+"""What a run has decided so far, on disk after every decision, so that a crash costs one step at
+most."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradmap.common.console import say
+from gradmap.common.errors import UserError
+from gradmap.common.files import remove_file, write_json
+from gradmap.common.processes import is_main_process
+from gradmap.common.reading import read_json_object
+from gradmap.methods.selection import Step
+
+
+@dataclass(frozen=True)
+class _Stored:
+    key: dict[str, Any]
+    steps: list[Step]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A JSON file beside the output directory. key: what the decisions depend on, as name -> hash
+    or setting."""
+
+    path: Path
+    key: dict[str, Any]
+
+    @classmethod
+    def beside(cls, out: Path, key: dict[str, Any]) -> Journal:
+        return cls(out.with_name(f".{out.name}.journal.json"), key)
+
+    @classmethod
+    def recorded(cls, out: Path, inputs: dict[str, Any], name: str) -> Any:
+        """What the journal beside `out` has under `name` in its key, if its run had these inputs;
+        else None."""
+        stored = cls.beside(out, {})._read()
+        return stored.key.get(name) if stored and inputs.items() <= stored.key.items() else None
+
+    def open(self, resume: bool | None) -> list[Step]:
+        """Returns the decisions to go on from.
+
+        resume: True requires a journal of the same inputs, False ignores one, None takes one of the
+        same inputs. Raises UserError if there is none to resume, or if its inputs were others.
+        """
+        if resume is False:
+            return []
+        stored = self._read()
+        if stored is None:
+            if resume:
+                raise UserError(
+                    f"There is nothing to resume: no whole {self.path}; leave out --resume."
+                )
+            return []
+        changed = [name for name in self.key if stored.key.get(name) != self.key[name]]
+        if changed and resume:
+            raise UserError(
+                f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start "
+                "over with --fresh."
+            )
+        if changed:
+            say(f"Starting over: {', '.join(changed)} changed since {self.path} was written")
+            return []
+        say(f"Going on after {len(stored.steps)} decisions of an interrupted run ({self.path})")
+        return stored.steps
+
+    def _read(self) -> _Stored | None:
+        """None if there is none, or a damaged one."""
+        if not self.path.exists():
+            return None
+        try:
+            stored = read_json_object(self.path)
+            return _Stored(dict(stored["key"]), [_parse_step(step) for step in stored["steps"]])
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            say(f"Starting over: {self.path} is damaged")
+            return None
+
+    def write(self, steps: list[Step]) -> None:
+        """Atomic and fsynced: after a crash the file holds these decisions or the ones before."""
+        if is_main_process():
+            write_json(self.path, {"key": self.key, "steps": [asdict(step) for step in steps]})
+
+    def remove(self) -> None:
+        remove_file(self.path)
+
+
+def _parse_step(stored: dict[str, Any]) -> Step:
+    scores = {int(layer): float(score) for layer, score in stored["scores"].items()}
+    return Step(scores, tuple(map(int, stored["removed"])))

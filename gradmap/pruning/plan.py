@@ -1,0 +1,284 @@
+"""The plan: what pruning decided, as files (`plan.json`, `corrections.safetensors`,
+`calibration.safetensors`).
+
+A plan is megabytes for any model; with the base checkpoint it is all that export needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gradmap.common.errors import UserError, first_line
+from gradmap.common.files import atomic_directory, write_json
+from gradmap.common.finite import require_finite
+from gradmap.common.reading import Strict, checked, read_json_object
+from gradmap.data.calibration import hash_token_ids
+from gradmap.model.architectures import layer_count
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.corrections import (
+    CHANGES,
+    HIDDEN_STATE,
+    Changes,
+    LowRank,
+    Place,
+    Projection,
+    Scale,
+    Update,
+    gather_changes,
+)
+
+SCHEMA_VERSION = 4
+PLAN_FILE = "plan.json"
+CORRECTIONS_FILE = "corrections.safetensors"
+CALIBRATION_FILE = "calibration.safetensors"
+
+
+class BaseModelIdentity(Strict):
+    """Which checkpoint a plan belongs to. files: name -> SHA-256."""
+
+    name: str
+    model_type: str
+    layers: int
+    files: dict[str, str]
+
+
+class CalibrationRecord(Strict):
+    """Where the calibration samples came from; the token ids are in `calibration.safetensors`
+    (`input_ids`, (N, T)).
+
+    tokens: T, of which the first is `bos` where the tokenizer puts one in front of a text; else bos
+    is null.
+    """
+
+    source: str
+    seed: int
+    samples: int
+    tokens: int
+    bos: int | None
+    held_out_samples: int
+    sha256: str
+
+
+class StepRecord(Strict):
+    """One decision: the score of every layer alive before it, and what it removed. Original layer
+    indices."""
+
+    scores: dict[int, float]
+    removed: list[int]
+
+
+class CorrectionRecord(Strict):
+    """One correction of the weight of `target`, a linear map inside a layer (original index).
+
+    kind: one of gradmap.model.corrections.CHANGES; its tensors (float32) are in
+    `corrections.safetensors` as `name`.TENSOR if it was accepted. Corrections of one weight apply
+    in order. `lambda` is Eq. 12's, relative_lambda the same over the mean diagonal of the Gram
+    matrix; null for what was trained. Losses are nats per token, or null if nothing was held out.
+    """
+
+    model_config = ConfigDict(
+        validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
+
+    layer: int
+    target: str
+    kind: str
+    lam: float | None = Field(alias="lambda")
+    relative_lambda: float | None
+    held_out_divergence_before: float | None
+    held_out_divergence_after: float | None
+    accepted: bool
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.target}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Corrections that were fitted together, for people to read."""
+
+    corrections: tuple[CorrectionRecord, ...]
+
+    @property
+    def accepted(self) -> bool:
+        return self.corrections[0].accepted
+
+    def describe(self) -> str:
+        first = self.corrections[0]
+        what = self._what(first)
+        if first.held_out_divergence_before is None:
+            return f"{what}, applied as it is: nothing was held out to judge it by"
+        before, after = first.held_out_divergence_before, first.held_out_divergence_after
+        change = f"held-out divergence {before:.3f} -> {after:.3f} nats per token"
+        return f"{what}: {change}{'' if self.accepted else ', left out, because it does not help'}"
+
+    def _what(self, first: CorrectionRecord) -> str:
+        count = len(self.corrections)
+        if first.target == HIDDEN_STATE:
+            return f"a patch of the hidden state behind layer {first.layer} (original index)"
+        where = f"the {first.target} of layer {first.layer} (original index)"
+        return {
+            Projection.kind: f"a projection W' of {where}",
+            Update.kind: f"a refit of {where}"
+            if count == 1
+            else f"new weights for {count} linear maps",
+            LowRank.kind: f"low-rank corrections of {count} linear maps",
+            Scale.kind: f"other scales of {count} linear maps",
+        }[first.kind]
+
+
+class Plan(Strict):
+    """The contents of plan.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    base_model: BaseModelIdentity
+    recipe: dict[str, Any]
+    calibration: CalibrationRecord
+    removal_order: list[int]
+    steps: list[StepRecord]
+    drift: dict[int, float]
+    corrections: list[CorrectionRecord]
+    environment: dict[str, str]
+    timings_s: dict[str, float]
+    peak_gpu_bytes: dict[str, int] = Field(default={})
+
+    @property
+    def kept_layers(self) -> list[int]:
+        return [
+            index for index in range(self.base_model.layers) if index not in set(self.removal_order)
+        ]
+
+    @property
+    def repairs(self) -> list[Repair]:
+        """The corrections, those that were fitted together as one."""
+        together = groupby(
+            self.corrections,
+            lambda one: (one.kind, one.held_out_divergence_before, one.held_out_divergence_after),
+        )
+        return [Repair(tuple(corrections)) for _, corrections in together]
+
+
+def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids: Tensor) -> None:
+    """Writes a plan directory atomically. tensors: of the corrections; input_ids: (N, T).
+
+    Raises UserError if a tensor is not finite.
+    """
+    for name, tensor in tensors.items():
+        require_finite(f"The correction {name}", tensor)
+    with atomic_directory(directory, marker=PLAN_FILE) as partial:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            partial / CORRECTIONS_FILE,
+        )
+        save_file({"input_ids": input_ids.contiguous()}, partial / CALIBRATION_FILE)
+        write_json(partial / PLAN_FILE, plan.model_dump(mode="json"))
+
+
+def load_plan(directory: Path) -> Plan:
+    """Reads and checks plan.json; raises UserError if it is missing, of another schema, or
+    contradicts itself."""
+    contents = read_json_object(directory / PLAN_FILE)
+    version = contents.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{directory} has plan schema {version}, this version reads {SCHEMA_VERSION}; prune "
+            "again."
+        )
+    plan = checked(Plan, contents, directory / PLAN_FILE)
+    if problem := _contradiction(plan):
+        raise UserError(f"{directory / PLAN_FILE} contradicts itself: {problem}.")
+    return plan
+
+
+def _contradiction(plan: Plan) -> str | None:
+    removed = [layer for step in plan.steps for layer in step.removed]
+    if removed != plan.removal_order:
+        return "removal_order is not what its steps removed"
+    if len(set(removed)) < len(removed) or not set(removed) < set(range(plan.base_model.layers)):
+        return (
+            "removal_order does not name layers that the base model has, each once, and leaves some"
+        )
+    if not {correction.layer for correction in plan.corrections} <= set(plan.kept_layers):
+        return "a layer is corrected that is not there"
+    divergences = [
+        (one.held_out_divergence_before, one.held_out_divergence_after) for one in plan.corrections
+    ]
+    if any((before is None) != (after is None) for before, after in divergences):
+        return "a held-out divergence is known before a correction or behind it alone"
+    if unknown := {correction.kind for correction in plan.corrections} - CHANGES.keys():
+        return f"the kind of correction {unknown.pop()!r} is not known"
+    return None
+
+
+def load_changes(directory: Path, plan: Plan) -> Changes:
+    """Returns every accepted correction, by the weight it changes."""
+    stored = _load_tensors(directory / CORRECTIONS_FILE)
+    pairs = []
+    for correction in plan.corrections:
+        if correction.accepted:
+            prefix = f"{correction.name}."
+            tensors = {
+                name.removeprefix(prefix): stored[name]
+                for name in stored
+                if name.startswith(prefix)
+            }
+            try:
+                pairs.append(
+                    (
+                        Place(correction.layer, correction.target),
+                        CHANGES[correction.kind](**tensors),
+                    )
+                )
+            except (KeyError, TypeError):
+                raise UserError(
+                    f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json "
+                    "names; prune again."
+                ) from None
+    return gather_changes(pairs)
+
+
+def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:
+    """Returns the calibration token ids (N, T) after checking them against the plan's hash."""
+    input_ids = _load_tensors(directory / CALIBRATION_FILE).get("input_ids")
+    if input_ids is None or hash_token_ids(input_ids) != plan.calibration.sha256:
+        raise UserError(
+            f"{directory / CALIBRATION_FILE} is not what plan.json was made with; prune again."
+        )
+    return input_ids
+
+
+def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made
+    for, and has as many layers as the plan says."""
+    hashes = checkpoint.file_hashes
+    for name in sorted(plan.base_model.files.keys() | hashes.keys()):
+        if plan.base_model.files.get(name) != hashes.get(name):
+            raise UserError(
+                f"The plan was made for another model, {plan.base_model.name}: {name} is not that "
+                f"of {checkpoint.name}."
+            )
+    if layer_count(checkpoint.config) != plan.base_model.layers:
+        raise UserError(
+            f"The plan is for {plan.base_model.layers} layers, which {checkpoint.name} does not "
+            "have."
+        )
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; prune again.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged, or cannot be read ({first_line(error)}); prune again."
+        ) from None

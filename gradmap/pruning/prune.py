@@ -1,0 +1,357 @@
+"""Stages 1 and 2 together: a checkpoint becomes a plan directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradmap.common.console import waiting
+from gradmap.common.distributed import process_group
+from gradmap.common.environment import describe_environment
+from gradmap.common.errors import UserError
+from gradmap.common.files import sha256_json
+from gradmap.common.finite import require_finite_weights
+from gradmap.common.outputs import output_directory
+from gradmap.common.processes import is_main_process
+from gradmap.common.reading import checked
+from gradmap.data.calibration import Calibration, build_calibration
+from gradmap.methods.compensation import Compensation, Correction, Pruned
+from gradmap.methods.compensators import COMPENSATORS
+from gradmap.methods.selection import Selection, Step, Subject, select
+from gradmap.methods.selectors import NOT_NESTED, SELECTORS
+from gradmap.model.architectures import architecture_of, layer_count
+from gradmap.model.batching import Batches, forward_batch
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from gradmap.model.precision import computing_in
+from gradmap.pruning.budget import samples_within_budget
+from gradmap.pruning.journal import Journal
+from gradmap.pruning.plan import (
+    PLAN_FILE,
+    BaseModelIdentity,
+    CalibrationRecord,
+    CorrectionRecord,
+    Plan,
+    StepRecord,
+    load_calibration_ids,
+    load_plan,
+    require_same_model,
+    save_plan,
+)
+from gradmap.pruning.presets import ALWAYS
+from gradmap.pruning.settings import PruneSettings, check_settings, protected_layers
+
+# What a plan that is made from a larger one may have differently.
+REPAIR_SETTINGS = (
+    "remove",
+    "compensator",
+    "accept",
+    "held_out",
+    "device",
+    "top_z",
+    "side",
+    "target",
+    "unregularised",
+)
+# In a journal's key: an interrupted run goes on with the samples that its budget once gave it.
+BUDGET, SAMPLES = "--budget-minutes", "--samples"
+
+
+def prune(
+    checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None = None
+) -> Plan:
+    """Scores, removes, corrects, and writes the plan directory `out`. Raises UserError on bad
+    input.
+
+    resume: whether to go on from the journal of an interrupted run; None does so if its inputs were
+    the same.
+    """
+    check_settings(checkpoint, settings)
+    with _writing_plan(out):
+        return _prune(checkpoint, settings, out, resume)
+
+
+def _prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: bool | None) -> Plan:
+    tokenizer = load_tokenizer(checkpoint.directory)
+    samples = settings.samples
+    if settings.budget_minutes is not None:
+        known = (
+            None
+            if resume is False
+            else Journal.recorded(out, {BUDGET: settings.budget_minutes}, SAMPLES)
+        )
+        samples = known or samples_within_budget(
+            checkpoint, settings, found_dtype(checkpoint, settings)
+        )
+    drawn = build_calibration(
+        tokenizer, settings.calibration, samples, settings.tokens, settings.seed
+    )
+    calibration = _holding_out(drawn, settings.held_out)
+    journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
+    done = journal.open(resume)
+    plan = _make_plan(checkpoint, settings, calibration, out, done, journal.write)
+    if is_main_process():
+        journal.remove()
+    return plan
+
+
+def prune_less(
+    checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettings, out: Path
+) -> Plan:
+    """Makes the plan for fewer layers out of one for more: removals are nested, corrections are
+    computed anew.
+
+    wanted: how many layers, how to repair, and on which device; the rest is as it was for the
+    larger plan. Raises UserError if that is another model's or has fewer layers.
+    """
+    larger = load_plan(plan_directory)
+    require_same_model(larger, checkpoint)
+    if not 1 <= wanted.remove <= len(larger.removal_order):
+        raise UserError(
+            f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that "
+            f"--remove cannot be {wanted.remove}; give 1 to {len(larger.removal_order)}."
+        )
+    selector = larger.recipe.get("selector")
+    if selector in NOT_NESTED and wanted.remove < len(larger.removal_order):
+        raise UserError(
+            f"--selector {selector} chooses {wanted.remove} layers otherwise than "
+            f"{len(larger.removal_order)}, so that the plan in {plan_directory} does not hold that "
+            f"choice; prune again with --remove {wanted.remove}."
+        )
+    repair = {name: getattr(wanted, name) for name in REPAIR_SETTINGS}
+    settings = checked(PruneSettings, larger.recipe | repair, plan_directory / PLAN_FILE)
+    check_settings(checkpoint, settings)
+    record, input_ids = larger.calibration, load_calibration_ids(plan_directory, larger)
+    drawn = Calibration(record.source, record.seed, input_ids, record.bos)
+    calibration = _holding_out(drawn, settings.held_out)
+    steps = [Step(step.scores, tuple(step.removed)) for step in larger.steps]
+    with _writing_plan(out):
+        return _make_plan(checkpoint, settings, calibration, out, steps, lambda steps: None)
+
+
+def _writing_plan(out: Path) -> AbstractContextManager[None]:
+    """Of several processes, one writes."""
+    return output_directory(out, PLAN_FILE) if is_main_process() else nullcontext()
+
+
+def _holding_out(calibration: Calibration, held_out: int | None) -> Calibration:
+    samples = len(calibration.input_ids)
+    if held_out is not None and held_out >= samples:
+        raise UserError(
+            f"--held-out is {held_out} of {samples} samples, which leaves none to fit on; hold out "
+            "fewer."
+        )
+    return replace(calibration, held_out=held_out)
+
+
+def _make_plan(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    calibration: Calibration,
+    out: Path,
+    done: list[Step],
+    keep: Callable[[list[Step]], None],
+) -> Plan:
+    """Both stages. done: decisions made before; keep: told of all of them after every new one."""
+    architecture = architecture_of(checkpoint.config)
+    dtype = found_dtype(checkpoint, settings)
+    model = load_model(checkpoint, dtype, settings.device, streamed=settings.stream)
+    require_finite_weights(model.named_parameters())
+    _require_known_tokens(calibration, model.config)
+    steps = list(done)
+
+    def record(step: Step) -> None:
+        steps.append(step)
+        keep(steps)
+
+    costs = StageCosts()
+    with process_group(model.device), computing_in(dtype, model):
+        with costs.measured("select", model.device), waiting("Choosing layers"):
+            stay = protected_layers(checkpoint, settings)
+            subject = Subject(
+                model,
+                architecture,
+                calibration,
+                stay,
+                settings.stream,
+                tuple(settings.layers),
+                settings.remove,
+            )
+            selection = select(
+                SELECTORS[settings.selector],
+                subject,
+                settings.remove,
+                one_shot=settings.at_once,
+                done=done,
+                record=record,
+            )
+        with costs.measured("compensate", model.device), waiting("Repairing what is left"):
+            # streamed, each pass reads every layer once, so that all samples go at once
+            ids = calibration.input_ids
+            batches = Batches(len(ids) if settings.stream else forward_batch(ids, model.device))
+            compensation = COMPENSATORS[settings.compensator](
+                Pruned(
+                    model,
+                    architecture,
+                    calibration,
+                    selection.removal_order,
+                    batches,
+                    settings.projection,
+                    accept_all=settings.accept == ALWAYS,
+                )
+            )
+    plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, costs)
+    tensors = {
+        f"{record.name}.{name}": tensor.float().cpu()
+        for record, correction in zip(plan.corrections, compensation.corrections, strict=True)
+        if record.accepted
+        for name, tensor in correction.change.tensors.items()
+    }
+    if is_main_process():
+        save_plan(out, plan, tensors, calibration.input_ids)
+    return plan
+
+
+def _require_known_tokens(calibration: Calibration, config: Any) -> None:
+    """Raises UserError if the model has no such tokens."""
+    highest = int(calibration.input_ids.max())
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer makes token {highest}, but the model knows only {config.vocab_size}: "
+            "it is another model's."
+        )
+
+
+def found_dtype(checkpoint: Checkpoint, settings: PruneSettings) -> str:
+    """What this machine computes in: `auto` is not the same everywhere."""
+    return resolve_dtype(settings.dtype, resolve_device(settings.device), checkpoint)
+
+
+def journal_key(
+    checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration
+) -> dict[str, Any]:
+    """What the removal order depends on. The number of layers does not count where a longer order
+    begins like a shorter one."""
+    names = [
+        "selector",
+        "layers",
+        "protect_first",
+        "protect_last",
+        "one_shot",
+        "held_out",
+        "budget_minutes",
+    ]
+    names += ["remove"] if settings.at_once else []
+    options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
+    return {
+        f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
+        "the version of gradmap": version("gradmap"),
+        "the calibration samples": calibration.sha256,
+        "--dtype": found_dtype(checkpoint, settings),
+        SAMPLES: len(calibration.input_ids),
+        **options,
+    }
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What each stage took: seconds, and on GPUs the most memory that torch had on all of them,
+    model included."""
+
+    timings_s: dict[str, float] = field(default_factory=dict)
+    peak_gpu_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def measured(self, stage: str, device: torch.device) -> Iterator[None]:
+        gpus = range(torch.cuda.device_count()) if device.type == "cuda" else range(0)
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        started = time.monotonic()
+        yield
+        self.timings_s[stage] = round(time.monotonic() - started, 3)
+        if gpus:
+            self.peak_gpu_bytes[stage] = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+
+
+def _describe_plan(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    calibration: Calibration,
+    selection: Selection,
+    compensation: Compensation,
+    costs: StageCosts,
+) -> Plan:
+    samples, tokens = calibration.input_ids.shape
+    return Plan(
+        base_model=BaseModelIdentity(
+            name=checkpoint.name,
+            model_type=checkpoint.config["model_type"],
+            layers=layer_count(checkpoint.config),
+            files=checkpoint.file_hashes,
+        ),
+        recipe=asdict(settings),
+        calibration=CalibrationRecord(
+            source=calibration.source,
+            seed=calibration.seed,
+            samples=samples,
+            tokens=tokens,
+            bos=calibration.bos,
+            held_out_samples=calibration.held_out_samples,
+            sha256=calibration.sha256,
+        ),
+        removal_order=list(selection.removal_order),
+        steps=[
+            StepRecord(scores=step.scores, removed=list(step.removed)) for step in selection.steps
+        ],
+        drift=dict(compensation.drift),
+        corrections=[_describe_correction(correction) for correction in compensation.corrections],
+        environment=describe_environment() | {"dtype": found_dtype(checkpoint, settings)},
+        timings_s=costs.timings_s,
+        peak_gpu_bytes=costs.peak_gpu_bytes,
+    )
+
+
+def _describe_correction(correction: Correction) -> CorrectionRecord:
+    return CorrectionRecord(
+        layer=correction.place.layer,
+        target=correction.place.target,
+        kind=correction.change.kind,
+        lam=correction.lam,
+        relative_lambda=correction.relative_lambda,
+        held_out_divergence_before=correction.held_out_divergence_before,
+        held_out_divergence_after=correction.held_out_divergence_after,
+        accepted=correction.accepted,
+    )
+
+
+def summarise(plan: Plan) -> list[tuple[str, Any]]:
+    """Rows of the table that `gradmap prune` prints."""
+    rows: list[tuple[str, Any]] = [
+        ("layers", f"{plan.base_model.layers} -> {len(plan.kept_layers)}"),
+        ("removed, in order", ", ".join(map(str, plan.removal_order))),
+        ("calibration samples", _describe_samples(plan)),
+    ]
+    rows += [("repair", repair.describe()) for repair in plan.repairs]
+    rows += [(f"{stage} time", f"{seconds:.1f} s") for stage, seconds in plan.timings_s.items()]
+    rows += [
+        (f"{stage} GPU memory", f"{peak / 1e9:.1f} GB")
+        for stage, peak in plan.peak_gpu_bytes.items()
+    ]
+    return rows
+
+
+def _describe_samples(plan: Plan) -> str:
+    asked, minutes = plan.recipe["samples"], plan.recipe["budget_minutes"]
+    used = plan.calibration.samples
+    return (
+        str(used)
+        if minutes is None
+        else f"{used} of {asked}, within a budget of {minutes:g} minutes"
+    )
