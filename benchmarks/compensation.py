@@ -32,9 +32,9 @@ from gradmap.methods.gradmap.adam import errors_of_output, objective, train_proj
 from gradmap.methods.gradmap.projection import mean_drift
 from gradmap.methods.least_squares import ridge_sums, solve_ridge
 from gradmap.methods.ridge import REGULARISATION, Fit, all_features
-from gradmap.model.architectures import architecture_of
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer
 
 
@@ -65,10 +65,9 @@ def main(
         load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42
     )
     removed = tuple(int(layer) for layer in remove.split(","))
-    architecture = architecture_of(checkpoint.config)
     loaded = load_model(checkpoint, "float32")
     batches = Batches(forward_batch(drawn.input_ids, loaded.device))
-    pruned = Pruned(loaded, architecture, drawn, removed, batches)
+    pruned = Pruned(LayeredModel.of(loaded), drawn, removed, batches)
     drift = mean_drift(pruned)
     layer = max(drift, key=drift.__getitem__)
     added, missing = all_features(pruned, Fit(layer, goal=layer), {})

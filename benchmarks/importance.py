@@ -20,8 +20,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -40,20 +41,18 @@ from gradmap.common.console import print_table, say
 from gradmap.common.environment import describe_environment
 from gradmap.common.files import write_json
 from gradmap.data.calibration import Calibration, build_calibration
-from gradmap.methods.gradmap.scores import layer_scores_reference
-from gradmap.methods.gradmap.selector import GradientScorer
+from gradmap.methods.gradmap.scores import GradientScorer, layer_scores_reference
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import (
-    Advance,
+    LayerScorer,
     Measure,
     ReducedModelScorer,
     Selection,
-    Selector,
     Subject,
     select,
 )
-from gradmap.model.architectures import Architecture, architecture_of, without_layers
 from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import losses_from, record_layer_calls, sample_losses
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in, weights_dtype
@@ -79,24 +78,22 @@ class Run:
 
 
 @torch.inference_mode()
-def run_forward(
-    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
-) -> Tensor:
+def run_forward(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
     """The floor: no score at all, the last layer goes."""
     for batch in input_ids.split(BATCH_SIZE):
-        sample_losses(model(input_ids=batch.to(model.device), use_cache=False).logits, batch)
-    return -torch.arange(len(architecture.layer_list(model)), dtype=torch.float64)
+        sample_losses(
+            model.network(input_ids=batch.to(model.device), use_cache=False).logits, batch
+        )
+    return -torch.arange(len(model.layers), dtype=torch.float64)
 
 
 @torch.inference_mode()
-def score_by_block_influence(
-    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
-) -> Tensor:
+def score_by_block_influence(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
     """ShortGPT: 1 - cos(input, output) of every layer, one forward pass."""
-    layers = architecture.layer_list(model)
+    layers = model.layers
     totals = torch.zeros(len(layers), dtype=torch.float64)
     for batch in input_ids.split(BATCH_SIZE):
-        hidden, calls = record_layer_calls(model, layers, batch.to(model.device))
+        hidden, calls = record_layer_calls(model, batch.to(model.device))
         for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
             leaving = call.run(layer, hidden)
             totals[index] += (1 - torch.cosine_similarity(hidden, leaving, dim=-1)).sum().item()
@@ -105,18 +102,16 @@ def score_by_block_influence(
 
 
 @torch.inference_mode()
-def score_by_loss_as_released(
-    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
-) -> Tensor:
+def score_by_loss_as_released(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
     """SLEB: the loss without each block in turn, from whole forward passes. The first and last
     block stay."""
-    count = len(architecture.layer_list(model))
+    count = len(model.layers)
     losses = torch.full((count,), STAYS, dtype=torch.float64)
     for candidate in range(1, count - 1):
-        with without_layers(model, architecture, [candidate]):
+        with model.without([candidate]):
             losses[candidate] = sum(
                 sample_losses(
-                    model(input_ids=batch.to(model.device), use_cache=False).logits, batch
+                    model.network(input_ids=batch.to(model.device), use_cache=False).logits, batch
                 )
                 .sum()
                 .item()
@@ -126,16 +121,14 @@ def score_by_loss_as_released(
 
 
 @torch.inference_mode()
-def score_by_loss_with_prefixes(
-    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
-) -> Tensor:
+def score_by_loss_with_prefixes(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
     """SLEB, each candidate from the hidden state that enters it on."""
-    layers = list(architecture.layer_list(model))
+    layers = list(model.layers)
     losses = torch.full((len(layers),), STAYS, dtype=torch.float64)
     losses[1:-1] = 0
     for batch in input_ids.split(BATCH_SIZE):
         ids = batch.to(model.device)
-        entering, calls = record_layer_calls(model, layers, ids)
+        entering, calls = record_layer_calls(model, ids)
         for candidate in range(len(layers) - 1):
             if candidate > 0:
                 hidden = entering
@@ -143,23 +136,25 @@ def score_by_loss_with_prefixes(
                     layers[candidate + 1 :], calls[candidate + 1 :], strict=True
                 ):
                     hidden = call.run(layer, hidden)
-                losses[candidate] += losses_from(model, layers, hidden, ids).sum().item()
+                losses[candidate] += losses_from(model, hidden, ids).sum().item()
             entering = calls[candidate].run(layers[candidate], entering)
     return losses
 
 
-def score_as_written(
-    model: Any, architecture: Architecture, input_ids: Tensor, advance: Advance
-) -> Tensor:
+def score_as_written(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
     """The paper's Eq. 7, every gradient formed."""
-    return layer_scores_reference(model, architecture, input_ids)
+    return layer_scores_reference(model, input_ids)
 
 
-def measured_by(measure: Measure) -> Selector:
+# What scores the layers of a subject.
+Method = Callable[[Subject], LayerScorer]
+
+
+def measured_by(measure: Measure) -> Method:
     return lambda subject: ReducedModelScorer(subject, measure)
 
 
-METHODS: dict[str, Selector] = {
+METHODS: dict[str, Method] = {
     "naive": measured_by(score_as_written),
     "ours": GradientScorer,
     "repair": RepairScorer,
@@ -197,7 +192,7 @@ def main(
         assert run is not None
         method, _, dtype = run[0].partition("@")
         subject = _subject_of(model, gguf_file, calibration, dtype, samples, tokens)
-        with computing_in(dtype, subject.model):
+        with computing_in(dtype, subject.model.network):
             measure = _count if count else _time
             print(json.dumps(measure(METHODS[method], subject, remove)))
         return
@@ -242,24 +237,22 @@ def _subject_of(
     quiet_libraries()
     if path is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, architecture = make_random_llama(LLAMA_2_7B, weights_dtype(dtype), device)
-        return Subject(
-            model, architecture, Calibration("random", 0, torch.randint(32000, (samples, tokens)))
-        )
+        model = make_random_llama(LLAMA_2_7B, weights_dtype(dtype), device)
+        return Subject(model, Calibration("random", 0, torch.randint(32000, (samples, tokens))))
     checkpoint = open_checkpoint(path, gguf_file)
     drawn = build_calibration(
         load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42
     )
-    return Subject(load_model(checkpoint, dtype), architecture_of(checkpoint.config), drawn)
+    return Subject(LayeredModel.of(load_model(checkpoint, dtype)), drawn)
 
 
-def _count(method: Selector, subject: Subject, remove: int) -> dict[str, int]:
+def _count(method: Method, subject: Subject, remove: int) -> dict[str, int]:
     return {"flop": counted(lambda: _choose(method, subject, remove))}
 
 
-def _time(method: Selector, subject: Subject, remove: int) -> dict[str, Any]:
+def _time(method: Method, subject: Subject, remove: int) -> dict[str, Any]:
     """What a Run holds, but for its names and FLOPs."""
-    model = subject.model
+    model = subject.model.network
     for parameter in model.parameters():
         parameter.sum()  # mapped weights are in memory only once they were read
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
@@ -285,8 +278,15 @@ def _time(method: Selector, subject: Subject, remove: int) -> dict[str, Any]:
     }
 
 
-def _choose(method: Selector, subject: Subject, remove: int) -> Selection:
-    return select(method, subject, remove, one_shot=False, done=(), record=lambda step: None)
+def _choose(method: Method, subject: Subject, remove: int) -> Selection:
+    return select(
+        partial(method, subject),
+        subject,
+        remove,
+        one_shot=False,
+        done=(),
+        record=lambda step: None,
+    )
 
 
 def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:

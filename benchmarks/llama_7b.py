@@ -51,11 +51,11 @@ from gradmap.costs.steps import (
 from gradmap.data.calibration import Calibration
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.distil import Lessons, train_low_rank, written_by_dense
+from gradmap.methods.registry import selector
 from gradmap.methods.selection import Subject, select
-from gradmap.methods.selectors import SELECTORS
 from gradmap.methods.sequential import refit_before_runs
-from gradmap.model.architectures import Architecture
 from gradmap.model.batching import Batches, forward_batch
+from gradmap.model.layered import LayeredModel
 from gradmap.model.shape import Shape
 
 PICO = Shape("pico", width=64, inner=96, layers=8, kv_share=0.5, vocabulary=200)
@@ -106,14 +106,13 @@ class Case:
     """The task's model and samples."""
 
     task: Task
-    model: Any
-    architecture: Architecture
+    model: LayeredModel
     calibration: Calibration
 
     @property
     def pruned(self) -> Pruned:
         batches = Batches(forward_batch(self.calibration.input_ids, self.model.device))
-        return Pruned(self.model, self.architecture, self.calibration, self.task.removed, batches)
+        return Pruned(self.model, self.calibration, self.task.removed, batches)
 
 
 def machine() -> str:
@@ -125,16 +124,16 @@ def machine() -> str:
 def make_case(task: Task) -> Case:
     on_gpu = torch.cuda.is_available()
     dtype, device = (torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")
-    model, architecture = make_random_llama(task.shape, dtype, device)
+    model = make_random_llama(task.shape, dtype, device)
     ids = torch.randint(task.shape.vocabulary, (task.size.samples, task.size.tokens))
-    return Case(task, model, architecture, Calibration("random", 0, ids))
+    return Case(task, model, Calibration("random", 0, ids))
 
 
-def choose_by(selector: str) -> Callable[[Case], Facts]:
+def choose_by(name: str) -> Callable[[Case], Facts]:
     def choose(case: Case) -> Facts:
-        subject = Subject(case.model, case.architecture, case.calibration)
+        subject = Subject(case.model, case.calibration)
         chosen = select(
-            SELECTORS[selector],
+            partial(selector(name).make, subject),
             subject,
             case.task.remove,
             one_shot=False,
@@ -335,7 +334,7 @@ def profile_slowest(record: Record, task: Task) -> Facts:
     started = time.perf_counter()
     slowest = max(measured_s, key=measured_s.__getitem__)
     case, after_s = make_case(task), min(measured_s[slowest] / 3, PROFILE_AFTER_AT_MOST_S)
-    layers = case.architecture.layer_list(case.model)
+    layers = case.model.layers
     tables = profile_tables(lambda: STEPS[slowest].run(case), layers, after_s)
     return {"seconds": time.perf_counter() - started, "step": slowest, **tables}
 

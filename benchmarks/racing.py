@@ -32,8 +32,8 @@ from gradmap.data.calibration import build_calibration
 from gradmap.methods.racing import CLEARLY, MAY_FALL, Race, laps
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import Subject
-from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in
 
@@ -177,13 +177,13 @@ def main(
 ) -> None:
     quiet_libraries()
     checkpoint = open_checkpoint(model, gguf_file)
-    loaded, architecture = load_model(checkpoint, dtype), architecture_of(checkpoint.config)
+    layered = LayeredModel.of(load_model(checkpoint, dtype))
     tokenizer = load_tokenizer(checkpoint.directory)
     of_seeds = []
     for one in seed or [42]:
         drawn = build_calibration(tokenizer, calibration, samples, tokens, seed=one)
-        with computing_in(dtype, loaded):
-            of_seeds.append(measure_rounds(Subject(loaded, architecture, drawn), rounds))
+        with computing_in(dtype, layered.network):
+            of_seeds.append(measure_rounds(Subject(layered, drawn), rounds))
     size = {
         "samples": samples,
         "tokens": tokens,

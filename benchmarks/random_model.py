@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from gradmap.model.architectures import Architecture, architecture_of
+from gradmap.model.layered import LayeredModel
 from gradmap.model.shape import Shape
 
 HEAD_WIDTH, LEAST_HEADS = 128, 4
 
 
-def make_random_llama(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Any, Architecture]:
+def make_random_llama(shape: Shape, dtype: torch.dtype, device: str) -> LayeredModel:
     """Made on the device, so that nothing is read or copied. For inference: no parameter requires a
     gradient."""
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -30,4 +28,4 @@ def make_random_llama(shape: Shape, dtype: torch.dtype, device: str) -> tuple[An
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False), architecture_of(config.to_dict())
+    return LayeredModel.of(model.eval().requires_grad_(False))

@@ -17,7 +17,6 @@ from gradmap.costs.steps import (
     BF16_BYTES,
     Hardware,
     decode_speed_up,
-    default_seconds,
     prefill_speed_up,
     refit_flops,
     score_flops,
@@ -28,6 +27,7 @@ from gradmap.costs.steps import (
     training_flops,
     writing_seconds,
 )
+from gradmap.methods.costs import default_seconds
 from gradmap.model.shape import Shape
 
 LLAMA_2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 1, 32000)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from export.tolerance import logit_tolerance
 from gradmap.common.errors import UserError
-from gradmap.model.architectures import Architecture, architecture_of, layer_count, without_layers
+from gradmap.model.architectures import Architecture, architecture_of, layer_count
 from gradmap.model.checkpoint import Checkpoint
-from gradmap.model.corrections import Change, Changes, Place, fold_changes, pruned_and_corrected
+from gradmap.model.corrections import Change, Changes, Place, fold_changes
+from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
 from gradmap.model.safetensors_reader import StoredTensor, list_tensors
 
@@ -35,12 +36,12 @@ def require_exact_fold(
 ) -> None:
     """Raises UserError unless the changes compute the same folded as on hooks, as far as float32
     can tell."""
-    architecture = architecture_of(checkpoint.config)
     model = load_model(checkpoint, "float32", "cpu")
-    with pruned_and_corrected(model, architecture, removed, changes):
+    layered = LayeredModel.of(model)
+    with layered.changed(changes, without=removed):
         unfolded = finite_logits(model, input_ids)
     fold_and_round(model, checkpoint, changes, torch.float32)
-    with without_layers(model, architecture, removed):
+    with layered.without(removed):
         folded = finite_logits(model, input_ids)
     difference = ((folded - unfolded).double().norm() / unfolded.double().norm()).item()
     layers = layer_count(checkpoint.config) - len(removed)

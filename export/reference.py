@@ -16,9 +16,9 @@ from torch import Tensor
 from export.folded_model import finite_logits, fold_and_round, require_exact_fold, stored_dtype
 from export.runners.probe_io import decode_greedily, placement_for, transformers_step
 from gradmap.common.errors import UserError
-from gradmap.model.architectures import architecture_of, without_layers
 from gradmap.model.checkpoint import Checkpoint
-from gradmap.model.corrections import Changes, pruned_and_corrected
+from gradmap.model.corrections import Changes
+from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
 
 # Safetensors inside; not so named, because vLLM takes every *.safetensors of a directory for
@@ -139,7 +139,7 @@ def _run_folded(
 ) -> Reference:
     model = load_model(checkpoint, "float32", "cpu")
     fold_and_round(model, checkpoint, changes, dtype)
-    with without_layers(model, architecture_of(checkpoint.config), removed):
+    with LayeredModel.of(model).without(removed):
         return _run(model, input_ids, _greedy_tokens(checkpoint.positions, input_ids))
 
 
@@ -151,7 +151,7 @@ def _run_from_disk(
     placement: dict[str, Any],
 ) -> Reference:
     model = load_model(checkpoint, "float32", "cpu", **placement)
-    with pruned_and_corrected(model, architecture_of(checkpoint.config), removed, changes):
+    with LayeredModel.of(model).changed(changes, without=removed):
         return _run(model, input_ids, greedy_tokens=0)
 
 

@@ -3,7 +3,6 @@ runs."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,8 @@ import typer
 
 from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.common.errors import UserError
+from gradmap.common.options import takes
+from gradmap.pruning.settings import PruneOptions
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="Model directory, or hub id such as org/name.")
@@ -38,88 +39,13 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or spread (ove
 
 
 @heartbeat(so_far("gradmap prune"))
+@takes(PruneOptions)
 def prune(
+    options: PruneOptions,
     model: ModelOption,
     out: Annotated[Path, typer.Option(help="The plan directory to write.")],
     gguf_file: GgufOption = None,
     allow_pickle: AllowPickleOption = False,
-    remove: Annotated[int | None, typer.Option(help="How many layers to remove.")] = None,
-    ratio: Annotated[
-        float | None, typer.Option(help="Which share of the layers to remove, such as 0.25.")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="best: repair and distil, the default. gradmap, the published method: "
-            "gradient and projection, --accept always, --held-out 0."
-        ),
-    ] = None,
-    selector: Annotated[
-        str | None,
-        typer.Option(
-            help="How layers are chosen: repair, gradient, block-influence, sleb, prune-comp, "
-            "mka, mka-as-released, gradpruner, window, taylor, magnitude, random, manual."
-        ),
-    ] = None,
-    compensator: Annotated[
-        str | None,
-        typer.Option(
-            help="How the loss is repaired: distil, refit, sequential, projection, "
-            "projection-adam, magnitude, mka, gradpruner, linear-patch, none."
-        ),
-    ] = None,
-    accept: Annotated[
-        str | None,
-        typer.Option(
-            help="Which repairs are applied: held-out, those that bring the model nearer to the "
-            "dense one on held-out samples, or always all."
-        ),
-    ] = None,
-    held_out: Annotated[
-        int | None,
-        typer.Option(min=0, help="So many samples are not fitted on; a quarter if not given."),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="For --selector manual: which layers, in order of removal, such as 21,22."
-        ),
-    ] = None,
-    protect_first: Annotated[int, typer.Option(min=0, help="So many first layers stay.")] = 0,
-    protect_last: Annotated[int, typer.Option(min=0, help="So many last layers stay.")] = 0,
-    top_z: Annotated[
-        int, typer.Option(min=1, help="projection: how many layers, those that drifted most.")
-    ] = 1,
-    side: Annotated[
-        str, typer.Option(help="projection: the side of the weight that W' is on, left or right.")
-    ] = "left",
-    target: Annotated[
-        str,
-        typer.Option(
-            help="projection: the linear map to correct, down, or q, k, v, o, up, gate by Adam."
-        ),
-    ] = "down",
-    unregularised: Annotated[
-        bool, typer.Option("--unregularised", help="projection: leave Eq. 12 out of the objective.")
-    ] = False,
-    one_shot: Annotated[
-        bool, typer.Option("--one-shot", help="Score once instead of after every removal.")
-    ] = False,
-    calibration: Annotated[
-        str, typer.Option(help="Text source, see gradmap/data/text_specs.py.")
-    ] = "wikipedia",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
-    seed: Annotated[int, typer.Option(help="Draws the calibration samples.")] = 42,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read layers one by one: for models beyond memory.")
-    ] = False,
-    budget_minutes: Annotated[
-        float | None,
-        typer.Option(min=0, help="Use fewer samples if so many would take longer on this machine."),
-    ] = None,
     resume: Annotated[
         bool | None,
         typer.Option(
@@ -138,40 +64,12 @@ def prune(
     """Choose which layers to remove, compute the corrections, and write a plan."""
     with importing():
         from gradmap.model.checkpoint import open_checkpoint
-        from gradmap.pruning.presets import choose_methods
+        from gradmap.pruning.presets import settle
         from gradmap.pruning.prune import prune as make_plan
         from gradmap.pruning.prune import prune_less, summarise
-        from gradmap.pruning.settings import PruneSettings, layers_to_remove
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
-    count = layers_to_remove(checkpoint.config, remove, ratio)
-    given = {
-        "selector": selector,
-        "compensator": compensator,
-        "accept": accept,
-        "held_out": held_out,
-    }
-    methods = choose_methods(preset, from_plan, **given)
-    settings = PruneSettings(
-        remove=count,
-        calibration=calibration,
-        **asdict(methods),
-        one_shot=one_shot,
-        layers=_parse_numbers("--layers", layers) if layers else [],
-        protect_first=protect_first,
-        protect_last=protect_last,
-        top_z=top_z,
-        side=side,
-        target=target,
-        unregularised=unregularised,
-        samples=samples,
-        tokens=tokens,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        stream=stream,
-        budget_minutes=budget_minutes,
-    )
+    settings = settle(options, checkpoint.config, from_plan)
     if from_plan is None:
         plan = make_plan(checkpoint, settings, out, resume)
     else:

@@ -19,19 +19,18 @@ from gradmap.costs.steps import (
     CalibrationSize,
     Hardware,
     Pruning,
-    repair_seconds,
-    select_seconds,
     streaming_seconds,
 )
 from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
 from gradmap.evaluation.tasks import expand_names
+from gradmap.methods.costs import repair_seconds, select_seconds
 from gradmap.model.architectures import architecture_of
 from gradmap.model.loading import SPREAD, auto_dtype, resolve_device
 from gradmap.model.precision import AUTOCAST
 from gradmap.model.shape import Shape
 from gradmap.pruning.budget import affordable_samples
+from gradmap.pruning.checks import layers_to_remove, require_removable
 from gradmap.pruning.presets import choose_methods
-from gradmap.pruning.settings import layers_to_remove, require_removable
 from gradmap.runtimes.vllm_environment import cpu_wants_float32, is_cpu_build
 from loadtest.costs import CPU_SERVER, GPU_SERVER, ServerSpeed, load_test_seconds, serving_bytes
 from loadtest.loads import parse_loads

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from gradmap.cli import quiet_libraries
 from gradmap.model.architectures import ARCHITECTURES, architecture_of
 from gradmap.model.checkpoint import Checkpoint, open_checkpoint
-from gradmap.model.corrections import pruned_and_corrected
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_losses
 from gradmap.pruning.plan import load_changes, load_plan
 from tests.noting_server import NotingServer
@@ -135,6 +135,9 @@ class Pico:
         )
         return model.eval().requires_grad_(False)
 
+    def layered(self, dtype: torch.dtype = torch.float64) -> LayeredModel:
+        return LayeredModel.of(self.load(dtype))
+
 
 def make_pico(family: str, directory: Path, **changes: int) -> Pico:
     """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to
@@ -154,9 +157,7 @@ def make_pico(family: str, directory: Path, **changes: int) -> Pico:
 def perplexity_of_plan(pico: Pico, directory: Path, input_ids: torch.Tensor) -> float:
     """Of the segments (S, T), of the model as the plan leaves it."""
     plan, model = load_plan(directory), pico.load()
-    with pruned_and_corrected(
-        model, pico.architecture, plan.removal_order, load_changes(directory, plan)
-    ):
+    with LayeredModel.of(model).changed(load_changes(directory, plan), without=plan.removal_order):
         logits = model(input_ids=input_ids, use_cache=False).logits
     return math.exp(sample_losses(logits, input_ids).sum().item() / input_ids[:, 1:].numel())
 

@@ -202,7 +202,10 @@ def read_plan(directory: Path, model: Path, out: Path) -> None:
         repair.describe()
     methods = choose_methods(None, directory)
     wanted = PruneSettings(
-        9, "file:a.txt", methods.selector, methods.compensator
+        remove=9,
+        calibration="file:a.txt",
+        selector=methods.selector,
+        compensator=methods.compensator,
     )  # 9: refused before it is made
     prune_less(open_checkpoint(str(model)), directory, wanted, out)
 

@@ -25,11 +25,10 @@ from gradmap.data.text_specs import named_sources, source_files
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import read_evaluation, records_beside
 from gradmap.evaluation.table import with_error
-from gradmap.methods.compensators import COMPENSATORS
-from gradmap.methods.selectors import NOT_NESTED, SELECTORS
+from gradmap.methods.registry import compensator_names, selector, selector_names
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.pruning.plan import load_plan
-from gradmap.pruning.presets import ALWAYS
+from gradmap.pruning.settings import ALWAYS
 
 RESULT_FILE = "compare.json"
 Variants = Mapping[str, Mapping[str, Any]]
@@ -71,14 +70,13 @@ class CompareSettings:
 def parse_methods(text: str) -> tuple[Method, ...]:
     """`gradient+projection,sleb+none` -> methods. Raises UserError for an unknown one."""
     methods = []
+    selectors = [name for name in selector_names() if name != "manual"]
     for name in text.split(","):
         selection, _, repair = name.strip().partition("+")
-        selector, _ = split_variant(selection, OF_SELECTORS)
+        chosen, _ = split_variant(selection, OF_SELECTORS)
         compensator, _ = split_variant(repair, OF_COMPENSATORS)
-        if selector not in SELECTORS or selector == "manual" or compensator not in COMPENSATORS:
-            known = (
-                f"{', '.join(set(SELECTORS) - {'manual'})}; compensators: {', '.join(COMPENSATORS)}"
-            )
+        if chosen not in selectors or compensator not in compensator_names():
+            known = f"{', '.join(selectors)}; compensators: {', '.join(compensator_names())}"
             variants = ", ".join((*OF_SELECTORS, *OF_COMPENSATORS))
             raise UserError(
                 f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}; variants: "
@@ -104,8 +102,8 @@ def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
         for method, count in product(settings.methods, settings.counts)
     )
     for (selection, count), seed in product(selections, settings.seeds):
-        selector, variant = split_variant(selection, OF_SELECTORS)
-        options = {"selector": selector, **variant, "compensator": "none", "seed": seed}
+        name, variant = split_variant(selection, OF_SELECTORS)
+        options = {"selector": name, **variant, "compensator": "none", "seed": seed}
         directory = _selection(out, selection, count, seed)
         flags = as_flags(
             {**settings.model, **settings.calibration, **options, "remove": count, "out": directory}
@@ -117,8 +115,12 @@ def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
 
 def selected_count(settings: CompareSettings, method: Method, count: int) -> int:
     """How many layers are in the selection that serves a method at this count."""
-    selector, _ = split_variant(method.selection, OF_SELECTORS)
-    return count if selector in NOT_NESTED else max(settings.counts)
+    return max(settings.counts) if is_nested(method.selection) else count
+
+
+def is_nested(selection: str) -> bool:
+    """Whether a selection, variant and all, of more layers serves fewer too."""
+    return selector(split_variant(selection, OF_SELECTORS)[0]).nested
 
 
 def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
@@ -284,7 +286,7 @@ def _mean(estimates: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _selection(out: Path, selection: str, count: int, seed: int) -> Path:
-    of_count = f"-{count}" if split_variant(selection, OF_SELECTORS)[0] in NOT_NESTED else ""
+    of_count = "" if is_nested(selection) else f"-{count}"
     return out / "selections" / f"{selection}{of_count}-seed-{seed}"
 
 

@@ -9,7 +9,7 @@ here, and torch is not needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gradmap.model.shape import Shape
@@ -286,55 +286,64 @@ class Pruning:
         return max(1, self.remove // 2)
 
 
-SELECTORS: Mapping[str, Callable[[Shape, int, CalibrationSize], float]] = {
-    "repair": selection_flops,
-    "gradient": score_flops,
-    "sleb": sleb_flops,
-    "block-influence": influence_flops,
-    "window": lambda shape, rounds, size: influence_flops(shape, 1, size),
-    "taylor": taylor_flops,
-    **dict.fromkeys(
-        ("magnitude", "random", "manual", "mka-as-released"), lambda shape, rounds, size: 0.0
-    ),
-}
+# FLOPs of so many rounds of scores.
+Rounds = Callable[[Shape, int, CalibrationSize], float]
+# Seconds of choosing, or of repairing.
+Timing = Callable[[Shape, Hardware, Pruning], float]
 
 
-def select_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float | None:
-    """None for a selector whose costs are not known here."""
-    flops = SELECTORS.get(pruning.selector)
-    return (
-        None
-        if flops is None
-        else flops(hardware.sees(shape), pruning.rounds, pruning.size) / hardware.sustained_flops
-    )
+def in_rounds(flops: Rounds) -> Timing:
+    """What a selector takes that does so much in its rounds."""
+
+    def seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+        needed = flops(hardware.sees(shape), pruning.rounds, pruning.size)
+        return needed / hardware.sustained_flops
+
+    return seconds
 
 
-def repair_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float | None:
-    """None for a compensator whose costs are not known here."""
-    shape = hardware.sees(shape)
-    remove, runs, size = pruning.remove, pruning.runs, pruning.size
-    inputs = distil_inputs(shape, pruning.correctable)
+def no_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """What takes no time worth mentioning."""
+    return 0.0
 
-    def fits(features: float, more: int = 0) -> float:
-        return fits_flops(shape, remove, runs, features, size, more) if pruning.correctable else 0.0
 
+def refit_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """The down projection itself, before every run."""
+    return _fits_seconds(shape.inner, shape, hardware, pruning)
+
+
+def sequential_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """A W' before every run."""
+    return _fits_seconds(shape.width, shape, hardware, pruning)
+
+
+def projection_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """The drift of every layer, and one W'."""
+    shape, remove, size = hardware.sees(shape), pruning.remove, pruning.size
     drift = size.fit_tokens * shape.layer_flops(2 * shape.layers - remove)
-    flops = {
-        "none": 0.0,
-        "refit": fits(shape.inner),
-        "sequential": fits(shape.width),
-        "distil": fits(inputs, size.lacking(inputs))
-        + training_flops(shape, remove, size, pruning.correctable),
-        "projection": drift + fits_flops(shape, remove, 1, shape.width, size),
-    }.get(pruning.compensator)
-    if flops is None:
-        return None
-    written_s = (
-        writing_seconds(shape, hardware, size, pruning.correctable)
-        if pruning.compensator == "distil"
-        else 0.0
-    )
-    return flops / hardware.sustained_flops + written_s
+    fit = fits_flops(shape, remove, 1, shape.width, size)
+    return (drift + fit) / hardware.sustained_flops
+
+
+def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """What the dense model writes, fits on that too, and the training."""
+    shape, size, correctable = hardware.sees(shape), pruning.size, pruning.correctable
+    inputs = distil_inputs(shape, correctable)
+    fits_s = _fits_seconds(inputs, shape, hardware, pruning, size.lacking(inputs))
+    trained = training_flops(shape, pruning.remove, size, correctable)
+    written_s = writing_seconds(shape, hardware, size, correctable)
+    return fits_s + trained / hardware.sustained_flops + written_s
+
+
+def _fits_seconds(
+    features: float, shape: Shape, hardware: Hardware, pruning: Pruning, more: int = 0
+) -> float:
+    """Of closed forms, where there are any. features, more: see `fits_flops`."""
+    if not pruning.correctable:
+        return 0.0
+    shape, size = hardware.sees(shape), pruning.size
+    flops = fits_flops(shape, pruning.remove, pruning.runs, features, size, more)
+    return flops / hardware.sustained_flops
 
 
 def streaming_seconds(
@@ -351,13 +360,6 @@ def streaming_seconds(
 
 def score_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
     return score_flops(shape, remove) / hardware.sustained_flops
-
-
-def default_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
-    """Of the default's selection and repair."""
-    pruning = Pruning(remove)
-    parts = select_seconds(shape, hardware, pruning), repair_seconds(shape, hardware, pruning)
-    return math.fsum(part for part in parts if part is not None)
 
 
 def decode_speed_up(shape: Shape, remove: int) -> float:

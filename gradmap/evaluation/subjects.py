@@ -18,9 +18,8 @@ from gradmap.common.finite import require_finite_weights
 from gradmap.common.reading import read_json_object
 from gradmap.evaluation.backends import Backend
 from gradmap.evaluation.ends import end_tokens
-from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint, is_quantised, open_checkpoint
-from gradmap.model.corrections import pruned_and_corrected
+from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, resolve_device, resolve_dtype
 from gradmap.model.model_sizes import read_sizes
 from gradmap.model.precision import count_parameters
@@ -165,7 +164,7 @@ def _identity(backend: str, files: dict[str, str], where: Where) -> dict[str, An
 def _open_transformers(model: Any, checkpoint: Checkpoint, dtype: str) -> Iterator[Opened]:
     from gradmap.evaluation.transformers_backend import TransformersBackend
 
-    layers = architecture_of(checkpoint.config).layer_list(model)
+    layers = LayeredModel.of(model).layers
     backend = TransformersBackend(model, dtype, end_tokens(checkpoint.directory, checkpoint.config))
     yield Opened(backend, len(layers), count_parameters(model), dtype)
 
@@ -174,9 +173,8 @@ def _open_transformers(model: Any, checkpoint: Checkpoint, dtype: str) -> Iterat
 def _open_pruned(model: Any, checkpoint: Checkpoint, plan: Path, dtype: str) -> Iterator[Opened]:
     contents = load_plan(plan)
     changes = load_changes(plan, contents)
-    architecture = architecture_of(checkpoint.config)
     with (
-        pruned_and_corrected(model, architecture, contents.removal_order, changes),
+        LayeredModel.of(model).changed(changes, without=contents.removal_order),
         _open_transformers(model, checkpoint, dtype) as opened,
     ):
         yield opened

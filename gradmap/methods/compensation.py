@@ -1,5 +1,5 @@
-"""Stage 2: what pruning broke is repaired in the weights that stay. Compensators are in
-`gradmap.methods.compensators`.
+"""Stage 2: what pruning broke is repaired in the weights that stay. How it is
+repaired is a compensator's business (gradmap.methods.base).
 
 Every correction is judged on calibration samples that it was not fitted on, by how far the
 next-token distributions are from the dense model's; one that does not bring them nearer is left
@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gradmap.common.finite import require_finite
 from gradmap.data.calibration import Calibration
-from gradmap.model.architectures import Architecture
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import (
     HIDDEN_STATE,
@@ -28,6 +27,7 @@ from gradmap.model.corrections import (
     followed_by,
     gather_changes,
 )
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import capturing
 from gradmap.model.walk import Walk
 
@@ -92,41 +92,23 @@ class Compensation:
 
 
 @dataclass(frozen=True)
-class ProjectionOptions:
-    """Variations of GradMAP's stage 2, for its ablations.
-
-    top_z: how many layers are corrected, those that drifted most (Table 12). side: which side of
-    the weight W' is on (Table 11). target: the linear map, by the first part of its name: q for
-    q_proj (Table 6). unregularised: whether the objective lacks Eq. 12 (Table 9).
-    """
-
-    top_z: int = 1
-    side: str = "left"
-    target: str = "down"
-    unregularised: bool = False
-
-
-@dataclass(frozen=True)
 class Pruned:
     """What a compensator repairs: `model`, which is whole, without the `removed` layers, and the
     samples to do it on.
 
-    removed: in the order of removal. batches: of samples in a forward pass. options: of
-    `projection`. accept_all: whether corrections are applied whatever they do to the held-out
-    divergence.
+    removed: in the order of removal. batches: of samples in a forward pass. accept_all: whether
+    corrections are applied whatever they do to the held-out divergence.
     """
 
-    model: Any
-    architecture: Architecture
+    model: LayeredModel
     calibration: Calibration
     removed: tuple[int, ...]
     batches: Batches
-    options: ProjectionOptions = ProjectionOptions()
     accept_all: bool = False
 
     @property
     def layers(self) -> range:
-        return range(len(self.architecture.layer_list(self.model)))
+        return range(len(self.model.layers))
 
     @property
     def kept(self) -> list[int]:
@@ -168,7 +150,7 @@ class Pruned:
 
     def walk(self, layers: Sequence[int], input_ids: Tensor) -> Walk:
         """Samples (N, T) before they pass these of the model's layers."""
-        return Walk(self.model, self.architecture, layers, input_ids, self.batches)
+        return Walk(self.model, layers, input_ids, self.batches)
 
     @cached_property
     def wanted(self) -> Tensor:
@@ -183,8 +165,6 @@ class Pruned:
         return self.walk(self.kept, self.calibration.held_out_ids).divergence(self.wanted, changes)
 
 
-# Repairs a pruned model, which is left as it was.
-Compensator = Callable[[Pruned], Compensation]
 Item = TypeVar("Item")
 
 
@@ -201,12 +181,11 @@ def correct_in_turn(
 
 @torch.no_grad()
 def run_and_capture(
-    model: Any, modules: Sequence[nn.Module], input_ids: Tensor
+    model: LayeredModel, modules: Sequence[nn.Module], input_ids: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Runs one batch (B, T) and returns what enters and leaves each module: (B, T, ...), or (B*T,
     ...) where a family flattens."""
     with capturing(modules) as captured:
-        model.base_model(
-            input_ids=input_ids.to(model.device), use_cache=False
-        )  # logits are not needed
+        # logits are not needed
+        model.network.base_model(input_ids=input_ids.to(model.device), use_cache=False)
     return [captured[module] for module in modules]

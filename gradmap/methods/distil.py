@@ -25,19 +25,19 @@ from gradmap.common.distributed import (
     share_of_step,
     sum_gradients,
 )
+from gradmap.costs.steps import distil_seconds
 from gradmap.data.calibration import with_bos, without_bos
+from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned
 from gradmap.methods.ridge import TOKENS_PER_INPUT, Walks, fitted_inputs
 from gradmap.methods.sequential import fit_before_runs
-from gradmap.model.architectures import Architecture
 from gradmap.model.batching import Batches, logits_batch, states_batch
 from gradmap.model.corrections import (
     LowRank,
     followed_by,
-    linear_maps,
-    pruned_and_corrected,
     untrained_low_rank,
 )
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import capturing, logits_from, run_layers
 
 RANK = 16
@@ -93,10 +93,10 @@ def samples_lacking(pruned: Pruned) -> int:
 
 def _closed_form_kind(pruned: Pruned) -> str | None:
     """Of a Fit; None where there is no closed form."""
-    if pruned.architecture.uncorrectable is not None:
+    if pruned.model.architecture.uncorrectable is not None:
         return None
     return (
-        "refit" if pruned.architecture.expert_down_projections is None else "left"
+        "refit" if pruned.model.architecture.expert_down_projections is None else "left"
     )  # experts are too many to refit
 
 
@@ -105,7 +105,7 @@ def train_low_rank(
 ) -> tuple[Correction, ...]:
     """Corrections on top of those so far, from one pass over the lessons."""
     generator = torch.Generator().manual_seed(pruned.calibration.seed)
-    maps = linear_maps(pruned.architecture, pruned.model, pruned.kept)
+    maps = pruned.model.linear_maps(pruned.kept)
     factors = [(place, untrained_low_rank(module, RANK, generator)) for place, module in maps]
     parameters = [tensor for _, factor in factors for tensor in (factor.down, factor.up)]
     together = followed_by(so_far.changes, factors)
@@ -120,7 +120,7 @@ def train_low_rank(
     say_if_some_are_idle(STEP_SAMPLES)
     with (
         progress("Distilling (samples)", len(samples)) as advance,
-        pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, together),
+        pruned.model.changed(together, without=pruned.removed),
     ):
         for rows in order.split(STEP_SAMPLES):
             _take_step(pruned, Lessons(samples[rows], goal[rows]), parameters, optimizer, batches)
@@ -150,9 +150,7 @@ def written_by_dense(pruned: Pruned) -> Lessons:
     with progress("The dense model writes (tokens)", len(prompts) * known.shape[1]) as advance:
 
         def write_batch(batch: slice) -> None:
-            parts.append(
-                write_on(pruned.model, pruned.architecture, prompts[batch], numbers[batch])
-            )
+            parts.append(write_on(pruned.model, prompts[batch], numbers[batch]))
             advance(parts[-1].input_ids.numel())
 
         Batches(_written_together(pruned.model, prompts, known.shape[1])).run(
@@ -190,12 +188,12 @@ def draw_prompts(known: Tensor, bos: int | None, count: int, seed: int) -> Tenso
 
 
 @torch.no_grad()
-def _written_together(model: Any, prompts: Tensor, length: int) -> int:
+def _written_together(model: LayeredModel, prompts: Tensor, length: int) -> int:
     """How many prompts (N, P) are continued at once to so many tokens. A GPU takes as long for a
     few as for many, so there it is as many as have room for their KV cache."""
     if model.device.type == "cpu":
         return WRITTEN_TOGETHER
-    cache = model(
+    cache = model.network(
         input_ids=prompts[:1].to(model.device), use_cache=True, logits_to_keep=1
     ).past_key_values
     of_prompt = sum(
@@ -205,7 +203,7 @@ def _written_together(model: Any, prompts: Tensor, length: int) -> int:
 
 
 @torch.no_grad()
-def write_on(model: Any, architecture: Architecture, prompts: Tensor, numbers: Tensor) -> Lessons:
+def write_on(model: LayeredModel, prompts: Tensor, numbers: Tensor) -> Lessons:
     """Continues each prompt (B, P) by a token for each of its `numbers` (B, n), which is drawn by
     that number from the model's whole next-token distribution.
 
@@ -214,12 +212,12 @@ def write_on(model: Any, architecture: Architecture, prompts: Tensor, numbers: T
     """
     ids = entering = prompts.to(model.device, non_blocking=True)
     numbers = numbers.to(model.device, non_blocking=True)
-    last_layer = architecture.layer_list(model)[-1]
+    last_layer = model.layers[-1]
     outputs: list[Tensor] = []
     cache: Any = None
     while True:
         with capturing([last_layer]) as captured:
-            output = model(
+            output = model.network(
                 input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
         outputs.append(captured[last_layer][1])
@@ -246,7 +244,7 @@ def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def distillation_gradients(
-    model: Any, layers: nn.ModuleList, hidden: Tensor, goal: Tensor, input_ids: Tensor
+    model: LayeredModel, hidden: Tensor, goal: Tensor, input_ids: Tensor
 ) -> Tensor:
     """dL/d hidden (B, T, d) of the last layer's output, where L is the mean over positions of the
     cross-entropy between the next-token distributions that follow from `goal` (B, T, d) and from
@@ -258,12 +256,12 @@ def distillation_gradients(
         leaf = hidden[part].detach().requires_grad_(True)
         with torch.no_grad():
             wanted = (
-                logits_from(model, layers, goal[part], input_ids[part])
+                logits_from(model, goal[part], input_ids[part])
                 .flatten(end_dim=1)
                 .float()
                 .softmax(dim=-1)
             )
-        logits = logits_from(model, layers, leaf, input_ids[part]).flatten(end_dim=1).float()
+        logits = logits_from(model, leaf, input_ids[part]).flatten(end_dim=1).float()
         loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / hidden[..., 0].numel()
         gradients += torch.autograd.grad(loss, leaf)
     return torch.cat(gradients)
@@ -299,9 +297,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of these samples' part of the mean over `samples`: all of them or, where memory runs out,
     none. None for experts that were idle."""
-    layers = pruned.architecture.layer_list(pruned.model)
-    hidden = run_layers(pruned.model, layers, ids)
-    at_the_end = distillation_gradients(pruned.model, layers, hidden, goal, ids)
+    hidden = run_layers(pruned.model, ids)
+    at_the_end = distillation_gradients(pruned.model, hidden, goal, ids)
     return torch.autograd.grad(
         hidden, parameters, at_the_end * (len(ids) / samples), allow_unused=True
     )
@@ -309,3 +306,14 @@ def _gradients(
 
 def _trained(factor: LowRank) -> LowRank:
     return LowRank(factor.down.detach(), factor.up.detach())
+
+
+COMPENSATOR = Compensator(
+    name="distil",
+    about="repairs in closed form, then trains low-rank corrections to predict what the dense "
+    "model does",
+    run=distil,
+    in_memory=True,
+    by_held_out=True,
+    seconds=distil_seconds,
+)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradmap.common.distributed import summed
 from gradmap.common.errors import UserError
+from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned, correct_in_turn
 from gradmap.methods.ridge import Fit, visit_features
 from gradmap.model.corrections import HIDDEN_STATE, Changes, Place, Projection
@@ -91,3 +92,11 @@ def _bordered(prime: int, sign: int) -> NDArray[Any]:
 
 def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+
+
+COMPENSATOR = Compensator(
+    name="linear-patch",
+    about="scales the hidden state before a cut, channel by channel; cannot be exported",
+    paper="LinearPatch (arXiv 2505.24680)",
+    run=patch_before_runs,
+)

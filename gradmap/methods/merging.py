@@ -1,64 +1,39 @@
-"""Selectors of methods that merge the removed layers into others (gradmap.methods.merge)."""
+"""Removed layers live on in the weights of the retained layer before them, as in MKA and
+GradPruner."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
 
-from gradmap.common.errors import UserError
-from gradmap.methods.gradpruner import layer_importances
-from gradmap.methods.mka import layer_similarities
-from gradmap.methods.selection import Advance, Selection, Subject
-from gradmap.methods.simple import FixedOrderScorer
+from torch import Tensor
 
+from gradmap.methods.compensation import Compensation, Correction, Pruned, correct_in_turn
+from gradmap.model.corrections import Change, Changes, Place, Update, weight_of
 
-class SimilarityScorer:
-    """MKA: the layer goes that is most like the one before it. The first has none before it, and
-    stays."""
+NO_EXPERTS = "The experts of two layers do not correspond, so these cannot be merged"
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-        calibration = subject.calibration
-        self._similarities = layer_similarities(
-            subject.model, subject.architecture, calibration.input_ids, calibration.seed
-        )
-
-    def work(self, alive: int) -> int:
-        return 1
-
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        alive = self._subject.alive(so_far.removal_order)
-        advance(1)
-        return {
-            layer: -float(self._similarities[before, layer]) for before, layer in pairwise(alive)
-        }
+# (weight of the retained layer so far, weight of a removed one, where each is) -> the merged
+# weight; (d_out, d_in)
+Merge = Callable[[Tensor, Tensor, Place, Place], Tensor]
 
 
-def from_the_end(subject: Subject) -> FixedOrderScorer:
-    """MKA as it was released: the last two layers are merged again and again, and the merged
-    weights are lost."""
-    return FixedOrderScorer(subject.layers[::-1], subject.layers)
+def merge_runs(pruned: Pruned, merge: Merge) -> Compensation:
+    """Merges each run of removed layers, front to back, into the retained layer before it; norms
+    and biases stay."""
+
+    def correct(run: tuple[int, int], changes: Changes) -> tuple[Correction, ...]:
+        return pruned.judge(_merge_run(pruned, merge, *run), changes)
+
+    return Compensation(correct_in_turn(pruned.runs(), correct))
 
 
-class InitialGradientScorer:
-    """GradPruner: the layer goes whose weights matter least in the first steps of fine-tuning."""
-
-    def __init__(self, subject: Subject) -> None:
-        """Raises UserError if the layers are not in memory."""
-        if subject.streamed:
-            raise UserError(
-                "--selector gradpruner needs all weights in memory; leave out --stream, or use "
-                "gradient."
-            )
-        self._subject = subject
-        calibration = subject.calibration
-        self._importances = layer_importances(
-            subject.model, subject.architecture, calibration.fit_ids, calibration.seed
-        )
-
-    def work(self, alive: int) -> int:
-        return 1
-
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        alive = self._subject.alive(so_far.removal_order)
-        advance(1)
-        return {layer: self._importances[layer] for layer in alive}
+def _merge_run(pruned: Pruned, merge: Merge, before: int, end: int) -> list[tuple[Place, Change]]:
+    sources = dict(pruned.model.linear_maps(range(before + 1, end + 1)))
+    pairs: list[tuple[Place, Change]] = []
+    for place, module in pruned.model.linear_maps([before]):
+        original = merged = weight_of(module).double()
+        for layer in range(before + 1, end + 1):
+            source = Place(layer, place.target)
+            merged = merge(merged, weight_of(sources[source]).double(), place, source)
+        pairs.append((place, Update(merged - original)))
+    return pairs

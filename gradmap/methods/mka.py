@@ -3,11 +3,13 @@ samples.
 
 What enters a layer, one point for each sample, is embedded in the plane by a diffusion kernel; two
 layers are alike if one's coordinates tell the other's (mutual information, over the entropies).
+The layer goes that is most like the one before it, and is merged into it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,8 +22,14 @@ from torch import Tensor
 from gradmap.common.console import progress
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite
-from gradmap.model.architectures import Architecture
+from gradmap.costs.steps import no_seconds
+from gradmap.methods.base import Compensator, Job, Selector
+from gradmap.methods.compensation import Compensation, Pruned
+from gradmap.methods.merging import NO_EXPERTS, merge_runs
+from gradmap.methods.selection import FixedScores, Selection, Subject
 from gradmap.model.batching import forward_batch
+from gradmap.model.corrections import Place
+from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import layer_passes, stacked_on_cpu
 
 Matrix = NDArray[np.float64]
@@ -34,20 +42,64 @@ LEAST_SAMPLES = 3  # two points have no entropy
 NOISE = 1e-10
 
 
-def layer_similarities(
-    model: Any, architecture: Architecture, input_ids: Tensor, seed: int
-) -> Matrix:
-    """Of every pair of layers, (L, L). input_ids: (N, T). seed: of the noise that breaks ties
-    between neighbours.
+class SimilarityScorer:
+    """The layer goes that is most like the one before it. The first has none before it, and
+    stays."""
 
-    Raises UserError if there are too few samples.
-    """
-    if len(input_ids) < LEAST_SAMPLES:
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        calibration = subject.calibration
+        self._similarities = layer_similarities(
+            subject.model, calibration.input_ids, calibration.seed
+        )
+
+    def work(self, alive: int) -> int:
+        return 1
+
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        alive = self._subject.alive(so_far.removal_order)
+        advance(1)
+        return {
+            layer: -float(self._similarities[before, layer]) for before, layer in pairwise(alive)
+        }
+
+
+def from_the_end(subject: Subject) -> FixedScores:
+    """MKA as it was released: the last two layers are merged again and again, and the merged
+    weights are lost."""
+    return FixedScores.of_order(subject.layers[::-1])
+
+
+def merge_by_similarity(pruned: Pruned) -> Compensation:
+    """W <- r W + (1 - r) W_removed with r = sigmoid(s / (s + s_removed)), s a layer's mean
+    similarity to all."""
+    similarities = layer_similarities(
+        pruned.model, pruned.calibration.input_ids, pruned.calibration.seed
+    )
+    means = similarities.mean(axis=1)
+
+    def merge(weight: Tensor, removed: Tensor, kept: Place, source: Place) -> Tensor:
+        share = means[kept.layer] / (means[kept.layer] + means[source.layer])
+        ratio = 1 / (1 + math.exp(-share))
+        return ratio * weight + (1 - ratio) * removed
+
+    return merge_runs(pruned, merge)
+
+
+def require_samples(job: Job, options: None) -> None:
+    """Raises UserError if there are too few samples."""
+    if job.samples < LEAST_SAMPLES:
         raise UserError(
             f"mka compares layers by {LEAST_SAMPLES} samples at least; give more --samples."
         )
-    points = [_embed(states) for states in last_hidden_states(model, architecture, input_ids)]
-    entropies = np.array([entropy(each) for each in points])
+
+
+def layer_similarities(model: LayeredModel, input_ids: Tensor, seed: int) -> Matrix:
+    """Of every pair of layers, (L, L). input_ids: (N, T). seed: of the noise that breaks ties
+    between neighbours.
+    """
+    points = [_embed(states) for states in last_hidden_states(model, input_ids)]
+    entropies = np.array([entropy(of_layer) for of_layer in points])
     count = len(points)
     similarities = np.zeros((count, count))
     with progress("Comparing layers (pairs)", count * (count + 1) // 2) as advance:
@@ -62,13 +114,12 @@ def layer_similarities(
 
 
 @torch.no_grad()
-def last_hidden_states(model: Any, architecture: Architecture, input_ids: Tensor) -> Matrix:
+def last_hidden_states(model: LayeredModel, input_ids: Tensor) -> Matrix:
     """What enters each layer at the last position of each sample: (L, N, d). Raises UserError if it
     is not finite."""
-    layers = list(architecture.layer_list(model))
     batches = []
     for batch in input_ids.split(forward_batch(input_ids, model.device)):
-        passes = layer_passes(model, layers, batch.to(model.device))
+        passes = layer_passes(model, batch.to(model.device))
         batches.append(stacked_on_cpu([entering[:, -1].double() for entering, _ in passes]))
     states = torch.cat(batches, dim=1)
     for layer, of_layer in enumerate(states):
@@ -124,7 +175,9 @@ def _information(x: Matrix, y: Matrix) -> float:
     # The nearest to a point is the point itself.
     reach = KDTree(both).query(both, k=[neighbours + 1], p=np.inf)[0][:, 0]
     near = [_nearer_than(reach, values) for values in (x, y)]
-    information = digamma(count) + digamma(neighbours) - sum(digamma(each).mean() for each in near)
+    information = (
+        digamma(count) + digamma(neighbours) - sum(digamma(counts).mean() for counts in near)
+    )
     return max(0.0, float(information))
 
 
@@ -141,3 +194,32 @@ def _embed(states: Matrix) -> Matrix:
     """Ranks of the coordinates, as shares of the number of samples."""
     ranks: Matrix = diffusion_embedding(states).argsort(axis=0).argsort(axis=0) / len(states)
     return ranks
+
+
+PAPER = "MKA (arXiv 2406.16330)"
+SELECTOR = Selector(
+    name="mka",
+    about="the layer that is most like the one before it",
+    paper=PAPER,
+    make=SimilarityScorer,
+    check=require_samples,
+    score_label="-similarity to the layer before",
+    round_takes="nothing; similarities of all pairs of layers are computed once",
+)
+AS_RELEASED = Selector(
+    name="mka-as-released",
+    about="the last layer, again and again, as the released code does",
+    paper=PAPER,
+    make=from_the_end,
+    score_label="distance from the end",
+    seconds=no_seconds,
+)
+COMPENSATOR = Compensator(
+    name="mka",
+    about="merges a removed layer into the one before it, by their similarity",
+    paper=PAPER,
+    run=merge_by_similarity,
+    check=require_samples,
+    in_memory=True,
+    no_experts=NO_EXPERTS,
+)

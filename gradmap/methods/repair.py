@@ -30,14 +30,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gradmap.common.distributed import summed
-from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite, require_finite_losses
 from gradmap.common.processes import process_count, process_rank
+from gradmap.costs.steps import in_rounds, selection_flops
+from gradmap.methods.base import Selector
 from gradmap.methods.least_squares import plus_identity, ridge_sums, solve_ridge, widened
 from gradmap.methods.racing import Race, laps
-from gradmap.methods.selection import Advance, Selection, Subject
+from gradmap.methods.selection import Selection, Subject
 from gradmap.model.batching import Batches, forward_batch, home_for, moved_home
-from gradmap.model.corrections import Change, Place, Projection, corrected, linear_output
+from gradmap.model.corrections import Change, Place, Projection, linear_output
+from gradmap.model.layered import Advance
 from gradmap.model.layerwise import capturing, divergences_from, record_layer_calls, stacked_on_cpu
 
 # Of the samples to fit on, and of those that are held out. Their hidden states between all layers
@@ -106,14 +108,8 @@ class RepairScorer:
 
     @torch.no_grad()
     def __init__(self, subject: Subject) -> None:
-        """Raises UserError if layers are not in memory."""
-        if subject.streamed:
-            raise UserError(
-                "--selector repair needs all weights in memory; leave out --stream, or use "
-                "gradient."
-            )
         self._subject = subject
-        self._layers = list(subject.architecture.layer_list(subject.model))
+        self._layers = list(subject.model.layers)
         model, calibration = subject.model, subject.calibration
         tokens = calibration.input_ids.shape[1]
         fit_ids = calibration.fit_ids[: max(1, FIT_TOKENS // tokens) if self._repairable else 1].to(
@@ -124,16 +120,13 @@ class RepairScorer:
         kept = (
             STATES_PER_LAYER * (len(fit_ids) + len(self._measure_ids)) * tokens * len(self._layers)
         )
-        self._home = home_for(model, kept)
+        self._home = home_for(model.network, kept)
         self._batches = Batches(forward_batch(fit_ids, model.device))
-        _, self._calls = record_layer_calls(
-            model, self._layers, fit_ids[:1]
-        )  # the same for every sample
+        _, self._calls = record_layer_calls(model, fit_ids[:1])  # the same for every sample
         self._removed: tuple[int, ...] = ()
         self._changes: dict[Place, tuple[Change, ...]] = {}
         self._fitted, self._measured = (
-            self._run(record_layer_calls(model, self._layers, ids)[0])
-            for ids in (fit_ids, self._measure_ids)
+            self._run(record_layer_calls(model, ids)[0]) for ids in (fit_ids, self._measure_ids)
         )
         self._wanted = self._fitted.entering[1:]  # what each layer gives in the dense model
         self._wanted_at_last = self._measured.entering[-1]
@@ -175,7 +168,7 @@ class RepairScorer:
 
     @property
     def _repairable(self) -> bool:
-        return self._subject.architecture.uncorrectable is None
+        return self._subject.model.architecture.uncorrectable is None
 
     def _influences(self) -> dict[int, float]:
         """How much each layer turns the hidden state. A layer that is easy to miss goes first, for
@@ -218,7 +211,7 @@ class RepairScorer:
         ):  # decided by another process, or by a run that was interrupted
             trial = self._try(layer, Race(len(self._measure_ids)))
         place = self._alive.index(layer)
-        before = Place(self._alive[place - 1], self._subject.architecture.down_projection)
+        before = Place(self._alive[place - 1], self._subject.model.architecture.down_projection)
         leaving = repaired(
             *self._fitted.before(place, slice(None), trial.repair.device), trial.repair
         )
@@ -256,9 +249,7 @@ class RepairScorer:
 
         def run_batch(batch: slice) -> None:
             states = hidden[batch], wanted[batch]
-            divergences[batch] = divergences_from(
-                model, self._layers, *states, input_ids[batch]
-            ).double()
+            divergences[batch] = divergences_from(model, *states, input_ids[batch]).double()
 
         self._batches.run(len(hidden), run_batch)
         return divergences.cpu() / input_ids.shape[1]
@@ -269,7 +260,7 @@ class RepairScorer:
         hidden: what enters the first of them, (n, T, d).
         """
         states = States([moved_home(hidden, self._home)], [])
-        with corrected(self._subject.model, self._subject.architecture, self._changes):
+        with self._subject.model.changed(self._changes):
             for index in self._alive[place:]:
                 hidden, added = self._run_layer(index, hidden)
                 states.entering.append(moved_home(hidden, self._home))
@@ -279,7 +270,7 @@ class RepairScorer:
     def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What leaves a layer, and what its down projection adds to it, bias aside, (n, T, d) both;
         in batches."""
-        projection = self._subject.architecture.down_projection_of(self._layers[index])
+        projection = self._subject.model.down_projection(index)
         parts: list[tuple[Tensor, Tensor]] = []
 
         def run_batch(samples: slice) -> None:
@@ -297,3 +288,15 @@ def repaired(given: Tensor, added: Tensor, repair: Tensor) -> Tensor:
     """H + S A: what H, (n, T, d), becomes with S (d, d) in front of the down projection that added
     A, (n, T, d)."""
     return given + added @ repair.to(added).mT
+
+
+SELECTOR = Selector(
+    name="repair",
+    about="the layer whose removal, repaired, takes the model least far from the dense one",
+    make=RepairScorer,
+    in_memory=True,
+    by_held_out=True,
+    score_label="divergence that removal adds after repair (nats per token)",
+    round_takes="a closed-form fit and a part of a forward pass for each layer that is tried",
+    seconds=in_rounds(selection_flops),
+)

@@ -154,15 +154,13 @@ def fit_correction(
     Where nothing is held out to choose by, lambda is the paper's. walks: of the fits before this
     one, in front of its layer at most. before: the held-out divergence without it, if known.
     """
-    if fit.kind != "left":
-        _require_one_down_projection(pruned)
     walks = walks or Walks.start(pruned)
     gram, cross = accumulate_gram(pruned, fit, changes, walks)
     weight = (
         down_projection_weight(pruned, fit.layer).to(gram.device) if fit.kind == "right" else None
     )
     closed_form = ClosedForm(fit, gram, cross, weight)
-    place = Place(fit.layer, pruned.architecture.down_projection)
+    place = Place(fit.layer, pruned.model.architecture.down_projection)
     if walks.held_out is not None:
         walks.held_out.go_to(fit.layer, changes)
     before = walks.held_out_divergence(changes) if before is None else before
@@ -186,9 +184,7 @@ def fitted_inputs(pruned: Pruned, kind: str) -> int:
     """Of the map that a Fit of this kind finds: d of W', k of the down projection."""
     if kind == "left":
         return int(pruned.model.config.hidden_size)
-    _require_one_down_projection(pruned)
-    layer = pruned.architecture.layer_list(pruned.model)[0]
-    return weight_of(pruned.architecture.down_projection_of(layer)).shape[1]
+    return weight_of(pruned.model.down_projection(0)).shape[1]
 
 
 def say_if_tokens_are_few(pruned: Pruned, kind: str) -> None:
@@ -264,9 +260,7 @@ def visit_features(
 ) -> None:
     """Calls `visit` with one batch after the other of the samples to fit on."""
     walks = walks or Walks.start(pruned)
-    projection = pruned.architecture.down_projection_of(
-        pruned.architecture.layer_list(pruned.model)[fit.layer]
-    )
+    projection = pruned.model.down_projection(fit.layer)
     with progress(f"Fitting layer {fit.layer} (samples)", len(walks.pruned.hidden)) as advance:
 
         def visit_batch(
@@ -297,21 +291,9 @@ def all_features(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Te
 
 
 def down_projection_weight(pruned: Pruned, layer: int) -> Tensor:
-    """W_down (d, k) float64. Raises UserError for a mixture of experts, each of which has its
-    own."""
-    _require_one_down_projection(pruned)
-    module = pruned.architecture.down_projection_of(
-        pruned.architecture.layer_list(pruned.model)[layer]
-    )
-    return weight_of(module).double().cpu()
-
-
-def _require_one_down_projection(pruned: Pruned) -> None:
-    if pruned.architecture.expert_down_projections is not None:
-        raise UserError(
-            "A mixture of experts has many down projections, which cannot be refitted; use "
-            "sequential."
-        )
+    """W_down (d, k) float64; of a mixture of experts, each expert has its own, and there is
+    none."""
+    return weight_of(pruned.model.down_projection(layer)).double().cpu()
 
 
 def device_with_room(size: int, device: torch.device) -> torch.device:

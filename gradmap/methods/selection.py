@@ -1,14 +1,14 @@
 """Which layers go, and in which order: score, remove the lowest, score the smaller model again
 (Algorithm 1, stage 1).
 
-How layers are scored is a selector's business; selectors are in `gradmap.methods.selectors`.
+How layers are scored is a selector's business (gradmap.methods.base).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from gradmap.common.distributed import share_of
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite_scores
 from gradmap.data.calibration import Calibration
-from gradmap.model.architectures import Architecture, without_layers
+from gradmap.model.layered import Advance, LayeredModel
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,21 @@ class Subject:
     """What is scored: the model, whole, and the samples to score it on.
 
     protected: layers that stay. streamed: whether only one layer of it is in memory at a time.
-    order: of removal, for `manual`. count: how many layers go, for a selector that chooses them all
-    at once.
+    count: how many layers go, for a selector that chooses them all at once.
     """
 
-    model: Any
-    architecture: Architecture
+    model: LayeredModel
     calibration: Calibration
     protected: frozenset[int] = frozenset()
     streamed: bool = False
-    order: tuple[int, ...] = ()
     count: int = 1
 
     @property
     def layers(self) -> range:
-        return range(len(self.architecture.layer_list(self.model)))
+        return range(len(self.model.layers))
 
     def alive(self, removed: Collection[int]) -> list[int]:
         return [layer for layer in self.layers if layer not in removed]
-
-
-Advance = Callable[[int], None]
 
 
 class LayerScorer(Protocol):
@@ -93,9 +87,8 @@ class LayerScorer(Protocol):
         ...
 
 
-Selector = Callable[[Subject], LayerScorer]
 # Scores (L,) of all layers that a model has now, from samples (N, T).
-Measure = Callable[[Any, Architecture, Tensor, Advance], Tensor]
+Measure = Callable[[LayeredModel, Tensor, Advance], Tensor]
 
 
 class ReducedModelScorer:
@@ -109,16 +102,34 @@ class ReducedModelScorer:
         return alive * len(share_of(self._subject.calibration.input_ids)[0])
 
     def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        model, architecture = self._subject.model, self._subject.architecture
-        with without_layers(model, architecture, so_far.removal_order):
-            scores = self._measure(
-                model, architecture, self._subject.calibration.input_ids, advance
-            )
+        model = self._subject.model
+        with model.without(so_far.removal_order):
+            scores = self._measure(model, self._subject.calibration.input_ids, advance)
         return dict(zip(self._subject.alive(so_far.removal_order), scores.tolist(), strict=True))
 
 
+@dataclass(frozen=True)
+class FixedScores:
+    """Scores that removals do not change, by layer; layers without one stay."""
+
+    scores: Mapping[int, float]
+
+    @classmethod
+    def of_order(cls, order: Sequence[int]) -> FixedScores:
+        """A layer's score is its place in the order of removal."""
+        return cls({layer: float(place) for place, layer in enumerate(order)})
+
+    def work(self, alive: int) -> int:
+        return 1
+
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        removed = so_far.removal_order
+        advance(1)
+        return {layer: score for layer, score in self.scores.items() if layer not in removed}
+
+
 def select(
-    selector: Selector,
+    make_scorer: Callable[[], LayerScorer],
     subject: Subject,
     count: int,
     *,
@@ -128,7 +139,8 @@ def select(
 ) -> Selection:
     """Chooses `count` layers, one a round, or all of them by the first scores with `one_shot`.
 
-    done: decisions of an interrupted run, which are not made again. record: told of every new one.
+    make_scorer: not called if nothing is left to decide. done: decisions of an interrupted run,
+    which are not made again. record: told of every new one.
     Raises UserError if too few layers may go, or a score is not finite.
     """
     rounds = 1 if one_shot else count
@@ -136,7 +148,7 @@ def select(
     ahead = range(len(steps), rounds)
     if not ahead:
         return Selection(tuple(steps)).first(count)
-    scorer = selector(subject)
+    scorer = make_scorer()
     with progress(
         "Scoring layers", sum(scorer.work(len(subject.layers) - gone) for gone in ahead)
     ) as advance:

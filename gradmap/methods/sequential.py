@@ -7,6 +7,8 @@ dense model. Later runs see what earlier corrections did.
 
 from __future__ import annotations
 
+from gradmap.costs.steps import refit_seconds, sequential_seconds
+from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.ridge import (
     RELATIVE_LAMBDAS,
@@ -39,3 +41,22 @@ def fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
         )
         so_far = Compensation((*so_far.corrections, found))
     return so_far
+
+
+SEQUENTIAL = Compensator(
+    name="sequential",
+    about="folds a W' into the down projection before each cut, in closed form",
+    run=project_before_runs,
+    linear_output=True,
+    by_held_out=True,
+    seconds=sequential_seconds,
+)
+REFIT = Compensator(
+    name="refit",
+    about="fits the down projection itself before each cut, in closed form",
+    run=refit_before_runs,
+    linear_output=True,
+    by_held_out=True,
+    no_experts="A mixture of experts has many down projections, which cannot be refitted",
+    seconds=refit_seconds,
+)

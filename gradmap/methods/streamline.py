@@ -7,15 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from gradmap.common.distributed import share_of, summed
+from gradmap.common.distributed import share_of
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite_scores
-from gradmap.methods.selection import Advance, Selection, Subject
-from gradmap.model.architectures import Architecture
-from gradmap.model.batching import forward_batch
+from gradmap.costs.steps import CalibrationSize, in_rounds, influence_flops
+from gradmap.methods.base import Job, Selector
+from gradmap.methods.selection import Selection, Subject
+from gradmap.methods.shortgpt import turned
+from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import layer_passes, stacked_on_cpu
+from gradmap.model.shape import Shape
+
+
+def windows(layers: int, count: int) -> list[range]:
+    """All blocks of so many consecutive layers."""
+    return [range(first, first + count) for first in range(layers - count + 1)]
+
+
+def require_room(job: Job, options: None) -> None:
+    """Raises UserError if the protected layers leave no room for a block of `job.remove` layers."""
+    if all(job.protected.intersection(window) for window in windows(job.layers, job.remove)):
+        raise UserError(
+            f"The protected layers leave no {job.remove} consecutive ones to remove; protect or "
+            "remove fewer."
+        )
 
 
 class WindowScorer:
@@ -23,19 +39,8 @@ class WindowScorer:
     first one goes."""
 
     def __init__(self, subject: Subject) -> None:
-        """Raises UserError if the protected layers leave no room for a block of `subject.count`
-        layers."""
-        last = len(subject.layers) - subject.count
-        self._windows = [range(first, first + subject.count) for first in range(last + 1)]
-        self._allowed = [
-            window for window in self._windows if not subject.protected.intersection(window)
-        ]
-        if not self._allowed:
-            raise UserError(
-                f"The protected layers leave no {subject.count} consecutive ones to remove; "
-                "protect or remove fewer."
-            )
         self._subject = subject
+        self._windows = windows(len(subject.layers), subject.count)
 
     def work(self, alive: int) -> int:
         return alive * len(share_of(self._subject.calibration.input_ids)[0])
@@ -43,54 +48,58 @@ class WindowScorer:
     def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
         subject = self._subject
         influences = window_influences(
-            subject.model,
-            subject.architecture,
-            subject.calibration.input_ids,
-            subject.count,
-            advance,
+            subject.model, subject.calibration.input_ids, subject.count, advance
         )
         of_window = dict(zip(self._windows, influences.tolist(), strict=True))
         require_finite_scores({window[0]: influence for window, influence in of_window.items()})
-        best = min(self._allowed, key=of_window.__getitem__)
+        allowed = [window for window in self._windows if subject.protected.isdisjoint(window)]
+        best = min(allowed, key=of_window.__getitem__)
         return dict.fromkeys(best, of_window[best])
 
 
 @torch.no_grad()
 def window_influences(
-    model: Any,
-    architecture: Architecture,
-    input_ids: Tensor,
-    count: int,
-    advance: Advance = lambda n: None,
+    model: LayeredModel, input_ids: Tensor, count: int, advance: Advance = lambda n: None
 ) -> Tensor:
-    """1 - E[cos(h_i, h_i+count)] over samples and positions, for every block of `count` layers: (L
-    - count + 1,) float64. input_ids: (N, T)."""
-    layers = architecture.layer_list(model)
-    totals = torch.zeros(len(layers) - count + 1, dtype=torch.float64)
-    for batch in share_of(input_ids)[0].split(forward_batch(input_ids, model.device)):
+    """1 - E[cos(h_i, h_i+count)] over samples and positions, for every block of `count` layers:
+    (L - count + 1,) float64. input_ids: (N, T)."""
+
+    def of_batch(batch: Tensor) -> Tensor:
         entering: list[Tensor] = []  # the last `count` of them
-        turned: list[Tensor] = []
-        for before, leaving in layer_passes(model, layers, batch.to(model.device)):
+        influences: list[Tensor] = []
+        for before, leaving in layer_passes(model, batch):
             entering.append(before)
             if len(entering) == count:
-                first = entering.pop(0)
-                turned.append(
-                    (1 - cosine_similarity(first, leaving.to(first.device), dim=-1)).double().sum()
-                )
-        totals += stacked_on_cpu(turned)
-        advance(len(layers) * len(batch))
-    return summed(totals) / input_ids.numel()
+                influences.append(turned(entering.pop(0), leaving))
+        return stacked_on_cpu(influences)
+
+    return model.total(input_ids, of_batch, advance) / input_ids.numel()
 
 
 def window_influences_reference(model: Any, input_ids: Tensor, count: int) -> list[float]:
-    """The same of each block by itself, from the hidden states that transformers returns. What
-    leaves the last layer is not among them as it is, but behind the last norm, so that the last
-    block is left out."""
-    states = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states[
-        :-1
-    ]
+    """`window_influences` of each block by itself, from the hidden states that transformers
+    returns. What leaves the last layer is not among them as it is, but behind the last norm, so
+    that the last block is left out."""
+    states = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states
     influences = []
-    for first, last in zip(states, states[count:], strict=False):
+    for first, last in zip(states[:-1], states[count:-1], strict=False):
         cosines = (first * last).sum(dim=-1) / (first.norm(dim=-1) * last.norm(dim=-1))
         influences.append(1 - cosines.mean().item())
     return influences
+
+
+def _flops(shape: Shape, rounds: int, size: CalibrationSize) -> float:
+    return influence_flops(shape, 1, size)
+
+
+SELECTOR = Selector(
+    name="window",
+    about="the one block of consecutive layers that turns the hidden state least",
+    paper="LLM-Streamline (arXiv 2403.19135), LinearPatch (arXiv 2505.24680)",
+    make=WindowScorer,
+    check=require_room,
+    nested=False,
+    score_label="influence of the block",
+    round_takes="one forward pass, once",
+    seconds=in_rounds(_flops),
+)

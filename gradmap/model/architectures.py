@@ -237,39 +237,3 @@ def _explicit_layer_types(config: dict[str, Any]) -> dict[str, Any]:
         if getattr(parsed, "layer_types", None) is not None
         else {}
     )
-
-
-@contextmanager
-def without_layers(
-    model: Any, architecture: Architecture, removed: Sequence[int]
-) -> Iterator[None]:
-    """Runs `model` without the layers at the `removed` indices, and puts them back afterwards.
-
-    The layer list, every module's `layer_idx` (its KV cache slot) and the config's per-layer fields
-    follow.
-    """
-    original = architecture.layer_list(model)
-    original_config = model.config.to_dict()
-    pruned_config = prune_config(original_config, removed)
-    changed = [key for key, value in pruned_config.items() if value != original_config[key]]
-    kept = nn.ModuleList(layer for index, layer in enumerate(original) if index not in set(removed))
-    try:
-        _number_layers(kept)
-        _set_config(model, {key: pruned_config[key] for key in changed})
-        with architecture.layers_replaced(model, kept):
-            yield
-    finally:
-        _number_layers(original)
-        _set_config(model, {key: original_config[key] for key in changed})
-
-
-def _set_config(model: Any, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        setattr(model.config, key, value)
-
-
-def _number_layers(layers: nn.ModuleList) -> None:
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # type: ignore[assignment]

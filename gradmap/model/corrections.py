@@ -7,16 +7,13 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from gradmap.model.architectures import Architecture, without_layers
 
 ALL = slice(None)
 # Of a weight in float64, so much is folded at a time: what stays in a CPU's cache.
@@ -206,17 +203,6 @@ def _fold_rows(weight: Tensor, changes: Sequence[Change], rows: slice) -> Tensor
     return folded
 
 
-def linear_maps(
-    architecture: Architecture, model: Any, layers: Sequence[int]
-) -> Iterator[tuple[Place, nn.Module]]:
-    """Every linear map of the layers at these indices; not the stacked weights of experts, nor
-    their router."""
-    for index in layers:
-        for path, module in architecture.layer_list(model)[index].named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                yield Place(index, path), module
-
-
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear map as (d_out, d_in), which Conv1D stores the other way round."""
     weight: Tensor = module.get_parameter("weight")
@@ -233,33 +219,14 @@ def untrained_low_rank(module: nn.Module, rank: int, generator: torch.Generator)
     return LowRank(down.requires_grad_(True), up.requires_grad_(True))
 
 
-@contextmanager
-def corrected(model: Any, architecture: Architecture, changes: Changes) -> Iterator[None]:
-    """Runs the whole `model` with changes on hooks."""
-    layers = architecture.layer_list(model)
-    with ExitStack() as stack:
-        for place, of_place in changes.items():
-            module = layers[place.layer].get_submodule(place.target)
-            stack.callback(module.register_forward_hook(_apply(of_place)).remove)
-        yield
-
-
-@contextmanager
-def pruned_and_corrected(
-    model: Any, architecture: Architecture, removed: Sequence[int], changes: Changes
-) -> Iterator[None]:
-    """Runs `model` without the `removed` layers and with the changes, unfolded."""
-    with corrected(model, architecture, changes), without_layers(model, architecture, removed):
-        yield
-
-
 def linear_output(module: nn.Module, output: Tensor) -> Tensor:
     """The output of a linear map without its bias (a mixture of experts has none)."""
     bias: Tensor | None = getattr(module, "bias", None)
     return output if bias is None else output - bias
 
 
-def _apply(changes: Sequence[Change]) -> Any:
+def correcting_hook(changes: Sequence[Change]) -> Callable[..., Any]:
+    """A forward hook of a linear map, or of a layer, that makes these changes."""
     placed: list[Change] = []
 
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gradmap.model.batching import logits_batch
+from gradmap.model.layered import LayeredModel
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class LayerCall:
 
 
 @torch.no_grad()
-def record_layer_calls(
-    model: Any, layers: Iterable[nn.Module], input_ids: Tensor
-) -> tuple[Tensor, list[LayerCall]]:
+def record_layer_calls(model: LayeredModel, input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """Returns the hidden state that enters the first layer, (B, T, d), and the call of each layer.
     No layer is run."""
     entering: list[Tensor] = []
@@ -50,24 +49,22 @@ def record_layer_calls(
         calls.append(LayerCall(args, kwargs))
         return hidden
 
-    with forward_replaced(layers, pass_on):
-        model.base_model(input_ids=input_ids, use_cache=False)
+    with forward_replaced(model.layers, pass_on):
+        model.network.base_model(input_ids=input_ids, use_cache=False)
     return entering[0], calls
 
 
-def layer_passes(
-    model: Any, layers: Iterable[nn.Module], input_ids: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
+def layer_passes(model: LayeredModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """What enters and what leaves each layer, one after the other: (B, T) -> (B, T, d) both."""
-    hidden, calls = record_layer_calls(model, layers, input_ids)
-    for layer, call in zip(layers, calls, strict=True):
+    hidden, calls = record_layer_calls(model, input_ids)
+    for layer, call in zip(model.layers, calls, strict=True):
         entering, hidden = hidden, call.run(layer, hidden)
         yield entering, hidden
 
 
-def run_layers(model: Any, layers: Iterable[nn.Module], input_ids: Tensor) -> Tensor:
+def run_layers(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """The output of the last layer: (B, T) -> (B, T, d)."""
-    for _, leaving in layer_passes(model, layers, input_ids):  # noqa: B007 - all but the last are let go at once
+    for _, leaving in layer_passes(model, input_ids):  # noqa: B007 - all but the last are let go at once
         pass
     return leaving
 
@@ -81,21 +78,17 @@ def stacked_on_cpu(of_layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.to(of_layers[0].device) for tensor in of_layers]).cpu()
 
 
-def logits_from(
-    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor
-) -> Tensor:
+def logits_from(model: LayeredModel, hidden: Tensor, input_ids: Tensor) -> Tensor:
     """What the model makes of the output of its last layer: (B, T, d), (B, T) -> (B, T, V)."""
-    with forward_replaced(layers, lambda *args, **kwargs: hidden):
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    with forward_replaced(model.layers, lambda *args, **kwargs: hidden):
+        logits: Tensor = model.network(input_ids=input_ids, use_cache=False).logits
     return logits
 
 
-def losses_from(
-    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor
-) -> Tensor:
+def losses_from(model: LayeredModel, hidden: Tensor, input_ids: Tensor) -> Tensor:
     """The loss of Eq. 5 of each sample, given the output of the last layer: (B, T, d), (B, T) ->
     (B,)."""
-    logits = logits_from(model, layers, hidden, input_ids)
+    logits = logits_from(model, hidden, input_ids)
     losses: Tensor = _SumOfTokenLosses.apply(logits, input_ids.to(logits.device))
     return losses
 
@@ -110,7 +103,7 @@ def sample_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
 
 
 def divergences_from(
-    model: Any, layers: Iterable[nn.Module], hidden: Tensor, wanted: Tensor, input_ids: Tensor
+    model: LayeredModel, hidden: Tensor, wanted: Tensor, input_ids: Tensor
 ) -> Tensor:
     """`sample_divergences` of the output of the last layer from what it is in the dense model: (B,
     T, d) both, (B, T) -> (B,). A few samples at a time."""
@@ -119,7 +112,7 @@ def divergences_from(
     for start in range(0, len(hidden), together):
         part = slice(start, start + together)
         both = torch.cat([hidden[part], wanted[part]])
-        logits, dense = logits_from(model, layers, both, input_ids[part].repeat(2, 1)).chunk(2)
+        logits, dense = logits_from(model, both, input_ids[part].repeat(2, 1)).chunk(2)
         parts.append(sample_divergences(logits, dense))
     return torch.cat(parts)
 

@@ -8,15 +8,14 @@ passing it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradmap.common.distributed import share_of, summed
-from gradmap.model.architectures import Architecture
 from gradmap.model.batching import Batches
-from gradmap.model.corrections import Changes, corrected
+from gradmap.model.corrections import Changes
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import capturing, divergences_from, record_layer_calls
 
 # What enters and leaves each watched module, (B, T, ...), and what leaves the layer, (B, T, d); of
@@ -33,21 +32,18 @@ class Walk:
     @torch.no_grad()
     def __init__(
         self,
-        model: Any,
-        architecture: Architecture,
+        model: LayeredModel,
         layers: Sequence[int],
         input_ids: Tensor,
         batches: Batches,
     ) -> None:
         """layers: the indices of those to walk through. input_ids: (N, T)."""
-        self._model, self._architecture, self._batches = model, architecture, batches
-        self._all_layers = list(architecture.layer_list(model))
+        self._model, self._batches = model, batches
+        self._all_layers = list(model.layers)
         self._ahead = list(layers)
         self._tokens = input_ids.numel()  # of all processes
         self.input_ids = share_of(input_ids)[0].to(model.device)
-        _, self._calls = record_layer_calls(
-            model, self._all_layers, self.input_ids[:1]
-        )  # the same for every sample
+        _, self._calls = record_layer_calls(model, self.input_ids[:1])  # the same for every sample
         self.hidden = self._gathered(self._embed)
 
     def go_to(self, layer: int, changes: Changes) -> None:
@@ -74,7 +70,7 @@ class Walk:
                 leaving = self._run([layer], samples)
             visit(samples, [captured[module] for module in modules], leaving)
 
-        with corrected(self._model, self._architecture, changes):
+        with self._model.changed(changes):
             self._batches.run(len(self.hidden), run_batch)
 
     @torch.no_grad()
@@ -87,17 +83,17 @@ class Walk:
         def run_batch(samples: slice) -> None:
             leaving = self._run(self._ahead, samples)
             of_batch = divergences_from(
-                self._model, self._all_layers, leaving, wanted[samples], self.input_ids[samples]
+                self._model, leaving, wanted[samples], self.input_ids[samples]
             )
             divergences[samples] = of_batch.double().to(divergences.device)
 
-        with corrected(self._model, self._architecture, changes):
+        with self._model.changed(changes):
             self._batches.run(len(self.hidden), run_batch)
         return summed(divergences.sum().cpu()).item() / self._tokens
 
     @torch.no_grad()
     def _leaving(self, layers: Sequence[int], changes: Changes) -> Tensor:
-        with corrected(self._model, self._architecture, changes):
+        with self._model.changed(changes):
             return self._gathered(lambda samples: self._run(layers, samples))
 
     def _run(self, layers: Sequence[int], samples: slice) -> Tensor:
@@ -107,7 +103,7 @@ class Walk:
         return hidden
 
     def _embed(self, samples: slice) -> Tensor:
-        return record_layer_calls(self._model, self._all_layers, self.input_ids[samples])[0]
+        return record_layer_calls(self._model, self.input_ids[samples])[0]
 
     def _gathered(self, compute: Callable[[slice], Tensor]) -> Tensor:
         """Of all samples (n, T, d), computed in batches."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from gradmap.common.console import say
 from gradmap.common.errors import UserError
 from gradmap.common.processes import process_count
 from gradmap.costs.speed import measure_hardware
-from gradmap.costs.steps import CalibrationSize, Hardware, Pruning, repair_seconds, select_seconds
+from gradmap.costs.steps import CalibrationSize, Hardware, Pruning
+from gradmap.methods.costs import repair_seconds, select_seconds
 from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.loading import resolve_device
 from gradmap.model.shape import Shape
-
-if TYPE_CHECKING:
-    from gradmap.pruning.settings import PruneSettings
+from gradmap.pruning.settings import PruneSettings
 
 # A budget does not go below so many samples: with fewer, a refit has fewer tokens than the weights
 # of a row.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from gradmap.common.errors import UserError
 from gradmap.common.reading import checked
+from gradmap.methods.registry import compensator, selector
+from gradmap.pruning.checks import layers_to_remove
 from gradmap.pruning.plan import PLAN_FILE, load_plan
-
-HELD_OUT, ALWAYS = "held-out", "always"
-# Methods that choose by what they do on held-out samples: layers, or a lambda that no paper says.
-BY_HELD_OUT_LOSS = ("repair", "sequential", "refit", "distil")
+from gradmap.pruning.settings import ALWAYS, HELD_OUT, Accept, PruneOptions, PruneSettings
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,15 @@ class Methods:
 
     selector: str
     compensator: str
-    accept: str = HELD_OUT
+    accept: Accept = HELD_OUT
     held_out: int | None = None
 
     @property
     def by_held_out_samples(self) -> str | None:
-        """The one that needs held-out samples, if one does."""
-        return next(
-            (name for name in (self.selector, self.compensator) if name in BY_HELD_OUT_LOSS), None
-        )
+        """The one that chooses by what it does on held-out samples (layers, or a lambda that no
+        paper says), if one does."""
+        methods = selector(self.selector), compensator(self.compensator)
+        return next((method.name for method in methods if method.by_held_out), None)
 
 
 # best: what did best in our own comparison. gradmap: the method as it was published, which holds
@@ -61,3 +60,15 @@ def choose_methods(preset: str | None, from_plan: Path | None = None, **given: A
     if methods.by_held_out_samples and not chosen.by_held_out_samples:
         methods = replace(Methods(methods.selector, methods.compensator), **given)
     return methods
+
+
+def settle(
+    options: PruneOptions, config: dict[str, Any], from_plan: Path | None = None
+) -> PruneSettings:
+    """What options come to for a model with this config. Raises UserError unless they say how many
+    layers go."""
+    given = options.model_dump()
+    remove = layers_to_remove(config, given.pop("remove"), given.pop("ratio"))
+    methods = {field.name: given.pop(field.name) for field in fields(Methods)}
+    chosen = choose_methods(given.pop("preset"), from_plan, **methods)
+    return PruneSettings(remove=remove, **asdict(chosen), **given)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,24 @@ from gradmap.common.environment import describe_environment
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_json
 from gradmap.common.finite import require_finite_weights
+from gradmap.common.options import flag_of
 from gradmap.common.outputs import output_directory
 from gradmap.common.processes import is_main_process
 from gradmap.common.reading import checked
 from gradmap.data.calibration import Calibration, build_calibration
+from gradmap.methods.base import Method
 from gradmap.methods.compensation import Compensation, Correction, Pruned
-from gradmap.methods.compensators import COMPENSATORS
+from gradmap.methods.options import MethodOptions
+from gradmap.methods.registry import compensator, selector
 from gradmap.methods.selection import Selection, Step, Subject, select
-from gradmap.methods.selectors import NOT_NESTED, SELECTORS
 from gradmap.model.architectures import architecture_of, layer_count
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from gradmap.model.precision import computing_in
 from gradmap.pruning.budget import samples_within_budget
+from gradmap.pruning.checks import check_settings, protected_layers
 from gradmap.pruning.journal import Journal
 from gradmap.pruning.plan import (
     PLAN_FILE,
@@ -45,21 +50,8 @@ from gradmap.pruning.plan import (
     require_same_model,
     save_plan,
 )
-from gradmap.pruning.presets import ALWAYS
-from gradmap.pruning.settings import PruneSettings, check_settings, protected_layers
+from gradmap.pruning.settings import ALWAYS, OF_REPAIR, OF_SELECTION, PruneSettings
 
-# What a plan that is made from a larger one may have differently.
-REPAIR_SETTINGS = (
-    "remove",
-    "compensator",
-    "accept",
-    "held_out",
-    "device",
-    "top_z",
-    "side",
-    "target",
-    "unregularised",
-)
 # In a journal's key: an interrupted run goes on with the samples that its budget once gave it.
 BUDGET, SAMPLES = "--budget-minutes", "--samples"
 
@@ -118,15 +110,14 @@ def prune_less(
             f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that "
             f"--remove cannot be {wanted.remove}; give 1 to {len(larger.removal_order)}."
         )
-    selector = larger.recipe.get("selector")
-    if selector in NOT_NESTED and wanted.remove < len(larger.removal_order):
+    recipe = checked(PruneSettings, larger.recipe, plan_directory / PLAN_FILE)
+    if not selector(recipe.selector).nested and wanted.remove < len(larger.removal_order):
         raise UserError(
-            f"--selector {selector} chooses {wanted.remove} layers otherwise than "
+            f"--selector {recipe.selector} chooses {wanted.remove} layers otherwise than "
             f"{len(larger.removal_order)}, so that the plan in {plan_directory} does not hold that "
             f"choice; prune again with --remove {wanted.remove}."
         )
-    repair = {name: getattr(wanted, name) for name in REPAIR_SETTINGS}
-    settings = checked(PruneSettings, larger.recipe | repair, plan_directory / PLAN_FILE)
+    settings = recipe.model_copy(update={name: getattr(wanted, name) for name in OF_REPAIR})
     check_settings(checkpoint, settings)
     record, input_ids = larger.calibration, load_calibration_ids(plan_directory, larger)
     drawn = Calibration(record.source, record.seed, input_ids, record.bos)
@@ -160,11 +151,11 @@ def _make_plan(
     keep: Callable[[list[Step]], None],
 ) -> Plan:
     """Both stages. done: decisions made before; keep: told of all of them after every new one."""
-    architecture = architecture_of(checkpoint.config)
     dtype = found_dtype(checkpoint, settings)
-    model = load_model(checkpoint, dtype, settings.device, streamed=settings.stream)
-    require_finite_weights(model.named_parameters())
-    _require_known_tokens(calibration, model.config)
+    network = load_model(checkpoint, dtype, settings.device, streamed=settings.stream)
+    require_finite_weights(network.named_parameters())
+    _require_known_tokens(calibration, network.config)
+    model = LayeredModel(network, architecture_of(checkpoint.config))
     steps = list(done)
 
     def record(step: Step) -> None:
@@ -172,41 +163,11 @@ def _make_plan(
         keep(steps)
 
     costs = StageCosts()
-    with process_group(model.device), computing_in(dtype, model):
+    with process_group(model.device), computing_in(dtype, network):
         with costs.measured("select", model.device), waiting("Choosing layers"):
-            stay = protected_layers(checkpoint, settings)
-            subject = Subject(
-                model,
-                architecture,
-                calibration,
-                stay,
-                settings.stream,
-                tuple(settings.layers),
-                settings.remove,
-            )
-            selection = select(
-                SELECTORS[settings.selector],
-                subject,
-                settings.remove,
-                one_shot=settings.at_once,
-                done=done,
-                record=record,
-            )
+            selection = _choose(model, settings, calibration, done, record)
         with costs.measured("compensate", model.device), waiting("Repairing what is left"):
-            # streamed, each pass reads every layer once, so that all samples go at once
-            ids = calibration.input_ids
-            batches = Batches(len(ids) if settings.stream else forward_batch(ids, model.device))
-            compensation = COMPENSATORS[settings.compensator](
-                Pruned(
-                    model,
-                    architecture,
-                    calibration,
-                    selection.removal_order,
-                    batches,
-                    settings.projection,
-                    accept_all=settings.accept == ALWAYS,
-                )
-            )
+            compensation = _repair(model, settings, calibration, selection)
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, costs)
     tensors = {
         f"{record.name}.{name}": tensor.float().cpu()
@@ -217,6 +178,43 @@ def _make_plan(
     if is_main_process():
         save_plan(out, plan, tensors, calibration.input_ids)
     return plan
+
+
+def _choose(
+    model: LayeredModel,
+    settings: PruneSettings,
+    calibration: Calibration,
+    done: list[Step],
+    record: Callable[[Step], None],
+) -> Selection:
+    method = selector(settings.selector)
+    protected = protected_layers(len(model.layers), settings)
+    subject = Subject(model, calibration, protected, settings.stream, settings.remove)
+    return select(
+        partial(method.make, subject, *_options(method, settings)),
+        subject,
+        settings.remove,
+        one_shot=settings.at_once,
+        done=done,
+        record=record,
+    )
+
+
+def _repair(
+    model: LayeredModel, settings: PruneSettings, calibration: Calibration, selection: Selection
+) -> Compensation:
+    method, ids = compensator(settings.compensator), calibration.input_ids
+    # streamed, each pass reads every layer once, so that all samples go at once
+    batches = Batches(len(ids) if settings.stream else forward_batch(ids, model.device))
+    accept_all = settings.accept == ALWAYS
+    pruned = Pruned(model, calibration, selection.removal_order, batches, accept_all)
+    return method.run(pruned, *_options(method, settings))
+
+
+def _options(method: Method, settings: PruneSettings) -> tuple[MethodOptions, ...]:
+    """Those that the method takes beside what it works on."""
+    options = settings.options_of(method.options)
+    return () if options is None else (options,)
 
 
 def _require_known_tokens(calibration: Calibration, config: Any) -> None:
@@ -239,17 +237,9 @@ def journal_key(
 ) -> dict[str, Any]:
     """What the removal order depends on. The number of layers does not count where a longer order
     begins like a shorter one."""
-    names = [
-        "selector",
-        "layers",
-        "protect_first",
-        "protect_last",
-        "one_shot",
-        "held_out",
-        "budget_minutes",
-    ]
+    names = [*OF_SELECTION, "held_out", "budget_minutes"]
     names += ["remove"] if settings.at_once else []
-    options = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
+    options = {flag_of(name): getattr(settings, name) for name in names}
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
         "the version of gradmap": version("gradmap"),
@@ -296,7 +286,7 @@ def _describe_plan(
             layers=layer_count(checkpoint.config),
             files=checkpoint.file_hashes,
         ),
-        recipe=asdict(settings),
+        recipe=settings.model_dump(),
         calibration=CalibrationRecord(
             source=calibration.source,
             seed=calibration.seed,

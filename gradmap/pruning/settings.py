@@ -1,164 +1,133 @@
-"""What `gradmap prune` is asked for, and whether it fits the model and itself."""
+"""What `gradmap prune` can be asked for, and what that comes to once methods are chosen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Literal
 
-from gradmap.common.errors import UserError
-from gradmap.methods.compensation import ProjectionOptions
-from gradmap.methods.compensators import COMPENSATORS
-from gradmap.methods.selectors import NOT_NESTED, SELECTORS
-from gradmap.model.architectures import architecture_of, layer_count
-from gradmap.model.checkpoint import Checkpoint
-from gradmap.pruning.presets import ALWAYS, HELD_OUT, Methods
+from pydantic import Field
 
-# Repairs that need no linear map behind which nothing follows but the addition to the hidden state.
-ANYWHERE = ("none", "distil", "mka", "gradpruner", "linear-patch")
-# Methods that change or differentiate every weight, so that all must be in memory.
-IN_MEMORY = ("distil", "mka", "gradpruner")
+from gradmap.common.reading import Strict
+from gradmap.methods.options import ManualOptions, MethodOptions, ProjectionOptions
+from gradmap.methods.registry import compensator_names, selector, selector_names
+
+HELD_OUT: Literal["held-out"] = "held-out"
+ALWAYS: Literal["always"] = "always"
+Accept = Literal["held-out", "always"]
 # So many do all generators know that draw something: NumPy's take 32 bits.
 SEEDS = 2**32
 
 
-@dataclass(frozen=True)
-class PruneSettings:
-    """How to prune. remove: number of layers K; samples x tokens: size of the calibration set, a
-    BOS token included.
+class CalibrationOptions(Strict):
+    """calibration: SPEC of a text (gradmap.data.text_specs). samples x tokens: size of the set, a
+    BOS token included."""
 
-    layers: the order of removal, for selector manual. protect_first, protect_last: so many layers
-    at either end stay. accept, held_out: see Methods. top_z, side, target, unregularised: see
-    ProjectionOptions. stream: read layers from disk one at a time, for a model that is larger than
-    memory. budget_minutes: fewer samples are used if all would take longer on this machine.
-    """
+    calibration: str = Field(
+        "wikipedia", description="Text source, see gradmap/data/text_specs.py."
+    )
+    samples: int = Field(128, description="Calibration samples.")
+    tokens: int = Field(128, description="Tokens per sample, with BOS.")
 
+
+class _Computing(Strict):
+    """stream: read layers from disk one at a time, for a model that is larger than memory.
+    budget_minutes: fewer samples are used if all would take longer on this machine."""
+
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = Field(
+        42, description="Draws the calibration samples."
+    )
+    dtype: str = Field(
+        "auto",
+        description="auto, float32, float64, bfloat16, float16, or autocast (only products in "
+        "bfloat16).",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, or spread (over all GPUs).")
+    stream: bool = Field(False, description="Read layers one by one: for models beyond memory.")
+    budget_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Use fewer samples if so many would take longer on this machine."
+    )
+
+
+class _Protection(Strict):
+    """protect_first, protect_last: so many layers at either end stay."""
+
+    protect_first: int = Field(0, ge=0, description="So many first layers stay.")
+    protect_last: int = Field(0, ge=0, description="So many last layers stay.")
+
+
+class _Rounds(Strict):
+    one_shot: bool = Field(False, description="Score once instead of after every removal.")
+
+
+# Fields come in the order of the last base first.
+class _Common(
+    _Computing, CalibrationOptions, _Rounds, ProjectionOptions, _Protection, ManualOptions
+):
+    """What holds whichever methods are chosen."""
+
+
+class _Asked(Strict):
+    remove: int | None = Field(None, description="How many layers to remove.")
+    ratio: float | None = Field(
+        None, description="Which share of the layers to remove, such as 0.25."
+    )
+    preset: str | None = Field(
+        None,
+        description="best: repair and distil, the default. gradmap, the published method: "
+        "gradient and projection, --accept always, --held-out 0.",
+    )
+    selector: str | None = Field(
+        None, description=f"How layers are chosen: {', '.join(selector_names())}."
+    )
+    compensator: str | None = Field(
+        None, description=f"How the loss is repaired: {', '.join(compensator_names())}."
+    )
+    accept: Accept | None = Field(
+        None,
+        description="Which repairs are applied: held-out, those that bring the model nearer to "
+        "the dense one on held-out samples, or always all.",
+    )
+    held_out: int | None = Field(
+        None, ge=0, description="So many samples are not fitted on; a quarter if not given."
+    )
+
+
+class PruneOptions(_Common, _Asked):
+    """The options of `gradmap prune`, of the command line and of a recipe. One of remove and ratio
+    says how many layers go; what is left out of the methods is the preset's."""
+
+
+class _Chosen(Strict):
     remove: int
-    calibration: str
     selector: str
     compensator: str
-    accept: str = HELD_OUT
+    accept: Accept = HELD_OUT
     held_out: int | None = None
-    one_shot: bool = False
-    layers: list[int] = field(default_factory=list)
-    protect_first: int = 0
-    protect_last: int = 0
-    top_z: int = 1
-    side: str = "left"
-    target: str = "down"
-    unregularised: bool = False
-    samples: int = 128
-    tokens: int = 128
-    seed: int = 42
-    dtype: str = "auto"
-    device: str = "auto"
-    stream: bool = False
-    budget_minutes: float | None = None
+
+
+class PruneSettings(_Common, _Chosen):
+    """How to prune. remove: number of layers K. accept, held_out: see
+    gradmap.pruning.presets.Methods."""
 
     @property
     def at_once(self) -> bool:
         """Whether all layers are chosen by the first scores."""
-        return self.one_shot or self.selector in NOT_NESTED
+        return self.one_shot or not selector(self.selector).nested
 
-    @property
-    def projection(self) -> ProjectionOptions:
-        return ProjectionOptions(self.top_z, self.side, self.target, self.unregularised)
-
-
-def layers_to_remove(config: dict[str, Any], remove: int | None, ratio: float | None) -> int:
-    """Returns K from --remove, or from --ratio rounded to whole layers. Exactly one of the two must
-    be given."""
-    if (remove is None) == (ratio is None):
-        raise UserError("Give either --remove K or --ratio R.")
-    if remove is not None:
-        return remove
-    assert ratio is not None
-    if not 0 < ratio < 1:
-        raise UserError(f"--ratio is {ratio}; give a share between 0 and 1, such as 0.25.")
-    return max(1, round(ratio * layer_count(config)))
+    def options_of(self, kind: type[MethodOptions] | None) -> MethodOptions | None:
+        """What of it are the options of a method, which names their class."""
+        if kind is None:
+            return None
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
 
-def require_removable(remove: int, layers: int, name: str) -> None:
-    """Raises UserError if nothing would go, or nothing stay."""
-    if not 1 <= remove < layers:
-        raise UserError(
-            f"Cannot remove {remove} of the {layers} layers of {name}; remove between 1 and "
-            f"{layers - 1}."
-        )
-
-
-def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
-    """Raises UserError if the settings do not fit the model."""
-    layers = layer_count(checkpoint.config)
-    require_removable(settings.remove, layers, checkpoint.name)
-    if checkpoint.positions is not None and settings.tokens > checkpoint.positions:
-        raise UserError(
-            f"{checkpoint.name} takes {checkpoint.positions} tokens at once; lower --tokens to "
-            "that."
-        )
-    protected = protected_layers(checkpoint, settings)
-    if layers - len(protected) < settings.remove:
-        raise UserError(
-            f"{len(protected)} of the {layers} layers are protected, so that {settings.remove} "
-            "cannot be removed; lower --protect-first, --protect-last or --remove."
-        )
-    for kind, name, known in (
-        ("selector", settings.selector, SELECTORS),
-        ("compensator", settings.compensator, COMPENSATORS),
-    ):
-        if name not in known:
-            raise UserError(f"Unknown {kind} {name!r}; known are {', '.join(known)}.")
-    uncorrectable = architecture_of(checkpoint.config).uncorrectable
-    if uncorrectable is not None and settings.compensator not in ANYWHERE:
-        raise UserError(
-            f"The down projections of a {checkpoint.config['model_type']} model cannot be fitted "
-            f"in closed form: {uncorrectable}; use --compensator distil or none."
-        )
-    if settings.stream and settings.compensator in IN_MEMORY:
-        raise UserError(
-            f"--compensator {settings.compensator} needs all weights in memory; leave out "
-            "--stream, or use sequential."
-        )
-    if settings.projection != ProjectionOptions() and settings.compensator not in (
-        "projection",
-        "projection-adam",
-    ):
-        raise UserError(
-            "--top-z, --side, --target and --unregularised are for --compensator projection and "
-            "projection-adam."
-        )
-    if settings.budget_minutes is not None and settings.budget_minutes <= 0:
-        raise UserError(f"--budget-minutes is {settings.budget_minutes:g}; give a number above 0.")
-    if not 0 <= settings.seed < SEEDS:
-        raise UserError(f"--seed is {settings.seed}; give a number from 0 to {SEEDS - 1}.")
-    if settings.accept not in (HELD_OUT, ALWAYS):
-        raise UserError(f"--accept is {settings.accept}; give {HELD_OUT} or {ALWAYS}.")
-    if settings.held_out == 0:
-        _require_nothing_held_out(settings)
-    if settings.side not in ("left", "right"):
-        raise UserError(f"--side is {settings.side}; give left or right.")
-    if bool(settings.layers) != (settings.selector == "manual"):
-        raise UserError(
-            "--layers is the order of removal for --selector manual; give both, or neither."
-        )
-
-
-def _require_nothing_held_out(settings: PruneSettings) -> None:
-    name = Methods(settings.selector, settings.compensator).by_held_out_samples
-    if name is not None:
-        raise UserError(
-            f"{name} chooses by what it does on held-out samples, and --held-out is 0; leave it "
-            "out."
-        )
-    if settings.accept != ALWAYS and settings.compensator != "none":
-        raise UserError(
-            f"With --held-out 0 no repair can be judged; give --accept {ALWAYS}, or hold samples "
-            "out."
-        )
-
-
-def protected_layers(checkpoint: Checkpoint, settings: PruneSettings) -> frozenset[int]:
-    """The layers that are protected."""
-    layers = range(layer_count(checkpoint.config))
-    return frozenset(
-        (*layers[: settings.protect_first], *layers[len(layers) - settings.protect_last :])
-    )
+# What the order of removals depends on, samples and model aside.
+OF_SELECTION = ("selector", *ManualOptions.model_fields, *_Protection.model_fields, "one_shot")
+# What a plan that is made from a larger one may have differently.
+OF_REPAIR = (
+    "remove",
+    "compensator",
+    "accept",
+    "held_out",
+    "device",
+    *ProjectionOptions.model_fields,
+)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from export.writers import Target, write_checkpoint
 from gradmap.model.architectures import layer_count
-from gradmap.model.corrections import pruned_and_corrected
+from gradmap.model.layered import LayeredModel
 from tests.conftest import FAMILIES, LAYERS
 from tests.export.test_export import REMOVED, WITHOUT_US, make_source
 
@@ -60,9 +60,7 @@ class TestContract:
     def test_logits_are_those_of_the_model_in_memory(self, picos, reloaded, family):
         root, sources = reloaded
         source, model = sources[family], picos[family].load()
-        with pruned_and_corrected(
-            model, picos[family].architecture, source.removed, source.changes
-        ):
+        with LayeredModel.of(model).changed(source.changes, without=source.removed):
             expected = model(input_ids=source.probe_ids).logits
         actual = load_file(root / f"{family}.safetensors")["logits"]
         # W' W_down was rounded once to float32 (2^-24); everything else is float64

@@ -29,10 +29,9 @@ from gradmap.model.corrections import (
     Projection,
     Scale,
     Update,
-    linear_maps,
-    pruned_and_corrected,
     weight_of,
 )
+from gradmap.model.layered import LayeredModel
 from gradmap.pruning.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
 from tests.conftest import LAYERS, Pico, make_pico
 
@@ -75,7 +74,7 @@ def make_changes(pico, correction=1.0):
     the first map."""
     model = pico.load()
     generator = torch.Generator().manual_seed(5)
-    place, module = next(linear_maps(pico.architecture, model, [0]))
+    place, module = next(LayeredModel.of(model).linear_maps([0]))
     d_out, d_in = weight_of(module).shape
 
     def noise(scale, *shape):
@@ -110,7 +109,7 @@ def export(source, out, *formats, shard_bytes=10**9, **settings):
 
 def unfolded_logits(pico, source, dtype):
     model = pico.load(dtype)
-    with pruned_and_corrected(model, pico.architecture, source.removed, source.changes):
+    with LayeredModel.of(model).changed(source.changes, without=source.removed):
         return model(input_ids=source.probe_ids).logits
 
 

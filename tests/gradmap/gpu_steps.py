@@ -25,7 +25,8 @@ from gradmap.methods.selection import Selection, Step, Subject
 from gradmap.methods.sequential import refit_before_runs
 from gradmap.methods.shortgpt import block_influences
 from gradmap.model.batching import Batches
-from gradmap.model.corrections import Update, linear_maps, pruned_and_corrected, weight_of
+from gradmap.model.corrections import Update, weight_of
+from gradmap.model.layered import LayeredModel
 from tests.conftest import VOCABULARY
 
 REMOVED = (1,)
@@ -98,24 +99,24 @@ def step(**allowed):
 
 @step(batch=(2, 5))
 def importance(pico, model, size):
-    return lambda: layer_scores(model, pico.architecture, size.input_ids, Batches(size.batch))
+    return lambda: layer_scores(LayeredModel.of(model), size.input_ids, Batches(size.batch))
 
 
 @step(once=(3, 5), batch=(3, 5), layer_batch=(6, 6))  # hidden states live in the CPU's memory
 def streamed_importance(pico, model, size):
     return lambda: streamed_layer_scores(
-        model, pico.architecture, size.input_ids, Batches(size.batch), []
+        LayeredModel.of(model), size.input_ids, Batches(size.batch), []
     )
 
 
 @step(once=(2, 3))
 def influence(pico, model, size):
-    return lambda: block_influences(model, pico.architecture, size.input_ids)
+    return lambda: block_influences(LayeredModel.of(model), size.input_ids)
 
 
 @step(once=(2, 3))
 def similarity(pico, model, size):
-    return lambda: last_hidden_states(model, pico.architecture, size.input_ids)
+    return lambda: last_hidden_states(LayeredModel.of(model), size.input_ids)
 
 
 @step(
@@ -126,7 +127,7 @@ def first_training_steps(pico, model, size):
 
     def run():
         with patch("gradmap.methods.gradpruner.STEPS", 2):
-            return layer_importances(model, pico.architecture, size.input_ids, 0)
+            return layer_importances(LayeredModel.of(model), size.input_ids, 0)
 
     return run
 
@@ -200,7 +201,7 @@ def divergence_of_a_plan(pico, model, size):
 @step(once=(3, 1))  # prompts and random numbers there, and tokens back
 def writing(pico, model, size):
     numbers = uniform_numbers(size.samples, size.tokens - 4, seed=0)
-    return lambda: vars(write_on(model, pico.architecture, size.input_ids[:, :4], numbers))
+    return lambda: vars(write_on(LayeredModel.of(model), size.input_ids[:, :4], numbers))
 
 
 @step(once=(1, 2), batch=(0, 1))
@@ -229,7 +230,7 @@ def evaluation_of_a_plan(pico, model, size):
     changes = plan_changes(pico, model)
 
     def run():
-        with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
+        with LayeredModel.of(model).changed(changes, without=REMOVED):
             return log_likelihoods(model, requests, size.batch * (size.tokens - 1))
 
     return run
@@ -244,18 +245,18 @@ def calibration(size):
 
 
 def pruned(pico, model, size):
-    return Pruned(model, pico.architecture, calibration(size), REMOVED, Batches(size.batch))
+    return Pruned(LayeredModel.of(model), calibration(size), REMOVED, Batches(size.batch))
 
 
 def repair_scorer(pico, model, size):
     with patch("gradmap.methods.repair.forward_batch", lambda input_ids, device: size.batch):
-        return RepairScorer(Subject(model, pico.architecture, calibration(size)))
+        return RepairScorer(Subject(LayeredModel.of(model), calibration(size)))
 
 
 def plan_changes(pico, model):
     """Of every linear map, in the CPU's memory and float32, as they are loaded."""
     generator = torch.Generator().manual_seed(2)
-    maps = linear_maps(pico.architecture, model, range(len(pico.architecture.layer_list(model))))
+    maps = LayeredModel.of(model).linear_maps(range(len(pico.architecture.layer_list(model))))
     return {
         place: [Update(0.01 * torch.randn(weight_of(module).shape, generator=generator))]
         for place, module in maps

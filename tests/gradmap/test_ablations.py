@@ -5,13 +5,13 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.methods.compensation import run_and_capture
-from gradmap.methods.compensators import COMPENSATORS
 from gradmap.methods.gradmap.projection import most_drifted
 from gradmap.methods.least_squares import RightSolver
 from gradmap.methods.ridge import Fit, accumulate_gram, down_projection_weight
-from gradmap.model.corrections import Projection, Update, pruned_and_corrected
+from gradmap.model.corrections import Projection, Update
 from gradmap.pruning.plan import load_plan
 from tests.command_line import gradmap
+from tests.gradmap.methods import repair
 from tests.gradmap.test_baselines import prune
 from tests.gradmap.test_prune import prune_arguments
 
@@ -20,10 +20,10 @@ def lacking(pruned, correction):
     """Squared distance of the corrected layer's output from the dense model's, without and with the
     correction."""
     ids = pruned.calibration.fit_ids
-    layer = pruned.architecture.layer_list(pruned.model)[correction.place.layer]
+    layer = pruned.model.layers[correction.place.layer]
     ((_, wanted),) = run_and_capture(pruned.model, [layer], ids)
     for changes in ({}, {correction.place: (correction.change,)}):
-        with pruned_and_corrected(pruned.model, pruned.architecture, pruned.removed, changes):
+        with pruned.model.changed(changes, without=pruned.removed):
             ((_, given),) = run_and_capture(pruned.model, [layer], ids)
         yield (wanted - given).square().sum().item()
 
@@ -55,22 +55,22 @@ def test_either_side_of_the_down_projection_lowers_what_the_layer_lacks(
     picos, input_ids, name, side
 ):
     pico = picos["llama"]
-    pruned = prune(pico, input_ids, (1, 3), side=side)
-    (correction,) = COMPENSATORS[name](pruned).corrections
+    pruned = prune(pico, input_ids, (1, 3))
+    (correction,) = repair(name, pruned, side=side).corrections
     assert isinstance(correction.change, Projection if side == "left" else Update)
     before, after = lacking(pruned, correction)
     assert after < before
 
 
 def test_the_layers_that_drifted_most_are_repaired_front_to_back(picos, input_ids):
-    pruned = prune(picos["llama"], input_ids, (1, 3), top_z=2)
-    compensation = COMPENSATORS["projection"](pruned)
+    pruned = prune(picos["llama"], input_ids, (1, 3))
+    compensation = repair("projection", pruned, top_z=2)
     drift = compensation.drift
     assert [one.place.layer for one in compensation.corrections] == sorted(
         sorted(drift, key=drift.get)[-2:]
     )
     with pytest.raises(UserError, match="only 3 layers are left"):
-        COMPENSATORS["projection"](prune(picos["llama"], input_ids, (1, 3), top_z=4))
+        repair("projection", pruned, top_z=4)
 
 
 def test_of_layers_that_drifted_most_the_front_one_is_repaired_first_though_it_drifted_most():
@@ -79,25 +79,22 @@ def test_of_layers_that_drifted_most_the_front_one_is_repaired_first_though_it_d
 
 def test_other_maps_are_trained_through_the_layer(picos, input_ids):
     pico = picos["llama"]
-    pruned = prune(pico, input_ids, (1, 3), target="gate")
+    pruned = prune(pico, input_ids, (1, 3))
     with pytest.raises(UserError, match="use --compensator projection-adam"):
-        COMPENSATORS["projection"](pruned)
-    (correction,) = COMPENSATORS["projection-adam"](pruned).corrections
+        repair("projection", pruned, target="gate")
+    (correction,) = repair("projection-adam", pruned, target="gate").corrections
     assert correction.place.target == "mlp.gate_proj"
     before, after = lacking(pruned, correction)
     assert after < before
     with pytest.raises(UserError, match=r"no q_proj; the linear maps of a layer are attn\.c_attn"):
-        COMPENSATORS["projection-adam"](prune(picos["gpt2"], input_ids, (1, 3), target="q"))
+        repair("projection-adam", prune(picos["gpt2"], input_ids, (1, 3)), target="q")
 
 
 def test_without_eq_12_nothing_is_regularised(picos, input_ids):
-    (correction,) = COMPENSATORS["projection"](
-        prune(picos["llama"], input_ids, (1, 3), unregularised=True)
-    ).corrections
+    pruned = prune(picos["llama"], input_ids, (1, 3))
+    (correction,) = repair("projection", pruned, unregularised=True).corrections
     assert correction.lam == 0.0
-    (trained,) = COMPENSATORS["projection-adam"](
-        prune(picos["llama"], input_ids, (1, 3), unregularised=True)
-    ).corrections
+    (trained,) = repair("projection-adam", pruned, unregularised=True).corrections
     assert trained.place == correction.place
 
 
@@ -108,7 +105,7 @@ def test_ablations_on_the_command_line(picos, word_file, tmp_path):
     plan = load_plan(tmp_path / "plan")
     assert [one.kind for one in plan.corrections] == ["update", "update"]
     for changes, message in (
-        (("--side", "top"), "give left or right"),
+        (("--side", "top"), "is not one of 'left', 'right'"),
         (("--compensator", "refit", "--top-z", 2), "are for --compensator projection"),
     ):
         finished = gradmap(*arguments, *changes)

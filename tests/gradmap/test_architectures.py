@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gradmap.common.errors import UserError
-from gradmap.model.architectures import Architecture, architecture_of, prune_config, without_layers
+from gradmap.model.architectures import Architecture, architecture_of, prune_config
+from gradmap.model.layered import LayeredModel
 from tests.conftest import LAYERS
 
 
@@ -12,7 +13,7 @@ def test_removed_layers_come_back(pico, input_ids):
     model = pico.load()
     before = model(input_ids=input_ids).logits
     config = model.config.to_dict()
-    with without_layers(model, pico.architecture, [0, 3]):
+    with LayeredModel.of(model).without([0, 3]):
         assert len(pico.architecture.layer_list(model)) == LAYERS - 2
         assert not torch.equal(model(input_ids=input_ids).logits, before)
     assert model.config.to_dict() == config
@@ -21,7 +22,7 @@ def test_removed_layers_come_back(pico, input_ids):
 
 def test_the_smaller_model_generates_the_same_with_and_without_its_cache(pico, input_ids):
     model = pico.load()
-    with without_layers(model, pico.architecture, [1, 2]):
+    with LayeredModel.of(model).without([1, 2]):
         texts = [
             model.generate(input_ids[:2], max_new_tokens=8, do_sample=False, use_cache=c)
             for c in (True, False)
@@ -34,7 +35,7 @@ def test_layers_left_out_are_skipped_in_the_forward_pass(picos, input_ids):
     pico = picos["llama"]
     model = pico.load()
     layers = list(pico.architecture.layer_list(model))
-    with without_layers(model, pico.architecture, [1, 3]):
+    with LayeredModel.of(model).without([1, 3]):
         actual = model(input_ids=input_ids).logits
     for index in (1, 3):  # a layer whose outputs are zero adds nothing to the residual stream
         layers[index].self_attn.o_proj.weight.zero_()

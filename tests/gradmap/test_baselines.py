@@ -11,49 +11,53 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import Calibration
 from gradmap.methods import gradpruner as initial_gradients
-from gradmap.methods.compensation import ProjectionOptions, Pruned, run_and_capture
-from gradmap.methods.compensators import COMPENSATORS
-from gradmap.methods.gradpruner import layer_importances, lora_gradients, weight_importances
+from gradmap.methods.compensation import Pruned, run_and_capture
+from gradmap.methods.gradpruner import (
+    layer_importances,
+    lora_gradients,
+    merge_where_signs_agree,
+    weight_importances,
+)
 from gradmap.methods.linear_patch import hadamard_matrix
-from gradmap.methods.merge import merge_by_similarity, merge_where_signs_agree
 from gradmap.methods.mka import (
     diffusion_embedding,
     entropy,
     last_hidden_states,
     layer_similarities,
+    merge_by_similarity,
     mutual_information,
 )
 from gradmap.methods.selection import Selection, Step, Subject
-from gradmap.methods.selectors import SELECTORS
-from gradmap.model.architectures import without_layers
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import (
     HIDDEN_STATE,
     Place,
     Scale,
-    linear_maps,
-    pruned_and_corrected,
     weight_of,
 )
+from gradmap.model.layered import LayeredModel
 from tests.conftest import LAYERS
+from tests.gradmap.methods import make_scorer, repair
 
 
-def prune(pico, input_ids, removed, model=None, **options):
+def prune(pico, input_ids, removed, model=None):
     """Input ids (N, T) to fit on; the first of them are held out too."""
     calibration = Calibration(
         "test", 0, torch.cat([input_ids, input_ids[: max(1, len(input_ids) // 2)]])
     )
     assert torch.equal(calibration.fit_ids, input_ids)
-    options = ProjectionOptions(**options)
     return Pruned(
-        model or pico.load(), pico.architecture, calibration, removed, Batches(2), options
+        pico.layered() if model is None else LayeredModel.of(model),
+        calibration,
+        removed,
+        Batches(2),
     )
 
 
 def scores(name, pico, input_ids, steps=()):
-    return SELECTORS[name](
-        Subject(pico.load(), pico.architecture, Calibration("test", 3, input_ids))
-    ).score(Selection(tuple(Step({}, (layer,)) for layer in steps)), lambda n: None)
+    return make_scorer(name, Subject(pico.layered(), Calibration("test", 3, input_ids))).score(
+        Selection(tuple(Step({}, (layer,)) for layer in steps)), lambda n: None
+    )
 
 
 def without_epsilon(pico):
@@ -88,18 +92,18 @@ def enlarge_as_the_paper_does(pico, model, layer, alpha):
 def test_scaling_what_comes_later_is_scaling_what_came_before(picos, input_ids, family):
     pico = picos[family]
     model = without_epsilon(pico)
-    compensation = COMPENSATORS["magnitude"](prune(pico, input_ids, (2,), model))
-    entering, leaving = run_and_capture(model, [pico.architecture.layer_list(model)[2]], input_ids)[
-        0
-    ]
+    compensation = repair("magnitude", prune(pico, input_ids, (2,), model))
+    entering, leaving = run_and_capture(
+        LayeredModel.of(model), [pico.architecture.layer_list(model)[2]], input_ids
+    )[0]
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
     changes = {one.place: (one.change,) for one in compensation.corrections}
     assert {place.layer for place in changes} == {3, 4}
-    with pruned_and_corrected(model, pico.architecture, (2,), changes):
+    with LayeredModel.of(model).changed(changes, without=(2,)):
         ours = model(input_ids=input_ids).logits
     paper = without_epsilon(pico)
     enlarge_as_the_paper_does(pico, paper, 2, alpha)
-    with without_layers(paper, pico.architecture, (2,)):
+    with LayeredModel.of(paper).without((2,)):
         theirs = paper(input_ids=input_ids).logits
     assert (ours - theirs).norm() / theirs.norm() < LAYERS * 2**-24  # RMSNorm computes in float32
 
@@ -107,14 +111,14 @@ def test_scaling_what_comes_later_is_scaling_what_came_before(picos, input_ids, 
 def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
     pico = picos["llama"]
     pruned = prune(pico, input_ids, (3, 1))
-    first = COMPENSATORS["magnitude"](prune(pico, input_ids, (3,)))
+    first = repair("magnitude", prune(pico, input_ids, (3,)))
     factor = {one.place: one.change.factor.item() for one in first.corrections}
-    with without_layers(pruned.model, pico.architecture, (3,)):
-        entering, leaving = run_and_capture(
-            pruned.model, [pico.architecture.layer_list(pruned.model)[1]], input_ids
-        )[0]  # before the scales of the first
+    with pruned.model.without((3,)):
+        entering, leaving = run_and_capture(pruned.model, [pruned.model.layers[1]], input_ids)[
+            0
+        ]  # before the scales of the first
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
-    for one in COMPENSATORS["magnitude"](pruned).corrections:
+    for one in repair("magnitude", pruned).corrections:
         assert one.change.factor.item() == pytest.approx(
             factor.get(one.place, 1.0) / alpha, rel=1e-9
         )
@@ -124,13 +128,15 @@ def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
 def test_prune_and_comp_scores_the_model_that_was_made_up_for(picos, input_ids):
     pico = picos["llama"]
     changes = {}
-    for one in COMPENSATORS["magnitude"](prune(pico, input_ids[:-1], (1,))).corrections:
+    for one in repair("magnitude", prune(pico, input_ids[:-1], (1,))).corrections:
         changes[one.place] = (one.change,)
     model = pico.load()
     calibration = Calibration("test", 3, input_ids)
     assert torch.equal(calibration.fit_ids, input_ids[:-1])
-    with pruned_and_corrected(model, pico.architecture, (1,), changes):
-        captured = run_and_capture(model, list(pico.architecture.layer_list(model)), input_ids)
+    with LayeredModel.of(model).changed(changes, without=(1,)):
+        captured = run_and_capture(
+            LayeredModel.of(model), list(pico.architecture.layer_list(model)), input_ids
+        )
     expected = [
         1 - cosine_similarity(entering, leaving, dim=-1).mean().item()
         for entering, leaving in captured
@@ -163,17 +169,15 @@ def test_a_patch_restores_magnitudes_in_the_rotated_basis(picos, input_ids):
     layers."""
     pico = picos["llama"]
     pruned = prune(pico, input_ids[:1], (1, 2))
-    (correction,) = COMPENSATORS["linear-patch"](pruned).corrections
+    (correction,) = repair("linear-patch", pruned).corrections
     assert correction.place == Place(0, HIDDEN_STATE)
     basis = torch.from_numpy(hadamard_matrix(32)) / 32**0.5
-    layers = pico.architecture.layer_list(pruned.model)
+    layers = pruned.model.layers
     ((_, given), (_, wanted)) = run_and_capture(pruned.model, [layers[0], layers[2]], input_ids[:1])
     patched = given @ correction.change.matrix.mT
     expected = (wanted @ basis).abs().mean(dim=1)
     torch.testing.assert_close((patched @ basis).abs().mean(dim=1), expected, rtol=1e-9, atol=1e-12)
-    with pruned_and_corrected(
-        pruned.model, pico.architecture, (1, 2), {correction.place: (correction.change,)}
-    ):
+    with pruned.model.changed({correction.place: (correction.change,)}, without=(1, 2)):
         entering, _ = run_and_capture(pruned.model, [layers[3]], input_ids[:1])[0]
     torch.testing.assert_close(entering, patched, rtol=1e-9, atol=1e-12)
 
@@ -223,7 +227,7 @@ def test_information_is_what_scikit_learn_makes_of_it(decimals, expected):
 def test_mka_removes_the_layer_most_like_the_one_before_it(picos, input_ids):
     pico = picos["llama"]
     ids = input_ids.repeat(3, 1)[:, torch.randperm(12, generator=torch.Generator().manual_seed(0))]
-    similarities = layer_similarities(pico.load(), pico.architecture, ids, seed=3)
+    similarities = layer_similarities(pico.layered(), ids, seed=3)
     assert np.array_equal(similarities, similarities.T)
     given = scores("mka", pico, ids, steps=(2,))
     assert given == {1: -similarities[0, 1], 3: -similarities[1, 3], 4: -similarities[3, 4]}
@@ -231,8 +235,10 @@ def test_mka_removes_the_layer_most_like_the_one_before_it(picos, input_ids):
 
 def test_hidden_states_of_mka_are_what_enters_a_layer_last(pico, input_ids):
     model = pico.load()
-    states = last_hidden_states(model, pico.architecture, input_ids)
-    captured = run_and_capture(model, list(pico.architecture.layer_list(model)), input_ids)
+    states = last_hidden_states(LayeredModel.of(model), input_ids)
+    captured = run_and_capture(
+        LayeredModel.of(model), list(pico.architecture.layer_list(model)), input_ids
+    )
     for given, (entering, _) in zip(states, captured, strict=True):
         np.testing.assert_allclose(given, entering[:, -1].numpy(), rtol=1e-9, atol=1e-12)
 
@@ -242,13 +248,11 @@ def test_mka_merges_a_run_into_the_layer_before_it(picos, input_ids, family):
     pico = picos[family]
     pruned = prune(pico, input_ids, (2, 1))
     ids = pruned.calibration.input_ids
-    means = layer_similarities(pruned.model, pico.architecture, ids, pruned.calibration.seed).mean(
-        axis=1
-    )
-    layers = pico.architecture.layer_list(pruned.model)
+    means = layer_similarities(pruned.model, ids, pruned.calibration.seed).mean(axis=1)
+    layers = pruned.model.layers
     corrections = merge_by_similarity(pruned).corrections
     assert {one.place for one in corrections} == {
-        place for place, _ in linear_maps(pico.architecture, pruned.model, [0])
+        place for place, _ in pruned.model.linear_maps([0])
     }
     for one in corrections:
         own, first, second = (
@@ -273,8 +277,8 @@ def test_the_gradients_of_the_first_step_are_those_of_the_weights(picos, input_i
     """B is zero: grad B = grad W A^T, and grad A = 0."""
     pico = picos["llama"]
     model = pico.load()
-    (first, *_) = lora_gradients(model, pico.architecture, input_ids, seed=0)
-    maps = dict(linear_maps(pico.architecture, model, range(5)))
+    (first, *_) = lora_gradients(LayeredModel.of(model), input_ids, seed=0)
+    maps = dict(LayeredModel.of(model).linear_maps(range(5)))
     generator = torch.Generator().manual_seed(0)
     downs = {
         place: torch.randn(8, weight_of(module).shape[1], generator=generator, dtype=torch.float64)
@@ -297,11 +301,11 @@ def test_the_gradients_of_the_first_step_are_those_of_the_weights(picos, input_i
 def test_importance_of_a_layer_is_that_of_its_weights(picos, input_ids):
     pico = picos["llama"]
     model = pico.load()
-    per_weight = weight_importances(model, pico.architecture, input_ids, 0, range(5))
+    per_weight = weight_importances(LayeredModel.of(model), input_ids, 0, range(5))
     expected = [0.0] * 5
     for place, importance in per_weight.items():
         expected[place.layer] += importance.sum().item()
-    assert layer_importances(model, pico.architecture, input_ids, 0) == pytest.approx(
+    assert layer_importances(LayeredModel.of(model), input_ids, 0) == pytest.approx(
         expected, rel=1e-9
     )
     assert scores("gradpruner", pico, input_ids.flip(0), steps=(0,)).keys() == {1, 2, 3, 4}
@@ -310,8 +314,8 @@ def test_importance_of_a_layer_is_that_of_its_weights(picos, input_ids):
 def test_only_the_most_important_weights_with_the_same_sign_are_merged(picos, input_ids):
     pico = picos["llama"]
     pruned = prune(pico, input_ids, (3,))
-    importances = weight_importances(pruned.model, pico.architecture, input_ids, 0, [3])
-    layers = pico.architecture.layer_list(pruned.model)
+    importances = weight_importances(pruned.model, input_ids, 0, [3])
+    layers = pruned.model.layers
     corrections = merge_where_signs_agree(pruned).corrections
     assert {one.place.layer for one in corrections} == {2}
     for one in corrections:
@@ -331,7 +335,7 @@ def test_only_the_most_important_weights_with_the_same_sign_are_merged(picos, in
 def test_experts_are_not_merged(picos, input_ids, name, monkeypatch):
     monkeypatch.setattr(initial_gradients, "STEPS", 1)
     with pytest.raises(UserError, match="experts of two layers do not correspond"):
-        COMPENSATORS[name](prune(picos["mixtral"], input_ids, (3,)))
+        repair(name, prune(picos["mixtral"], input_ids, (3,)))
 
 
 def test_a_scale_reaches_the_bias(picos, input_ids):
@@ -339,7 +343,7 @@ def test_a_scale_reaches_the_bias(picos, input_ids):
     model = pico.load()
     place = Place(2, pico.architecture.down_projection)
     module = pico.architecture.layer_list(model)[2].get_submodule(place.target)
-    ((_, plain),) = run_and_capture(model, [module], input_ids)
-    with pruned_and_corrected(model, pico.architecture, (), {place: (Scale(torch.tensor(3.0)),)}):
-        ((_, scaled),) = run_and_capture(model, [module], input_ids)
+    ((_, plain),) = run_and_capture(LayeredModel.of(model), [module], input_ids)
+    with LayeredModel.of(model).changed({place: (Scale(torch.tensor(3.0)),)}):
+        ((_, scaled),) = run_and_capture(LayeredModel.of(model), [module], input_ids)
     torch.testing.assert_close(scaled, 3 * plain, rtol=1e-12, atol=1e-12)

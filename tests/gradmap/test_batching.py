@@ -15,6 +15,7 @@ from gradmap.model.batching import (
     logits_batch,
     measured_batch_size,
 )
+from gradmap.model.layered import LayeredModel
 
 
 def out_of_memory():
@@ -92,7 +93,7 @@ def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, mon
 
     pico = picos["llama"]
     model = pico.load()
-    expected = score(model, pico.architecture, input_ids, Batches(4))
+    expected = score(LayeredModel.of(model), input_ids, Batches(4))
     original, calls = importance.loss_gradients, []
 
     def fail_once(*args):
@@ -101,7 +102,7 @@ def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, mon
 
     monkeypatch.setattr(importance, "loss_gradients", fail_once)
     batches = Batches(4)
-    actual = score(model, pico.architecture, input_ids, batches)
+    actual = score(LayeredModel.of(model), input_ids, batches)
     assert batches.size == 2
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
@@ -118,5 +119,5 @@ def test_weights_do_not_count_however_large():
 def test_picos_go_in_batches_of_the_largest_size(picos, input_ids):
     pico = picos["llama"]
     for streamed in (False, True):
-        size = fitting_batches(pico.load(), pico.architecture, input_ids, streamed).size
+        size = fitting_batches(pico.layered(), input_ids, streamed).size
         assert size == TOKENS["cpu"] // input_ids.shape[1]

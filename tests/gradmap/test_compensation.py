@@ -10,7 +10,6 @@ import torch
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import Calibration, build_calibration
 from gradmap.methods.compensation import Compensation, Pruned, run_and_capture
-from gradmap.methods.compensators import COMPENSATORS
 from gradmap.methods.gradmap.adam import errors_of_output, objective, train_projection
 from gradmap.methods.gradmap.projection import mean_drift, project_most_drifted
 from gradmap.methods.least_squares import ridge_sums, solve_ridge, solve_ridge_reference
@@ -21,12 +20,13 @@ from gradmap.methods.ridge import (
     best_downhill,
     device_with_room,
 )
-from gradmap.model.architectures import architecture_of, without_layers
 from gradmap.model.batching import Batches
-from gradmap.model.corrections import Place, Projection, linear_output, pruned_and_corrected
+from gradmap.model.corrections import Place, Projection, linear_output
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.loading import load_model, load_tokenizer
 from tests.conftest import BOOLQ, CORRECTABLE
+from tests.gradmap.methods import repair
 
 REMOVED = (1, 3)
 LAYER = 4
@@ -40,7 +40,7 @@ def pico(request, picos):
 def prune(pico, input_ids, batch_size=2, removed=REMOVED):
     """Input ids (N, T) to fit on; the first of them are held out too."""
     calibration = Calibration("test", 0, torch.cat([input_ids, input_ids[:2]]))
-    pruned = Pruned(pico.load(), pico.architecture, calibration, removed, Batches(batch_size))
+    pruned = Pruned(pico.layered(), calibration, removed, Batches(batch_size))
     assert torch.equal(calibration.fit_ids, input_ids)
     return pruned
 
@@ -48,10 +48,10 @@ def prune(pico, input_ids, batch_size=2, removed=REMOVED):
 def activations(pruned, refit, layer=LAYER):
     """F and D of one layer as (n, f) and (n, d) float64, from whole forward passes."""
     ids = pruned.calibration.fit_ids
-    module = pruned.architecture.layer_list(pruned.model)[layer]
-    projection = pruned.architecture.down_projection_of(module)
+    module = pruned.model.layers[layer]
+    projection = pruned.model.architecture.down_projection_of(module)
     ((_, dense),) = run_and_capture(pruned.model, [module], ids)
-    with without_layers(pruned.model, pruned.architecture, REMOVED):
+    with pruned.model.without(REMOVED):
         (_, given), (inputs, output) = run_and_capture(pruned.model, [module, projection], ids)
     features = inputs if refit else linear_output(projection, output)
     return features.flatten(end_dim=-2), (dense - given).flatten(end_dim=-2)
@@ -66,7 +66,7 @@ def test_closed_form_equals_least_squares(pico, input_ids, kind, weighted):
     if weighted:
         ((_, dense),) = run_and_capture(
             pruned.model,
-            [pruned.architecture.layer_list(pruned.model)[LAYER]],
+            [pruned.model.layers[LAYER]],
             pruned.calibration.fit_ids,
         )
         scale = 1 / dense.flatten(end_dim=-2).norm(dim=1, keepdim=True)
@@ -206,9 +206,7 @@ def test_the_objective_is_eq_11_as_a_mean_and_a_thousandth_of_eq_12():
 def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied(pico, input_ids):
     """Eq. 11 as a mean over tokens and channels, beside 1e-3 of Eq. 12: from all samples."""
     calibration = Calibration("test", 0, input_ids, held_out=0)
-    pruned = Pruned(
-        pico.load(), pico.architecture, calibration, REMOVED, Batches(2), accept_all=True
-    )
+    pruned = Pruned(pico.layered(), calibration, REMOVED, Batches(2), accept_all=True)
     compensation = project_most_drifted(pruned)
     (correction,) = compensation.corrections
     assert correction.accepted
@@ -244,8 +242,8 @@ def test_repairs_that_are_always_accepted_are_applied_though_they_do_harm(picos,
 
 def test_adam_trains_in_float32_whatever_the_model_is_in(picos, input_ids):
     exact = prune(picos["llama"], input_ids)
-    coarse = replace(exact, model=picos["llama"].load(torch.bfloat16))
-    (correction,) = COMPENSATORS["projection-adam"](coarse).corrections
+    coarse = replace(exact, model=picos["llama"].layered(torch.bfloat16))
+    (correction,) = repair("projection-adam", coarse).corrections
     matrix = correction.change.matrix
     # a step of 1e-3 is below half of bfloat16's spacing beside one: there, W' could not move off
     # the diagonal's 1
@@ -255,7 +253,7 @@ def test_adam_trains_in_float32_whatever_the_model_is_in(picos, input_ids):
 def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
     (trained,), (exact,) = (
-        COMPENSATORS[name](pruned).corrections for name in ("projection-adam", "projection")
+        repair(name, pruned).corrections for name in ("projection-adam", "projection")
     )
     assert trained.place == exact.place
     assert trained.held_out_divergence_before == pytest.approx(
@@ -265,11 +263,11 @@ def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):
 
 def test_drift_is_the_distance_of_mean_outputs(pico, input_ids):
     pruned = prune(pico, input_ids)
-    model, layers = pruned.model, list(pico.architecture.layer_list(pruned.model))
+    model, layers = pruned.model, list(pruned.model.layers)
     drift = mean_drift(pruned)
     assert sorted(drift) == [0, 2, 4]
     dense = run_and_capture(model, layers, input_ids)
-    with without_layers(model, pico.architecture, REMOVED):
+    with model.without(REMOVED):
         kept = run_and_capture(model, [layers[index] for index in drift], input_ids)
     for (index, value), (_, without) in zip(drift.items(), kept, strict=True):
         expected = (dense[index][1].mean(dim=(0, 1)) - without.mean(dim=(0, 1))).norm().item()
@@ -287,28 +285,28 @@ def test_identity_changes_nothing_and_the_hook_spares_the_bias(pico, input_ids):
     projection = pico.architecture.down_projection_of(pico.architecture.layer_list(model)[LAYER])
     bias = getattr(projection, "bias", None)
     bias = 0 if bias is None else bias
-    ((_, plain),) = run_and_capture(model, [projection], input_ids)
+    ((_, plain),) = run_and_capture(LayeredModel.of(model), [projection], input_ids)
     identity = {place: [Projection(torch.eye(width, dtype=torch.float64))]}
-    with pruned_and_corrected(model, pico.architecture, (), identity):
-        ((_, same),) = run_and_capture(model, [projection], input_ids)
-    with pruned_and_corrected(model, pico.architecture, (), {place: [Projection(matrix)]}):
-        ((_, corrected),) = run_and_capture(model, [projection], input_ids)
+    with LayeredModel.of(model).changed(identity):
+        ((_, same),) = run_and_capture(LayeredModel.of(model), [projection], input_ids)
+    with LayeredModel.of(model).changed({place: [Projection(matrix)]}):
+        ((_, corrected),) = run_and_capture(LayeredModel.of(model), [projection], input_ids)
     torch.testing.assert_close(same, plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(corrected, (plain - bias) @ matrix.mT + bias, rtol=1e-10, atol=1e-10)
 
 
 def test_the_correction_is_chosen_and_judged_on_held_out_samples(pico, input_ids):
     calibration = Calibration("test", 0, input_ids.repeat(2, 1))
-    pruned = Pruned(pico.load(), pico.architecture, calibration, REMOVED, Batches(4))
+    pruned = Pruned(pico.layered(), calibration, REMOVED, Batches(4))
     compensation = project_most_drifted(pruned)
     (correction,) = compensation.corrections
     assert correction.place.layer == max(compensation.drift, key=compensation.drift.get)
     model, held_out = pruned.model, calibration.held_out_ids
-    dense = model(input_ids=held_out).logits
+    dense = model.network(input_ids=held_out).logits
 
     def divergence(changes):
-        with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
-            logits = model(input_ids=held_out).logits
+        with model.changed(changes, without=REMOVED):
+            logits = model.network(input_ids=held_out).logits
         return sample_divergences_reference(logits, dense).sum().item() / held_out.numel()
 
     before, after = divergence({}), divergence({correction.place: [correction.change]})
@@ -327,11 +325,11 @@ def test_runs_are_repaired_in_the_layer_before_them(picos, input_ids, removed):
 def test_only_what_brings_the_model_nearer_to_the_dense_one_is_kept(pico, input_ids, name):
     if name == "refit" and pico.architecture.expert_down_projections is not None:
         with pytest.raises(UserError, match="use sequential"):
-            COMPENSATORS[name](prune(pico, input_ids))
+            repair(name, prune(pico, input_ids))
         return
     pruned = prune(pico, input_ids)
-    whole = pruned.model(input_ids=input_ids).logits
-    compensation = COMPENSATORS[name](pruned)
+    whole = pruned.model.network(input_ids=input_ids).logits
+    compensation = repair(name, pruned)
     divergences = [pruned.divergence({})]
     judged = [
         (one.held_out_divergence_before, one.held_out_divergence_after)
@@ -341,7 +339,7 @@ def test_only_what_brings_the_model_nearer_to_the_dense_one_is_kept(pico, input_
         assert before == pytest.approx(divergences[-1], rel=1e-9)
         divergences.append(min(before, after))
     assert pruned.divergence(compensation.changes) == pytest.approx(divergences[-1], rel=1e-9)
-    torch.testing.assert_close(pruned.model(input_ids=input_ids).logits, whole, rtol=0, atol=0)
+    torch.testing.assert_close(pruned.model.network(input_ids=input_ids).logits, whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["sequential", "refit", "distil"])
@@ -353,7 +351,7 @@ def test_too_few_tokens_to_fit_on_are_told(picos, input_ids, capsys, monkeypatch
     monkeypatch.setattr(
         "gradmap.methods.ridge.TOKENS_PER_INPUT", tokens / inputs + (0 if enough else 0.01)
     )
-    COMPENSATORS[name](pruned)
+    repair(name, pruned)
     told = "tokens are few to fit so wide a map on" in capsys.readouterr().err
     assert told == (not enough and name != "distil")  # which writes what is missing
 
@@ -363,24 +361,24 @@ def test_repairs_before_runs_by_hand(picos, input_ids, name):
     """Towards what the last layer of each run gave in the dense model, the second one behind the
     first one's repair."""
     pruned = replace(prune(picos["llama"], input_ids), accept_all=True)
-    model, architecture, ids = pruned.model, pruned.architecture, pruned.calibration.fit_ids
-    layers = list(architecture.layer_list(model))
+    model, ids = pruned.model, pruned.calibration.fit_ids
+    layers = list(model.layers)
     wanted = [output for _, output in run_and_capture(model, layers, ids)]
-    repairs = COMPENSATORS[name](pruned).corrections
+    repairs = repair(name, pruned).corrections
     changes = {}
-    for (layer, last), repair in zip([(0, 1), (2, 3)], repairs, strict=True):
-        assert repair.place == Place(layer, architecture.down_projection)
-        projection = architecture.down_projection_of(layers[layer])
-        with pruned_and_corrected(model, architecture, REMOVED, changes):
+    for (layer, last), correction in zip([(0, 1), (2, 3)], repairs, strict=True):
+        assert correction.place == Place(layer, model.architecture.down_projection)
+        projection = model.down_projection(layer)
+        with model.changed(changes, without=REMOVED):
             (_, given), (inputs, added) = run_and_capture(model, [layers[layer], projection], ids)
         features = inputs if name == "refit" else linear_output(projection, added)
         scale = 1 / wanted[last].norm(dim=-1, keepdim=True)
         rows = [(tensor * scale).flatten(end_dim=-2) for tensor in (features, wanted[last] - given)]
-        solution = solve_ridge_reference(*rows, repair.lam)
+        solution = solve_ridge_reference(*rows, correction.lam)
         if name == "sequential":
             solution = solution + torch.eye(len(solution))
-        torch.testing.assert_close(repair.change.matrix, solution, rtol=0, atol=1e-9)
-        changes[repair.place] = (repair.change,)
+        torch.testing.assert_close(correction.change.matrix, solution, rtol=0, atol=1e-9)
+        changes[correction.place] = (correction.change,)
 
 
 def test_a_real_model_is_repaired(smollm2):
@@ -389,8 +387,8 @@ def test_a_real_model_is_repaired(smollm2):
     calibration = build_calibration(
         load_tokenizer(smollm2.directory), BOOLQ, samples=16, tokens=64, seed=42
     )
-    model, architecture = load_model(smollm2, "float32"), architecture_of(smollm2.config)
-    pruned = Pruned(model, architecture, calibration, (13, 14, 16), Batches(4))
+    model = LayeredModel.of(load_model(smollm2, "float32"))
+    pruned = Pruned(model, calibration, (13, 14, 16), Batches(4))
     names = ("none", "sequential", "refit", "distil")
-    divergences = {name: pruned.divergence(COMPENSATORS[name](pruned).changes) for name in names}
+    divergences = {name: pruned.divergence(repair(name, pruned).changes) for name in names}
     assert sorted(divergences, key=divergences.__getitem__, reverse=True) == list(names)

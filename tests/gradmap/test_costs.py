@@ -19,14 +19,16 @@ from gradmap.costs.steps import CalibrationSize, Hardware, Pruning
 from gradmap.data.calibration import HELD_OUT_FRACTION, Calibration
 from gradmap.methods import racing, repair, ridge, sequential
 from gradmap.methods.compensation import Pruned
+from gradmap.methods.costs import default_seconds, repair_seconds, select_seconds
 from gradmap.methods.gradmap.scores import layer_scores
+from gradmap.methods.registry import selector_names
 from gradmap.methods.selection import Selection, Step, Subject
-from gradmap.methods.selectors import SELECTORS
 from gradmap.methods.shortened_llama import taylor_scores
 from gradmap.methods.shortgpt import block_influences
 from gradmap.model.architectures import ARCHITECTURES
 from gradmap.model.batching import Batches
 from gradmap.model.checkpoint import read_config
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import losses_from, run_layers
 from gradmap.model.shape import Shape
 from gradmap.pruning import budget
@@ -68,7 +70,7 @@ def calibration():
 
 def pruned(pico, removed):
     model = pico.load(torch.float32)
-    return Pruned(model, pico.architecture, calibration(), removed, Batches(2))
+    return Pruned(LayeredModel.of(model), calibration(), removed, Batches(2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,15 +115,16 @@ def test_a_forward_pass_multiplies_what_is_said(picos, family):
     """A mixture's experts get whole tokens, so that their number is exact; only rotations come on
     top: 2%."""
     model, shape, ids = picos[family].load(torch.float32), shape_of(family), calibration().input_ids
-    layers = picos[family].architecture.layer_list(model)
-    flops = counted(lambda: losses_from(model, layers, run_layers(model, layers, ids), ids))
+    flops = counted(
+        lambda: losses_from(LayeredModel.of(model), run_layers(LayeredModel.of(model), ids), ids)
+    )
     assert flops == pytest.approx(ids.numel() * shape.forward_flops(shape.layers), rel=0.02)
 
 
 def test_scores_multiply_what_is_said(deep):
     pico, shape = deep
     model, ids = pico.load(torch.float32), calibration().input_ids
-    flops = counted(lambda: layer_scores(model, pico.architecture, ids, Batches(4)))
+    flops = counted(lambda: layer_scores(LayeredModel.of(model), ids, Batches(4)))
     assert flops == pytest.approx(costs.score_flops(shape, 1, SIZE), rel=0.02)
 
 
@@ -132,7 +135,7 @@ def test_scores_multiply_what_is_said(deep):
 def test_a_round_of_other_selectors_multiplies_what_is_said(deep, measure, flops):
     pico, shape = deep
     model = pico.load(torch.float32)
-    counts = counted(lambda: measure(model, pico.architecture, calibration().input_ids))
+    counts = counted(lambda: measure(LayeredModel.of(model), calibration().input_ids))
     assert counts == pytest.approx(flops(shape, 1, SIZE), rel=0.02)
 
 
@@ -152,9 +155,7 @@ def test_a_selection_by_repairs_multiplies_what_is_said(deep, monkeypatch, round
     )
 
     def run():
-        scorer = repair.RepairScorer(
-            Subject(pico.load(torch.float32), pico.architecture, calibration())
-        )
+        scorer = repair.RepairScorer(Subject(pico.layered(torch.float32), calibration()))
         steps = ()
         for _ in range(rounds):
             scores = scorer.score(Selection(steps), lambda n: None)
@@ -213,7 +214,6 @@ def test_choices_of_other_modules_are_the_same_here():
     )
     names = ("WRITTEN_PER_SAMPLE", "WRITTEN_TOGETHER", "RANK", "STEP_SAMPLES", "TOKENS_PER_INPUT")
     assert [getattr(costs, name) for name in names] == [getattr(distilling, name) for name in names]
-    assert set(costs.SELECTORS) <= set(SELECTORS)
 
 
 def test_samples_are_shared_out_as_a_calibration_does():
@@ -238,7 +238,7 @@ SHAPE = Shape("small", 64, 128, 12, 0.5, 1000)
 def test_time_grows_with_what_is_to_be_done_and_falls_with_the_hardware():
     few, many = Pruning(2), Pruning(6)
     faster = replace(HARDWARE, flops=2e12, bandwidth=2e11)
-    for seconds in (costs.select_seconds, costs.repair_seconds):
+    for seconds in (select_seconds, repair_seconds):
         assert seconds(SHAPE, HARDWARE, Pruning(2, size=CalibrationSize(32, 64))) < seconds(
             SHAPE, HARDWARE, few
         )
@@ -247,24 +247,24 @@ def test_time_grows_with_what_is_to_be_done_and_falls_with_the_hardware():
             seconds(SHAPE, faster, few)
         )
         assert seconds(SHAPE, replace(HARDWARE, head_cost=2.0), few) > seconds(SHAPE, HARDWARE, few)
-    assert costs.select_seconds(SHAPE, HARDWARE, few) < costs.select_seconds(SHAPE, HARDWARE, many)
-    assert costs.default_seconds(SHAPE, HARDWARE, 2) == pytest.approx(
-        costs.select_seconds(SHAPE, HARDWARE, few) + costs.repair_seconds(SHAPE, HARDWARE, few)
+    assert select_seconds(SHAPE, HARDWARE, few) < select_seconds(SHAPE, HARDWARE, many)
+    assert default_seconds(SHAPE, HARDWARE, 2) == pytest.approx(
+        select_seconds(SHAPE, HARDWARE, few) + repair_seconds(SHAPE, HARDWARE, few)
     )
 
 
 def test_methods_cost_what_they_do():
-    select = {name: costs.select_seconds(SHAPE, HARDWARE, Pruning(3, name)) for name in SELECTORS}
+    select = {name: select_seconds(SHAPE, HARDWARE, Pruning(3, name)) for name in selector_names()}
     assert select["random"] == select["manual"] == 0
     assert 0 < select["block-influence"] < select["gradient"] < select["sleb"]
     assert select["gradpruner"] is None and select["mka"] is None  # not known, and so not guessed
     once = Pruning(3, "gradient", one_shot=True)
-    assert costs.select_seconds(SHAPE, HARDWARE, once) < select["gradient"]
+    assert select_seconds(SHAPE, HARDWARE, once) < select["gradient"]
     names = ("none", "sequential", "refit", "distil", "magnitude")
-    fitted = [costs.repair_seconds(SHAPE, HARDWARE, Pruning(3, compensator=name)) for name in names]
+    fitted = [repair_seconds(SHAPE, HARDWARE, Pruning(3, compensator=name)) for name in names]
     assert fitted[0] == 0 < fitted[1] < fitted[2] < fitted[3] and fitted[4] is None
     uncorrectable = Pruning(3, correctable=False)
-    assert 0 < costs.repair_seconds(SHAPE, HARDWARE, uncorrectable) < fitted[3]
+    assert 0 < repair_seconds(SHAPE, HARDWARE, uncorrectable) < fitted[3]
 
 
 def test_every_second_removed_layer_begins_a_run():
@@ -320,9 +320,7 @@ def test_a_budget_buys_as_many_samples_as_are_estimated_to_fit():
 
     def seconds(samples):
         smaller = replace(pruning, size=CalibrationSize(samples, pruning.size.tokens))
-        return costs.select_seconds(shape, hardware, smaller) + costs.repair_seconds(
-            shape, hardware, smaller
-        )
+        return select_seconds(shape, hardware, smaller) + repair_seconds(shape, hardware, smaller)
 
     whole_s = seconds(pruning.size.samples)
     assert affordable_samples(shape, hardware, pruning, whole_s) == pruning.size.samples
@@ -341,12 +339,15 @@ def test_a_budget_is_given_in_minutes(picos, monkeypatch):
     checkpoint, size = picos["llama"].checkpoint, CalibrationSize(24, 16)
     monkeypatch.setattr(budget, "measure_hardware", lambda config, dtype, device: HARDWARE)
     settings = PruneSettings(
-        2, "none", "repair", "distil", samples=size.samples, tokens=size.tokens
+        remove=2,
+        calibration="none",
+        selector="repair",
+        compensator="distil",
+        samples=size.samples,
+        tokens=size.tokens,
     )
     shape, pruning = Shape.of_config(checkpoint.config), Pruning(2, size=size)
-    needed_s = costs.select_seconds(shape, HARDWARE, pruning) + costs.repair_seconds(
-        shape, HARDWARE, pruning
-    )
+    needed_s = select_seconds(shape, HARDWARE, pruning) + repair_seconds(shape, HARDWARE, pruning)
     for share, samples in ((1.001, 24), (0.999, 18)):
-        limited = replace(settings, budget_minutes=share * needed_s / 60)
+        limited = settings.model_copy(update={"budget_minutes": share * needed_s / 60})
         assert samples_within_budget(checkpoint, limited, "float32") == samples

@@ -20,7 +20,7 @@ from gradmap.methods.distil import (
     written_by_dense,
 )
 from gradmap.methods.sequential import refit_before_runs
-from gradmap.model.corrections import linear_maps, pruned_and_corrected
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import logits_from, run_layers
 from tests.conftest import BOS
 from tests.gradmap.test_compensation import REMOVED, prune
@@ -30,15 +30,15 @@ distilling = import_module("gradmap.methods.distil")  # the package has a functi
 
 def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
-    model, layers = pruned.model, picos["llama"].architecture.layer_list(pruned.model)
+    model = pruned.model
     goal = pruned.walk(pruned.layers, input_ids).finish({})
     hidden = (
         goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))
     ).requires_grad_(True)
     wanted = model(input_ids=input_ids).logits.float().softmax(-1)
-    given = logits_from(model, layers, hidden, input_ids).float().log_softmax(-1)
+    given = logits_from(model, hidden, input_ids).float().log_softmax(-1)
     (-(wanted * given).sum(-1).mean()).backward()
-    actual = distillation_gradients(model, layers, hidden.detach(), goal, input_ids)
+    actual = distillation_gradients(model, hidden.detach(), goal, input_ids)
     torch.testing.assert_close(
         actual, hidden.grad, rtol=1e-4, atol=1e-8
     )  # the loss is computed in float32
@@ -47,12 +47,12 @@ def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(pic
 def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
     model, ids = pico.load(), input_ids[:, :4]
     numbers = uniform_numbers(len(ids), input_ids.shape[1] - ids.shape[1], seed=3)
-    written = write_on(model, pico.architecture, ids, numbers)
+    written = write_on(LayeredModel.of(model), ids, numbers)
     for number in numbers.split(1, dim=1):
         logits = model(input_ids=ids, use_cache=False).logits[:, -1]
         ids = torch.cat([ids, draw_tokens(logits, number)], dim=1)
     assert torch.equal(written.input_ids, ids)
-    outputs = run_layers(model, pico.architecture.layer_list(model), ids)
+    outputs = run_layers(LayeredModel.of(model), ids)
     torch.testing.assert_close(
         written.outputs, outputs, rtol=1e-9, atol=1e-9
     )  # float64, through a KV cache
@@ -186,14 +186,14 @@ def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_clo
 ):
     pruned = prune(pico, input_ids)
     model = pruned.model
-    maps = dict(linear_maps(pico.architecture, model, pruned.kept))
+    maps = dict(model.linear_maps(pruned.kept))
     assert {place.layer for place in maps} == {0, 2, 4}
     corrections = train_low_rank(pruned, Compensation(), lessons_of(pruned))
     assert {one.place for one in corrections if one.change.up.any()} == set(maps)
     wanted = model(input_ids=input_ids).logits.softmax(-1)
     distances = []
     for changes in ({}, {one.place: (one.change,) for one in corrections}):
-        with pruned_and_corrected(model, pico.architecture, REMOVED, changes):
+        with model.changed(changes, without=REMOVED):
             distances.append(
                 -(wanted * model(input_ids=input_ids).logits.log_softmax(-1)).sum(-1).mean()
             )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import losses_from, run_layers
 from tests.gradmap.fake_gpu import GPU, fake_gpu
 
@@ -34,15 +35,17 @@ def test_its_numbers_are_those_of_the_cpu(move):
 
 
 def test_a_model_of_transformers_computes_the_same(pico, input_ids):
-    model, layers = pico.load(), pico.architecture.layer_list
+    model = pico.load()
     expected = losses_from(
-        model, layers(model), run_layers(model, layers(model), input_ids), input_ids
+        LayeredModel.of(model), run_layers(LayeredModel.of(model), input_ids), input_ids
     )
     with fake_gpu() as gpu:
         count = len(list(model.parameters()))  # weights that are tied count once
         assert len(list(gpu.move(model).parameters())) == count
         ids = input_ids.to(model.device)
-        actual = losses_from(model, layers(model), run_layers(model, layers(model), ids), ids).cpu()
+        actual = losses_from(
+            LayeredModel.of(model), run_layers(LayeredModel.of(model), ids), ids
+        ).cpu()
     # a router takes its softmax in float32, and attention may be summed up in another order
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 

@@ -14,19 +14,20 @@ from safetensors.torch import load_file, save_file
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import Calibration
 from gradmap.methods.compensation import Compensation, Correction, Pruned
-from gradmap.methods.compensators import COMPENSATORS
 from gradmap.methods.least_squares import solve_ridge
+from gradmap.methods.registry import compensator, compensator_names, selector_names
 from gradmap.methods.selection import Subject, select
-from gradmap.methods.selectors import NOT_NESTED, SELECTORS
 from gradmap.model.batching import Batches
 from gradmap.model.checkpoint import open_checkpoint
 from gradmap.model.corrections import Place, Scale
+from gradmap.model.layered import LayeredModel
 from gradmap.pruning.prune import prune
 from gradmap.pruning.settings import PruneSettings
 from tests.conftest import LAYERS, Pico
+from tests.gradmap.methods import NOT_NESTED, make_scorer, repair
 
-MEASURING = sorted(set(SELECTORS) - {"manual", "random", "mka-as-released"})
-REPAIRING = sorted(set(COMPENSATORS) - {"none"})
+MEASURING = sorted(set(selector_names()) - {"manual", "random", "mka-as-released"})
+REPAIRING = sorted(set(compensator_names()) - {"none"})
 DAMAGED = "model.layers.2.mlp.down_proj.weight"
 # A weight that is no number, and finite ones whose products are none.
 WEIGHTS = {"nan": float("nan"), "infinity": float("inf"), "overflow": 3e38}
@@ -46,11 +47,18 @@ def damaged(pico: Pico, kind: str):
 def test_no_selector_chooses_by_what_is_no_number(picos, input_ids, name, kind):
     pico = picos["llama"]
     subject = Subject(
-        damaged(pico, kind), pico.architecture, Calibration("test", 3, input_ids), count=2
+        LayeredModel.of(damaged(pico, kind)), Calibration("test", 3, input_ids), count=2
     )
     one_shot, steps = name in NOT_NESTED, []
     try:
-        select(SELECTORS[name], subject, 2, one_shot=one_shot, done=[], record=steps.append)
+        select(
+            lambda: make_scorer(name, subject),
+            subject,
+            2,
+            one_shot=one_shot,
+            done=[],
+            record=steps.append,
+        )
     except UserError as error:
         assert "is not finite; the checkpoint is damaged, or its dtype overflows" in str(error)
         assert not steps
@@ -63,12 +71,12 @@ def test_no_selector_chooses_by_what_is_no_number(picos, input_ids, name, kind):
 def test_no_compensator_repairs_by_what_is_no_number(picos, input_ids, name, kind):
     pico = picos["llama"]
     calibration = Calibration("test", 3, input_ids)
-    pruned = Pruned(damaged(pico, kind), pico.architecture, calibration, (3,), Batches(2))
+    pruned = Pruned(LayeredModel.of(damaged(pico, kind)), calibration, (3,), Batches(2))
     for accept_all in (False, True):
         with pytest.raises(
             UserError, match="is not finite; the checkpoint is damaged, or its dtype overflows"
         ):
-            COMPENSATORS[name](replace(pruned, accept_all=accept_all))
+            repair(name, replace(pruned, accept_all=accept_all))
 
 
 @pytest.fixture
@@ -86,7 +94,14 @@ def test_a_damaged_weight_is_named_before_anything_is_chosen(
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     selector = "gradient" if stream else "random"  # which reads no weight
     settings = PruneSettings(
-        2, f"file:{word_file}", selector, "none", samples=4, tokens=8, device="cpu", stream=stream
+        remove=2,
+        calibration=f"file:{word_file}",
+        selector=selector,
+        compensator="none",
+        samples=4,
+        tokens=8,
+        device="cpu",
+        stream=stream,
     )
     with pytest.raises(UserError, match=f"The weight {DAMAGED} is not finite"):
         prune(open_checkpoint(str(copied)), settings, tmp_path / "plan")
@@ -121,17 +136,22 @@ def with_idle_ffns(pico: Pico):
 def test_what_an_idle_ffn_adds_cannot_be_repaired_and_stays(picos, input_ids, name, held_out):
     pico, calibration = picos["llama"], Calibration("test", 3, input_ids, held_out=held_out)
     pruned = Pruned(
-        with_idle_ffns(pico), pico.architecture, calibration, (2, 3), Batches(2), accept_all=True
+        LayeredModel.of(with_idle_ffns(pico)), calibration, (2, 3), Batches(2), accept_all=True
     )
-    (correction,) = COMPENSATORS[name](pruned).corrections
+    (correction,) = repair(name, pruned).corrections
     assert torch.equal(correction.change.tensors["matrix"], torch.eye(32, dtype=torch.float64))
 
 
 def test_layers_with_idle_ffns_are_chosen(picos, input_ids):
     pico, steps = picos["llama"], []
-    subject = Subject(with_idle_ffns(pico), pico.architecture, Calibration("test", 3, input_ids))
+    subject = Subject(LayeredModel.of(with_idle_ffns(pico)), Calibration("test", 3, input_ids))
     selection = select(
-        SELECTORS["repair"], subject, 2, one_shot=False, done=[], record=steps.append
+        lambda: make_scorer("repair", subject),
+        subject,
+        2,
+        one_shot=False,
+        done=[],
+        record=steps.append,
     )
     assert len(set(selection.removal_order)) == 2
 
@@ -152,12 +172,13 @@ def test_a_correction_that_is_no_number_is_not_written(copied, word_file, tmp_pa
     """Nor where nothing is held out, so that no divergence tells."""
     place, scale = Place(0, "mlp.down_proj"), Scale(torch.tensor(float("nan")))
     broken = Compensation((Correction(place, scale, None, None, True),))
-    monkeypatch.setitem(COMPENSATORS, "magnitude", lambda pruned: broken)
+    breaking = replace(compensator("magnitude"), run=lambda pruned: broken)
+    monkeypatch.setattr("gradmap.pruning.prune.compensator", lambda name: breaking)
     settings = PruneSettings(
-        2,
-        f"file:{word_file}",
-        "random",
-        "magnitude",
+        remove=2,
+        calibration=f"file:{word_file}",
+        selector="random",
+        compensator="magnitude",
         accept="always",
         held_out=0,
         samples=4,

@@ -123,9 +123,9 @@ def test_a_gpu_writes_as_many_texts_at_once_as_have_room(llamas, monkeypatch, fr
     monkeypatch.setattr(distil, "WRITTEN_TOGETHER", 3)
     expected = written_by_dense(pruned(llamas[4], llamas[4].load(), size))
 
-    def recorded(model, architecture, some, numbers):
+    def recorded(model, some, numbers):
         prompts.append(len(some))
-        return write_on(model, architecture, some, numbers)
+        return write_on(model, some, numbers)
 
     def prepare(pico, model, size):
         def run():

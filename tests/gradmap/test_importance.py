@@ -17,8 +17,8 @@ from gradmap.methods.gradmap.scores import (
     layer_scores_reference,
     streamed_layer_scores,
 )
-from gradmap.model.architectures import architecture_of, without_layers
 from gradmap.model.batching import LOGITS_BYTES, Batches
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import (
     divergences_from,
     logits_from,
@@ -34,8 +34,8 @@ from tests.conftest import BOOLQ, LAYERS, VOCABULARY
 
 def test_scores_equal_the_per_sample_reference(pico, input_ids):
     model = pico.load()
-    expected = layer_scores_reference(model, pico.architecture, input_ids)
-    actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
+    expected = layer_scores_reference(LayeredModel.of(model), input_ids)
+    actual = layer_scores(LayeredModel.of(model), input_ids, Batches(2))
     # float64 throughout; the squares of a ghost norm cancel at most a few digits: half the mantissa
     # remains
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
@@ -43,9 +43,9 @@ def test_scores_equal_the_per_sample_reference(pico, input_ids):
 
 def test_scores_after_a_removal_are_those_of_the_smaller_model(pico, input_ids):
     model = pico.load()
-    with without_layers(model, pico.architecture, [1, 3]):
-        actual = layer_scores(model, pico.architecture, input_ids, Batches(5))
-        expected = layer_scores_reference(model, pico.architecture, input_ids)
+    with LayeredModel.of(model).without([1, 3]):
+        actual = layer_scores(LayeredModel.of(model), input_ids, Batches(5))
+        expected = layer_scores_reference(LayeredModel.of(model), input_ids)
     assert actual.shape == (3,)
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
@@ -55,9 +55,9 @@ def test_long_samples_take_the_direct_formula(picos):
     pico = picos["qwen3_moe"]
     ids = torch.randint(3, VOCABULARY, (3, 60), generator=torch.Generator().manual_seed(2))
     model = pico.load()
-    actual = layer_scores(model, pico.architecture, ids, Batches(3))
+    actual = layer_scores(LayeredModel.of(model), ids, Batches(3))
     torch.testing.assert_close(
-        actual, layer_scores_reference(model, pico.architecture, ids), rtol=1e-7, atol=0
+        actual, layer_scores_reference(LayeredModel.of(model), ids), rtol=1e-7, atol=0
     )
 
 
@@ -75,7 +75,7 @@ def test_both_formulas_give_the_norm_of_the_explicit_gradient(tokens):
 def test_no_parameter_gradient_is_ever_formed(picos, input_ids):
     pico = picos["mixtral"]
     model = pico.load()
-    layer_scores(model, pico.architecture, input_ids, Batches(2))
+    layer_scores(LayeredModel.of(model), input_ids, Batches(2))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -83,13 +83,12 @@ def test_loss_and_its_gradient_are_those_of_cross_entropy(picos, input_ids):
     """Also with Gemma 2's capped logits."""
     pico = picos["gemma2"]
     model = pico.load()
-    layers = pico.architecture.layer_list(model)
     hidden = (
         model.base_model(input_ids=input_ids, output_hidden_states=True)
         .hidden_states[-2]
         .requires_grad_()
     )
-    losses = losses_from(model, layers, hidden, input_ids)
+    losses = losses_from(LayeredModel.of(model), hidden, input_ids)
     (gradient,) = torch.autograd.grad(losses.sum(), hidden)
     logits = model.lm_head(model.model.norm(hidden))
     capped = (
@@ -103,13 +102,14 @@ def test_loss_and_its_gradient_are_those_of_cross_entropy(picos, input_ids):
 
 def test_divergences_are_those_of_the_definition(picos, input_ids):
     model = picos["gemma2"].load()  # whose logits are capped
-    layers = picos["gemma2"].architecture.layer_list(model)
-    hidden = run_layers(model, layers, input_ids)
+    hidden = run_layers(LayeredModel.of(model), input_ids)
     other = hidden + 0.1 * hidden.roll(1, dims=0)
-    logits, dense = (logits_from(model, layers, states, input_ids) for states in (other, hidden))
+    logits, dense = (
+        logits_from(LayeredModel.of(model), states, input_ids) for states in (other, hidden)
+    )
     expected = sample_divergences_reference(logits, dense)
     assert expected.min() > 1e-3
-    actual = divergences_from(model, layers, other, hidden, input_ids)
+    actual = divergences_from(LayeredModel.of(model), other, hidden, input_ids)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
@@ -124,7 +124,7 @@ def test_a_nan_loss_names_the_sample(picos, input_ids, monkeypatch, logits_bytes
     ids = torch.where(input_ids == poisoned, poisoned + 1, input_ids)
     ids[3, 0] = poisoned
     with pytest.raises(UserError, match="sample 3"):
-        layer_scores(model, pico.architecture, ids, Batches(2))
+        layer_scores(LayeredModel.of(model), ids, Batches(2))
 
 
 def test_float32_scores_on_smollm2(smollm2):
@@ -132,9 +132,8 @@ def test_float32_scores_on_smollm2(smollm2):
         load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42
     )
     model = load_model(smollm2, "float32")
-    architecture = architecture_of(smollm2.config)
-    actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
-    expected = layer_scores_reference(model, architecture, calibration.input_ids)
+    actual = layer_scores(LayeredModel.of(model), calibration.input_ids, Batches(4))
+    expected = layer_scores_reference(LayeredModel.of(model), calibration.input_ids)
     # float32 rounding of about 1e-7 per product, over 128 x 128 products of mixed sign in a ghost
     # norm
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
@@ -145,16 +144,15 @@ def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smoll
     calibration = build_calibration(
         load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42
     )
-    architecture = architecture_of(smollm2.config)
     exact = load_model(smollm2, "float32")
-    expected = layer_scores(exact, architecture, calibration.input_ids, Batches(4))
+    expected = layer_scores(LayeredModel.of(exact), calibration.input_ids, Batches(4))
     model = load_model(smollm2, "autocast")
     assert model.get_input_embeddings().weight.dtype == torch.float32
     assert (
         count_parameters(model) == count_parameters(exact) == 134_515_008
     )  # though the head has parted
     with computing_in("autocast", model):
-        actual = layer_scores(model, architecture, calibration.input_ids, Batches(4))
+        actual = layer_scores(LayeredModel.of(model), calibration.input_ids, Batches(4))
     assert not torch.equal(actual, expected)
     # a product is rounded to 8 bits (2^-9), and layer after layer adds to that
     torch.testing.assert_close(actual, expected, rtol=30 * 2**-9, atol=0)
@@ -166,16 +164,16 @@ def test_a_model_that_accelerate_has_placed_scores_the_same(picos, input_ids, fa
     around each."""
     pico = picos[family]
     model = pico.load()
-    with without_layers(model, pico.architecture, [2]):
-        expected = layer_scores_reference(model, pico.architecture, input_ids)
+    with LayeredModel.of(model).without([2]):
+        expected = layer_scores_reference(LayeredModel.of(model), input_ids)
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     placement = dict.fromkeys(
         [*parts, *(f"model.layers.{index}" for index in range(LAYERS))], "cpu"
     )
     dispatch_model(model, placement, main_device="cpu", force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for layer in pico.architecture.layer_list(model))
-    with without_layers(model, pico.architecture, [2]):
-        actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
+    with LayeredModel.of(model).without([2]):
+        actual = layer_scores(LayeredModel.of(model), input_ids, Batches(2))
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
     assert all(
         "forward" in vars(layer) for layer in pico.architecture.layer_list(model)
@@ -192,8 +190,8 @@ def across_devices(pico):
 @pytest.mark.gpu
 def test_a_model_spread_over_gpus_scores_the_same(pico, input_ids):
     spread = load_model(pico.checkpoint, "float64", "spread")
-    actual = layer_scores(spread, pico.architecture, input_ids, Batches(2))
-    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+    actual = layer_scores(LayeredModel.of(spread), input_ids, Batches(2))
+    expected = layer_scores_reference(pico.layered(), input_ids)
     torch.testing.assert_close(actual, expected, rtol=across_devices(pico), atol=0)
 
 
@@ -202,10 +200,10 @@ def test_a_model_spread_over_gpus_scores_the_same(pico, input_ids):
 def test_scores_on_a_gpu_are_those_of_the_cpu(pico, input_ids, streamed):
     model = load_model(pico.checkpoint, "float64", "cuda", streamed=streamed)
     if streamed:
-        actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
+        actual = streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(2), [])
     else:
-        actual = layer_scores(model, pico.architecture, input_ids, Batches(2))
-    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+        actual = layer_scores(LayeredModel.of(model), input_ids, Batches(2))
+    expected = layer_scores_reference(pico.layered(), input_ids)
     torch.testing.assert_close(actual, expected, rtol=across_devices(pico), atol=0)
 
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -128,10 +127,16 @@ def test_another_version_starts_over(picos, word_file, monkeypatch):
     calibration = build_calibration(
         load_tokenizer(picos["llama"].directory), f"file:{word_file}", 4, 8, 0
     )
-    settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="none")
+    settings = PruneSettings(
+        remove=2, calibration=f"file:{word_file}", selector="gradient", compensator="none"
+    )
     before = journal_key(picos["llama"].checkpoint, settings, calibration)
     monkeypatch.setattr("gradmap.pruning.prune.version", lambda package: "another")
     assert journal_key(picos["llama"].checkpoint, settings, calibration) != before
+
+
+def changed(settings, **changes):
+    return settings.model_copy(update=changes)
 
 
 def test_the_key_holds_what_decisions_depend_on_and_nothing_else(picos, word_file):
@@ -140,16 +145,18 @@ def test_the_key_holds_what_decisions_depend_on_and_nothing_else(picos, word_fil
         calibration = build_calibration(tokenizer, settings.calibration, 4, 8, settings.seed)
         return journal_key(picos[family].checkpoint, settings, calibration)
 
-    settings = PruneSettings(2, f"file:{word_file}", selector="gradient", compensator="projection")
+    settings = PruneSettings(
+        remove=2, calibration=f"file:{word_file}", selector="gradient", compensator="projection"
+    )
     plain = key("llama", settings)
     assert (
-        key("llama", replace(settings, remove=3, compensator="none", device="cpu", stream=True))
+        key("llama", changed(settings, remove=3, compensator="none", device="cpu", stream=True))
         == plain
     )
     others = ({"seed": 1}, {"dtype": "float64"}, {"one_shot": True}, {"budget_minutes": 1.0})
     assert plain not in [
         key("mistral", settings),
-        *(key("llama", replace(settings, **changes)) for changes in others),
+        *(key("llama", changed(settings, **changes)) for changes in others),
     ]
 
 

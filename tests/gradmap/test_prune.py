@@ -9,7 +9,7 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.methods.gradmap.scores import layer_scores_reference
-from gradmap.model.architectures import without_layers
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_losses
 from gradmap.pruning.budget import LEAST_SAMPLES
 from gradmap.pruning.plan import load_calibration_ids, load_changes, load_plan, require_same_model
@@ -40,8 +40,8 @@ def test_the_plan_can_be_recomputed_from_its_own_files(planned):
     assert len(plan.removal_order) == len(set(plan.removal_order)) == 2
     for number, step in enumerate(plan.steps):
         removed = plan.removal_order[:number]
-        with without_layers(model, pico.architecture, removed):
-            expected = layer_scores_reference(model, pico.architecture, input_ids)
+        with LayeredModel.of(model).without(removed):
+            expected = layer_scores_reference(LayeredModel.of(model), input_ids)
         alive = [layer for layer in range(LAYERS) if layer not in removed]
         assert list(step.scores) == alive
         torch.testing.assert_close(
@@ -135,7 +135,7 @@ def test_a_plan_is_made_of_samples_that_begin_with_bos(planned_with_bos, tmp_pat
     assert (plan.calibration.bos, plan.calibration.tokens) == (BOS, 16)
     assert input_ids.shape == (12, 16)
     assert set(input_ids[:, 0].tolist()) == {BOS}
-    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+    expected = layer_scores_reference(pico.layered(), input_ids)
     assert list(plan.steps[0].scores.values()) == pytest.approx(expected.tolist(), rel=1e-7)
     smaller = (
         "--from-plan",
@@ -271,7 +271,7 @@ def test_the_published_method_fits_on_all_samples_and_applies_what_it_fitted(pla
             "refit chooses by what it does on held-out samples",
         ),
         (("--accept", "held-out"), "give --accept always"),
-        (("--accept", "never"), "give held-out or always"),
+        (("--accept", "never"), "is not one of 'held-out', 'always'"),
         (("--held-out", 12), "leaves none to fit on"),
     ],
 )

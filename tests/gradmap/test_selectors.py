@@ -13,51 +13,57 @@ from gradmap.common.errors import UserError
 from gradmap.data.calibration import Calibration, build_calibration
 from gradmap.methods.compensation import run_and_capture
 from gradmap.methods.least_squares import solve_ridge_reference
+from gradmap.methods.registry import selector_names
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import Selection, Step, Subject, select
-from gradmap.methods.selectors import NOT_NESTED, SELECTORS
 from gradmap.methods.shortened_llama import taylor_scores
 from gradmap.methods.shortgpt import block_influences
 from gradmap.methods.sleb import losses_without, losses_without_reference
 from gradmap.methods.streamline import window_influences, window_influences_reference
-from gradmap.model.architectures import architecture_of, without_layers
 from gradmap.model.corrections import linear_output
+from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import LayerCall, sample_divergences_reference
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in
 from tests.command_line import gradmap
 from tests.conftest import BOOLQ, CORRECTABLE, LAYERS, VOCABULARY, perplexity_of_plan
+from tests.gradmap.methods import NOT_NESTED, make_scorer
 from tests.gradmap.test_prune import prune_arguments
 
 
 def subject_of(pico, input_ids, **options):
-    return Subject(pico.load(), pico.architecture, Calibration("test", 3, input_ids), **options)
+    return Subject(pico.layered(), Calibration("test", 3, input_ids), **options)
 
 
-def choose(name, subject, count, done=(), one_shot=False):
+def choose(name, subject, count, done=(), one_shot=False, **options):
     steps = []
     one_shot, subject = one_shot or name in NOT_NESTED, replace(subject, count=count)
     selection = select(
-        SELECTORS[name], subject, count, one_shot=one_shot, done=list(done), record=steps.append
+        lambda: make_scorer(name, subject, **options),
+        subject,
+        count,
+        one_shot=one_shot,
+        done=list(done),
+        record=steps.append,
     )
     assert list(selection.steps)[len(done) :] == steps
     return selection
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", "repair", *NOT_NESTED}))
+@pytest.mark.parametrize("name", sorted(set(selector_names()) - {"manual", "repair", *NOT_NESTED}))
 def test_the_lowest_score_goes_and_the_model_stays_whole(pico, input_ids, name):
     subject = subject_of(pico, input_ids)
-    before = subject.model(input_ids=input_ids).logits
+    before = subject.model.network(input_ids=input_ids).logits
     selection = choose(name, subject, 3)
     assert len(set(selection.removal_order)) == 3
     for number, step in enumerate(selection.steps):
         assert not set(step.scores) & set(selection.removal_order[:number])
         assert step.removed == (min(step.scores, key=step.scores.get),)
-    assert torch.equal(subject.model(input_ids=input_ids).logits, before)
-    assert not any(parameter.requires_grad for parameter in subject.model.parameters())
+    assert torch.equal(subject.model.network(input_ids=input_ids).logits, before)
+    assert not any(parameter.requires_grad for parameter in subject.model.network.parameters())
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", *NOT_NESTED}))
+@pytest.mark.parametrize("name", sorted(set(selector_names()) - {"manual", *NOT_NESTED}))
 def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_ids, name):
     subject = subject_of(picos["llama"], input_ids, protected=frozenset({0, 2}))
     selection = choose(name, subject, 2)
@@ -67,7 +73,7 @@ def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_i
         choose(name, subject, 4)
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"manual", *NOT_NESTED}))
+@pytest.mark.parametrize("name", sorted(set(selector_names()) - {"manual", *NOT_NESTED}))
 def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
     longer, shorter = (
         choose(name, subject_of(picos["llama"], input_ids), count).removal_order for count in (3, 2)
@@ -75,9 +81,11 @@ def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
     assert longer[:2] == shorter
 
 
-@pytest.mark.parametrize("name", sorted(SELECTORS))
+@pytest.mark.parametrize("name", sorted(selector_names()))
 def test_a_round_takes_the_work_that_was_announced(picos, input_ids, name):
-    scorer, done = SELECTORS[name](subject_of(picos["llama"], input_ids, order=(3, 1), count=2)), []
+    options = {"layers": [3, 1]} if name == "manual" else {}
+    scorer = make_scorer(name, subject_of(picos["llama"], input_ids, count=2), **options)
+    done = []
     scorer.score(Selection(()), done.append)
     assert sum(done) == scorer.work(LAYERS)
 
@@ -86,14 +94,14 @@ def test_block_influence_is_one_minus_the_mean_cosine(pico, input_ids):
     model = pico.load()
     layers = list(pico.architecture.layer_list(model))
     expected = []
-    for entering, leaving in run_and_capture(model, layers, input_ids):
+    for entering, leaving in run_and_capture(LayeredModel.of(model), layers, input_ids):
         cosines = [
             cosine_similarity(h, g, dim=0)
             for h, g in zip(entering.flatten(0, 1), leaving.flatten(0, 1), strict=True)
         ]
         expected.append(1 - torch.stack(cosines).mean())
     torch.testing.assert_close(
-        block_influences(model, pico.architecture, input_ids), torch.stack(expected)
+        block_influences(LayeredModel.of(model), input_ids), torch.stack(expected)
     )
 
 
@@ -101,9 +109,9 @@ def test_removal_losses_are_those_of_whole_smaller_models(pico, input_ids):
     model = pico.load()
     places = [1, 2, 3]
     torch.testing.assert_close(
-        losses_without(model, pico.architecture, input_ids, places),
+        losses_without(LayeredModel.of(model), input_ids, places),
         torch.tensor(
-            losses_without_reference(model, pico.architecture, input_ids, places),
+            losses_without_reference(LayeredModel.of(model), input_ids, places),
             dtype=torch.float64,
         ),
         rtol=1e-6,  # the loss is summed in float32
@@ -119,7 +127,7 @@ def test_sleb_keeps_the_first_and_the_last_layer(picos, input_ids):
 def test_taylor_is_weight_times_gradient(picos, input_ids):
     pico = picos["llama"]
     model = pico.load()
-    actual = taylor_scores(model, pico.architecture, input_ids).tolist()
+    actual = taylor_scores(LayeredModel.of(model), input_ids).tolist()
     model.requires_grad_(True)
     logits = model(input_ids=input_ids).logits[:, :-1]
     cross_entropy(logits.flatten(end_dim=1), input_ids[:, 1:].flatten(), reduction="sum").backward()
@@ -150,16 +158,16 @@ def test_magnitude_is_the_sum_of_absolute_weights(picos, input_ids):
 
 def test_orders_that_measure_nothing(picos, input_ids):
     assert choose(
-        "manual", subject_of(picos["llama"], input_ids, order=(4, 1, 2)), 2
+        "manual", subject_of(picos["llama"], input_ids), 2, layers=[4, 1, 2]
     ).removal_order == (4, 1)
     drawn = [
         choose("random", subject_of(picos["llama"], input_ids), LAYERS - 1).removal_order
         for _ in range(2)
     ]
     assert drawn[0] == drawn[1]
-    for order in ((), (1, 1), (9,)):
+    for order in ((1, 1), (9,)):
         with pytest.raises(UserError, match="--layers must name distinct layers"):
-            SELECTORS["manual"](subject_of(picos["llama"], input_ids, order=order))
+            make_scorer("manual", subject_of(picos["llama"], input_ids), layers=list(order))
 
 
 def mend_by_hand(pico, model, ids, before, wanted):
@@ -168,7 +176,7 @@ def mend_by_hand(pico, model, ids, before, wanted):
     projection = pico.architecture.down_projection_of(before)
     if pico.architecture.uncorrectable is not None:
         return projection.register_forward_hook(lambda *args: None)
-    (_, output), (_, added) = run_and_capture(model, [before, projection], ids)
+    (_, output), (_, added) = run_and_capture(LayeredModel.of(model), [before, projection], ids)
     scale = 1 / wanted.flatten(0, 1).norm(dim=1, keepdim=True)
     features = linear_output(projection, added).flatten(end_dim=-2) * scale
     missing = (wanted - output).flatten(0, 1) * scale
@@ -198,21 +206,23 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(
     subject = subject_of(pico, input_ids)
     model, calibration = pico.load(), subject.calibration
     layers = list(pico.architecture.layer_list(model))
-    wanted = [output for _, output in run_and_capture(model, layers, calibration.fit_ids)]
+    wanted = [
+        output for _, output in run_and_capture(LayeredModel.of(model), layers, calibration.fit_ids)
+    ]
     for number, layer in enumerate(removed):
         gone = removed[: number + 1]
         before = max(other for other in range(layer) if other not in gone)
-        with without_layers(model, pico.architecture, gone):
+        with LayeredModel.of(model).without(gone):
             mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
     # where there is no repair, none is fitted on
     unseen = calibration.held_out_ids if pico.architecture.uncorrectable is None else input_ids
     dense = pico.load()(input_ids=unseen).logits
-    with without_layers(model, pico.architecture, removed):
+    with LayeredModel.of(model).without(removed):
         whole = mean_divergence(model, unseen, dense)
     expected = {}
     for layer in (layer for layer in range(1, LAYERS) if layer not in removed):
         before = max(other for other in range(layer) if other not in removed)
-        with without_layers(model, pico.architecture, sorted({*removed, layer})):
+        with LayeredModel.of(model).without(sorted({*removed, layer})):
             hook = mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
             expected[layer] = mean_divergence(model, unseen, dense) - whole
             hook.remove()
@@ -339,8 +349,8 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
 @pytest.mark.parametrize("count", [1, 2, LAYERS - 1])
 def test_a_window_is_the_block_that_turns_the_hidden_state_least(pico, input_ids, count):
     subject = subject_of(pico, input_ids)
-    influences = window_influences(subject.model, pico.architecture, input_ids, count).tolist()
-    reference = window_influences_reference(subject.model, input_ids, count)
+    influences = window_influences(subject.model, input_ids, count).tolist()
+    reference = window_influences_reference(subject.model.network, input_ids, count)
     assert influences[:-1] == pytest.approx(reference, rel=1e-9, abs=1e-12)
     first = influences.index(min(influences))
     selection = choose("window", subject, count)
@@ -358,7 +368,7 @@ def test_a_window_keeps_to_the_layers_that_may_go(picos, input_ids):
 
 def test_of_equal_windows_the_first_one_goes(picos, input_ids):
     subject = subject_of(picos["llama"], input_ids)
-    for layer in picos["llama"].architecture.layer_list(subject.model):
+    for layer in subject.model.layers:
         for parameter in layer.parameters():
             parameter.zero_()  # no layer adds anything
     assert choose("window", subject, 3).removal_order == (0, 1, 2)
@@ -390,6 +400,6 @@ def test_autocast_removes_the_layers_of_smollm2_that_float32_does(smollm2, name,
     for dtype in ("float32", "autocast"):
         model = load_model(smollm2, dtype)
         with computing_in(dtype, model):
-            subject = Subject(model, architecture_of(smollm2.config), calibration)
+            subject = Subject(LayeredModel.of(model), calibration)
             orders.append(choose(name, subject, count).removal_order)
     assert orders[0] == orders[1]

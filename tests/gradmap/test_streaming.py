@@ -15,9 +15,9 @@ from gradmap.methods.gradmap.scores import (
     layer_scores_reference,
     streamed_layer_scores,
 )
-from gradmap.model.architectures import without_layers
 from gradmap.model.batching import Batches
 from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
 from gradmap.model.safetensors_reader import list_tensors
 from gradmap.model.streaming import _TensorsOnDisk
@@ -35,24 +35,24 @@ def layers_in_memory(pico, model):
 def test_streamed_scores_equal_the_reference(pico, input_ids):
     model = load_model(pico.checkpoint, "float64", streamed=True)
     assert layers_in_memory(pico, model) == 0
-    actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
+    actual = streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(2), [])
     assert layers_in_memory(pico, model) == 1
-    expected = layer_scores_reference(pico.load(), pico.architecture, input_ids)
+    expected = layer_scores_reference(pico.layered(), input_ids)
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
 
 def test_hidden_states_before_the_first_removal_are_used_again(pico, input_ids):
     model = load_model(pico.checkpoint, "float64", streamed=True)
     entering = []
-    streamed_layer_scores(model, pico.architecture, input_ids, Batches(5), entering)
+    streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(5), entering)
     del entering[3:]  # layer 2 goes
     kept = list(entering)
-    with without_layers(model, pico.architecture, [2]):
-        actual = streamed_layer_scores(model, pico.architecture, input_ids, Batches(5), entering)
+    with LayeredModel.of(model).without([2]):
+        actual = streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(5), entering)
     assert all(one is other for one, other in zip(kept, entering, strict=False))
     whole = pico.load()
-    with without_layers(whole, pico.architecture, [2]):
-        expected = layer_scores(whole, pico.architecture, input_ids, Batches(5))
+    with LayeredModel.of(whole).without([2]):
+        expected = layer_scores(LayeredModel.of(whole), input_ids, Batches(5))
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
 
@@ -65,12 +65,12 @@ def test_a_layer_is_read_only_where_it_runs(picos, input_ids, monkeypatch):
     monkeypatch.setattr(
         _TensorsOnDisk, "read", lambda self, layer: reads.append(layer) or read(self, layer)
     )
-    walk = Walk(model, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids)))
+    walk = Walk(LayeredModel.of(model), [0, 2, 4], input_ids, Batches(len(input_ids)))
     walk.go_to(2, {})
     walk.divergence(walk.hidden, {})
     assert reads == [0, 2, 4]
     reads.clear()
-    streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
+    streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(2), [])
     forward_and_backward = READS_PER_ROUND * LAYERS - 1  # the last layer runs twice in a row
     assert reads.count(LAYERS - 1) == 1 and len(reads) == forward_and_backward
 
@@ -128,15 +128,15 @@ def test_the_next_layer_is_read_while_one_is_computed(
     monkeypatch.setattr(_TensorsOnDisk, "place", recorded_place)
     for layer in layers:
         layer.register_forward_hook(wait_for_the_next)
-    with without_layers(model, pico.architecture, [2]):
+    with LayeredModel.of(model).without([2]):
         actual = streamed_layer_scores(
-            model, pico.architecture, input_ids, Batches(len(input_ids)), []
+            LayeredModel.of(model), input_ids, Batches(len(input_ids)), []
         )
     assert reads == [0, 1, 3, 4, 3, 1, 0]
     assert held == [1, 2, 2, 2, 1, 2, 2]
     whole = pico.load()
-    with without_layers(whole, pico.architecture, [2]):
-        expected = layer_scores(whole, pico.architecture, input_ids, Batches(5))
+    with LayeredModel.of(whole).without([2]):
+        expected = layer_scores(LayeredModel.of(whole), input_ids, Batches(5))
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
 
@@ -145,7 +145,7 @@ def test_a_layer_that_was_read_in_vain_is_let_go(picos, input_ids, monkeypatch, 
     pico = picos["mixtral"]
     model, whole = load_model(pico.checkpoint, "float64", streamed=True), pico.load()
     walks = [
-        Walk(one, pico.architecture, [0, 2, 4], input_ids, Batches(len(input_ids)))
+        Walk(LayeredModel.of(one), [0, 2, 4], input_ids, Batches(len(input_ids)))
         for one in (model, whole)
     ]
     streamed, at_once = (walk.divergence(walks[1].hidden, {}) for walk in walks)
@@ -169,7 +169,7 @@ def test_a_file_that_is_cut_short_meanwhile_is_named(
     with pytest.raises(
         UserError, match=f"^{file} was cut short while it was read; copy it again.$"
     ):
-        streamed_layer_scores(model, pico.architecture, input_ids, Batches(2), [])
+        streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(2), [])
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -194,17 +194,15 @@ def test_a_streamed_plan_is_that_of_the_whole_model(picos, word_file, tmp_path, 
 
 def test_smollm2_is_scored_the_same_from_disk(smollm2):
     from gradmap.data.calibration import build_calibration
-    from gradmap.model.architectures import architecture_of
     from gradmap.model.loading import load_tokenizer
     from tests.conftest import BOOLQ
 
     ids = build_calibration(
         load_tokenizer(smollm2.directory), BOOLQ, samples=2, tokens=128, seed=42
     ).input_ids
-    architecture = architecture_of(smollm2.config)
     streamed = streamed_layer_scores(
-        load_model(smollm2, "float32", streamed=True), architecture, ids, Batches(2), []
+        LayeredModel.of(load_model(smollm2, "float32", streamed=True)), ids, Batches(2), []
     )
-    expected = layer_scores(load_model(smollm2, "float32"), architecture, ids, Batches(2))
+    expected = layer_scores(LayeredModel.of(load_model(smollm2, "float32")), ids, Batches(2))
     # the same operations in the same order, but for the loss gradient's
     torch.testing.assert_close(streamed, expected, rtol=1e-3, atol=0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradmap.common.console import progress
 from gradmap.common.errors import UserError
 from gradmap.common.processes import process_count
+from gradmap.methods.base import Compensator, Job
 from gradmap.methods.compensation import (
     Compensation,
     Correction,
@@ -22,20 +23,17 @@ from gradmap.methods.compensation import (
     correct_in_turn,
     run_and_capture,
 )
-from gradmap.methods.gradmap.projection import mean_drift, most_drifted
+from gradmap.methods.gradmap.projection import mean_drift, most_drifted, require_enough_layers
 from gradmap.methods.least_squares import widened
+from gradmap.methods.options import AS_PUBLISHED, ProjectionOptions
 from gradmap.methods.ridge import REGULARISATION, Fit, all_features, down_projection_weight
-from gradmap.model.architectures import without_layers
 from gradmap.model.corrections import (
     Change,
     Changes,
     Place,
     Projection,
     Update,
-    corrected,
     followed_by,
-    linear_maps,
-    pruned_and_corrected,
     weight_of,
 )
 from gradmap.model.layerwise import record_layer_calls
@@ -47,22 +45,16 @@ EPOCHS = 10  # the paper does not say
 Errors = Callable[[Tensor, int], Tensor]
 
 
-def project_with_adam(pruned: Pruned) -> Compensation:
+def project_with_adam(pruned: Pruned, options: ProjectionOptions = AS_PUBLISHED) -> Compensation:
     """For the most drifted layer, as `project_most_drifted`; any linear map of it
     (ProjectionOptions.target)."""
-    if process_count() > 1:
-        raise UserError(
-            "--compensator projection-adam takes a sample a step; start one process, or use "
-            "projection."
-        )
-    options = pruned.options
     drift = mean_drift(pruned)
     regularisation = 0.0 if options.unregularised else REGULARISATION
     samples, seed = len(pruned.calibration.fit_ids), pruned.calibration.seed
 
     def correct(layer: int, changes: Changes) -> tuple[Correction, ...]:
         place, module = find_map(pruned, layer, options.target)
-        start, errors_of = _problem(pruned, place, module, changes)
+        start, errors_of = _problem(pruned, place, module, changes, options.side)
         *_, update = train_projection(start, errors_of, samples, EPOCHS, seed, regularisation)
         return pruned.judge(
             [(place, _as_change(update.double().cpu(), module, options.side))], changes
@@ -71,14 +63,23 @@ def project_with_adam(pruned: Pruned) -> Compensation:
     return Compensation(correct_in_turn(most_drifted(drift, options.top_z), correct), drift)
 
 
+def require_one_process(job: Job, options: ProjectionOptions) -> None:
+    """Raises UserError if it is to be shared by several."""
+    if process_count() > 1:
+        raise UserError(
+            "--compensator projection-adam takes a sample a step; start one process, or use "
+            "projection."
+        )
+    require_enough_layers(job, options)
+
+
 def find_map(pruned: Pruned, layer: int, target: str) -> tuple[Place, nn.Module]:
     """The linear map of a layer that is called `target`_proj; `down` is known for every family.
     Raises UserError."""
-    architecture = pruned.architecture
     if target == "down":
-        module = architecture.down_projection_of(architecture.layer_list(pruned.model)[layer])
-        return Place(layer, architecture.down_projection), module
-    maps = dict(linear_maps(architecture, pruned.model, [layer]))
+        place = Place(layer, pruned.model.architecture.down_projection)
+        return place, pruned.model.down_projection(layer)
+    maps = dict(pruned.model.linear_maps([layer]))
     for place, module in maps.items():
         if place.target.rpartition(".")[2] == f"{target}_proj":
             return place, module
@@ -129,15 +130,15 @@ def errors_of_output(added: Tensor, missing: Tensor) -> Errors:
 
 
 def _problem(
-    pruned: Pruned, place: Place, module: nn.Module, changes: Changes
+    pruned: Pruned, place: Place, module: nn.Module, changes: Changes, side: str
 ) -> tuple[Tensor, Errors]:
     """W' - I to begin with, in float32 at least, which a learning rate of 1e-3 needs; and what is
     to become small."""
-    if place.target != pruned.architecture.down_projection:
+    if place.target != pruned.model.architecture.down_projection:
         weight = widened(weight_of(module))
-        size = weight.shape[0 if pruned.options.side == "left" else 1]
-        return weight.new_zeros(size, size), _errors_in_layer(pruned, place, module, changes)
-    fit = Fit(place.layer, place.layer, pruned.options.side)
+        size = weight.shape[0 if side == "left" else 1]
+        return weight.new_zeros(size, size), _errors_in_layer(pruned, place, module, changes, side)
+    fit = Fit(place.layer, place.layer, side)
     features, missing = map(widened, all_features(pruned, fit, changes))
     start = features.new_zeros(features.shape[-1], features.shape[-1])
     if fit.kind == "left":
@@ -147,25 +148,25 @@ def _problem(
 
 
 @torch.no_grad()
-def _errors_in_layer(pruned: Pruned, place: Place, module: nn.Module, changes: Changes) -> Errors:
+def _errors_in_layer(
+    pruned: Pruned, place: Place, module: nn.Module, changes: Changes, side: str
+) -> Errors:
     """For any other map: the layer runs."""
-    model, architecture = pruned.model, pruned.architecture
-    layers = architecture.layer_list(model)
-    layer, behind = layers[place.layer], range(place.layer + 1, len(layers))
+    model = pruned.model
+    layer, behind = model.layers[place.layer], range(place.layer + 1, len(model.layers))
     entering, wanted = [], []
     for batch in pruned.calibration.fit_ids.split(pruned.batches.size):
-        with without_layers(model, architecture, behind):
+        with model.without(behind):
             wanted.append(run_and_capture(model, [layer], batch)[0][1])
-        with pruned_and_corrected(model, architecture, sorted({*pruned.removed, *behind}), changes):
+        with model.changed(changes, without=sorted({*pruned.removed, *behind})):
             entering.append(run_and_capture(model, [layer], batch)[0][0])
     hidden, goal = torch.cat(entering), torch.cat(wanted)
-    call = record_layer_calls(model, layers, pruned.calibration.fit_ids[:1].to(model.device))[1][
-        place.layer
-    ]
+    one_sample = pruned.calibration.fit_ids[:1].to(model.device)
+    call = record_layer_calls(model, one_sample)[1][place.layer]
 
     def errors_of(update: Tensor, index: int) -> Tensor:
-        change = _as_change(update, module, pruned.options.side)
-        with corrected(model, architecture, followed_by(changes, [(place, change)])):
+        change = _as_change(update, module, side)
+        with model.changed(followed_by(changes, [(place, change)])):
             return call.run(layer, hidden[index : index + 1])[0] - goal[index]
 
     return errors_of
@@ -175,3 +176,14 @@ def _as_change(update: Tensor, module: nn.Module, side: str) -> Change:
     if side == "left":
         return Projection(torch.eye(len(update)).to(update) + update)
     return Update(weight_of(module).to(update) @ update)
+
+
+COMPENSATOR = Compensator(
+    name="projection-adam",
+    about="folds a W' that Adam trained (Table 8), for any linear map of the layer",
+    paper="GradMAP",
+    run=project_with_adam,
+    options=ProjectionOptions,
+    check=require_one_process,
+    linear_output=True,
+)

@@ -8,25 +8,60 @@ sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gradmap.common.distributed import share_of, summed
 from gradmap.common.finite import require_finite_losses
+from gradmap.costs.steps import in_rounds, score_flops
+from gradmap.methods.base import Selector
 from gradmap.methods.gradmap.ghost_norms import gradient_norms
-from gradmap.model.architectures import Architecture
+from gradmap.methods.selection import Selection, Subject
 from gradmap.model.batching import Batches, logits_batch, measured_batch_size
+from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
 
-Advance = Callable[[int], None]
+
+class GradientScorer:
+    """Eq. 7. Streamed, hidden states that enter layers before the first removed one are kept
+    between rounds."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._input_ids = subject.calibration.input_ids
+        self._batches = fitting_batches(subject.model, self._input_ids, subject.streamed)
+        self._entering: list[Tensor] = []
+        self._last_alive: list[int] = []
+
+    def work(self, alive: int) -> int:
+        return 2 * alive * len(share_of(self._input_ids)[0])
+
+    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+        removed = so_far.removal_order
+        alive = self._subject.alive(removed)
+        self._forget_behind(removed)
+        with self._subject.model.without(removed):
+            scores = self._scores(advance)
+        self._last_alive = alive
+        return dict(zip(alive, scores.tolist(), strict=True))
+
+    def _forget_behind(self, removed: Sequence[int]) -> None:
+        """What enters the first layer that is gone since the last round now enters the one after
+        it."""
+        gone = [place for place, layer in enumerate(self._last_alive) if layer in removed]
+        del self._entering[gone[0] + 1 if gone else len(self._entering) :]
+
+    def _scores(self, advance: Advance) -> Tensor:
+        model = self._subject.model
+        if not self._subject.streamed:
+            return layer_scores(model, self._input_ids, self._batches, advance)
+        return streamed_layer_scores(model, self._input_ids, self._batches, self._entering, advance)
 
 
 def layer_scores(
-    model: Any,
-    architecture: Architecture,
+    model: LayeredModel,
     input_ids: Tensor,
     batches: Batches,
     advance: Advance = lambda n: None,
@@ -37,12 +72,12 @@ def layer_scores(
     ("ghost norms"). Only activations carry gradients. advance: told of passes, forward or backward,
     of one sample through one layer. Raises UserError if the loss of a sample is not finite.
     """
-    layers = architecture.layer_list(model)
+    layers = model.layers
     share, first_sample = share_of(input_ids)
     totals = torch.zeros(len(layers), dtype=torch.float64)
 
     def run_batch(batch: slice) -> None:
-        _add_norms(model, layers, share[batch], first_sample + batch.start, totals)
+        _add_norms(model, share[batch], first_sample + batch.start, totals)
         advance(2 * len(share[batch]) * len(layers))
 
     batches.run(len(share), run_batch)
@@ -50,28 +85,25 @@ def layer_scores(
 
 
 def streamed_layer_scores(
-    model: Any,
-    architecture: Architecture,
+    model: LayeredModel,
     input_ids: Tensor,
     batches: Batches,
     entering: list[Tensor],
     advance: Advance = lambda n: None,
 ) -> Tensor:
-    """The same, one layer at a time for all samples: forward, then backward, with only the hidden
-    states between layers kept. So it runs where a layer and (L + 1) x N x T x d hidden states fit,
-    and computes every layer twice.
+    """`layer_scores`, one layer at a time for all samples: forward, then backward, with only the
+    hidden states between layers kept. So it runs where a layer and (L + 1) x N x T x d hidden
+    states fit, and computes every layer twice.
 
     entering: the hidden states (N, T, d) that enter the first layers, as far as they are known from
     the scores before; filled up here. Layers before the first removed one compute the same again,
     so those need not run forward.
     """
-    layers = list(architecture.layer_list(model))
+    layers = list(model.layers)
     share, first_sample = share_of(input_ids)
-    _, calls = record_layer_calls(
-        model, layers, share[:1].to(model.device)
-    )  # the same for every sample
+    _, calls = record_layer_calls(model, share[:1].to(model.device))  # the same for every sample
     if not entering:
-        entering.append(record_layer_calls(model, layers, share.to(model.device))[0].cpu())
+        entering.append(record_layer_calls(model, share.to(model.device))[0].cpu())
     advance(len(share) * (len(entering) - 1))  # known from before
     for position in range(len(entering) - 1, len(layers)):
         entering.append(
@@ -82,7 +114,7 @@ def streamed_layer_scores(
 
     def start_backward(batch: slice) -> None:
         hidden, ids = entering[-1][batch].to(model.device), share[batch].to(model.device)
-        gradients[batch] = loss_gradients(model, layers, hidden, ids, first_sample + batch.start)
+        gradients[batch] = loss_gradients(model, hidden, ids, first_sample + batch.start)
 
     batches.run(len(share), start_backward)
     totals = torch.zeros(len(layers), dtype=torch.float64)
@@ -103,17 +135,15 @@ def streamed_layer_scores(
     return summed(totals) / len(input_ids)
 
 
-def _add_norms(
-    model: Any, layers: nn.ModuleList, input_ids: Tensor, first_sample: int, totals: Tensor
-) -> None:
+def _add_norms(model: LayeredModel, input_ids: Tensor, first_sample: int, totals: Tensor) -> None:
     """Adds the norms of one batch (B, T) to `totals` (L,)."""
-    input_ids = input_ids.to(model.device)
-    hidden, calls = record_layer_calls(model, layers, input_ids)
+    layers, input_ids = model.layers, input_ids.to(model.device)
+    hidden, calls = record_layer_calls(model, input_ids)
     hidden.requires_grad_(True)
     with gradient_norms(layers, len(input_ids), totals):
         for layer, call in zip(layers, calls, strict=True):
             hidden = call.run(layer, hidden)
-        hidden.backward(loss_gradients(model, layers, hidden.detach(), input_ids, first_sample))
+        hidden.backward(loss_gradients(model, hidden.detach(), input_ids, first_sample))
 
 
 @torch.no_grad()
@@ -130,27 +160,23 @@ def _run_layer(
     return leaving
 
 
-def fitting_batches(
-    model: Any, architecture: Architecture, input_ids: Tensor, streamed: bool
-) -> Batches:
+def fitting_batches(model: LayeredModel, input_ids: Tensor, streamed: bool) -> Batches:
     """Measures on one sample how many go at once, through the whole model or, `streamed`, through
     one layer."""
-    layers = architecture.layer_list(model)[:1] if streamed else architecture.layer_list(model)
+    layers = model.layers[:1] if streamed else model.layers
 
     def run_one() -> None:
-        hidden, calls = record_layer_calls(
-            model, architecture.layer_list(model), input_ids[:1].to(model.device)
-        )
+        hidden, calls = record_layer_calls(model, input_ids[:1].to(model.device))
         hidden.requires_grad_(True)
         for layer, call in zip(layers, calls, strict=False):
             hidden = call.run(layer, hidden)
         hidden.backward(torch.zeros_like(hidden))
 
-    return Batches(measured_batch_size(run_one, model, input_ids.shape[1], model.device))
+    return Batches(measured_batch_size(run_one, model.network, input_ids.shape[1], model.device))
 
 
 def loss_gradients(
-    model: Any, layers: Iterable[nn.Module], hidden: Tensor, input_ids: Tensor, first_sample: int
+    model: LayeredModel, hidden: Tensor, input_ids: Tensor, first_sample: int
 ) -> Tensor:
     """dL/d hidden (B, T, d) of the last layer's output, a few samples at a time, for logits are
     large.
@@ -163,22 +189,24 @@ def loss_gradients(
     known: list[Tensor] = []
     for start in range(0, len(hidden), together):
         leaf = hidden[start : start + together].detach().requires_grad_(True)
-        losses = losses_from(model, layers, leaf, input_ids[start : start + together])
+        losses = losses_from(model, leaf, input_ids[start : start + together])
         gradients += torch.autograd.grad(losses.sum(), leaf)
         known.append(losses.detach())
     require_finite_losses(torch.cat(known), range(first_sample, first_sample + len(hidden)))
     return torch.cat(gradients)
 
 
-def layer_scores_reference(model: Any, architecture: Architecture, input_ids: Tensor) -> Tensor:
+def layer_scores_reference(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """Eq. 7 as it is written: one sample at a time, every parameter gradient formed. (L,)
     float64."""
-    layers = architecture.layer_list(model)
+    layers = model.layers
     totals = torch.zeros(len(layers), dtype=torch.float64)
     for sample in input_ids:
         layers.requires_grad_(True)
         batch = sample[None].to(model.device)
-        sample_losses(model(input_ids=batch, use_cache=False).logits, batch).sum().backward()
+        sample_losses(
+            model.network(input_ids=batch, use_cache=False).logits, batch
+        ).sum().backward()
         for index, layer in enumerate(layers):
             for parameter in layer.parameters():
                 assert parameter.grad is not None
@@ -186,3 +214,14 @@ def layer_scores_reference(model: Any, architecture: Architecture, input_ids: Te
         layers.zero_grad()
         layers.requires_grad_(False)
     return totals / len(input_ids)
+
+
+SELECTOR = Selector(
+    name="gradient",
+    about="the layer whose loss gradient is smallest (Eq. 5-7)",
+    paper="GradMAP",
+    make=GradientScorer,
+    score_label="gradient norm (Eq. 7)",
+    round_takes="one forward and one backward pass",
+    seconds=in_rounds(score_flops),
+)

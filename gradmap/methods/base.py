@@ -1,0 +1,116 @@
+"""What a method says of itself: what it is called, where it is from, what it needs and what it
+costs.
+
+A method is one file here, or in another installed package. It makes a `Selector` or a `Compensator`
+and is found through an entry point (gradmap.methods.registry). Help texts, refusals, estimates, the
+labels of figures and the tables of the documentation are made of what stands in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gradmap.common.errors import UserError
+from gradmap.costs.steps import Timing
+from gradmap.methods.compensation import Compensation
+from gradmap.methods.options import MethodOptions
+from gradmap.methods.selection import LayerScorer
+from gradmap.model.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before a model is loaded. layers: how many it has, of which `remove` are to go
+    and those in `protected` stay. samples: of the calibration set. config: the contents of
+    config.json."""
+
+    config: dict[str, Any]
+    architecture: Architecture
+    layers: int
+    remove: int
+    protected: frozenset[int]
+    samples: int
+
+
+def _any_job(job: Job, options: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What selectors and compensators have in common.
+
+    about: what it does, as the end of a sentence that begins with its name. paper: its name and
+    arXiv id; empty if it is ours. in_memory: whether it changes or differentiates every weight, so
+    that all must be in memory. by_held_out: whether it chooses by what it does on held-out samples.
+    options: the class of what else it can be asked for. check: raises UserError for a job, with
+    these options, that it cannot do. seconds: None if that is not known.
+    """
+
+    name: str
+    about: str
+    paper: str = ""
+    in_memory: bool = False
+    by_held_out: bool = False
+    options: type[MethodOptions] | None = None
+    check: Callable[[Job, Any], None] = _any_job
+    seconds: Timing | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(Method):
+    """How layers are chosen.
+
+    make: of a Subject (and of the options, if it has some) what scores its layers: the lowest goes
+    first. score_label: what a score is, for the axis of a figure. round_takes: what a round of
+    scores computes. nested: whether what it removes
+    begins with what it removes for fewer layers; if not, it chooses all of them by its first
+    scores.
+    """
+
+    make: Callable[..., LayerScorer]
+    score_label: str
+    round_takes: str = "nothing"
+    nested: bool = True
+
+    def require_possible(self, job: Job, streamed: bool, options: Any) -> None:
+        """Raises UserError if it cannot be done."""
+        if streamed and self.in_memory:
+            raise UserError(
+                f"--selector {self.name} needs all weights in memory; leave out --stream, or use "
+                "gradient."
+            )
+        self.check(job, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensator(Method):
+    """How the loss is repaired.
+
+    run: makes corrections of a Pruned (and of the options, if it has some), which is left as it
+    was. linear_output: whether it needs a down projection behind which nothing follows but the
+    addition to the hidden state. no_experts: why it does not work with a mixture of experts, if so.
+    """
+
+    run: Callable[..., Compensation]
+    linear_output: bool = False
+    no_experts: str = ""
+
+    def require_possible(self, job: Job, streamed: bool, options: Any) -> None:
+        """Raises UserError if it cannot be done."""
+        uncorrectable = job.architecture.uncorrectable
+        if self.linear_output and uncorrectable is not None:
+            raise UserError(
+                f"The down projections of a {job.config['model_type']} model cannot be fitted in "
+                f"closed form: {uncorrectable}; use --compensator distil or none."
+            )
+        if self.no_experts and job.architecture.expert_down_projections is not None:
+            raise UserError(f"{self.no_experts}; use sequential.")
+        if streamed and self.in_memory:
+            raise UserError(
+                f"--compensator {self.name} needs all weights in memory; leave out --stream, or "
+                "use sequential."
+            )
+        self.check(job, options)
