@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 import typer
@@ -25,20 +26,23 @@ from gradmap.common.quoting import visible
 from gradmap.common.signals import raising_signals
 
 
-def build_app() -> typer.Typer:
-    """Assembles the subcommands that the installed packages register."""
+def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """Assembles the subcommands that the installed packages register.
+
+    arguments: of the command line. Where these name a subcommand, it alone is imported.
+    """
     app = typer.Typer(
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        help=(
-            "Prune layers of a causal language model, export, evaluate, serve and load-test the "
-            "result."
-        ),
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, callback=_about
     )
-    for entry_point in sorted(entry_points(group="gradmap.commands"), key=lambda point: point.name):
-        app.command(entry_point.name)(finite_numbers(entry_point.load()))
+    commands = {entry.name: entry for entry in entry_points(group="gradmap.commands")}
+    asked = arguments[0] if arguments else ""
+    for name in [asked] if asked in commands else sorted(commands):
+        app.command(name)(finite_numbers(commands[name].load()))
     return app
+
+
+def _about() -> None:
+    """Prune layers of a causal language model, export, evaluate, serve and load-test the result."""
 
 
 def run_app(app: typer.Typer) -> int:
@@ -98,4 +102,4 @@ def quiet_libraries() -> None:
 def main() -> None:
     """Console script `gradmap`."""
     quiet_libraries()
-    sys.exit(run_app(build_app()))
+    sys.exit(run_app(build_app(sys.argv[1:])))

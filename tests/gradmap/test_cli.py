@@ -1,5 +1,8 @@
 """What a wrong command line gets: one sentence and exit code 2."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.command_line import gradmap
@@ -22,3 +25,13 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, message):
     assert finished.returncode == 2
     assert message in finished.stderr
     assert (finished.stderr.count("\n"), finished.stdout) == (1, "")
+
+
+def test_a_subcommand_is_imported_alone():
+    """For its help, and for what it does."""
+    code = (
+        "import sys; from gradmap.cli import build_app; build_app(['prune']); "
+        "print(*{'loadtest', 'serving', 'torch', 'numpy'} & set(sys.modules))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stdout.split() == [], finished.stderr
