@@ -92,7 +92,9 @@ def main(
 ) -> None:
     if worker:
         assert run is not None
-        loaded = [load_task(name, task_data, limit, seed=0) for name in expand_names(tasks)]
+        loaded = [
+            load_task(name, task_data, limit, seed=0) for name in expand_names(tasks.split(","))
+        ]
         measured = _measure(
             run[0], model, gguf_file, load_task(WARM_UP, task_data, 8, seed=0), loaded
         )

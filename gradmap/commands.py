@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
-from gradmap.common.errors import UserError
 from gradmap.common.options import takes
+from gradmap.compare.options import CompareOptions
 from gradmap.pruning.settings import PruneOptions
 
 ModelOption = Annotated[
@@ -81,83 +81,22 @@ def prune(
         )
 
 
+@takes(CompareOptions)
 def compare(
+    options: CompareOptions,
     model: ModelOption,
-    methods: Annotated[
-        str, typer.Option(help="SELECTOR+COMPENSATOR, with commas: repair+distil,sleb+none.")
-    ],
-    remove: Annotated[str, typer.Option(help="How many layers to remove, with commas: 4,8,12.")],
-    perplexity: Annotated[
-        list[str], typer.Option(help="[NAME=]SPEC of a text; may be given several times.")
-    ],
     out: Annotated[Path, typer.Option(help="The directory of the results.")],
     gguf_file: GgufOption = None,
-    calibration: Annotated[
-        str, typer.Option(help="Text source, see gradmap/data/text_specs.py.")
-    ] = "wikipedia",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Tokens per sample, with BOS.")] = 128,
-    seeds: Annotated[
-        str, typer.Option(help="Draw the calibration samples, with commas: 42,43,44.")
-    ] = "42",
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness; paper: the paper's seven.")
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option(help="Directory of saved data sets for the tasks.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Of segments of each text, documents of each task.")
-    ] = None,
-    segment: Annotated[int, typer.Option(min=2, help="Tokens of a segment of text.")] = 128,
-    dtype: DtypeOption = "auto",
-    eval_dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
     json_line: JsonOption = False,
 ) -> None:
     """Compare methods at several removal counts, with the same calibration and the same
     evaluation."""
     with importing():
-        from gradmap.compare.run import CompareSettings, compare_methods, parse_methods, table_rows
+        from gradmap.compare.run import compare_methods, settings_of, table_rows
 
-    evaluation = {
-        "perplexity": perplexity,
-        "tasks": tasks,
-        "task_data": task_data and str(task_data),
-        "limit": limit,
-    }
-    evaluation |= {"segment": segment}
-    settings = CompareSettings(
-        model={"model": model, "gguf_file": gguf_file},
-        methods=parse_methods(methods),
-        counts=tuple(sorted(set(_parse_numbers("--remove", remove)))),
-        seeds=tuple(_parse_numbers("--seeds", seeds)),
-        calibration={
-            **{"calibration": calibration, "samples": samples, "tokens": tokens},
-            **{"dtype": dtype, "device": device},
-        },
-        evaluation=evaluation | {"dtype": eval_dtype, "device": device},
-    )
-    result = compare_methods(settings, out)
+    result = compare_methods(settings_of(options, model, gguf_file), out)
     texts = tuple(f"perplexity, {text}" for text in result["dense"]["perplexity"])
-    columns = (
-        "method",
-        "removed",
-        *texts,
-        "average accuracy (%)",
-        "select (s)",
-        "repair (s)",
-        "peak (GB)",
-    )
-    print_table("Comparison", columns, table_rows(result))
+    costs = ("average accuracy (%)", "select (s)", "repair (s)", "peak (GB)")
+    print_table("Comparison", ("method", "removed", *texts, *costs), table_rows(result))
     if json_line:
         print_json_line({"out": str(out), "rows": result["rows"]})
-
-
-def _parse_numbers(option: str, numbers: str) -> list[int]:
-    try:
-        return [int(number) for number in numbers.split(",")]
-    except ValueError:
-        raise UserError(
-            f"{option} is {numbers}; give whole numbers with commas between them, such as 21,22."
-        ) from None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import annotated_types
 import typer
-from pydantic import ValidationError
+from pydantic import StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 
 from gradmap.common.errors import UserError
@@ -20,6 +20,8 @@ from gradmap.common.reading import Strict
 
 Command = Callable[..., Any]
 NUMBERS: dict[Any, str] = {int: "whole numbers", float: "numbers"}
+# Of something that has names without commas: of several, all may stand in one option.
+Name = Annotated[str, StringConstraints(pattern="^[^,]+$")]
 Options = TypeVar("Options", bound=Strict)
 
 
@@ -43,19 +45,28 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def takes(kind: type[Strict]) -> Callable[[Command], Command]:
-    """Decorates a command whose first parameter is such a model: the command line has an option for
-    each of its fields, with the field's description, bounds and default, behind the command's own
-    required ones."""
+def takes(*kinds: type[Strict]) -> Callable[[Command], Command]:
+    """Decorates a command whose first parameters are such models: the command line has an option
+    for each of their fields, with the field's description, bounds and default, behind the command's
+    own required ones.
+
+    A list may be given by its option several times; of numbers and names, several may stand in one
+    with commas between them.
+    """
 
     def decorate(command: Command) -> Command:
-        _, *own = inspect.signature(command, eval_str=True).parameters.values()
-        made = [_parameter(name, field) for name, field in kind.model_fields.items()]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
+        made = [
+            _parameter(name, field) for kind in kinds for name, field in kind.model_fields.items()
+        ]
 
         @wraps(command)
         def run(**given: Any) -> Any:
-            values = {name: given.pop(name) for name in kind.model_fields}
-            return command(read_options(kind, values), **given)
+            models = [
+                read_options(kind, {name: given.pop(name) for name in kind.model_fields})
+                for kind in kinds
+            ]
+            return command(*models, **given)
 
         required = [parameter for parameter in own if parameter.default is parameter.empty]
         others = [parameter for parameter in own if parameter not in required]
@@ -75,38 +86,47 @@ def read_options(kind: type[Options], values: dict[str, Any]) -> Options:
     UserError if a value is not what its field takes."""
     given: dict[str, Any] = {}
     for name, value in values.items():
-        item = _item(kind.model_fields[name])
-        if item is None or value is not None:
-            given[name] = _split(name, value, item) if item in NUMBERS else value
+        field = kind.model_fields[name]
+        if value is not None or not _is_several(field):
+            given[name] = _split(name, value, field)
     try:
         return kind(**given)
     except ValidationError as error:
-        raise UserError(_first_problem(error, values)) from None
+        raise UserError(_first_problem(kind, error, values)) from None
 
 
-def _first_problem(error: ValidationError, values: dict[str, Any]) -> str:
+def _first_problem(kind: type[Strict], error: ValidationError, values: dict[str, Any]) -> str:
+    """With the cure that the field at fault names, or the reason."""
     first = error.errors()[0]
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return f"{reason}."
     name = str(first["loc"][0])
-    return f"{flag_of(name)} is {values[name]}: {reason[0].lower()}{reason[1:]}."
+    extra = kind.model_fields[name].json_schema_extra
+    cure = extra.get("cure") if isinstance(extra, dict) else None
+    return f"{flag_of(name)} is {values[name]}; {cure or reason[0].lower() + reason[1:]}."
 
 
-def _split(name: str, values: list[str], item: Any) -> list[float]:
-    """Numbers, which may stand in one option with commas between them, or each in its own."""
+def _split(name: str, value: Any, field: FieldInfo) -> Any:
+    """Of a list of numbers or names: its items."""
+    item = _item(field)
+    if item is None:
+        return value
+    parts = [part.strip() for text in value for part in text.split(",")]
+    if item is str:
+        return [part for part in parts if part]
     try:
-        return [item(number) for value in values for number in value.split(",")]
+        return [item(part) for part in parts]
     except ValueError:
         raise UserError(
-            f"{flag_of(name)} is {' '.join(values)}; give {NUMBERS[item]} with commas between "
+            f"{flag_of(name)} is {' '.join(value)}; give {NUMBERS[item]} with commas between "
             "them, such as 21,22."
         ) from None
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    is_list = _item(field) is not None
-    kind: Any = (list[str] | None) if is_list else field.annotation
+    several = _is_several(field)
+    kind: Any = (list[str] | None) if several else _unbounded(field.annotation)
     bounds = {
         key: getattr(bound, attribute)
         for bound in field.metadata
@@ -116,15 +136,32 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         )
         if isinstance(bound, of)
     }
-    flags = [flag_of(name)] if bool in _kinds(field) else []
-    option = typer.Option(*flags, help=field.description, **bounds)
-    default = None if is_list else field.get_default(call_default_factory=True)
+    option = typer.Option(*_flags(name, field), help=field.description, **bounds)
+    default = None if several else field.get_default(call_default_factory=True)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[kind, option],
     )
+
+
+def _flags(name: str, field: FieldInfo) -> list[str]:
+    """Those of a switch; typer finds all others by the name."""
+    if bool not in _kinds(field):
+        return []
+    return (
+        [flag_of(name)] if field.default is False else [f"{flag_of(name)}/{flag_of(f'no_{name}')}"]
+    )
+
+
+def _unbounded(annotation: Any) -> Any:
+    """The type without what `read_options` checks, for its sentences are clearer than typer's."""
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        return Union[tuple(_unbounded(kind) for kind in get_args(annotation))]  # noqa: UP007
+    return annotation
 
 
 def _kinds(field: FieldInfo) -> tuple[Any, ...]:
@@ -135,6 +172,18 @@ def _kinds(field: FieldInfo) -> tuple[Any, ...]:
     return tuple(kind for kind in get_args(annotation) if kind is not NoneType)
 
 
+def _is_several(field: FieldInfo) -> bool:
+    """Whether its option may be given several times."""
+    return any(get_origin(kind) in (list, dict) for kind in _kinds(field))
+
+
 def _item(field: FieldInfo) -> Any:
-    """What a list has items of; None of what is no list."""
-    return next((get_args(kind)[0] for kind in _kinds(field) if get_origin(kind) is list), None)
+    """What a list has that may be written with commas: int, float, or str for names; else None."""
+    for kind in _kinds(field):
+        if get_origin(kind) is list:
+            item = get_args(kind)[0]
+            if item is Name:
+                return str
+            plain = get_args(item)[0] if get_origin(item) is Annotated else item
+            return plain if plain in NUMBERS else None
+    return None

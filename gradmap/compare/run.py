@@ -21,14 +21,16 @@ from gradmap.common.errors import UserError
 from gradmap.common.files import write_json, write_text
 from gradmap.common.outputs import results_in
 from gradmap.common.stages import Stage, as_flags, run_stage, stage_record
-from gradmap.data.text_specs import named_sources, source_files
+from gradmap.compare.options import CompareOptions
+from gradmap.data.text_specs import source_files
+from gradmap.evaluation.options import EvaluatedOn
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import read_evaluation, records_beside
 from gradmap.evaluation.table import with_error
 from gradmap.methods.registry import compensator_names, selector, selector_names
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.pruning.plan import load_plan
-from gradmap.pruning.settings import ALWAYS
+from gradmap.pruning.settings import ALWAYS, CalibrationOptions
 
 RESULT_FILE = "compare.json"
 Variants = Mapping[str, Mapping[str, Any]]
@@ -67,12 +69,26 @@ class CompareSettings:
     evaluation: dict[str, Any]
 
 
-def parse_methods(text: str) -> tuple[Method, ...]:
-    """`gradient+projection,sleb+none` -> methods. Raises UserError for an unknown one."""
+def settings_of(options: CompareOptions, model: str, gguf_file: str | None) -> CompareSettings:
+    """What options come to. Raises UserError for an unknown method."""
+    calibration = options.model_dump(include=set(CalibrationOptions.model_fields))
+    evaluation = options.model_dump(include=set(EvaluatedOn.model_fields))
+    return CompareSettings(
+        model={"model": model, "gguf_file": gguf_file},
+        methods=parse_methods(options.methods),
+        counts=tuple(sorted(set(options.remove))),
+        seeds=tuple(options.seeds),
+        calibration=calibration | {"dtype": options.dtype, "device": options.device},
+        evaluation=evaluation | {"dtype": options.eval_dtype, "device": options.device},
+    )
+
+
+def parse_methods(names: Sequence[str]) -> tuple[Method, ...]:
+    """gradient+projection, sleb+none -> methods. Raises UserError for an unknown one."""
     methods = []
     selectors = [name for name in selector_names() if name != "manual"]
-    for name in text.split(","):
-        selection, _, repair = name.strip().partition("+")
+    for name in names:
+        selection, _, repair = name.partition("+")
         chosen, _ = split_variant(selection, OF_SELECTORS)
         compensator, _ = split_variant(repair, OF_COMPENSATORS)
         if chosen not in selectors or compensator not in compensator_names():
@@ -299,7 +315,7 @@ def _evaluation(out: Path, method: Method, count: int, seed: int) -> Path:
 
 
 def _inputs(settings: CompareSettings) -> tuple[Path, ...]:
-    texts = named_sources(settings.evaluation.get("perplexity") or []).values()
+    texts = settings.evaluation["perplexity"].values()
     sources = [
         path
         for source in (settings.calibration["calibration"], *texts)

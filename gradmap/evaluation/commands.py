@@ -7,14 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from gradmap.commands import AllowPickleOption, DeviceOption, DtypeOption, GgufOption, JsonOption
+from gradmap.commands import AllowPickleOption, GgufOption, JsonOption
 from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.common.errors import UserError
-from gradmap.data.text_specs import named_sources
+from gradmap.common.options import takes
+from gradmap.evaluation.options import EvalOptions, QualityOptions
 
 
 @heartbeat(so_far("gradmap eval"))
+@takes(EvalOptions, QualityOptions)
 def evaluate(
+    options: EvalOptions,
+    quality: QualityOptions,
     model: Annotated[
         str,
         typer.Option("--model", help="The dense model: a directory, a hub id, or a server's URL."),
@@ -34,32 +38,6 @@ def evaluate(
             "overlaps with its calibration are not known)."
         ),
     ] = None,
-    perplexity: Annotated[
-        list[str] | None, typer.Option(help="[NAME=]SPEC of a text; may be given several times.")
-    ] = None,
-    segment: Annotated[int, typer.Option(min=2, help="Tokens of a segment of text.")] = 128,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Tasks of lm-evaluation-harness: piqa,arc_easy,…; paper: the paper's seven."
-        ),
-    ] = None,
-    task_data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of saved data sets; without it, tasks are fetched from the hub."
-        ),
-    ] = None,
-    answers: Annotated[
-        bool, typer.Option("--answers", help="Also answer a few fixed prompts.")
-    ] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="So many first segments of each text, and documents of each task."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the documents of tasks.")] = 0,
     backend: Annotated[
         str,
         typer.Option(
@@ -69,15 +47,6 @@ def evaluate(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory of the tokenizer; needed for a URL.")
     ] = None,
-    max_average_drop: Annotated[
-        float | None,
-        typer.Option(help="Gate: how far the average accuracy may drop (0.05 is five points)."),
-    ] = None,
-    max_perplexity_ratio: Annotated[
-        float | None, typer.Option(help="Gate: how many times higher each perplexity may become.")
-    ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Score again what was scored before.")
     ] = False,
@@ -94,18 +63,18 @@ def evaluate(
         from gradmap.evaluation.tasks import expand_names
 
     settings = EvaluationSettings(
-        texts=named_sources(perplexity or []),
-        segment=segment,
-        tasks=expand_names(tasks or ""),
-        task_data=task_data,
-        answers=answers,
-        limit=limit,
-        seed=seed,
+        texts=options.perplexity,
+        segment=options.segment,
+        tasks=expand_names(options.tasks),
+        task_data=options.task_data,
+        answers=options.answers,
+        limit=options.limit,
+        seed=options.seed,
         fresh=fresh,
-        gate=Gate(max_average_drop, max_perplexity_ratio),
+        gate=Gate(quality.max_average_drop, quality.max_perplexity_ratio),
     )
     subjects = find_subjects(
-        model, gguf_file, allow_pickle, plan, pruned, Where(backend, dtype, device)
+        model, gguf_file, allow_pickle, plan, pruned, Where(backend, options.dtype, options.device)
     )
     tokenizer = tokenizer or subjects[0].tokenizer
     if tokenizer is None:

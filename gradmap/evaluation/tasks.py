@@ -94,14 +94,12 @@ class TaskScores:
         return next(name for name in (*METRICS, *self.values) if name in self.values)
 
 
-def expand_names(names: str) -> tuple[str, ...]:
-    """`paper,mmlu` -> the paper's seven tasks and mmlu, each once."""
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    return tuple(
-        dict.fromkeys(
-            each for name in given for each in (PAPER_TASKS if name == PAPER else (name,))
-        )
-    )
+def expand_names(names: Sequence[str]) -> tuple[str, ...]:
+    """paper, mmlu -> the paper's seven tasks and mmlu, each once."""
+    expanded: list[str] = []
+    for name in names:
+        expanded += PAPER_TASKS if name == PAPER else [name]
+    return tuple(dict.fromkeys(expanded))
 
 
 def require_tasks(names: Sequence[str]) -> None:

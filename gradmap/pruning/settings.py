@@ -9,6 +9,7 @@ from pydantic import Field
 from gradmap.common.reading import Strict
 from gradmap.methods.options import ManualOptions, MethodOptions, ProjectionOptions
 from gradmap.methods.registry import compensator_names, selector, selector_names
+from gradmap.model.options import ComputingOptions
 
 HELD_OUT: Literal["held-out"] = "held-out"
 ALWAYS: Literal["always"] = "always"
@@ -28,22 +29,20 @@ class CalibrationOptions(Strict):
     tokens: int = Field(128, description="Tokens per sample, with BOS.")
 
 
-class _Computing(Strict):
+class _Computing(ComputingOptions):
     """stream: read layers from disk one at a time, for a model that is larger than memory.
     budget_minutes: fewer samples are used if all would take longer on this machine."""
 
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] = Field(
-        42, description="Draws the calibration samples."
+        42,
+        description="Draws the calibration samples.",
+        json_schema_extra={"cure": f"give a number from 0 to {SEEDS - 1}"},
     )
-    dtype: str = Field(
-        "auto",
-        description="auto, float32, float64, bfloat16, float16, or autocast (only products in "
-        "bfloat16).",
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, or spread (over all GPUs).")
     stream: bool = Field(False, description="Read layers one by one: for models beyond memory.")
     budget_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Use fewer samples if so many would take longer on this machine."
+        None,
+        description="Use fewer samples if so many would take longer on this machine.",
+        json_schema_extra={"cure": "give a number above 0"},
     )
 
 

@@ -121,7 +121,7 @@ def test_what_is_reported_is_what_the_plans_do(compared, picos):
 
 
 def test_methods_are_named_by_selector_and_compensator():
-    assert [method.name for method in parse_methods("sleb+refit, sleb+refit")] == ["sleb+refit"]
+    assert [method.name for method in parse_methods(["sleb+refit", "sleb+refit"])] == ["sleb+refit"]
     assert split_variant("taylor-protected", OF_SELECTORS) == (
         "taylor",
         {"protect_first": 4, "protect_last": 2},
@@ -137,4 +137,4 @@ def test_methods_are_named_by_selector_and_compensator():
         "",
     ):
         with pytest.raises(UserError, match="is no SELECTOR\\+COMPENSATOR"):
-            parse_methods(text)
+            parse_methods([text])

@@ -95,7 +95,7 @@ def test_the_paper_s_seven_have_all_their_documents():
         **{"boolq": 3270, "piqa": 1838, "hellaswag": 10042, "winogrande": 1267},
         **{"arc_easy": 570, "arc_challenge": 299, "openbookqa": 500},
     }
-    assert expand_names("paper, piqa,mmlu_anatomy") == (*PAPER_TASKS, "mmlu_anatomy")
+    assert expand_names(["paper", "piqa", "mmlu_anatomy"]) == (*PAPER_TASKS, "mmlu_anatomy")
 
 
 def test_a_group_is_one_task_with_many_parts():

@@ -1,0 +1,29 @@
+"""What `gradmap compare` can be asked for."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from gradmap.common.options import Name
+from gradmap.common.reading import Strict
+from gradmap.evaluation.options import EvaluatedOn
+from gradmap.model.options import ComputingOptions
+from gradmap.pruning.settings import CalibrationOptions
+
+
+class _Compared(Strict):
+    methods: list[Name] = Field(
+        description="SELECTOR+COMPENSATOR, with commas: repair+distil,sleb+none."
+    )
+    remove: list[int] = Field(description="How many layers to remove, with commas: 4,8,12.")
+    seeds: list[int] = Field(
+        [42], description="Draw the calibration samples, with commas: 42,43,44."
+    )
+
+
+class _EvaluatedIn(Strict):
+    eval_dtype: str = Field("auto", description="What is evaluated in, as --dtype.")
+
+
+class CompareOptions(_EvaluatedIn, ComputingOptions, EvaluatedOn, CalibrationOptions, _Compared):
+    """Every method at every count with every seed, under one calibration and one evaluation."""
