@@ -17,9 +17,9 @@ import typer
 
 from gradmap.common.console import print_table
 from gradmap.common.files import write_json
-from gradmap.common.reading import read_json
 from gradmap.common.stages import stage_record
 from gradmap.common.verdict import EXIT_CODES
+from loadtest.pipeline.result import read_result
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if code not in EXIT_CODES.values():
         raise typer.Exit(code)
-    result = read_json(directory / "result.json")
+    result = read_result(directory).model_dump(mode="json")
     stages = {name: stage_record(directory, name) for name in result["timings_s"]}
     write_json(out, {"environment": result["environment"], "stages": stages, "result": result})
     rows = [

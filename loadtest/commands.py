@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,9 @@ from gradmap.common.quoting import visible
 from gradmap.common.verdict import EXIT_CODES, Verdict
 from loadtest.loads import parse_loads
 from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, REQUIRED_SPEED_UP, LoadTestSettings
+
+if TYPE_CHECKING:
+    from loadtest.pipeline.result import Result
 
 AgainstOption = Annotated[
     Path | None,
@@ -178,7 +181,9 @@ def loadtest(
 
 @heartbeat(so_far("gradmap report"))
 def report(
-    directory: Annotated[Path, typer.Argument(help="The directory of a load test.")],
+    directory: Annotated[
+        Path, typer.Argument(help="The directory of a load test, or of a recipe's run.")
+    ],
     require_speedup: Annotated[
         float | None,
         typer.Option(
@@ -189,16 +194,24 @@ def report(
     parquet: ParquetOption = False,
     json_line: JsonOption = False,
 ) -> int:
-    """Compute a load test's report and verdict anew from its raw records."""
+    """Compute the report and verdict of a load test, or of a recipe's run, anew from its raw
+    records."""
     with importing():
         from loadtest.outcome import read_report, report_again
+        from loadtest.pipeline.run import is_run, run_report_again
+        from loadtest.pipeline.stages import Places
         from loadtest.records import read_measurements, write_parquet
 
     earlier = read_report(against) if against else None
-    result = report_again(directory, require_speedup, earlier)
+    of_run = is_run(directory)
+    measured = Places(directory).load_test if of_run else directory
+    if of_run:
+        code = _finish_run(run_report_again(directory, require_speedup, earlier), json_line)
+    else:
+        code = _finish(report_again(directory, require_speedup, earlier), json_line)
     if parquet:
-        write_parquet(directory, read_measurements(directory))
-    return _finish(result, json_line)
+        write_parquet(measured, read_measurements(measured))
+    return code
 
 
 def run(
@@ -216,7 +229,7 @@ def run(
     """Prune, evaluate, export, load-test and report, as a recipe says; finished stages are not
     repeated."""
     with importing():
-        from loadtest.pipeline import plan_run, planned_rows, run_recipe
+        from loadtest.pipeline.run import plan_run, planned_rows, run_recipe
 
     out = out or Path("out", recipe.stem)
     if dry_run:
@@ -228,10 +241,7 @@ def run(
         if json_line:
             print_json_line({"stages": [asdict(stage) for stage in planned]})
         return 0
-    result = run_recipe(recipe, out, from_stage, fresh)
-    if json_line:
-        print_json_line(result)
-    return EXIT_CODES[Verdict(result["verdict"])]
+    return _finish_run(run_recipe(recipe, out, from_stage, fresh), json_line)
 
 
 def doctor(
@@ -252,7 +262,7 @@ def doctor(
     with importing():
         from gradmap.costs.doctor import examine_machine, machine_rows
         from gradmap.model.checkpoint import read_config
-        from loadtest.estimates import (
+        from loadtest.pipeline.estimates import (
             Speeds,
             default_recipe,
             estimate_rows,
@@ -301,6 +311,13 @@ def _finish(report: dict[str, Any], json_line: bool) -> int:
     if json_line:
         print_json_line(report)
     return EXIT_CODES[Verdict(report["verdict"])]
+
+
+def _finish_run(result: Result, json_line: bool) -> int:
+    """Returns the exit code of a recipe's verdict."""
+    if json_line:
+        print_json_line(result.model_dump(mode="json"))
+    return EXIT_CODES[result.verdict]
 
 
 def _print_report(report: dict[str, Any]) -> None:

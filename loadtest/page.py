@@ -12,21 +12,22 @@ import jinja2
 from markupsafe import Markup
 
 from gradmap.common.quoting import markdown, xml_text
-from loadtest.load_figures import Drawing, draw_load_test
+from loadtest.figures import Drawing, draw_load_test
 from loadtest.records import RequestRecord
 from loadtest.table import load_rows, model_lines, noise_line, speed_up_lines
 
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def render_template(name: str, **values: Any) -> str:
-    """All text is escaped; only Markup is not."""
-    loader = jinja2.FileSystemLoader(TEMPLATES)
+def render_template(path: Path, **values: Any) -> str:
+    """What the template makes of the values; it may include those beside it and ours. All text is
+    escaped; only Markup is not."""
+    loader = jinja2.FileSystemLoader([path.parent, TEMPLATES])
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
-    return environment.get_template(name).render(**values)
+    return environment.get_template(path.name).render(**values)
 
 
 def as_markup(drawings: Sequence[Drawing]) -> list[tuple[Markup, str]]:
@@ -37,7 +38,7 @@ def as_markup(drawings: Sequence[Drawing]) -> list[tuple[Markup, str]]:
 def render_page(report: Mapping[str, Any], records: Sequence[RequestRecord]) -> str:
     """One page without scripts or outside resources."""
     return render_template(
-        "loadtest.html.j2",
+        TEMPLATES / "loadtest.html.j2",
         report=report,
         rows=load_rows(report),
         lines=speed_up_lines(report),
@@ -48,28 +49,27 @@ def render_page(report: Mapping[str, Any], records: Sequence[RequestRecord]) -> 
 
 def render_summary(report: Mapping[str, Any]) -> str:
     """For a pull request."""
-    arms = list(report["arms"])
-    lines = [
-        "## Load test",
-        "",
-        *(
-            f"- {markdown(arm)}: **{one['verdict']}**: {markdown(one['reason'])}."
-            for arm, one in report["candidates"].items()
-        ),
-        *(f"- {markdown(line)}" for line in [*speed_up_lines(report), *model_lines(report)]),
-        "",
-        f"| {markdown_row(arms)}",
-        f"|---|{'---:|' * len(arms)}",
-        *map(markdown_row, load_rows(report)),
-    ]
+    lines = ["## Load test", ""]
+    for arm, compared in report["candidates"].items():
+        lines.append(
+            f"- {markdown(arm)}: **{compared['verdict']}**: {markdown(compared['reason'])}."
+        )
+    for line in [*speed_up_lines(report), *model_lines(report)]:
+        lines.append(f"- {markdown(line)}")
+    lines += ["", *markdown_table(("", *report["arms"]), load_rows(report))]
     if noise := noise_line(report):
         lines += ["", f"Noise: {noise}."]
     return "\n".join(lines) + "\n"
 
 
-def markdown_row(cells: Sequence[str]) -> str:
-    """A row of a table; the cells are text."""
-    return f"| {' | '.join(map(markdown, cells))} |"
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of text; the first column is of names, the others are of numbers."""
+    ruler = "|---|" + "---:|" * (len(columns) - 1)
+    return [_markdown_row(columns), ruler, *map(_markdown_row, rows)]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "".join(f"| {markdown(cell)} " if cell else "| " for cell in cells) + "|"
 
 
 def render_junit(report: Mapping[str, Any]) -> str:

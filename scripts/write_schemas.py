@@ -11,13 +11,15 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from gradmap.pruning.plan import Plan
-from loadtest.recipe import Recipe
+from loadtest.pipeline.recipe import Recipe
+from loadtest.pipeline.result import Result
 from loadtest.records import BlockRecord, RequestRecord, ResourceSample
 from loadtest.schema import Report
 
 FORMATS: dict[str, Any] = {
     "plan.json": Plan,
     "recipe.yaml": Recipe,
+    "result.json": Result,
     "loadtest-report.json": Report,
     "loadtest-records.jsonl": RequestRecord,
     "loadtest-blocks.jsonl": BlockRecord,

@@ -14,7 +14,7 @@ import yaml
 from benchmarks.__main__ import BENCHMARKS
 from gradmap.cli import build_app
 from gradmap.common.errors import UserError
-from loadtest.recipe import load_recipe
+from loadtest.pipeline.recipe import load_recipe
 from serving.cli import split_arguments
 from tests.conftest import ROOT
 from tests.test_layering import LAYERS

@@ -81,6 +81,16 @@ def test_a_room_imports_no_room_above_it(room):
         assert not {room_of(name) for name in imported_modules(path)} & above, path
 
 
+def test_of_the_load_test_only_the_pipeline_knows_plans_evaluations_and_artifacts():
+    files = sorted((ROOT / "loadtest").rglob("*.py"))
+    others = [path for path in files if path.parent.name != "pipeline"]
+    assert others and len(others) < len(files)
+    for path in others:
+        names = imported_modules(path)
+        assert not {room_of(name) for name in names} & {"pruning", "evaluation"}, path
+        assert "export" not in imported_packages(path), path
+
+
 def test_every_room_is_known():
     rooms = {path.parent.name for path in (ROOT / "gradmap").glob("*/__init__.py")}
     assert rooms == set(ROOMS)

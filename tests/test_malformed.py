@@ -35,8 +35,8 @@ from gradmap.pruning.presets import choose_methods
 from gradmap.pruning.prune import prune_less
 from gradmap.pruning.settings import PruneSettings
 from loadtest.loads import Load
+from loadtest.pipeline.recipe import load_recipe
 from loadtest.prompts import RandomPrompts, Workload
-from loadtest.recipe import load_recipe
 from loadtest.workload import draw_requests, load_requests, save_requests
 from tests.command_line import gradmap
 from tests.conftest import ROOT, Pico

@@ -19,7 +19,7 @@ from gradmap.common.errors import (
 )
 from gradmap.common.verdict import EXIT_CODES, Verdict
 from loadtest.commands import run
-from loadtest.recipe import load_recipe
+from loadtest.pipeline.recipe import load_recipe
 from serving.admin import PROBE_TIMEOUT_S, Admin
 from serving.server import KILL_MARGIN_S
 from serving.settings import ServerSettings, server_environment

@@ -17,11 +17,18 @@ from gradmap.evaluation.costs import PAPER_TASKS, EvaluationSize, evaluation_sec
 from gradmap.evaluation.tasks import PAPER_TASKS as TASK_NAMES
 from gradmap.model.checkpoint import read_config
 from gradmap.model.shape import Shape
-from loadtest import commands, estimates
+from loadtest import commands
 from loadtest.costs import CPU_SERVER, load_test_seconds
-from loadtest.estimates import Speeds, default_recipe, estimate_stages, load_test_settings, misfits
 from loadtest.loads import Load
-from loadtest.recipe import LoadTestSection, Recipe, load_recipe
+from loadtest.pipeline import estimates
+from loadtest.pipeline.estimates import (
+    Speeds,
+    default_recipe,
+    estimate_stages,
+    load_test_settings,
+    misfits,
+)
+from loadtest.pipeline.recipe import LoadTestSection, Recipe, load_recipe
 from loadtest.settings import DENSE, PRUNED, LoadTestSettings
 from tests.conftest import ROOT
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loadtest import load_figures
+from loadtest import figures as load_figures
 from loadtest.conversations import RecordCount
+from loadtest.figures import MOST_POINTS, draw_latency, draw_timeline, thinned
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
-from loadtest.load_figures import MOST_POINTS, draw_latency, draw_timeline, thinned
 from loadtest.loads import Load
 from loadtest.outcome import Facts, Gate, build_report
 from loadtest.page import render_junit, render_page, render_summary

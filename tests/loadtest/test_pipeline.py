@@ -14,12 +14,13 @@ from gradmap.common.files import sha256_json, write_json, write_text
 from gradmap.common.fingerprints import fingerprint
 from gradmap.common.stages import STAGES_DIRECTORY, is_done, stage_key
 from gradmap.common.verdict import EXIT_CODES, Verdict
-from loadtest import pipeline
 from loadtest.outcome import write_all
-from loadtest.pipeline import judge_as_asked, plan_run, plan_stages, run_recipe
-from loadtest.recipe import load_recipe
+from loadtest.pipeline import run as pipeline
+from loadtest.pipeline.recipe import load_recipe
+from loadtest.pipeline.result import build_result
+from loadtest.pipeline.run import judge_as_asked, plan_run, run_recipe
+from loadtest.pipeline.stages import plan_stages
 from loadtest.records import append_measurements
-from loadtest.report import build_result
 from loadtest.settings import REQUIRED_SPEED_UP
 from tests.command_line import gradmap
 from tests.conftest import ROOT

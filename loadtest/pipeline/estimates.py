@@ -34,8 +34,8 @@ from gradmap.pruning.presets import choose_methods
 from gradmap.runtimes.vllm_environment import cpu_wants_float32, is_cpu_build
 from loadtest.costs import CPU_SERVER, GPU_SERVER, ServerSpeed, load_test_seconds, serving_bytes
 from loadtest.loads import parse_loads
+from loadtest.pipeline.recipe import EvalSection, LoadTestSection, PruneSection, Recipe
 from loadtest.prompts import Workload
-from loadtest.recipe import EvalSection, LoadTestSection, PruneSection, Recipe
 from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, LoadTestSettings
 
 # Where a stage does not fit into memory.

@@ -1,0 +1,88 @@
+"""Figures of what pruning did: importance of the layers, perplexity, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib as mpl
+import numpy as np
+
+from gradmap.evaluation.perplexity import Estimate
+from gradmap.pruning.plan import Plan
+from loadtest.drawing import (
+    DENSE_COLOR,
+    KEPT_COLOR,
+    PRUNED_COLOR,
+    STYLE,
+    TEXT_COLOR,
+    new_figure,
+    to_svg,
+)
+from loadtest.pipeline.result import Accuracy, Result, Side
+
+_ARM_COLORS = {"dense": DENSE_COLOR, "pruned": PRUNED_COLOR}
+# What the selectors measure; the lowest goes.
+SCORES = {
+    "repair": "loss that removal adds after repair (nats/token)",
+    "gradient": "gradient norm (Eq. 7)",
+    "block-influence": "block influence",
+    "sleb": "loss without the layer (nats/token)",
+}
+
+
+def draw_importance(plan: Plan) -> str:
+    """Bars of the first round's scores, with the order of removal over the removed layers."""
+    scores = plan.steps[0].scores
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(width=9.0)
+        colors = [PRUNED_COLOR if layer in plan.removal_order else KEPT_COLOR for layer in scores]
+        axes.bar(list(scores), list(scores.values()), color=colors)
+        for rank, layer in enumerate(plan.removal_order, start=1):
+            axes.annotate(f"{rank}.", (layer, scores[layer]), ha="center", va="bottom", fontsize=9)
+        axes.set_xlabel(
+            "layer (original index); red: removed, with its place in the order of removal"
+        )
+        axes.set_ylabel(f"{SCORES.get(plan.recipe['selector'], 'score')}, first round")
+        return to_svg(figure)
+
+
+def draw_perplexity(result: Result) -> str:
+    """Bars of perplexity per text, dense beside pruned, with standard errors."""
+    estimates = {"dense": result.dense.perplexity, "pruned": result.pruned.perplexity}
+    return _draw_estimates(estimates, "perplexity (lower is better)", factor=1, width=6.0)
+
+
+def draw_accuracy(result: Result) -> str:
+    """Bars of accuracy per task and of their average, dense beside pruned, with standard errors."""
+    estimates = {"dense": _accuracies(result.dense), "pruned": _accuracies(result.pruned)}
+    return _draw_estimates(estimates, "accuracy (%, higher is better)", factor=100, width=9.0)
+
+
+def _accuracies(side: Side) -> dict[str, Accuracy | Estimate]:
+    assert side.average_accuracy is not None  # where there are tasks
+    return {**side.accuracy, "average": side.average_accuracy}
+
+
+def _draw_estimates(
+    estimates: Mapping[str, Mapping[str, Accuracy | Estimate]],
+    label: str,
+    factor: float,
+    width: float,
+) -> str:
+    """estimates: arm -> name -> value and standard error."""
+    names = list(estimates["dense"])
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(width)
+        for offset, (arm, color) in zip((-0.2, 0.2), _ARM_COLORS.items(), strict=True):
+            values = [factor * estimates[arm][name].value for name in names]
+            errors = [factor * (estimates[arm][name].stderr or 0.0) for name in names]
+            places = np.arange(len(names)) + offset
+            bars = axes.bar(
+                places, values, width=0.38, yerr=errors, color=color, ecolor=TEXT_COLOR, label=arm
+            )
+            axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=9)
+        axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+        axes.set_ylabel(label)
+        axes.margins(y=0.15)
+        axes.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.15))
+        return to_svg(figure)

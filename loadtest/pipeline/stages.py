@@ -1,0 +1,188 @@
+"""What a recipe comes to: five stages with their command lines, and what can be known to be wrong
+with them before the first one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from export.formats import ExportSettings, choose_target
+from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
+from gradmap.common.errors import UserError
+from gradmap.common.files import ARTIFACT_FILE
+from gradmap.common.stages import Stage, as_flags, is_within
+from gradmap.data.text_specs import source_files
+from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
+from gradmap.evaluation.result import records_beside
+from gradmap.evaluation.tasks import expand_names, require_tasks
+from gradmap.model.loading import resolve_device
+from gradmap.model.precision import weights_dtype
+from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
+from loadtest.outcome import measured_facts
+from loadtest.pipeline.recipe import Recipe
+from loadtest.records import REPORTS
+from loadtest.schema import SCHEMA_VERSION as LOAD_TEST_SCHEMA
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the stages of a run write, below its directory `out`. dense, pruned: the artifacts that
+    are served."""
+
+    out: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.out / "plan"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.out / "eval.json"
+
+    @property
+    def pruned(self) -> Path:
+        return self.out / "vllm"
+
+    @property
+    def dense(self) -> Path:
+        return self.out / "dense" / "vllm"
+
+    @property
+    def load_test(self) -> Path:
+        return self.out / "loadtest"
+
+
+def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
+    """The stages in the order in which they run."""
+    places = Places(out)
+    return [
+        _prune_stage(recipe, places),
+        _eval_stage(recipe, places),
+        _export_stage(recipe, places),
+        _baseline_stage(recipe, places),
+        _load_test_stage(recipe, places),
+    ]
+
+
+def _prune_stage(recipe: Recipe, places: Places) -> Stage:
+    options = as_flags(recipe.prune.model_dump())
+    return Stage(
+        "prune",
+        ("prune", *_model_arguments(recipe), *options, "--out", str(places.plan)),
+        inputs=(_model_files(recipe), *source_files(recipe.prune.calibration)),
+        outputs=(places.plan,),
+        schema=PLAN_SCHEMA,
+    )
+
+
+def _eval_stage(recipe: Recipe, places: Places) -> Stage:
+    asked, out = recipe.eval, places.evaluation
+    arguments = ["eval", *_model_arguments(recipe), "--plan", str(places.plan), "--out", str(out)]
+    inputs = [_model_files(recipe), places.plan]
+    for source in asked.perplexity.values():
+        inputs += source_files(source)
+    if asked.task_data is not None:
+        inputs.append(Path(asked.task_data))
+    return Stage(
+        "eval",
+        (*arguments, *as_flags(_evaluation_options(recipe))),
+        inputs=tuple(inputs),
+        outputs=(out, records_beside(out)),
+        schema=EVALUATION_SCHEMA,
+        verdicts=True,
+    )
+
+
+def _export_stage(recipe: Recipe, places: Places) -> Stage:
+    formats = recipe.export.formats
+    arguments = ["export", *_model_arguments(recipe), "--plan", str(places.plan)]
+    arguments += ["--eval", str(places.evaluation), "--out", str(places.out)]
+    return Stage(
+        "export",
+        (*arguments, *as_flags(_export_options(recipe, formats))),
+        inputs=(_model_files(recipe), places.plan, places.evaluation),
+        outputs=tuple(places.out / name for name in formats),
+        schema=ARTIFACT_SCHEMA,
+    )
+
+
+def _baseline_stage(recipe: Recipe, places: Places) -> Stage:
+    """The dense model, exported as the pruned one is."""
+    arguments = ["export", *_model_arguments(recipe), "--eval", str(places.evaluation)]
+    arguments += ["--out", str(places.dense.parent)]
+    return Stage(
+        "baseline",
+        (*arguments, *as_flags(_export_options(recipe, [places.dense.name]))),
+        inputs=(_model_files(recipe), places.evaluation),
+        outputs=(places.dense,),
+        schema=ARTIFACT_SCHEMA,
+    )
+
+
+def _load_test_stage(recipe: Recipe, places: Places) -> Stage:
+    asked, out = recipe.loadtest, places.load_test
+    arguments = ["loadtest", "--dense", str(places.dense), "--pruned", str(places.pruned)]
+    inputs = [places.dense / ARTIFACT_FILE, places.pruned / ARTIFACT_FILE]
+    inputs += [Path(asked.against)] if asked.against else []
+    inputs += source_files(asked.prompts) if asked.prompts else []
+    return Stage(
+        "loadtest",
+        (*arguments, *as_flags(asked.model_dump()), "--out", str(out)),
+        inputs=tuple(inputs),
+        outputs=(out,),
+        schema=LOAD_TEST_SCHEMA,
+        verdicts=True,
+        redrawn=tuple(out / name for name in REPORTS),
+        facts=partial(measured_facts, out),
+    )
+
+
+def _model_arguments(recipe: Recipe) -> list[str]:
+    options = {"gguf_file": recipe.gguf_file, "allow_pickle": recipe.allow_pickle}
+    return ["--model", recipe.model, *as_flags(options)]
+
+
+def _model_files(recipe: Recipe) -> Path:
+    return Path(recipe.model, recipe.gguf_file or "")
+
+
+def _export_options(recipe: Recipe, formats: list[str]) -> dict[str, Any]:
+    options = {"format": formats} | recipe.export.model_dump(exclude={"formats", "check_vllm"})
+    return options | {"no_check_vllm": not recipe.export.check_vllm}
+
+
+def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
+    texts = [f"{name}={source}" for name, source in recipe.eval.perplexity.items()]
+    measured = {"perplexity": texts, "tasks": ",".join(recipe.eval.tasks) or None}
+    return recipe.eval.model_dump() | measured | recipe.quality.model_dump()
+
+
+def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Raises UserError for what a late stage would not find, before the first one has taken its
+    hours."""
+    model = _model_files(recipe)  # open_checkpoint looks for it, and it may be on the hub
+    written: list[Path] = []
+    for stage in stages:
+        for path in stage.inputs:
+            if path != model and not is_within(path, written) and not path.exists():
+                raise UserError(f"{path}, which the recipe names, does not exist; check the path.")
+        written += stage.outputs
+
+
+def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Raises UserError for what cannot be exported of a model with this config."""
+    settings = ExportSettings(recipe.export.formats, recipe.export.dtype, recipe.export.quantise)
+    for name in recipe.export.formats:
+        choose_target(name, settings, config)
+
+
+def require_evaluation(recipe: Recipe) -> None:
+    """Raises UserError for what cannot be evaluated anywhere, or not on this machine."""
+    asked = recipe.eval
+    resolve_device(asked.device or "auto")
+    if asked.dtype not in (None, "auto"):
+        weights_dtype(asked.dtype)
+    require_tasks(expand_names(",".join(asked.tasks)))
