@@ -28,11 +28,11 @@ from gradmap.common.environment import describe_environment
 from gradmap.common.files import write_json
 from gradmap.common.loopback import own_transport
 from loadtest.endpoints import Endpoint
-from loadtest.loads import CONCURRENCY, Load
-from loadtest.metrics import summarise_load
+from loadtest.loads import ClosedLoop, Load, OpenLoop
 from loadtest.prompts import Workload
 from loadtest.records import Measurements
 from loadtest.soundness import mean_in_flight
+from loadtest.summaries import summarise_load
 from serving.ports import free_port
 
 
@@ -58,23 +58,23 @@ class Case:
 
 
 CASES = (
-    Case("one at a time", Load(CONCURRENCY, 1), 200, 20, 32, requests=10),
-    Case("8 at a time, jitter", Load(CONCURRENCY, 8), 200, 20, 32, requests=48, jitter=0.5),
+    Case("one at a time", ClosedLoop(1), 200, 20, 32, requests=10),
+    Case("8 at a time, jitter", ClosedLoop(8), 200, 20, 32, requests=48, jitter=0.5),
     Case(
         "8 at a time, every 8th fails",
-        Load(CONCURRENCY, 8),
+        ClosedLoop(8),
         100,
         20,
         16,
         requests=64,
         error_share=0.125,
     ),
-    Case("constant 20/s, 0.5 s each", Load("constant", 20), 250, 25, 11),
-    Case("Poisson 20/s, 0.5 s each", Load("poisson", 20), 250, 25, 11),
-    Case("Poisson 50/s", Load("poisson", 50), 200, 20, 32),
+    Case("constant 20/s, 0.5 s each", OpenLoop("constant", 20), 250, 25, 11),
+    Case("Poisson 20/s, 0.5 s each", OpenLoop("poisson", 20), 250, 25, 11),
+    Case("Poisson 50/s", OpenLoop("poisson", 50), 200, 20, 32),
     Case(
         "1,000 streams, two processes",
-        Load(CONCURRENCY, 1000),
+        ClosedLoop(1000),
         1000,
         500,
         20,
@@ -93,7 +93,7 @@ def run_case(case: Case) -> dict[str, Any]:
             case.load,
             workload,
             vocabulary=1000,
-            requests_per_load=case.requests if not case.load.is_open else 1,
+            requests_per_load=1 if isinstance(case.load, OpenLoop) else case.requests,
             open_loop_s=case.seconds,
             processes=case.processes,
         )
@@ -173,8 +173,9 @@ def row(case: Case, rounds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     truths = {"ttft_ms": case.ttft_ms, "tpot_ms": case.itl_ms, "e2el_ms": case.e2el_ms}
     latencies = [f"{middle[name]:.1f} / {truth:.1f}" for name, truth in truths.items()]
     failing = round(case.error_share * middle["requests"])
-    rate = f"{middle['sent_per_s']:.2f} / {case.load.level:g}" if case.load.is_open else "-"
-    in_flight = "-" if case.load.is_open else f"{middle['in_flight']:.1f} / {case.load.level:g}"
+    rate, in_flight = "-", f"{middle['in_flight']:.1f} / {case.load.level:g}"
+    if isinstance(case.load, OpenLoop):
+        rate, in_flight = f"{middle['sent_per_s']:.2f} / {case.load.level:g}", "-"
     return (
         case.name,
         *latencies,

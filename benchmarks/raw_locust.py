@@ -27,7 +27,7 @@ from gradmap.common.console import print_table, say
 from gradmap.common.environment import describe_environment
 from gradmap.common.files import write_json
 from gradmap.common.reading import read_json
-from loadtest.loads import CONCURRENCY, Load
+from loadtest.loads import ClosedLoop
 
 LOCUSTFILES = "benchmarks/raw_locustfile.py,loadtest/driver/locustfile.py"
 USERS = {
@@ -54,7 +54,7 @@ def main(
     run_time: str = "20s",
     out: Path = Path("out/benchmark/raw_locust.json"),
 ) -> None:
-    case = Case("closed loop", Load(CONCURRENCY, users), ttft_ms=200, itl_ms=20, tokens=32)
+    case = Case("closed loop", ClosedLoop(users), ttft_ms=200, itl_ms=20, tokens=32)
     found: dict[str, list[Run]] = {user: [] for user in USERS}
     for number in range(rounds):
         say(f"Round {number + 1} of {rounds}")
@@ -70,7 +70,7 @@ def main(
 def run_locust(user: str, case: Case, run_time: str) -> Run:
     with TemporaryDirectory() as directory, fake_endpoint(case) as url:
         cpu_time = Path(directory, "cpu.json")
-        options = {
+        options: dict[str, object] = {
             "-f": LOCUSTFILES,
             "--host": url,
             "--users": case.load.level,

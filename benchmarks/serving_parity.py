@@ -29,9 +29,9 @@ from gradmap.common.environment import describe_environment
 from gradmap.common.files import write_json
 from gradmap.common.reading import read_json
 from loadtest.endpoints import Endpoint
-from loadtest.loads import CONCURRENCY, Load
-from loadtest.metrics import summarise_load
+from loadtest.loads import ClosedLoop
 from loadtest.prompts import Workload
+from loadtest.summaries import summarise_load
 from serving.log import Log
 from serving.ports import free_port
 from serving.server import Server
@@ -93,7 +93,7 @@ def measure_with_vllm(target: Target, concurrency: int, seed: int) -> Numbers:
 
 
 def measure_with_ours(target: Target, concurrency: int, seed: int) -> Numbers:
-    load = Load(CONCURRENCY, concurrency)
+    load = ClosedLoop(concurrency)
     workload = Workload(prompt_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS, seed=seed)
     vocabulary = int(read_json(target.directory / "config.json")["vocab_size"])
     measured = send_load(

@@ -22,12 +22,12 @@ import typer
 
 from gradmap.common.console import print_table, progress
 from gradmap.common.files import write_json
-from loadtest.loads import CONCURRENCY, Load
-from loadtest.outcome import Facts, Gate, build_report
+from loadtest.conclusions import Facts, SpeedGate, build_report
+from loadtest.loads import ClosedLoop
 from loadtest.records import BlockRecord, Measurements, RequestRecord
 from loadtest.settings import DENSE, PRUNED, LoadTestSettings
 
-LOAD = Load(CONCURRENCY, 1)
+LOAD = ClosedLoop(1)
 REQUESTS = 8
 OUTPUT_TOKENS = 64
 TPOT_S = 0.03
@@ -81,7 +81,7 @@ def count_verdicts(speed_up: float, scatter: float, pairs: int, trials: int) -> 
     generator = random.Random(f"{speed_up} {scatter} {pairs}")
     reports = (
         build_report(
-            simulate(speed_up, scatter, pairs, generator), settings, Gate(1.0), Facts({}, {})
+            simulate(speed_up, scatter, pairs, generator), settings, SpeedGate(1.0), Facts({}, {})
         )
         for _ in range(trials)
     )

@@ -15,10 +15,12 @@ from rich.table import Table
 from gradmap.common.console import STDERR, heartbeat, say
 from gradmap.common.heartbeat import Pace, describe_s
 from loadtest.loads import Load
-from loadtest.metrics import measure, values_of, window_s
+from loadtest.metrics import MAIN, OF_REQUESTS, Metric, RequestMetrics, measure, window_s
 from loadtest.records import RequestRecord
 
 REFRESHES_PER_S = 4
+# What of a load is seen while it runs.
+LIVE = tuple(metric for metric in OF_REQUESTS if metric in MAIN)
 # What a session spends its time on.
 START, LOAD = "start", "load"
 
@@ -40,10 +42,10 @@ class Ahead:
         """kind: what has been going on for `so_far_s`. None if nothing tells, or if it should have
         been done by now."""
         total_s = 0.0
-        for each, pace in self._paces.items():
+        for part, pace in self._paces.items():
             if pace.done == pace.total:
                 continue
-            rest_s = pace.eta_s(self._spent_s[each] + (so_far_s if each == kind else 0.0))
+            rest_s = pace.eta_s(self._spent_s[part] + (so_far_s if part == kind else 0.0))
             if rest_s is None:
                 return None
             total_s += rest_s
@@ -93,11 +95,11 @@ class Board:
         self._rows[arm, load.label] = cells
 
     def _line(self, progress: LoadProgress) -> str:
-        requests, rate, ttft, tpot, failed = progress.cells
-        line = (
-            f"{self._now}: {requests} requests, {rate}/s, TTFT {ttft} ms, TPOT {tpot} ms, {failed} "
-            "failed"
-        )
+        requests, rate, *medians, failed = progress.cells
+        parts = [f"{requests} requests", f"{rate}/s"]
+        for metric, value in zip(LIVE, medians, strict=True):
+            parts.append(f"{metric.label} {value} {metric.unit}")
+        line = f"{self._now}: {', '.join(parts)}, {failed} failed"
         return f"{line}   {self._describe_eta()}".rstrip()
 
     def _turn(self, kind: str) -> None:
@@ -113,8 +115,10 @@ class Board:
     def _table(self) -> Table:
         title = f"{self._now}   {time.monotonic() - self._started_s:.0f} s   {self._describe_eta()}"
         table = Table(title=title, title_justify="left")
-        for column in ("load", "requests", "requests/s", "TTFT (ms)", "TPOT (ms)", "failed"):
-            table.add_column(column, justify="left" if column == "load" else "right")
+        table.add_column("load")
+        medians = [f"{metric.label} ({metric.unit})" for metric in LIVE]
+        for column in ("requests", "requests/s", *medians, "failed"):
+            table.add_column(column, justify="right")
         for (arm, load), cells in self._rows.items():
             table.add_row(f"{arm}, {load}", *cells)
         return table
@@ -133,11 +137,14 @@ class LoadProgress:
 
 
 def describe_progress(records: Sequence[RequestRecord], count: int) -> tuple[str, ...]:
-    """Requests so far of `count`, requests a second, medians of TTFT and TPOT (ms), failed
-    requests."""
+    """Requests so far of `count`, requests a second, medians of LIVE, failed requests."""
     metrics = [measure(record) for record in records if record.error is None]
     length_s = window_s(records) if records else None
     rate = f"{len(records) / length_s:.2f}" if length_s else "-"
-    medians = [values_of(metrics, name) for name in ("ttft", "tpot")]
-    shown = [f"{1000 * median(values):.1f}" if values else "-" for values in medians]
-    return (f"{len(records)}/{count}", rate, *shown, str(len(records) - len(metrics)))
+    medians = [_median(metric, metrics) for metric in LIVE]
+    return (f"{len(records)}/{count}", rate, *medians, str(len(records) - len(metrics)))
+
+
+def _median(metric: Metric, metrics: Sequence[RequestMetrics]) -> str:
+    values = metric.values(metrics)
+    return f"{metric.factor * median(values):.1f}" if values else "-"

@@ -5,6 +5,7 @@ A verdict is an exit code: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 4 INVALID.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from gradmap.common.console import (
 from gradmap.common.errors import UserError
 from gradmap.common.quoting import visible
 from gradmap.common.verdict import EXIT_CODES, Verdict
+from loadtest.arrivals import ARRIVALS, DEFAULT_ARRIVALS
 from loadtest.loads import parse_loads
 from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, REQUIRED_SPEED_UP, LoadTestSettings
 
@@ -36,6 +38,13 @@ AgainstOption = Annotated[
 ParquetOption = Annotated[
     bool, typer.Option("--parquet", help="Write the raw records as Parquet too.")
 ]
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
 ESTIMATED = "estimated within a factor of two"
 DEFAULT_WORK = (
     "This is for 128 x 128 tokens of calibration, 100 documents of each of the paper's tasks, 100 "
@@ -91,8 +100,8 @@ def loadtest(
         typer.Option(help="Requests a second, in an open loop; may be given several times."),
     ] = None,
     arrivals: Annotated[
-        str, typer.Option(help="Of an open loop: poisson, constant or burst.")
-    ] = "poisson",
+        str, typer.Option(help=f"Of an open loop: {_either(ARRIVALS)}.")
+    ] = DEFAULT_ARRIVALS,
     open_loop_s: Annotated[float, typer.Option(help="Length of an open loop, in seconds.")] = 20.0,
     slo: Annotated[
         list[str] | None,
@@ -146,7 +155,8 @@ def loadtest(
 ) -> int:
     """Drive dense and pruned with the same requests and say whether the pruned model is faster."""
     with importing():
-        from loadtest.outcome import Gate, read_report, run_load_test
+        from loadtest.conclusions import SpeedGate
+        from loadtest.outcome import read_report, run_load_test
         from loadtest.prompts import Workload
         from loadtest.records import read_measurements, write_parquet
         from loadtest.slo import parse_slo
@@ -172,7 +182,7 @@ def loadtest(
         models={arm: name for arm, name in ((DENSE, dense_model), (PRUNED, pruned_model)) if name}
         | _parse_named("--candidate-model", candidate_model or []),
     )
-    gate = Gate(require_speedup, read_report(against) if against else None)
+    gate = SpeedGate(require_speedup, read_report(against) if against else None)
     result = run_load_test(settings, gate, out)
     if parquet:
         write_parquet(out, read_measurements(out))

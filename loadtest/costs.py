@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gradmap.costs.steps import STARTING_S, Hardware, token_seconds
 from gradmap.model.shape import Shape
-from loadtest.loads import CONCURRENCY, Load
+from loadtest.loads import ClosedLoop, Load
 from loadtest.session import WARM_UP_LOAD, WARM_UP_REQUESTS
 from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings, schedule
 from serving.machine import CPU_RUNTIME_BYTES, GIB
@@ -83,16 +83,16 @@ def load_seconds(
     """From the first request to the end of the last one: in a closed loop, one round after the
     other."""
     workload = settings.workload
-    together = int(load.level) if load.pattern == CONCURRENCY else 1
+    together = load.level if isinstance(load, ClosedLoop) else 1
     prefill_s = (
         together * workload.prompt_tokens * shape.layer_flops(layers) / hardware.sustained_flops
     )
     overhead_s = server.step + server.layer * layers
     token_s = overhead_s + token_seconds(shape, hardware, together, layers)
     round_s = prefill_s + workload.output_tokens * token_s
-    if load.is_open:
-        return requests / load.level + round_s
-    return math.ceil(requests / together) * round_s
+    if isinstance(load, ClosedLoop):
+        return math.ceil(requests / together) * round_s
+    return requests / load.level + round_s
 
 
 def serving_bytes(shape: Shape, hardware: Hardware) -> float:

@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,13 @@ from gradmap.common.reading import read_json
 from loadtest.board import Board
 from loadtest.counters import read_counter, tokens_since
 from loadtest.endpoints import Endpoint
-from loadtest.loads import Load
+from loadtest.loads import Load, OpenLoop
+from loadtest.metrics import count_tokens
 from loadtest.prompts import Prompts
-from loadtest.records import BlockRecord, Measurements, RequestRecord
+from loadtest.records import BlockRecord, Cell, Measurements, RequestRecord
 from loadtest.resources import sampled
 from loadtest.settings import Block, LoadTestSettings
-from loadtest.workload import draw_requests, save_requests
+from loadtest.workload import CompletionRequest, draw_requests, save_requests
 from serving.ports import free_port
 
 # In a folder of its own: Locust puts the folder of its file first on sys.path.
@@ -74,6 +75,35 @@ class RecordFiles:
         return records
 
 
+@dataclass(frozen=True)
+class LoadFiles:
+    """What Locust's processes get of a load, and where they write what they saw: below a directory
+    of the load's own."""
+
+    directory: Path
+
+    @property
+    def requests(self) -> Path:
+        return self.directory / "requests"
+
+    @property
+    def records(self) -> Path:
+        return self.directory / "records"
+
+    @property
+    def usage(self) -> Path:
+        return self.directory / "usage"
+
+    def prepare(self, requests: list[CompletionRequest]) -> None:
+        save_requests(self.requests, requests)
+        self.records.mkdir()
+        self.usage.mkdir()
+
+    def shares_busy(self) -> list[float]:
+        """Which share of the time a process was busy, for each that came to its end."""
+        return [read_json(path)["client_cpu"] for path in self.usage.iterdir()]
+
+
 def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Measurements:
     """Lets Locust send one load; prompts and arrivals depend on pair and load, not on the arm.
 
@@ -81,82 +111,74 @@ def run_load(endpoint: Endpoint, bench: Bench, block: Block, load: Load) -> Meas
     that is the same model, or in an earlier test. So that it does not answer from its prefix cache,
     each load has a salt of its own.
     """
-    settings = bench.settings
+    settings, cell = bench.settings, Cell(block.arm, block.pair, load.name)
     count, name = settings.requests_at(load), f"{block.pair}-{load.name}"
     salt = secrets.token_hex(8)
     requests = draw_requests(bench.prompts, name, count, load, settings.workload.seed, salt)
-    stay = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}.get(
-        block.pair, f"pair {block.pair + 1}"
-    )
-    showing = bench.board.load(block.arm, stay, load, count)
     records: list[RequestRecord] = []
     with (
-        showing as shown,
+        bench.board.load(block.arm, _describe_stay(block), load, count) as progress,
         TemporaryDirectory(dir=bench.out.resolve(), prefix=LOAD_PREFIX) as directory,
     ):
-        files = {kind: Path(directory, kind) for kind in ("requests", "records", "usage")}
-        save_requests(files["requests"], requests)
-        files["records"].mkdir()
-        files["usage"].mkdir()
-        arriving = RecordFiles(files["records"])
+        files = LoadFiles(Path(directory))
+        files.prepare(requests)
+        arriving = RecordFiles(files.records)
 
         def look() -> None:
             records.extend(arriving.read_new())
-            shown.update(records)
+            progress.update(records)
 
         counted_before = read_counter(endpoint)
         limit_s = BLOCK_TIMEOUT_S + math.ceil(requests[-1].due_s or 0)
-        command = _locust_command(
-            endpoint, block, load, settings.processes_at(load), files, limit_s
-        )
-        with sampled(block.arm, block.pair, load.name) as resources:
+        processes = settings.processes_at(load)
+        command = _locust_command(endpoint, cell, load, processes, files, limit_s)
+        with sampled(cell) as resources:
             _run_locust(command, look, Path(directory), bench.out)
         look()  # what it wrote between the last look and its end
-        busy = [read_json(path)["client_cpu"] for path in files["usage"].iterdir()]
-    if len(busy) != settings.processes_at(load):
+        busy = files.shares_busy()
+    if len(busy) != processes:
         raise _could_not_write(bench.out)
     records.sort(key=lambda record: record.sent_s)
-    seen = sum(record.completion_tokens for record in records)
+    seen = count_tokens(records)
     server_tokens = None if counted_before is None else tokens_since(endpoint, counted_before, seen)
-    place = {"arm": block.arm, "pair": block.pair, "load": load.name}
-    described = BlockRecord(**place, client_cpu=max(busy), server_tokens=server_tokens)
+    described = BlockRecord(
+        arm=cell.arm,
+        pair=cell.pair,
+        load=cell.load,
+        client_cpu=max(busy),
+        server_tokens=server_tokens,
+    )
     return Measurements(tuple(records), (described,), tuple(resources))
 
 
+def _describe_stay(block: Block) -> str:
+    names = {WARM_UP_PAIR: "warm-up", SEARCH_PAIR: "search"}
+    return names.get(block.pair, f"pair {block.pair + 1}")
+
+
 def _locust_command(
-    endpoint: Endpoint,
-    block: Block,
-    load: Load,
-    processes: int,
-    files: Mapping[str, Path],
-    limit_s: int,
+    endpoint: Endpoint, cell: Cell, load: Load, processes: int, files: LoadFiles, limit_s: int
 ) -> list[str]:
-    users = processes if load.is_open else int(load.level)
-    return [
-        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"),
-        *("--users", str(users), "--spawn-rate", str(users), "--host", endpoint.url),
-        *(argument for kind, path in files.items() for argument in (f"--{kind}", str(path))),
-        *(
-            f"--model={endpoint.model}",
-            "--arm",
-            block.arm,
-            "--pair",
-            str(block.pair),
-            "--load",
-            load.name,
-        ),
-        # failed requests are in the records; Locust itself must not fail for them
-        *("--run-time", f"{limit_s}s", "--exit-code-on-error", "0"),
-        *(_worker_flags(processes) if processes > 1 else ()),
-        "OpenLoopUser" if load.is_open else "ClosedLoopUser",
-    ]
+    is_open = isinstance(load, OpenLoop)
+    users = processes if is_open else int(load.level)
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
+    command += ["--only-summary", "--users", str(users), "--spawn-rate", str(users)]
+    command += ["--host", endpoint.url, f"--model={endpoint.model}"]
+    command += ["--requests", str(files.requests), "--records", str(files.records)]
+    command += ["--usage", str(files.usage)]
+    command += ["--arm", cell.arm, "--pair", str(cell.pair), "--load", cell.load]
+    # failed requests are in the records; Locust itself must not fail for them
+    command += ["--run-time", f"{limit_s}s", "--exit-code-on-error", "0"]
+    command += _worker_flags(processes) if processes > 1 else []
+    return [*command, "OpenLoopUser" if is_open else "ClosedLoopUser"]
 
 
-def _worker_flags(processes: int) -> tuple[str, ...]:
+def _worker_flags(processes: int) -> list[str]:
     """Locust's own workers, with a master that only this machine can reach."""
     port = str(free_port())
-    here = ("--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port)
-    return ("--processes", str(processes), "--expect-workers-max-wait", str(WORKERS_WAIT_S), *here)
+    flags = ["--processes", str(processes), "--expect-workers-max-wait", str(WORKERS_WAIT_S)]
+    flags += ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+    return [*flags, "--master-port", port]
 
 
 def _locust_environment(home: Path) -> dict[str, str]:

@@ -1,34 +1,53 @@
-"""How requests arrive: so many in flight (closed loop), or so many a second, whatever the server
-does (open loop)."""
+"""How much is asked of a server at once: so many requests in flight (closed loop), or so many a
+second, whatever the server does (open loop)."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from pydantic import TypeAdapter
 
 from gradmap.common.errors import UserError
+from loadtest.arrivals import ARRIVALS, DEFAULT_ARRIVALS, Arrivals
 
-CONCURRENCY = "concurrency"
-Arrivals = Literal["poisson", "constant", "burst"]
-ARRIVALS: tuple[str, ...] = get_args(Arrivals)
-# Gaps of a burst are gamma distributed; with this shape they vary twice as much as Poisson's, whose
-# shape is 1.
-BURST_SHAPE = 0.25
 # Of the search for the highest rate: requests a second, and by how much the bounds may differ in
 # the end.
 LOWEST_RATE, HIGHEST_RATE = 0.25, 1024.0
 PRECISION = 1.1
+# A closed loop is sustained for at least so many full rounds.
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class Load:
-    """pattern: `concurrency`, with level requests in flight; or one of ARRIVALS, with level
-    requests a second."""
+class ClosedLoop:
+    """level: requests in flight; each is followed by the next as soon as it has ended.
 
-    pattern: str
+    pattern: what a closed loop is called in files.
+    """
+
+    pattern: Literal["concurrency"] = field(default="concurrency", kw_only=True)
+    level: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.pattern}_{self.level:g}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.pattern} {self.level:g}"
+
+    def enough_requests(self, open_loop_s: float) -> float:
+        """How many requests it takes for the load to be sustained."""
+        return ROUNDS * self.level
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """pattern: the law by which requests arrive, one of ARRIVALS; level: how many a second."""
+
+    pattern: Arrivals
     level: float
 
     @property
@@ -37,17 +56,14 @@ class Load:
 
     @property
     def label(self) -> str:
-        return readable(self.name)
+        return f"{self.pattern} {self.level:g}/s"
 
-    @property
-    def is_open(self) -> bool:
-        return self.pattern != CONCURRENCY
+    def enough_requests(self, open_loop_s: float) -> float:
+        """How many requests it takes for the load to last `open_loop_s` seconds."""
+        return self.level * open_loop_s
 
 
-def readable(name: str) -> str:
-    """Of Load.name: `poisson_4` -> `poisson 4/s`, `concurrency_8` -> `concurrency 8`."""
-    pattern, _, level = name.partition("_")
-    return f"{pattern} {level}" + ("" if pattern == CONCURRENCY else "/s")
+Load: TypeAlias = ClosedLoop | OpenLoop
 
 
 def parse_loads(
@@ -55,27 +71,29 @@ def parse_loads(
 ) -> tuple[Load, ...]:
     """Closed loops, of one request at a time and of eight if nothing is said; then open ones.
     Raises UserError for unknown arrivals."""
-    arrivals = arrivals or "poisson"
+    arrivals = arrivals or DEFAULT_ARRIVALS
     if arrivals not in ARRIVALS:
         raise UserError(f"--arrivals {arrivals} is unknown; known are {', '.join(ARRIVALS)}.")
-    closed = [Load(CONCURRENCY, level) for level in sorted(set(concurrency or (1, 8)))]
-    return (*closed, *(Load(arrivals, rate) for rate in sorted(set(rates or ()))))
+    closed = [ClosedLoop(level) for level in sorted(set(concurrency or (1, 8)))]
+    opened = [OpenLoop(arrivals, rate) for rate in sorted(set(rates or ()))]
+    return (*closed, *opened)
 
 
-def arrival_times(load: Load, count: int, seed: str) -> list[float]:
-    """When each request of an open loop is due, in seconds from the first one.
+def closed_loops(loads: Sequence[Load]) -> list[ClosedLoop]:
+    """The closed loops among these, from the lowest concurrency to the highest."""
+    closed = [load for load in loads if isinstance(load, ClosedLoop)]
+    return sorted(closed, key=lambda load: load.level)
 
-    Stretched so that the mean gap is exactly 1 / level: the rate is the same in every block.
-    """
-    generator = random.Random(seed)
-    draw = {
-        "poisson": lambda: generator.expovariate(1.0),
-        "constant": lambda: 1.0,
-        "burst": lambda: generator.gammavariate(BURST_SHAPE, 1 / BURST_SHAPE),
-    }[load.pattern]
-    gaps = [draw() for _ in range(count - 1)]
-    scale = len(gaps) / load.level / sum(gaps) if gaps else 0.0
-    return [0.0, *(scale * time for time in accumulate(gaps))]
+
+def load_labels(report: Mapping[str, Any]) -> dict[str, str]:
+    """Name of every load of a report.json -> how people read it, such as `poisson 4/s`."""
+    loads = TypeAdapter(tuple[Load, ...]).validate_python(report["settings"]["loads"])
+    return {load.name: load.label for load in loads}
+
+
+def search_load(rate: float) -> OpenLoop:
+    """What the search for the highest rate sends, at one of the rates that it tries."""
+    return OpenLoop(DEFAULT_ARRIVALS, rate)
 
 
 def find_highest_rate(meets: Callable[[float], bool]) -> float:

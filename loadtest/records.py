@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, NamedTuple, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -36,19 +36,42 @@ class _Record(Strict):
     schema_version: int = SCHEMA_VERSION
 
 
-class RequestRecord(_Record):
-    """What the client saw of one request. Times are seconds of this machine's monotonic clock.
+class Cell(NamedTuple):
+    """Where a measurement belongs: a load of a block. load: its name (loadtest.loads).
 
-    arm: dense, pruned or a candidate's name; pair: index of the block; load:
-    loadtest.loads.Load.name. scheduled_s: when it was due, in an open loop. chunk_times_s /
-    chunk_tokens: arrival of every chunk that carried new tokens, and the tokens so far at that
-    chunk. completion_tokens: as the server's `usage` counts them. error: None if the request did
-    all that was asked.
+    pair: index of the block; below zero, of what is no pair: the warm-up, or the search for the
+    highest rate.
     """
 
     arm: str
     pair: int
     load: str
+
+    def __str__(self) -> str:
+        """As people count."""
+        return f"{self.arm}, pair {self.pair + 1}, {self.load}"
+
+
+class _Placed(_Record):
+    arm: str
+    pair: int
+    load: str
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.arm, self.pair, self.load)
+
+
+class RequestRecord(_Placed):
+    """What the client saw of one request. Times are seconds of this machine's monotonic clock.
+
+    arm: dense, pruned or a candidate's name; pair: index of the block; load: its name
+    (loadtest.loads). scheduled_s: when it was due, in an open loop. chunk_times_s / chunk_tokens:
+    arrival of every chunk that carried new tokens, and the tokens so far at that chunk.
+    completion_tokens: as the server's `usage` counts them. error: None if the request did all that
+    was asked.
+    """
+
     request: str
     prompt_tokens: Count
     requested_tokens: Count
@@ -79,7 +102,7 @@ class RequestRecord(_Record):
         return self
 
 
-class BlockRecord(_Record):
+class BlockRecord(_Placed):
     """What is known of one load of a block. client_cpu: the load generator's CPU time over the time
     it ran, of its busiest process.
 
@@ -87,9 +110,6 @@ class BlockRecord(_Record):
     not tell.
     """
 
-    arm: str
-    pair: int
-    load: str
     client_cpu: Share
     server_tokens: int | None
 
@@ -104,13 +124,10 @@ class GpuSample(Strict):
     throttled: bool | None
 
 
-class ResourceSample(_Record):
+class ResourceSample(_Placed):
     """The whole machine at one moment of a block. cpu: share of all cores since the sample
     before."""
 
-    arm: str
-    pair: int
-    load: str
     time_s: float
     cpu: float
     memory_bytes: int
@@ -130,14 +147,6 @@ class Measurements:
             self.requests + other.requests,
             self.blocks + other.blocks,
             self.resources + other.resources,
-        )
-
-    def of_pairs(self) -> Measurements:
-        """Without what belongs to no pair: the search for the highest rate."""
-        return Measurements(
-            tuple(record for record in self.requests if record.pair >= 0),
-            tuple(block for block in self.blocks if block.pair >= 0),
-            tuple(sample for sample in self.resources if sample.pair >= 0),
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import mean
@@ -16,7 +16,8 @@ import psutil
 import pynvml
 
 from gradmap.common.gpus import Device, ask, visible_gpus
-from loadtest.records import GpuSample, Measurements, RequestRecord, ResourceSample
+from loadtest.metrics import count_tokens
+from loadtest.records import Cell, GpuSample, Measurements, ResourceSample
 
 INTERVAL_S = 0.5
 # Reasons for lower clocks that say a measurement is not what the card can do; idling and set limits
@@ -31,8 +32,8 @@ THROTTLING = (
 
 @dataclass(frozen=True)
 class ResourceUse:
-    """Of one arm at one load, over all blocks. Shares are 0 to 1; None where there is no GPU, or it
-    does not tell.
+    """What one arm used at one load, over all blocks. Shares are 0 to 1; None where there is no
+    GPU, or it does not tell.
 
     Means, but of memory the most. GPUs are averaged, their memory, power and energy added.
     energy_per_token_j: joules of the GPUs while the load ran, over the tokens it generated.
@@ -48,9 +49,37 @@ class ResourceUse:
     energy_per_token_j: float | None
 
 
+@dataclass(frozen=True)
+class Use:
+    """A field of ResourceUse, by what people call it. unit: in which it is shown; factor: to it,
+    from the unit of the field."""
+
+    key: str
+    label: str
+    unit: str
+    factor: float
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} ({self.unit})"
+
+
+# What is shown of it.
+USES = (
+    Use("cpu", "processors busy", "%", 1e2),
+    Use("memory_bytes", "memory in use", "GB", 1e-9),
+    Use("gpu", "GPU busy", "%", 1e2),
+    Use("gpu_memory_bytes", "GPU memory", "GB", 1e-9),
+    Use("gpu_power_w", "GPU power", "W", 1.0),
+    Use("gpu_clock_mhz", "GPU clock", "MHz", 1.0),
+    Use("throttled", "GPU throttled", "% of the time", 1e2),
+    Use("energy_per_token_j", "GPU energy per token", "J", 1.0),
+)
+
+
 @contextmanager
-def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
-    """Samples every half second from beginning to end of the block, in a thread; the list is whole
+def sampled(cell: Cell) -> Iterator[list[ResourceSample]]:
+    """Samples every half second from beginning to end of a load, in a thread; the list is whole
     afterwards.
 
     GPUs are those that this process may use, as may a server that it starts. Of one that it is
@@ -61,18 +90,11 @@ def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
     psutil.cpu_percent()  # counts from here
     with visible_gpus(os.environ) as gpus:
 
-        def sample() -> None:
+        def sample_until_ended() -> None:
             while not ended.wait(INTERVAL_S):
-                samples.append(
-                    ResourceSample(
-                        **{"arm": arm, "pair": pair, "load": load, "time_s": time.monotonic()},
-                        cpu=psutil.cpu_percent() / 100,
-                        memory_bytes=psutil.virtual_memory().used,
-                        gpus=tuple(map(_sample_gpu, gpus)),
-                    )
-                )
+                samples.append(_sample_machine(cell, gpus))
 
-        thread = threading.Thread(target=sample, daemon=True)
+        thread = threading.Thread(target=sample_until_ended, daemon=True)
         thread.start()
         try:
             yield samples
@@ -81,9 +103,21 @@ def sampled(arm: str, pair: int, load: str) -> Iterator[list[ResourceSample]]:
             thread.join()
 
 
+def _sample_machine(cell: Cell, gpus: Sequence[Device]) -> ResourceSample:
+    return ResourceSample(
+        arm=cell.arm,
+        pair=cell.pair,
+        load=cell.load,
+        time_s=time.monotonic(),
+        cpu=psutil.cpu_percent() / 100,
+        memory_bytes=psutil.virtual_memory().used,
+        gpus=tuple(map(_sample_gpu, gpus)),
+    )
+
+
 def _sample_gpu(gpu: Device) -> GpuSample:
-    """Of a slice, only the memory is its own: its power would be that of the whole card, neighbours
-    included."""
+    """What a GPU tells. A slice tells its memory alone: its power would be that of the whole card,
+    neighbours included."""
     memory = ask(pynvml.nvmlDeviceGetMemoryInfo, gpu.handle)
     memory_bytes = None if memory is None else memory.used
     if gpu.is_slice:
@@ -106,33 +140,29 @@ def _sample_gpu(gpu: Device) -> GpuSample:
     )
 
 
-def summarise_resources(measured: Measurements, arm: str, load: str) -> ResourceUse | None:
-    """While requests were under way; None if that was too short for a sample."""
-    records = [record for record in measured.requests if (record.arm, record.load) == (arm, load)]
-    windows = {
-        pair: (min(one.sent_s for one in block), max(one.ended_s for one in block))
-        for pair in {record.pair for record in records}
-        if (block := [record for record in records if record.pair == pair])
-    }
-    samples = [
-        sample
-        for sample in measured.resources
-        if (sample.arm, sample.load) == (arm, load)
-        and sample.pair in windows
-        and windows[sample.pair][0] <= sample.time_s <= windows[sample.pair][1]
-    ]
-    return (
-        _summarise(samples, sum(end - begin for begin, end in windows.values()), records)
-        if samples
-        else None
-    )
+def summarise_resources(blocks: Iterable[Measurements]) -> ResourceUse | None:
+    """Of the blocks of one arm at one load, while requests were under way; None if that was too
+    short for a sample."""
+    samples: list[ResourceSample] = []
+    seconds, tokens = 0.0, 0
+    for block in blocks:
+        if block.requests:
+            begin_s = min(record.sent_s for record in block.requests)
+            end_s = max(record.ended_s for record in block.requests)
+            samples += _between(block.resources, begin_s, end_s)
+            seconds += end_s - begin_s
+            tokens += count_tokens(block.requests)
+    return _summarise(samples, seconds, tokens) if samples else None
 
 
-def _summarise(
-    samples: Sequence[ResourceSample], seconds: float, records: Sequence[RequestRecord]
-) -> ResourceUse:
+def _between(
+    samples: Sequence[ResourceSample], begin_s: float, end_s: float
+) -> list[ResourceSample]:
+    return [sample for sample in samples if begin_s <= sample.time_s <= end_s]
+
+
+def _summarise(samples: Sequence[ResourceSample], seconds: float, tokens: int) -> ResourceUse:
     power_w = _over_gpus(samples, "power_w", sum)
-    tokens = sum(record.completion_tokens for record in records)
     return ResourceUse(
         cpu=mean(sample.cpu for sample in samples),
         memory_bytes=max(sample.memory_bytes for sample in samples),
@@ -150,8 +180,12 @@ def _over_gpus(
 ) -> list[Any]:
     """One value for each sample in which every GPU told it: a sum over some of them would be no
     sum."""
-    told = [[getattr(gpu, name) for gpu in sample.gpus] for sample in samples]
-    return [combine(values) for values in told if values and None not in values]
+    combined = []
+    for sample in samples:
+        told = [getattr(gpu, name) for gpu in sample.gpus]
+        if told and None not in told:
+            combined.append(combine(told))
+    return combined
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -19,18 +19,17 @@ from loadtest.conversations import RecordCount
 from loadtest.driver.stream import whole_number
 from loadtest.driving import LOAD_PREFIX, SEARCH_PAIR, WARM_UP_PAIR, Bench, run_load
 from loadtest.endpoints import Endpoint, find_endpoints, server_settings
-from loadtest.loads import CONCURRENCY, Load, find_highest_rate
-from loadtest.metrics import summarise_load
+from loadtest.loads import ClosedLoop, find_highest_rate, search_load
 from loadtest.prompts import Prompts, RandomPrompts, TextPrompts
 from loadtest.records import Measurements, append_measurements, start_files
 from loadtest.settings import DENSE, DENSE_AGAIN, Block, LoadTestSettings, check_settings, schedule
+from loadtest.summaries import summarise_load
 from loadtest.urls import is_url
 from serving.log import Log
 from serving.server import Server
 
 WARM_UP_REQUESTS = 4
-WARM_UP_LOAD = Load(CONCURRENCY, 1)
-SEARCH_ARRIVALS = "poisson"
+WARM_UP_LOAD = ClosedLoop(1)
 
 
 @dataclass
@@ -92,7 +91,7 @@ def _search_rate(endpoint: Endpoint, bench: Bench, arm: str, session: Session) -
     tell."""
 
     def meets(rate: float) -> bool:
-        load = Load(SEARCH_ARRIVALS, rate)
+        load = search_load(rate)
         measured = run_load(endpoint, bench, Block(arm, SEARCH_PAIR), load)
         session.add(measured)
         return bool(summarise_load(measured.requests, load.name, bench.settings.slos).meets_slos)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradmap.common.errors import UserError
-from loadtest.loads import CONCURRENCY, Load
+from loadtest.loads import ClosedLoop, Load, OpenLoop, closed_loops
 from loadtest.prompts import LEAST_OUTPUT_TOKENS, Workload
 from loadtest.slo import Slo
 from loadtest.urls import base_url, is_url
@@ -42,7 +42,7 @@ class LoadTestSettings:
 
     dense: str
     candidates: dict[str, str]
-    loads: tuple[Load, ...] = (Load(CONCURRENCY, 1), Load(CONCURRENCY, 8))
+    loads: tuple[Load, ...] = (ClosedLoop(1), ClosedLoop(8))
     pairs: int = 6
     interleaved: bool = True
     requests_per_load: int = 8
@@ -67,15 +67,14 @@ class LoadTestSettings:
     def requests_at(self, load: Load) -> int:
         """Enough for the load to be sustained: two full rounds of the concurrency, or the length of
         an open loop."""
-        enough = load.level * self.open_loop_s if load.is_open else 2 * load.level
-        return max(self.requests_per_load, math.ceil(enough))
+        return max(self.requests_per_load, math.ceil(load.enough_requests(self.open_loop_s)))
 
     def processes_at(self, load: Load) -> int:
         """Each gets a request at least, and as many users as every other: in a closed loop, the
         largest number that divides the level."""
-        if load.is_open:
+        if isinstance(load, OpenLoop):
             return min(self.processes, self.requests_at(load))
-        return max(count for count in range(1, self.processes + 1) if int(load.level) % count == 0)
+        return max(count for count in range(1, self.processes + 1) if load.level % count == 0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def check_settings(settings: LoadTestSettings) -> None:
         raise UserError(
             f"--quick is for fewer than {PAIRS_FOR_A_VERDICT} pairs; leave it out, or --pairs."
         )
-    if not any(load.pattern == CONCURRENCY for load in settings.loads):
+    if not closed_loops(settings.loads):
         raise UserError("--concurrency is needed: the verdict is about a closed loop.")
     if settings.processes < 1:
         raise UserError(f"--processes is {settings.processes}; at least 1 is needed.")
@@ -157,7 +156,7 @@ def _check_loads(settings: LoadTestSettings) -> None:
     for load in settings.loads:
         if not 0 < load.level < math.inf:
             raise UserError("--concurrency must be 1 or more, and --rate a finite number above 0.")
-        enough = load.level * (settings.open_loop_s if load.is_open else 2)
+        enough = load.enough_requests(settings.open_loop_s)
         if max(enough, settings.requests_per_load) > MOST_REQUESTS:
             raise UserError(
                 f"{load.label} would take more than {MOST_REQUESTS} requests a block; lower it, "

@@ -3,14 +3,14 @@ against it out."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from loadtest.loads import Load
-from loadtest.metrics import measure
-from loadtest.records import BlockRecord, Measurements, RequestRecord
+from loadtest.cells import Cells
+from loadtest.loads import ClosedLoop
+from loadtest.metrics import TTFT, count_tokens, measure
+from loadtest.records import Cell, RequestRecord
 from loadtest.settings import LoadTestSettings, schedule
 
 MAX_SEND_LAG_S = 0.05
@@ -21,143 +21,117 @@ MIN_IN_FLIGHT = 0.95
 # held back.
 BURST_S = 0.0002
 
-# arm, pair, load
-Place = tuple[str, int, str]
 
-
-def find_faults(measured: Measurements, settings: LoadTestSettings) -> list[str]:
+def find_faults(cells: Cells, settings: LoadTestSettings) -> list[str]:
     """Reasons why nothing may be concluded from what was measured; empty if it is sound."""
-    expected = {
-        (block.arm, block.pair, load.name): settings.requests_at(load)
-        for block in schedule(settings)
-        for load in settings.loads
-    }
-    records, blocks = measured.requests, measured.blocks
-    faults = [*_missing(measured, expected), *_failed(records), *_slow_client(records, blocks)]
-    faults += [*_lost_tokens(records, blocks), *_idle_client(records, settings.loads)]
+    expected = _expected_requests(settings)
+    faults = [*_missing(cells, expected), *_failed(cells), *_slow_client(cells)]
+    faults += [*_lost_tokens(cells), *_idle_client(cells, settings)]
     # what did not happen has no times
-    return faults or list(_bursts(records, expected))
+    return faults or list(_bursts(cells, expected))
 
 
-def _missing(measured: Measurements, expected: dict[Place, int]) -> list[str]:
+def _expected_requests(settings: LoadTestSettings) -> dict[Cell, int]:
+    expected = {}
+    for block in schedule(settings):
+        for load in settings.loads:
+            expected[Cell(block.arm, block.pair, load.name)] = settings.requests_at(load)
+    return expected
+
+
+def _missing(cells: Cells, expected: Mapping[Cell, int]) -> list[str]:
     """What should have been measured and was not; also what was and should not."""
-    records = Counter((record.arm, record.pair, record.load) for record in measured.requests)
-    if records != expected:
-        if records.total() != sum(expected.values()):
-            return [f"{records.total()} of {sum(expected.values())} requests were recorded"]
-        place = next(
-            place for place in (*expected, *records) if records[place] != expected.get(place, 0)
-        )
-        return [
-            f"{records[place]} of {expected.get(place, 0)} requests were recorded in "
-            f"{_where(place)}"
-        ]
-    blocks = Counter((block.arm, block.pair, block.load) for block in measured.blocks)
-    unknown = next((place for place in expected if blocks[place] != 1), None)
-    return (
-        []
-        if unknown is None
-        else [f"how busy the load generator was is not recorded in {_where(unknown)}"]
-    )
+    found = {cell: len(of_cell.requests) for cell, of_cell in cells.by_cell.items()}
+    if sum(found.values()) != sum(expected.values()):
+        return [f"{sum(found.values())} of {sum(expected.values())} requests were recorded"]
+    for cell in (*expected, *found):
+        counts = found.get(cell, 0), expected.get(cell, 0)
+        if counts[0] != counts[1]:
+            return [f"{counts[0]} of {counts[1]} requests were recorded in {cell}"]
+    for cell in expected:
+        if len(cells.at(cell).blocks) != 1:
+            return [f"how busy the load generator was is not recorded in {cell}"]
+    return []
 
 
-def _failed(records: Sequence[RequestRecord]) -> list[str]:
-    failed = [record for record in records if record.error is not None]
-    return (
-        [f"{len(failed)} of {len(records)} requests failed (the first: {failed[0].error})"]
-        if failed
-        else []
-    )
+def _failed(cells: Cells) -> Iterator[str]:
+    errors = [record.error for record in _requests(cells)]
+    failed = [error for error in errors if error is not None]
+    if failed:
+        yield f"{len(failed)} of {len(errors)} requests failed (the first: {failed[0]})"
 
 
-def _slow_client(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]) -> list[str]:
+def _slow_client(cells: Cells) -> Iterator[str]:
     """A load generator that cannot keep up measures itself."""
-    faults = []
-    lags_s = [
-        record.sent_s - record.scheduled_s for record in records if record.scheduled_s is not None
-    ]
+    lags_s = []
+    for record in _requests(cells):
+        if record.scheduled_s is not None:
+            lags_s.append(record.sent_s - record.scheduled_s)
     lag_s = float(np.percentile(lags_s, 99)) if lags_s else 0.0
     if lag_s > MAX_SEND_LAG_S:
-        faults.append(
-            f"requests were sent late (p99 {1000 * lag_s:.0f} ms, at most "
-            f"{1000 * MAX_SEND_LAG_S:.0f})"
-        )
+        limits = f"p99 {1000 * lag_s:.0f} ms, at most {1000 * MAX_SEND_LAG_S:.0f}"
+        yield f"requests were sent late ({limits})"
+    blocks = [block for of_cell in cells.by_cell.values() for block in of_cell.blocks]
     busiest = max((block.client_cpu for block in blocks), default=0.0)
     if busiest > MAX_CLIENT_CPU:
         limit = f"at most {100 * MAX_CLIENT_CPU:.0f}%"
-        faults.append(f"the load generator was busy {100 * busiest:.0f}% of the time ({limit})")
-    return faults
+        yield f"the load generator was busy {100 * busiest:.0f}% of the time ({limit})"
 
 
-def _idle_client(records: Sequence[RequestRecord], loads: Sequence[Load]) -> list[str]:
+def _idle_client(cells: Cells, settings: LoadTestSettings) -> list[str]:
     """In a closed loop, so many requests are in flight as its concurrency says, until the last one
     is sent.
 
     By Little's law their mean number is the time that requests took together over the time that
     passed.
     """
-    for load in (load for load in loads if not load.is_open):
-        of_load = [record for record in records if record.load == load.name]
-        for arm, pair in sorted({(record.arm, record.pair) for record in of_load}):
-            in_flight = mean_in_flight(_of(of_load, (arm, pair, load.name)))
-            if in_flight is not None and in_flight < MIN_IN_FLIGHT * load.level:
-                where = f"{arm}, pair {pair + 1}, {load.label}"
-                return [
-                    f"only {in_flight:.2f} requests were in flight on average ({where}): the "
-                    "client paused"
-                ]
+    closed = {load.name: load for load in settings.loads if isinstance(load, ClosedLoop)}
+    for cell, of_cell in cells.by_cell.items():
+        if cell.load not in closed or not of_cell.requests:
+            continue
+        load, in_flight = closed[cell.load], mean_in_flight(of_cell.requests)
+        if in_flight is not None and in_flight < MIN_IN_FLIGHT * load.level:
+            where = f"{cell.arm}, pair {cell.pair + 1}, {load.label}"
+            seen = f"only {in_flight:.2f} requests were in flight on average ({where})"
+            return [f"{seen}: the client paused"]
     return []
 
 
 def mean_in_flight(records: Sequence[RequestRecord]) -> float | None:
     """From the first to the last time that a request was sent; None if all were sent at once."""
-    first_s, last_s = (
-        min(record.sent_s for record in records),
-        max(record.sent_s for record in records),
-    )
+    first_s = min(record.sent_s for record in records)
+    last_s = max(record.sent_s for record in records)
     if first_s == last_s:
         return None
-    return sum(min(record.ended_s, last_s) - record.sent_s for record in records) / (
-        last_s - first_s
-    )
+    together_s = sum(min(record.ended_s, last_s) - record.sent_s for record in records)
+    return together_s / (last_s - first_s)
 
 
-def _lost_tokens(records: Sequence[RequestRecord], blocks: Sequence[BlockRecord]) -> list[str]:
+def _lost_tokens(cells: Cells) -> list[str]:
     """Tokens that the server made and the client did not see, or somebody else did."""
-    for block in blocks:
-        place = (block.arm, block.pair, block.load)
-        seen = sum(record.completion_tokens for record in _of(records, place))
-        if block.server_tokens is not None and block.server_tokens != seen:
-            return [
-                f"the server generated {block.server_tokens} tokens and {seen} arrived "
-                f"({_where(place)})"
-            ]
+    for cell, of_cell in cells.by_cell.items():
+        seen = count_tokens(of_cell.requests)
+        for block in of_cell.blocks:
+            if block.server_tokens is not None and block.server_tokens != seen:
+                made = f"the server generated {block.server_tokens} tokens and {seen} arrived"
+                return [f"{made} ({cell})"]
     return []
 
 
-def _bursts(records: Sequence[RequestRecord], expected: dict[Place, int]) -> Iterator[str]:
+def _bursts(cells: Cells, expected: Mapping[Cell, int]) -> Iterator[str]:
     """A server, or a proxy, that sends everything at the end hides how long a token takes: all of
     it is in the TTFT."""
-    for place in expected:
-        metrics = [measure(record) for record in _of(records, place)]
-        tpot_s = float(np.median([one.tpot_s or 0.0 for one in metrics]))
+    for cell in expected:
+        records = cells.at(cell).requests
+        tpot_s = float(np.median([measure(record).tpot_s or 0.0 for record in records]))
         if tpot_s < BURST_S:
-            burst = (
-                f"tokens arrived in a burst, {1e6 * tpot_s:.0f} microseconds apart "
-                f"({_where(place)})"
-            )
+            burst = f"tokens arrived in a burst, {1e6 * tpot_s:.0f} microseconds apart ({cell})"
             yield f"{burst}: the server or a proxy holds them back, so that TPOT means nothing"
             return
-        if float(np.median([one.ttft_s for one in metrics])) <= 0:
-            where = _where(place)
-            yield f"first tokens arrived when their requests were sent ({where}), which cannot be"
+        if TTFT.stand_for(records) <= 0:
+            yield f"first tokens arrived when their requests were sent ({cell}), which cannot be"
             return
 
 
-def _of(records: Sequence[RequestRecord], place: Place) -> list[RequestRecord]:
-    return [record for record in records if (record.arm, record.pair, record.load) == place]
-
-
-def _where(place: Place) -> str:
-    arm, pair, load = place
-    return f"{arm}, pair {pair + 1}, {load}"
+def _requests(cells: Cells) -> list[RequestRecord]:
+    return [record for of_cell in cells.by_cell.values() for record in of_cell.requests]

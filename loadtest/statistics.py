@@ -12,18 +12,23 @@ import numpy as np
 from scipy import stats
 
 from gradmap.common.verdict import Judgement, Verdict
-from loadtest.loads import Load
-from loadtest.metrics import measure, output_throughput, values_of
+from loadtest.cells import Cells
+from loadtest.loads import ClosedLoop, Load, closed_loops
+from loadtest.metrics import BY_NAME, COMPARED, E2EL, MAIN, TPOT, Metric
 from loadtest.records import RequestRecord
 from loadtest.settings import PAIRS_FOR_A_VERDICT
 
 CONFIDENCE = 0.95
-METRICS = ("tpot", "ttft", "e2el", "output_throughput")
+# The one that the verdict is about, at the lowest concurrency.
+VERDICT_METRIC = TPOT
 # Pairs whose ratios differ by less were not measured: clocks and servers scatter by far more.
 LEAST_WIDTH = 1e-9
 # Of what a request gains between its first and its last token, end-to-end latency must have so
 # much.
 LEAST_SHARE = 0.5
+
+# The requests of two blocks that are compared: the baseline's, the candidate's.
+Pair = tuple[Sequence[RequestRecord], Sequence[RequestRecord]]
 
 
 @dataclass(frozen=True)
@@ -39,23 +44,12 @@ class SpeedUp:
     ratios: tuple[float, ...]
 
 
-def block_metric(records: Sequence[RequestRecord], metric: str) -> float:
-    """The number that stands for one block: the median TTFT, TPOT or E2EL of its requests (s), or
-    its tokens/s."""
-    if metric == "output_throughput":
-        throughput = output_throughput(records)
-        assert throughput is not None
-        return throughput
-    return float(np.median(values_of([measure(record) for record in records], metric)))
-
-
 def pair_ratio(
-    baseline: Sequence[RequestRecord], candidate: Sequence[RequestRecord], metric: str
+    baseline: Sequence[RequestRecord], candidate: Sequence[RequestRecord], metric: Metric
 ) -> float:
-    """Baseline over candidate for times, candidate over baseline for throughput: above 1, the
-    candidate is faster."""
-    ratio = block_metric(baseline, metric) / block_metric(candidate, metric)
-    return 1 / ratio if metric == "output_throughput" else ratio
+    """How many times better the candidate is, of two blocks: above 1, it is faster."""
+    ratio = metric.stand_for(baseline) / metric.stand_for(candidate)
+    return ratio if metric.better == "lower" else 1 / ratio
 
 
 def speed_up(ratios: Sequence[float]) -> SpeedUp:
@@ -80,75 +74,62 @@ def interval(values: Sequence[float]) -> tuple[float | None, float, float | None
     return center - margin, center, center + margin
 
 
-def compute_speed_ups(
-    records: Sequence[RequestRecord], arm: str, against: str, load: Load
-) -> dict[str, SpeedUp]:
-    """How much faster `arm` is than `against` at one load; metric -> speed-up.
-
-    In an open loop, throughput is what arrives and no property of the server, so that it is left
-    out.
-    """
-    of_load = [record for record in records if record.load == load.name]
-    pairs = sorted({record.pair for record in of_load if record.arm == arm})
-    metrics = [metric for metric in METRICS if not (load.is_open and metric == "output_throughput")]
-    return {
-        metric: speed_up(
-            [
-                pair_ratio(_block(of_load, against, pair), _block(of_load, arm, pair), metric)
-                for pair in pairs
-            ]
-        )
-        for metric in metrics
-    }
+def compute_speed_ups(cells: Cells, arm: str, against: str, load: Load) -> dict[str, SpeedUp]:
+    """How much faster `arm` is than `against` at one load; name of a metric -> speed-up."""
+    blocks = _blocks_of_pairs(cells, arm, against, load)
+    speed_ups = {}
+    for metric in COMPARED:
+        if metric.in_open_loop or isinstance(load, ClosedLoop):
+            ratios = [pair_ratio(baseline, own, metric) for baseline, own in blocks]
+            speed_ups[metric.name] = speed_up(ratios)
+    return speed_ups
 
 
-def main_load(loads: Sequence[Load]) -> Load:
-    """The one that the verdict is about: the lowest concurrency."""
-    return min((load for load in loads if not load.is_open), key=lambda load: load.level)
+def _blocks_of_pairs(cells: Cells, arm: str, against: str, load: Load) -> list[Pair]:
+    """For every pair that `arm` has, the requests of `against` and its own."""
+    baseline = cells.pairs(against, load.name)
+    own = cells.pairs(arm, load.name)
+    return [(baseline[pair].requests, own[pair].requests) for pair in own]
 
 
 def headline(
     by_load: Mapping[str, dict[str, SpeedUp]], loads: Sequence[Load]
 ) -> dict[str, SpeedUp]:
-    """TTFT and TPOT at the lowest concurrency, output throughput at the highest."""
-    busiest = max((load for load in loads if not load.is_open), key=lambda load: load.level)
-    lowest, highest = by_load[main_load(loads).name], by_load[busiest.name]
-    return {
-        "tpot": lowest["tpot"],
-        "ttft": lowest["ttft"],
-        "output_throughput": highest["output_throughput"],
-    }
+    """The main metrics, the verdict's first: of requests at the lowest concurrency, of throughput
+    at the highest."""
+    closed = closed_loops(loads)
+    lowest, highest = closed[0], closed[-1]
+    speed_ups = {}
+    for metric in sorted(MAIN, key=lambda metric: metric is not VERDICT_METRIC):
+        load = lowest if metric.of_request else highest
+        speed_ups[metric.name] = by_load[load.name][metric.name]
+    return speed_ups
 
 
 def find_losses(now: Mapping[str, SpeedUp], before: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Speed-ups that are surely lower than they were: the intervals do not overlap. `before`: as
     report.json has it."""
     losses = []
-    for metric, value in now.items():
-        low = before.get(metric, {}).get("low")
+    for name, value in now.items():
+        low = before.get(name, {}).get("low")
         if low is not None and value.high is not None and value.high < low:
-            values = f"{value.value:.2f}x, was {before[metric]['value']:.2f}x"
-            losses.append(f"{metric.replace('_', ' ')} speed-up {values}")
+            values = f"{value.value:.2f}x, was {before[name]['value']:.2f}x"
+            losses.append(f"{BY_NAME[name].label} speed-up {values}")
     return losses
 
 
-def find_held_back(
-    records: Sequence[RequestRecord], arm: str, against: str, load: Load
-) -> str | None:
+def find_held_back(cells: Cells, arm: str, against: str, load: Load) -> str | None:
     """What is wrong where TPOT gains what end-to-end latency does not; None where nothing is, or
     one pair cannot tell.
 
     A server that holds tokens back before it sends the first moves their time from TPOT into TTFT,
     and seems faster.
     """
-    of_load = [record for record in records if record.load == load.name]
-    pairs = sorted({record.pair for record in of_load if record.arm == arm})
-    blocks = [(_block(of_load, against, pair), _block(of_load, arm, pair)) for pair in pairs]
-    decoding, whole = (
-        [spent(dense) - spent(own) for dense, own in blocks] for spent in (_decoding_s, _whole_s)
-    )
+    blocks = _blocks_of_pairs(cells, arm, against, load)
+    decoding = [_decoding_s(baseline) - _decoding_s(own) for baseline, own in blocks]
+    whole = [E2EL.stand_for(baseline) - E2EL.stand_for(own) for baseline, own in blocks]
     missing = [LEAST_SHARE * gained - kept for gained, kept in zip(decoding, whole, strict=True)]
-    gained_ms, kept_ms = (1000 * float(np.mean(gains)) for gains in (decoding, whole))
+    gained_ms, kept_ms = 1000 * float(np.mean(decoding)), 1000 * float(np.mean(whole))
     low = interval(missing)[0]
     if gained_ms <= 0 or low is None or low <= 0:
         return None
@@ -163,13 +144,9 @@ def find_held_back(
 
 
 def _decoding_s(records: Sequence[RequestRecord]) -> float:
-    return float(
-        np.median([record.chunk_times_s[-1] - record.chunk_times_s[0] for record in records])
-    )
-
-
-def _whole_s(records: Sequence[RequestRecord]) -> float:
-    return block_metric(records, "e2el")
+    """Of a block, the median time from a request's first token to its last one."""
+    times_s = [record.chunk_times_s for record in records]
+    return float(np.median([arrivals_s[-1] - arrivals_s[0] for arrivals_s in times_s]))
 
 
 def judge(speed_up: SpeedUp, required: float) -> Judgement:
@@ -203,7 +180,3 @@ def judge(speed_up: SpeedUp, required: float) -> Judgement:
         )
         return Judgement(Verdict.INCONCLUSIVE, f"{reason} (it takes {PAIRS_FOR_A_VERDICT})")
     return Judgement(Verdict.PASS, f"{described}, is above the required {required:.2f}x")
-
-
-def _block(records: Sequence[RequestRecord], arm: str, pair: int) -> list[RequestRecord]:
-    return [record for record in records if (record.arm, record.pair) == (arm, pair)]

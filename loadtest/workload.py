@@ -8,12 +8,13 @@ from pathlib import Path
 
 from gradmap.common.files import write_json
 from gradmap.common.reading import checked, read_json
-from loadtest.loads import Load, arrival_times
+from loadtest.arrivals import arrival_times
+from loadtest.loads import Load, OpenLoop
 from loadtest.prompts import Prompts
 
 
 @dataclass(frozen=True)
-class Request:
+class CompletionRequest:
     """One completion to ask for: `output_tokens` new tokens, neither more nor fewer, greedily.
 
     due_s: when, in seconds from the beginning of an open loop; None in a closed one. cache_salt:
@@ -29,21 +30,24 @@ class Request:
 
 def draw_requests(
     prompts: Prompts, name: str, count: int, load: Load, seed: int, cache_salt: str | None = None
-) -> list[Request]:
+) -> list[CompletionRequest]:
     """The requests of one load; with the same name the same ones, due at the same times."""
-    due: Sequence[float | None] = (
-        arrival_times(load, count, f"{seed} {name}") if load.is_open else [None] * count
-    )
-    return [
-        Request(f"{name}-{index}", prompt.token_ids, prompt.output_tokens, due_s, cache_salt)
-        for index, (prompt, due_s) in enumerate(zip(prompts.take(name, count), due, strict=True))
-    ]
+    due: Sequence[float | None] = [None] * count
+    if isinstance(load, OpenLoop):
+        due = arrival_times(load.pattern, load.level, count, f"{seed} {name}")
+    requests: list[CompletionRequest] = []
+    for prompt, due_s in zip(prompts.take(name, count), due, strict=True):
+        number = f"{name}-{len(requests)}"
+        requests.append(
+            CompletionRequest(number, prompt.token_ids, prompt.output_tokens, due_s, cache_salt)
+        )
+    return requests
 
 
-def save_requests(path: Path, requests: list[Request]) -> None:
+def save_requests(path: Path, requests: list[CompletionRequest]) -> None:
     write_json(path, [asdict(request) for request in requests])
 
 
-def load_requests(path: Path) -> list[Request]:
+def load_requests(path: Path) -> list[CompletionRequest]:
     """Raises UserError if they are none."""
-    return checked(list[Request], read_json(path), path)
+    return checked(list[CompletionRequest], read_json(path), path)

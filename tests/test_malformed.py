@@ -34,7 +34,7 @@ from gradmap.pruning.plan import Plan, load_calibration_ids, load_changes, load_
 from gradmap.pruning.presets import choose_methods
 from gradmap.pruning.prune import prune_less
 from gradmap.pruning.settings import PruneSettings
-from loadtest.loads import Load
+from loadtest.loads import OpenLoop
 from loadtest.pipeline.recipe import load_recipe
 from loadtest.prompts import RandomPrompts, Workload
 from loadtest.workload import draw_requests, load_requests, save_requests
@@ -157,7 +157,7 @@ def made(picos: dict[str, Pico], word_file: Path, tmp_path_factory: pytest.TempP
     write_json(out / "gradmap.json", make_record(load_plan(out / "plan")).model_dump())
     save_requests(
         out / "requests.json",
-        draw_requests(RandomPrompts(Workload(), 9), "a", 2, Load("constant", 4.0), 0),
+        draw_requests(RandomPrompts(Workload(), 9), "a", 2, OpenLoop("constant", 4.0), 0),
     )
     (out / "text.jsonl").write_text('{"text": {"body": ["a"]}}')
     return out

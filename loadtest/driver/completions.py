@@ -15,24 +15,15 @@ from geventhttpclient import HTTPClient
 
 from gradmap.runtimes.openai_api import authorization
 from loadtest.driver.stream import Stream, StreamError, error_in, server_sent_events, shortened
-from loadtest.metrics import RequestMetrics, measure
-from loadtest.records import RequestRecord
+from loadtest.metrics import E2EL, OF_REQUESTS, measure
+from loadtest.records import Cell, RequestRecord
 from loadtest.urls import base_url, completions_path
-from loadtest.workload import Request
+from loadtest.workload import CompletionRequest
 
 CONNECT_TIMEOUT_S = 10.0
 DONE = "[DONE]"
 # Of an error's body, so much is read.
 KEPT_BYTES = 1 << 14
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What a record says of where it belongs."""
-
-    arm: str
-    pair: int
-    load: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ def connect(url: str, model: str, connections: int, timeout_s: float) -> Client:
 
 
 def stream_completion(
-    client: Client, request: Request, labels: Labels, scheduled_s: float | None
+    client: Client, request: CompletionRequest, cell: Cell, scheduled_s: float | None
 ) -> RequestRecord:
     """Whatever goes wrong is in the record."""
     stream = Stream()
@@ -77,9 +68,9 @@ def stream_completion(
     ended_s = time.monotonic()
     arrivals, error = _settle(stream, error, request)
     return RequestRecord(
-        arm=labels.arm,
-        pair=labels.pair,
-        load=labels.load,
+        arm=cell.arm,
+        pair=cell.pair,
+        load=cell.load,
         request=request.id,
         prompt_tokens=len(request.prompt),
         requested_tokens=request.output_tokens,
@@ -93,7 +84,7 @@ def stream_completion(
     )
 
 
-def _request_body(model: str, request: Request) -> bytes:
+def _request_body(model: str, request: CompletionRequest) -> bytes:
     body: dict[str, Any] = {
         "model": model,
         "prompt": request.prompt,
@@ -156,7 +147,7 @@ def _said(body: bytes) -> str:
 
 
 def _settle(
-    stream: Stream, error: str | None, request: Request
+    stream: Stream, error: str | None, request: CompletionRequest
 ) -> tuple[list[tuple[float, int]], str | None]:
     """When how many tokens had come, and what went wrong, first of all what was noticed before."""
     try:
@@ -170,7 +161,8 @@ def _settle(
 
 
 def report_to_locust(environment: Any, record: RequestRecord) -> None:
-    """Shows TTFT, TPOT and E2EL as named entries on Locust's own pages."""
+    """Shows TTFT, TPOT and E2EL as named entries on Locust's own pages, in milliseconds."""
+    fire = environment.events.request.fire
     common = {
         "request_type": "completion",
         "response_length": record.completion_tokens,
@@ -178,15 +170,8 @@ def report_to_locust(environment: Any, record: RequestRecord) -> None:
     }
     if record.error is not None:
         error = RuntimeError(record.error)
-        environment.events.request.fire(name="E2EL", response_time=None, exception=error, **common)
+        fire(name=E2EL.label, response_time=None, exception=error, **common)
         return
-    metrics: RequestMetrics = measure(record)
-    for name, value_s in (
-        ("TTFT", metrics.ttft_s),
-        ("TPOT", metrics.tpot_s),
-        ("E2EL", metrics.e2el_s),
-    ):
-        if value_s is not None:
-            environment.events.request.fire(
-                name=name, response_time=value_s * 1000, exception=None, **common
-            )
+    for metric in OF_REQUESTS:
+        for value_s in metric.values([measure(record)]):
+            fire(name=metric.label, response_time=1000 * value_s, exception=None, **common)

@@ -19,14 +19,15 @@ import httpx
 from locust import User, constant, events, task
 
 from gradmap.runtimes.openai_api import choose_model, open_client, served_models
-from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
-from loadtest.loads import CONCURRENCY, Load
+from loadtest.driver.completions import connect, report_to_locust, stream_completion
+from loadtest.loads import ClosedLoop
 from loadtest.prompts import RandomPrompts, Workload
+from loadtest.records import Cell
 from loadtest.urls import base_url
 from loadtest.workload import draw_requests
 
-LABELS = Labels("endpoint", 0, "locust")
-ONE = Load(CONCURRENCY, 1)
+CELL = Cell("endpoint", 0, "locust")
+ONE = ClosedLoop(1)
 
 
 @events.init_command_line_parser.add_listener
@@ -75,7 +76,7 @@ class CompletionUser(User):
         (request,) = draw_requests(
             self.prompts, str(next(self._numbers)), 1, ONE, 0, self.cache_salt
         )
-        record = stream_completion(self.client, request, LABELS, None)
+        record = stream_completion(self.client, request, CELL, None)
         report_to_locust(self.environment, record)
 
 

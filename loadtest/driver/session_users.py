@@ -29,9 +29,9 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from gradmap.common.files import write_json
 from gradmap.common.parent_death import end_with_parent
-from loadtest.driver.completions import Labels, connect, report_to_locust, stream_completion
-from loadtest.records import RequestRecord, to_json_line
-from loadtest.workload import Request, load_requests
+from loadtest.driver.completions import connect, report_to_locust, stream_completion
+from loadtest.records import Cell, RequestRecord, to_json_line
+from loadtest.workload import CompletionRequest, load_requests
 
 MAX_CONNECTIONS = 4096
 FINISHED, FAILED = "finished", "failed"
@@ -68,14 +68,14 @@ def end_with_the_master(**_: Any) -> None:
     os.register_at_fork(after_in_child=partial(end_with_parent, os.getpid()))
 
 
-class Block:
+class Work:
     """The requests still to send, and the file that records go to. Shared by all users of the
     process."""
 
     def __init__(self, environment: Any) -> None:
         self.environment = environment
         self.options = environment.parsed_options
-        self.labels = Labels(self.options.arm, self.options.pair, self.options.load)
+        self.cell = Cell(self.options.arm, self.options.pair, self.options.load)
         worker = (
             environment.runner.worker_index if isinstance(environment.runner, WorkerRunner) else 0
         )
@@ -148,17 +148,17 @@ def end_with_the_last_worker(environment: Any, **_: Any) -> None:
 
 
 @events.test_start.add_listener
-def open_block(environment: Any, **_: Any) -> None:
+def open_work(environment: Any, **_: Any) -> None:
     if not isinstance(environment.runner, MasterRunner):
         with ending_at_failures(environment):
-            environment.block = Block(environment)
+            environment.work = Work(environment)
 
 
 @events.test_stop.add_listener
-def close_block(environment: Any, **_: Any) -> None:
+def close_work(environment: Any, **_: Any) -> None:
     if not isinstance(environment.runner, MasterRunner):
         try:
-            environment.block.close()
+            environment.work.close()
         except OSError:
             environment.process_exit_code = os.EX_IOERR
             raise  # for Locust's log
@@ -172,8 +172,8 @@ class FileUser(User):
     connections = 1
 
     def on_start(self) -> None:
-        self.block: Block = self.environment.block
-        options = self.block.options
+        self.work: Work = self.environment.work
+        options = self.work.options
         self.client = connect(
             self.host, options.served_model, self.connections, options.request_timeout_s
         )
@@ -181,11 +181,9 @@ class FileUser(User):
     def on_stop(self) -> None:
         self.client.http.close()
 
-    def complete(self, request: Request, scheduled_s: float | None) -> None:
+    def complete(self, request: CompletionRequest, scheduled_s: float | None) -> None:
         with ending_at_failures(self.environment):
-            self.block.finish(
-                stream_completion(self.client, request, self.block.labels, scheduled_s)
-            )
+            self.work.finish(stream_completion(self.client, request, self.work.cell, scheduled_s))
 
 
 class ClosedLoopUser(FileUser):
@@ -193,9 +191,9 @@ class ClosedLoopUser(FileUser):
 
     @task
     def complete_next(self) -> None:
-        if not self.block.waiting:
+        if not self.work.waiting:
             raise StopUser
-        self.complete(self.block.waiting.popleft(), None)
+        self.complete(self.work.waiting.popleft(), None)
 
 
 class OpenLoopUser(FileUser):
@@ -207,8 +205,8 @@ class OpenLoopUser(FileUser):
     def dispatch(self) -> None:
         started_s = time.monotonic()
         requests = Group()
-        while self.block.waiting:
-            request = self.block.waiting.popleft()
+        while self.work.waiting:
+            request = self.work.waiting.popleft()
             assert request.due_s is not None
             scheduled_s = started_s + request.due_s
             gevent.sleep(max(0.0, scheduled_s - time.monotonic()))

@@ -17,7 +17,7 @@ from pydantic import (
 from gradmap.common.errors import UserError
 from gradmap.common.reading import Strict, checked, read_yaml
 from gradmap.pruning.settings import SEEDS
-from loadtest.loads import Arrivals
+from loadtest.arrivals import Arrivals
 from loadtest.prompts import LEAST_OUTPUT_TOKENS
 from loadtest.slo import parse_slo
 

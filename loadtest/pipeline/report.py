@@ -15,6 +15,8 @@ from gradmap.evaluation.answers import NEW_TOKENS
 from gradmap.evaluation.table import describe_retained, tabulate
 from gradmap.pruning.plan import Plan, load_plan
 from loadtest.figures import draw_load_test
+from loadtest.loads import load_labels
+from loadtest.metrics import BY_NAME, MAIN, Distribution, Metric
 from loadtest.outcome import read_report
 from loadtest.page import as_markup, markdown_table, render_template
 from loadtest.pipeline.figures import draw_accuracy, draw_importance, draw_perplexity
@@ -43,9 +45,8 @@ class Findings:
 
 def write_report(
     out: Path, timings_s: dict[str, float], environment: dict[str, str] | None = None
-) -> Result:
-    """Reads the stages' results below `out`, writes the three files, returns what result.json
-    holds.
+) -> Findings:
+    """Reads the stages' results below `out` and writes the three files.
 
     timings_s: seconds each stage took when it last ran. environment: of the run; by default this
     machine's.
@@ -58,18 +59,18 @@ def write_report(
     write_json(out / RESULT_FILE, result.model_dump(mode="json"))
     write_text(out / PAGE, render_html(findings))
     write_text(out / SUMMARY, render_markdown(findings))
-    return result
+    return findings
 
 
-def summary_rows(result: Result) -> list[Row]:
+def summary_rows(findings: Findings) -> list[Row]:
     """What is measured, dense, pruned, and pruned over dense."""
-    dense, pruned = result.dense, result.pruned
+    dense, pruned = findings.result.dense, findings.result.pruned
     return [
         _row("layers", "{:.0f}", dense.layers, pruned.layers),
         _row("parameters (M)", "{:.1f}", dense.parameters / 1e6, pruned.parameters / 1e6),
         _row("weights served (MB)", "{:.0f}", dense.bytes / 1e6, pruned.bytes / 1e6),
         *_quality_rows(dense, pruned),
-        *_speed_rows(result.loadtest.arms),
+        *_speed_rows(findings),
     ]
 
 
@@ -85,19 +86,21 @@ def _quality_rows(dense: Side, pruned: Side) -> list[Row]:
     return rows
 
 
-def _speed_rows(arms: Mapping[str, Mapping[str, LoadReport]]) -> list[Row]:
-    rows = []
-    for load, dense in arms["dense"].items():
-        pruned, level = arms["pruned"][load], load.replace("_", " ")
-        for metric in ("ttft", "tpot"):
-            times = [getattr(summary, f"{metric}_s") for summary in (dense, pruned)]
-            if all(times):
-                medians = [time.median * 1000 for time in times]
-                rows.append(_row(f"{metric.upper()} median (ms), {level}", "{:.1f}", *medians))
-        if dense.output_throughput and pruned.output_throughput:
-            rates = (dense.output_throughput, pruned.output_throughput)
-            rows.append(_row(f"output tokens/s, {level}", "{:.1f}", *rates))
+def _speed_rows(findings: Findings) -> list[Row]:
+    arms, rows = findings.result.loadtest.arms, []
+    for load, label in load_labels(findings.load_report).items():
+        for metric in MAIN:
+            dense, pruned = (_number(metric, arms[arm][load]) for arm in ("dense", "pruned"))
+            if dense and pruned:
+                rows.append(_row(f"{metric.title}, {label}", "{:.1f}", dense, pruned))
     return rows
+
+
+def _number(metric: Metric, summary: LoadReport) -> float | None:
+    """Of a distribution its median, in the unit that is shown; None where it is not known."""
+    value = getattr(summary, metric.key)
+    number = value.median if isinstance(value, Distribution) else value
+    return None if number is None else metric.factor * number
 
 
 def _row(name: str, form: str, dense: float, pruned: float) -> Row:
@@ -118,7 +121,7 @@ def render_html(findings: Findings) -> str:
         TEMPLATE,
         plan=plan,
         result=result,
-        rows=summary_rows(result),
+        rows=summary_rows(findings),
         speed_up_lines=speed_up_lines(findings.load_report),
         figures=as_markup(draw_load_test(findings.load_report, findings.records)),
         quality_table=tabulate(contents),
@@ -133,17 +136,17 @@ def render_markdown(findings: Findings) -> str:
     result, plan = findings.result, findings.plan
     quality = tabulate(result.model_dump())
     removed = f"{len(plan.removal_order)} of {plan.base_model.layers} layers"
-    lines = [f"## gradmap: {_code(result.model)} without {removed}", ""]
+    lines = [f"## gradmap: {_code(result.model_name)} without {removed}", ""]
     for gate, judged in result.judgements.items():
         lines.append(f"- {gate}: **{judged.verdict}**: {markdown(judged.reason)}.")
-    lines += ["", *markdown_table(SUMMARY_COLUMNS, summary_rows(result))]
+    lines += ["", *markdown_table(SUMMARY_COLUMNS, summary_rows(findings))]
     lines += ["", *markdown_table(quality.columns, quality.rows)]
     lines += ["", f"Removed layers, in order: {', '.join(map(str, plan.removal_order))}."]
-    for metric, speed_up in result.loadtest.speedup.items():
+    for name, speed_up in result.loadtest.speedup.items():
         spread = ""
         if speed_up.low is not None:
             spread = f" (95% interval {speed_up.low:.2f} to {speed_up.high:.2f})"
-        lines.append(f"- speed-up, {metric.replace('_', ' ')}: {speed_up.value:.2f}x{spread}")
+        lines.append(f"- speed-up, {BY_NAME[name].label}: {speed_up.value:.2f}x{spread}")
     return "\n".join(lines) + "\n"
 
 

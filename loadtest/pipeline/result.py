@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from export.comparison import Comparison as Verification
@@ -135,6 +135,11 @@ class Result(Strict):
     artifacts: dict[str, ExportedArtifact]
     timings_s: dict[str, float]
     environment: dict[str, str]
+
+    @property
+    def model_name(self) -> str:
+        """Of a directory, a GGUF file or a hub id, what the model itself is called."""
+        return PurePath(self.model).name.removesuffix(".gguf") or self.model
 
     @property
     def judgements(self) -> dict[str, Judged]:

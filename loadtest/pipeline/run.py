@@ -20,7 +20,7 @@ from gradmap.model.checkpoint import open_checkpoint, read_config
 from loadtest.outcome import read_report, report_again
 from loadtest.pipeline.estimates import Estimate, Speeds, estimate_cells, estimate_stages
 from loadtest.pipeline.recipe import Recipe, load_recipe
-from loadtest.pipeline.report import PAGE, SUMMARY_COLUMNS, summary_rows, write_report
+from loadtest.pipeline.report import PAGE, SUMMARY_COLUMNS, Findings, summary_rows, write_report
 from loadtest.pipeline.result import RESULT_FILE, Result, read_result
 from loadtest.pipeline.stages import (
     Places,
@@ -59,9 +59,9 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
         for number, stage in enumerate(stages):
             run_stage(stage, f"[{number + 1}/{len(stages)}]", out, forced=number >= forced_from)
         judge_as_asked(recipe, out)
-        result = write_report(out, _timings_s(out, names))
-    _print_result(result, out)
-    return result
+        findings = write_report(out, _timings_s(out, names))
+    _print_findings(findings, out)
+    return findings.result
 
 
 def run_report_again(
@@ -81,18 +81,18 @@ def run_report_again(
         timings_s, environment = _timings_s(out, [stage.name for stage in stages]), None
     with results_in(out, RECIPE_COPY):
         report_again(Places(out).load_test, required_speed_up, earlier)
-        result = write_report(out, timings_s, environment)
-    _print_result(result, out)
-    return result
+        findings = write_report(out, timings_s, environment)
+    _print_findings(findings, out)
+    return findings.result
 
 
 def _timings_s(out: Path, stages: Sequence[str]) -> dict[str, float]:
     return {name: stage_record(out, name)["seconds"] for name in stages}
 
 
-def _print_result(result: Result, out: Path) -> None:
-    print_table("Dense against pruned", SUMMARY_COLUMNS, summary_rows(result))
-    for gate, judged in result.judgements.items():
+def _print_findings(findings: Findings, out: Path) -> None:
+    print_table("Dense against pruned", SUMMARY_COLUMNS, summary_rows(findings))
+    for gate, judged in findings.result.judgements.items():
         print(visible(f"Verdict on {gate}: {judged.verdict}: {judged.reason}"))
     print(f"Report: {out / PAGE}")
 

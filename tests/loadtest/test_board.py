@@ -6,7 +6,7 @@ from gradmap.common import console
 from gradmap.common.heartbeat import Heartbeat
 from loadtest import board
 from loadtest.board import LOAD, START, Ahead, Board
-from loadtest.loads import Load
+from loadtest.loads import ClosedLoop
 
 
 def test_a_load_is_described_though_no_request_has_ended(monkeypatch):
@@ -18,7 +18,7 @@ def test_a_load_is_described_though_no_request_has_ended(monkeypatch):
 
     monkeypatch.setattr(board, "say", say)
     monkeypatch.setattr(console, "_HEARTBEAT", Heartbeat(say, interval_s=0.001))
-    with Board(1, 3).load("dense", "pair 1", Load("concurrency", 8), 64):
+    with Board(1, 3).load("dense", "pair 1", ClosedLoop(8), 64):
         assert heard.wait(60)
     line = "dense, pair 1, concurrency 8: 0/64 requests, -/s, TTFT - ms, TPOT - ms, 0 failed"
     assert said[0] == line

@@ -19,7 +19,7 @@ from gradmap.model.checkpoint import read_config
 from gradmap.model.shape import Shape
 from loadtest import commands
 from loadtest.costs import CPU_SERVER, load_test_seconds
-from loadtest.loads import Load
+from loadtest.loads import ClosedLoop, OpenLoop
 from loadtest.pipeline import estimates
 from loadtest.pipeline.estimates import (
     Speeds,
@@ -152,7 +152,7 @@ def test_a_full_load_test_starts_a_server_for_each_block():
     quick, full = seconds(pairs=3, interleaved=False), seconds()
     assert full > quick + 10 * CPU_SERVER.start  # 13 blocks and 2 stays
     assert seconds(find_rate=True) > full + 2 * CPU_SERVER.start
-    open_loop = (Load("concurrency", 1), Load("poisson", 2.0))
+    open_loop = (ClosedLoop(1), OpenLoop("poisson", 2.0))
     longer = seconds(loads=open_loop, open_loop_s=100.0) - seconds(loads=open_loop)
     assert longer == pytest.approx(13 * 80)
 

@@ -15,17 +15,18 @@ import pytest
 from gradmap.common.errors import UserError
 from loadtest import driving
 from loadtest.board import Board
+from loadtest.conclusions import SpeedGate
 from loadtest.driving import BLOCK_TIMEOUT_S, Bench, run_load
 from loadtest.endpoints import Endpoint
-from loadtest.loads import Load
-from loadtest.outcome import Gate, run_load_test
+from loadtest.loads import ClosedLoop, OpenLoop
+from loadtest.outcome import run_load_test
 from loadtest.prompts import RandomPrompts, Workload
 from loadtest.records import RECORDS_FILE, start_files
 from loadtest.session import WARM_UP_REQUESTS, Session, run_session
 from loadtest.settings import Block, LoadTestSettings
 from tests.loadtest.fake_server import FakeServer, running
 
-ONE = Load("concurrency", 1)
+ONE = ClosedLoop(1)
 OF_ANOTHER_TEST = ("report.json", "report.html", "report.md", "junit.xml", "records.parquet")
 
 
@@ -75,7 +76,7 @@ def test_a_load_generator_that_cannot_write_ends_at_once(tmp_path, processes):
                 send(
                     fake.url,
                     tmp_path,
-                    Load("concurrency", 2),
+                    ClosedLoop(2),
                     output_tokens=400,
                     processes=processes,
                 )
@@ -85,7 +86,7 @@ def test_a_load_generator_that_cannot_write_ends_at_once(tmp_path, processes):
 
 
 def test_no_process_is_without_a_request():
-    loads = (ONE, Load("poisson", 0.5), Load("poisson", 2.0), Load("concurrency", 6))
+    loads = (ONE, OpenLoop("poisson", 0.5), OpenLoop("poisson", 2.0), ClosedLoop(6))
     settings = LoadTestSettings(
         "a", {"pruned": "b"}, loads=loads, requests_per_load=1, open_loop_s=2.0, processes=8
     )
@@ -101,7 +102,7 @@ def test_the_bound_of_a_load_follows_its_length(tmp_path, monkeypatch, rate, sec
         send(
             "http://127.0.0.1:9",
             tmp_path,
-            Load("constant", rate),
+            OpenLoop("constant", rate),
             open_loop_s=seconds,
             requests_per_load=8,
         )
@@ -141,7 +142,10 @@ def earlier(tmp_path):
 def test_an_earlier_test_stays_until_all_is_checked(tmp_path, earlier):
     unusable = {"verdict": "INVALID", "candidates": {}}
     with running(FakeServer()) as fake:
-        for dense, gate in (("http://127.0.0.1:9", Gate(1.0)), (fake.url, Gate(1.0, unusable))):
+        for dense, gate in (
+            ("http://127.0.0.1:9", SpeedGate(1.0)),
+            (fake.url, SpeedGate(1.0, unusable)),
+        ):
             settings = LoadTestSettings(dense, {"pruned": fake.url}, vocabulary=10)
             with pytest.raises(UserError):
                 run_load_test(settings, gate, tmp_path)

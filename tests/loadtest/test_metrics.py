@@ -9,17 +9,19 @@ import pytest
 
 from gradmap.common.errors import UserError
 from gradmap.common.verdict import Verdict
-from loadtest.loads import Load
-from loadtest.metrics import describe, measure, output_throughput, summarise_load
-from loadtest.outcome import Facts, Gate, build_report
+from loadtest.cells import group_cells
+from loadtest.conclusions import Facts, SpeedGate, build_report
+from loadtest.loads import ClosedLoop, OpenLoop
+from loadtest.metrics import COMPARED, describe, measure, output_throughput
 from loadtest.records import BlockRecord, GpuSample, Measurements, RequestRecord, ResourceSample
 from loadtest.resources import summarise_resources
 from loadtest.settings import LoadTestSettings
 from loadtest.slo import Slo, parse_slo
 from loadtest.soundness import mean_in_flight
-from loadtest.statistics import METRICS, compute_speed_ups, headline, judge, speed_up
+from loadtest.statistics import compute_speed_ups, headline, judge, speed_up
+from loadtest.summaries import summarise_load
 
-ONE = Load("concurrency", 1)
+ONE = ClosedLoop(1)
 FACTS = Facts({}, {})
 SETTINGS = LoadTestSettings(
     "a", {"pruned": "b"}, loads=(ONE,), pairs=1, interleaved=False, requests_per_load=2
@@ -63,8 +65,12 @@ def measured(records, **of_all_blocks):
     return Measurements(tuple(records), tuple(blocks))
 
 
+def cells_of(records):
+    return group_cells(Measurements(tuple(records)))
+
+
 def report_of(records, settings=SETTINGS, required=1.0, **of_all_blocks):
-    return build_report(measured(records, **of_all_blocks), settings, Gate(required), FACTS)
+    return build_report(measured(records, **of_all_blocks), settings, SpeedGate(required), FACTS)
 
 
 def test_definitions():
@@ -113,17 +119,18 @@ def test_speed_up_is_above_one_when_the_pruned_model_is_faster():
         for pair in (0, 1)
         for arm, tpot in (("dense", 0.2), ("pruned", 0.1))
     ]
-    for value in compute_speed_ups(records, "pruned", "dense", ONE).values():
+    for value in compute_speed_ups(cells_of(records), "pruned", "dense", ONE).values():
         assert value.value == pytest.approx(2.0)
     opened = [record.model_copy(update={"load": "poisson_4"}) for record in records]
     assert "output_throughput" not in compute_speed_ups(
-        opened, "pruned", "dense", Load("poisson", 4)
+        cells_of(opened), "pruned", "dense", OpenLoop("poisson", 4)
     )
 
 
 def test_the_headline_is_of_the_lowest_and_the_highest_concurrency():
-    loads = (Load("concurrency", 8), ONE, Load("poisson", 9.0))
-    by_load = {load.name: {metric: (load.name, metric) for metric in METRICS} for load in loads}
+    loads = (ClosedLoop(8), ONE, OpenLoop("poisson", 9.0))
+    names = [metric.name for metric in COMPARED]
+    by_load = {load.name: {name: (load.name, name) for name in names} for load in loads}
     assert headline(by_load, loads) == {
         "tpot": ("concurrency_1", "tpot"),
         "ttft": ("concurrency_1", "ttft"),
@@ -267,15 +274,20 @@ def sample(time_s, pair=0, cpu=0.5, gpus=()):
     )
 
 
+def use_of(records, samples):
+    cells = group_cells(Measurements(records, (), samples))
+    return summarise_resources(cells.pairs("dense", ONE.name).values())
+
+
 def test_what_the_machine_did_is_counted_while_requests_were_under_way():
     records = (record(), record(pair=1, sent=200.0))  # 0.9 s each
     outside = sample(99.0, cpu=1.0), sample(101.0, cpu=1.0), sample(100.5, pair=1, cpu=1.0)
     inside = sample(100.1, cpu=0.2), sample(200.5, pair=1, cpu=0.6)
-    use = summarise_resources(Measurements(records, (), (*outside, *inside)), "dense", ONE.name)
+    use = use_of(records, (*outside, *inside))
     assert use.cpu == pytest.approx(0.4)
     assert use.memory_bytes == 9
     assert (use.gpu, use.gpu_power_w, use.energy_per_token_j) == (None, None, None)
-    assert summarise_resources(Measurements(records, (), outside), "dense", ONE.name) is None
+    assert use_of(records, outside) is None
 
 
 def test_energy_is_power_times_time_over_tokens():
@@ -283,7 +295,7 @@ def test_energy_is_power_times_time_over_tokens():
     gpus = tuple(GpuSample(power_w=power, **told) for power in (100.0, 200.0))
     silent = (GpuSample(power_w=None, **told | {"throttled": True}),) * 2
     samples = (sample(100.1, gpus=gpus), sample(100.6, gpus=silent))
-    use = summarise_resources(Measurements((record(),), (), samples), "dense", ONE.name)
+    use = use_of((record(),), samples)
     assert use.energy_per_token_j == pytest.approx(300 * 0.9 / 5)
     assert (use.gpu, use.gpu_memory_bytes, use.gpu_power_w, use.gpu_clock_mhz) == (
         0.5,
@@ -297,7 +309,5 @@ def test_energy_is_power_times_time_over_tokens():
 def test_a_sum_over_gpus_of_which_one_does_not_tell_is_none():
     told = {"utilisation": None, "memory_bytes": 1, "clock_mhz": None, "throttled": None}
     gpus = (GpuSample(power_w=100.0, **told), GpuSample(power_w=None, **told))
-    use = summarise_resources(
-        Measurements((record(),), (), (sample(100.1, gpus=gpus),)), "dense", ONE.name
-    )
+    use = use_of((record(),), (sample(100.1, gpus=gpus),))
     assert (use.gpu_memory_bytes, use.gpu_power_w, use.energy_per_token_j) == (2, None, None)

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from loadtest import figures as load_figures
+from loadtest.conclusions import Facts, SpeedGate, build_report
 from loadtest.conversations import RecordCount
 from loadtest.figures import MOST_POINTS, draw_latency, draw_timeline, thinned
 from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
-from loadtest.loads import Load
-from loadtest.outcome import Facts, Gate, build_report
+from loadtest.loads import ClosedLoop, OpenLoop
 from loadtest.page import render_junit, render_page, render_summary
 from loadtest.slo import parse_slo
 from tests.loadtest.test_metrics import ONE, SETTINGS, measured, record
 
 EVIL = "<script>alert(1)</script>"
-LOADS = (ONE, Load("concurrency", 8), Load("poisson", 2.5))
+LOADS = (ONE, ClosedLoop(8), OpenLoop("poisson", 2.5))
 
 
 def make_report(required=1.5, error=None, name="pruned", earlier=None):
@@ -57,7 +57,7 @@ def make_report(required=1.5, error=None, name="pruned", earlier=None):
     ]
     sizes = {"dense": WeightBytes(200, 100), name: WeightBytes(100, 50)}
     facts = Facts({"cpu": EVIL}, sizes, RecordCount(9, 1))
-    report = build_report(measured(records), settings, Gate(required, earlier), facts)
+    report = build_report(measured(records), settings, SpeedGate(required, earlier), facts)
     return report, records
 
 
@@ -69,7 +69,7 @@ def test_the_page_has_every_figure_and_needs_nothing_else():
     assert EVIL not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
     assert not re.findall(r"(?:src|href)\s*=\s*[\"']?https?:|@import|<script|<link", page)
-    assert "Speed-up of pruned, tpot: 2.00x (95% interval" in page
+    assert "Speed-up of pruned, TPOT: 2.00x (95% interval" in page
     assert "100% of the ideal 2.00x" in page
     assert "two blocks of the dense model differ by at most" in page
 
@@ -99,7 +99,7 @@ def test_a_speed_up_that_is_surely_lower_than_before_fails():
     worse, _ = make_report(earlier=before)
     assert worse["candidates"]["pruned"]["verdict"] == "FAIL"
     reason = worse["candidates"]["pruned"]["reason"]
-    assert reason == "less than in the earlier test: tpot speed-up 2.00x, was 3.00x"
+    assert reason == "less than in the earlier test: TPOT speed-up 2.00x, was 3.00x"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from gradmap.common.errors import UserError
 from gradmap.model.loading import load_tokenizer
 from loadtest.conversations import RecordCount
-from loadtest.loads import Load
+from loadtest.loads import ClosedLoop, OpenLoop
 from loadtest.prompts import Prompt, RandomPrompts, TextPrompts, Workload
 from loadtest.workload import draw_requests, load_requests, save_requests
 
@@ -103,7 +103,7 @@ def test_what_is_no_conversation_is_refused(tokenizer, tmp_path, contents, messa
 
 def test_requests_come_back_from_their_file(tmp_path):
     prompts = RandomPrompts(Workload(prompt_tokens=3), 10)
-    for load in (Load("concurrency", 2), Load("constant", 4.0)):
+    for load in (ClosedLoop(2), OpenLoop("constant", 4.0)):
         requests = draw_requests(prompts, "a", 3, load, 0)
         save_requests(tmp_path / "requests.json", requests)
         assert load_requests(tmp_path / "requests.json") == requests

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from loadtest import resources
+from loadtest.records import Cell
 from loadtest.resources import sampled
 from tests.fake_nvml import GIB, Card, FakeNvml, Slice
 
@@ -24,7 +25,7 @@ def gpus_of(monkeypatch):
         nvml = FakeNvml(cards)
         nvml.install(monkeypatch)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-        with sampled("dense", 0, "one") as samples:
+        with sampled(Cell("dense", 0, "one")) as samples:
             while not samples:
                 time.sleep(0.01)
         assert nvml.opened == 0

@@ -15,15 +15,16 @@ import pytest
 
 from gradmap.common.errors import UserError
 from loadtest import loads, session
+from loadtest.arrivals import ARRIVALS, arrival_times
+from loadtest.conclusions import SpeedGate
 from loadtest.loads import (
-    ARRIVALS,
     HIGHEST_RATE,
     LOWEST_RATE,
-    Load,
-    arrival_times,
+    ClosedLoop,
+    OpenLoop,
     find_highest_rate,
 )
-from loadtest.outcome import Gate, run_load_test
+from loadtest.outcome import run_load_test
 from loadtest.prompts import Workload
 from loadtest.records import read_measurements
 from loadtest.session import WARM_UP_REQUESTS, Session, run_session
@@ -34,7 +35,7 @@ from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.loadtest.fake_server import FakeServer, running
 
-ONE = Load("concurrency", 1)
+ONE = ClosedLoop(1)
 BAD_URLS = (
     *(
         "http://",
@@ -73,7 +74,7 @@ def settings(fake, **changes):
     defaults = {
         "pairs": 2,
         "interleaved": False,
-        "loads": (ONE, Load("concurrency", 3)),
+        "loads": (ONE, ClosedLoop(3)),
         "requests_per_load": 2,
         "workload": Workload(prompt_tokens=5, output_tokens=4),
         "vocabulary": 10**9,  # so that a prompt's first token tells it apart
@@ -290,19 +291,19 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
             for name in BAD_NAMES
         ),
         *(
-            ({"loads": (ONE, Load("poisson", rate))}, "--rate")
+            ({"loads": (ONE, OpenLoop("poisson", rate))}, "--rate")
             for rate in (math.nan, math.inf, -1.0)
         ),
-        ({"loads": (Load("concurrency", math.nan),)}, "--concurrency must be 1 or more"),
+        ({"loads": (ClosedLoop(math.nan),)}, "--concurrency must be 1 or more"),
         *(
             ({"open_loop_s": seconds}, "--open-loop-s is")
             for seconds in (math.nan, math.inf, 0.0, -1.0)
         ),
         (
-            {"loads": (ONE, Load("poisson", 1.0)), "open_loop_s": 1e7},
+            {"loads": (ONE, OpenLoop("poisson", 1.0)), "open_loop_s": 1e7},
             "more than 1000000 requests a block",
         ),
-        ({"loads": (ONE, Load("poisson", 1e300))}, "more than 1000000 requests a block"),
+        ({"loads": (ONE, OpenLoop("poisson", 1e300))}, "more than 1000000 requests a block"),
         ({"requests_per_load": 10**7}, "more than 1000000 requests a block"),
         ({"models": {"other": "x"}}, "other is none"),
         (
@@ -317,8 +318,8 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
         ({"workload": Workload(texts="file:x.txt")}, "--tokenizer"),
         ({"pairs": 0}, "--pairs is 0"),
         ({"processes": 0}, "--processes is 0"),
-        ({"loads": (Load("poisson", 4),)}, "--concurrency is needed"),
-        ({"loads": (ONE, Load("poisson", 0))}, "--rate a finite number above 0"),
+        ({"loads": (OpenLoop("poisson", 4),)}, "--concurrency is needed"),
+        ({"loads": (ONE, OpenLoop("poisson", 0))}, "--rate a finite number above 0"),
         ({"candidates": {}}, "Give --pruned"),
         ({"find_rate": True}, "give --slo"),
     ],
@@ -335,12 +336,12 @@ def test_bad_input_is_refused(tmp_path, changes, message):
 
 @pytest.mark.alone
 def test_several_processes_share_the_requests(tmp_path):
-    open_loop = Load("constant", 20.0)
+    open_loop = OpenLoop("constant", 20.0)
     with running(FakeServer(gap_s=0.05)) as fake:
         options = settings(
             fake,
             pairs=1,
-            loads=(ONE, Load("concurrency", 4), open_loop),
+            loads=(ONE, ClosedLoop(4), open_loop),
             open_loop_s=1.0,
             processes=2,
         )
@@ -355,7 +356,7 @@ def test_several_processes_share_the_requests(tmp_path):
         assert sorted(names[0]) == sorted(names[1])
         assert len(set(names[0])) == options.requests_at(load)
     assert options.processes_at(ONE) == 1
-    assert options.processes_at(Load("concurrency", 4)) == options.processes_at(open_loop) == 2
+    assert options.processes_at(ClosedLoop(4)) == options.processes_at(open_loop) == 2
     of_one_load = [
         record for record in records if (record.arm, record.load) == ("dense", "concurrency_4")
     ]
@@ -365,11 +366,11 @@ def test_several_processes_share_the_requests(tmp_path):
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    "arrivals", ["poisson", *(pytest.param(one, marks=pytest.mark.slow) for one in ARRIVALS[1:])]
+    "arrivals", ["poisson", *(pytest.param(one, marks=pytest.mark.slow) for one in [*ARRIVALS][1:])]
 )
 def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals):
     """Two a second at 0.5 s apiece would be 1 a second, if each waited for the one before."""
-    load = Load(arrivals, 20.0)
+    load = OpenLoop(arrivals, 20.0)
     with running(FakeServer(gap_s=0.125)) as fake:
         options = settings(fake, pairs=1, loads=(ONE, load), open_loop_s=3.0, requests_per_load=1)
         records = [record for record in run(options, tmp_path) if record.load == load.name]
@@ -394,8 +395,10 @@ def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals)
 
 def test_arrivals_vary_as_their_name_says():
     """Coefficient of variation of the gaps: 0, 1 and 2."""
-    for arrivals, expected in (("constant", 0.0), ("poisson", 1.0), ("burst", 2.0)):
-        times = arrival_times(Load(arrivals, 5.0), 20_001, "seed")
+    expected_of = {"constant": 0.0, "poisson": 1.0, "burst": 2.0}
+    assert expected_of.keys() == ARRIVALS.keys()
+    for arrivals, expected in expected_of.items():
+        times = arrival_times(arrivals, 5.0, 20_001, "seed")
         gaps = [later - earlier for earlier, later in pairwise(times)]
         assert statistics.mean(gaps) == pytest.approx(0.2)
         # its standard error over 20,000 gaps is below 0.02 for both
@@ -407,11 +410,11 @@ def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     with running(FakeServer(gap_s=0.005)) as fake:
         options = settings(
             fake,
-            loads=(ONE, Load("poisson", 20.0)),
+            loads=(ONE, OpenLoop("poisson", 20.0)),
             open_loop_s=0.5,
             slos=(parse_slo("ttft_p50=1s"),),
         )
-        first = run_load_test(options, Gate(0.1), tmp_path)
+        first = run_load_test(options, SpeedGate(0.1), tmp_path)
     assert first["verdict"] == "INCONCLUSIVE"  # two pairs cannot pass
     assert first["arms"]["dense"]["poisson_20"]["attainment"] == 1.0
     again = gradmap("report", tmp_path, "--json", "--parquet")
@@ -451,7 +454,7 @@ def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
         options = settings(
             fake, pairs=1, loads=(ONE,), slos=(parse_slo("e2el_p90=250ms"),), find_rate=True
         )
-        report = run_load_test(replace(options, open_loop_s=3.0), Gate(0.1), tmp_path)
+        report = run_load_test(replace(options, open_loop_s=3.0), SpeedGate(0.1), tmp_path)
     assert report["arms"]["dense"]["concurrency_1"]["requests"] == 2
     for rate in report["highest_rate"].values():
         assert 5 <= rate <= 25
@@ -482,7 +485,7 @@ def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, m
         monkeypatch.setattr(session, "run_load", interrupted)
         with pytest.raises(KeyboardInterrupt):
             options = settings(fake, workload=workload, tokenizer=str(picos["llama"].directory))
-            run_load_test(options, Gate(1.0), tmp_path / "out")
+            run_load_test(options, SpeedGate(1.0), tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["prompts"] == {"records": 58, "skipped": 1}
     assert report["verdict"] == "INVALID"

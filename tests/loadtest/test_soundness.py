@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from gradmap.common.errors import UserError
 from gradmap.common.verdict import Verdict
-from loadtest.metrics import measure, summarise_load
-from loadtest.outcome import Gate, build_report, read_report
+from loadtest.conclusions import SpeedGate, build_report
+from loadtest.metrics import measure
+from loadtest.outcome import read_report
 from loadtest.records import (
     RECORDS_FILE,
     BlockRecord,
@@ -26,6 +27,7 @@ from loadtest.records import (
 from loadtest.slo import parse_slo
 from loadtest.soundness import BURST_S
 from loadtest.statistics import SpeedUp, judge
+from loadtest.summaries import summarise_load
 from tests.loadtest.test_metrics import FACTS, ONE, SETTINGS, measured, record, report_of, sample
 
 
@@ -37,7 +39,7 @@ def test_what_is_no_number_passes_nothing(number):
             judge(SpeedUp(**good | {name: number}, ratios=ratios), 1.0).verdict is Verdict.INVALID
         )
     with pytest.raises(UserError, match=r"--require-speedup is .*; give a finite number above 0"):
-        Gate(number)
+        SpeedGate(number)
     for name in ("sent_s", "ended_s", "scheduled_s"):
         with pytest.raises(ValidationError):
             RequestRecord(**record().model_dump() | {name: number})
@@ -54,7 +56,7 @@ def test_what_is_no_number_passes_nothing(number):
 @pytest.mark.parametrize("required", [0.0, -1.0])
 def test_a_speed_up_that_nothing_misses_is_not_required(required):
     with pytest.raises(UserError, match="give a finite number above 0"):
-        Gate(required)
+        SpeedGate(required)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_nothing_is_concluded_where_something_is_missing_or_too_much():
 def test_nothing_is_concluded_where_the_load_generator_left_no_account():
     records = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
     report = build_report(
-        Measurements(tuple(records), measured(records).blocks[:1]), SETTINGS, Gate(1.0), FACTS
+        Measurements(tuple(records), measured(records).blocks[:1]), SETTINGS, SpeedGate(1.0), FACTS
     )
     assert report["verdict"] == "INVALID"
     assert (
@@ -241,9 +243,9 @@ def test_a_report_that_is_not_whole_is_refused(tmp_path, path, value):
     "arms", [{}, {"pruned": {"speedup": {}}}, {"pruned": {"speedup": {"tpot": {"low": None}}}}]
 )
 def test_an_earlier_test_without_an_interval_is_nothing_to_compare_with(arms):
-    gate = Gate(1.0, {"verdict": "INVALID", "candidates": arms})
+    gate = SpeedGate(1.0, {"verdict": "INVALID", "candidates": arms})
     with pytest.raises(UserError, match="has no speed-up of pruned with an interval"):
         gate.require_earlier(["pruned"])
-    Gate(
+    SpeedGate(
         1.0, {"verdict": "PASS", "candidates": {"pruned": {"speedup": {"tpot": {"low": 1.2}}}}}
     ).require_earlier(["pruned"])

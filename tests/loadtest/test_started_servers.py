@@ -8,7 +8,7 @@ import pytest
 
 from gradmap.common.errors import OutOfMemoryError, UserError
 from loadtest import driving, session
-from loadtest.loads import Load
+from loadtest.loads import ClosedLoop
 from loadtest.prompts import Workload
 from loadtest.session import Session, run_session
 from loadtest.settings import LoadTestSettings
@@ -28,7 +28,7 @@ def load_test(picos, monkeypatch, tmp_path):
     settings = LoadTestSettings(
         directory,
         {"pruned": directory},
-        loads=(Load("concurrency", 1),),
+        loads=(ClosedLoop(1),),
         pairs=1,
         workload=Workload(),
     )

@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from loadtest.driver.completions import Labels, connect, stream_completion
+from loadtest.driver.completions import connect, stream_completion
 from loadtest.driver.stream import (
     KEPT_CHARACTERS,
     Stream,
@@ -16,7 +16,8 @@ from loadtest.driver.stream import (
     whole_number,
 )
 from loadtest.metrics import measure
-from loadtest.workload import Request
+from loadtest.records import Cell
+from loadtest.workload import CompletionRequest
 from tests.loadtest.fake_server import FakeServer, running
 
 TOKENS = 4
@@ -175,7 +176,7 @@ def completed(fake, reply=None, status=200):
     client = connect(fake.url, "fake", 1, 10.0)
     try:
         return stream_completion(
-            client, Request("one", (prompt,), TOKENS), Labels("dense", 0, "load"), None
+            client, CompletionRequest("one", (prompt,), TOKENS), Cell("dense", 0, "load"), None
         )
     finally:
         client.http.close()
