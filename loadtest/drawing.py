@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -13,12 +14,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-DENSE_COLOR, PRUNED_COLOR, KEPT_COLOR = "#4c78a8", "#e45756", "#9aa5b1"
-_CANDIDATE_COLORS = (PRUNED_COLOR, "#f0a030", "#54a24b", "#b279a2", "#9d755d")
+from gradmap.common.colors import CANDIDATE_COLORS, DENSE_COLOR
+
+# Of what is neither the dense model nor another one.
+KEPT_COLOR = "#9aa5b1"
 # Drawn in this colour, replaced by the page's own text colour, so that the figure is readable on
 # light and dark.
 TEXT_COLOR = "#010203"
 STYLE: Any = {
+    "text.color": TEXT_COLOR,
+    "axes.labelcolor": TEXT_COLOR,
+    "axes.edgecolor": TEXT_COLOR,
+    "xtick.color": TEXT_COLOR,
+    "ytick.color": TEXT_COLOR,
+    "grid.color": TEXT_COLOR,
     "svg.fonttype": "none",
     "svg.hashsalt": "gradmap",
     "font.family": "sans-serif",
@@ -29,26 +38,12 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.alpha": 0.25,
-    **dict.fromkeys(
-        (
-            "text.color",
-            "axes.labelcolor",
-            "axes.edgecolor",
-            "xtick.color",
-            "ytick.color",
-            "grid.color",
-        ),
-        TEXT_COLOR,
-    ),
 }
 
 
 def arm_colors(arms: Sequence[str]) -> dict[str, str]:
     """The first arm is the baseline."""
-    candidates = {
-        arm: _CANDIDATE_COLORS[index % len(_CANDIDATE_COLORS)] for index, arm in enumerate(arms[1:])
-    }
-    return {arms[0]: DENSE_COLOR, **candidates}
+    return {arms[0]: DENSE_COLOR} | dict(zip(arms[1:], cycle(CANDIDATE_COLORS), strict=False))
 
 
 def new_figure(width: float = 6.0, height: float = 3.4, panels: int = 1) -> tuple[Figure, Any]:
@@ -60,7 +55,7 @@ def new_figure(width: float = 6.0, height: float = 3.4, panels: int = 1) -> tupl
 
 
 def add_legend(axes: Axes, **options: Any) -> None:
-    """Unless there is nothing to tell apart."""
+    """Adds a legend, unless there is nothing to tell apart."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, **options)
 

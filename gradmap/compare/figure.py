@@ -9,10 +9,14 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from gradmap.common.colors import DENSE_COLOR
+
 # Times the dense perplexity. A method beyond says nothing sensible any more, and would flatten all
 # the others.
 CEILING = 20.0
 MARKERS = "os^Dv"
+# Without the first, which is like that of the dense model.
+METHOD_COLORS = [colormaps["tab10"](number) for number in range(1, 10)]
 
 
 def draw_perplexities(result: dict[str, Any]) -> str:
@@ -30,13 +34,13 @@ def draw_perplexities(result: dict[str, Any]) -> str:
             values = [estimate["value"] for estimate in estimates]
             errors = [estimate["stderr"] or 0.0 for estimate in estimates]
             style = {
-                "color": colormaps["tab10"](number % 10),
-                "marker": MARKERS[number // 10 % len(MARKERS)],
+                "color": METHOD_COLORS[number % len(METHOD_COLORS)],
+                "marker": MARKERS[number // len(METHOD_COLORS) % len(MARKERS)],
             }
             axes.errorbar(
                 [row["removed"] for row in rows], values, errors, capsize=3, label=method, **style
             )
-        axes.axhline(dense, color="grey", linestyle="--", label="dense")
+        axes.axhline(dense, color=DENSE_COLOR, linestyle="--", label="dense")
         axes.set(xlabel="layers removed", ylabel=f"perplexity, {text} (log scale)", yscale="log")
         axes.set_ylim(0.9 * dense, CEILING * dense)
         axes.set_xticks(sorted({row["removed"] for row in result["rows"]}))

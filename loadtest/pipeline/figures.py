@@ -7,17 +7,10 @@ from collections.abc import Mapping
 import matplotlib as mpl
 import numpy as np
 
+from gradmap.common.colors import DENSE_COLOR, PRUNED_COLOR
 from gradmap.evaluation.perplexity import Estimate
 from gradmap.pruning.plan import Plan
-from loadtest.drawing import (
-    DENSE_COLOR,
-    KEPT_COLOR,
-    PRUNED_COLOR,
-    STYLE,
-    TEXT_COLOR,
-    new_figure,
-    to_svg,
-)
+from loadtest.drawing import KEPT_COLOR, STYLE, TEXT_COLOR, new_figure, to_svg
 from loadtest.pipeline.result import Accuracy, Result, Side
 
 _ARM_COLORS = {"dense": DENSE_COLOR, "pruned": PRUNED_COLOR}
