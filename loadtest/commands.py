@@ -5,7 +5,6 @@ A verdict is an exit code: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 4 INVALID.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +23,7 @@ from gradmap.common.console import (
 from gradmap.common.errors import UserError
 from gradmap.common.quoting import visible
 from gradmap.common.verdict import EXIT_CODES, Verdict
-from loadtest.arrivals import ARRIVALS, DEFAULT_ARRIVALS
+from loadtest.arrivals import DEFAULT_ARRIVALS, list_laws
 from loadtest.loads import parse_loads
 from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, REQUIRED_SPEED_UP, LoadTestSettings
 
@@ -38,13 +37,6 @@ AgainstOption = Annotated[
 ParquetOption = Annotated[
     bool, typer.Option("--parquet", help="Write the raw records as Parquet too.")
 ]
-
-
-def _either(names: Iterable[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} or {last}"
-
-
 ESTIMATED = "estimated within a factor of two"
 DEFAULT_WORK = (
     "This is for 128 x 128 tokens of calibration, 100 documents of each of the paper's tasks, 100 "
@@ -100,7 +92,7 @@ def loadtest(
         typer.Option(help="Requests a second, in an open loop; may be given several times."),
     ] = None,
     arrivals: Annotated[
-        str, typer.Option(help=f"Of an open loop: {_either(ARRIVALS)}.")
+        str, typer.Option(help=f"Of an open loop: {list_laws()}.")
     ] = DEFAULT_ARRIVALS,
     open_loop_s: Annotated[float, typer.Option(help="Length of an open loop, in seconds.")] = 20.0,
     slo: Annotated[
@@ -161,12 +153,12 @@ def loadtest(
         from loadtest.records import read_measurements, write_parquet
         from loadtest.slo import parse_slo
 
+    default_pairs = QUICK_PAIRS if quick else LoadTestSettings.pairs
     settings = LoadTestSettings(
         dense=dense,
-        candidates=({PRUNED: pruned} if pruned else {})
-        | _parse_named("--candidate", candidate or []),
+        candidates=_given({PRUNED: pruned}) | _parse_named("--candidate", candidate),
         loads=parse_loads(concurrency, rate, arrivals),
-        pairs=pairs if pairs is not None else QUICK_PAIRS if quick else LoadTestSettings.pairs,
+        pairs=default_pairs if pairs is None else pairs,
         interleaved=not quick,
         requests_per_load=requests,
         open_loop_s=open_loop_s,
@@ -179,8 +171,8 @@ def loadtest(
         tokenizer=tokenizer,
         vllm_flags=tuple(vllm_flag or ()),
         processes=processes,
-        models={arm: name for arm, name in ((DENSE, dense_model), (PRUNED, pruned_model)) if name}
-        | _parse_named("--candidate-model", candidate_model or []),
+        models=_given({DENSE: dense_model, PRUNED: pruned_model})
+        | _parse_named("--candidate-model", candidate_model),
     )
     gate = SpeedGate(require_speedup, read_report(against) if against else None)
     result = run_load_test(settings, gate, out)
@@ -301,10 +293,15 @@ def doctor(
         print_json_line(result)
 
 
-def _parse_named(option: str, texts: list[str]) -> dict[str, str]:
-    """NAME=VALUE, each. Raises UserError."""
+def _given(options: dict[str, str | None]) -> dict[str, str]:
+    """Without what was not given."""
+    return {name: value for name, value in options.items() if value}
+
+
+def _parse_named(option: str, texts: list[str] | None) -> dict[str, str]:
+    """What was given as NAME=VALUE, by name. Raises UserError."""
     named: dict[str, str] = {}
-    for text in texts:
+    for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not value or name in named or name in (DENSE, PRUNED):
             raise UserError(

@@ -117,7 +117,7 @@ def _compare(
     gate: SpeedGate,
     sizes: Mapping[str, WeightBytes],
 ) -> Comparison:
-    """Of measurements without faults."""
+    """What is concluded of a candidate; the measurements have no faults."""
     held_back = find_held_back(cells, arm, DENSE, closed_loops(settings.loads)[0])
     if held_back is not None:
         return _invalid([held_back])

@@ -74,7 +74,7 @@ def _read_usable(
     Raises UserError if the file cannot be read, or nothing in it is of use.
     """
     records = _read_records(path)
-    found = [one for one in map(usable, records) if one is not None]
+    found = [exchange for exchange in map(usable, records) if exchange is not None]
     if not found:
         raise UserError(f"{path} has no {wanted} ({len(records)} records).")
     count = RecordCount(len(records), len(records) - len(found))

@@ -34,9 +34,8 @@ def read_counter(endpoint: Endpoint) -> Counter | None:
     """None if the server does not tell, or not in time, or tells what is no count."""
     text = _metrics(endpoint.url)
     rows = TOKENS.findall(text)
-    own = [
-        row for row in rows if f'model_name="{endpoint.model}"' in row[0]
-    ]  # where several models are counted
+    # where several models are counted
+    own = [row for row in rows if f'model_name="{endpoint.model}"' in row[0]]
     try:
         tokens = sum(float(count) for _, count in own or rows)
     except ValueError:

@@ -47,7 +47,7 @@ def find_endpoints(settings: LoadTestSettings) -> dict[str, Endpoint]:
 
 
 def server_settings(settings: LoadTestSettings, directory: str) -> ServerSettings:
-    """Of a server for this directory, on a port that is free now."""
+    """The settings of a server for this directory, on a port that is free now."""
     return suited_to_machine(
         ServerSettings(Path(directory), port=free_port(), vllm_flags=settings.vllm_flags)
     )

@@ -124,7 +124,7 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """As in SLOs and speed-ups, where it has no unit."""
+        """The key without its unit, as SLOs and speed-ups have it."""
         return self.key.removesuffix(SECONDS)
 
     @property
@@ -134,7 +134,7 @@ class Metric:
         return f"{what} ({self.unit})"
 
     def values(self, metrics: Sequence[RequestMetrics]) -> list[float]:
-        """Of the requests that have some."""
+        """Its values, of the requests that have some."""
         if self.of_gaps is not None:
             return [gap for request in metrics for gap in self.of_gaps(request)]
         assert self.of_request is not None
@@ -146,7 +146,7 @@ class Metric:
         return self.of_load(sent) if self.of_load else describe(self.values(sent.metrics))
 
     def stand_for(self, records: Sequence[RequestRecord]) -> float:
-        """Of one block without errors, the number by which it is compared."""
+        """The number by which a block is compared, of which no request failed."""
         if self.of_block is None:
             return float(np.median(self.values([measure(record) for record in records])))
         number = self.of_block(records)

@@ -57,7 +57,8 @@ def render_summary(report: Mapping[str, Any]) -> str:
     for line in [*speed_up_lines(report), *model_lines(report)]:
         lines.append(f"- {markdown(line)}")
     lines += ["", *markdown_table(("", *report["arms"]), load_rows(report))]
-    if noise := noise_line(report):
+    noise = noise_line(report)
+    if noise is not None:
         lines += ["", f"Noise: {noise}."]
     return "\n".join(lines) + "\n"
 

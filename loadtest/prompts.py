@@ -111,7 +111,7 @@ class TextPrompts:
 
 
 def _read_exchanges(spec: str, seed: int) -> tuple[Sequence[Exchange], RecordCount | None]:
-    """Of JSON lines, as of conversations, what is of use; another source is whole or refused."""
+    """What is of use in JSON lines or conversations; another source is whole or refused."""
     match parse_source(spec):
         case Conversations(path):
             return read_conversations(path, seed)

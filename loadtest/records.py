@@ -48,7 +48,7 @@ class Cell(NamedTuple):
     load: str
 
     def __str__(self) -> str:
-        """As people count."""
+        """For a sentence; pairs are counted from 1."""
         return f"{self.arm}, pair {self.pair + 1}, {self.load}"
 
 
@@ -183,7 +183,7 @@ def read_measurements(directory: Path) -> Measurements:
 
 
 def write_parquet(directory: Path, measured: Measurements) -> None:
-    """The same as Parquet, a file beside each; lists stay lists."""
+    """Writes the raw files as Parquet too, one beside each; lists stay lists."""
     import pyarrow
     from pyarrow import parquet
 

@@ -141,8 +141,8 @@ def _sample_gpu(gpu: Device) -> GpuSample:
 
 
 def summarise_resources(blocks: Iterable[Measurements]) -> ResourceUse | None:
-    """Of the blocks of one arm at one load, while requests were under way; None if that was too
-    short for a sample."""
+    """What the blocks of one arm at one load used while requests were under way; None if that was
+    too short for a sample."""
     samples: list[ResourceSample] = []
     seconds, tokens = 0.0, 0
     for block in blocks:

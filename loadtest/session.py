@@ -68,17 +68,16 @@ def run_session(settings: LoadTestSettings, session: Session) -> None:
         prompts = _open_prompts(settings)
     endpoints = find_endpoints(settings)
     session.start({arm: endpoint.model for arm, endpoint in endpoints.items()}, prompts.records)
-    stays = list(_consecutive(schedule(settings), fresh=settings.interleaved))
-    loads = len(stays) + sum(len(blocks) for _, blocks in stays) * len(
-        settings.loads
-    )  # each stay has a warm-up
-    board = Board(len(stays), loads)
+    blocks = schedule(settings)
+    stays = list(_consecutive(blocks, fresh=settings.interleaved))
+    warm_ups = len(stays)
+    board = Board(len(stays), warm_ups + len(blocks) * len(settings.loads))
     bench = Bench(settings, prompts, board, session.directory)
     opened = partial(_warm_endpoint, bench, endpoints)
     with board.showing():
-        for arm, blocks in stays:
+        for arm, of_stay in stays:
             with opened(arm) as endpoint:
-                for block in blocks:
+                for block in of_stay:
                     for load in settings.loads:
                         session.add(run_load(endpoint, bench, block, load))
         for arm in settings.arms if settings.find_rate else ():

@@ -144,7 +144,7 @@ def find_held_back(cells: Cells, arm: str, against: str, load: Load) -> str | No
 
 
 def _decoding_s(records: Sequence[RequestRecord]) -> float:
-    """Of a block, the median time from a request's first token to its last one."""
+    """The median time of a block's requests from the first token to the last one."""
     times_s = [record.chunk_times_s for record in records]
     return float(np.median([arrivals_s[-1] - arrivals_s[0] for arrivals_s in times_s]))
 

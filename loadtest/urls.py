@@ -30,7 +30,7 @@ def base_url(url: str) -> str:
 
 
 def completions_path(url: str) -> str:
-    """Of a URL that `base_url` made."""
+    """The path of completions at a URL that `base_url` made."""
     return urlsplit(url).path + COMPLETIONS
 
 

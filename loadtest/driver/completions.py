@@ -56,14 +56,12 @@ def stream_completion(
     headers = {"Content-Type": "application/json", **authorization()}
     sent_s = time.monotonic()
     try:
-        error = _follow(
-            client.http.request("POST", client.path, body=body, headers=headers), stream
-        )
+        response = client.http.request("POST", client.path, body=body, headers=headers)
+        error = _follow(response, stream)
     except StreamError as bad:
         error = str(bad)
-    except (
-        Exception
-    ) as failure:  # whatever broke, it is a failed request and not the end of the test
+    # whatever else broke, it is a failed request and not the end of the test
+    except Exception as failure:
         error = shortened(f"{type(failure).__name__}: {failure}")
     ended_s = time.monotonic()
     arrivals, error = _settle(stream, error, request)

@@ -55,9 +55,8 @@ class CompletionUser(User):
 
     wait_time = constant(0)
     model = ""
-    cache_salt = secrets.token_hex(
-        8
-    )  # what an earlier test sent is not answered from the server's prefix cache
+    # what an earlier test sent is not answered from the server's prefix cache
+    cache_salt = secrets.token_hex(8)
     _numbers = count()
 
     def on_start(self) -> None:

@@ -63,8 +63,8 @@ def add_arguments(parser: Any) -> None:
 
 @events.init_command_line_parser.add_listener
 def end_with_the_master(**_: Any) -> None:
-    """Of a worker, from its first moment on: it looks for its master for minutes. It is forked
-    after its options were read."""
+    """Ties workers to their master from their first moment on: one looks for its master for
+    minutes. It is forked after its options were read."""
     os.register_at_fork(after_in_child=partial(end_with_parent, os.getpid()))
 
 
@@ -105,10 +105,8 @@ class Work:
 
     def close(self) -> None:
         self.file.close()
-        busy_s, length_s = (
-            time.process_time() - self.started_cpu_s,
-            time.monotonic() - self.started_s,
-        )
+        busy_s = time.process_time() - self.started_cpu_s
+        length_s = time.monotonic() - self.started_s
         write_json(Path(self.options.usage, self.name), {"client_cpu": busy_s / length_s})
 
 

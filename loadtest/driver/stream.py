@@ -44,7 +44,8 @@ class Stream:
         """Raises StreamError if the event is an error, or counts in a way that cannot be."""
         if not isinstance(event, dict):
             raise StreamError(f"the server sent {shortened(json.dumps(event))} as an event")
-        if (said := error_in(event)) is not None:
+        said = error_in(event)
+        if said is not None:
             raise StreamError(f"the server said: {said}")
         counted_before = self.counted
         risen = self._risen(event.get("usage"))
@@ -84,9 +85,9 @@ class Stream:
         # A token may decode to nothing; and the event that ends an answer may bring none.
         with_text = [chunk for chunk in self.chunks if chunk.text]
         open_ones = [chunk for chunk in self.chunks if chunk.text or not chunk.last]
-        for each in (with_text, open_ones, self.chunks):
-            if len(each) == self.counted:
-                return [(chunk, 1) for chunk in each]
+        for bringing in (with_text, open_ones, self.chunks):
+            if len(bringing) == self.counted:
+                return [(chunk, 1) for chunk in bringing]
         if self.counted is None:
             raise StreamError(
                 "the server does not count its tokens; it needs stream_options.include_usage"

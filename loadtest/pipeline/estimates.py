@@ -130,11 +130,7 @@ def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Sp
     methods = choose_methods(
         section.preset, selector=section.selector, compensator=section.compensator
     )
-    given = {
-        name: value
-        for name in ("samples", "tokens")
-        if (value := getattr(section, name)) is not None
-    }
+    given = section.model_dump(include={"samples", "tokens"}, exclude_none=True)
     correctable = architecture_of(speeds.config).uncorrectable is None
     size = CalibrationSize(**given)
     pruning = Pruning(
@@ -177,7 +173,8 @@ def _estimate_export(
 ) -> Estimate:
     """Verified in float32 on the CPU."""
     section, cpu = recipe.export, speeds.of("float32", "cpu")
-    dtypes = [section.dtype or FORMATS[name].dtypes[0] for name in formats if name in FORMATS]
+    known = [FORMATS[name] for name in formats if name in FORMATS]
+    dtypes = [section.dtype or written.dtypes[0] for written in known]
     roundings = {dtype if dtype in ("float16", "bfloat16") else None for dtype in dtypes}
     size = ExportSize(formats, len(roundings), section.check_vllm and find_spec("vllm") is not None)
     seconds = export_seconds(shape, cpu, size, layers, speeds.disk)
@@ -196,10 +193,11 @@ def _estimate_load_test(
 
 
 def load_test_settings(section: LoadTestSection) -> LoadTestSettings:
-    """As `gradmap loadtest` makes them of these options, for two models."""
+    """Settings as `gradmap loadtest` makes them of these options, for two models."""
     given = section.model_dump(exclude_none=True)
     quick = given.get("quick", False)
     lengths = ("prompt_tokens", "output_tokens", "length_spread", "shared_prefix", "seed")
+    workload = {name: given[name] for name in lengths if name in given}
     return LoadTestSettings(
         DENSE,
         {PRUNED: PRUNED},
@@ -208,7 +206,7 @@ def load_test_settings(section: LoadTestSection) -> LoadTestSettings:
         interleaved=not quick,
         requests_per_load=given.get("requests", LoadTestSettings.requests_per_load),
         open_loop_s=given.get("open_loop_s", LoadTestSettings.open_loop_s),
-        workload=Workload(**{name: given[name] for name in lengths if name in given}),
+        workload=Workload(**workload),
         find_rate=given.get("find_rate", LoadTestSettings.find_rate),
     )
 
@@ -221,10 +219,8 @@ def estimate_rows(estimates: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
         parts = {f"{name}: {part}": seconds for part, seconds in estimate.parts.items()}
         for label, seconds in (parts or {name: estimate.seconds}).items():
             rows.append((label, *estimate_cells(estimate, seconds)))
-    return [
-        *rows,
-        ("all", _minutes(_sum(*(estimate.seconds for estimate in estimates.values()))), "", ""),
-    ]
+    seconds = _sum(*(estimate.seconds for estimate in estimates.values()))
+    return [*rows, ("all", _minutes(seconds), "", "")]
 
 
 def estimate_cells(estimate: Estimate, seconds: float | None) -> tuple[str, str, str]:
@@ -235,12 +231,15 @@ def estimate_cells(estimate: Estimate, seconds: float | None) -> tuple[str, str,
 
 def misfits(estimates: Mapping[str, Estimate]) -> list[str]:
     """A sentence for each stage that needs more memory than there is."""
-    return [
-        f"{name} needs about {one.peak_bytes / 1e9:.0f} GB of memory and "
-        f"{one.available_bytes / 1e9:.0f} GB are available: it does not fit; {CURES[name]}."
-        for name, one in estimates.items()
-        if not one.fits
-    ]
+    sentences = []
+    for name, estimate in estimates.items():
+        if not estimate.fits:
+            sentences.append(
+                f"{name} needs about {estimate.peak_bytes / 1e9:.0f} GB of memory and "
+                f"{estimate.available_bytes / 1e9:.0f} GB are available: it does not fit; "
+                f"{CURES[name]}."
+            )
+    return sentences
 
 
 def _minutes(seconds: float | None) -> str:

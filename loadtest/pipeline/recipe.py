@@ -64,7 +64,7 @@ class PruneSection(_Section):
 
 
 class ExportSection(_Section):
-    """Of the pruned model and, in vLLM's format, of the dense one."""
+    """How the pruned model is exported, and the dense one in vLLM's format."""
 
     formats: list[str] = Field(default=["hf", "vllm"])
     dtype: str | None = None

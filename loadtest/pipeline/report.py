@@ -97,7 +97,8 @@ def _speed_rows(findings: Findings) -> list[Row]:
 
 
 def _number(metric: Metric, summary: LoadReport) -> float | None:
-    """Of a distribution its median, in the unit that is shown; None where it is not known."""
+    """The number, or a distribution's median, in the unit for people; None where it is not
+    known."""
     value = getattr(summary, metric.key)
     number = value.median if isinstance(value, Distribution) else value
     return None if number is None else metric.factor * number

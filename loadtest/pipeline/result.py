@@ -48,7 +48,8 @@ class LoadTestResult(Judged):
 
 
 class Accuracy(Strict):
-    """Of one task. value, stderr: of `metric`, the one that counts; metrics: all that there are."""
+    """What was measured of a task. value, stderr: of `metric`, the one that counts; metrics: all
+    that there are."""
 
     value: float
     stderr: float | None
@@ -138,7 +139,7 @@ class Result(Strict):
 
     @property
     def model_name(self) -> str:
-        """Of a directory, a GGUF file or a hub id, what the model itself is called."""
+        """What the model itself is called, without the folder, the organisation or the `.gguf`."""
         return PurePath(self.model).name.removesuffix(".gguf") or self.model
 
     @property
@@ -161,11 +162,11 @@ def build_result(
     """
     places = Places(out)
     evaluation = read_evaluation(places.evaluation, of_two=True)
-    judged = [one for one in (load_report, evaluation["quality"]) if one]
+    judged = filter(None, (load_report, evaluation["quality"]))
     taken = ("model", "texts", "tasks", "comparison", "quality", "answers")
     contents = {key: evaluation[key] for key in taken} | {
         "schema_version": SCHEMA_VERSION,
-        "verdict": worst(Verdict(one["verdict"]) for one in judged),
+        "verdict": worst(Verdict(gate["verdict"]) for gate in judged),
         "dense": _side(evaluation["dense"], places.dense),
         "pruned": _side(evaluation["pruned"], places.pruned),
         "segment": evaluation["settings"]["segment"],

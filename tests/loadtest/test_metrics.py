@@ -9,10 +9,21 @@ import pytest
 
 from gradmap.common.errors import UserError
 from gradmap.common.verdict import Verdict
+from loadtest.arrivals import ARRIVALS
 from loadtest.cells import group_cells
 from loadtest.conclusions import Facts, SpeedGate, build_report
-from loadtest.loads import ClosedLoop, OpenLoop
-from loadtest.metrics import COMPARED, describe, measure, output_throughput
+from loadtest.driving import SEARCH_PAIR
+from loadtest.loads import ClosedLoop, OpenLoop, load_labels, parse_loads, search_load
+from loadtest.metrics import (
+    COMPARED,
+    MAIN,
+    METRICS,
+    OF_REQUESTS,
+    describe,
+    measure,
+    output_throughput,
+)
+from loadtest.pipeline.recipe import LoadTestSection
 from loadtest.records import BlockRecord, GpuSample, Measurements, RequestRecord, ResourceSample
 from loadtest.resources import summarise_resources
 from loadtest.settings import LoadTestSettings
@@ -20,6 +31,8 @@ from loadtest.slo import Slo, parse_slo
 from loadtest.soundness import mean_in_flight
 from loadtest.statistics import compute_speed_ups, headline, judge, speed_up
 from loadtest.summaries import summarise_load
+from loadtest.table import load_rows
+from tests.command_line import gradmap
 
 ONE = ClosedLoop(1)
 FACTS = Facts({}, {})
@@ -311,3 +324,55 @@ def test_a_sum_over_gpus_of_which_one_does_not_tell_is_none():
     gpus = (GpuSample(power_w=100.0, **told), GpuSample(power_w=None, **told))
     use = use_of((record(),), (sample(100.1, gpus=gpus),))
     assert (use.gpu_memory_bytes, use.gpu_power_w, use.energy_per_token_j) == (2, None, None)
+
+
+def test_the_highest_rate_is_what_the_search_found():
+    """Dense meets the SLO up to 0.5 requests a second, the pruned model at none that was tried."""
+    settings = replace(SETTINGS, slos=(parse_slo("ttft_p50=600ms"),))
+    searched = [
+        record(arm, SEARCH_PAIR, search_load(rate).name, ttft=ttft)
+        for arm, rate, ttft in (
+            ("dense", 0.25, 0.5),
+            ("dense", 0.5, 0.5),
+            ("dense", 1.0, 0.7),
+            ("dense", 0.7071, 0.7),
+            ("pruned", 0.25, 0.7),
+        )
+    ]
+    of_pairs = [record(arm) for arm in ("dense", "pruned") for _ in range(2)]
+    report = report_of([*of_pairs, *searched], settings)
+    assert report["highest_rate"] == {"dense": 0.5, "pruned": 0.0}
+    assert report["verdict"] == "INCONCLUSIVE"  # the search is no pair, and faults none
+    assert report["arms"]["dense"]["concurrency_1"]["requests"] == 2
+    assert report_of(of_pairs, settings)["highest_rate"] == {}
+
+
+def test_every_metric_is_in_the_report_the_table_and_the_summary():
+    settings = replace(SETTINGS, slos=(parse_slo("ttft_p50=600ms"),))
+    report = report_of([record(arm) for arm in ("dense", "pruned") for _ in range(2)], settings)
+    names = [name for name, *_ in load_rows(report)]
+    for metric in METRICS:
+        assert report["arms"]["dense"]["concurrency_1"][metric.key] is not None
+        assert f"concurrency 1: {metric.title}" in names
+    assert report["speedup"].keys() == {metric.name for metric in MAIN}
+    assert report["candidates"]["pruned"]["loads"]["concurrency_1"].keys() == {
+        metric.name for metric in COMPARED
+    }
+
+
+@pytest.mark.parametrize("metric", OF_REQUESTS, ids=lambda metric: metric.name)
+def test_every_metric_that_a_request_has_can_be_limited(metric):
+    (value_s,) = metric.values([measure(record())])
+    within, beyond = (parse_slo(f"{metric.name}_p50={limit_s}s") for limit_s in (1, 0.05))
+    assert 0.05 < value_s < 1
+    assert summarise_load([record()], "load", [within]).meets_slos
+    assert not summarise_load([record()], "load", [beyond]).meets_slos
+
+
+@pytest.mark.parametrize("law", ARRIVALS)
+def test_every_law_of_arrival_is_known_to_the_command_line_and_to_recipes(law):
+    assert law in gradmap("loadtest", "--help").stdout
+    assert parse_loads([1], [2.0], law)[1] == OpenLoop(law, 2.0)
+    assert LoadTestSection(arrivals=law).arrivals == law
+    loads = {"settings": {"loads": [{"pattern": law, "level": 2.5}]}}
+    assert load_labels(loads) == {OpenLoop(law, 2.5).name: f"{law} 2.5/s"}
