@@ -128,6 +128,10 @@ def check_settings(settings: LoadTestSettings) -> None:
         raise UserError(
             "Give --pruned, or --candidate NAME=TARGET, to compare with the dense model."
         )
+    _check_arms(settings)
+
+
+def _check_arms(settings: LoadTestSettings) -> None:
     for name in settings.candidates:
         if name in RESERVED_ARMS or not ARM_NAME.fullmatch(name):
             raise UserError(

@@ -158,4 +158,6 @@ def _forced_from(names: Sequence[str], from_stage: str | None, fresh: bool) -> i
     one."""
     if from_stage is not None and from_stage not in names:
         raise UserError(f"Unknown stage {from_stage!r} for --from; stages are {', '.join(names)}.")
-    return 0 if fresh else names.index(from_stage) if from_stage else len(names)
+    if fresh:
+        return 0
+    return len(names) if from_stage is None else names.index(from_stage)
