@@ -24,8 +24,9 @@ from gradmap.common.console import print_table, progress
 from gradmap.common.files import write_json
 from loadtest.conclusions import Facts, SpeedGate, build_report
 from loadtest.loads import ClosedLoop
+from loadtest.options import DENSE, PRUNED
 from loadtest.records import BlockRecord, Measurements, RequestRecord
-from loadtest.settings import DENSE, PRUNED, LoadTestSettings
+from loadtest.settings import LoadTestSettings
 
 LOAD = ClosedLoop(1)
 REQUESTS = 8

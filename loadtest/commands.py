@@ -21,11 +21,10 @@ from gradmap.common.console import (
     waiting,
 )
 from gradmap.common.errors import UserError
+from gradmap.common.options import takes
 from gradmap.common.quoting import visible
 from gradmap.common.verdict import EXIT_CODES, Verdict
-from loadtest.arrivals import DEFAULT_ARRIVALS, list_laws
-from loadtest.loads import parse_loads
-from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, REQUIRED_SPEED_UP, LoadTestSettings
+from loadtest.options import DENSE, PRUNED, LoadTestOptions
 
 if TYPE_CHECKING:
     from loadtest.pipeline.result import Result
@@ -47,7 +46,9 @@ ESTIMATE_COLUMNS = ("minutes", "memory (GB)", "available (GB)")
 
 
 @heartbeat(so_far("gradmap loadtest"))
+@takes(LoadTestOptions)
 def loadtest(
+    options: LoadTestOptions,
     dense: Annotated[
         str,
         typer.Option(help="The unpruned model: a vLLM-ready directory, or the URL of a server."),
@@ -73,75 +74,12 @@ def loadtest(
         list[str] | None,
         typer.Option(help="NAME=MODEL: the same of a --candidate; may be given several times."),
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="3 pairs, one server start per model; cannot end in PASS."),
-    ] = False,
-    require_speedup: Annotated[
-        float, typer.Option(help="TPOT speed-up that the verdict asks for.")
-    ] = REQUIRED_SPEED_UP,
-    pairs: Annotated[
-        int | None, typer.Option(help="Pairs of dense and pruned blocks (6, with --quick 3).")
-    ] = None,
-    concurrency: Annotated[
-        list[int] | None,
-        typer.Option(help="Requests in flight; may be given several times (1 and 8)."),
-    ] = None,
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(help="Requests a second, in an open loop; may be given several times."),
-    ] = None,
-    arrivals: Annotated[
-        str, typer.Option(help=f"Of an open loop: {list_laws()}.")
-    ] = DEFAULT_ARRIVALS,
-    open_loop_s: Annotated[float, typer.Option(help="Length of an open loop, in seconds.")] = 20.0,
-    slo: Annotated[
-        list[str] | None,
-        typer.Option(help="Such as ttft_p95=200ms or tpot_p95=30ms; may be given several times."),
-    ] = None,
-    find_rate: Annotated[
-        bool,
-        typer.Option(
-            "--find-rate", help="Look for the highest rate of each model that meets the SLOs."
-        ),
-    ] = False,
-    requests: Annotated[
-        int, typer.Option(min=1, help="Requests per block and load, at least.")
-    ] = 8,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Random token ids per prompt; of texts, at most.")
-    ] = 128,
-    output_tokens: Annotated[
-        int, typer.Option(help="Tokens generated per request; of ShareGPT, at most.")
-    ] = 64,
-    length_spread: Annotated[
-        float, typer.Option(help="Both lengths vary by up to this share.")
-    ] = 0.0,
-    shared_prefix: Annotated[
-        int, typer.Option(min=0, help="So many first tokens are the same in a load.")
-    ] = 0,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="Texts in place of random tokens: a SPEC as for --calibration, or sharegpt:PATH."
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Draws prompts, arrivals and the order of the blocks.")
-    ] = 0,
     vocabulary: Annotated[
         int | None, typer.Option(help="Token ids the models know; needed for URLs only.")
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Its directory; needed for --prompts with URLs only.")
     ] = None,
-    vllm_flag: Annotated[
-        list[str] | None, typer.Option(help="A flag for vLLM, as --vllm-flag=--enforce-eager.")
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(help="That send requests: Locust workers on this machine.")
-    ] = 1,
-    against: AgainstOption = None,
     parquet: ParquetOption = False,
     json_line: JsonOption = False,
 ) -> int:
@@ -149,32 +87,20 @@ def loadtest(
     with importing():
         from loadtest.conclusions import SpeedGate
         from loadtest.outcome import read_report, run_load_test
-        from loadtest.prompts import Workload
         from loadtest.records import read_measurements, write_parquet
-        from loadtest.slo import parse_slo
+        from loadtest.settings import LoadTestSettings
 
-    default_pairs = QUICK_PAIRS if quick else LoadTestSettings.pairs
-    settings = LoadTestSettings(
-        dense=dense,
-        candidates=_given({PRUNED: pruned}) | _parse_named("--candidate", candidate),
-        loads=parse_loads(concurrency, rate, arrivals),
-        pairs=default_pairs if pairs is None else pairs,
-        interleaved=not quick,
-        requests_per_load=requests,
-        open_loop_s=open_loop_s,
-        workload=Workload(
-            prompt_tokens, output_tokens, length_spread, shared_prefix, prompts, seed
-        ),
-        slos=tuple(parse_slo(text) for text in slo or []),
-        find_rate=find_rate,
+    settings = LoadTestSettings.of(
+        options,
+        dense,
+        _given({PRUNED: pruned}) | _parse_named("--candidate", candidate),
         vocabulary=vocabulary,
         tokenizer=tokenizer,
-        vllm_flags=tuple(vllm_flag or ()),
-        processes=processes,
         models=_given({DENSE: dense_model, PRUNED: pruned_model})
         | _parse_named("--candidate-model", candidate_model),
     )
-    gate = SpeedGate(require_speedup, read_report(against) if against else None)
+    earlier = read_report(options.against) if options.against else None
+    gate = SpeedGate(options.require_speedup, earlier)
     result = run_load_test(settings, gate, out)
     if parquet:
         write_parquet(out, read_measurements(out))

@@ -15,10 +15,11 @@ from loadtest.conversations import RecordCount
 from loadtest.driving import SEARCH_PAIR
 from loadtest.ideal import WeightBytes, ideal_speed_ups
 from loadtest.loads import closed_loops, find_highest_rate, search_load
+from loadtest.options import DENSE
 from loadtest.records import Cell, Measurements, RequestRecord
 from loadtest.resources import summarise_resources
 from loadtest.schema import SCHEMA_VERSION, Comparison, Ideal, LoadReport, Report
-from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings
+from loadtest.settings import DENSE_AGAIN, LoadTestSettings
 from loadtest.soundness import find_faults
 from loadtest.statistics import (
     VERDICT_METRIC,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from gradmap.costs.steps import STARTING_S, Hardware, token_seconds
 from gradmap.model.shape import Shape
 from loadtest.loads import ClosedLoop, Load
+from loadtest.options import DENSE
 from loadtest.session import WARM_UP_LOAD, WARM_UP_REQUESTS
-from loadtest.settings import DENSE, DENSE_AGAIN, LoadTestSettings, schedule
+from loadtest.settings import DENSE_AGAIN, LoadTestSettings, schedule
 from serving.machine import CPU_RUNTIME_BYTES, GIB
 
 # Locust starts anew for every load, and is waited for: with gevent's imports, polls and counters.

@@ -12,7 +12,8 @@ import httpx
 from gradmap.common.console import waiting
 from gradmap.common.errors import UserError
 from gradmap.runtimes.openai_api import choose_model, open_client, served_models
-from loadtest.settings import DENSE, PRUNED, LoadTestSettings
+from loadtest.options import DENSE, PRUNED
+from loadtest.settings import LoadTestSettings
 from loadtest.urls import base_url, is_url
 from serving.machine import suited_to_machine
 from serving.ports import free_port

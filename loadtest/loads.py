@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import TypeAdapter
 
-from gradmap.common.errors import UserError
-from loadtest.arrivals import ARRIVALS, DEFAULT_ARRIVALS, Arrivals
+from loadtest.arrivals import DEFAULT_ARRIVALS, Arrivals
 
 # Of the search for the highest rate: requests a second, and by how much the bounds may differ in
 # the end.
@@ -66,16 +65,12 @@ class OpenLoop:
 Load: TypeAlias = ClosedLoop | OpenLoop
 
 
-def parse_loads(
-    concurrency: Sequence[int] | None, rates: Sequence[float] | None, arrivals: str | None
+def list_loads(
+    concurrency: Sequence[int], rates: Sequence[float], arrivals: str
 ) -> tuple[Load, ...]:
-    """Closed loops, of one request at a time and of eight if nothing is said; then open ones.
-    Raises UserError for unknown arrivals."""
-    arrivals = arrivals or DEFAULT_ARRIVALS
-    if arrivals not in ARRIVALS:
-        raise UserError(f"--arrivals {arrivals} is unknown; known are {', '.join(ARRIVALS)}.")
-    closed = [ClosedLoop(level) for level in sorted(set(concurrency or (1, 8)))]
-    opened = [OpenLoop(arrivals, rate) for rate in sorted(set(rates or ()))]
+    """Closed loops, then open ones, each once."""
+    closed = [ClosedLoop(level) for level in sorted(set(concurrency))]
+    opened = [OpenLoop(arrivals, rate) for rate in sorted(set(rates))]
     return (*closed, *opened)
 
 

@@ -12,9 +12,7 @@ from gradmap.common.errors import UserError
 from gradmap.data.text_specs import Conversations, FileSource, parse_source
 from gradmap.data.texts import read_texts
 from loadtest.conversations import Exchange, RecordCount, read_conversations, read_documents
-
-# Below, TPOT is undefined.
-LEAST_OUTPUT_TOKENS = 2
+from loadtest.options import LEAST_OUTPUT_TOKENS
 
 
 @dataclass(frozen=True)

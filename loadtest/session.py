@@ -20,9 +20,10 @@ from loadtest.driver.stream import whole_number
 from loadtest.driving import LOAD_PREFIX, SEARCH_PAIR, WARM_UP_PAIR, Bench, run_load
 from loadtest.endpoints import Endpoint, find_endpoints, server_settings
 from loadtest.loads import ClosedLoop, find_highest_rate, search_load
+from loadtest.options import DENSE
 from loadtest.prompts import Prompts, RandomPrompts, TextPrompts
 from loadtest.records import Measurements, append_measurements, start_files
-from loadtest.settings import DENSE, DENSE_AGAIN, Block, LoadTestSettings, check_settings, schedule
+from loadtest.settings import DENSE_AGAIN, Block, LoadTestSettings, check_settings, schedule
 from loadtest.summaries import summarise_load
 from loadtest.urls import is_url
 from serving.log import Log

@@ -7,17 +7,21 @@ import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gradmap.common.errors import UserError
-from loadtest.loads import ClosedLoop, Load, OpenLoop, closed_loops
-from loadtest.prompts import LEAST_OUTPUT_TOKENS, Workload
-from loadtest.slo import Slo
+from loadtest.loads import ClosedLoop, Load, OpenLoop, closed_loops, list_loads
+from loadtest.options import (
+    DENSE,
+    LEAST_OUTPUT_TOKENS,
+    PAIRS_FOR_A_VERDICT,
+    QUICK_PAIRS,
+    LoadTestOptions,
+)
+from loadtest.prompts import Workload
+from loadtest.slo import Slo, parse_slo
 from loadtest.urls import base_url, is_url
 
-DENSE, PRUNED = "dense", "pruned"
-# The TPOT speed-up that a verdict asks for, unless another one is given.
-REQUIRED_SPEED_UP = 1.0
-PAIRS_FOR_A_VERDICT, QUICK_PAIRS = 6, 3
 # The dense model once more, in one block: what two equal models differ by.
 DENSE_AGAIN = "dense-again"
 RESERVED_ARMS = (DENSE, DENSE_AGAIN)
@@ -55,6 +59,36 @@ class LoadTestSettings:
     vllm_flags: tuple[str, ...] = ()
     processes: int = 1
     models: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, options: LoadTestOptions, dense: str, candidates: dict[str, str], **others: Any
+    ) -> LoadTestSettings:
+        """What the options come to for these arms. others: fields that no option is about."""
+        asked = options
+        pairs = QUICK_PAIRS if asked.quick else PAIRS_FOR_A_VERDICT
+        return cls(
+            dense,
+            candidates,
+            loads=list_loads(asked.concurrency, asked.rate, asked.arrivals),
+            pairs=pairs if asked.pairs is None else asked.pairs,
+            interleaved=not asked.quick,
+            requests_per_load=asked.requests,
+            open_loop_s=asked.open_loop_s,
+            workload=Workload(
+                asked.prompt_tokens,
+                asked.output_tokens,
+                asked.length_spread,
+                asked.shared_prefix,
+                asked.prompts,
+                asked.seed,
+            ),
+            slos=tuple(parse_slo(text) for text in asked.slo),
+            find_rate=asked.find_rate,
+            vllm_flags=tuple(asked.vllm_flag),
+            processes=asked.processes,
+            **others,
+        )
 
     @property
     def arms(self) -> dict[str, str]:

@@ -15,8 +15,8 @@ from gradmap.common.verdict import Judgement, Verdict
 from loadtest.cells import Cells
 from loadtest.loads import ClosedLoop, Load, closed_loops
 from loadtest.metrics import BY_NAME, COMPARED, E2EL, MAIN, TPOT, Metric
+from loadtest.options import PAIRS_FOR_A_VERDICT
 from loadtest.records import RequestRecord
-from loadtest.settings import PAIRS_FOR_A_VERDICT
 
 CONFIDENCE = 0.95
 # The one that the verdict is about, at the lowest concurrency.

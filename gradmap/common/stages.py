@@ -35,7 +35,7 @@ from gradmap.common.fingerprints import (
     is_remains,
 )
 from gradmap.common.options import flag_of
-from gradmap.common.reading import checked, read_json, read_json_object
+from gradmap.common.reading import Strict, checked, read_json, read_json_object
 from gradmap.common.verdict import EXIT_CODES
 
 STAGES_DIRECTORY = ".stages"
@@ -219,4 +219,13 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
             flags += [f"{option}={item}" for item in value]
         elif value is not None:
             flags.append(f"{option}={value}")
+    return flags
+
+
+def flags_of(options: Strict) -> list[str]:
+    """Those of a command that stand for what is set in its options."""
+    flags: list[str] = []
+    for name, value in options.model_dump(exclude_unset=True, mode="json").items():
+        default = type(options).model_fields[name].default
+        flags += as_flags({f"no_{name}": True} if default is True and not value else {name: value})
     return flags

@@ -33,10 +33,9 @@ from gradmap.pruning.checks import layers_to_remove, require_removable
 from gradmap.pruning.presets import choose_methods
 from gradmap.runtimes.vllm_environment import cpu_wants_float32, is_cpu_build
 from loadtest.costs import CPU_SERVER, GPU_SERVER, ServerSpeed, load_test_seconds, serving_bytes
-from loadtest.loads import parse_loads
-from loadtest.pipeline.recipe import EvalSection, LoadTestSection, PruneSection, Recipe
-from loadtest.prompts import Workload
-from loadtest.settings import DENSE, PRUNED, QUICK_PAIRS, LoadTestSettings
+from loadtest.options import DENSE, PRUNED, LoadTestOptions
+from loadtest.pipeline.recipe import EvalSection, PruneSection, Recipe
+from loadtest.settings import LoadTestSettings
 
 # Where a stage does not fit into memory.
 CURES = {
@@ -130,11 +129,10 @@ def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Sp
     methods = choose_methods(
         section.preset, selector=section.selector, compensator=section.compensator
     )
-    given = section.model_dump(include={"samples", "tokens"}, exclude_none=True)
     correctable = architecture_of(speeds.config).uncorrectable is None
-    size = CalibrationSize(**given)
+    size = CalibrationSize(section.samples, section.tokens)
     pruning = Pruning(
-        remove, methods.selector, methods.compensator, size, bool(section.one_shot), correctable
+        remove, methods.selector, methods.compensator, size, section.one_shot, correctable
     )
     if section.budget_minutes is not None:
         samples = affordable_samples(shape, hardware, pruning, 60 * section.budget_minutes)
@@ -157,10 +155,10 @@ def _estimate_eval(recipe: Recipe, shape: Shape, left: int, speeds: Speeds) -> E
     hardware = speeds.of(section.dtype, section.device)
     size = EvaluationSize(
         texts=len(section.perplexity),
-        segment=section.segment or EvaluationSize.segment,
-        tasks=expand_names(",".join(section.tasks)),
+        segment=section.segment,
+        tasks=expand_names(section.tasks),
         limit=section.limit,
-        answers=bool(section.answers),
+        answers=section.answers,
     )
     seconds = evaluation_seconds(shape, hardware, size, (shape.layers, left))
     return Estimate(
@@ -182,33 +180,14 @@ def _estimate_export(
 
 
 def _estimate_load_test(
-    section: LoadTestSection, shape: Shape, left: int, speeds: Speeds
+    options: LoadTestOptions, shape: Shape, left: int, speeds: Speeds
 ) -> Estimate:
     found = speeds.of_server()
     if found is None:
         return Estimate(None, 0.0, 0.0)
-    settings = load_test_settings(section)
+    settings = LoadTestSettings.of(options, DENSE, {PRUNED: PRUNED})
     seconds = load_test_seconds(settings, shape, {DENSE: shape.layers, PRUNED: left}, *found)
     return Estimate(seconds, serving_bytes(shape, found[0]), found[0].memory)
-
-
-def load_test_settings(section: LoadTestSection) -> LoadTestSettings:
-    """Settings as `gradmap loadtest` makes them of these options, for two models."""
-    given = section.model_dump(exclude_none=True)
-    quick = given.get("quick", False)
-    lengths = ("prompt_tokens", "output_tokens", "length_spread", "shared_prefix", "seed")
-    workload = {name: given[name] for name in lengths if name in given}
-    return LoadTestSettings(
-        DENSE,
-        {PRUNED: PRUNED},
-        loads=parse_loads(given.get("concurrency"), given.get("rate"), given.get("arrivals")),
-        pairs=given.get("pairs", QUICK_PAIRS if quick else LoadTestSettings.pairs),
-        interleaved=not quick,
-        requests_per_load=given.get("requests", LoadTestSettings.requests_per_load),
-        open_loop_s=given.get("open_loop_s", LoadTestSettings.open_loop_s),
-        workload=Workload(**workload),
-        find_rate=given.get("find_rate", LoadTestSettings.find_rate),
-    )
 
 
 def estimate_rows(estimates: Mapping[str, Estimate]) -> list[tuple[str, ...]]:

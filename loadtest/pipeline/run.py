@@ -29,7 +29,6 @@ from loadtest.pipeline.stages import (
     require_formats,
     require_inputs,
 )
-from loadtest.settings import REQUIRED_SPEED_UP
 
 RECIPE_COPY = "recipe.yaml"
 
@@ -101,8 +100,8 @@ def judge_as_asked(recipe: Recipe, out: Path) -> None:
     """Draws the load test's report anew by the recipe's gate: `gradmap report` may have left it
     with another one."""
     asked = recipe.loadtest
-    earlier = read_report(Path(asked.against)) if asked.against else None
-    report_again(Places(out).load_test, asked.require_speedup or REQUIRED_SPEED_UP, earlier)
+    earlier = read_report(asked.against) if asked.against else None
+    report_again(Places(out).load_test, asked.require_speedup, earlier)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from export.formats import ExportSettings, choose_target
 from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
 from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE
-from gradmap.common.stages import Stage, as_flags, is_within
+from gradmap.common.stages import Stage, as_flags, flags_of, is_within
 from gradmap.data.text_specs import source_files
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import records_beside
@@ -68,7 +68,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
 
 
 def _prune_stage(recipe: Recipe, places: Places) -> Stage:
-    options = as_flags(recipe.prune.model_dump())
+    options = flags_of(recipe.prune)
     return Stage(
         "prune",
         ("prune", *_model_arguments(recipe), *options, "--out", str(places.plan)),
@@ -85,10 +85,10 @@ def _eval_stage(recipe: Recipe, places: Places) -> Stage:
     for source in asked.perplexity.values():
         inputs += source_files(source)
     if asked.task_data is not None:
-        inputs.append(Path(asked.task_data))
+        inputs.append(asked.task_data)
     return Stage(
         "eval",
-        (*arguments, *as_flags(_evaluation_options(recipe))),
+        (*arguments, *flags_of(asked), *flags_of(recipe.quality)),
         inputs=tuple(inputs),
         outputs=(out, records_beside(out)),
         schema=EVALUATION_SCHEMA,
@@ -126,11 +126,11 @@ def _load_test_stage(recipe: Recipe, places: Places) -> Stage:
     asked, out = recipe.loadtest, places.load_test
     arguments = ["loadtest", "--dense", str(places.dense), "--pruned", str(places.pruned)]
     inputs = [places.dense / ARTIFACT_FILE, places.pruned / ARTIFACT_FILE]
-    inputs += [Path(asked.against)] if asked.against else []
+    inputs += [asked.against] if asked.against else []
     inputs += source_files(asked.prompts) if asked.prompts else []
     return Stage(
         "loadtest",
-        (*arguments, *as_flags(asked.model_dump()), "--out", str(out)),
+        (*arguments, *flags_of(asked), "--out", str(out)),
         inputs=tuple(inputs),
         outputs=(out,),
         schema=LOAD_TEST_SCHEMA,
@@ -152,12 +152,6 @@ def _model_files(recipe: Recipe) -> Path:
 def _export_options(recipe: Recipe, formats: list[str]) -> dict[str, Any]:
     options = {"format": formats} | recipe.export.model_dump(exclude={"formats", "check_vllm"})
     return options | {"no_check_vllm": not recipe.export.check_vllm}
-
-
-def _evaluation_options(recipe: Recipe) -> dict[str, Any]:
-    texts = [f"{name}={source}" for name, source in recipe.eval.perplexity.items()]
-    measured = {"perplexity": texts, "tasks": ",".join(recipe.eval.tasks) or None}
-    return recipe.eval.model_dump() | measured | recipe.quality.model_dump()
 
 
 def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
@@ -182,7 +176,7 @@ def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:
 def require_evaluation(recipe: Recipe) -> None:
     """Raises UserError for what cannot be evaluated anywhere, or not on this machine."""
     asked = recipe.eval
-    resolve_device(asked.device or "auto")
-    if asked.dtype not in (None, "auto"):
+    resolve_device(asked.device)
+    if asked.dtype != "auto":
         weights_dtype(asked.dtype)
-    require_tasks(expand_names(",".join(asked.tasks)))
+    require_tasks(expand_names(asked.tasks))

@@ -9,8 +9,9 @@ import typer
 
 from export.costs import ExportSize, export_bytes, export_seconds
 from gradmap.cli import run_app
-from gradmap.common.errors import UserError
+from gradmap.common.errors import EXIT_BUG, UserError
 from gradmap.common.reading import read_json
+from gradmap.common.stages import flags_of
 from gradmap.costs.speed import Disk
 from gradmap.costs.steps import STARTING_S, Hardware
 from gradmap.evaluation.costs import PAPER_TASKS, EvaluationSize, evaluation_seconds
@@ -20,16 +21,17 @@ from gradmap.model.shape import Shape
 from loadtest import commands
 from loadtest.costs import CPU_SERVER, load_test_seconds
 from loadtest.loads import ClosedLoop, OpenLoop
+from loadtest.options import DENSE, PRUNED, LoadTestOptions
 from loadtest.pipeline import estimates
 from loadtest.pipeline.estimates import (
     Speeds,
     default_recipe,
     estimate_stages,
-    load_test_settings,
     misfits,
 )
-from loadtest.pipeline.recipe import LoadTestSection, Recipe, load_recipe
-from loadtest.settings import DENSE, PRUNED, LoadTestSettings
+from loadtest.pipeline.recipe import Recipe, load_recipe
+from loadtest.settings import LoadTestSettings
+from tests.command_line import gradmap
 from tests.conftest import ROOT
 
 SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 30, 3 / 9, 49152, tied=True)
@@ -97,7 +99,7 @@ def test_the_recorded_exports_are_within_a_factor_of_two(recorded, demo):
 
 
 def test_the_recorded_load_test_is_within_a_factor_of_two(recorded, demo):
-    settings = load_test_settings(demo.loadtest)
+    settings = LoadTestSettings.of(demo.loadtest, DENSE, {PRUNED: PRUNED})
     seconds = load_test_seconds(settings, SMOLLM2, {DENSE: 30, PRUNED: 22}, SERVED, CPU_SERVER)
     assert within_two(seconds, recorded["loadtest"])
 
@@ -174,12 +176,13 @@ def test_a_section_is_understood_as_the_command_understands_its_options(monkeypa
             "shared_prefix": 2,
             "seed": 3,
         },
-        {"find_rate": True, "slo": ["ttft_p95=200ms"]},
+        {"find_rate": True, "slo": ["ttft_p95=200ms"], "vllm_flag": ["--enforce-eager"]},
     ):
-        with pytest.raises(ZeroDivisionError):
-            commands.loadtest(dense=DENSE, pruned=PRUNED, out=tmp_path, **options)
-        expected = replace(understood.pop(), slos=())
-        assert load_test_settings(LoadTestSection(**options)) == expected
+        section = LoadTestOptions(**options)
+        arms = ("--dense", DENSE, "--pruned", PRUNED, "--out", tmp_path)
+        assert gradmap("loadtest", *arms, *flags_of(section)).returncode == EXIT_BUG
+        expected = LoadTestSettings.of(section, DENSE, {PRUNED: PRUNED})
+        assert understood.pop() == expected
 
 
 def test_every_stage_of_a_recipe_is_estimated(picos, word_file, speeds):

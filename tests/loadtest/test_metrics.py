@@ -13,7 +13,7 @@ from loadtest.arrivals import ARRIVALS
 from loadtest.cells import group_cells
 from loadtest.conclusions import Facts, SpeedGate, build_report
 from loadtest.driving import SEARCH_PAIR
-from loadtest.loads import ClosedLoop, OpenLoop, load_labels, parse_loads, search_load
+from loadtest.loads import ClosedLoop, OpenLoop, list_loads, load_labels, search_load
 from loadtest.metrics import (
     COMPARED,
     MAIN,
@@ -23,7 +23,7 @@ from loadtest.metrics import (
     measure,
     output_throughput,
 )
-from loadtest.pipeline.recipe import LoadTestSection
+from loadtest.options import LoadTestOptions
 from loadtest.records import BlockRecord, GpuSample, Measurements, RequestRecord, ResourceSample
 from loadtest.resources import summarise_resources
 from loadtest.settings import LoadTestSettings
@@ -372,7 +372,7 @@ def test_every_metric_that_a_request_has_can_be_limited(metric):
 @pytest.mark.parametrize("law", ARRIVALS)
 def test_every_law_of_arrival_is_known_to_the_command_line_and_to_recipes(law):
     assert law in gradmap("loadtest", "--help").stdout
-    assert parse_loads([1], [2.0], law)[1] == OpenLoop(law, 2.0)
-    assert LoadTestSection(arrivals=law).arrivals == law
+    assert list_loads([1], [2.0], law)[1] == OpenLoop(law, 2.0)
+    assert LoadTestOptions(arrivals=law).arrivals == law
     loads = {"settings": {"loads": [{"pattern": law, "level": 2.5}]}}
     assert load_labels(loads) == {OpenLoop(law, 2.5).name: f"{law} 2.5/s"}

@@ -14,6 +14,7 @@ from gradmap.common.files import sha256_json, write_json, write_text
 from gradmap.common.fingerprints import fingerprint
 from gradmap.common.stages import STAGES_DIRECTORY, is_done, stage_key
 from gradmap.common.verdict import EXIT_CODES, Verdict
+from loadtest.options import REQUIRED_SPEED_UP
 from loadtest.outcome import write_all
 from loadtest.pipeline import run as pipeline
 from loadtest.pipeline.recipe import load_recipe
@@ -21,7 +22,6 @@ from loadtest.pipeline.result import build_result
 from loadtest.pipeline.run import judge_as_asked, plan_run, run_recipe
 from loadtest.pipeline.stages import plan_stages
 from loadtest.records import append_measurements
-from loadtest.settings import REQUIRED_SPEED_UP
 from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.loadtest.test_metrics import measured
