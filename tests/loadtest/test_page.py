@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gradmap.common.colors import DENSE_COLOR, PRUNED_COLOR
 from loadtest import figures as load_figures
 from loadtest.conclusions import Facts, SpeedGate, build_report
 from loadtest.conversations import RecordCount
@@ -130,6 +131,17 @@ def test_of_very_many_requests_the_page_draws_some_and_says_so(monkeypatch):
     page = render_page(report, many)
     assert page.count("50 of up to 1,000 requests of a model, evenly") == 2
     assert "Every request" not in page
+
+
+def test_failed_requests_are_drawn_in_the_colour_of_their_model():
+    """The legend has a mark of each model in its colour; a failed request is one mark more."""
+    good = [record("dense"), record("pruned")]
+    failed = [*good, record("dense", error="cut")]
+    drawings = [draw_timeline(records, ["dense", "pruned"]) for records in (good, failed)]
+    dense, pruned = (
+        [svg.count(color) for svg in drawings] for color in (DENSE_COLOR, PRUNED_COLOR)
+    )
+    assert dense[0] < dense[1] and pruned[0] == pruned[1]
 
 
 def test_what_is_drawn_of_very_many_reaches_from_the_first_to_the_last():
