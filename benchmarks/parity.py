@@ -17,8 +17,8 @@ import typer
 
 from export.artifact import export_artifacts, open_source
 from export.comparison import Comparison
-from export.formats import ExportSettings
 from export.reference import random_probe
+from export.settings import ExportSettings
 from export.writers import Source
 from gradmap.common.console import print_table
 from gradmap.common.environment import describe_environment

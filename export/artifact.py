@@ -9,24 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from export import GGUF_FILE
 from export.card import render_card
-from export.comparison import MIN_AGREEMENT, Bounds, Comparison
+from export.comparison import MIN_AGREEMENT, Comparison
 from export.far_positions import require_far_positions
 from export.fold import count_parameters, require_foldable
-from export.folded_model import hidden_size
-from export.formats import (
-    FORMATS,
-    ExportSettings,
-    Format,
-    asks_vllm,
-    choose_target,
-    compare_in_each,
-    label_of,
-    reference_dtype,
-)
+from export.formats import FORMATS
+from export.formats.format import Format
 from export.integrity import (
     SCHEMA_VERSION,
     ArtifactRecord,
@@ -37,6 +26,7 @@ from export.integrity import (
     refuse_code,
     require_files,
 )
+from export.judging import compare_in_each, reference_dtype, widest_bounds
 from export.reference import (
     PROBE_FILE,
     PROBE_SAMPLES,
@@ -47,9 +37,9 @@ from export.reference import (
     random_probe,
     save_probe,
 )
-from export.tolerance import logit_tolerance, share_of_strays
+from export.settings import ExportSettings, choose_storage, runners_of
 from export.verification import compare, require_faithful, run_artifact
-from export.writers import Source, Target, Written, left_behind
+from export.writers import Source, Storage, Written, left_behind
 from gradmap.common.console import announced, say, waiting
 from gradmap.common.environment import describe_environment
 from gradmap.common.errors import UserError
@@ -68,7 +58,6 @@ from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.gguf_model import read_license
 from gradmap.model.gguf_tokenizer import require_same_tokens
 from gradmap.model.loading import load_tokenizer
-from gradmap.model.precision import DTYPES
 from gradmap.pruning.plan import (
     PLAN_FILE,
     load_calibration_ids,
@@ -111,21 +100,23 @@ def export_artifacts(
     Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing
     of it is left.
     """
-    targets = {
-        name: choose_target(name, settings, source.checkpoint.config) for name in settings.formats
-    }
+    config = source.checkpoint.config
+    storages = {name: choose_storage(name, settings, config) for name in settings.formats}
     with ExitStack() as stack:
-        for name in targets:
+        for name in storages:
             stack.enter_context(output_directory(out / name, ARTIFACT_FILE))
-        return _export_each(source, targets, settings, out)
+        return _export_each(source, storages, settings, out)
 
 
 def _export_each(
-    source: Source, targets: Mapping[str, Target], settings: ExportSettings, out: Path
+    source: Source, storages: Mapping[str, Storage], settings: ExportSettings, out: Path
 ) -> dict[str, ArtifactRecord]:
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
-    dtypes = {name: reference_dtype(target, source.checkpoint) for name, target in targets.items()}
-    if left := left_behind(source.checkpoint):
+    dtypes = {
+        name: reference_dtype(storage, source.checkpoint) for name, storage in storages.items()
+    }
+    left = left_behind(source.checkpoint)
+    if left:
         say(
             f"Files of {source.checkpoint.name} that gradmap does not know stay behind: "
             f"{', '.join(left)}"
@@ -140,9 +131,9 @@ def _export_each(
         )
     return {
         name: _export_one(
-            source, FORMATS[name], target, references[dtypes[name]], settings, out / name
+            source, FORMATS[name], storage, references[dtypes[name]], settings, out / name
         )
-        for name, target in targets.items()
+        for name, storage in storages.items()
     }
 
 
@@ -176,57 +167,48 @@ def verify_directory(
     record = read_record(directory, expected_sha256)
     require_files(directory, record.files)
     refuse_code(directory)
-    form = FORMATS.get(record.format)
-    if form is None:
+    if record.format not in FORMATS:
         raise UserError(
             f"{directory} is of the unknown format {record.format!r}; known are "
             f"{', '.join(FORMATS)}."
         )
     reference = load_probe(directory / PROBE_FILE)
-    runner = form.runners[0]
-    with announced(f"Running {directory} with {label_of(runner)} in a fresh process"):
+    runner = FORMATS[record.format].runners[0].name
+    with announced(f"Running {directory} with {runner} in a fresh process"):
         outcome = run_artifact(runner, directory, reference)
-    allowed = _widest_bounds(record, read_json_object(directory / "config.json"), min_agreement)
-    recorded = record.verification.get(label_of(runner))
+    allowed = widest_bounds(record, read_json_object(directory / "config.json"), min_agreement)
+    recorded = record.verification.get(runner)
     comparison = compare(
         reference, outcome, allowed if recorded is None else allowed.within(recorded.bounds)
     )
     require_faithful(comparison)
-    return Verified(record.name, len(record.files), {label_of(runner): comparison})
-
-
-def _widest_bounds(record: ArtifactRecord, config: dict[str, Any], min_agreement: float) -> Bounds:
-    """What a received artifact may differ by at most, whatever its record allows."""
-    if record.quantise is not None:
-        return Bounds(min_agreement=min_agreement)
-    dtype = DTYPES.get(record.dtype) or DTYPES.get(str(config.get("dtype")), torch.bfloat16)
-    tolerance = logit_tolerance(layer_count(config), hidden_size(config), dtype, dtype)
-    return Bounds(tolerance, stray_share=share_of_strays(dtype, dtype))
+    return Verified(record.name, len(record.files), {runner: comparison})
 
 
 def _export_one(
     source: Source,
     form: Format,
-    target: Target,
+    storage: Storage,
     reference: Reference,
     settings: ExportSettings,
     path: Path,
 ) -> ArtifactRecord:
-    runners = [runner for runner in form.runners if runner != "run_vllm" or asks_vllm(settings)]
-    require_far_positions(source, form, target, runners)
+    runners = runners_of(form, settings.check_vllm)
+    require_far_positions(source, form, storage, runners)
     with atomic_directory(path, marker=ARTIFACT_FILE) as partial:
-        written = form.write(partial, source, target)
+        written = form.write(partial, source, storage)
         if source.checkpoint.gguf_file is not None:
             _require_tokenizer(partial, source.checkpoint.gguf_file)
         save_probe(partial / PROBE_FILE, reference)
         fresh = "a fresh process" if len(runners) == 1 else "fresh processes"
-        with announced(f"Verifying {path}: {' and '.join(map(label_of, runners))} in {fresh}"):
+        names = " and ".join(runner.name for runner in runners)
+        with announced(f"Verifying {path}: {names} in {fresh}"):
             comparisons = compare_in_each(
-                runners, partial, source, target, written, reference, settings.min_agreement
+                runners, partial, storage, written, reference, settings.min_agreement
             )
         for comparison in comparisons.values():
             require_faithful(comparison)
-        record = _describe(source, form, target, written, comparisons)
+        record = _describe(source, form, storage, written, comparisons)
         write_text(partial / "README.md", render_card(source.plan, record, settings.quality))
         hashes = written.hashes | _hash_missing(partial, written.hashes)
         record = record.model_copy(update={"files": hashes})
@@ -254,7 +236,7 @@ def _hash_missing(directory: Path, known: dict[str, str]) -> dict[str, str]:
 def _describe(
     source: Source,
     form: Format,
-    target: Target,
+    storage: Storage,
     written: Written,
     comparisons: dict[str, Comparison],
 ) -> ArtifactRecord:
@@ -263,14 +245,14 @@ def _describe(
         schema_version=SCHEMA_VERSION,
         name=source.served_name,
         format=form.name,
-        dtype=target.dtype,
-        quantise=target.quantise,
+        dtype=storage.dtype,
+        quantise=storage.quantise,
         layers=layer_count(written.config),
         parameters=count_parameters(written.folded),
         weight_bytes=written.weight_bytes,
         base_model=_describe_base(source.checkpoint),
         plan=_describe_plan(source),
-        verification={label_of(runner): comparison for runner, comparison in comparisons.items()},
+        verification=comparisons,
         environment=describe_environment(),
         files={},
     )

@@ -9,32 +9,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from export.comparison import Comparison
+from export.formats import FORMATS
 from export.integrity import ArtifactRecord
 from gradmap.common.quoting import markdown
 from gradmap.evaluation.table import with_error
 from gradmap.pruning.plan import Plan
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-USE = {
-    "hf": "A stock checkpoint: `AutoModelForCausalLM.from_pretrained(DIRECTORY)`.",
-    "vllm": (
-        "A stock checkpoint, ready to be served: `vllm serve DIRECTORY --config "
-        "DIRECTORY/vllm.yaml`."
-    ),
-    "onnx": (
-        "ONNX with optimum's names: `ORTModelForCausalLM.from_pretrained(DIRECTORY)`, or any ONNX "
-        "Runtime session."
-    ),
-    "onnx-genai": "ONNX for onnxruntime-genai: `onnxruntime_genai.Model(DIRECTORY)`.",
-    "gguf": "One file for llama.cpp and what builds on it: `llama-server -m DIRECTORY/model.gguf`.",
-}
-LIBRARIES = {
-    "hf": "transformers",
-    "vllm": "transformers",
-    "onnx": "onnx",
-    "onnx-genai": "onnx",
-    "gguf": "gguf",
-}
 
 
 def render_card(plan: Plan | None, record: ArtifactRecord, quality: dict[str, Any]) -> str:
@@ -58,7 +39,7 @@ def render_card(plan: Plan | None, record: ArtifactRecord, quality: dict[str, An
         "reference:"
     )
     sections.append("\n".join(_describe_check(check) for check in record.verification.values()))
-    sections.append(USE[record.format])
+    sections.append(FORMATS[record.format].use)
     sections.append(
         "`gradmap.json` lists the SHA-256 of every file, and `gradmap.probe` holds the highest "
         "logits of a few texts: `gradmap verify DIRECTORY` checks both. Nothing here needs "
@@ -72,7 +53,7 @@ def _metadata(record: ArtifactRecord, quality: dict[str, Any]) -> str:
     card = ModelCardData(
         license=record.base_model.license,
         base_model=base if HUB_ID.fullmatch(base) and not Path(base).exists() else None,
-        library_name=LIBRARIES[record.format],
+        library_name=FORMATS[record.format].library,
         pipeline_tag="text-generation",
         tags=["gradmap"] if record.plan is None else ["gradmap", "pruned", "layer-pruning"],
         model_name=record.name,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from export.comparison import MIN_AGREEMENT
+from export.format_help import dtype_help, format_help, quantise_help
 from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
 from gradmap.common.console import heartbeat, importing, print_json_line, print_table, say, so_far
 
@@ -37,9 +38,7 @@ def export(
     ],
     format_names: Annotated[
         list[str],
-        typer.Option(
-            "--format", help="hf, vllm, onnx, onnx-genai or gguf; may be given several times."
-        ),
+        typer.Option("--format", help=format_help()),
     ],
     plan: Annotated[
         Path | None,
@@ -49,16 +48,9 @@ def export(
     allow_pickle: AllowPickleOption = False,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help=(
-                "keep, float32, float16, bfloat16; else hf keeps, vllm takes bfloat16, onnx "
-                "float32, gguf float16."
-            )
-        ),
+        typer.Option(help=dtype_help()),
     ] = None,
-    quantise: Annotated[
-        str | None, typer.Option(help="int8: the layers' weights as 8-bit integers (all but hf).")
-    ] = None,
+    quantise: Annotated[str | None, typer.Option(help=quantise_help())] = None,
     min_agreement: MinAgreementOption = MIN_AGREEMENT,
     shard_size_gb: Annotated[
         float, typer.Option(min=0.001, help="Largest size of a weight file, in 10^9 bytes.")
@@ -81,8 +73,8 @@ def export(
     """Fold a plan into a stock checkpoint, or an ONNX graph, and prove that it is right."""
     with importing():
         from export.artifact import export_artifacts, open_source, read_quality
-        from export.formats import ExportSettings
         from export.hub import check_hub_access, push
+        from export.settings import ExportSettings
         from gradmap.common.errors import UserError
         from gradmap.model.checkpoint import open_checkpoint
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from export.formats import FORMATS
+from export.formats.format import Format
 from export.reference import GREEDY_TOKENS, PROBE_SAMPLES, PROBE_TOKENS
 from export.runners.probe_io import MEMORY_SHARE
-from export.writers import ONNX_MEMORY_FACTOR
 from gradmap.costs.footprint import FLOAT32_BYTES, RUNTIME_BYTES
 from gradmap.costs.speed import Disk
 from gradmap.costs.steps import STARTING_S, Hardware, generation_seconds
@@ -16,11 +17,6 @@ from gradmap.model.shape import Shape
 
 # How often the probe passes the model in the process that verifies: with and without a cache.
 PASSES_OF_CHILD = 2
-# vLLM's CPU build, started without compiling, and asked once: SmolLM2 on two cores of an EPYC, what
-# is left of the 80 s of an export in vLLM's format (benchmarks.end_to_end) without the rest.
-VLLM_CHECK_S = 50.0
-# torch's exporter: 65 s for SmolLM2's 22 layers on such a core (benchmarks.onnx_export).
-TRACING_S_PER_LAYER = 3.0
 
 
 @dataclass(frozen=True)
@@ -44,18 +40,26 @@ def export_seconds(shape: Shape, cpu: Hardware, size: ExportSize, layers: int, d
     reference_s = weights / disk.read + pass_s + greedy_s
     child_s = STARTING_S + weights / disk.read + PASSES_OF_CHILD * pass_s + greedy_s
     seconds = STARTING_S + size.roundings * reference_s
-    for name in size.formats:
-        by_vllm_too = name == "vllm" and size.check_vllm
-        seconds += weights / disk.read + weights / disk.write
-        seconds += max(child_s, VLLM_CHECK_S) if by_vllm_too else child_s  # at once
-        seconds += STARTING_S + TRACING_S_PER_LAYER * layers if name == "onnx" else 0.0
+    for form in known_formats(size):
+        at_once = [
+            max(child_s, runner.least_s)
+            for runner in form.runners
+            if size.check_vllm or not runner.optional
+        ]
+        seconds += weights / disk.read + weights / disk.write + max(at_once)
+        if form.conversion_s_per_layer is not None:
+            seconds += STARTING_S + form.conversion_s_per_layer * layers
     return seconds
 
 
 def export_bytes(shape: Shape, cpu: Hardware, size: ExportSize, layers: int) -> float:
-    """The model in float32, or the part that fits; an ONNX export holds it several times."""
+    """The model in float32, or the part that fits; some conversions hold it whole, several
+    times."""
     weights = FLOAT32_BYTES * shape.parameters(layers)
-    needed = min(weights, MEMORY_SHARE * cpu.memory)
-    if any(name.startswith("onnx") for name in size.formats):
-        needed = ONNX_MEMORY_FACTOR * weights
-    return RUNTIME_BYTES + needed
+    converted = weights * max((form.memory_factor for form in known_formats(size)), default=0)
+    return RUNTIME_BYTES + (converted or min(weights, MEMORY_SHARE * cpu.memory))
+
+
+def known_formats(size: ExportSize) -> list[Format]:
+    """Those of its formats that there are: a name that is none is refused when it is exported."""
+    return [FORMATS[name] for name in size.formats if name in FORMATS]

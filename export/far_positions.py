@@ -9,18 +9,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from export.comparison import MIN_AGREEMENT
-from export.formats import Format, compare_in_each, reference_dtype
+from export.formats.format import Format, Runner
+from export.judging import compare_in_each, reference_dtype
 from export.reference import compute_references
 from export.twin import find_boundaries, probe_beyond, write_twin
 from export.verification import find_problem
-from export.writers import COPIED_PATTERNS, Source, Target
+from export.writers import COPIED_PATTERNS, Source, Storage
 from gradmap.common.console import announced, say
 from gradmap.common.errors import UserError
 from gradmap.model.architectures import prune_config
 
 
 def require_far_positions(
-    source: Source, form: Format, target: Target, runners: Sequence[str]
+    source: Source, form: Format, storage: Storage, runners: Sequence[Runner]
 ) -> None:
     """Raises UserError if the format, or one of its runtimes, computes something else than the
     config says farther into a text than the probe is long. A twin of the model shows it, before the
@@ -45,7 +46,7 @@ def require_far_positions(
         TemporaryDirectory() as directory,
     ):
         problem = _problem_of_twin(
-            source, form, replace(target, quantise=None), runners, Path(directory)
+            source, form, replace(storage, quantise=None), runners, Path(directory)
         )
     if problem is not None:
         raise UserError(
@@ -54,19 +55,17 @@ def require_far_positions(
 
 
 def _problem_of_twin(
-    source: Source, form: Format, target: Target, runners: Sequence[str], directory: Path
+    source: Source, form: Format, storage: Storage, runners: Sequence[Runner], directory: Path
 ) -> str | None:
     twin = write_twin(source.checkpoint, source.removed, directory / "twin", COPIED_PATTERNS)
     small = Source(twin, None, None, {}, probe_beyond(twin.config))
-    dtype = reference_dtype(target, twin)
+    dtype = reference_dtype(storage, twin)
     reference = compute_references(twin, (), {}, small.probe_ids, {dtype})[dtype]
     artifact = directory / "artifact"
     artifact.mkdir()
     try:
-        written = form.write(artifact, small, target)
-        comparisons = compare_in_each(
-            runners, artifact, small, target, written, reference, MIN_AGREEMENT
-        )
+        written = form.write(artifact, small, storage)
+        comparisons = compare_in_each(runners, artifact, storage, written, reference, MIN_AGREEMENT)
     except UserError as error:
         return str(error)
     problems = (

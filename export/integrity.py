@@ -37,7 +37,7 @@ class PlanRecord(Strict):
 class ArtifactRecord(Strict):
     """The contents of gradmap.json.
 
-    format, dtype and quantise are those of export.artifact.FORMATS. verification: what was found
+    format, dtype and quantise are those of export.formats. verification: what was found
     when it was exported, by runtime. files: name -> SHA-256 of every other file.
     """
 

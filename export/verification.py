@@ -50,8 +50,8 @@ class Outcome:
 def run_artifact_in_each(
     runners: Sequence[str], directory: Path, reference: Reference, weight_bytes: int
 ) -> list[Outcome]:
-    """`run_artifact` in each runner: at once if memory has room for all, since most of their time
-    goes into imports."""
+    """`run_artifact` in each runner, by its name: at once if memory has room for all, since most of
+    their time goes into imports."""
     needed = len(runners) * (LARGEST_RUNTIME_BYTES + WIDENED * weight_bytes)
     together = len(runners) if needed <= available_bytes() else 1
     with ThreadPoolExecutor(together) as pool, ending_children():
@@ -59,8 +59,8 @@ def run_artifact_in_each(
 
 
 def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
-    """Runs `export.runners.RUNNER` in a fresh process. Raises UserError with its last line if it
-    fails."""
+    """Runs `export.runners.run_RUNNER` in a fresh process. Raises UserError with its last line if
+    it fails."""
     tensors = {
         "input_ids": reference.input_ids.contiguous(),
         "greedy_tokens": torch.tensor(len(reference.greedy_ids)),
@@ -69,9 +69,9 @@ def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
         probe, out = Path(temporary, "probe.safetensors"), Path(temporary, "outcome.safetensors")
         save_file(tensors, probe)
         command = module_command(
-            f"export.runners.{runner}", str(directory.resolve()), str(probe), str(out)
+            f"export.runners.run_{runner}", str(directory.resolve()), str(probe), str(out)
         )
-        run_child(command, f"The exported model does not run ({runner.removeprefix('run_')})")
+        run_child(command, f"The exported model does not run ({runner})")
         with safe_open(out, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
             return Outcome(file.metadata()["runtime"], **found)

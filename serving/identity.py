@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.formats import FORMATS, SERVED_FORMAT
 from export.integrity import read_record, refuse_code, require_files
 from export.vllm_file import read_vllm_file
 from gradmap.common.errors import UserError
@@ -66,10 +67,11 @@ def identify(directory: Path, trust: Trust) -> Identity:
         return Identity(directory.resolve().name, weights)
     record = read_record(directory, trust.expected_sha256)
     refuse_code(directory)
-    if record.format not in ("hf", "vllm"):
+    form = FORMATS.get(record.format)
+    if form is None or not form.served:
         raise UserError(
             f"{directory} was exported as {record.format}, which vLLM does not read; use --format "
-            "vllm."
+            f"{SERVED_FORMAT}."
         )
     if trust.verify:
         require_files(directory, record.files)

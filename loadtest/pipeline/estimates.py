@@ -172,7 +172,7 @@ def _estimate_export(
     """Verified in float32 on the CPU."""
     section, cpu = recipe.export, speeds.of("float32", "cpu")
     known = [FORMATS[name] for name in formats if name in FORMATS]
-    dtypes = [section.dtype or written.dtypes[0] for written in known]
+    dtypes = [section.dtype or form.default_dtype for form in known]
     roundings = {dtype if dtype in ("float16", "bfloat16") else None for dtype in dtypes}
     size = ExportSize(formats, len(roundings), section.check_vllm and find_spec("vllm") is not None)
     seconds = export_seconds(shape, cpu, size, layers, speeds.disk)

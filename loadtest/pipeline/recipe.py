@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from export.formats import SERVED_FORMAT
 from gradmap.common.reading import Strict, checked, read_yaml
 from gradmap.evaluation.options import EvalOptions, QualityOptions
 from gradmap.pruning.settings import PruneOptions
@@ -31,8 +32,8 @@ class ExportSection(Strict):
 
     @model_validator(mode="after")
     def _serves(self) -> Self:
-        if "vllm" not in self.formats:
-            raise ValueError("formats must include vllm, which the load test serves")
+        if SERVED_FORMAT not in self.formats:
+            raise ValueError(f"formats must include {SERVED_FORMAT}, which the load test serves")
         return self
 
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from export.formats import ExportSettings, choose_target
 from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
+from export.settings import ExportSettings, choose_storage
 from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE
 from gradmap.common.stages import Stage, as_flags, flags_of, is_within
@@ -170,7 +170,7 @@ def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:
     """Raises UserError for what cannot be exported of a model with this config."""
     settings = ExportSettings(recipe.export.formats, recipe.export.dtype, recipe.export.quantise)
     for name in recipe.export.formats:
-        choose_target(name, settings, config)
+        choose_storage(name, settings, config)
 
 
 def require_evaluation(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.reference import random_probe
-from export.writers import Target, write_checkpoint
+from export.writers import Storage, write_checkpoint
 from gradmap.common.errors import UserError
 from gradmap.model.corrections import Place, Projection
 from tests.conftest import FAMILIES, LAYERS, ROOT
@@ -43,7 +43,7 @@ def test_transformers_4_reads_the_checkpoint_of_every_family(picos, tmp_path):
     sources = {family: make_source(picos[family]) for family in FAMILIES}
     for family, source in sources.items():
         (tmp_path / family).mkdir()
-        write_checkpoint(tmp_path / family, source, Target("keep", None, SHARD_BYTES))
+        write_checkpoint(tmp_path / family, source, Storage("keep", None, SHARD_BYTES))
     probe = sources["llama"].probe_ids
     consumed = consume("transformers", tmp_path, probe, *(tmp_path / family for family in FAMILIES))
     for family, source in sources.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.writers import Target, write_checkpoint
+from export.writers import Storage, write_checkpoint
 from gradmap.model.architectures import layer_count
 from gradmap.model.layered import LayeredModel
 from tests.conftest import FAMILIES, LAYERS
@@ -48,7 +48,7 @@ def reloaded(picos, tmp_path_factory):
     save_file({"ids": sources["llama"].probe_ids.contiguous()}, root / "ids.safetensors")
     for family, source in sources.items():
         (root / family).mkdir()
-        write_checkpoint(root / family, source, Target("keep", None, 10**9))
+        write_checkpoint(root / family, source, Storage("keep", None, 10**9))
     command = [sys.executable, "-c", SCRIPT, str(root)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from export import writers
 from export.artifact import export_artifacts, open_source, verify_directory
 from export.fold import plan_fold, write_folded
-from export.formats import ExportSettings
 from export.reference import random_probe
+from export.settings import ExportSettings
 from export.writers import Source
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_file
@@ -226,7 +226,7 @@ def test_what_a_models_users_need_beside_its_weights_is_in_the_artifact(picos, t
     (model / name).write_text("{}")
     source = replace(make_source(picos["llama"]), checkpoint=open_checkpoint(str(model)))
     (tmp_path / "out").mkdir()
-    writers.write_checkpoint(tmp_path / "out", source, writers.Target("keep", None, 10**9))
+    writers.write_checkpoint(tmp_path / "out", source, writers.Storage("keep", None, 10**9))
     assert (tmp_path / "out" / name).read_text() == "{}"
     assert writers.left_behind(source.checkpoint) == []
 
@@ -242,7 +242,7 @@ def run_export_command(out, *arguments, preamble=""):
 def test_a_kill_in_the_middle_leaves_the_earlier_artifact_whole(picos, artifact, tmp_path):
     shutil.copytree(artifact[0], tmp_path / "hf")
     killer = (
-        "import os, export.formats as a;"
+        "import os, export.judging as a;"
         # everything is written, nothing is verified yet
         "a.run_artifact_in_each = lambda *_: os.kill(os.getpid(), 9)"
     )

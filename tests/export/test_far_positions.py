@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from export import far_positions, writers
+from export.formats.gguf import GGUF
 from export.twin import FAR, NEAR, find_boundaries, probe_beyond, twin_config
+from export.writers import Storage
 from gradmap.common.errors import UserError
 from tests.conftest import make_pico
 from tests.export.test_export import export, make_source
@@ -189,8 +191,8 @@ def test_a_cache_smaller_than_the_window_is_not_what_refuses_a_model(tmp_path):
 
 def test_what_is_not_checked_is_said(tmp_path, far_window, capsys):
     source = make_source(far_window)
-    target = far_positions.Target("float32", None, 10**9)
-    form = far_positions.Format("gguf", None, ("float32",), (), (), far=False)
+    target = Storage("float32", None, 10**9)
+    form = replace(GGUF, runners=())
     far_positions.require_far_positions(source, form, target, [])
     assert (
         "That gguf keeps the sliding_window (96 tokens) is not checked" in capsys.readouterr().err
@@ -200,10 +202,8 @@ def test_what_is_not_checked_is_said(tmp_path, far_window, capsys):
 def check_unread(source):
     """As of a format whose runtime reads nothing of far positions, so that what would be checked is
     said."""
-    form = far_positions.Format("gguf", None, ("float32",), (), (), far=False)
-    far_positions.require_far_positions(
-        source, form, far_positions.Target("float32", None, 10**9), []
-    )
+    form = replace(GGUF, runners=())
+    far_positions.require_far_positions(source, form, Storage("float32", None, 10**9), [])
 
 
 @pytest.mark.parametrize(("window", "seen"), [(19, True), (20, False)])

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from export.artifact import export_artifacts, open_source
-from export.formats import ExportSettings
+from export.settings import ExportSettings
 from gradmap.common.errors import UserError
 from gradmap.model.checkpoint import open_checkpoint
 from tests.pico_gguf import BOS, EOS, TEMPLATE, write_gguf

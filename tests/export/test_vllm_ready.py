@@ -11,15 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from export.artifact import export_artifacts
 from export.comparison import Bounds
-from export.formats import ExportSettings
+from export.formats.vllm import write_vllm
 from export.quantisation import quantise_weight
 from export.reference import compute_references, random_probe
 from export.runners import run_vllm
 from export.runners.probe_io import decode_greedily, transformers_step
+from export.settings import ExportSettings
 from export.tolerance import logit_tolerance
 from export.verification import Outcome, compare, find_problem
 from export.vllm_file import read_vllm_file, write_vllm_file
-from export.writers import Target, write_vllm
+from export.writers import Storage
 from gradmap.common.errors import UserError
 from gradmap.evaluation.subjects import Where, find_subjects
 from gradmap.model.checkpoint import open_checkpoint
@@ -48,7 +49,7 @@ def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(picos, tm
     directories = {quantise: tmp_path / str(quantise) for quantise in (None, "int8")}
     for quantise, directory in directories.items():
         directory.mkdir()
-        write_vllm(directory, source, Target("float32", quantise, 10**9))
+        write_vllm(directory, source, Storage("float32", quantise, 10**9))
     exact, quantised = (
         load_file(directory / "model.safetensors") for directory in directories.values()
     )
@@ -171,7 +172,7 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
 def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(
     picos, tmp_path, monkeypatch
 ):
-    for module in ("export.formats", "serving.machine"):
+    for module in ("gradmap.runtimes.vllm_environment", "serving.machine"):
         monkeypatch.setattr(f"{module}.cpu_spoils_int8", lambda: True)
     source = make_source(picos["llama"])
     with pytest.raises(UserError, match=r"no VNNI.*--no-check-vllm"):

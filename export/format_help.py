@@ -1,0 +1,40 @@
+"""What the help of `gradmap export` says of the formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from export.formats import FORMATS
+from export.formats.format import QUANTISATIONS
+
+
+def either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def format_help() -> str:
+    """Of --format."""
+    return f"{either(list(FORMATS))}; may be given several times."
+
+
+def dtype_help() -> str:
+    """Of --dtype: all that some format can store, and what each stores if it is not told."""
+    known = dict.fromkeys(dtype for form in FORMATS.values() for dtype in form.dtypes)
+    by_default = sorted(FORMATS.values(), key=lambda form: list(known).index(form.default_dtype))
+    defaults = [
+        f"{dtype} for {' and '.join(form.name for form in forms)}"
+        for dtype, forms in groupby(by_default, key=lambda form: form.default_dtype)
+    ]
+    return f"{either(list(known))}; by default {', '.join(defaults)}."
+
+
+def quantise_help() -> str:
+    """Of --quantise: each kind, and the formats that have it."""
+    described = []
+    for kind, stored in QUANTISATIONS.items():
+        having = [form.name for form in FORMATS.values() if kind in form.quantisations]
+        described.append(f"{kind}: the layers' weights as {stored} ({', '.join(having)}).")
+    return " ".join(described)

@@ -1,0 +1,75 @@
+"""What `gradmap export` can be asked for, and what of it a model and this machine allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from export.comparison import MIN_AGREEMENT
+from export.format_help import either
+from export.formats import FORMATS
+from export.formats.format import Format, Runner
+from export.twin import rope_types
+from export.writers import Storage
+from gradmap.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export. dtype: None for each format's default. min_agreement: see Bounds.
+
+    check_vllm: whether vLLM itself has to reproduce the reference (where it is installed).
+    quality: evaluation results (the contents of eval.json) for the model card.
+    """
+
+    formats: Sequence[str]
+    dtype: str | None = None
+    quantise: str | None = None
+    shard_bytes: int = 5 * 10**9
+    min_agreement: float = MIN_AGREEMENT
+    check_vllm: bool = True
+    quality: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_storage(name: str, settings: ExportSettings, config: dict[str, Any]) -> Storage:
+    """Settles how a format stores the weights of a model; raises UserError if it cannot store them
+    so, or not here."""
+    if name not in FORMATS:
+        raise UserError(f"Unknown format {name!r}; known are {', '.join(FORMATS)}.")
+    form = FORMATS[name]
+    dtype = settings.dtype or form.default_dtype
+    if dtype not in form.dtypes:
+        raise UserError(
+            f"Format {name} cannot store dtype {dtype!r}; it can store {', '.join(form.dtypes)}."
+        )
+    if settings.quantise is not None and settings.quantise not in form.quantisations:
+        known = ", ".join(form.quantisations) or "none"
+        raise UserError(
+            f"Format {name} has no quantisation {settings.quantise!r}; it has: {known}."
+        )
+    _require_rope(form, rope_types(config))
+    runners = runners_of(form, settings.check_vllm)
+    form.require(config, settings.quantise, runners)
+    for runner in runners:
+        if runner.package is not None:
+            form.require_package(runner.package)
+    return Storage(dtype, settings.quantise, settings.shard_bytes)
+
+
+def runners_of(form: Format, check_vllm: bool) -> list[Runner]:
+    """Those that have to reproduce the reference here, the format's first one foremost."""
+
+    def asked(runner: Runner) -> bool:
+        return not runner.optional or (check_vllm and runner.installed)
+
+    return list(filter(asked, form.runners))
+
+
+def _require_rope(form: Format, kinds: set[str]) -> None:
+    for kind in sorted(kinds & set(form.unfit_ropes)):
+        fit = [other.name for other in FORMATS.values() if kind not in other.unfit_ropes]
+        raise UserError(
+            f"Format {form.name} cannot express a rope of type {kind}, whose frequencies follow "
+            f"the length of the text; use format {either(fit)}."
+        )
