@@ -25,10 +25,10 @@ from typing import Annotated
 
 import typer
 
+from export.integrity import read_record
 from gradmap.common.console import print_table, progress, say
 from gradmap.common.environment import describe_environment
-from gradmap.common.files import ARTIFACT_FILE, write_json
-from gradmap.common.reading import read_json
+from gradmap.common.files import write_json
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,9 @@ def main(
 
 
 def describe(directory: Path, threads: int) -> Contestant:
-    record = read_json(directory / ARTIFACT_FILE)
-    stored = record["quantise"] or record["dtype"]
-    return Contestant(
-        directory, record["name"], record["format"], stored, record["layers"], threads
-    )
+    record = read_record(directory)
+    stored = record.quantise or record.dtype
+    return Contestant(directory, record.name, record.format, stored, record.layers, threads)
 
 
 def label(contestant: Contestant) -> str:

@@ -144,14 +144,15 @@ def read_quality(path: Path, source: Source) -> dict[str, Any]:
     Raises UserError if it evaluated another model, or as another version does.
     """
     evaluation = read_evaluation(path)
-    same_plan = source.plan is None or evaluation.get("plan_sha256") == source.plan_hash
-    if evaluation.get("model") != source.checkpoint.name or not same_plan:
+    same_plan = source.plan is None or evaluation.plan_sha256 == source.plan_hash
+    if evaluation.model != source.checkpoint.name or not same_plan:
         raise UserError(
             f"{path} evaluates another model or plan than the one that is exported; evaluate this "
             "one."
         )
-    side: dict[str, Any] = evaluation["dense" if source.plan is None else "pruned"]
-    return side | {"segment": evaluation["settings"]["segment"]}
+    side = evaluation.dense if source.plan is None else evaluation.pruned
+    assert side is not None  # a plan's evaluation has two
+    return side.model_dump(mode="json") | {"segment": evaluation.settings.segment}
 
 
 def verify_directory(
@@ -265,7 +266,7 @@ def _describe_plan(source: Source) -> PlanRecord | None:
         sha256=source.plan_hash,
         removal_order=source.plan.removal_order,
         corrected_layers=sorted({place.layer for place in source.changes}),
-        calibration=source.plan.calibration.model_dump(),
+        calibration=source.plan.calibration,
     )
 
 

@@ -4,14 +4,14 @@ file."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from export.comparison import Comparison
 from gradmap.common.console import waiting
 from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE, sha256_file
-from gradmap.common.reading import Strict, checked, read_json_object
+from gradmap.common.reading import Strict, checked_result, read_json_object
 from gradmap.model.model_files import CODE_KEY, PlainName, own_file, own_files
+from gradmap.pruning.plan import CalibrationRecord
 
 SCHEMA_VERSION = 3
 
@@ -25,13 +25,13 @@ class BaseRecord(Strict):
 
 
 class PlanRecord(Strict):
-    """Of the plan that was applied: original layer indices, and the calibration record of
+    """The plan that was applied: original layer indices, and the calibration record of
     plan.json."""
 
     sha256: str
     removal_order: list[int]
     corrected_layers: list[int]
-    calibration: dict[str, Any]
+    calibration: CalibrationRecord
 
 
 class ArtifactRecord(Strict):
@@ -65,13 +65,17 @@ def read_record(directory: Path, expected_sha256: str | None = None) -> Artifact
     """
     path = own_file(directory, ARTIFACT_FILE)
     contents = read_json_object(path)
-    if contents.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{path} is of another version of gradmap; export the artifact again.")
+    version = contents.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} is of another version of gradmap: it has artifact schema {version}, this "
+            f"version reads {SCHEMA_VERSION}; export the artifact again."
+        )
     if expected_sha256 is not None and sha256_file(path) != expected_sha256.lower():
         raise UserError(
             f"{path} is not the one that is expected: its SHA-256 is {sha256_file(path)}."
         )
-    return checked(ArtifactRecord, contents, path)
+    return checked_result(ArtifactRecord, contents, path, "export the artifact again")
 
 
 def require_files(directory: Path, hashes: dict[str, str]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from export.integrity import ArtifactRecord
+from gradmap.evaluation.result import Evaluation
 from gradmap.pruning.plan import Plan
 from loadtest.pipeline.recipe import Recipe
 from loadtest.pipeline.result import Result
@@ -18,6 +20,8 @@ from loadtest.schema import Report
 
 FORMATS: dict[str, Any] = {
     "plan.json": Plan,
+    "gradmap.json": ArtifactRecord,
+    "eval.json": Evaluation,
     "recipe.yaml": Recipe,
     "result.json": Result,
     "loadtest-report.json": Report,

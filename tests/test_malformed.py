@@ -188,7 +188,7 @@ def make_record(plan: Plan) -> ArtifactRecord:
 
 
 def show_evaluation(path: Path) -> None:
-    result = read_evaluation(path, of_two=True)
+    result = read_evaluation(path, of_two=True).contents()
     tabulate(result)
     describe_retained(result)
 

@@ -23,6 +23,7 @@ BYTE_ORDER_MARK = "\ufeff"
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Model = TypeVar("Model")
+Result = TypeVar("Result", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -160,6 +161,18 @@ def checked(kind: type[Model], value: Any, path: Path) -> Model:
         raise UserError(f"{path}: {first_problem(error)}.") from None
 
 
+def checked_result(kind: type[Result], contents: Any, path: Path, cure: str) -> Result:
+    """The contents of a file of ours as the pydantic model that wrote them: every value is of its
+    kind as it is, and not converted. cure: how the file is made again.
+
+    Raises UserError that names the first key at fault, and the cure.
+    """
+    try:  # as JSON: strictly, Python's dictionaries and lists are no dataclasses and tuples
+        return kind.model_validate_json(json.dumps(contents), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error, cure)}.") from None
+
+
 @contextmanager
 def library_errors_refused(what: str) -> Iterator[None]:
     """What a library raises over malformed data becomes a UserError, `what` and its first line; not
@@ -193,13 +206,14 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def first_problem(error: ValidationError) -> str:
-    """KEY: what is wrong with its value, of the first of several."""
+def first_problem(error: ValidationError, cure: str | None = None) -> str:
+    """KEY: what is wrong with its value, of the first of several; and the cure, if it is known."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return f"{place}: this key is not known; check its spelling"
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
+        return f"{place}: this key is not known; {cure or 'check its spelling'}"
+    problem = f"{place}: {first['msg']}" if place else str(first["msg"])
+    return f"{problem}; {cure}" if cure else problem
 
 
 class _UniqueKeys(yaml.SafeLoader):

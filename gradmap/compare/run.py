@@ -192,9 +192,7 @@ def _write_result(settings: CompareSettings, out: Path) -> dict[str, Any]:
         describe_row(settings, out, method, count)
         for method, count in product(settings.methods, settings.counts)
     ]
-    first = read_evaluation(
-        _evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0]), of_two=True
-    )
+    first = _read_evaluation(out, settings.methods[0], settings.counts[0], settings.seeds[0])
     result = {
         "finished": True,
         "settings": asdict(settings),
@@ -223,10 +221,7 @@ def describe_row(
     selection of the largest count. peak_bytes: of the CPU's memory that this selection or the
     repair had resident; evaluation is left out.
     """
-    evaluations = [
-        read_evaluation(_evaluation(out, method, count, seed), of_two=True)
-        for seed in settings.seeds
-    ]
+    evaluations = [_read_evaluation(out, method, count, seed) for seed in settings.seeds]
     plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
     chosen = selected_count(settings, method, count)
     selections = [_selection(out, method.selection, chosen, seed) for seed in settings.seeds]
@@ -312,6 +307,10 @@ def _plan(out: Path, method: Method, count: int, seed: int) -> Path:
 
 def _evaluation(out: Path, method: Method, count: int, seed: int) -> Path:
     return out / "evaluations" / f"{_plan(out, method, count, seed).name}.json"
+
+
+def _read_evaluation(out: Path, method: Method, count: int, seed: int) -> dict[str, Any]:
+    return read_evaluation(_evaluation(out, method, count, seed), of_two=True).contents()
 
 
 def _inputs(settings: CompareSettings) -> tuple[Path, ...]:

@@ -55,7 +55,7 @@ def evaluate(
     """Measure perplexity and zero-shot accuracy of a model, and of the same model pruned; compare,
     and judge."""
     with importing():
-        from gradmap.common.verdict import EXIT_CODES, Verdict
+        from gradmap.common.verdict import EXIT_CODES
         from gradmap.evaluation.comparison import Gate
         from gradmap.evaluation.evaluate import EvaluationSettings
         from gradmap.evaluation.evaluate import evaluate as measure
@@ -79,11 +79,12 @@ def evaluate(
     tokenizer = tokenizer or subjects[0].tokenizer
     if tokenizer is None:
         raise UserError("A server has no tokenizer to be read; give --tokenizer DIR.")
-    result = measure(subjects, tokenizer, settings, out, plan=plan, pruned=pruned)
+    evaluation = measure(subjects, tokenizer, settings, out, plan=plan, pruned=pruned)
+    result = evaluation.contents()
     _print_result(result)
     if json_line:
         print_json_line(result)
-    return EXIT_CODES[Verdict(result["quality"]["verdict"])] if result["quality"] else 0
+    return 0 if evaluation.quality is None else EXIT_CODES[evaluation.quality.verdict]
 
 
 def _print_result(result: dict[str, Any]) -> None:

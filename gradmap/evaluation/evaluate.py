@@ -28,7 +28,19 @@ from gradmap.evaluation.comparison import (
 )
 from gradmap.evaluation.contamination import CalibratedOn
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
-from gradmap.evaluation.result import SCHEMA_VERSION, records_beside
+from gradmap.evaluation.result import (
+    SCHEMA_VERSION,
+    Accuracy,
+    AnsweredRecord,
+    AnswersRecord,
+    Evaluation,
+    QualityRecord,
+    SettingsRecord,
+    Side,
+    TaskRecord,
+    TextRecord,
+    records_beside,
+)
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.subjects import Opened, Subject
 from gradmap.evaluation.tasks import (
@@ -91,7 +103,7 @@ def evaluate(
     *,
     plan: Path | None = None,
     pruned: str | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluates the dense model and, if there is a second subject, the pruned one; writes `out` and
     the raw records.
 
@@ -111,7 +123,7 @@ def _evaluate(
     out: Path,
     plan: Path | None,
     pruned: str | None,
-) -> dict[str, Any]:
+) -> Evaluation:
     tokenizer = load_tokenizer(tokenizer_directory)
     calibration = _calibrated_on(plan, pruned, tokenizer)
     texts = [
@@ -132,19 +144,22 @@ def _evaluate(
             scorer = Scorer(opened.backend, subject.identity, arm, settings.fresh)
             measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, settings.answers)
     write_text(records_beside(out), _records(measured))
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "model": subjects[0].name,
-        "plan_sha256": None if plan is None else sha256_file(plan / PLAN_FILE),
-        "texts": {text.name: text.describe() for text in texts},
-        "tasks": {task.name: task.describe() for task in tasks},
-        **{arm: _describe(one) for arm, one in measured.items()},
-        **_compare(measured, settings.gate),
-        "settings": {"limit": settings.limit, "seed": settings.seed, "segment": settings.segment},
-        "environment": describe_environment(),
-    }
-    write_json(out, result)
-    return result
+    comparison = _paired(measured) if len(measured) == len(ARMS) else None
+    evaluation = Evaluation(
+        schema_version=SCHEMA_VERSION,
+        model=subjects[0].name,
+        plan_sha256=None if plan is None else sha256_file(plan / PLAN_FILE),
+        texts={text.name: TextRecord(**text.describe()) for text in texts},
+        tasks={task.name: TaskRecord(**task.describe()) for task in tasks},
+        **{arm: _describe(side) for arm, side in measured.items()},
+        comparison=comparison,
+        quality=None if comparison is None else _judge(comparison, measured, settings.gate),
+        answers=_side_by_side(measured),
+        settings=SettingsRecord(limit=settings.limit, seed=settings.seed, segment=settings.segment),
+        environment=describe_environment(),
+    )
+    write_json(out, evaluation.contents())
+    return evaluation
 
 
 def _calibrated_on(plan: Path | None, pruned: str | None, tokenizer: Any) -> CalibratedOn:
@@ -195,60 +210,53 @@ def _measure(
     )
 
 
-def _describe(measured: Measured) -> dict[str, Any]:
-    estimates = {
-        name: {metric: mean_estimate(np.array(values)) for metric, values in scores.values.items()}
-        for name, scores in measured.accuracies.items()
-    }
-    main = {name: metrics[measured.accuracies[name].metric] for name, metrics in estimates.items()}
-    return {
-        "layers": measured.layers,
-        "parameters": measured.parameters,
-        "backend": measured.backend,
-        "dtype": measured.dtype,
-        "perplexity": {
-            name: asdict(perplexity_of_losses(losses)) for name, losses in measured.losses.items()
-        },
-        "accuracy": {
-            name: asdict(main[name])
-            | {
-                "metric": measured.accuracies[name].metric,
-                "metrics": {metric: asdict(estimate) for metric, estimate in metrics.items()},
-            }
-            for name, metrics in estimates.items()
-        },
-        "average_accuracy": asdict(average_estimate(main)) if main else None,
-        "answers": summarise_answers(measured.answers) if measured.answers else None,
-    }
+def _describe(measured: Measured) -> Side:
+    accuracies = {name: _accuracy_of(scores) for name, scores in measured.accuracies.items()}
+    perplexities = {name: perplexity_of_losses(losses) for name, losses in measured.losses.items()}
+    return Side(
+        layers=measured.layers,
+        parameters=measured.parameters,
+        backend=measured.backend,
+        dtype=measured.dtype,
+        perplexity=perplexities,
+        accuracy=accuracies,
+        average_accuracy=average_estimate(accuracies) if accuracies else None,
+        answers=AnswersRecord(**summarise_answers(measured.answers)) if measured.answers else None,
+    )
 
 
-def _compare(measured: Mapping[str, Measured], gate: Gate) -> dict[str, Any]:
-    """`comparison`, `quality` (the verdict) and `answers` side by side."""
-    answers = [
-        {"prompt": prompt, **{arm: asdict(one.answers[row]) for arm, one in measured.items()}}
-        for row, prompt in enumerate(PROMPTS)
-        if all(one.answers for one in measured.values())
-    ]
-    if len(measured) < len(ARMS):
-        return {"comparison": None, "quality": None, "answers": answers}
-    comparison = _paired(measured["dense"], measured["pruned"])
+def _accuracy_of(scores: TaskScores) -> Accuracy:
+    metrics = {name: mean_estimate(np.array(values)) for name, values in scores.values.items()}
+    main = metrics[scores.metric]
+    return Accuracy(main.value, main.stderr, scores.metric, metrics)
+
+
+def _judge(
+    comparison: Comparison, measured: Mapping[str, Measured], gate: Gate
+) -> QualityRecord | None:
+    """The verdict of the gate; None if it asks for nothing."""
     dense = measured["dense"]
     documents = {name: len(scores.documents) for name, scores in dense.accuracies.items()}
     segments = {name: len(losses) for name, losses in dense.losses.items()}
     judgement = judge_quality(comparison, gate, documents, segments)
-    quality = (
-        None
-        if judgement is None
-        else {"verdict": str(judgement.verdict), "reason": judgement.reason}
-    )
-    return {
-        "comparison": asdict(comparison),
-        "quality": quality and quality | asdict(gate),
-        "answers": answers,
-    }
+    if judgement is None:
+        return None
+    return QualityRecord(verdict=judgement.verdict, reason=judgement.reason, **asdict(gate))
 
 
-def _paired(dense: Measured, pruned: Measured) -> Comparison:
+def _side_by_side(measured: Mapping[str, Measured]) -> list[AnsweredRecord]:
+    """Each prompt with every model's answer; none if they were not asked for."""
+    if not all(side.answers for side in measured.values()):
+        return []
+    return [
+        AnsweredRecord(prompt=prompt, **{arm: side.answers[row] for arm, side in measured.items()})
+        for row, prompt in enumerate(PROMPTS)
+    ]
+
+
+def _paired(measured: Mapping[str, Measured]) -> Comparison:
+    """Of dense and pruned, document by document and segment by segment."""
+    dense, pruned = (measured[arm] for arm in ARMS)
     accuracies = {}
     for name, scores in dense.accuracies.items():
         other = pruned.accuracies[name]

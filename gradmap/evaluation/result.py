@@ -1,15 +1,19 @@
-"""eval.json, for whoever puts its numbers beside others."""
+"""eval.json: what `gradmap eval` writes, and whoever puts its numbers beside others reads."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
 from gradmap.common.errors import UserError
-from gradmap.common.reading import checked, read_json_object
+from gradmap.common.reading import Strict, checked_result, read_json_object
 from gradmap.common.verdict import Verdict
+from gradmap.evaluation.answers import Answer
+from gradmap.evaluation.comparison import Comparison
+from gradmap.evaluation.perplexity import Estimate
 
 # 3: segments are of joined rows in their order, and begin with BOS where the tokenizer puts one.
 SCHEMA_VERSION = 3
@@ -20,119 +24,143 @@ def records_beside(result: Path) -> Path:
     return result.with_suffix(".records.jsonl")
 
 
-class _Read(BaseModel):
-    """Part of what is read of eval.json: values are of their kind, and not converted. Other keys
-    may be beside it."""
+class TextRecord(Strict):
+    """What perplexity was measured on (gradmap.evaluation.perplexity.Segments).
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    separator: between the rows of the source. bos: the token before each segment, None if the
+    tokenizer puts none. sha256: of the token ids, (segments, tokens).
+    """
+
+    source: str
+    separator: str
+    segments: int
+    tokens: int
+    bos: int | None
+    predicted_tokens: int
+    sha256: str
 
 
-class _Estimate(_Read):
-    value: float
-    stderr: float | None
+class TaskRecord(Strict):
+    """What accuracy was measured on. left_out: documents that were used for calibration."""
+
+    source: str
+    versions: list[str]
+    documents: int
+    left_out: int
+    few_shot: int
 
 
-class _Accuracy(_Estimate):
+@dataclass(frozen=True)
+class Accuracy(Estimate):
+    """The metric that stands for a task, and all that it has, by name."""
+
     metric: str
+    metrics: dict[str, Estimate]
 
 
-class _Answers(_Read):
+class AnswersRecord(Strict):
+    """empty: the share of answers without text. repetition: mean over the answers."""
+
     empty: float
     repetition: float
 
 
-class _Side(_Read):
-    """What one of the models is, and what was measured."""
+class Side(Strict):
+    """What one of the models is, and what was measured. None is what is not known of a server, or
+    was not asked for."""
 
     layers: int | None
     parameters: int | None
-    perplexity: dict[str, _Estimate]
-    accuracy: dict[str, _Accuracy]
-    average_accuracy: _Estimate | None
-    answers: _Answers | None
+    backend: str
+    dtype: str | None
+    perplexity: dict[str, Estimate]
+    accuracy: dict[str, Accuracy]
+    average_accuracy: Estimate | None
+    answers: AnswersRecord | None
 
 
-class _Interval(_Read):
-    value: float
-    low: float
-    high: float
+class QualityRecord(Strict):
+    """The gate's verdict, and its limits (gradmap.evaluation.comparison.Gate)."""
 
-
-class _OfTask(_Read):
-    difference: _Interval
-
-
-class _OfAverage(_OfTask):
-    retained: _Interval | None
-
-
-class _Comparison(_Read):
-    tasks: dict[str, _OfTask]
-    average: _OfAverage | None
-    perplexity_ratio: dict[str, _Interval]
-
-
-class _Quality(_Read):
-    verdict: Annotated[Verdict, Field(strict=False)]
+    verdict: Verdict
     reason: str
+    max_average_drop: float | None
+    max_perplexity_ratio: float | None
 
 
-class _Settings(_Read):
+class AnsweredRecord(Strict):
+    """One of the fixed prompts. pruned: absent where one model was evaluated."""
+
+    prompt: str
+    dense: Answer
+    pruned: Answer | None = None
+
+
+class SettingsRecord(Strict):
+    """limit: of segments and documents, None for all. segment: its tokens, without BOS."""
+
+    limit: int | None
+    seed: int
     segment: int
 
 
-class _Task(_Read):
-    documents: int
+class Evaluation(Strict):
+    """The contents of eval.json.
 
+    pruned: absent where one model was evaluated; comparison and quality are None then. quality:
+    None without a gate. answers: empty if none were asked for. environment: name -> text.
+    """
 
-class _Answer(_Read):
-    text: str
-
-
-class _Answered(_Read):
-    prompt: str
-    dense: _Answer
-    pruned: _Answer | None = None
-
-
-class _Evaluation(_Read):
+    schema_version: int
     model: str
     plan_sha256: str | None
-    texts: dict[str, dict[str, Any]]
-    tasks: dict[str, _Task]
-    dense: _Side
-    pruned: _Side | None = None
-    comparison: _Comparison | None
-    quality: _Quality | None
-    answers: list[_Answered]
-    settings: _Settings
+    texts: dict[str, TextRecord]
+    tasks: dict[str, TaskRecord]
+    dense: Side
+    pruned: Side | None = None
+    comparison: Comparison | None
+    quality: QualityRecord | None
+    answers: list[AnsweredRecord]
+    settings: SettingsRecord
+    environment: dict[str, str]
+
+    def contents(self) -> dict[str, Any]:
+        """As it is written: without what is absent."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         """Whoever shows it looks up what `texts` and `tasks` name, and compares what was
         compared."""
-        sides = [side for side in (self.dense, self.pruned) if side is not None]
-        named = [(set(side.perplexity), set(side.accuracy)) for side in sides]
-        averages: list[object] = [side.average_accuracy for side in sides]
-        if self.comparison is not None:
-            named.append((set(self.comparison.perplexity_ratio), set(self.comparison.tasks)))
-            averages.append(self.comparison.average)
-        if any(one != (set(self.texts), set(self.tasks)) for one in named) or (
-            self.tasks and None in averages
-        ):
+        if any(named != (set(self.texts), set(self.tasks)) for named in self._named()):
             raise ValueError(
                 "not all of the texts and tasks that it names were measured, or others were"
             )
-        if (self.comparison is None) != (self.pruned is None) or (
-            self.plan_sha256 and self.pruned is None
-        ):
+        averages = [side.average_accuracy for side in self._sides()]
+        compared = self.comparison
+        if self.tasks and (None in averages or (compared is not None and compared.average is None)):
+            raise ValueError(
+                "not all of the texts and tasks that it names were measured, or others were"
+            )
+        lacks_pruned = self.plan_sha256 is not None and self.pruned is None
+        if (compared is None) != (self.pruned is None) or lacks_pruned:
             raise ValueError("it lacks one of two models, or their comparison")
-        if self.answers and any(side.answers is None for side in sides):
+        if self.answers and any(side.answers is None for side in self._sides()):
             raise ValueError("it has answers, and not what they are like")
         return self
 
+    def _sides(self) -> list[Side]:
+        return [side for side in (self.dense, self.pruned) if side is not None]
 
-def read_evaluation(path: Path, *, of_two: bool = False) -> dict[str, Any]:
+    def _named(self) -> list[tuple[set[str], set[str]]]:
+        """The texts and tasks of each model, and of the comparison."""
+        named = [(set(side.perplexity), set(side.accuracy)) for side in self._sides()]
+        if self.comparison is not None:
+            named.append((set(self.comparison.perplexity_ratio), set(self.comparison.tasks)))
+        return named
+
+
+def read_evaluation(path: Path, *, of_two: bool = False) -> Evaluation:
     """The contents of eval.json. of_two: whether it has to compare two models.
 
     Raises UserError if it is missing, damaged, not what is wanted, or of another schema: its
@@ -145,8 +173,9 @@ def read_evaluation(path: Path, *, of_two: bool = False) -> dict[str, Any]:
             f"{path} has evaluation schema {version}, this version reads {SCHEMA_VERSION}: the "
             "perplexities of the two cannot be compared; evaluate again."
         )
-    if checked(_Evaluation, contents, path).pruned is None and of_two:
+    evaluation = checked_result(Evaluation, contents, path, "evaluate again")
+    if evaluation.pruned is None and of_two:
         raise UserError(
             f"{path} is of one model, and not of a dense and a pruned one; evaluate with a plan."
         )
-    return contents
+    return evaluation

@@ -161,7 +161,7 @@ def build_result(
     Raises UserError if one is missing, damaged or of another version.
     """
     places = Places(out)
-    evaluation = read_evaluation(places.evaluation, of_two=True)
+    evaluation = read_evaluation(places.evaluation, of_two=True).contents()
     judged = filter(None, (load_report, evaluation["quality"]))
     taken = ("model", "texts", "tasks", "comparison", "quality", "answers")
     contents = {key: evaluation[key] for key in taken} | {

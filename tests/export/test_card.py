@@ -44,32 +44,40 @@ def test_a_directory_of_this_machine_is_no_base_model_of_the_hub(artifact, tmp_p
 
 
 def evaluation_of(model, plan_sha256):
-    """As `gradmap eval` writes it, as far as it is read."""
+    """As `gradmap eval` writes it."""
+    accuracy = QUALITY["accuracy"]["piqa"]
+    estimate = {key: accuracy[key] for key in ("value", "stderr")}
     side = {
         "layers": 5,
         "parameters": 1,
-        "average_accuracy": QUALITY["accuracy"]["piqa"],
+        "backend": "transformers",
+        "dtype": "float32",
+        "perplexity": QUALITY["perplexity"],
+        "accuracy": {"piqa": accuracy | {"metrics": {"acc_norm": estimate}}},
+        "average_accuracy": estimate,
         "answers": None,
-        **QUALITY,
     }
     interval = {"value": 1.0, "low": 0.9, "high": 1.1}
-    difference = {"difference": interval, "retained": interval}
+    task = {"difference": interval, "only_dense": 1, "only_pruned": 2, "p_value": 0.5}
+    text = {"source": "squad", "separator": "\n", "segments": 9, "tokens": 128, "bos": None}
+    drawn = {"source": "hub", "versions": ["1"], "documents": 1, "left_out": 0, "few_shot": 0}
     return {
         "schema_version": SCHEMA_VERSION,
         "model": model,
         "plan_sha256": plan_sha256,
-        "texts": {"squad": {}},
-        "tasks": {"piqa": {"documents": 1}},
+        "texts": {"squad": text | {"predicted_tokens": 127, "sha256": "-"}},
+        "tasks": {"piqa": drawn},
         "dense": side,
         "pruned": side,
         "comparison": {
-            "tasks": {"piqa": difference},
-            "average": difference,
+            "tasks": {"piqa": task},
+            "average": {"difference": interval, "retained": interval},
             "perplexity_ratio": {"squad": interval},
         },
         "quality": None,
         "answers": [],
-        "settings": {"segment": 128},
+        "settings": {"limit": None, "seed": 0, "segment": 128},
+        "environment": {},
     }
 
 

@@ -4,6 +4,7 @@ way."""
 import json
 import shutil
 
+import jsonschema
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -11,6 +12,7 @@ from export.artifact import verify_directory
 from export.integrity import SCHEMA_VERSION, read_record
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_file
+from tests.conftest import ROOT
 
 
 def test_an_artifact_can_be_checked_where_it_arrives(artifact, tmp_path, fresh_processes):
@@ -158,6 +160,40 @@ def test_a_record_of_another_version_is_not_read(artifact, tmp_path, version):
     change_record(received, lambda record: record.update(schema_version=version))
     with pytest.raises(UserError, match=r"gradmap\.json is of another version of gradmap"):
         read_record(received)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda record: record.update(typo=1), "typo"),
+        (lambda record: record["base_model"].update(typo=1), r"base_model\.typo"),
+        (lambda record: record["plan"].update(typo=1), r"plan\.typo"),
+        (lambda record: record["plan"]["calibration"].update(typo=1), r"plan\.calibration\.typo"),
+        (lambda record: record["plan"]["calibration"].pop("source"), r"plan\.calibration\.source"),
+        (
+            lambda record: record["verification"]["transformers"].update(typo=1),
+            r"verification\.transformers\.typo",
+        ),
+        (lambda record: record.update(layers="5"), "layers"),
+        (lambda record: record.update(parameters=True), "parameters"),
+    ],
+)
+def test_a_record_with_another_key_or_kind_of_value_is_refused_by_its_name(
+    artifact, tmp_path, change, place
+):
+    received = shutil.copytree(artifact[0], tmp_path / "received")
+    change_record(received, change)
+    with pytest.raises(
+        UserError, match=rf"gradmap\.json: {place}: .*; export the artifact again\.$"
+    ):
+        read_record(received)
+
+
+def test_a_record_follows_its_schema_and_is_read_as_it_was_written(artifact):
+    contents = json.loads((artifact[0] / "gradmap.json").read_text())
+    schema = json.loads((ROOT / "docs" / "schemas" / "gradmap.schema.json").read_text())
+    jsonschema.validate(contents, schema)
+    assert json.dumps(read_record(artifact[0]).model_dump(mode="json")) == json.dumps(contents)
 
 
 def flip_byte(path):
