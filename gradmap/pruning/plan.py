@@ -6,6 +6,7 @@ A plan is megabytes for any model; with the base checkpoint it is all that expor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +27,7 @@ from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.corrections import (
     CHANGES,
     HIDDEN_STATE,
+    Change,
     Changes,
     LowRank,
     Place,
@@ -100,6 +102,17 @@ class CorrectionRecord(Strict):
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.target}.{self.kind}"
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the change, of any shape, by their names in `corrections.safetensors`."""
+        return {f"{self.name}.{name}": tensor for name, tensor in tensors.items()}
+
+    def own(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of all that `corrections.safetensors` holds, the tensors of the change, by their own
+        names."""
+        prefix = f"{self.name}."
+        names = [name for name in stored if name.startswith(prefix)]
+        return {name.removeprefix(prefix): stored[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -222,27 +235,18 @@ def _contradiction(plan: Plan) -> str | None:
 def load_changes(directory: Path, plan: Plan) -> Changes:
     """Returns every accepted correction, by the weight it changes."""
     stored = _load_tensors(directory / CORRECTIONS_FILE)
-    pairs = []
+    pairs: list[tuple[Place, Change]] = []
     for correction in plan.corrections:
-        if correction.accepted:
-            prefix = f"{correction.name}."
-            tensors = {
-                name.removeprefix(prefix): stored[name]
-                for name in stored
-                if name.startswith(prefix)
-            }
-            try:
-                pairs.append(
-                    (
-                        Place(correction.layer, correction.target),
-                        CHANGES[correction.kind](**tensors),
-                    )
-                )
-            except (KeyError, TypeError):
-                raise UserError(
-                    f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json "
-                    "names; prune again."
-                ) from None
+        if not correction.accepted:
+            continue
+        try:
+            change = CHANGES[correction.kind](**correction.own(stored))
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json "
+                "names; prune again."
+            ) from None
+        pairs.append((Place(correction.layer, correction.target), change))
     return gather_changes(pairs)
 
 

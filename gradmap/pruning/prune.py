@@ -169,12 +169,11 @@ def _make_plan(
         with costs.measured("compensate", model.device), waiting("Repairing what is left"):
             compensation = _repair(model, settings, calibration, selection)
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, costs)
-    tensors = {
-        f"{record.name}.{name}": tensor.float().cpu()
-        for record, correction in zip(plan.corrections, compensation.corrections, strict=True)
-        if record.accepted
-        for name, tensor in correction.change.tensors.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for described, correction in zip(plan.corrections, compensation.corrections, strict=True):
+        if described.accepted:
+            tensors |= described.stored(correction.change.tensors)
+    tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
     if is_main_process():
         save_plan(out, plan, tensors, calibration.input_ids)
     return plan
