@@ -80,10 +80,8 @@ def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
     """Loads a plan's parts and checks that they belong to the checkpoint. Raises UserError if
     not."""
     if plan_directory is None:
-        vocabulary = int(checkpoint.config["vocab_size"])
-        return Source(
-            checkpoint, None, None, {}, random_probe(vocabulary)[:, : checkpoint.positions]
-        )
+        probe_ids = random_probe(int(checkpoint.config["vocab_size"]))
+        return Source(checkpoint, None, None, {}, probe_ids[:, : checkpoint.positions])
     plan = load_plan(plan_directory)
     require_same_model(plan, checkpoint)
     probe_ids = load_calibration_ids(plan_directory, plan)[:PROBE_SAMPLES, :PROBE_TOKENS]

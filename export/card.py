@@ -66,21 +66,14 @@ def _eval_results(quality: dict[str, Any]) -> list[EvalResult]:
     if not quality:
         return []
     segments = f"perplexity of {quality['segment']}-token segments"
-    return [
-        *(
-            _eval_result(name, "perplexity", segments, round(estimate["value"], 3))
-            for name, estimate in quality["perplexity"].items()
-        ),
-        *(
-            _eval_result(
-                name,
-                estimate["metric"],
-                f"{estimate['metric']}, zero-shot, %",
-                round(100 * estimate["value"], 2),
-            )
-            for name, estimate in quality["accuracy"].items()
-        ),
-    ]
+    results = []
+    for name, estimate in quality["perplexity"].items():
+        value = round(estimate["value"], 3)
+        results.append(_eval_result(name, "perplexity", segments, value))
+    for name, estimate in quality["accuracy"].items():
+        metric, value = estimate["metric"], round(100 * estimate["value"], 2)
+        results.append(_eval_result(name, metric, f"{metric}, zero-shot, %", value))
+    return results
 
 
 def _eval_result(dataset: str, metric: str, metric_name: str, value: float) -> EvalResult:
@@ -110,15 +103,13 @@ def _describe_pruning(plan: Plan) -> str:
 
 def _describe_quality(quality: dict[str, Any]) -> str:
     segments = f"perplexity of {quality['segment']}-token segments"
-    rows = [
-        f"| {markdown(name)}, {segments} | {with_error(one, 1, 1)} |"
-        for name, one in quality["perplexity"].items()
-    ]
-    rows += [
-        f"| {markdown(name)}, {one['metric']}, zero-shot | {with_error(one, 100, 1)} % |"
-        for name, one in quality["accuracy"].items()
-    ]
-    return "\n".join(["| evaluated on | value ± standard error |", "|---|---:|", *rows])
+    rows = ["| evaluated on | value ± standard error |", "|---|---:|"]
+    for name, estimate in quality["perplexity"].items():
+        rows.append(f"| {markdown(name)}, {segments} | {with_error(estimate, 1, 1)} |")
+    for name, estimate in quality["accuracy"].items():
+        task = f"{markdown(name)}, {estimate['metric']}, zero-shot"
+        rows.append(f"| {task} | {with_error(estimate, 100, 1)} % |")
+    return "\n".join(rows)
 
 
 def _describe_check(check: Comparison) -> str:

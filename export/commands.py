@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,7 +96,7 @@ def export(
         quality={} if evaluation is None else read_quality(evaluation, source),
     )
     records = export_artifacts(source, settings, out)
-    rows = [row for record in records.values() for row in _summary_rows(record)]
+    rows = list(chain.from_iterable(map(_summary_rows, records.values())))
     print_table(f"Exported to {out}", ("", "layers", "parameters", "weights", *CHECK_COLUMNS), rows)
     if push_to_hub is not None:
         say(f"Uploaded: {push(out / format_names[0], push_to_hub, private=not public)}")

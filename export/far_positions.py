@@ -68,9 +68,8 @@ def _problem_of_twin(
         comparisons = compare_in_each(runners, artifact, storage, written, reference, MIN_AGREEMENT)
     except UserError as error:
         return str(error)
-    problems = (
-        (comparison.runtime, find_problem(comparison)) for comparison in comparisons.values()
-    )
-    return next(
-        (f"in {runtime}, {problem}." for runtime, problem in problems if problem is not None), None
-    )
+    for comparison in comparisons.values():
+        problem = find_problem(comparison)
+        if problem is not None:
+            return f"in {comparison.runtime}, {problem}."
+    return None

@@ -2,8 +2,9 @@
 instantiated.
 
 Removed layers are dropped and later ones renumbered; corrections (W' of GradMAP's Eq. 13, and
-others) are folded into their weights in float64 and rounded once to the target dtype, or to eight
-bits. Memory: one tensor and the corrections, and for a W' also W in float64, before and after.
+others) are folded into their weights in float64 and rounded once to the dtype that is stored, or
+to eight bits. Memory: one tensor and the corrections, and for a W' also W in float64, before and
+after.
 
 Speed: the disk's, where one core keeps up with it. One of an EPYC with AVX-512 makes, in bytes of a
 bfloat16 weight of 4096 x 11008, 1.0 GB/s of weights with low-rank corrections (r = 16), and 1.6 of
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -71,48 +73,55 @@ def plan_fold(
     is not in the checkpoint.
     """
     require_foldable(checkpoint, architecture, changes)
-    kept = [
-        index
-        for index in range(checkpoint.config[architecture.layer_count_key])
-        if index not in set(removed)
-    ]
+    layers = range(checkpoint.config[architecture.layer_count_key])
+    kept = [index for index in layers if index not in set(removed)]
     new_index = {index: position for position, index in enumerate(kept)}
     folded: list[FoldedTensor] = []
     missing = set(changes)
-    for source in [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]:
-        stored = source.spec
-        place = architecture.parse_tensor_name(stored.name)
-        target_dtype = (
-            dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-        )
-        if place is None:
-            folded.append(FoldedTensor(source, TensorSpec(stored.name, target_dtype, stored.shape)))
+    for source in chain.from_iterable(map(list_tensors, checkpoint.weight_files)):
+        parsed = architecture.parse_tensor_name(source.spec.name)
+        if parsed is None:
+            folded.append(FoldedTensor(source, _stored_as(source, source.spec.name, dtype)))
             continue
-        prefix, index, suffix = place
+        prefix, index, suffix = parsed
         if index not in new_index:
             continue
-        places = [
-            key
-            for key in changes
-            if key.layer == index and architecture.is_part_of(key.target, suffix)
-        ]
-        missing -= {key for key in places if architecture.is_weight_of(key.target, suffix)}
+        places = _places_of(changes, architecture, index, suffix)
+        missing -= {place for place in places if architecture.is_weight_of(place.target, suffix)}
+        name = f"{prefix}.{new_index[index]}.{suffix}"
         folded.append(
             FoldedTensor(
                 source,
-                TensorSpec(f"{prefix}.{new_index[index]}.{suffix}", target_dtype, stored.shape),
-                changes=tuple(change for place in places for change in changes[place]),
+                _stored_as(source, name, dtype),
+                changes=tuple(chain.from_iterable(changes[place] for place in places)),
                 transposed=architecture.transposed_linear,
-                quantise=quantise and len(stored.shape) == 2,
+                quantise=quantise and len(source.spec.shape) == 2,
             )
         )
     _require_complete(checkpoint, architecture, len(kept), missing, folded)
     return folded
 
 
+def _stored_as(source: StoredTensor, name: str, dtype: torch.dtype | None) -> TensorSpec:
+    """The tensor under another name; in `dtype`, unless that is None or it holds no floating-point
+    numbers."""
+    spec = source.spec
+    if dtype is None or not spec.dtype.is_floating_point:
+        dtype = spec.dtype
+    return TensorSpec(name, dtype, spec.shape)
+
+
+def _places_of(
+    changes: Changes, architecture: Architecture, layer: int, suffix: str
+) -> list[Place]:
+    """The changed maps that a tensor of a layer (original index) is the weight or the bias of."""
+    of_layer = [place for place in changes if place.layer == layer]
+    return [place for place in of_layer if architecture.is_part_of(place.target, suffix)]
+
+
 def require_foldable(checkpoint: Checkpoint, architecture: Architecture, changes: Changes) -> None:
     """Raises UserError if a change is not one of weights."""
-    kinds = {type(change) for of_place in changes.values() for change in of_place}
+    kinds = set(map(type, chain.from_iterable(changes.values())))
     if architecture.uncorrectable is not None and Projection in kinds:
         raise UserError(
             f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune "
@@ -150,31 +159,36 @@ def write_folded(
     weight_map: dict[str, str] = {}
     with progress("Writing tensors", len(folded)) as advance:
         for number, shard in enumerate(shards, start=1):
-            name = (
-                "model.safetensors"
-                if len(shards) == 1
-                else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            )
+            name = _shard_name(number, len(shards))
             tensors = _folded_values(shard, advance)
-            specs = [spec for tensor in shard for spec in tensor.stored]
+            specs = list(chain.from_iterable(tensor.stored for tensor in shard))
             hashes[name] = write_safetensors(directory / name, specs, tensors)
             weight_map |= {spec.name: name for spec in specs}
     if len(shards) > 1:
         total = sum(tensor.stored_bytes for tensor in folded)
-        write_json(
-            directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / INDEX_NAME, index)
     return hashes
 
 
+def _shard_name(number: int, shards: int) -> str:
+    """As transformers names them."""
+    if shards == 1:
+        return "model.safetensors"
+    return f"model-{number:05}-of-{shards:05}.safetensors"
+
+
 def count_parameters(folded: Sequence[FoldedTensor]) -> int:
-    return sum(prod(tensor.spec.shape) for tensor in folded if tensor.spec.dtype.is_floating_point)
+    """How many floating-point numbers there are before some are quantised."""
+    specs = [tensor.spec for tensor in folded]
+    return sum(prod(spec.shape) for spec in specs if spec.dtype.is_floating_point)
 
 
 def _folded_values(
     shard: Sequence[FoldedTensor], advance: Callable[[int], None]
 ) -> Iterator[Tensor]:
-    for tensor, value in zip(shard, read_tensors([tensor.source for tensor in shard]), strict=True):
+    values = read_tensors([tensor.source for tensor in shard])
+    for tensor, value in zip(shard, values, strict=True):
         if tensor.quantise:
             yield from quantise_weight(_folded(value, tensor, torch.float32))
         else:
@@ -183,13 +197,12 @@ def _folded_values(
 
 
 def _folded(value: Tensor, tensor: FoldedTensor, dtype: torch.dtype) -> Tensor:
-    """With its changes, in `dtype`. Raises UserError where that is no number: float16 ends at
-    65504."""
-    folded = (
-        fold_changes(value, tensor.changes, tensor.transposed, dtype)
-        if tensor.changes
-        else value.to(dtype)
-    )
+    """The value, of any shape, with the tensor's changes, in `dtype`. Raises UserError where that
+    is no number: float16 ends at 65504."""
+    if tensor.changes:
+        folded = fold_changes(value, tensor.changes, tensor.transposed, dtype)
+    else:
+        folded = value.to(dtype)
     if (folded is not value or tensor.quantise) and not is_finite(folded):
         name = f"{tensor.source.spec.name} in {tensor.source.file}"
         if not is_finite(fold_changes(value, tensor.changes, tensor.transposed)):
@@ -205,8 +218,8 @@ def _require_complete(
     missing: set[Place],
     folded: Sequence[FoldedTensor],
 ) -> None:
-    places = [architecture.parse_tensor_name(tensor.spec.name) for tensor in folded]
-    present = {place[1] for place in places if place is not None}
+    parsed = [architecture.parse_tensor_name(tensor.spec.name) for tensor in folded]
+    present = {name[1] for name in parsed if name is not None}
     if present != set(range(kept)):
         raise UserError(
             f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it "

@@ -9,6 +9,7 @@ corrections on hooks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,8 +72,9 @@ def fold_and_round(
         place = place_of.get(id(parameter))
         if place is not None:
             # what the checkpoint lacks is reported when its tensors are listed for writing
-            target = dtype or stored.get((place, parameter.dim() == 1), torch.float32)
-            _fold_parameter(name, parameter, changes[place], architecture.transposed_linear, target)
+            rounded_to = dtype or stored.get((place, parameter.dim() == 1), torch.float32)
+            transposed = architecture.transposed_linear
+            _fold_parameter(name, parameter, changes[place], transposed, rounded_to)
         elif dtype not in (None, parameter.dtype):
             parameter.copy_(_rounded(name, parameter, dtype))
 
@@ -94,16 +96,20 @@ def _places_by_parameter(
 ) -> dict[int, Place]:
     """Which changed map a parameter (its id) is the weight or the bias of."""
     layers = architecture.layer_list(model)
-    parts = {place: architecture.parts_of(layers[place.layer], place.target) for place in changes}
-    return {id(parameter): place for place, parameters in parts.items() for parameter in parameters}
+    place_of = {}
+    for place in changes:
+        for parameter in architecture.parts_of(layers[place.layer], place.target):
+            place_of[id(parameter)] = place
+    return place_of
 
 
 def _fold_parameter(
     name: str, parameter: Tensor, changes: Sequence[Change], transposed: bool, dtype: torch.dtype
 ) -> None:
-    """Of stacked experts (E, d_out, d_in), one at a time: in float64 all together would be
-    large."""
-    for part in parameter if parameter.dim() == 3 else (parameter,):
+    """Changes a weight (d_out, d_in), a bias (d_out,), or stacked experts (E, d_out, d_in): these
+    one at a time, for in float64 all together would be large."""
+    parts = parameter.unbind() if parameter.dim() == 3 else (parameter,)
+    for part in parts:
         part.copy_(_rounded(name, fold_changes(part, changes, transposed), dtype))
 
 
@@ -133,5 +139,5 @@ def _stored_dtypes(
 
 
 def _floating_tensors(checkpoint: Checkpoint) -> list[StoredTensor]:
-    tensors = [tensor for path in checkpoint.weight_files for tensor in list_tensors(path)]
+    tensors = chain.from_iterable(map(list_tensors, checkpoint.weight_files))
     return [tensor for tensor in tensors if tensor.spec.dtype.is_floating_point]

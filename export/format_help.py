@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 
 from export.formats import FORMATS
 from export.formats.format import QUANTISATIONS
@@ -16,23 +16,23 @@ def either(names: Sequence[str]) -> str:
 
 
 def format_help() -> str:
-    """Of --format."""
+    """The help of --format: all that there are."""
     return f"{either(list(FORMATS))}; may be given several times."
 
 
 def dtype_help() -> str:
-    """Of --dtype: all that some format can store, and what each stores if it is not told."""
-    known = dict.fromkeys(dtype for form in FORMATS.values() for dtype in form.dtypes)
-    by_default = sorted(FORMATS.values(), key=lambda form: list(known).index(form.default_dtype))
+    """The help of --dtype: all that some format can store, and the default of each."""
+    known = list(dict.fromkeys(chain.from_iterable(form.dtypes for form in FORMATS.values())))
+    by_default = sorted(FORMATS.values(), key=lambda form: known.index(form.default_dtype))
     defaults = [
         f"{dtype} for {' and '.join(form.name for form in forms)}"
         for dtype, forms in groupby(by_default, key=lambda form: form.default_dtype)
     ]
-    return f"{either(list(known))}; by default {', '.join(defaults)}."
+    return f"{either(known)}; by default {', '.join(defaults)}."
 
 
 def quantise_help() -> str:
-    """Of --quantise: each kind, and the formats that have it."""
+    """The help of --quantise: every kind, and the formats that have it."""
     described = []
     for kind, stored in QUANTISATIONS.items():
         having = [form.name for form in FORMATS.values() if kind in form.quantisations]

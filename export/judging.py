@@ -77,7 +77,7 @@ def _bounds_of_rounding(
 
 
 def _coarsest_dtype(written: Written) -> torch.dtype:
-    """Of the floating-point tensors."""
+    """The one of the floating-point tensors that rounds the most."""
     dtypes = {tensor.spec.dtype for tensor in written.folded}
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max(floating, key=lambda dtype: torch.finfo(dtype).eps)

@@ -30,6 +30,7 @@ OPSET = 23
 EXTERNAL_DATA_FILE = "model.onnx_data"
 # A protobuf message ends at 2 GiB; weights beyond this go to a file beside it.
 EXTERNAL_DATA_FROM_BYTES = 1_500_000_000
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 INT8_BLOCK_SIZE = 32
 INT8_COMPUTE = 4  # MatMulNBits' accuracy_level for integer products
 
@@ -49,6 +50,9 @@ class _CausalLMWithCache(nn.Module):
         position_ids: Tensor,
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """input_ids, position_ids: (B, T). attention_mask: (B, P + T). past: keys and values of P
+        cached tokens, (B, heads, P, head size), for each layer. Returns logits (B, T, V), and the
+        longer past."""
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(past):
             cache.update(keys, values, layer)
@@ -59,9 +63,8 @@ class _CausalLMWithCache(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits, [
-            (layer.keys, layer.values) for layer in output.past_key_values.layers
-        ]
+        present = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return output.logits, present
 
 
 @torch.inference_mode()
@@ -71,11 +74,8 @@ def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
     untie: give the output layer weights of its own where it shares the embedding's, so that they
     can be quantised.
     """
-    model = (
-        AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
-        .eval()
-        .requires_grad_(False)
-    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
+    model = model.eval().requires_grad_(False)
     _replace_transposed_linear(model)
     if untie:
         output_layer = model.get_output_embeddings()
@@ -83,12 +83,7 @@ def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
     program = torch.onnx.export(
         _CausalLMWithCache(model),
         _example_inputs(model),
-        input_names=[
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            *_cache_names(model, "past_key_values"),
-        ],
+        input_names=[*TOKEN_INPUTS, *_cache_names(model, "past_key_values")],
         output_names=["logits", *_cache_names(model, "present")],
         dynamic_shapes=_dynamic_shapes(model),
         opset_version=OPSET,
@@ -135,10 +130,15 @@ def _replace_transposed_linear(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Conv1D):
-                d_in, d_out = child.weight.shape
-                linear = nn.Linear(d_in, d_out)
-                linear.weight, linear.bias = nn.Parameter(child.weight.mT.contiguous()), child.bias
-                setattr(parent, name, linear.requires_grad_(False))
+                setattr(parent, name, _as_linear(child))
+
+
+def _as_linear(module: Conv1D) -> nn.Linear:
+    d_in, d_out = module.weight.shape
+    linear = nn.Linear(d_in, d_out)
+    linear.weight = nn.Parameter(module.weight.mT.contiguous())
+    linear.bias = module.bias
+    return linear.requires_grad_(False)
 
 
 def _example_inputs(model: Any) -> tuple[Any, ...]:
@@ -174,17 +174,15 @@ def _dynamic_shapes(model: Any) -> tuple[Any, ...]:
 
 
 def _cache_names(model: Any, prefix: str) -> list[str]:
-    return [
-        f"{prefix}.{layer}.{part}"
-        for layer in range(model.config.num_hidden_layers)
-        for part in ("key", "value")
-    ]
+    names = []
+    for layer in range(model.config.num_hidden_layers):
+        names += [f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"]
+    return names
 
 
 def _needs_external_data(model: onnx.ModelProto) -> bool:
-    return (
-        sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_DATA_FROM_BYTES
-    )
+    weight_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    return weight_bytes > EXTERNAL_DATA_FROM_BYTES
 
 
 def main(checkpoint: str, out: str, metadata: str, *quantise: str) -> None:

@@ -55,18 +55,16 @@ class Reference:
     def best_ids(self) -> Tensor:
         """The most likely token of every position, (B, T)."""
         best = self.logits.argmax(-1)
-        return (
-            best if self.token_ids is None else self.token_ids.gather(-1, best[..., None])[..., 0]
-        )
+        if self.token_ids is None:
+            return best
+        return self.token_ids.gather(-1, best[..., None])[..., 0]
 
     def at_known_tokens(self, logits: Tensor) -> Tensor:
         """Those of an artifact's logits (B, T, V), or (B, 1, V) of the last position, that the
-        reference has."""
-        return (
-            logits
-            if self.token_ids is None
-            else logits.gather(-1, self.token_ids[:, -logits.shape[1] :])
-        )
+        reference has: as they are, or (B, T, k) and (B, 1, k)."""
+        if self.token_ids is None:
+            return logits
+        return logits.gather(-1, self.token_ids[:, -logits.shape[1] :])
 
 
 def random_probe(vocabulary: int) -> Tensor:
@@ -157,16 +155,13 @@ def _run_from_disk(
 
 def _run(model: Any, input_ids: Tensor, greedy_tokens: int) -> Reference:
     logits = finite_logits(model, input_ids)
+    scale = logits.double().square().mean().sqrt().item()
     greedy_ids, margins = decode_greedily(transformers_step(model), input_ids[:1], greedy_tokens)
-    return Reference(
-        input_ids, logits, logits.double().square().mean().sqrt().item(), greedy_ids, margins
-    )
+    return Reference(input_ids, logits, scale, greedy_ids, margins)
 
 
 def _greedy_tokens(positions: int | None, input_ids: Tensor) -> int:
-    """As many as the model has positions for."""
-    return (
-        GREEDY_TOKENS
-        if positions is None
-        else max(0, min(GREEDY_TOKENS, positions - input_ids.shape[1]))
-    )
+    """How many are generated behind input_ids (B, T): no more than the model has positions for."""
+    if positions is None:
+        return GREEDY_TOKENS
+    return max(0, min(GREEDY_TOKENS, positions - input_ids.shape[1]))

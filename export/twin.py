@@ -60,12 +60,9 @@ def twin_config(config: dict[str, Any]) -> dict[str, Any]:
     small = prune_config(config, _repeated_layers(parsed))
     small |= {"hidden_size": HEADS * head_dim, "head_dim": head_dim, "intermediate_size": INNER}
     small |= {"num_attention_heads": HEADS, "num_key_value_heads": few_heads}
-    for key, limit in {
-        "moe_intermediate_size": INNER,
-        "shared_expert_intermediate_size": INNER,
-    }.items():
+    for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if key in small:
-            small[key] = limit
+            small[key] = INNER
     for key in ("num_experts", "num_local_experts"):
         if key in small:
             small |= {key: EXPERTS, "num_experts_per_tok": min(HEADS, small["num_experts_per_tok"])}
@@ -97,13 +94,12 @@ def write_twin(
 def probe_beyond(config: dict[str, Any]) -> torch.Tensor:
     """Token ids (2, T) that pass every boundary of the config."""
     tokens = max(find_boundaries(config).values()) + TOKENS_BEYOND
-    return torch.randint(
-        int(config["vocab_size"]), (2, tokens), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(int(config["vocab_size"]), (2, tokens), generator=generator)
 
 
 def rope_types(config: dict[str, Any]) -> set[str]:
-    """Of a config as it is written, in new or old names."""
+    """The kinds of rope that a config has, as it is written, in new or old names."""
     parsed = AutoConfig.for_model(**deepcopy(config)).to_dict()
     return {str(rope.get("rope_type", "default")) for rope in _ropes(parsed)}
 
@@ -139,14 +135,10 @@ def _with_near_boundaries(config: dict[str, Any], positions: int) -> dict[str, A
 
 def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Those of a config: one, or one for each kind of layer."""
-    found = [config[key] for key in _ROPE_KEYS if isinstance(config.get(key), dict)]
-    return [
-        rope
-        for one in found
-        for rope in (one.values() if _by_kind(one) else [one])
-        if isinstance(rope, dict)
-    ]
-
-
-def _by_kind(rope: dict[str, Any]) -> bool:
-    return any(isinstance(value, dict) for value in rope.values())
+    found: list[dict[str, Any]] = []
+    for key in _ROPE_KEYS:
+        rope = config.get(key)
+        if isinstance(rope, dict):
+            by_kind = [value for value in rope.values() if isinstance(value, dict)]
+            found += by_kind or [rope]
+    return found

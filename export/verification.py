@@ -36,8 +36,8 @@ WIDENED = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a runtime computed (see export.runners): logits, or log-probabilities of some tokens
-    where it hides them."""
+    """What a runtime computed (see export.runners): logits (B, T, V) and, through the cache, (B,
+    V); or where it hides them, log-probabilities of some tokens (B, T', k). greedy_ids: (G,)."""
 
     runtime: str
     greedy_ids: Tensor
@@ -102,17 +102,13 @@ def _find_reason(stderr: str) -> str:
 def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> Comparison:
     """Measures the distance of an outcome from the reference; `require_faithful` judges it."""
     difference, best = _differences(reference, outcome)
-    cached = None
-    if outcome.cached_logits is not None:
-        actual = reference.at_known_tokens(outcome.cached_logits[:, None])
-        cached = _typical(actual - reference.logits[:, -1:], bounds.stray_share) / reference.scale
     compared = best.shape[1]
     identical, margin = _compare_greedy(reference, outcome.greedy_ids)
     return Comparison(
         runtime=outcome.runtime,
         relative_difference=_typical(difference, stray_share=0.0) / reference.scale,
         typical_difference=_typical(difference, bounds.stray_share) / reference.scale,
-        cached_difference=cached,
+        cached_difference=_cached_difference(reference, outcome, bounds.stray_share),
         max_absolute_difference=difference.abs().max().item(),
         argmax_agreement=(best == reference.best_ids[:, :compared]).double().mean().item(),
         greedy_tokens=len(outcome.greedy_ids),
@@ -143,21 +139,13 @@ def find_problem(comparison: Comparison) -> str | None:
         )
     if tolerance is None:
         return None
-    for place, difference in (
-        ("", comparison.typical_difference),
-        (" through the KV cache", comparison.cached_difference),
-    ):
-        if difference is not None and not difference <= tolerance:
-            others = (
-                f", without the worst {comparison.stray_share:.0%} of positions"
-                if comparison.stray_share
-                else ""
-            )
-            return (
-                f"the exported model's logits{place} differ from the reference by {difference:.2g} "
-                f"(relative{others}), where rounding explains {tolerance:.2g}; most at "
-                f"{comparison.worst}"
-            )
+    differences = {
+        "": comparison.typical_difference,
+        " through the KV cache": comparison.cached_difference,
+    }
+    for place, difference in differences.items():
+        if difference is not None and not difference <= tolerance:  # not: a NaN must fail
+            return _describe_difference(comparison, tolerance, place, difference)
     if comparison.greedy_margin is not None and comparison.greedy_margin > SWAP_FACTOR * tolerance:
         return (
             "the exported model generates another text from token "
@@ -167,21 +155,37 @@ def find_problem(comparison: Comparison) -> str | None:
     return None
 
 
+def _describe_difference(
+    comparison: Comparison, tolerance: float, place: str, difference: float
+) -> str:
+    others = ""
+    if comparison.stray_share:
+        others = f", without the worst {comparison.stray_share:.0%} of positions"
+    return (
+        f"the exported model's logits{place} differ from the reference by {difference:.2g} "
+        f"(relative{others}), where rounding explains {tolerance:.2g}; most at {comparison.worst}"
+    )
+
+
 def _differences(reference: Reference, outcome: Outcome) -> tuple[Tensor, Tensor]:
     """Differences at the compared tokens (B, T', k), and the outcome's most likely tokens (B,
     T')."""
     if outcome.logits is not None:
-        return reference.at_known_tokens(outcome.logits) - reference.logits, outcome.logits.argmax(
-            -1
-        )
-    assert (
-        outcome.logprob_ids is not None
-        and outcome.logprobs is not None
-        and reference.token_ids is None
-    )
+        difference = reference.at_known_tokens(outcome.logits) - reference.logits
+        return difference, outcome.logits.argmax(-1)
+    assert outcome.logprob_ids is not None and outcome.logprobs is not None
+    assert reference.token_ids is None  # of a stored probe, no log-probabilities can be computed
     compared = outcome.logprobs.shape[1]
     expected = reference.logits[:, :compared].log_softmax(-1).gather(-1, outcome.logprob_ids)
     return outcome.logprobs - expected, outcome.logprob_ids[..., 0]
+
+
+def _cached_difference(reference: Reference, outcome: Outcome, stray_share: float) -> float | None:
+    """The typical difference of the last positions, relative; None if the runtime shows none."""
+    if outcome.cached_logits is None:
+        return None
+    actual = reference.at_known_tokens(outcome.cached_logits[:, None])
+    return _typical(actual - reference.logits[:, -1:], stray_share) / reference.scale
 
 
 def _compare_greedy(reference: Reference, greedy_ids: Tensor) -> tuple[int, float | None]:

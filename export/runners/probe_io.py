@@ -52,6 +52,8 @@ def decode_greedily(step: Step, prompt_ids: Tensor, tokens: int) -> tuple[Tensor
 
 
 def transformers_step(model: Any) -> Step:
+    """A step of a model of transformers, whose state is its cache."""
+
     def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         output = model(input_ids=ids, past_key_values=cache, use_cache=True)
         return output.logits[:, -1], output.past_key_values
@@ -68,5 +70,6 @@ def placement_for(directory: Path) -> dict[str, Any]:
 
 
 def count_stored_values(path: Path) -> int:
+    """How many numbers a safetensors file holds."""
     with safe_open(path, framework="pt") as file:
         return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not iterable

@@ -17,6 +17,7 @@ from export.runners.probe_io import decode_greedily, run
 def outcome_of(
     directory: Path, input_ids: Tensor, greedy_tokens: int
 ) -> tuple[dict[str, Tensor], str]:
+    """input_ids: (B, T). Logits are (B, T, V), those through the cache (B, V), greedy_ids (G,)."""
     model = onnxruntime_genai.Model(str(directory))
     limit = max(input_ids.shape[1] + greedy_tokens, window_of(directory))
 
@@ -32,12 +33,14 @@ def outcome_of(
         logits, generator = append(ids, generator)
         return logits[:, -1], generator
 
-    samples = [sample[None] for sample in input_ids]
+    logits, cached = [], []
+    for sample in input_ids.split(1):
+        logits.append(append(sample, None)[0])
+        _, generator = append(sample[:, :-1], None)
+        cached.append(step(sample[:, -1:], generator)[0])
     tensors = {
-        "logits": torch.cat([append(sample, None)[0] for sample in samples]),
-        "cached_logits": torch.cat(
-            [step(sample[:, -1:], step(sample[:, :-1], None)[1])[0] for sample in samples]
-        ),
+        "logits": torch.cat(logits),
+        "cached_logits": torch.cat(cached),
         "greedy_ids": decode_greedily(step, input_ids[:1], greedy_tokens)[0],
     }
     distribution = packages_distributions()["onnxruntime_genai"][0]

@@ -39,8 +39,8 @@ class Session:
         return str(self._session.get_providers()[0])
 
     def logits(self, ids: Tensor, past: Arrays | None) -> tuple[Tensor, Arrays]:
-        """Of tokens (B, n) after those in `past`, by the inputs' names: float32 (B, n, V); and the
-        longer past."""
+        """Logits of tokens (B, n) after those in `past`, by the inputs' names: float32 (B, n, V);
+        and the longer past."""
         past = self._empty_past(len(ids)) if past is None else past
         before = next(iter(past.values())).shape[2]
         positions = np.arange(before, before + ids.shape[1], dtype=np.int64)
@@ -49,33 +49,34 @@ class Session:
             "attention_mask": np.ones((len(ids), before + ids.shape[1]), dtype=np.int64),
             "position_ids": np.tile(positions, (len(ids), 1)),
         }
-        feeds = past | {name: array for name, array in of_tokens.items() if name in self._inputs}
+        known = {name: array for name, array in of_tokens.items() if name in self._inputs}
+        feeds = past | known
         found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         logits = torch.from_numpy(found.pop("logits").astype(np.float32))
-        return logits, {
+        longer = {
             name.replace("present", "past_key_values", 1): array for name, array in found.items()
         }
+        return logits, longer
 
     def last_logits(self, ids: Tensor, past: Arrays | None) -> tuple[Tensor, Arrays]:
+        """Logits of the last of tokens (B, n), (B, V); and the longer past."""
         logits, longer = self.logits(ids, past)
         return logits[:, -1], longer
 
     def _empty_past(self, batch: int) -> Arrays:
         """(B, heads, 0, head size) each."""
-        cached = (
-            value for name, value in self._inputs.items() if name.startswith("past_key_values.")
-        )
-        return {
-            value.name: np.zeros(
-                (batch, value.shape[1], 0, value.shape[3]), dtype=ARRAY_TYPES[value.type]
-            )
-            for value in cached
-        }
+        empty = {}
+        for name, value in self._inputs.items():
+            if name.startswith("past_key_values."):
+                shape = (batch, value.shape[1], 0, value.shape[3])
+                empty[name] = np.zeros(shape, dtype=ARRAY_TYPES[value.type])
+        return empty
 
 
 def outcome_of(
     directory: Path, input_ids: Tensor, greedy_tokens: int
 ) -> tuple[dict[str, Tensor], str]:
+    """input_ids: (B, T). Logits are (B, T, V), those through the cache (B, V), greedy_ids (G,)."""
     session = Session(directory)
     _, past = session.logits(input_ids[:, :-1], None)
     tensors = {

@@ -16,12 +16,11 @@ from export.runners.probe_io import decode_greedily, placement_for, run, transfo
 def outcome_of(
     directory: Path, input_ids: Tensor, greedy_tokens: int
 ) -> tuple[dict[str, Tensor], str]:
-    source = (
-        {"gguf_file": GGUF_FILE} if (directory / GGUF_FILE).exists() else placement_for(directory)
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, **source
-    ).eval()
+    """input_ids: (B, T). Logits are (B, T, V), those through the cache (B, V), greedy_ids (G,)."""
+    is_gguf = (directory / GGUF_FILE).exists()
+    options = {"gguf_file": GGUF_FILE} if is_gguf else placement_for(directory)
+    loader = transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(directory, dtype=torch.float32, **options).eval()
     step = transformers_step(model)
     _, cache = step(input_ids[:, :-1], None)
     tensors = {

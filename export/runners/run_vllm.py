@@ -15,6 +15,7 @@ from export.vllm_file import read_vllm_file
 from gradmap.runtimes.vllm_environment import cpu_wants_float32
 
 TOP_LOGPROBS = 20  # what vLLM gives without being asked for more
+Prompt = dict[str, list[int]]
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -27,11 +28,28 @@ ENVIRONMENT = {
 def outcome_of(
     directory: Path, input_ids: Tensor, greedy_tokens: int
 ) -> tuple[dict[str, Tensor], str]:
-    from vllm import LLM, SamplingParams
-
+    """input_ids: (B, T). Log-probabilities and their tokens are (B, T - 1, k), or one position
+    fewer where no token is to be generated; greedy_ids (G,)."""
     length = input_ids.shape[1] + greedy_tokens
     dtype = "float32" if cpu_wants_float32() else read_vllm_file(directory).dtype or "auto"
-    engine = LLM(
+    engine = open_engine(directory, dtype, length)
+    # vLLM generates one token at least, for which a model may have no room behind the whole probe
+    prompts = [{"prompt_token_ids": sample} for sample in input_ids[:, : length - 1].tolist()]
+    ids, logprobs = score(engine, prompts)
+    tensors = {
+        "logprob_ids": ids,
+        "logprobs": logprobs,
+        "greedy_ids": decode(engine, prompts[0], greedy_tokens),
+    }
+    distribution = packages_distributions()["vllm"][0]
+    return tensors, f"{distribution} {version(distribution)}, {dtype}"
+
+
+def open_engine(directory: Path, dtype: str, length: int) -> Any:
+    """vLLM's engine for texts of so many tokens, without compiling and without the tokenizer."""
+    from vllm import LLM
+
+    return LLM(
         str(directory),
         dtype=dtype,
         trust_remote_code=False,
@@ -39,35 +57,41 @@ def outcome_of(
         enforce_eager=True,
         skip_tokenizer_init=True,
     )
-    scoring = SamplingParams(
+
+
+def score(engine: Any, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """The most likely tokens at every position of B prompts of T tokens but the first, (B, T - 1,
+    k), and their log-probabilities."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
         max_tokens=1, temperature=0, prompt_logprobs=TOP_LOGPROBS, detokenize=False
     )
-    decoding = SamplingParams(
-        max_tokens=max(greedy_tokens, 1), temperature=0, ignore_eos=True, detokenize=False
+    ids, logprobs = [], []
+    for output in engine.generate(prompts, sampling, use_tqdm=False):
+        positions = [ranked(position) for position in output.prompt_logprobs[1:]]
+        ids.append(torch.stack([tokens for tokens, _ in positions]))
+        logprobs.append(torch.stack([values for _, values in positions]))
+    return torch.stack(ids), torch.stack(logprobs)
+
+
+def decode(engine: Any, prompt: Prompt, tokens: int) -> Tensor:
+    """What follows the prompt greedily: (tokens,), end-of-text tokens included."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=max(tokens, 1), temperature=0, ignore_eos=True, detokenize=False
     )
-    # vLLM generates one token at least, for which a model may have no room behind the whole probe
-    prompts = [{"prompt_token_ids": sample} for sample in input_ids[:, : length - 1].tolist()]
-    scored = engine.generate(prompts, scoring, use_tqdm=False)
-    decoded = engine.generate(prompts[:1], decoding, use_tqdm=False)
-    best = [[_best(position) for position in output.prompt_logprobs[1:]] for output in scored]
-    tensors = {
-        "logprob_ids": torch.tensor(
-            [[[token for token, _ in row] for row in rows] for rows in best]
-        ),
-        "logprobs": torch.tensor([[[value for _, value in row] for row in rows] for rows in best]),
-        "greedy_ids": torch.tensor(
-            decoded[0].outputs[0].token_ids[:greedy_tokens], dtype=torch.int64
-        ),
-    }
-    distribution = packages_distributions()["vllm"][0]
-    return tensors, f"{distribution} {version(distribution)}, {dtype}"
+    (output,) = engine.generate([prompt], sampling, use_tqdm=False)
+    return torch.tensor(output.outputs[0].token_ids[:tokens], dtype=torch.int64)
 
 
-def _best(logprobs: dict[int, Any]) -> list[tuple[int, float]]:
-    """The most likely tokens of one position; vLLM adds the prompt's own token where it is not
-    among them."""
-    ranked = sorted(logprobs.items(), key=lambda item: item[1].rank)
-    return [(token, entry.logprob) for token, entry in ranked[:TOP_LOGPROBS]]
+def ranked(logprobs: dict[int, Any]) -> tuple[Tensor, Tensor]:
+    """The most likely tokens of one position, the best first, and their log-probabilities: (k,)
+    each. vLLM adds the prompt's own token where it is not among them."""
+    best = sorted(logprobs.items(), key=lambda item: item[1].rank)[:TOP_LOGPROBS]
+    ids = torch.tensor([token for token, _ in best])
+    return ids, torch.tensor([entry.logprob for _, entry in best])
 
 
 if __name__ == "__main__":

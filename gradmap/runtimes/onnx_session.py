@@ -3,7 +3,6 @@ runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,8 @@ class OnnxCausalLM:
         cache = self._empty_cache(len(input_ids)) if cache is None else cache
         for value, past in zip(self._past, cache, strict=True):
             binding.bind_ortvalue_input(value.name, past)
-        past_tokens = cache[0].shape()[2]
-        arrays = self._token_inputs(
-            input_ids, past_tokens
-        )  # a binding does not keep its inputs alive
+        # held until the run is over: a binding does not keep its inputs alive
+        arrays = self._token_inputs(input_ids, past_tokens=cache[0].shape()[2])
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
@@ -76,22 +73,14 @@ class OnnxCausalLM:
         }
         if self._wants_positions:
             positions = np.arange(past_tokens, past_tokens + tokens, dtype=np.int64)
-            inputs["position_ids"] = np.ascontiguousarray(
-                np.broadcast_to(positions, (batch, tokens))
-            )
+            inputs["position_ids"] = np.tile(positions, (batch, 1))
         return inputs
 
     def _empty_cache(self, batch: int) -> Cache:
-        return [
-            onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros(self._cache_shape(value.shape, batch), dtype=_NUMPY_TYPES[value.type]),
-                self._device,
-                0,
-            )
-            for value in self._past
-        ]
-
-    @staticmethod
-    def _cache_shape(declared: Sequence[int | str], batch: int) -> tuple[int, int, int, int]:
-        """(B, heads, 0, head size): nothing is cached yet."""
-        return batch, int(declared[1]), 0, int(declared[3])
+        """(B, heads, 0, head size) for each: nothing is cached yet."""
+        cache = []
+        for value in self._past:
+            shape = (batch, int(value.shape[1]), 0, int(value.shape[3]))
+            empty = np.zeros(shape, dtype=_NUMPY_TYPES[value.type])
+            cache.append(onnxruntime.OrtValue.ortvalue_from_numpy(empty, self._device, 0))
+        return cache

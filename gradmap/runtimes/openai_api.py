@@ -53,8 +53,8 @@ def served_model(client: httpx.Client) -> str:
 
 
 def choose_model(names: Sequence[str], wanted: str | None) -> str:
-    """The model that is wanted, of None the only one. Raises ValueError if it is not there, or
-    there are several."""
+    """The model that is wanted, or the only one if None is. Raises ValueError if it is not there,
+    or there are several."""
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted in names:
@@ -74,10 +74,8 @@ def served_models(client: httpx.Client) -> list[str]:
     known = [name for name in names if isinstance(name, str) and name]
     if not known:
         raise ValueError("its list of models is empty")
-    if not all(
-        map(str.isprintable, known)
-    ):  # no argument of a process, and no text in UTF-8, holds every character
-        raise ValueError(
-            f"it lists models with names that cannot be written: {', '.join(map(repr, known))}"
-        )
+    # no argument of a process, and no text in UTF-8, holds every character
+    if not all(map(str.isprintable, known)):
+        listed_names = ", ".join(map(repr, known))
+        raise ValueError(f"it lists models with names that cannot be written: {listed_names}")
     return known

@@ -56,9 +56,8 @@ def test_corrections_are_read_as_they_were_stored(saved):
         for change, found in zip(changes, loaded[place], strict=True):
             assert type(found) is type(change)
             assert found.tensors.keys() == change.tensors.keys()
-            assert all(
-                torch.equal(found.tensors[name], change.tensors[name]) for name in found.tensors
-            )
+            for name, tensor in change.tensors.items():
+                assert torch.equal(found.tensors[name], tensor)
 
 
 def test_tensors_are_named_as_documented(saved):
