@@ -210,10 +210,12 @@ def first_problem(error: ValidationError, cure: str | None = None) -> str:
     """KEY: what is wrong with its value, of the first of several; and the cure, if it is known."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        return f"{place}: this key is not known; {cure or 'check its spelling'}"
     problem = f"{place}: {first['msg']}" if place else str(first["msg"])
-    return f"{problem}; {cure}" if cure else problem
+    if first["type"] == "extra_forbidden":
+        if cure is None:
+            return f"{place}: this key is not known; check its spelling"
+        problem = f"{place}: this key is not known"
+    return problem if cure is None else f"{problem}; {cure}"
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from export.costs import ExportSize, export_bytes, export_seconds
-from export.formats import FORMATS
+from export.formats import FORMATS, SERVED_FORMAT
 from gradmap.costs.footprint import RUNTIME_BYTES, prune_bytes, streamed_bytes
 from gradmap.costs.speed import Disk, measure_hardware
 from gradmap.costs.steps import (
@@ -119,7 +119,7 @@ def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
         "prune": _estimate_prune(recipe.prune, shape, remove, speeds),
         "eval": _estimate_eval(recipe, shape, left, speeds),
         "export": _estimate_export(recipe, shape, left, recipe.export.formats, speeds),
-        "baseline": _estimate_export(recipe, shape, shape.layers, ["vllm"], speeds),
+        "baseline": _estimate_export(recipe, shape, shape.layers, [SERVED_FORMAT], speeds),
         "loadtest": _estimate_load_test(recipe.loadtest, shape, left, speeds),
     }
 
