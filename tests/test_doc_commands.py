@@ -34,10 +34,9 @@ ELSEWHERE = {
     r"^torchrun ": "tests/gradmap/test_distributed.py runs two processes",
     r"parallel-size": "needs several GPUs; not executed anywhere",
     r"^gradmap prune .*--device spread": "needs several GPUs; not executed anywhere",
-    r"^make (setup|assets|consumers|lint|test)\b": "CI executes them",
-    r"^make (demo|test-slow|bench)\b": "takes long; executed by hand before a release",
+    r"^make (setup|assets|consumers|lint|test|site)\b": "CI executes them",
+    r"^make (demo|test-slow|bench|coverage)\b": "takes long; executed by hand before a release",
     r"^\.venv/bin/pytest ": "CI executes all tests",
-    r"^pip install mkdocs-material|^mkdocs build": "an environment of its own; executed by hand",
     r"benchmarks.llama_7b ": (
         "needs a large GPU; tests/benchmarks/test_llama_7b.py runs the drill on a pico shape"
     ),
