@@ -41,6 +41,7 @@ ELSEWHERE = {
         "needs a large GPU; tests/benchmarks/test_llama_7b.py runs the drill on a pico shape"
     ),
     r"scripts.write_schemas ": "tests/test_schemas.py compares what it writes",
+    r"scripts.write_cli_reference ": "tests/test_cli_reference.py compares what it writes",
     r"^head -n 1 calibration.jsonl|^{": "shows a file",
 }
 # What stands for something of the user's, and what it is here.
