@@ -190,6 +190,10 @@ def test_programs_targets_and_recipes_exist(page):
         assert (ROOT / recipe).is_file(), f"{page.name}: {recipe}"
 
 
+def test_the_readme_is_short_enough_to_be_read():
+    assert (ROOT / "README.md").stat().st_size <= 9216  # bytes; what is longer goes into docs
+
+
 def test_every_benchmark_is_described():
     """Those of `make bench` have a star."""
     page = (DOCS / "benchmarks.md").read_text()
