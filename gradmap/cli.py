@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 import typer
@@ -45,7 +45,7 @@ def _about() -> None:
     """Prune layers of a causal language model, export, evaluate, serve and load-test the result."""
 
 
-def run_app(app: typer.Typer) -> int:
+def run_app(app: Callable[..., object]) -> int:
     """Runs a typer app, in the main thread, and turns what went wrong into one sentence and an exit
     code."""
     with raising_signals() as received:
@@ -60,7 +60,7 @@ def run_app(app: typer.Typer) -> int:
     return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
 
 
-def _run(app: typer.Typer) -> int:
+def _run(app: Callable[..., object]) -> int:
     kills_before = count_oom_kills()
     try:
         code = app(standalone_mode=False)

@@ -50,10 +50,9 @@ def fill(page: str) -> str:
     """The page with each table between the comments that mark its place."""
     for place, table in tables().items():
         start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"
-        page, count = re.subn(
-            f"{start}.*?{end}", lambda _, new=f"{start}\n{table}{end}": new, page, flags=re.DOTALL
-        )
-        assert count == 1, f"no place for the table of {place}"
+        pieces = re.split(f"{start}.*?{end}", page, flags=re.DOTALL)
+        assert len(pieces) == 2, f"no place for the table of {place}"
+        page = f"{start}\n{table}{end}".join(pieces)
     return page
 
 

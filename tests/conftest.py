@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported
@@ -67,7 +68,7 @@ _LLAMA_LIKE = {
 }
 _SCALED_ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}}
 _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-PICO_CONFIGS = {
+PICO_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
     "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
     "qwen2": {
@@ -139,7 +140,12 @@ class Pico:
         return LayeredModel.of(self.load(dtype))
 
 
-def make_pico(family: str, directory: Path, **changes: int) -> Pico:
+def inside(correction):
+    """Its change, which has other tensors for each kind."""
+    return correction.change
+
+
+def make_pico(family: str, directory: Path, **changes: Any) -> Pico:
     """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to
     its config."""
     torch.manual_seed(7)

@@ -1,5 +1,7 @@
 """A web server that answers everything alike, and notes what it was asked."""
 
+from __future__ import annotations
+
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,7 +11,8 @@ class NotingServer(ThreadingHTTPServer):
 
     def __init__(self, body, port=0):
         super().__init__(("127.0.0.1", port), _Handler)
-        self.body, self.requests = body, []
+        self.body = body
+        self.requests: list[tuple[str, dict[str, str]]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -23,6 +26,8 @@ class NotingServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: NotingServer
+
     def do_GET(self):
         self.server.requests.append((self.path, dict(self.headers)))
         self.send_response(200)

@@ -93,7 +93,7 @@ def _add_setting(writer: GGUFWriter, name: str, value: Any) -> None:
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    kinds = {
+    kinds: dict[type, Any] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
         float: writer.add_float32,

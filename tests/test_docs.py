@@ -6,10 +6,12 @@ import shlex
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 import yaml
+from typer.exceptions import TyperException
 
 from benchmarks.__main__ import BENCHMARKS
 from gradmap.cli import build_app
@@ -24,8 +26,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted(DOCS.rglob("*.md")),
 ]
-COMMANDS = typer.main.get_command(build_app()).commands
-USAGE_ERROR = typer.BadParameter.__base__  # typer may bring a click of its own
+COMMANDS: dict[str, Any] = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
 # What may stand before a program: variables, and programs that run another.
 PREFIX = re.compile(
     r"^(\$ |- |\s|run: |RUN |[A-Z_]+=\S* |nohup |exec |time |timeout \S+ |nice( -n \d+)? )+"
@@ -113,7 +114,7 @@ def find_problem(arguments: list[str], partial: bool = False) -> str | None:
         given = command.make_context(name, filled).params
         if name == "serve":
             split_arguments(given["directories"], 2 if given["compare"] else 1)
-    except USAGE_ERROR as error:
+    except TyperException as error:
         return error.format_message()
     except UserError as error:
         return str(error)

@@ -1,5 +1,7 @@
 """The methods whose costs are compared, on a pico model."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,15 +17,12 @@ REMOVE = 2
 @pytest.fixture(scope="module")
 def subject(picos):
     ids = torch.randint(3, VOCABULARY, (8, 8), generator=torch.Generator().manual_seed(1))
-    return Subject(
-        picos["llama"].load(), picos["llama"].architecture, Calibration("random", 0, ids)
-    )
+    return Subject(picos["llama"].layered(), Calibration("random", 0, ids))
 
 
 def choose(method, subject):
-    return select(
-        METHODS[method], subject, REMOVE, one_shot=False, done=(), record=lambda step: None
-    )
+    scorer = partial(METHODS[method], subject)
+    return select(scorer, subject, REMOVE, one_shot=False, done=(), record=lambda step: None)
 
 
 @pytest.mark.parametrize("method", METHODS)

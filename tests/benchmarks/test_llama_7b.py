@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import typer
 
 from benchmarks import llama_7b
+from gradmap.costs.steps import CalibrationSize
 from tests.conftest import ROOT
 
-SMALL = {"shape": "pico", "samples": 4, "tokens": 8, "serve": False}
+SMALL: dict[str, Any] = {"shape": "pico", "samples": 4, "tokens": 8, "serve": False}
 
 
 def drill(out, **changes):
@@ -86,7 +88,7 @@ def test_serving_needs_its_texts_and_the_shape_that_is_served(tmp_path):
 
 def test_layers_go_in_as_many_runs_as_predictions_have_it():
     for shape in llama_7b.KNOWN_SHAPES.values():
-        task = llama_7b.Task(shape, llama_7b.CalibrationSize())
+        task = llama_7b.Task(shape, CalibrationSize())
         assert len(set(task.removed)) == task.remove == max(1, round(shape.layers / 4))
         starts = [layer for layer in task.removed if layer - 1 not in task.removed]
         assert (

@@ -67,6 +67,8 @@ class Forge(ThreadingHTTPServer):
 
 
 class ForgeHandler(BaseHTTPRequestHandler):
+    server: Forge
+
     def do_GET(self):
         if self.path == "/user":
             return self.answer({"id": number_of(OWN_USER)})
@@ -214,7 +216,8 @@ class GitHub:
         return self.run_action(COMMENT_ACTION, given, request=True)[0].log
 
     def run_steps(self, directory, steps, contexts):
-        log, published = "", []
+        log = ""
+        published: list[str] = []
         for step in steps:
             if step.get("name") == "Install" or not evaluate(step.get("if", "'true'"), contexts):
                 continue

@@ -28,7 +28,8 @@ TARGETS = ("cpu", "cuda")
 @pytest.fixture(scope="module")
 def stages():
     """Instructions by target: word -> text, the last of each word."""
-    found, name = {}, None
+    found: dict[str, dict[str, str]] = {}
+    name = ""
     for word, rest in read_instructions((ROOT / "Dockerfile").read_text()):
         if word == "FROM":
             name = rest.partition(" AS ")[2]

@@ -3,6 +3,7 @@ imported."""
 
 import sys
 from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from gradmap.common.errors import UserError
 
 IMPORTED_HERE = ("export.runners.run_transformers", "export.runners.run_onnxruntime")
 run_in_a_fresh_process = verification.run_child
-QUALITY = {
+QUALITY: dict[str, Any] = {
     "perplexity": {"squad": {"value": 12.5, "stderr": 0.5}},
     "accuracy": {"piqa": {"value": 0.625, "stderr": 0.011, "metric": "acc_norm"}},
     "segment": 128,

@@ -24,6 +24,7 @@ from gradmap.common.files import sha256_file
 from gradmap.model.checkpoint import open_checkpoint
 from gradmap.model.corrections import (
     HIDDEN_STATE,
+    Change,
     LowRank,
     Place,
     Projection,
@@ -82,7 +83,7 @@ def make_changes(pico, correction=1.0):
 
     # as large as the weights themselves: in a query projection, more would turn attention into a
     # single token's
-    changes = {
+    changes: dict[Place, tuple[Change, ...]] = {
         place: (
             Update(noise(0.1, d_out, d_in)),
             LowRank(noise(0.25, 2, d_in), noise(0.25, d_out, 2)),

@@ -13,7 +13,7 @@ from export import fold, reference
 from export.reference import compute_references
 from export.tolerance import logit_tolerance
 from gradmap.common.errors import UserError
-from gradmap.model.corrections import Place, Projection, Scale, fold_changes
+from gradmap.model.corrections import ALL, Place, Projection, Scale, fold_changes
 from tests.conftest import LAYERS, Pico
 from tests.export.test_export import CORRECTED, REMOVED, export, make_source
 
@@ -71,7 +71,7 @@ def test_one_weight_that_is_off_by_a_thousandth_is_refused(picos, tmp_path, monk
 
 
 class MisfoldedScale(Scale):
-    def fold(self, weight, rows):
+    def fold(self, weight, rows=ALL):
         return 1.001 * super().fold(weight, rows)
 
 

@@ -1,6 +1,7 @@
 """What is exported of a GGUF file has the file's tokenizer and license."""
 
 import json
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -16,7 +17,11 @@ from tests.pico_gguf import BOS, EOS, TEMPLATE, write_gguf
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
-    settings = {"add_bos_token": True, "chat_template": TEMPLATE, "license": "gemma"}
+    settings: dict[str, Any] = {
+        "add_bos_token": True,
+        "chat_template": TEMPLATE,
+        "license": "gemma",
+    }
     write_gguf(tmp_path / "pico.gguf", "gpt2", pre="smollm", **settings)
     return open_source(open_checkpoint(str(tmp_path), "pico.gguf"), None)
 

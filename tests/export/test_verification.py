@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -231,10 +232,8 @@ def test_runners_go_at_once_where_memory_has_room_for_all(
 
     monkeypatch.setattr(verification, "run_artifact", run)
     monkeypatch.setattr(verification, "available_bytes", lambda: available)
-    assert run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9) == [
-        "first",
-        "second",
-    ]
+    outcomes: list[Any] = run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9)
+    assert outcomes == ["first", "second"]
     assert most == [at_once, at_once]
 
 

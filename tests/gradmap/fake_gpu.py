@@ -98,8 +98,8 @@ class Traffic:
 class GpuTensor(Tensor):
     """`inner`, a tensor of the CPU, on a GPU."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    inner: Tensor  # type: ignore[assignment]  # instead of the product of that name
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> GpuTensor:
@@ -115,11 +115,13 @@ class GpuTensor(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as an instance's
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{func} on a GPU's tensor outside of the block of fake_gpu()")
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return GPU
 
     is_cuda = True
@@ -131,7 +133,7 @@ class GpuTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"GpuTensor({self.inner})"
 
 
@@ -182,7 +184,7 @@ class _Generator(torch.Generator):
     """One for the GPU draws what one for the CPU would."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]  # torch's is in C
 
 
 class _Devices(TorchFunctionMode):

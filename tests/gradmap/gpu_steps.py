@@ -27,7 +27,7 @@ from gradmap.methods.shortgpt import block_influences
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Update, weight_of
 from gradmap.model.layered import LayeredModel
-from tests.conftest import VOCABULARY
+from tests.conftest import VOCABULARY, inside
 
 REMOVED = (1,)
 MAPS = 7  # linear maps in a layer of Llama: that many corrections has a plan that corrects all
@@ -78,7 +78,7 @@ class Allowed:
         return copies, waits
 
 
-STEPS = {}
+STEPS: dict = {}
 
 
 def step(**allowed):
@@ -170,9 +170,9 @@ def gram_matrices(pico, model, size):
 def refit(pico, model, size):
     """With two lambdas to choose from."""
     return lambda: (
-        fit_correction(
-            pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2]
-        ).change.matrix
+        inside(
+            fit_correction(pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2])
+        ).matrix
     )
 
 
@@ -181,7 +181,7 @@ def refits_before_two_runs(pico, model, size):
     """With all lambdas to choose from, of which up to eleven are tried here; each takes one copy
     and three waits."""
     without_two = replace(pruned(pico, model, size), removed=(1, 3))
-    return lambda: [one.change.matrix for one in refit_before_runs(without_two).corrections]
+    return lambda: [inside(one).matrix for one in refit_before_runs(without_two).corrections]
 
 
 @step(once=(1, 1), batch=(0, 1))

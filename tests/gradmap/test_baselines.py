@@ -36,7 +36,7 @@ from gradmap.model.corrections import (
     weight_of,
 )
 from gradmap.model.layered import LayeredModel
-from tests.conftest import LAYERS
+from tests.conftest import LAYERS, inside
 from tests.gradmap.methods import make_scorer, repair
 
 
@@ -112,14 +112,14 @@ def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
     pico = picos["llama"]
     pruned = prune(pico, input_ids, (3, 1))
     first = repair("magnitude", prune(pico, input_ids, (3,)))
-    factor = {one.place: one.change.factor.item() for one in first.corrections}
+    factor = {one.place: inside(one).factor.item() for one in first.corrections}
     with pruned.model.without((3,)):
         entering, leaving = run_and_capture(pruned.model, [pruned.model.layers[1]], input_ids)[
             0
         ]  # before the scales of the first
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
     for one in repair("magnitude", pruned).corrections:
-        assert one.change.factor.item() == pytest.approx(
+        assert inside(one).factor.item() == pytest.approx(
             factor.get(one.place, 1.0) / alpha, rel=1e-9
         )
         assert one.place.layer in (2, 4)
@@ -174,7 +174,7 @@ def test_a_patch_restores_magnitudes_in_the_rotated_basis(picos, input_ids):
     basis = torch.from_numpy(hadamard_matrix(32)) / 32**0.5
     layers = pruned.model.layers
     ((_, given), (_, wanted)) = run_and_capture(pruned.model, [layers[0], layers[2]], input_ids[:1])
-    patched = given @ correction.change.matrix.mT
+    patched = given @ inside(correction).matrix.mT
     expected = (wanted @ basis).abs().mean(dim=1)
     torch.testing.assert_close((patched @ basis).abs().mean(dim=1), expected, rtol=1e-9, atol=1e-12)
     with pruned.model.changed({correction.place: (correction.change,)}, without=(1, 2)):
@@ -262,7 +262,7 @@ def test_mka_merges_a_run_into_the_layer_before_it(picos, input_ids, family):
         expected = (
             ratios[1] * (ratios[0] * own + (1 - ratios[0]) * first) + (1 - ratios[1]) * second
         )
-        torch.testing.assert_close(own + one.change.matrix, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(own + inside(one).matrix, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_mka_as_released_drops_the_last_layers(picos, input_ids):
@@ -327,8 +327,8 @@ def test_only_the_most_important_weights_with_the_same_sign_are_merged(picos, in
         important = torch.zeros(importance.numel(), dtype=torch.bool)
         important[order[: math.floor(0.2 * importance.numel())]] = True
         expected = torch.where(important.reshape(kept.shape) & (kept * removed > 0), removed, 0)
-        assert torch.equal(one.change.matrix.ne(0), expected.ne(0))
-        torch.testing.assert_close(one.change.matrix, expected, rtol=1e-9, atol=1e-12)
+        assert torch.equal(inside(one).matrix.ne(0), expected.ne(0))
+        torch.testing.assert_close(inside(one).matrix, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mka", "gradpruner"])

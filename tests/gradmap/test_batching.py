@@ -23,7 +23,7 @@ def out_of_memory():
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_every_sample_is_run_once():
-    done = []
+    done: list = []
 
     def run(batch):
         if batch.stop - batch.start > 2:
@@ -85,7 +85,11 @@ def test_a_gpu_takes_more_at_once(monkeypatch):
     assert sizes == [[4, 16], [4, 4]]
 
 
-@pytest.mark.parametrize("score", [layer_scores, lambda *args: streamed_layer_scores(*args, [])])
+def streamed_scores(model, input_ids, batches):
+    return streamed_layer_scores(model, input_ids, batches, [])
+
+
+@pytest.mark.parametrize("score", [layer_scores, streamed_scores])
 def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, monkeypatch, score):
     """The second batch fails in its backward pass, when norms of some layers have been taken
     already."""

@@ -25,7 +25,7 @@ from gradmap.model.corrections import Place, Projection, linear_output
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.loading import load_model, load_tokenizer
-from tests.conftest import BOOLQ, CORRECTABLE
+from tests.conftest import BOOLQ, CORRECTABLE, inside
 from tests.gradmap.methods import repair
 
 REMOVED = (1, 3)
@@ -86,22 +86,20 @@ def test_closed_form_equals_least_squares(pico, input_ids, kind, weighted):
 def test_the_lowest_of_losses_that_fall_and_then_rise_is_found_without_trying_all(count):
     values = range(count)
     for lowest in values:
-        tried = []
+        tried: list = []
 
         def attempt(value, tried=tried):
             tried.append(value)
             return value
 
-        assert (
-            best_downhill(values, attempt, loss=lambda value, lowest=lowest: abs(value - lowest))
-            == lowest
-        )
+        losses = {value: float(abs(value - lowest)) for value in values}
+        assert best_downhill(values, attempt, loss=losses.__getitem__) == lowest
         assert len(tried) == len(set(tried)) <= max(3, abs(lowest - count // 2) + 3)
 
 
 def test_a_loss_that_is_not_a_number_is_not_the_lowest():
-    losses = {1: 2.0, 2: math.nan, 0: 1.0}
-    assert best_downhill([0, 1, 2], attempt=lambda value: value, loss=losses.__getitem__) == 0
+    losses = {0: 1.0, 1: 2.0, 2: math.nan}
+    assert best_downhill(list(losses), attempt=int, loss=losses.__getitem__) == 0
 
 
 @pytest.mark.gpu
@@ -223,7 +221,7 @@ def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied
         objective = objective + 1e-3 * (matrix - identity).square().sum()
         return torch.autograd.grad(objective, matrix)[0].norm()
 
-    assert slope(correction.change.matrix) < 1e-9 * slope(identity)
+    assert slope(inside(correction).matrix) < 1e-9 * slope(identity)
 
 
 def test_repairs_that_are_always_accepted_are_applied_though_they_do_harm(picos, input_ids):
@@ -244,7 +242,7 @@ def test_adam_trains_in_float32_whatever_the_model_is_in(picos, input_ids):
     exact = prune(picos["llama"], input_ids)
     coarse = replace(exact, model=picos["llama"].layered(torch.bfloat16))
     (correction,) = repair("projection-adam", coarse).corrections
-    matrix = correction.change.matrix
+    matrix = inside(correction).matrix
     # a step of 1e-3 is below half of bfloat16's spacing beside one: there, W' could not move off
     # the diagonal's 1
     assert not torch.equal(matrix.bfloat16().double(), matrix)
@@ -366,7 +364,7 @@ def test_repairs_before_runs_by_hand(picos, input_ids, name):
     layers = list(model.layers)
     wanted = [output for _, output in run_and_capture(model, layers, ids)]
     repairs = repair(name, pruned).corrections
-    changes = {}
+    changes: dict = {}
     for (layer, last), correction in zip([(0, 1), (2, 3)], repairs, strict=True):
         assert correction.place == Place(layer, model.architecture.down_projection)
         projection = model.down_projection(layer)
@@ -374,11 +372,13 @@ def test_repairs_before_runs_by_hand(picos, input_ids, name):
             (_, given), (inputs, added) = run_and_capture(model, [layers[layer], projection], ids)
         features = inputs if name == "refit" else linear_output(projection, added)
         scale = 1 / wanted[last].norm(dim=-1, keepdim=True)
-        rows = [(tensor * scale).flatten(end_dim=-2) for tensor in (features, wanted[last] - given)]
-        solution = solve_ridge_reference(*rows, correction.lam)
+        inputs, targets = (
+            (tensor * scale).flatten(end_dim=-2) for tensor in (features, wanted[last] - given)
+        )
+        solution = solve_ridge_reference(inputs, targets, correction.lam)
         if name == "sequential":
             solution = solution + torch.eye(len(solution))
-        torch.testing.assert_close(correction.change.matrix, solution, rtol=0, atol=1e-9)
+        torch.testing.assert_close(inside(correction).matrix, solution, rtol=0, atol=1e-9)
         changes[correction.place] = (correction.change,)
 
 

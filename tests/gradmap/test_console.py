@@ -20,7 +20,7 @@ class Stream(io.StringIO):
 
     def __init__(self):
         super().__init__()
-        self.written = Queue()
+        self.written: Queue = Queue()
 
     def write(self, text):
         self.written.put(text)

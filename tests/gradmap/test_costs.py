@@ -156,7 +156,7 @@ def test_a_selection_by_repairs_multiplies_what_is_said(deep, monkeypatch, round
 
     def run():
         scorer = repair.RepairScorer(Subject(pico.layered(torch.float32), calibration()))
-        steps = ()
+        steps: tuple[Step, ...] = ()
         for _ in range(rounds):
             scores = scorer.score(Selection(steps), lambda n: None)
             best = min(scores, key=scores.__getitem__)

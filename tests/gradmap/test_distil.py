@@ -22,7 +22,7 @@ from gradmap.methods.distil import (
 from gradmap.methods.sequential import refit_before_runs
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import logits_from, run_layers
-from tests.conftest import BOS
+from tests.conftest import BOS, inside
 from tests.gradmap.test_compensation import REMOVED, prune
 
 distilling = import_module("gradmap.methods.distil")  # the package has a function of that name
@@ -99,7 +99,7 @@ def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(
     for one, other in zip(actual, expected, strict=True):
         # gradients are sums in another order: of losses in float32. Adam's steps follow their sign
         # where they are small
-        torch.testing.assert_close(one.change.up, other.change.up, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(inside(one).up, inside(other).up, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens_per_input", [0, 8])
@@ -121,7 +121,7 @@ def test_where_tokens_are_few_what_the_dense_model_writes_is_fitted_on(
     actual = distilling.distil(pruned).corrections[: len(expected)]
     for one, other in zip(actual, expected, strict=True):
         assert one.place == other.place
-        torch.testing.assert_close(one.change.matrix, other.change.matrix, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(inside(one).matrix, inside(other).matrix, rtol=1e-9, atol=1e-12)
 
 
 def test_tokens_are_drawn_from_the_whole_distribution():
@@ -189,7 +189,7 @@ def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_clo
     maps = dict(model.linear_maps(pruned.kept))
     assert {place.layer for place in maps} == {0, 2, 4}
     corrections = train_low_rank(pruned, Compensation(), lessons_of(pruned))
-    assert {one.place for one in corrections if one.change.up.any()} == set(maps)
+    assert {one.place for one in corrections if inside(one).up.any()} == set(maps)
     wanted = model(input_ids=input_ids).logits.softmax(-1)
     distances = []
     for changes in ({}, {one.place: (one.change,) for one in corrections}):

@@ -55,17 +55,21 @@ def test_a_machine_is_examined_and_what_is_found_can_be_written_as_json(tmp_path
 
 def test_the_table_says_what_was_found():
     machine = Machine(
-        **{"cpu": "A CPU", "cores": 2, "all_cores": 8, "threads": 1, "isa": "AVX2"},
+        cpu="A CPU",
+        cores=2,
+        all_cores=8,
+        threads=1,
+        isa="AVX2",
         limits={"ONEDNN_MAX_CPU_ISA": "AVX2"},
-        **{"memory_bytes": 16 * 2**30, "available_bytes": 4 * 2**30},
+        memory_bytes=16 * 2**30,
+        available_bytes=4 * 2**30,
         gpus=(Gpu("H100", 80 * 2**30, "9.0", True), Gpu("old", None, None, False)),
-        **{
-            "device": "cuda:0",
-            "gflops": {"float32": 1234.0},
-            "auto": "bfloat16",
-            "bandwidth": 2e12,
-        },
-        **{"packages": {"vllm": "0.32.0"}, "providers": ()},
+        device="cuda:0",
+        gflops={"float32": 1234.0},
+        auto="bfloat16",
+        bandwidth=2e12,
+        packages={"vllm": "0.32.0"},
+        providers=(),
         disk=Disk("cache", 7 * 2**30, 1e8, 2e9),
     )
     rows = dict(machine_rows(machine))

@@ -187,7 +187,7 @@ def test_a_copy_for_every_layer_grows_with_the_layers():
     for layers in (3, 6):
         with fake_gpu() as gpu:
             model = gpu.move(net(layers))
-            for layer in model:
+            for layer in model.children():
                 layer.register_forward_hook(lambda module, args, output: output @ matrix.to(output))
             with gpu.traffic() as traffic:
                 model(VALUES.to(GPU))

@@ -49,7 +49,8 @@ def test_no_selector_chooses_by_what_is_no_number(picos, input_ids, name, kind):
     subject = Subject(
         LayeredModel.of(damaged(pico, kind)), Calibration("test", 3, input_ids), count=2
     )
-    one_shot, steps = name in NOT_NESTED, []
+    one_shot = name in NOT_NESTED
+    steps: list = []
     try:
         select(
             lambda: make_scorer(name, subject),
@@ -143,7 +144,8 @@ def test_what_an_idle_ffn_adds_cannot_be_repaired_and_stays(picos, input_ids, na
 
 
 def test_layers_with_idle_ffns_are_chosen(picos, input_ids):
-    pico, steps = picos["llama"], []
+    pico = picos["llama"]
+    steps: list = []
     subject = Subject(LayeredModel.of(with_idle_ffns(pico)), Calibration("test", 3, input_ids))
     selection = select(
         lambda: make_scorer("repair", subject),

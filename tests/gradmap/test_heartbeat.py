@@ -146,7 +146,7 @@ def test_silence_before_it_began_does_not_count(heartbeat, clock, said):
 
 
 def test_a_thread_beats_while_the_block_runs_and_ends_with_it():
-    lines = Queue()
+    lines: Queue = Queue()
     heartbeat = Heartbeat(lines.put, interval_s=0.001)
     before = set(threading.enumerate())
     with (

@@ -13,7 +13,6 @@ import time
 
 import pytest
 
-from gradmap.common import locks
 from gradmap.common.errors import UserError
 from gradmap.common.files import atomic_directory, write_text
 from gradmap.common.locks import INNER_LOCK, writing, writing_into
@@ -149,7 +148,7 @@ def test_where_there_are_no_locks_it_warns_and_leaves_the_partials_of_others(
     def refuse(descriptor, operation):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     (tmp_path / ".out.partial-1").mkdir()
     with atomic_directory(tmp_path / "out", marker="result") as partial:
         (partial / "result").write_text("whole")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 
 import pytest
 
@@ -16,7 +17,7 @@ def flip(path):
     path.write_bytes(contents)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable] = {
     "a flipped byte": lambda made: flip(made / "model.safetensors"),
     "another config": lambda made: (made / "config.json").write_text("{}"),
     "no config": lambda made: (made / "config.json").unlink(),

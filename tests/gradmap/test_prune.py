@@ -137,7 +137,7 @@ def test_a_plan_is_made_of_samples_that_begin_with_bos(planned_with_bos, tmp_pat
     assert set(input_ids[:, 0].tolist()) == {BOS}
     expected = layer_scores_reference(pico.layered(), input_ids)
     assert list(plan.steps[0].scores.values()) == pytest.approx(expected.tolist(), rel=1e-7)
-    smaller = (
+    options = (
         "--from-plan",
         out,
         "--remove",
@@ -147,7 +147,7 @@ def test_a_plan_is_made_of_samples_that_begin_with_bos(planned_with_bos, tmp_pat
         "--out",
         tmp_path / "smaller",
     )
-    finished = gradmap("prune", "--model", pico.directory, *smaller)
+    finished = gradmap("prune", "--model", pico.directory, *options)
     assert finished.returncode == 0, finished.stderr
     smaller = load_plan(tmp_path / "smaller").calibration
     assert (smaller.sha256, smaller.bos) == (plan.calibration.sha256, BOS)

@@ -36,7 +36,7 @@ def subject_of(pico, input_ids, **options):
 
 
 def choose(name, subject, count, done=(), one_shot=False, **options):
-    steps = []
+    steps: list = []
     one_shot, subject = one_shot or name in NOT_NESTED, replace(subject, count=count)
     selection = select(
         lambda: make_scorer(name, subject, **options),
@@ -85,7 +85,7 @@ def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
 def test_a_round_takes_the_work_that_was_announced(picos, input_ids, name):
     options = {"layers": [3, 1]} if name == "manual" else {}
     scorer = make_scorer(name, subject_of(picos["llama"], input_ids, count=2), **options)
-    done = []
+    done: list = []
     scorer.score(Selection(()), done.append)
     assert sum(done) == scorer.work(LAYERS)
 

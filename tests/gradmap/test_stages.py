@@ -30,7 +30,7 @@ def stage(tmp_path, monkeypatch):
         ran.append(command)
         return 0, SimpleNamespace(ru_maxrss=1)
 
-    ran = []
+    ran: list = []
     monkeypatch.setattr(stages, "run_process", run)
     run_stage(stage, "[1/1]", out, forced=False)
     assert len(ran) == 1

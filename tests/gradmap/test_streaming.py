@@ -43,7 +43,7 @@ def test_streamed_scores_equal_the_reference(pico, input_ids):
 
 def test_hidden_states_before_the_first_removal_are_used_again(pico, input_ids):
     model = load_model(pico.checkpoint, "float64", streamed=True)
-    entering = []
+    entering: list = []
     streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(5), entering)
     del entering[3:]  # layer 2 goes
     kept = list(entering)

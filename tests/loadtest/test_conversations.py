@@ -104,7 +104,7 @@ either_kind = pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("lines", [True, False])
 def test_records_of_no_use_are_skipped_and_counted(tmp_path, monkeypatch, lines, mark, kind):
-    said = []
+    said: list = []
     monkeypatch.setattr(conversations, "say", said.append)
     path = tmp_path / "share.json"
     records = [*BAD, *GOOD]

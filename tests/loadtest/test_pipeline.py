@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from gradmap.cli import build_app
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_json, write_json, write_text
 from gradmap.common.fingerprints import fingerprint
@@ -26,6 +25,7 @@ from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.loadtest.test_metrics import measured
 from tests.loadtest.test_page import make_report
+from tests.test_docs import COMMANDS
 
 MINIMAL = """
 model: {model}
@@ -111,9 +111,7 @@ def test_an_unknown_stage_or_a_missing_recipe_is_refused(recipe_file, tmp_path):
 
 def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
     """Every option a recipe turns into a flag exists, so that a recipe cannot fail late on one."""
-    import typer
-
-    commands = typer.main.get_command(build_app()).commands
+    commands = COMMANDS
     (full := tmp_path / "full.yaml").write_text(recipe_file.read_text() + "export: " + FULL_EXPORT)
     recipes = [
         load_recipe(recipe_file),

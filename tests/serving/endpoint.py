@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -25,10 +25,13 @@ GONE_AFTER_S = 5
 
 @dataclass
 class Endpoint:
+    """while_starting: status codes by probe, before it was ready."""
+
     process: subprocess.Popen[bytes]
     url: str
     admin: str
     messages: Path
+    while_starting: dict[str, int] = field(default_factory=dict)
 
     def state(self, probe: str) -> tuple[int, dict]:
         """Status code and states by model."""
@@ -86,7 +89,8 @@ def serving(
         if process.poll() is None:
             family = endpoint.family()
     finally:
-        for one in [process, *family]:
+        group: list[subprocess.Popen | psutil.Process] = [process, *family]
+        for one in group:
             with suppress(ProcessLookupError, psutil.NoSuchProcess):
                 one.send_signal(signal.SIGKILL)
         process.wait()

@@ -214,7 +214,9 @@ def test_an_empty_key_file_is_refused(picos, tmp_path):
 
 def guarded(monkeypatch, host):
     monkeypatch.setenv("GRADMAP_PASS", "open sesame")
-    for name, value in guard_environment(ServerSettings("", host), {"plan_sha256": "abc"}).items():
+    for name, value in guard_environment(
+        ServerSettings(Path(), host), {"plan_sha256": "abc"}
+    ).items():
         monkeypatch.setenv(name, value)
     routes = {
         "/v1/models": lambda request: JSONResponse({"data": [{"id": "m"}]}),
@@ -295,7 +297,7 @@ def test_an_error_is_told_from_what_it_led_to(tmp_path):
     ],
 )
 def test_a_start_says_what_it_waits_for(tmp_path, lines, phases):
-    seen = []
+    seen: list = []
     output = Output(Log(tmp_path / "log"), seen.append)
     assert output.phase == "importing vLLM"
     output.follow(

@@ -3,6 +3,7 @@ is not 0."""
 
 import socket
 from contextlib import closing
+from threading import Event
 
 import psutil
 import pytest
@@ -110,7 +111,7 @@ def test_every_exception_is_a_failure_that_probes_see(tmp_path, monkeypatch, err
     broken = Supervisor(
         ServerSettings(tmp_path), Identity("model", 1), Policy(), Log(tmp_path / "log")
     )
-    broken.run(launching.Event())
+    broken.run(Event())
     assert broken.status.state is State.FAILED
     assert broken.status.error == (str(error) or "RuntimeError")
     assert broken.failure is error

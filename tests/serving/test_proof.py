@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from serving.log import Log
 from serving.ports import free_port
 from serving.proof import CHALLENGE_HEADER, PASS_HEADER, PROOF_PATH, NotOursError, proof
 from serving.server import Server, ServerError
-from serving.settings import ServerSettings
+from serving.settings import ServerSettings, server_environment
 from tests.serving.conftest import STAND_IN
 
 IMPOSTOR = b'{"data": [{"id": "impostor"}]}'
@@ -81,7 +82,9 @@ def guarded(monkeypatch):
             f"{request.headers.get('Authorization')} {request.headers.get(PASS_HEADER)}"
         )
 
-    guard = Guard(Starlette(routes=[Route("/health", headers)]))
+    guard: Any = Guard(
+        Starlette(routes=[Route("/health", headers)])
+    )  # it only has to be an ASGI app
     with serving_admin(guard, settings.host, settings.port):
         yield settings
 
@@ -105,6 +108,6 @@ def test_without_a_secret_there_is_no_proof(monkeypatch):
 
 
 def test_the_secret_is_in_the_server_s_environment_and_nowhere_to_be_read(settings):
-    assert server.server_environment(settings)["GRADMAP_PASS"] == settings.secret
+    assert server_environment(settings)["GRADMAP_PASS"] == settings.secret
     assert settings.secret not in repr(settings)
     assert settings.secret != ServerSettings(Path()).secret

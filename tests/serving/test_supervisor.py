@@ -19,7 +19,7 @@ from serving import server, supervisor
 from serving.identity import Identity, Trust
 from serving.launch import run
 from serving.log import Log
-from serving.settings import ServerSettings
+from serving.settings import ServerSettings, build_command
 from serving.supervisor import Policy, Supervisor, back_off_s
 from tests.serving.conftest import STAND_IN
 
@@ -145,7 +145,7 @@ def test_the_second_of_two_models_starts_when_the_first_is_ready(
         models=[picos["llama"].directory, picos["qwen2"].directory],
         trusts=[Trust()] * 2,
     )
-    build_command, first_answers = server.build_command, []
+    first_answers: list[bool] = []
 
     def note_and_build(settings):
         with socket.socket() as probe:

@@ -14,7 +14,7 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import build_segments
-from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.backends import Request, Score, never
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
 from gradmap.evaluation.scoring import CHUNK_REQUESTS, Scorer
 from gradmap.evaluation.transformers_backend import TransformersBackend, score_reference
@@ -164,7 +164,7 @@ class CountingBackend:
 
     name = "counting"
     max_tokens = 50
-    vocabulary = 100_000
+    vocabulary: int | None = 100_000
 
     def __init__(self, breaks_at=None, value=-1.0):
         self.breaks_at, self.value, self.scored, self.chunks = breaks_at, value, [], []
@@ -175,6 +175,9 @@ class CountingBackend:
         self.scored += requests
         self.chunks.append(requests)
         return [Score(self.value * request.continuation[-1], False) for request in requests]
+
+    def generate(self, prompts, new_tokens, is_done=never):
+        raise NotImplementedError
 
 
 REQUESTS = [Request((token,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from gradmap.common.errors import UserError
-from gradmap.evaluation.backends import Score
+from gradmap.evaluation.backends import Score, never
 from gradmap.evaluation.harness_model import HarnessModel
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.tasks import (
@@ -237,16 +237,16 @@ class UnevenBackend:
 
     name = "uneven"
     max_tokens = 6
-    vocabulary = None
+    vocabulary: int | None = None
 
     def __init__(self):
-        self.asked = []
+        self.asked: list[int] = []
 
     def score(self, requests):
         self.scored = list(requests)
         return [Score(-float(len(request.continuation)), False) for request in requests]
 
-    def generate(self, prompts, new_tokens, is_done):
+    def generate(self, prompts, new_tokens, is_done=never):
         """Counts on from the last word, until it is done."""
         self.asked.append(len(prompts))
         answers = [[prompt[-1]] for prompt in prompts]
