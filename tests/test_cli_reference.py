@@ -36,3 +36,9 @@ def test_every_exit_code_is_there():
     codes = {int(code) for codes in listed for code in codes.split(", ")}
     ours = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
     assert codes == {*ours, *EXIT_CODES.values(), errors.UserError("").exit_code}
+
+
+def test_a_value_s_kind_is_a_word_and_no_annotation_of_python():
+    kinds = re.findall(r"^\| `--[^`]*<([^`]*)>` \|", PAGE.read_text(), re.MULTILINE)
+    assert len(kinds) > 50
+    assert not [kind for kind in kinds if re.search(r"[.(]", kind)]

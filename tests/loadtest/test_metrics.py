@@ -4,6 +4,7 @@ import math
 import random
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -143,8 +144,9 @@ def test_speed_up_is_above_one_when_the_pruned_model_is_faster():
 def test_the_headline_is_of_the_lowest_and_the_highest_concurrency():
     loads = (ClosedLoop(8), ONE, OpenLoop("poisson", 9.0))
     names = [metric.name for metric in COMPARED]
-    by_load = {load.name: {name: (load.name, name) for name in names} for load in loads}
-    assert headline(by_load, loads) == {
+    by_load: Any = {load.name: {name: (load.name, name) for name in names} for load in loads}
+    found: dict[str, Any] = headline(by_load, loads)
+    assert found == {
         "tpot": ("concurrency_1", "tpot"),
         "ttft": ("concurrency_1", "ttft"),
         "output_throughput": ("concurrency_8", "output_throughput"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any, cast
 
 import pyarrow.parquet
 import pytest
@@ -17,6 +18,7 @@ from gradmap.common.errors import UserError
 from loadtest import loads, session
 from loadtest.arrivals import ARRIVALS, arrival_times
 from loadtest.conclusions import SpeedGate
+from loadtest.driving import run_load
 from loadtest.loads import (
     HIGHEST_RATE,
     LOWEST_RATE,
@@ -71,7 +73,7 @@ BAD_NAMES = (
 
 
 def settings(fake, **changes):
-    defaults = {
+    defaults: dict[str, Any] = {
         "pairs": 2,
         "interleaved": False,
         "loads": (ONE, ClosedLoop(3)),
@@ -116,7 +118,7 @@ def test_no_prompt_is_answered_from_the_prefix_cache_of_a_server_that_stays(tmp_
         options = settings(fake, pairs=1, loads=(ONE,), requests_per_load=3)
         run(options, tmp_path / "first")
         run(options, tmp_path / "second")
-    loads = {}
+    loads: dict = {}
     for body in fake.bodies:
         loads.setdefault(body["cache_salt"], []).append(tuple(body["prompt"]))
     # two tests of dense and pruned, each of a warm-up and one load; salted alike only within a load
@@ -294,7 +296,7 @@ def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
             ({"loads": (ONE, OpenLoop("poisson", rate))}, "--rate")
             for rate in (math.nan, math.inf, -1.0)
         ),
-        ({"loads": (ClosedLoop(math.nan),)}, "--concurrency must be 1 or more"),
+        ({"loads": (ClosedLoop(cast(int, math.nan)),)}, "--concurrency must be 1 or more"),
         *(
             ({"open_loop_s": seconds}, "--open-loop-s is")
             for seconds in (math.nan, math.inf, 0.0, -1.0)
@@ -473,7 +475,7 @@ def test_what_was_measured_before_an_interruption_is_kept_as_invalid(tmp_path, m
     (tmp_path / "texts.jsonl").write_text("\n".join([*texts, "{broken"]))
     workload = Workload(output_tokens=4, texts=f"file:{tmp_path}/texts.jsonl")
     with running(FakeServer()) as fake:
-        run_one = session.run_load
+        run_one = run_load
         calls = []
 
         def interrupted(*arguments):
