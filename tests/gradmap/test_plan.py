@@ -42,7 +42,7 @@ def saved(picos, tmp_path):
     records = [record_of(place, change) for place, change in pairs]
     left_out = record_of(Place(4, DOWN), Scale(torch.tensor(1.0)), accepted=False)
     plan = make_source(picos["llama"]).plan.model_copy(update={"corrections": [*records, left_out]})
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for record, (_, change) in zip(records, pairs, strict=True):
         tensors |= record.stored(change.tensors)
     save_plan(tmp_path / "plan", plan, tensors, torch.zeros(1, 1, dtype=torch.int64))
