@@ -17,8 +17,8 @@ import typer
 
 from export.artifact import export_artifacts, open_source
 from export.comparison import Comparison
+from export.options import ExportOptions
 from export.reference import random_probe
-from export.settings import ExportSettings
 from export.writers import Source
 from gradmap.common.console import print_table
 from gradmap.common.environment import describe_environment
@@ -83,7 +83,7 @@ def main(
 def check_all(name: str, source: Source, out: Path) -> list[Row]:
     rows = []
     for form, quantise in KINDS:
-        settings = ExportSettings((form,), quantise=quantise, min_agreement=0)
+        settings = ExportOptions(formats=[form], quantise=quantise, min_agreement=0)
         try:
             record = export_artifacts(source, settings, out)[form]
         except UserError as error:

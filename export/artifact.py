@@ -11,6 +11,7 @@ from typing import Any
 
 from export import GGUF_FILE
 from export.card import render_card
+from export.choices import choose_storage, runners_of
 from export.comparison import MIN_AGREEMENT, Comparison
 from export.far_positions import require_far_positions
 from export.fold import count_parameters, require_foldable
@@ -27,6 +28,7 @@ from export.integrity import (
     require_files,
 )
 from export.judging import compare_in_each, reference_dtype, widest_bounds
+from export.options import ExportOptions
 from export.reference import (
     PROBE_FILE,
     PROBE_SAMPLES,
@@ -37,7 +39,6 @@ from export.reference import (
     random_probe,
     save_probe,
 )
-from export.settings import ExportSettings, choose_storage, runners_of
 from export.verification import compare, require_faithful, run_artifact
 from export.writers import Source, Storage, Written, left_behind
 from gradmap.common.console import announced, say, waiting
@@ -90,24 +91,29 @@ def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
 
 
 def export_artifacts(
-    source: Source, settings: ExportSettings, out: Path
+    source: Source, options: ExportOptions, out: Path, quality: dict[str, Any] | None = None
 ) -> dict[str, ArtifactRecord]:
     """Writes and verifies `out`/FORMAT for every format; returns what each gradmap.json says, by
     format.
 
+    quality: what `read_quality` returns, for the model card.
     Raises UserError on bad input or if an artifact does not reproduce the reference; then nothing
     of it is left.
     """
     config = source.checkpoint.config
-    storages = {name: choose_storage(name, settings, config) for name in settings.formats}
+    storages = {name: choose_storage(name, options, config) for name in options.formats}
     with ExitStack() as stack:
         for name in storages:
             stack.enter_context(output_directory(out / name, ARTIFACT_FILE))
-        return _export_each(source, storages, settings, out)
+        return _export_each(source, storages, options, out, quality or {})
 
 
 def _export_each(
-    source: Source, storages: Mapping[str, Storage], settings: ExportSettings, out: Path
+    source: Source,
+    storages: Mapping[str, Storage],
+    options: ExportOptions,
+    out: Path,
+    quality: dict[str, Any],
 ) -> dict[str, ArtifactRecord]:
     require_foldable(source.checkpoint, architecture_of(source.checkpoint.config), source.changes)
     dtypes = {
@@ -129,7 +135,13 @@ def _export_each(
         )
     return {
         name: _export_one(
-            source, FORMATS[name], storage, references[dtypes[name]], settings, out / name
+            source,
+            FORMATS[name],
+            storage,
+            references[dtypes[name]],
+            options,
+            out / name,
+            quality,
         )
         for name, storage in storages.items()
     }
@@ -189,10 +201,11 @@ def _export_one(
     form: Format,
     storage: Storage,
     reference: Reference,
-    settings: ExportSettings,
+    options: ExportOptions,
     path: Path,
+    quality: dict[str, Any],
 ) -> ArtifactRecord:
-    runners = runners_of(form, settings.check_vllm)
+    runners = runners_of(form, options.check_vllm)
     require_far_positions(source, form, storage, runners)
     with atomic_directory(path, marker=ARTIFACT_FILE) as partial:
         written = form.write(partial, source, storage)
@@ -203,12 +216,12 @@ def _export_one(
         names = " and ".join(runner.name for runner in runners)
         with announced(f"Verifying {path}: {names} in {fresh}"):
             comparisons = compare_in_each(
-                runners, partial, storage, written, reference, settings.min_agreement
+                runners, partial, storage, written, reference, options.min_agreement
             )
         for comparison in comparisons.values():
             require_faithful(comparison)
         record = _describe(source, form, storage, written, comparisons)
-        write_text(partial / "README.md", render_card(source.plan, record, settings.quality))
+        write_text(partial / "README.md", render_card(source.plan, record, quality))
         hashes = written.hashes | _hash_missing(partial, written.hashes)
         record = record.model_copy(update={"files": hashes})
         write_json(partial / ARTIFACT_FILE, record.model_dump(mode="json"))

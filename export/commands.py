@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from export.comparison import MIN_AGREEMENT
-from export.format_help import dtype_help, format_help, quantise_help
-from gradmap.commands import AllowPickleOption, GgufOption, JsonOption, ModelOption
+from export.options import ExportOptions
+from gradmap.common.arguments import AllowPickleOption, GgufOption, JsonOption, ModelOption
 from gradmap.common.console import heartbeat, importing, print_json_line, print_table, say, so_far
+from gradmap.common.options import takes
 
 if TYPE_CHECKING:
     from export.comparison import Comparison
@@ -32,14 +33,12 @@ MinAgreementOption = Annotated[
 
 
 @heartbeat(so_far("gradmap export"))
+@takes(ExportOptions)
 def export(
+    options: ExportOptions,
     model: ModelOption,
     out: Annotated[
         Path, typer.Option(help="Each format is written to a subdirectory of its name.")
-    ],
-    format_names: Annotated[
-        list[str],
-        typer.Option("--format", help=format_help()),
     ],
     plan: Annotated[
         Path | None,
@@ -47,18 +46,6 @@ def export(
     ] = None,
     gguf_file: GgufOption = None,
     allow_pickle: AllowPickleOption = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help=dtype_help()),
-    ] = None,
-    quantise: Annotated[str | None, typer.Option(help=quantise_help())] = None,
-    min_agreement: MinAgreementOption = MIN_AGREEMENT,
-    shard_size_gb: Annotated[
-        float, typer.Option(min=0.001, help="Largest size of a weight file, in 10^9 bytes.")
-    ] = 5.0,
-    check_vllm: Annotated[
-        bool, typer.Option(help="Let vLLM itself reproduce the reference, where it is installed.")
-    ] = True,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Results of `gradmap eval` for the model card.")
     ] = None,
@@ -75,31 +62,22 @@ def export(
     with importing():
         from export.artifact import export_artifacts, open_source, read_quality
         from export.hub import check_hub_access, push
-        from export.settings import ExportSettings
         from gradmap.common.errors import UserError
         from gradmap.model.checkpoint import open_checkpoint
 
     if push_to_hub is not None:
-        if len(format_names) != 1:
+        if len(options.formats) != 1:
             raise UserError(
                 "A repository holds one artifact; give one --format with --push-to-hub."
             )
         check_hub_access(push_to_hub)
     source = open_source(open_checkpoint(model, gguf_file, allow_pickle), plan)
-    settings = ExportSettings(
-        formats=tuple(dict.fromkeys(format_names)),
-        dtype=dtype,
-        quantise=quantise,
-        shard_bytes=int(shard_size_gb * 1e9),
-        min_agreement=min_agreement,
-        check_vllm=check_vllm,
-        quality={} if evaluation is None else read_quality(evaluation, source),
-    )
-    records = export_artifacts(source, settings, out)
+    quality = {} if evaluation is None else read_quality(evaluation, source)
+    records = export_artifacts(source, options, out, quality)
     rows = list(chain.from_iterable(map(_summary_rows, records.values())))
     print_table(f"Exported to {out}", ("", "layers", "parameters", "weights", *CHECK_COLUMNS), rows)
     if push_to_hub is not None:
-        say(f"Uploaded: {push(out / format_names[0], push_to_hub, private=not public)}")
+        say(f"Uploaded: {push(out / options.formats[0], push_to_hub, private=not public)}")
     if json_line:
         print_json_line({name: record.model_dump(mode="json") for name, record in records.items()})
 

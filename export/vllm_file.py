@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from export import VLLM_CONFIG_FILE
 from gradmap.common.files import write_text
-from gradmap.common.reading import checked, read_yaml
+from gradmap.common.reading import checked
+from gradmap.common.yaml_files import read_yaml
 from gradmap.model.model_files import own_file
 
 HEADER = f"# vllm serve DIRECTORY --config DIRECTORY/{VLLM_CONFIG_FILE}\n"

@@ -1,1 +1,33 @@
-"""The pruning stage: checkpoint and calibration text in, plan and corrections out."""
+"""Layer pruning and deployment of causal language models.
+
+    from gradmap import evaluate, export, load_plan, open_checkpoint, prune
+
+What is named here is imported when it is first used, for it needs torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from export.api import export
+    from gradmap.api import evaluate, prune
+    from gradmap.model.checkpoint import open_checkpoint
+    from gradmap.pruning.plan import load_plan
+
+__all__ = ["evaluate", "export", "load_plan", "open_checkpoint", "prune"]
+
+_HOMES = {
+    "evaluate": "gradmap.api",
+    "export": "export.api",
+    "load_plan": "gradmap.pruning.plan",
+    "open_checkpoint": "gradmap.model.checkpoint",
+    "prune": "gradmap.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradmap' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

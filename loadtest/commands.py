@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradmap.commands import GgufOption, JsonOption
+from gradmap.common.arguments import GgufOption, JsonOption
 from gradmap.common.console import (
     heartbeat,
     importing,

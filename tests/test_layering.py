@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = ("gradmap", "export", "serving", "loadtest")
+# Leads to the main functions of all, each imported when it is asked for.
+FRONT_DOOR = ROOT / "gradmap" / "__init__.py"
 # Of gradmap, from the lowest on: a room imports of those before it.
 ROOMS = (
     "common",
@@ -49,7 +51,8 @@ def test_a_layer_imports_no_layer_above_it(layer):
     files = sorted((ROOT / layer).rglob("*.py"))
     assert files
     for path in files:
-        assert not imported_packages(path) & above, path
+        if path != FRONT_DOOR:
+            assert not imported_packages(path) & above, path
 
 
 @pytest.mark.parametrize("layer", LAYERS)

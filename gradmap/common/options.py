@@ -16,6 +16,7 @@ from pydantic import StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 
 from gradmap.common.errors import UserError
+from gradmap.common.flags import flag_of, opposite_of, option_of
 from gradmap.common.reading import Strict
 
 Command = Callable[..., Any]
@@ -38,11 +39,6 @@ def finite_numbers(command: Command) -> Command:
         return command(**options)
 
     return run
-
-
-def flag_of(name: str) -> str:
-    """`top_z` -> `--top-z`."""
-    return f"--{name.replace('_', '-')}"
 
 
 def takes(*kinds: type[Strict]) -> Callable[[Command], Command]:
@@ -89,8 +85,14 @@ def read_options(kind: type[Options], values: dict[str, Any]) -> Options:
         field = kind.model_fields[name]
         if value is not None or not _is_several(field):
             given[name] = _split(name, value, field)
+    return checked_options(kind, given)
+
+
+def checked_options(kind: type[Options], values: dict[str, Any]) -> Options:
+    """The model of these values. Raises UserError if one is not what its field takes, or has no
+    field."""
     try:
-        return kind(**given)
+        return kind(**values)
     except ValidationError as error:
         raise UserError(_first_problem(kind, error, values)) from None
 
@@ -102,6 +104,8 @@ def _first_problem(kind: type[Strict], error: ValidationError, values: dict[str,
     if not first["loc"]:
         return f"{reason}."
     name = str(first["loc"][0])
+    if name not in values or name not in kind.model_fields:
+        return f"{name}: {reason[0].lower()}{reason[1:]}."
     extra = kind.model_fields[name].json_schema_extra
     cure = extra.get("cure") if isinstance(extra, dict) else None
     return f"{flag_of(name)} is {values[name]}; {cure or reason[0].lower() + reason[1:]}."
@@ -137,7 +141,11 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         if isinstance(bound, of)
     }
     option = typer.Option(*_flags(name, field), help=field.description, **bounds)
-    default = None if several else field.get_default(call_default_factory=True)
+    default: Any
+    if field.is_required():
+        kind, default = (list[str] if several else kind), inspect.Parameter.empty
+    else:
+        default = None if several else field.get_default(call_default_factory=True)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -147,12 +155,12 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _flags(name: str, field: FieldInfo) -> list[str]:
-    """Those of a switch; typer finds all others by the name."""
-    if bool not in _kinds(field):
-        return []
-    return (
-        [flag_of(name)] if field.default is False else [f"{flag_of(name)}/{flag_of(f'no_{name}')}"]
-    )
+    """That of a switch, which may have an opposite, or of an option that is called otherwise than
+    its field; typer finds all others by the name."""
+    flag = option_of(name, field)
+    if bool in _kinds(field):
+        return [flag] if field.default is False else [f"{flag}/{opposite_of(name)}"]
+    return [] if flag == flag_of(name) else [flag]
 
 
 def _unbounded(annotation: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reads files that others wrote, as text, JSON or YAML: what is wrong with one is said in one
+"""Reads files that others wrote, as text or JSON: what is wrong with one is said in one
 sentence."""
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from gradmap.common.errors import UserError, first_line
@@ -138,18 +137,6 @@ def parse_record(text: str) -> Any:
         return None
 
 
-def read_yaml(path: Path) -> Any:
-    """The value in a YAML file. Raises UserError as `read_text` does, if it is not YAML, or if a
-    key occurs twice."""
-    text = read_text(path)
-    try:
-        return yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    except MALFORMED as error:
-        raise UserError(f"{path} is not usable YAML: {first_line(error)}.") from None
-
-
 def checked(kind: type[Model], value: Any, path: Path) -> Model:
     """The value read from `path`, as a pydantic model, a dataclass, or a list of them.
 
@@ -216,22 +203,6 @@ def first_problem(error: ValidationError, cure: str | None = None) -> str:
             return f"{place}: this key is not known; check its spelling"
         problem = f"{place}: this key is not known"
     return problem if cure is None else f"{problem}; {cure}"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML in which a key that occurs twice is an error, not the last one's value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [
-            key.value for key, _ in node.value
-        ]  # before the merge keys (<<) are filled in, which may repeat
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice!r} occurs twice", node.start_mark
-            )
-        return mapping
 
 
 def _refuse_utf_16(path: Path, contents: bytes) -> None:

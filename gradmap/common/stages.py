@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +34,7 @@ from gradmap.common.fingerprints import (
     hash_path,
     is_remains,
 )
-from gradmap.common.options import flag_of
-from gradmap.common.reading import Strict, checked, read_json, read_json_object
+from gradmap.common.reading import checked, read_json, read_json_object
 from gradmap.common.verdict import EXIT_CODES
 
 STAGES_DIRECTORY = ".stages"
@@ -202,30 +201,3 @@ def _read_marker(stage: Stage, out: Path) -> _Marker | None:
 
 def _marker(out: Path, stage_name: str) -> Path:
     return out / STAGES_DIRECTORY / f"{stage_name}.json"
-
-
-def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2], "y": {"a": "b", "c": "c"}} ->
-    --one-shot --remove=8 --x=1 --x=2 --y=a=b --y=c."""
-    flags: list[str] = []
-    for name, value in values.items():
-        option = flag_of(name)
-        if isinstance(value, bool):
-            flags += [option] if value else []
-        elif isinstance(value, dict):
-            named = {key: f"{key}={item}" for key, item in value.items() if key != item}
-            flags += [f"{option}={named.get(key, key)}" for key in value]
-        elif isinstance(value, list):
-            flags += [f"{option}={item}" for item in value]
-        elif value is not None:
-            flags.append(f"{option}={value}")
-    return flags
-
-
-def flags_of(options: Strict) -> list[str]:
-    """Those of a command that stand for what is set in its options."""
-    flags: list[str] = []
-    for name, value in options.model_dump(exclude_unset=True, mode="json").items():
-        default = type(options).model_fields[name].default
-        flags += as_flags({f"no_{name}": True} if default is True and not value else {name: value})
-    return flags

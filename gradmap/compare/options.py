@@ -21,9 +21,12 @@ class _Compared(Strict):
     )
 
 
-class _EvaluatedIn(Strict):
+class _EvaluatedIn(EvaluatedOn):
+    perplexity: dict[str, str] = Field(
+        description="[NAME=]SPEC of a text; may be given several times."
+    )
     eval_dtype: str = Field("auto", description="What is evaluated in, as --dtype.")
 
 
-class CompareOptions(_EvaluatedIn, ComputingOptions, EvaluatedOn, CalibrationOptions, _Compared):
+class CompareOptions(_EvaluatedIn, ComputingOptions, CalibrationOptions, _Compared):
     """Every method at every count with every seed, under one calibration and one evaluation."""

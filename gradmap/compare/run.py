@@ -19,8 +19,9 @@ from typing import Any
 from gradmap.common.environment import describe_environment
 from gradmap.common.errors import UserError
 from gradmap.common.files import write_json, write_text
+from gradmap.common.flags import as_flags
 from gradmap.common.outputs import results_in
-from gradmap.common.stages import Stage, as_flags, run_stage, stage_record
+from gradmap.common.stages import Stage, run_stage, stage_record
 from gradmap.compare.options import CompareOptions
 from gradmap.data.text_specs import source_files
 from gradmap.evaluation.options import EvaluatedOn

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gradmap.commands import AllowPickleOption, GgufOption, JsonOption
+from gradmap.common.arguments import AllowPickleOption, GgufOption, JsonOption
 from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.common.errors import UserError
 from gradmap.common.options import takes
@@ -56,30 +56,25 @@ def evaluate(
     and judge."""
     with importing():
         from gradmap.common.verdict import EXIT_CODES
-        from gradmap.evaluation.comparison import Gate
-        from gradmap.evaluation.evaluate import EvaluationSettings
         from gradmap.evaluation.evaluate import evaluate as measure
         from gradmap.evaluation.subjects import Where, find_subjects
-        from gradmap.evaluation.tasks import expand_names
 
-    settings = EvaluationSettings(
-        texts=options.perplexity,
-        segment=options.segment,
-        tasks=expand_names(options.tasks),
-        task_data=options.task_data,
-        answers=options.answers,
-        limit=options.limit,
-        seed=options.seed,
-        fresh=fresh,
-        gate=Gate(quality.max_average_drop, quality.max_perplexity_ratio),
-    )
     subjects = find_subjects(
         model, gguf_file, allow_pickle, plan, pruned, Where(backend, options.dtype, options.device)
     )
     tokenizer = tokenizer or subjects[0].tokenizer
     if tokenizer is None:
         raise UserError("A server has no tokenizer to be read; give --tokenizer DIR.")
-    evaluation = measure(subjects, tokenizer, settings, out, plan=plan, pruned=pruned)
+    evaluation = measure(
+        subjects,
+        tokenizer,
+        options,
+        out,
+        gate=quality,
+        fresh=fresh,
+        plan=plan,
+        pruned=pruned,
+    )
     result = evaluation.contents()
     _print_result(result)
     if json_line:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from gradmap.common.verdict import Judgement, Verdict, worst
+from gradmap.evaluation.options import QualityOptions
 from gradmap.evaluation.perplexity import Estimate
 
 CONFIDENCE = 0.95
@@ -78,15 +79,6 @@ class Comparison:
     tasks: dict[str, TaskComparison]
     average: AverageComparison | None
     perplexity_ratio: dict[str, Interval]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """max_average_drop: of the average accuracy, as a fraction (0.05 is five points).
-    max_perplexity_ratio: on every text. None asks for nothing."""
-
-    max_average_drop: float | None = None
-    max_perplexity_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +200,10 @@ def _interval(value: float, resampled: Values) -> Interval:
 
 
 def judge_quality(
-    comparison: Comparison, gate: Gate, documents: Mapping[str, int], segments: Mapping[str, int]
+    comparison: Comparison,
+    gate: QualityOptions,
+    documents: Mapping[str, int],
+    segments: Mapping[str, int],
 ) -> Judgement | None:
     """PASS if every whole interval is within its limit, FAIL if one is wholly beyond, else
     INCONCLUSIVE.

@@ -4,9 +4,8 @@ gate."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from gradmap.common.outputs import output_file
 from gradmap.evaluation.answers import PROMPTS, Answer, answer_prompts, summarise_answers
 from gradmap.evaluation.comparison import (
     Comparison,
-    Gate,
     Paired,
     average_estimate,
     compare,
@@ -27,6 +25,7 @@ from gradmap.evaluation.comparison import (
     mean_estimate,
 )
 from gradmap.evaluation.contamination import CalibratedOn
+from gradmap.evaluation.options import NO_GATE, EvalOptions, QualityOptions
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
 from gradmap.evaluation.result import (
     SCHEMA_VERSION,
@@ -46,6 +45,7 @@ from gradmap.evaluation.subjects import Opened, Subject
 from gradmap.evaluation.tasks import (
     LoadedTask,
     TaskScores,
+    expand_names,
     load_task,
     require_answerable,
     score_task,
@@ -53,29 +53,7 @@ from gradmap.evaluation.tasks import (
 from gradmap.model.loading import load_tokenizer
 from gradmap.pruning.plan import PLAN_FILE
 
-SEGMENT_TOKENS = 128
 ARMS = ("dense", "pruned")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What to evaluate on.
-
-    texts: name -> SPEC. segment: tokens of a segment. tasks: names of the harness; task_data: saved
-    data sets. answers: whether to ask the fixed prompts. limit: at most so many segments of each
-    text, the first ones, and as many documents of each task; seed: draws those. fresh: ignores
-    scores of earlier runs.
-    """
-
-    texts: dict[str, str] = field(default_factory=dict)
-    segment: int = SEGMENT_TOKENS
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    answers: bool = False
-    limit: int | None = None
-    seed: int = 0
-    fresh: bool = False
-    gate: Gate = field(default_factory=Gate)
 
 
 @dataclass(frozen=True)
@@ -98,51 +76,56 @@ class Measured:
 def evaluate(
     subjects: Sequence[Subject],
     tokenizer_directory: Path,
-    settings: EvaluationSettings,
+    options: EvalOptions,
     out: Path,
     *,
+    gate: QualityOptions = NO_GATE,
+    fresh: bool = False,
     plan: Path | None = None,
     pruned: str | None = None,
 ) -> Evaluation:
     """Evaluates the dense model and, if there is a second subject, the pruned one; writes `out` and
     the raw records.
 
-    plan, pruned: what the second one is. What it was calibrated on is not evaluated on. Returns the
-    contents of `out`. Raises UserError if there is nothing to evaluate, or a text was used for
+    gate: what is judged. fresh: whether scores of earlier runs are ignored. plan, pruned: what the
+    second one is. What it was calibrated on is not evaluated on. Returns the contents of `out`.
+    Raises UserError if there is nothing to evaluate, or a text was used for
     calibration; what was scored until then is kept in the cache.
     """
-    _refuse_empty(settings, len(subjects))
+    _refuse_empty(options, gate, len(subjects))
     with output_file(out):
-        return _evaluate(subjects, tokenizer_directory, settings, out, plan, pruned)
+        return _evaluate(subjects, tokenizer_directory, options, out, gate, fresh, plan, pruned)
 
 
 def _evaluate(
     subjects: Sequence[Subject],
     tokenizer_directory: Path,
-    settings: EvaluationSettings,
+    options: EvalOptions,
     out: Path,
+    gate: QualityOptions,
+    fresh: bool,
     plan: Path | None,
     pruned: str | None,
 ) -> Evaluation:
     tokenizer = load_tokenizer(tokenizer_directory)
     calibration = _calibrated_on(plan, pruned, tokenizer)
     texts = [
-        Segments.read(tokenizer, name, source, settings.segment, settings.limit)
-        for name, source in settings.texts.items()
+        Segments.read(tokenizer, name, source, options.segment, options.limit)
+        for name, source in options.perplexity.items()
     ]
     for text in texts:
         calibration.refuse(text)
     tasks = [
-        load_task(name, settings.task_data, settings.limit, settings.seed, calibration.texts)
-        for name in settings.tasks
+        load_task(name, options.task_data, options.limit, options.seed, calibration.texts)
+        for name in expand_names(options.tasks)
     ]
     for task in tasks:
         require_answerable(task)
     measured = {}
     for arm, subject in zip(ARMS, subjects, strict=False):
         with subject.open() as opened:
-            scorer = Scorer(opened.backend, subject.identity, arm, settings.fresh)
-            measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, settings.answers)
+            scorer = Scorer(opened.backend, subject.identity, arm, fresh)
+            measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, options.answers)
     write_text(records_beside(out), _records(measured))
     comparison = _paired(measured) if len(measured) == len(ARMS) else None
     evaluation = Evaluation(
@@ -153,9 +136,9 @@ def _evaluate(
         tasks={task.name: TaskRecord(**task.describe()) for task in tasks},
         **{arm: _describe(side) for arm, side in measured.items()},
         comparison=comparison,
-        quality=None if comparison is None else _judge(comparison, measured, settings.gate),
+        quality=None if comparison is None else _judge(comparison, measured, gate),
         answers=_side_by_side(measured),
-        settings=SettingsRecord(limit=settings.limit, seed=settings.seed, segment=settings.segment),
+        settings=SettingsRecord(limit=options.limit, seed=options.seed, segment=options.segment),
         environment=describe_environment(),
     )
     write_json(out, evaluation.contents())
@@ -168,26 +151,16 @@ def _calibrated_on(plan: Path | None, pruned: str | None, tokenizer: Any) -> Cal
     return CalibratedOn() if pruned is None else CalibratedOn.of_pruned(pruned, tokenizer)
 
 
-def _refuse_empty(settings: EvaluationSettings, subjects: int) -> None:
-    if not (settings.texts or settings.tasks or settings.answers):
+def _refuse_empty(options: EvalOptions, gate: QualityOptions, subjects: int) -> None:
+    if not (options.perplexity or options.tasks or options.answers):
         raise UserError(
             "There is nothing to evaluate; give --perplexity SPEC, --tasks NAMES or --answers."
         )
-    gate = settings.gate
-    if gate != Gate() and subjects < len(ARMS):
+    if gate != NO_GATE and subjects < len(ARMS):
         raise UserError("A gate compares two models; give --plan or --pruned.")
-    if gate.max_average_drop is not None and not 0 <= gate.max_average_drop <= 1:
-        raise UserError(
-            f"--max-average-drop is {gate.max_average_drop}; give a share from 0 to 1 (five points "
-            "are 0.05)."
-        )
-    if gate.max_perplexity_ratio is not None and not 0 < gate.max_perplexity_ratio < math.inf:
-        raise UserError(
-            f"--max-perplexity-ratio is {gate.max_perplexity_ratio}; give a finite number above 0."
-        )
-    if gate.max_average_drop is not None and not settings.tasks:
+    if gate.max_average_drop is not None and not options.tasks:
         raise UserError("--max-average-drop is about the average accuracy; give --tasks.")
-    if gate.max_perplexity_ratio is not None and not settings.texts:
+    if gate.max_perplexity_ratio is not None and not options.perplexity:
         raise UserError("--max-perplexity-ratio is about perplexity; give --perplexity.")
 
 
@@ -232,7 +205,7 @@ def _accuracy_of(scores: TaskScores) -> Accuracy:
 
 
 def _judge(
-    comparison: Comparison, measured: Mapping[str, Measured], gate: Gate
+    comparison: Comparison, measured: Mapping[str, Measured], gate: QualityOptions
 ) -> QualityRecord | None:
     """The verdict of the gate; None if it asks for nothing."""
     dense = measured["dense"]
@@ -241,7 +214,7 @@ def _judge(
     judgement = judge_quality(comparison, gate, documents, segments)
     if judgement is None:
         return None
-    return QualityRecord(verdict=judgement.verdict, reason=judgement.reason, **asdict(gate))
+    return QualityRecord(verdict=judgement.verdict, reason=judgement.reason, **gate.model_dump())
 
 
 def _side_by_side(measured: Mapping[str, Measured]) -> list[AnsweredRecord]:

@@ -65,3 +65,6 @@ class QualityOptions(Strict):
         description="Gate: how many times higher each perplexity may become.",
         json_schema_extra={"cure": "give a finite number above 0"},
     )
+
+
+NO_GATE = QualityOptions()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradmap.common.errors import UserError
-from gradmap.common.options import flag_of
+from gradmap.common.flags import flag_of
 from gradmap.methods.base import Job, Method
 from gradmap.methods.options import ManualOptions, MethodOptions, ProjectionOptions
 from gradmap.methods.registry import (

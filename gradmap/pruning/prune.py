@@ -19,7 +19,7 @@ from gradmap.common.environment import describe_environment
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_json
 from gradmap.common.finite import require_finite_weights
-from gradmap.common.options import flag_of
+from gradmap.common.flags import flag_of
 from gradmap.common.outputs import output_directory
 from gradmap.common.processes import is_main_process
 from gradmap.common.reading import checked

@@ -8,7 +8,10 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from export.formats import SERVED_FORMAT
-from gradmap.common.reading import Strict, checked, read_yaml
+from export.options import ExportOptions
+from gradmap.common.options import Name
+from gradmap.common.reading import Strict, checked
+from gradmap.common.yaml_files import read_yaml
 from gradmap.evaluation.options import EvalOptions, QualityOptions
 from gradmap.pruning.settings import PruneOptions
 from loadtest.options import LoadTestOptions
@@ -20,15 +23,10 @@ class PruneSection(PruneOptions):
     calibration: str
 
 
-class ExportSection(Strict):
-    """Of the pruned model and, in vLLM's format, of the dense one."""
+class ExportSection(ExportOptions):
+    """Of the pruned model and, to be served beside it, of the dense one."""
 
-    formats: list[str] = Field(default=["hf", "vllm"])
-    dtype: str | None = None
-    quantise: str | None = None
-    min_agreement: float | None = None
-    shard_size_gb: float | None = None
-    check_vllm: bool = True
+    formats: list[Name] = Field(default=["hf", SERVED_FORMAT])
 
     @model_validator(mode="after")
     def _serves(self) -> Self:

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from export.choices import choose_storage
 from export.integrity import SCHEMA_VERSION as ARTIFACT_SCHEMA
-from export.settings import ExportSettings, choose_storage
+from export.options import ExportOptions
 from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE
-from gradmap.common.stages import Stage, as_flags, flags_of, is_within
+from gradmap.common.flags import as_flags, flags_of
+from gradmap.common.stages import Stage, is_within
 from gradmap.data.text_specs import source_files
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import records_beside
@@ -97,25 +99,26 @@ def _eval_stage(recipe: Recipe, places: Places) -> Stage:
 
 
 def _export_stage(recipe: Recipe, places: Places) -> Stage:
-    formats = recipe.export.formats
+    asked = _exported_in(recipe.export.formats, recipe)
     arguments = ["export", *_model_arguments(recipe), "--plan", str(places.plan)]
     arguments += ["--eval", str(places.evaluation), "--out", str(places.out)]
     return Stage(
         "export",
-        (*arguments, *as_flags(_export_options(recipe, formats))),
+        (*arguments, *flags_of(asked)),
         inputs=(_model_files(recipe), places.plan, places.evaluation),
-        outputs=tuple(places.out / name for name in formats),
+        outputs=tuple(places.out / name for name in asked.formats),
         schema=ARTIFACT_SCHEMA,
     )
 
 
 def _baseline_stage(recipe: Recipe, places: Places) -> Stage:
-    """The dense model, exported as the pruned one is."""
+    """The dense model, exported as the pruned one is, to be served."""
+    asked = _exported_in([places.dense.name], recipe)
     arguments = ["export", *_model_arguments(recipe), "--eval", str(places.evaluation)]
     arguments += ["--out", str(places.dense.parent)]
     return Stage(
         "baseline",
-        (*arguments, *as_flags(_export_options(recipe, [places.dense.name]))),
+        (*arguments, *flags_of(asked)),
         inputs=(_model_files(recipe), places.evaluation),
         outputs=(places.dense,),
         schema=ARTIFACT_SCHEMA,
@@ -149,9 +152,9 @@ def _model_files(recipe: Recipe) -> Path:
     return Path(recipe.model, recipe.gguf_file or "")
 
 
-def _export_options(recipe: Recipe, formats: list[str]) -> dict[str, Any]:
-    options = {"format": formats} | recipe.export.model_dump(exclude={"formats", "check_vllm"})
-    return options | {"no_check_vllm": not recipe.export.check_vllm}
+def _exported_in(formats: list[str], recipe: Recipe) -> ExportOptions:
+    others = recipe.export.model_dump(exclude_unset=True, exclude={"formats"})
+    return ExportOptions(formats=formats, **others)
 
 
 def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
@@ -168,9 +171,8 @@ def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
 
 def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:
     """Raises UserError for what cannot be exported of a model with this config."""
-    settings = ExportSettings(recipe.export.formats, recipe.export.dtype, recipe.export.quantise)
     for name in recipe.export.formats:
-        choose_storage(name, settings, config)
+        choose_storage(name, recipe.export, config)
 
 
 def require_evaluation(recipe: Recipe) -> None:

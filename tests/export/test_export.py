@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from export import writers
 from export.artifact import export_artifacts, open_source, verify_directory
 from export.fold import plan_fold, write_folded
+from export.options import ExportOptions
 from export.reference import random_probe
-from export.settings import ExportSettings
 from export.writers import Source
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_file
@@ -103,9 +103,9 @@ def make_changes(pico, correction=1.0):
 
 def export(source, out, *formats, shard_bytes=10**9, **settings):
     """Without vLLM's own check, which takes a minute; tests/test_end_to_end.py has it."""
-    return export_artifacts(
-        source, ExportSettings(formats, shard_bytes=shard_bytes, check_vllm=False, **settings), out
-    )
+    options = ExportOptions(formats=list(formats), check_vllm=False, **settings)
+    small = options.model_copy(update={"shard_size_gb": shard_bytes / 1e9})  # than users may ask
+    return export_artifacts(source, small, out)
 
 
 def unfolded_logits(pico, source, dtype):

@@ -6,12 +6,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from export.artifact import verify_directory
+from export.choices import choose_storage, runners_of
 from export.costs import ExportSize, export_bytes, export_seconds
 from export.format_help import dtype_help, format_help, quantise_help
 from export.formats import FORMATS
 from export.formats.format import Runner
 from export.formats.hf import HF
-from export.settings import ExportSettings, choose_storage, runners_of
+from export.options import ExportOptions
 from gradmap.common.errors import UserError
 from serving.identity import Trust, identify
 from tests.conftest import ROOT
@@ -69,7 +70,7 @@ def test_a_package_that_is_missing_is_named_before_the_work(picos, mine, monkeyp
     monkeypatch.setitem(FORMATS, "mine", replace(mine, runners=(absent,)))
     config = picos["llama"].checkpoint.config
     with pytest.raises(UserError, match="Format mine needs the package no_such_package"):
-        choose_storage("mine", ExportSettings(["mine"]), config)
+        choose_storage("mine", ExportOptions(formats=["mine"]), config)
     optional = replace(mine, runners=(*mine.runners, replace(absent, optional=True)))
     assert runners_of(optional, check_vllm=True) == list(mine.runners)
 
@@ -86,7 +87,7 @@ def test_a_rope_that_a_format_cannot_express_names_those_that_can(picos):
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 300.0}
     }
     with pytest.raises(UserError, match=r"type dynamic, .*; use format hf or vllm\."):
-        choose_storage("onnx", ExportSettings(["onnx"]), config)
+        choose_storage("onnx", ExportOptions(formats=["onnx"]), config)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/file-formats.md"])

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from export.artifact import export_artifacts, open_source
-from export.settings import ExportSettings
+from export.options import ExportOptions
 from gradmap.common.errors import UserError
 from gradmap.model.checkpoint import open_checkpoint
 from tests.pico_gguf import BOS, EOS, TEMPLATE, write_gguf
@@ -27,7 +27,7 @@ def source(tmp_path, monkeypatch):
 
 
 def export(source, out):
-    return export_artifacts(source, ExportSettings(["hf"], check_vllm=False), out)["hf"]
+    return export_artifacts(source, ExportOptions(formats=["hf"], check_vllm=False), out)["hf"]
 
 
 def test_the_artifact_has_the_files_tokenizer_and_license(source, tmp_path):

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from export.artifact import export_artifacts
 from export.comparison import Bounds
 from export.formats.vllm import write_vllm
+from export.options import ExportOptions
 from export.quantisation import quantise_weight
 from export.reference import compute_references, random_probe
 from export.runners import run_vllm
 from export.runners.probe_io import decode_greedily, transformers_step
-from export.settings import ExportSettings
 from export.tolerance import logit_tolerance
 from export.verification import Outcome, compare, find_problem
 from export.vllm_file import read_vllm_file, write_vllm_file
@@ -153,7 +153,7 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
     pico = make_pico(
         "qwen3", tmp_path / "pico", hidden_size=128, intermediate_size=160, head_dim=32
     )  # its kernels work on blocks of 32
-    settings = ExportSettings(("vllm",), quantise=quantise)
+    settings = ExportOptions(formats=["vllm"], quantise=quantise)
     if quantise and cpu_spoils_int8():
         with pytest.raises(UserError, match="no VNNI"):
             export_artifacts(make_source(pico), settings, tmp_path)
@@ -176,16 +176,18 @@ def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(
         monkeypatch.setattr(f"{module}.cpu_spoils_int8", lambda: True)
     source = make_source(picos["llama"])
     with pytest.raises(UserError, match=r"no VNNI.*--no-check-vllm"):
-        export_artifacts(source, ExportSettings(("vllm",), quantise="int8"), tmp_path)
-    export_artifacts(source, ExportSettings(("vllm",), quantise="int8", check_vllm=False), tmp_path)
+        export_artifacts(source, ExportOptions(formats=["vllm"], quantise="int8"), tmp_path)
+    export_artifacts(
+        source, ExportOptions(formats=["vllm"], quantise="int8", check_vllm=False), tmp_path
+    )
     with pytest.raises(UserError, match=r"no VNNI.*without --quantise"):
         check_servable(ServerSettings(tmp_path / "vllm"))
-    export_artifacts(source, ExportSettings(("vllm",), check_vllm=False), tmp_path / "plain")
+    export_artifacts(source, ExportOptions(formats=["vllm"], check_vllm=False), tmp_path / "plain")
     check_servable(ServerSettings(tmp_path / "plain" / "vllm", port=free_port()))
 
 
 def test_an_artifact_in_8_bits_is_evaluated_by_vllm_and_pruned_by_nobody(picos, tmp_path):
-    settings = ExportSettings(("vllm",), quantise="int8", check_vllm=False, min_agreement=0)
+    settings = ExportOptions(formats=["vllm"], quantise="int8", check_vllm=False, min_agreement=0)
     export_artifacts(make_source(picos["llama"]), settings, tmp_path)
     artifact = str(tmp_path / "vllm")
     (subject,) = find_subjects(artifact, None, False, None, None, Where())

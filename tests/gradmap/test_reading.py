@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gradmap.common.errors import UserError
-from gradmap.common.reading import read_json, read_json_object, read_text, read_yaml
+from gradmap.common.reading import read_json, read_json_object, read_text
+from gradmap.common.yaml_files import read_yaml
 
 BROKEN_JSON = {
     b"": "not valid JSON",

@@ -10,8 +10,8 @@ import typer
 from export.costs import ExportSize, export_bytes, export_seconds
 from gradmap.cli import run_app
 from gradmap.common.errors import EXIT_BUG, UserError
+from gradmap.common.flags import flags_of
 from gradmap.common.reading import read_json
-from gradmap.common.stages import flags_of
 from gradmap.costs.speed import Disk
 from gradmap.costs.steps import STARTING_S, Hardware
 from gradmap.evaluation.costs import PAPER_TASKS, EvaluationSize, evaluation_seconds

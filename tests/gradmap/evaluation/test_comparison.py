@@ -9,7 +9,6 @@ from gradmap.common.verdict import Verdict, worst
 from gradmap.evaluation.comparison import (
     DRAWS,
     LEAST_FOR_A_VERDICT,
-    Gate,
     Paired,
     average_estimate,
     compare,
@@ -18,6 +17,7 @@ from gradmap.evaluation.comparison import (
     resampled_means,
     resampled_means_reference,
 )
+from gradmap.evaluation.options import QualityOptions
 from gradmap.evaluation.perplexity import Estimate
 
 
@@ -121,14 +121,14 @@ def test_the_perplexity_ratio_follows_from_paired_losses():
 @pytest.mark.parametrize(
     ("gate", "verdict"),
     [
-        (Gate(), None),
-        (Gate(max_average_drop=0.35), Verdict.PASS),
-        (Gate(max_average_drop=0.05), Verdict.FAIL),
-        (Gate(max_average_drop=0.2), Verdict.INCONCLUSIVE),
-        (Gate(max_perplexity_ratio=1.5), Verdict.FAIL),
-        (Gate(max_perplexity_ratio=2.5), Verdict.PASS),
-        (Gate(max_average_drop=0.2, max_perplexity_ratio=1.5), Verdict.FAIL),
-        (Gate(max_average_drop=0.35, max_perplexity_ratio=2.5), Verdict.PASS),
+        (QualityOptions(), None),
+        (QualityOptions(max_average_drop=0.35), Verdict.PASS),
+        (QualityOptions(max_average_drop=0.05), Verdict.FAIL),
+        (QualityOptions(max_average_drop=0.2), Verdict.INCONCLUSIVE),
+        (QualityOptions(max_perplexity_ratio=1.5), Verdict.FAIL),
+        (QualityOptions(max_perplexity_ratio=2.5), Verdict.PASS),
+        (QualityOptions(max_average_drop=0.2, max_perplexity_ratio=1.5), Verdict.FAIL),
+        (QualityOptions(max_average_drop=0.35, max_perplexity_ratio=2.5), Verdict.PASS),
     ],
 )
 def test_the_gate_looks_at_whole_intervals(gate, verdict):
@@ -142,7 +142,9 @@ def test_the_gate_looks_at_whole_intervals(gate, verdict):
         assert judgement.reason.startswith("drop of the average accuracy 0.200, 95% interval 0.0")
 
 
-@pytest.mark.parametrize("gate", [Gate(max_average_drop=1.0), Gate(max_perplexity_ratio=1000.0)])
+@pytest.mark.parametrize(
+    "gate", [QualityOptions(max_average_drop=1.0), QualityOptions(max_perplexity_ratio=1000.0)]
+)
 @pytest.mark.parametrize("agree", [True, False])
 def test_a_handful_of_documents_proves_nothing(gate, agree):
     """One document, or some on which the models agree, have an interval of no width: all of it is
@@ -170,7 +172,7 @@ def test_a_handful_of_documents_proves_nothing(gate, agree):
 def test_the_smallest_of_the_tasks_decides_whether_there_are_enough_documents():
     comparison = compare({"large": outcomes(500, 0, 0, 0), "small": outcomes(5, 0, 0, 0)}, {})
     judgement = judge_quality(
-        comparison, Gate(max_average_drop=0.1), {"large": 500, "small": 5}, {}
+        comparison, QualityOptions(max_average_drop=0.1), {"large": 500, "small": 5}, {}
     )
     assert judgement.verdict is Verdict.INCONCLUSIVE
 
@@ -181,7 +183,9 @@ def test_what_is_no_number_is_invalid(loss):
     pruned = np.where(np.arange(50) == 7, loss, dense)
     with np.errstate(all="ignore"):
         comparison = compare({}, {"text": Paired(dense, pruned)})
-    judgement = judge_quality(comparison, Gate(max_perplexity_ratio=2.0), {}, {"text": 50})
+    judgement = judge_quality(
+        comparison, QualityOptions(max_perplexity_ratio=2.0), {}, {"text": 50}
+    )
     assert (judgement.verdict, judgement.reason) == (
         Verdict.INVALID,
         "perplexity ratio on text is no finite number",

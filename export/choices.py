@@ -1,60 +1,39 @@
-"""What `gradmap export` can be asked for, and what of it a model and this machine allow."""
+"""What of the options of `gradmap export` a model and this machine allow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from export.comparison import MIN_AGREEMENT
 from export.format_help import either
 from export.formats import FORMATS
 from export.formats.format import Format, Runner
+from export.options import ExportOptions
 from export.twin import rope_types
 from export.writers import Storage
 from gradmap.common.errors import UserError
 
 
-@dataclass(frozen=True)
-class ExportSettings:
-    """What to export. dtype: None for each format's default. min_agreement: see Bounds.
-
-    check_vllm: whether vLLM itself has to reproduce the reference (where it is installed).
-    quality: evaluation results (the contents of eval.json) for the model card.
-    """
-
-    formats: Sequence[str]
-    dtype: str | None = None
-    quantise: str | None = None
-    shard_bytes: int = 5 * 10**9
-    min_agreement: float = MIN_AGREEMENT
-    check_vllm: bool = True
-    quality: dict[str, Any] = field(default_factory=dict)
-
-
-def choose_storage(name: str, settings: ExportSettings, config: dict[str, Any]) -> Storage:
+def choose_storage(name: str, options: ExportOptions, config: dict[str, Any]) -> Storage:
     """Settles how a format stores the weights of a model; raises UserError if it cannot store them
     so, or not here."""
     if name not in FORMATS:
         raise UserError(f"Unknown format {name!r}; known are {', '.join(FORMATS)}.")
     form = FORMATS[name]
-    dtype = settings.dtype or form.default_dtype
+    dtype = options.dtype or form.default_dtype
     if dtype not in form.dtypes:
         raise UserError(
             f"Format {name} cannot store dtype {dtype!r}; it can store {', '.join(form.dtypes)}."
         )
-    if settings.quantise is not None and settings.quantise not in form.quantisations:
+    if options.quantise is not None and options.quantise not in form.quantisations:
         known = ", ".join(form.quantisations) or "none"
-        raise UserError(
-            f"Format {name} has no quantisation {settings.quantise!r}; it has: {known}."
-        )
+        raise UserError(f"Format {name} has no quantisation {options.quantise!r}; it has: {known}.")
     _require_rope(form, rope_types(config))
-    runners = runners_of(form, settings.check_vllm)
-    form.require(config, settings.quantise, runners)
+    runners = runners_of(form, options.check_vllm)
+    form.require(config, options.quantise, runners)
     for runner in runners:
         if runner.package is not None:
             form.require_package(runner.package)
-    return Storage(dtype, settings.quantise, settings.shard_bytes)
+    return Storage(dtype, options.quantise, options.shard_bytes)
 
 
 def runners_of(form: Format, check_vllm: bool) -> list[Runner]:

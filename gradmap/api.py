@@ -1,0 +1,43 @@
+"""What `gradmap prune` and `gradmap eval` do, as functions: the options are the commands'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gradmap.common.options import checked_options
+from gradmap.evaluation.evaluate import evaluate as evaluate_subjects
+from gradmap.evaluation.options import EvalOptions
+from gradmap.evaluation.result import Evaluation
+from gradmap.evaluation.subjects import Where, checkpoint_subjects
+from gradmap.model.checkpoint import Checkpoint
+from gradmap.pruning.plan import Plan
+from gradmap.pruning.presets import settle
+from gradmap.pruning.prune import prune as make_plan
+from gradmap.pruning.settings import PruneOptions
+
+
+def prune(checkpoint: Checkpoint, out: Path | str, **options: Any) -> Plan:
+    """Chooses which layers go, repairs the rest, and writes the plan directory `out`.
+
+    options: fields of gradmap.pruning.settings.PruneOptions, such as remove=8 or
+    calibration="file:calibration.jsonl". Raises UserError on bad input.
+    """
+    asked = checked_options(PruneOptions, options)
+    return make_plan(checkpoint, settle(asked, checkpoint.config), Path(out))
+
+
+def evaluate(
+    checkpoint: Checkpoint, out: Path | str, *, plan: Path | str | None = None, **options: Any
+) -> Evaluation:
+    """Measures the model and, with a plan, the same model pruned; writes `out` (JSON) and the raw
+    records beside it.
+
+    options: fields of gradmap.evaluation.options.EvalOptions, such as
+    perplexity={"wiki": "file:test.txt"}. Raises UserError on bad input.
+    """
+    asked = checked_options(EvalOptions, options)
+    directory = None if plan is None else Path(plan)
+    where = Where("transformers", asked.dtype, asked.device)
+    subjects = checkpoint_subjects(checkpoint, directory, where)
+    return evaluate_subjects(subjects, checkpoint.directory, asked, Path(out), plan=directory)

@@ -1,0 +1,47 @@
+"""The front door: what `from gradmap import ...` gives does what the commands do."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gradmap
+from gradmap.common.errors import UserError
+
+
+def test_a_model_is_pruned_evaluated_and_exported_from_python(picos, word_file, tmp_path):
+    from gradmap import evaluate, export, load_plan, open_checkpoint, prune
+
+    checkpoint = open_checkpoint(str(picos["llama"].directory))
+    calibration = {"calibration": f"file:{word_file}", "samples": 8, "tokens": 16}
+    plan = prune(checkpoint, tmp_path / "plan", remove=2, preset="gradmap", **calibration)
+    assert load_plan(tmp_path / "plan") == plan
+    (tmp_path / "test.txt").write_text(" ".join(f"w{3 + 7 * index % 190}" for index in range(900)))
+    texts = {"own": f"file:{tmp_path}/test.txt"}
+    quality = evaluate(
+        checkpoint, tmp_path / "eval.json", plan=tmp_path / "plan", perplexity=texts, segment=16
+    )
+    assert quality.dense.perplexity["own"].value > 1
+    assert (tmp_path / "eval.json").is_file()
+    records = export(checkpoint, tmp_path / "out", plan=tmp_path / "plan", formats=["hf"])
+    assert records["hf"].layers == quality.pruned.layers == plan.base_model.layers - 2
+    assert (tmp_path / "out" / "hf" / "model.safetensors").is_file()
+
+
+def test_options_are_those_of_the_commands(picos, tmp_path):
+    checkpoint = gradmap.open_checkpoint(str(picos["llama"].directory))
+    for options, message in (
+        ({"remove": 2, "tokns": 8}, "tokns: extra inputs are not permitted"),
+        ({"remove": 2, "seed": -1}, "--seed is -1; give a number from 0"),
+        ({}, "Give either --remove K or --ratio R"),
+    ):
+        with pytest.raises(UserError, match=message):
+            gradmap.prune(checkpoint, tmp_path / "plan", **options)
+
+
+def test_the_front_door_is_light():
+    code = "import gradmap, sys; print('torch' in sys.modules, sorted(gradmap.__all__))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stdout.split(" ", 1)[0] == "False", finished.stderr
+    with pytest.raises(AttributeError, match="no attribute 'prunes'"):
+        gradmap.prunes  # noqa: B018
