@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export.api import export
-    from gradmap.api import evaluate, prune
+    from gradmap.api import evaluate, load_plan, prune
     from gradmap.model.checkpoint import open_checkpoint
-    from gradmap.pruning.plan import load_plan
 
 __all__ = ["evaluate", "export", "load_plan", "open_checkpoint", "prune"]
 
 _HOMES = {
     "evaluate": "gradmap.api",
     "export": "export.api",
-    "load_plan": "gradmap.pruning.plan",
+    "load_plan": "gradmap.api",
     "open_checkpoint": "gradmap.model.checkpoint",
     "prune": "gradmap.api",
 }

@@ -12,6 +12,7 @@ from gradmap.evaluation.result import Evaluation
 from gradmap.evaluation.subjects import Where, checkpoint_subjects
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.pruning.plan import Plan
+from gradmap.pruning.plan import load_plan as read_plan
 from gradmap.pruning.presets import settle
 from gradmap.pruning.prune import prune as make_plan
 from gradmap.pruning.settings import PruneOptions
@@ -25,6 +26,11 @@ def prune(checkpoint: Checkpoint, out: Path | str, **options: Any) -> Plan:
     """
     asked = checked_options(PruneOptions, options)
     return make_plan(checkpoint, settle(asked, checkpoint.config), Path(out))
+
+
+def load_plan(directory: Path | str) -> Plan:
+    """What `prune` wrote. Raises UserError if that is missing, damaged or of another version."""
+    return read_plan(Path(directory))
 
 
 def evaluate(

@@ -1,5 +1,8 @@
 """The front door: what `from gradmap import ...` gives does what the commands do."""
 
+import json
+import random
+import re
 import subprocess
 import sys
 
@@ -7,6 +10,7 @@ import pytest
 
 import gradmap
 from gradmap.common.errors import UserError
+from tests.conftest import ROOT, make_pico
 
 
 def test_a_model_is_pruned_evaluated_and_exported_from_python(picos, word_file, tmp_path):
@@ -26,6 +30,28 @@ def test_a_model_is_pruned_evaluated_and_exported_from_python(picos, word_file, 
     records = export(checkpoint, tmp_path / "out", plan=tmp_path / "plan", formats=["hf"])
     assert records["hf"].layers == quality.pruned.layers == plan.base_model.layers - 2
     assert (tmp_path / "out" / "hf" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def directory_with_a_model(tmp_path_factory):
+    """And with the texts that the documentation's examples name."""
+    directory = tmp_path_factory.mktemp("examples")
+    make_pico("llama", directory / "path" / "to" / "model", max_position_embeddings=256)
+    generator = random.Random(3)
+    for name in ("texts", "other"):
+        texts = [[f"w{generator.randrange(3, 190)}" for _ in range(200)] for _ in range(200)]
+        lines = [json.dumps({"text": " ".join(words)}) for words in texts]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines))
+    return directory
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_examples_of_the_documentation_run(directory_with_a_model, page, monkeypatch):
+    monkeypatch.chdir(directory_with_a_model)
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.M)
+    assert examples
+    for example in examples:
+        exec(compile(example, page, "exec"), {})
 
 
 def test_options_are_those_of_the_commands(picos, tmp_path):
