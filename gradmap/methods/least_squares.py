@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite
+from gradmap.model.precision import widened
 
 SINGULAR = 1e-13  # relative: what float64 makes of a zero
 
@@ -86,8 +87,3 @@ def solve_ridge_reference(features: Tensor, missing: Tensor, lam: float) -> Tens
 def _rows(tensor: Tensor) -> Tensor:
     """(..., d) -> (n, d), in float32 at least."""
     return widened(tensor).flatten(end_dim=-2)
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least: a difference of two hidden states is far smaller than they are."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -34,13 +34,14 @@ from gradmap.common.finite import require_finite, require_finite_losses
 from gradmap.common.processes import process_count, process_rank
 from gradmap.costs.steps import in_rounds, selection_flops
 from gradmap.methods.base import Selector
-from gradmap.methods.least_squares import plus_identity, ridge_sums, solve_ridge, widened
+from gradmap.methods.least_squares import plus_identity, ridge_sums, solve_ridge
 from gradmap.methods.racing import Race, laps
 from gradmap.methods.selection import Selection, Subject
 from gradmap.model.batching import Batches, forward_batch, home_for, moved_home
 from gradmap.model.corrections import Change, Place, Projection, linear_output
 from gradmap.model.layered import Advance
 from gradmap.model.layerwise import capturing, divergences_from, record_layer_calls, stacked_on_cpu
+from gradmap.model.precision import widened
 
 # Of the samples to fit on, and of those that are held out. Their hidden states between all layers
 # are kept.

@@ -27,13 +27,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite
 from gradmap.common.machine import available_bytes
 from gradmap.methods.compensation import Correction, Pruned
-from gradmap.methods.least_squares import (
-    RightSolver,
-    plus_identity,
-    ridge_sums,
-    solve_ridge,
-    widened,
-)
+from gradmap.methods.least_squares import RightSolver, plus_identity, ridge_sums, solve_ridge
 from gradmap.model.corrections import (
     Change,
     Changes,
@@ -44,6 +38,7 @@ from gradmap.model.corrections import (
     linear_output,
     weight_of,
 )
+from gradmap.model.precision import widened
 from gradmap.model.walk import Walk
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal. They are tried from the

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from gradmap.model.batching import logits_batch
 from gradmap.model.layered import LayeredModel
+from gradmap.model.precision import widened
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def losses_from(model: LayeredModel, hidden: Tensor, input_ids: Tensor) -> Tenso
 def sample_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Cross-entropy of Eq. 5: the sum over next tokens, per sample. (B, T, V), (B, T) -> (B,)
     float32 or wider."""
-    predictions = _at_least_float32(logits)[:, :-1].flatten(end_dim=1)
+    predictions = widened(logits)[:, :-1].flatten(end_dim=1)
     targets = input_ids[:, 1:].to(logits.device)
     token_losses = nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
     return token_losses.reshape(targets.shape).sum(dim=1)
@@ -120,7 +121,7 @@ def divergences_from(
 def sample_divergences(logits: Tensor, dense: Tensor) -> Tensor:
     """KL(dense || model) of the next-token distributions: the sum over positions, per sample, in
     nats. (B, T, V) both -> (B,) float32 or wider."""
-    logits, dense = _at_least_float32(logits), _at_least_float32(dense)
+    logits, dense = widened(logits), widened(dense)
     expected = (dense.softmax(dim=-1) * (dense - logits)).sum(dim=-1)
     return (expected - dense.logsumexp(dim=-1) + logits.logsumexp(dim=-1)).sum(dim=1)
 
@@ -143,7 +144,7 @@ class _SumOfTokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, input_ids: Tensor) -> Tensor:
-        precise = _at_least_float32(logits)
+        precise = widened(logits)
         highest, at = precise.max(dim=-1, keepdim=True)
         probabilities = precise.softmax(dim=-1)
         log_sum = (
@@ -165,10 +166,6 @@ class _SumOfTokenLosses(torch.autograd.Function):
         )
         result[:, -1] = 0  # the last position predicts nothing
         return result.mul_(gradient[:, None, None]).to(ctx.dtype), None
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @contextmanager

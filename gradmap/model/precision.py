@@ -142,3 +142,9 @@ def _attend_in_float32(
             module, query.float(), key.float(), value.float(), *args, **kwargs
         )
     return result
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor (...) in float32 at least: for sums of many numbers, losses, and differences that
+    are far smaller than what they are differences of."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

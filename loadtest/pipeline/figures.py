@@ -9,18 +9,12 @@ import numpy as np
 
 from gradmap.common.colors import DENSE_COLOR, PRUNED_COLOR
 from gradmap.evaluation.perplexity import Estimate
+from gradmap.methods.registry import selector, selector_names
 from gradmap.pruning.plan import Plan
 from loadtest.drawing import KEPT_COLOR, STYLE, TEXT_COLOR, new_figure, to_svg
 from loadtest.pipeline.result import Accuracy, Result, Side
 
 _ARM_COLORS = {"dense": DENSE_COLOR, "pruned": PRUNED_COLOR}
-# What the selectors measure; the lowest goes.
-SCORES = {
-    "repair": "loss that removal adds after repair (nats/token)",
-    "gradient": "gradient norm (Eq. 7)",
-    "block-influence": "block influence",
-    "sleb": "loss without the layer (nats/token)",
-}
 
 
 def draw_importance(plan: Plan) -> str:
@@ -35,8 +29,14 @@ def draw_importance(plan: Plan) -> str:
         axes.set_xlabel(
             "layer (original index); red: removed, with its place in the order of removal"
         )
-        axes.set_ylabel(f"{SCORES.get(plan.recipe['selector'], 'score')}, first round")
+        axes.set_ylabel(f"{score_label(plan)}, first round")
         return to_svg(figure)
+
+
+def score_label(plan: Plan) -> str:
+    """What the scores are, as the selector says. It may be one that is not installed here."""
+    name = plan.recipe["selector"]
+    return selector(name).score_label if name in selector_names() else "score"
 
 
 def draw_perplexity(result: Result) -> str:

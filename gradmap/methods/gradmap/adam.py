@@ -24,7 +24,6 @@ from gradmap.methods.compensation import (
     run_and_capture,
 )
 from gradmap.methods.gradmap.projection import mean_drift, most_drifted, require_enough_layers
-from gradmap.methods.least_squares import widened
 from gradmap.methods.options import AS_PUBLISHED, ProjectionOptions
 from gradmap.methods.ridge import REGULARISATION, Fit, all_features, down_projection_weight
 from gradmap.model.corrections import (
@@ -37,6 +36,7 @@ from gradmap.model.corrections import (
     weight_of,
 )
 from gradmap.model.layerwise import record_layer_calls
+from gradmap.model.precision import widened
 
 LEARNING_RATE = 1e-3
 EPOCHS = 10  # the paper does not say

@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from gradmap.common.errors import UserError
 from gradmap.model.layerwise import forward_replaced, stacked_on_cpu
+from gradmap.model.precision import widened
 
 # From dL/d output: the squared norm of the gradient of each parameter, per sample (B,)
 SquaresOf = Callable[[Tensor], dict[str, Tensor]]
@@ -127,7 +128,7 @@ def _linear_squares(
             "weight": ghost_squares(kept, gradient) if ghost else direct_squares(kept, gradient)
         }
         if getattr(module, "bias", None) is not None:
-            squares["bias"] = _widened(gradient).sum(dim=1).square().sum(dim=-1)
+            squares["bias"] = widened(gradient).sum(dim=1).square().sum(dim=-1)
         return squares
 
     return squares_of
@@ -140,7 +141,7 @@ def _affine_squares(
     plain = _plain_parameters(module)
 
     def squares_of(gradient: Tensor) -> dict[str, Tensor]:
-        gradient = _widened(gradient)
+        gradient = widened(gradient)
         gradients = {
             "weight": gradient * functional_call(module, plain, (inputs,)),
             "bias": gradient,
@@ -178,20 +179,15 @@ def ghost_is_cheaper(tokens: int, d_out: int, d_in: int) -> bool:
 
 def ghost_squares(gram: Tensor, gradient: Tensor) -> Tensor:
     """|| G^T A ||_F^2 per sample from A A^T (B, T, T) and G (B, T, d_out): (B,)."""
-    return (_widened(gram) * _widened(gradient @ gradient.mT)).sum(dim=(1, 2))
+    return (widened(gram) * widened(gradient @ gradient.mT)).sum(dim=(1, 2))
 
 
 def direct_squares(inputs: Tensor, gradient: Tensor) -> Tensor:
     """The same from A (B, T, d_in) and G (B, T, d_out): (B,). Forms each sample's gradient and
     drops it at once."""
     return torch.stack(
-        [_widened(g.mT @ a).square().sum() for a, g in zip(inputs, gradient, strict=True)]
+        [widened(g.mT @ a).square().sum() for a, g in zip(inputs, gradient, strict=True)]
     )
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    """Sums of squares are taken in float32 at least, whatever the products are computed in."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _per_sample(tensor: Tensor, samples: int) -> Tensor:
