@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gradmap.common.options import checked_options
-from gradmap.evaluation.evaluate import evaluate as evaluate_subjects
+from gradmap.evaluation.evaluate import evaluate as evaluate_models
+from gradmap.evaluation.evaluated_models import Where, checkpoint_models
 from gradmap.evaluation.options import EvalOptions
 from gradmap.evaluation.result import Evaluation
-from gradmap.evaluation.subjects import Where, checkpoint_subjects
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.pruning.plan import Plan
 from gradmap.pruning.plan import load_plan as read_plan
@@ -45,5 +45,5 @@ def evaluate(
     asked = checked_options(EvalOptions, options)
     directory = None if plan is None else Path(plan)
     where = Where("transformers", asked.dtype, asked.device)
-    subjects = checkpoint_subjects(checkpoint, directory, where)
-    return evaluate_subjects(subjects, checkpoint.directory, asked, Path(out), plan=directory)
+    models = checkpoint_models(checkpoint, directory, where)
+    return evaluate_models(models, checkpoint.directory, asked, Path(out), plan=directory)

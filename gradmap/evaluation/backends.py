@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Request:
+class ScoreRequest:
     """How likely is `continuation` after `context`? Neither is empty."""
 
     context: tuple[int, ...]
@@ -50,7 +50,7 @@ class Backend(Protocol):
     max_tokens: int
     vocabulary: int | None
 
-    def score(self, requests: Sequence[Request]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Scores requests of at most max_tokens + 1 tokens (the last one is only predicted), in any
         order."""
         ...

@@ -57,16 +57,16 @@ def evaluate(
     with importing():
         from gradmap.common.verdict import EXIT_CODES
         from gradmap.evaluation.evaluate import evaluate as measure
-        from gradmap.evaluation.subjects import Where, find_subjects
+        from gradmap.evaluation.evaluated_models import Where, find_models
 
-    subjects = find_subjects(
+    models = find_models(
         model, gguf_file, allow_pickle, plan, pruned, Where(backend, options.dtype, options.device)
     )
-    tokenizer = tokenizer or subjects[0].tokenizer
+    tokenizer = tokenizer or models[0].tokenizer
     if tokenizer is None:
         raise UserError("A server has no tokenizer to be read; give --tokenizer DIR.")
     evaluation = measure(
-        subjects,
+        models,
         tokenizer,
         options,
         out,

@@ -73,7 +73,7 @@ class AverageComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class QualityComparison:
     """tasks: name -> comparison. perplexity_ratio: name of a text -> pruned over dense."""
 
     tasks: dict[str, TaskComparison]
@@ -109,7 +109,7 @@ def average_estimate(estimates: Mapping[str, Estimate]) -> Estimate:
     )
 
 
-def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> Comparison:
+def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> QualityComparison:
     """accuracies: task -> per document; losses: text -> mean cross-entropy per segment, nats per
     token."""
     generator = np.random.default_rng(
@@ -119,7 +119,7 @@ def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> C
         name: resampled_means(paired, DRAWS, generator) for name, paired in accuracies.items()
     }
     of_texts = {name: resampled_means(paired, DRAWS, generator) for name, paired in losses.items()}
-    return Comparison(
+    return QualityComparison(
         tasks={name: _compare_task(accuracies[name], means) for name, means in of_tasks.items()},
         average=_compare_averages(list(accuracies.values()), list(of_tasks.values()))
         if accuracies
@@ -200,7 +200,7 @@ def _interval(value: float, resampled: Values) -> Interval:
 
 
 def judge_quality(
-    comparison: Comparison,
+    comparison: QualityComparison,
     gate: QualityOptions,
     documents: Mapping[str, int],
     segments: Mapping[str, int],

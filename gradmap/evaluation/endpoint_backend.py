@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from gradmap.common.errors import UserError
-from gradmap.evaluation.backends import IsDone, Request, Score, never
+from gradmap.evaluation.backends import IsDone, Score, ScoreRequest, never
 from gradmap.evaluation.vllm_backend import score_of_logprobs
 from gradmap.runtimes.openai_api import open_client, served_model
 
@@ -51,7 +51,7 @@ class EndpointBackend:
         )  # the whole request, and one generated token
         self.vocabulary: int | None = None
 
-    def score(self, requests: Sequence[Request]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as threads:
             return list(threads.map(self._score, requests))
 
@@ -76,7 +76,7 @@ class EndpointBackend:
     def close(self) -> None:
         self._client.close()
 
-    def _score(self, request: Request) -> Score:
+    def _score(self, request: ScoreRequest) -> Score:
         tokens = [*request.context, *request.continuation]
         choice = self._complete(tokens, max_tokens=1, prompt_logprobs=0)
         entries = choice.get("prompt_logprobs")

@@ -17,14 +17,15 @@ from gradmap.common.files import sha256_file, write_json, write_text
 from gradmap.common.outputs import output_file
 from gradmap.evaluation.answers import PROMPTS, Answer, answer_prompts, summarise_answers
 from gradmap.evaluation.comparison import (
-    Comparison,
     Paired,
+    QualityComparison,
     average_estimate,
     compare,
     judge_quality,
     mean_estimate,
 )
 from gradmap.evaluation.contamination import CalibratedOn
+from gradmap.evaluation.evaluated_models import EvaluatedModel, Opened
 from gradmap.evaluation.options import NO_GATE, EvalOptions, QualityOptions
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
 from gradmap.evaluation.result import (
@@ -41,7 +42,6 @@ from gradmap.evaluation.result import (
     records_beside,
 )
 from gradmap.evaluation.scoring import Scorer
-from gradmap.evaluation.subjects import Opened, Subject
 from gradmap.evaluation.tasks import (
     LoadedTask,
     TaskScores,
@@ -74,7 +74,7 @@ class Measured:
 
 
 def evaluate(
-    subjects: Sequence[Subject],
+    models: Sequence[EvaluatedModel],
     tokenizer_directory: Path,
     options: EvalOptions,
     out: Path,
@@ -84,7 +84,7 @@ def evaluate(
     plan: Path | None = None,
     pruned: str | None = None,
 ) -> Evaluation:
-    """Evaluates the dense model and, if there is a second subject, the pruned one; writes `out` and
+    """Evaluates the dense model and, if there is a second one, the pruned one; writes `out` and
     the raw records.
 
     gate: what is judged. fresh: whether scores of earlier runs are ignored. plan, pruned: what the
@@ -92,13 +92,13 @@ def evaluate(
     Raises UserError if there is nothing to evaluate, or a text was used for
     calibration; what was scored until then is kept in the cache.
     """
-    _refuse_empty(options, gate, len(subjects))
+    _refuse_empty(options, gate, len(models))
     with output_file(out):
-        return _evaluate(subjects, tokenizer_directory, options, out, gate, fresh, plan, pruned)
+        return _evaluate(models, tokenizer_directory, options, out, gate, fresh, plan, pruned)
 
 
 def _evaluate(
-    subjects: Sequence[Subject],
+    models: Sequence[EvaluatedModel],
     tokenizer_directory: Path,
     options: EvalOptions,
     out: Path,
@@ -122,15 +122,15 @@ def _evaluate(
     for task in tasks:
         require_answerable(task)
     measured = {}
-    for arm, subject in zip(ARMS, subjects, strict=False):
-        with subject.open() as opened:
-            scorer = Scorer(opened.backend, subject.identity, arm, fresh)
+    for arm, evaluated in zip(ARMS, models, strict=False):
+        with evaluated.open() as opened:
+            scorer = Scorer(opened.backend, evaluated.identity, arm, fresh)
             measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, options.answers)
     write_text(records_beside(out), _records(measured))
     comparison = _paired(measured) if len(measured) == len(ARMS) else None
     evaluation = Evaluation(
         schema_version=SCHEMA_VERSION,
-        model=subjects[0].name,
+        model=models[0].name,
         plan_sha256=None if plan is None else sha256_file(plan / PLAN_FILE),
         texts={text.name: TextRecord(**text.describe()) for text in texts},
         tasks={task.name: TaskRecord(**task.describe()) for task in tasks},
@@ -151,12 +151,12 @@ def _calibrated_on(plan: Path | None, pruned: str | None, tokenizer: Any) -> Cal
     return CalibratedOn() if pruned is None else CalibratedOn.of_pruned(pruned, tokenizer)
 
 
-def _refuse_empty(options: EvalOptions, gate: QualityOptions, subjects: int) -> None:
+def _refuse_empty(options: EvalOptions, gate: QualityOptions, models: int) -> None:
     if not (options.perplexity or options.tasks or options.answers):
         raise UserError(
             "There is nothing to evaluate; give --perplexity SPEC, --tasks NAMES or --answers."
         )
-    if gate != NO_GATE and subjects < len(ARMS):
+    if gate != NO_GATE and models < len(ARMS):
         raise UserError("A gate compares two models; give --plan or --pruned.")
     if gate.max_average_drop is not None and not options.tasks:
         raise UserError("--max-average-drop is about the average accuracy; give --tasks.")
@@ -205,7 +205,7 @@ def _accuracy_of(scores: TaskScores) -> Accuracy:
 
 
 def _judge(
-    comparison: Comparison, measured: Mapping[str, Measured], gate: QualityOptions
+    comparison: QualityComparison, measured: Mapping[str, Measured], gate: QualityOptions
 ) -> QualityRecord | None:
     """The verdict of the gate; None if it asks for nothing."""
     dense = measured["dense"]
@@ -227,7 +227,7 @@ def _side_by_side(measured: Mapping[str, Measured]) -> list[AnsweredRecord]:
     ]
 
 
-def _paired(measured: Mapping[str, Measured]) -> Comparison:
+def _paired(measured: Mapping[str, Measured]) -> QualityComparison:
     """Of dense and pruned, document by document and segment by segment."""
     dense, pruned = (measured[arm] for arm in ARMS)
     accuracies = {}

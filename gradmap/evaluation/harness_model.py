@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gradmap.common.console import progress
 from gradmap.common.errors import UserError
-from gradmap.evaluation.backends import Request
+from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.scoring import Scorer
 
 DEFAULT_NEW_TOKENS = 256
@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
         answers = self._scorer.backend.generate(prompts, new_tokens, is_done)
         return [_until(text_of(answer), stops) for answer in answers]
 
-    def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+    def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> ScoreRequest:
         """Cuts the context on the left, so that all but the last token fit."""
         if not continuation:
             raise UserError(
@@ -124,9 +124,9 @@ class HarnessModel(TemplateLM):
                 "scored."
             )
         room = self._scorer.backend.max_tokens + 1 - len(continuation)
-        return Request(tuple(context[-max(1, room) :]), tuple(continuation))
+        return ScoreRequest(tuple(context[-max(1, room) :]), tuple(continuation))
 
-    def _windows(self, text: str) -> list[Request]:
+    def _windows(self, text: str) -> list[ScoreRequest]:
         windows = get_rolling_token_windows(
             self.tok_encode(text),
             self.prefix_token_id,
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
             context_len=1,
         )
         return [
-            Request(tuple(context), tuple(tokens))
+            ScoreRequest(tuple(context), tuple(tokens))
             for context, tokens in map(make_disjoint_window, windows)
         ]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from gradmap.common.files import append_text, cache_directory, sha256_json
 from gradmap.common.locks import writing
-from gradmap.evaluation.backends import Request, Score
+from gradmap.evaluation.backends import Score, ScoreRequest
 
 # Hexadecimal digits of a request's hash: of a million requests, two are alike with a chance of
 # 1e-7.
@@ -29,7 +29,7 @@ class KeptScores:
     path: Path | None
 
     @classmethod
-    def of(cls, identity: dict[str, Any] | None, requests: Sequence[Request]) -> KeptScores:
+    def of(cls, identity: dict[str, Any] | None, requests: Sequence[ScoreRequest]) -> KeptScores:
         """identity: what the scores depend on besides the requests; None for a model that cannot be
         identified."""
         if identity is None:
@@ -37,7 +37,7 @@ class KeptScores:
         key = sha256_json([identity, [astuple(request) for request in requests]])
         return cls(cache_directory() / "scores" / f"{key}.jsonl")
 
-    def read(self, requests: Sequence[Request]) -> dict[Request, Score]:
+    def read(self, requests: Sequence[ScoreRequest]) -> dict[ScoreRequest, Score]:
         """What is there of these requests. A line that a crash cut off, or that is damaged, is
         not."""
         if self.path is None or not self.path.exists():
@@ -58,7 +58,7 @@ class KeptScores:
                 self.path.unlink(missing_ok=True)
             yield
 
-    def append(self, requests: Sequence[Request], scores: Sequence[Score]) -> None:
+    def append(self, requests: Sequence[ScoreRequest], scores: Sequence[Score]) -> None:
         """All of them, or none if the disk is full."""
         if self.path is None:
             return
@@ -70,7 +70,7 @@ class KeptScores:
         append_text(self.path, cut + "".join(f"{line}\n" for line in lines))
 
 
-def request_key(request: Request) -> str:
+def request_key(request: ScoreRequest) -> str:
     return sha256_json(astuple(request))[:KEY_DIGITS]
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy.special import log_softmax
 
 from gradmap.common.finite import require_finite
-from gradmap.evaluation.backends import LOGITS, IsDone, Request, Score, never
+from gradmap.evaluation.backends import LOGITS, IsDone, Score, ScoreRequest, never
 from gradmap.runtimes.onnx_session import OnnxCausalLM
 
 BATCH_TOKENS = 1024
@@ -31,12 +31,12 @@ class OnnxBackend:
         )
         self.vocabulary: int | None = int(config["vocab_size"])
 
-    def score(self, requests: Sequence[Request]) -> list[Score]:
-        by_input: dict[tuple[int, ...], list[Request]] = {}
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        by_input: dict[tuple[int, ...], list[ScoreRequest]] = {}
         for request in requests:  # answers of one token share their input: the context
             by_input.setdefault(request.context + request.continuation[:-1], []).append(request)
         inputs = sorted(by_input, key=len, reverse=True)
-        scores: dict[Request, Score] = {}
+        scores: dict[ScoreRequest, Score] = {}
         while inputs:
             batch = inputs[: max(1, BATCH_TOKENS // len(inputs[0]))]
             ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
@@ -75,7 +75,7 @@ def _most_likely(logits: npt.NDArray[np.float32]) -> int:
     return int(logits.argmax())
 
 
-def _score(logits: npt.NDArray[np.float32], request: Request) -> Score:
+def _score(logits: npt.NDArray[np.float32], request: ScoreRequest) -> Score:
     """logits: (L, V), at least up to the position that predicts the last token of the
     continuation."""
     first = len(request.context) - 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import bos_of, build_segments, hash_token_ids, with_bos
 from gradmap.data.text_specs import preset_of
-from gradmap.evaluation.backends import Request
+from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.scoring import Scorer
 
 # Nats per token. exp of 709 is the largest number, and of such perplexities there are products and
@@ -75,7 +75,7 @@ class Segments:
 def segment_losses(scorer: Scorer, segments: Segments) -> npt.NDArray[np.float64]:
     """Mean next-token cross-entropy of every segment, nats per token: (S,)."""
     rows = with_bos(segments.input_ids, segments.bos).tolist()
-    requests = [Request((row[0],), tuple(row[1:])) for row in rows]
+    requests = [ScoreRequest((row[0],), tuple(row[1:])) for row in rows]
     scores = scorer.score(requests, f"Perplexity on {segments.name}")
     return np.array([-score.log_likelihood for score in scores]) / segments.predicted_tokens
 

@@ -12,7 +12,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.reading import Strict, checked_result, read_json_object
 from gradmap.common.verdict import Verdict
 from gradmap.evaluation.answers import Answer
-from gradmap.evaluation.comparison import Comparison
+from gradmap.evaluation.comparison import QualityComparison
 from gradmap.evaluation.perplexity import Estimate
 
 # 3: segments are of joined rows in their order, and begin with BOS where the tokenizer puts one.
@@ -118,7 +118,7 @@ class Evaluation(Strict):
     tasks: dict[str, TaskRecord]
     dense: Side
     pruned: Side | None = None
-    comparison: Comparison | None
+    comparison: QualityComparison | None
     quality: QualityRecord | None
     answers: list[AnsweredRecord]
     settings: SettingsRecord

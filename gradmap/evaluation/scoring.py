@@ -10,7 +10,7 @@ from typing import Any
 from gradmap.common.console import progress
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite
-from gradmap.evaluation.backends import Backend, Request, Score
+from gradmap.evaluation.backends import Backend, Score, ScoreRequest
 from gradmap.evaluation.kept_scores import KeptScores
 
 # Requests between two writes to disk: what a crash can cost.
@@ -31,7 +31,7 @@ class Scorer:
     label: str
     fresh: bool = False
 
-    def score(self, requests: Sequence[Request], description: str) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest], description: str) -> list[Score]:
         """Raises UserError if a request does not fit the model, or its logits are not finite."""
         distinct = order_for_scoring(requests)
         self._refuse_unfit(distinct)
@@ -45,8 +45,8 @@ class Scorer:
 
     def _score_rest(
         self,
-        distinct: Sequence[Request],
-        scores: dict[Request, Score],
+        distinct: Sequence[ScoreRequest],
+        scores: dict[ScoreRequest, Score],
         kept: KeptScores,
         description: str,
     ) -> None:
@@ -65,7 +65,7 @@ class Scorer:
                 done += len(chunk)
                 advance(len(chunk))
 
-    def _refuse_unfit(self, requests: Sequence[Request]) -> None:
+    def _refuse_unfit(self, requests: Sequence[ScoreRequest]) -> None:
         vocabulary = self.backend.vocabulary
         highest = max(
             (max(request.context + request.continuation) for request in requests), default=0
@@ -82,7 +82,7 @@ class Scorer:
             )
 
 
-def order_for_scoring(requests: Sequence[Request]) -> list[Request]:
+def order_for_scoring(requests: Sequence[ScoreRequest]) -> list[ScoreRequest]:
     """Each request once: those that share a context together, so that it is computed once, the
     longest first."""
     longest: dict[tuple[int, ...], int] = {}
@@ -94,7 +94,7 @@ def order_for_scoring(requests: Sequence[Request]) -> list[Request]:
     )
 
 
-def next_chunk(ordered: Sequence[Request], start: int) -> Sequence[Request]:
+def next_chunk(ordered: Sequence[ScoreRequest], start: int) -> Sequence[ScoreRequest]:
     """The next CHUNK_REQUESTS requests, and the rest of those that share the last one's context."""
     end = min(start + CHUNK_REQUESTS, len(ordered))
     while end < len(ordered) and ordered[end].context == ordered[end - 1].context:

@@ -31,7 +31,7 @@ PAPER_TASKS = (
 )
 # The one that stands for a task, the first it has; the paper's tables hold acc_norm where a task
 # has it.
-METRICS = ("acc_norm", "acc", "exact_match")
+TASK_METRICS = ("acc_norm", "acc", "exact_match")
 _MMLU = "mmlu_"
 
 
@@ -91,7 +91,7 @@ class TaskScores:
 
     @property
     def metric(self) -> str:
-        return next(name for name in (*METRICS, *self.values) if name in self.values)
+        return next(name for name in (*TASK_METRICS, *self.values) if name in self.values)
 
 
 def expand_names(names: Sequence[str]) -> tuple[str, ...]:

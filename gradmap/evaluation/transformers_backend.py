@@ -20,7 +20,7 @@ from gradmap.common.console import say
 from gradmap.common.errors import UserError
 from gradmap.common.failures import is_out_of_memory
 from gradmap.common.finite import require_finite
-from gradmap.evaluation.backends import LOGITS, IsDone, Request, Score, never
+from gradmap.evaluation.backends import LOGITS, IsDone, Score, ScoreRequest, never
 from gradmap.evaluation.ends import until_end
 from gradmap.model.precision import computing_in
 
@@ -58,7 +58,7 @@ class TransformersBackend:
         )
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[Request]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         packs = list(self._pack(requests))
         # Never in one batch: the mask that branches need would let plain sequences see beyond a
         # sliding window.
@@ -66,8 +66,8 @@ class TransformersBackend:
         scores = plain | self._score_packs([pack for pack in packs if pack.is_branched])
         return [scores[request] for request in requests]
 
-    def _score_packs(self, packs: Sequence[Pack]) -> dict[Request, Score]:
-        scores: dict[Request, Score] = {}
+    def _score_packs(self, packs: Sequence[Pack]) -> dict[ScoreRequest, Score]:
+        scores: dict[ScoreRequest, Score] = {}
         packs = sorted(packs, key=lambda pack: len(pack.tokens), reverse=True)
         while packs:
             batch = packs[: max(1, self._batch_tokens // len(packs[0].tokens))]
@@ -94,8 +94,8 @@ class TransformersBackend:
                 )
         return answers
 
-    def _pack(self, requests: Sequence[Request]) -> Iterator[Pack]:
-        by_context: dict[tuple[int, ...], dict[Request, None]] = {}
+    def _pack(self, requests: Sequence[ScoreRequest]) -> Iterator[Pack]:
+        by_context: dict[tuple[int, ...], dict[ScoreRequest, None]] = {}
         for request in requests:
             by_context.setdefault(request.context, {})[request] = None
         for group in by_context.values():
@@ -160,7 +160,7 @@ class Pack:
     predictions: of each request, the places in `tokens` that predict its continuation.
     """
 
-    requests: tuple[Request, ...]
+    requests: tuple[ScoreRequest, ...]
     tokens: list[int]
     positions: list[int]
     branches: list[int]
@@ -172,7 +172,7 @@ class Pack:
         return max(self.branches) > 1
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> Pack:
+    def of(cls, requests: Sequence[ScoreRequest]) -> Pack:
         """Packs requests of the same context."""
         context = requests[0].context
         tokens, positions, branches = list(context), list(range(len(context))), [0] * len(context)
@@ -186,7 +186,7 @@ class Pack:
         return cls(tuple(requests), tokens, positions, branches, predictions)
 
 
-def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[Request, Score]:
+def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[ScoreRequest, Score]:
     longest = max(len(pack.tokens) for pack in packs)
     inputs = {"input_ids": _padded([pack.tokens for pack in packs], longest, 0).to(model.device)}
     if packs[0].is_branched:
@@ -267,7 +267,7 @@ def _token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def score_reference(model: Any, request: Request) -> Score:
+def score_reference(model: Any, request: ScoreRequest) -> Score:
     """The same for one request: one plain pass, all logits."""
     ids = torch.tensor([request.context + request.continuation], device=model.device)
     log_probabilities = model(input_ids=ids, use_cache=False).logits[0].log_softmax(dim=-1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from gradmap.common.errors import UserError
 from gradmap.common.orphans import Watch
-from gradmap.evaluation.backends import IsDone, Request, Score, never
+from gradmap.evaluation.backends import IsDone, Score, ScoreRequest, never
 from gradmap.evaluation.ends import until_end
 from gradmap.runtimes.vllm_environment import threads_within_quota, vllm_defaults
 
@@ -56,7 +56,7 @@ class VllmBackend:
         self.vocabulary: int | None = int(config["vocab_size"])
         self._end_tokens = {*end_tokens, self._llm.get_tokenizer().eos_token_id}
 
-    def score(self, requests: Sequence[Request]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)

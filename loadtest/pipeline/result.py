@@ -13,7 +13,7 @@ from gradmap.common.files import ARTIFACT_FILE, sha256_file
 from gradmap.common.reading import Strict, checked, read_json_object
 from gradmap.common.verdict import Verdict, worst
 from gradmap.evaluation.answers import Answer
-from gradmap.evaluation.comparison import Comparison
+from gradmap.evaluation.comparison import QualityComparison
 from gradmap.evaluation.perplexity import Estimate
 from gradmap.evaluation.result import read_evaluation
 from loadtest.pipeline.stages import Places
@@ -128,7 +128,7 @@ class Result(Strict):
     pruned: Side
     texts: dict[str, EvaluatedText]
     tasks: dict[str, EvaluatedTask]
-    comparison: Comparison
+    comparison: QualityComparison
     quality: QualityResult | None
     answers: list[AnsweredPrompt]
     segment: int

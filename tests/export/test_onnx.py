@@ -13,7 +13,7 @@ import torch
 from export.onnx_export import OPSET, export_onnx, quantise_int8
 from export.tolerance import STRAY_SHARE
 from gradmap.common.errors import UserError
-from gradmap.evaluation.backends import Request
+from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.onnx_backend import OnnxBackend
 from gradmap.evaluation.transformers_backend import score_reference
 from gradmap.model.architectures import ARCHITECTURES
@@ -206,5 +206,5 @@ def test_evaluation_in_onnx_runtime_gives_the_scores_of_transformers(picos, tmp_
     prompt = [5, 6, 7]
     (answer,) = backend.generate([prompt], 6)
     assert len(answer) == 6
-    assert score_reference(model, Request(tuple(prompt), tuple(answer))).greedy
+    assert score_reference(model, ScoreRequest(tuple(prompt), tuple(answer))).greedy
     assert backend.generate([prompt], 6, lambda tokens: len(tokens) == 2) == [answer[:2]]

@@ -22,7 +22,7 @@ from export.verification import Outcome, compare, find_problem
 from export.vllm_file import read_vllm_file, write_vllm_file
 from export.writers import Storage
 from gradmap.common.errors import UserError
-from gradmap.evaluation.subjects import Where, find_subjects
+from gradmap.evaluation.evaluated_models import Where, find_models
 from gradmap.model.checkpoint import open_checkpoint
 from gradmap.runtimes.vllm_environment import cpu_spoils_int8
 from serving.ports import free_port
@@ -190,8 +190,8 @@ def test_an_artifact_in_8_bits_is_evaluated_by_vllm_and_pruned_by_nobody(picos, 
     settings = ExportOptions(formats=["vllm"], quantise="int8", check_vllm=False, min_agreement=0)
     export_artifacts(make_source(picos["llama"]), settings, tmp_path)
     artifact = str(tmp_path / "vllm")
-    (subject,) = find_subjects(artifact, None, False, None, None, Where())
-    assert subject.identity["backend"] == "vllm"
-    assert "model.safetensors" in subject.identity["files"]
+    (evaluated,) = find_models(artifact, None, False, None, None, Where())
+    assert evaluated.identity["backend"] == "vllm"
+    assert "model.safetensors" in evaluated.identity["files"]
     with pytest.raises(UserError, match="prune the unquantised model"):
         open_checkpoint(artifact)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 from gradmap.data.calibration import Calibration
-from gradmap.evaluation.backends import Request
+from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.transformers_backend import TransformersBackend
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distil import uniform_numbers, write_on
@@ -211,7 +211,7 @@ def outputs_to_distil(pico, model, size):
 
 @step(batch=(5, 6))
 def evaluation(pico, model, size):
-    requests = [Request(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
+    requests = [ScoreRequest(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
     return lambda: log_likelihoods(model, requests, size.batch * (size.tokens - 1))
 
 
@@ -219,14 +219,14 @@ def evaluation(pico, model, size):
 def evaluation_of_choices(pico, model, size):
     rows = size.input_ids.tolist()
     requests = [
-        Request(tuple(row[:-4]), tuple(row[-4:end])) for row in rows for end in (-2, -1, None)
+        ScoreRequest(tuple(row[:-4]), tuple(row[-4:end])) for row in rows for end in (-2, -1, None)
     ]
     return lambda: log_likelihoods(model, requests, size.batch * (size.tokens + 2))
 
 
 @step(batch=(5, 6), correction=(1, 1))
 def evaluation_of_a_plan(pico, model, size):
-    requests = [Request(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
+    requests = [ScoreRequest(tuple(row[:1]), tuple(row[1:])) for row in size.input_ids.tolist()]
     changes = plan_changes(pico, model)
 
     def run():

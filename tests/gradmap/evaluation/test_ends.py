@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from gradmap.common.errors import UserError
 from gradmap.common.reading import read_json
 from gradmap.evaluation.ends import end_tokens, until_end
-from gradmap.evaluation.subjects import Where, find_subjects
+from gradmap.evaluation.evaluated_models import Where, find_models
 
 PROMPT = [5, 6, 7]
 
@@ -21,8 +21,8 @@ def directory(picos, tmp_path):
 
 
 def generated(directory):
-    (subject,) = find_subjects(str(directory), None, False, None, None, Where(device="cpu"))
-    with subject.open() as opened:
+    (evaluated,) = find_models(str(directory), None, False, None, None, Where(device="cpu"))
+    with evaluated.open() as opened:
         return opened.backend.generate([PROMPT], 12)[0]
 
 

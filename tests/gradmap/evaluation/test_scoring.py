@@ -14,7 +14,7 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import build_segments
-from gradmap.evaluation.backends import Request, Score, never
+from gradmap.evaluation.backends import Score, ScoreRequest, never
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
 from gradmap.evaluation.scoring import CHUNK_REQUESTS, Scorer
 from gradmap.evaluation.transformers_backend import TransformersBackend, score_reference
@@ -39,17 +39,17 @@ def random_requests(generator, contexts=6):
     for _ in range(contexts):
         context = tokens(1, 14)
         requests += [
-            Request(context, tokens(1, 10))
+            ScoreRequest(context, tokens(1, 10))
             for _ in range(int(torch.randint(1, 5, (), generator=generator)))
         ]
     # Answers of a single token, and a context short enough to stay within a window of 8 with its
     # branches
     short = tokens(2, 3)
     requests += [
-        Request(tokens(9, 10), (5,)),
-        Request(short, (5, 6)),
-        Request(short, (7, 8, 9)),
-        Request(short, (5,)),
+        ScoreRequest(tokens(9, 10), (5,)),
+        ScoreRequest(short, (5, 6)),
+        ScoreRequest(short, (7, 8, 9)),
+        ScoreRequest(short, (5,)),
     ]
     return requests
 
@@ -68,7 +68,7 @@ def test_requests_that_share_a_context_are_scored_together():
     backend = CountingBackend()
     lengths = random.Random(0)
     requests = [
-        Request((context,), (1,) * lengths.randint(1, 20))
+        ScoreRequest((context,), (1,) * lengths.randint(1, 20))
         for _ in range(4)
         for context in range(CHUNK_REQUESTS)
     ]
@@ -88,10 +88,10 @@ def test_a_greedy_continuation_is_recognised_and_generated(picos):
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
     answers = backend.generate(prompts, 6)
     for prompt, answer in zip(prompts, answers, strict=True):
-        (score,) = backend.score([Request(tuple(prompt), tuple(answer))])
+        (score,) = backend.score([ScoreRequest(tuple(prompt), tuple(answer))])
         assert score.greedy
         other = (*answer[:-1], (answer[-1] + 1) % VOCABULARY)
-        assert not backend.score([Request(tuple(prompt), other)])[0].greedy
+        assert not backend.score([ScoreRequest(tuple(prompt), other)])[0].greedy
 
 
 def test_a_batch_of_answers_ends_when_all_are_done(picos):
@@ -180,7 +180,7 @@ class CountingBackend:
         raise NotImplementedError
 
 
-REQUESTS = [Request((token,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]
+REQUESTS = [ScoreRequest((token,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]
 EXPECTED = [Score(-1.0 * token, False) for token in range(2 * CHUNK_REQUESTS + 10)]
 
 
@@ -221,10 +221,14 @@ def test_scores_are_kept_for_one_model_and_its_requests_only(kept):
 @pytest.mark.parametrize(
     ("request_", "value", "message"),
     [
-        (Request((1,), (5,)), float("nan"), "task: what the model predicts is not finite"),
-        (Request((1,), (5,)), float("-inf"), "task: what the model predicts is not finite"),
-        (Request((1,), (100_000,)), -1.0, "the model knows only 100000: it is another model's"),
-        (Request((1,) * 50, (5, 6)), -1.0, "longer than the 50"),
+        (ScoreRequest((1,), (5,)), float("nan"), "task: what the model predicts is not finite"),
+        (ScoreRequest((1,), (5,)), float("-inf"), "task: what the model predicts is not finite"),
+        (
+            ScoreRequest((1,), (100_000,)),
+            -1.0,
+            "the model knows only 100000: it is another model's",
+        ),
+        (ScoreRequest((1,) * 50, (5, 6)), -1.0, "longer than the 50"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_and_not_kept(kept, tmp_path, request_, value, message):
@@ -320,7 +324,7 @@ def test_of_two_evaluations_of_the_same_the_second_waits_and_takes_what_the_firs
 
 def test_a_text_that_is_too_long_is_refused_wherever_it_stands():
     backend = CountingBackend()
-    short, longest = Request((1,), (1, 1)), Request((2,), (1,) * (backend.max_tokens + 1))
+    short, longest = ScoreRequest((1,), (1, 1)), ScoreRequest((2,), (1,) * (backend.max_tokens + 1))
     for requests in ([short, longest], [longest, short]):
         with pytest.raises(
             UserError, match="A text of 52 tokens is longer than the 50 the model takes"

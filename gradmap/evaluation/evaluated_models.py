@@ -1,5 +1,5 @@
-"""Which models are evaluated, and where they run: a checkpoint, the same under a plan, an artifact,
-or a server."""
+"""Which models are evaluated, and where they run: a checkpoint, a checkpoint under a plan, an
+artifact, or a server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model to evaluate. identity: what its scores depend on; None if that is not known. open:
     runs it for a while.
 
@@ -64,14 +64,14 @@ class Where:
     device: str = "auto"
 
 
-def find_subjects(
+def find_models(
     model: str,
     gguf_file: str | None,
     allow_pickle: bool,
     plan: Path | None,
     pruned: str | None,
     where: Where,
-) -> list[Subject]:
+) -> list[EvaluatedModel]:
     """The dense model and, with a plan or a pruned model, that too.
 
     Raises UserError if something is missing or of another kind, or the plan belongs to another
@@ -80,10 +80,8 @@ def find_subjects(
     if where.backend not in BACKENDS:
         raise UserError(f"Unknown backend {where.backend!r}; use {', '.join(BACKENDS)}.")
     if plan is None:
-        found = [_find_subject(model, gguf_file, allow_pickle, where)]
-        return (
-            found if pruned is None else [*found, _find_subject(pruned, None, allow_pickle, where)]
-        )
+        found = [_find_model(model, gguf_file, allow_pickle, where)]
+        return found if pruned is None else [*found, _find_model(pruned, None, allow_pickle, where)]
     if pruned is not None:
         raise UserError("--plan and --pruned both say what the pruned model is; give one of them.")
     if where.backend not in ("auto", "transformers"):
@@ -91,10 +89,12 @@ def find_subjects(
             f"A plan is applied in transformers, not in {where.backend}; export it, and give "
             "--pruned DIR."
         )
-    return checkpoint_subjects(open_checkpoint(model, gguf_file, allow_pickle), plan, where)
+    return checkpoint_models(open_checkpoint(model, gguf_file, allow_pickle), plan, where)
 
 
-def checkpoint_subjects(checkpoint: Checkpoint, plan: Path | None, where: Where) -> list[Subject]:
+def checkpoint_models(
+    checkpoint: Checkpoint, plan: Path | None, where: Where
+) -> list[EvaluatedModel]:
     """The checkpoint in transformers and, with a plan, the same pruned in memory (W' unfolded);
     loaded once."""
     device = resolve_device(where.device)
@@ -109,7 +109,7 @@ def checkpoint_subjects(checkpoint: Checkpoint, plan: Path | None, where: Where)
     identity = _identity(
         "transformers", checkpoint.file_hashes, Where("transformers", dtype, device)
     )
-    dense = Subject(
+    dense = EvaluatedModel(
         checkpoint.name,
         identity,
         checkpoint.directory,
@@ -131,20 +131,22 @@ def checkpoint_subjects(checkpoint: Checkpoint, plan: Path | None, where: Where)
     return [dense, pruned]
 
 
-def _find_subject(model: str, gguf_file: str | None, allow_pickle: bool, where: Where) -> Subject:
+def _find_model(
+    model: str, gguf_file: str | None, allow_pickle: bool, where: Where
+) -> EvaluatedModel:
     backend = _backend_for(model) if where.backend == "auto" else where.backend
     if backend == "endpoint":
-        return Subject(model, None, None, lambda: _open_endpoint(model))
+        return EvaluatedModel(model, None, None, lambda: _open_endpoint(model))
     if backend == "onnxruntime":
-        return _onnx_subject(Path(model))
+        return _onnx_model(Path(model))
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle, allow_quantised=backend == "vllm")
     if backend == "vllm":
         dtype = vllm_dtype(where.dtype)
         identity = _identity("vllm", checkpoint.file_hashes, replace(where, dtype=dtype))
-        return Subject(
+        return EvaluatedModel(
             checkpoint.name, identity, checkpoint.directory, lambda: _open_vllm(checkpoint, dtype)
         )
-    return checkpoint_subjects(checkpoint, None, where)[0]
+    return checkpoint_models(checkpoint, None, where)[0]
 
 
 def _backend_for(model: str) -> str:
@@ -205,7 +207,7 @@ def _open_endpoint(url: str) -> Iterator[Opened]:
         backend.close()
 
 
-def _onnx_subject(directory: Path) -> Subject:
+def _onnx_model(directory: Path) -> EvaluatedModel:
     if not (directory / ONNX_FILE).is_file():
         raise UserError(
             f"{directory} has no {ONNX_FILE}; give a directory of `gradmap export --format onnx`."
@@ -214,7 +216,9 @@ def _onnx_subject(directory: Path) -> Subject:
     with waiting(f"Hashing {directory}"):
         files = {path.name: sha256_file(path) for path in sorted(directory.glob("*.onnx*"))}
     identity = _identity("onnxruntime", files, Where())
-    return Subject(str(directory), identity, directory, lambda: _open_onnx(directory, config))
+    return EvaluatedModel(
+        str(directory), identity, directory, lambda: _open_onnx(directory, config)
+    )
 
 
 @contextmanager
