@@ -50,7 +50,7 @@ def run_process(command: Sequence[str], **options: Any) -> tuple[int, struct_rus
 
 
 def peak_bytes(usage: struct_rusage) -> int:
-    """Peak resident memory."""
+    """Peak resident memory of a process, in bytes."""
     return usage.ru_maxrss * 1024
 
 
@@ -78,7 +78,7 @@ def run_captured(
 
 @contextmanager
 def ending_children() -> Iterator[None]:
-    """Where the block fails, ends what `run_captured` waits for in other threads: their pool would
+    """Ends what `run_captured` waits for in other threads, if the block fails: their pool would
     wait for it."""
     try:
         yield
@@ -108,9 +108,9 @@ def _end_family(process: subprocess.Popen[str]) -> None:
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
     process.kill()
-    for one in family:
+    for member in family:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
+            member.kill()
     psutil.wait_procs(family, timeout=EXIT_WAIT_S)
 
 

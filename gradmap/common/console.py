@@ -91,14 +91,14 @@ def waiting(what: str | Callable[[], str]) -> Iterator[None]:
 
 
 def importing() -> AbstractContextManager[None]:
-    """For the imports that a command begins with: of torch and transformers, which take ten
-    seconds."""
+    """Names, as `waiting` does, the imports that a command begins with: of torch and transformers,
+    which take ten seconds."""
     return waiting("Importing torch and transformers")
 
 
 @contextmanager
 def announced(what: str) -> Iterator[None]:
-    """The same for what is seldom quick, so that it is said at once."""
+    """Says `what` at once, for it is seldom quick, and then as `waiting` does."""
     say(what)
     with waiting(what):
         yield
@@ -119,7 +119,7 @@ def heartbeat(describe: Callable[[float], str]) -> Iterator[None]:
 
 
 def so_far(what: str | Callable[[], str]) -> Callable[[float], str]:
-    """From seconds to `what, 20 s so far`."""
+    """A function from the seconds that have passed to `what, 20 s so far`."""
     return lambda elapsed_s: (
         f"{what if isinstance(what, str) else what()}, {describe_s(elapsed_s)} so far"
     )

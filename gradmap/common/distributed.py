@@ -47,19 +47,22 @@ def share_of(input_ids: Tensor) -> tuple[Tensor, int]:
 
 
 def gathered(share: Tensor, samples: int) -> Tensor:
-    """What every process has of its `share_of` the samples, (n, ...), in their order: (N, ...)."""
+    """All processes' parts of a tensor over samples, put together.
+
+    share: (n, ...), of this process's `share_of` the samples. Returns (N, ...) in their order.
+    """
     whole = share.new_zeros(samples, *share.shape[1:])
     whole[_share(samples)] = share
     return summed(whole)
 
 
 def share_of_step(tensor: Tensor) -> Tensor:
-    """The same of the samples of one step of training, of which a process may get none."""
+    """This process's part (n, ...) of one step's samples (N, ...) in training; it may be empty."""
     return tensor[_share(len(tensor))]
 
 
 def say_if_some_are_idle(step_samples: int) -> None:
-    """Before training with steps of so many samples."""
+    """Says so if processes have nothing to do in training with steps of so many samples."""
     idle = process_count() - step_samples
     if idle > 0:
         say(

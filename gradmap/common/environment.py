@@ -38,6 +38,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def cpu_model() -> str:
+    """The processor's name, or its kind where the system does not tell."""
     try:
         with Path("/proc/cpuinfo").open() as lines:
             return next(

@@ -2,8 +2,10 @@
 others."""
 
 EXIT_USAGE = 2
-EXIT_BUG = 70  # EX_SOFTWARE: never to be mistaken for a gate's verdict
-EXIT_OUT_OF_MEMORY = 75  # EX_TEMPFAIL: another attempt may find more
+# EX_SOFTWARE: never to be mistaken for a gate's verdict.
+EXIT_BUG = 70
+# EX_TEMPFAIL: another attempt may find more.
+EXIT_OUT_OF_MEMORY = 75
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -31,6 +33,7 @@ class OutOfMemoryError(UserError):
 
 def first_line(error: Exception) -> str:
     """What a library's error says first, for a sentence of ours; its name if it says nothing."""
-    if isinstance(error, KeyError):  # whose text is the key alone
+    # Its text is the key alone.
+    if isinstance(error, KeyError):
         return f"the key {error} is missing"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -23,8 +23,14 @@ MEMORY_CURE = (
 # mistake of ours.
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _ANY_ACCESS = (
-    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
-    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
 )
 # safetensors says: I/O error: No space left on device (os error 28)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -50,7 +56,8 @@ def explain(error: BaseException) -> UserError | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's CPU allocator raises a plain RuntimeError, and the system an OSError."""
+    """Whether an exception says that memory ran out: torch's CPU allocator raises a plain
+    RuntimeError, and the system an OSError."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     of_torch = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
@@ -58,7 +65,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def says_out_of_memory(text: str) -> bool:
-    """Of what another program, or a library, said last."""
+    """Whether what another program, or a library, said last means that memory ran out."""
     return _MEMORY_WORDS.search(text) is not None
 
 

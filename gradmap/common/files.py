@@ -80,9 +80,8 @@ def remove_file(path: Path) -> None:
 def append_text(path: Path, text: str) -> None:
     """Appends to a file, all of it or, if the disk is full, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open(
-        "ab", buffering=0
-    ) as file:  # a buffer would be written again when the file is closed
+    # A buffer would be written again when the file is closed.
+    with path.open("ab", buffering=0) as file:
         before, rest = file.tell(), memoryview(text.encode())
         try:
             while rest:
@@ -115,10 +114,11 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
 
 @contextmanager
 def _partial_of(path: Path) -> Iterator[tuple[Path, Path]]:
-    """A name that nothing has yet, beside where `path` leads, and that place."""
+    """Yields a name that nothing has yet, beside where `path` leads, and that place."""
     with writing(path) as locked:
         place = Path(os.path.realpath(path))
-        if locked:  # so that nobody else is at work there
+        # Nobody else is at work there then.
+        if locked:
             _remove_partials(place)
         _restore_retired(place)
         yield place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}"), place
@@ -134,8 +134,8 @@ def _remove_partials(path: Path) -> None:
 
 
 def _restore_retired(path: Path) -> None:
-    """Where a run was killed between the two renames of _replace_directory, the earlier result
-    comes back."""
+    """Brings the earlier result back where a run was killed between the two renames of
+    _replace_directory."""
     retired = path.with_name(f".{path.name}.retired")
     if retired.exists() and path.exists():
         shutil.rmtree(retired)

@@ -26,7 +26,7 @@ class Stamp(BaseModel):
 
 
 def fingerprint(paths: Sequence[Path], below: Path) -> dict[str, Stamp]:
-    """Of `files_of(paths)`, by their paths below `below`."""
+    """The versions of `files_of(paths)`, by their paths below `below`."""
     found = {}
     for file in files_of(paths):
         status = file.stat()

@@ -15,8 +15,8 @@ CURE = "the checkpoint is damaged, or its dtype overflows (try --dtype float32)"
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """By its ends, which are NaN if any of it is: isfinite would make three tensors of that
-    size."""
+    """Whether a tensor of any shape holds neither NaN nor infinity."""
+    # Its ends are NaN if any of it is; isfinite of all would make three tensors of that size.
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
@@ -31,15 +31,16 @@ def _all_finite(value: Tensor | float) -> bool:
 
 
 def require_finite_weights(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """By name; those that are not in memory (on `meta`) are left out. Raises UserError for the
-    first that is not."""
+    """Raises UserError for the first weight that is not finite. weights: name and tensor; those
+    that are not in memory (on `meta`) are left out."""
     for name, weight in weights:
         if not weight.is_meta:
             require_finite(f"The weight {name}", weight)
 
 
 def require_finite_scores(scores: Mapping[int, float]) -> None:
-    """Of layers, by their original index. Raises UserError for the first one that is not finite."""
+    """Raises UserError for the first score that is not finite. scores: of layers, by their original
+    index."""
     for layer, score in scores.items():
         require_finite(f"The score of layer {layer}", score)
 

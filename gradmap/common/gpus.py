@@ -41,8 +41,8 @@ class Device:
 
 @contextmanager
 def visible_gpus(environment: Mapping[str, str]) -> Iterator[list[Device]]:
-    """What CUDA shows to a process with this environment, in CUDA's order; nothing where no NVIDIA
-    driver answers.
+    """Yields the devices that CUDA shows to a process with this environment, in CUDA's order; none
+    where no NVIDIA driver answers.
 
     Devices are good until the block ends. Numbers in CUDA_VISIBLE_DEVICES count as NVML and
     nvidia-smi do, by PCI address. CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID. Without, it puts
@@ -75,7 +75,8 @@ def _list_devices() -> list[Device]:
     whole: list[Device] = []
     slices: list[Device] = []
     for index in range(pynvml.nvmlDeviceGetCount()):
-        with suppress(pynvml.NVMLError):  # NVML counts GPUs that this process may not use
+        # NVML counts GPUs that this process may not use.
+        with suppress(pynvml.NVMLError):
             card = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = pynvml.nvmlDeviceGetUUID(card)
             if _is_sliced(card):
@@ -86,13 +87,15 @@ def _list_devices() -> list[Device]:
 
 
 def _is_sliced(card: Any) -> bool:
-    modes = ask(pynvml.nvmlDeviceGetMigMode, card)  # now, and after a reset
+    # The mode now, and the one after a reset.
+    modes = ask(pynvml.nvmlDeviceGetMigMode, card)
     return modes is not None and modes[0] == pynvml.NVML_DEVICE_MIG_ENABLE
 
 
 def _list_slices(card: Any, card_uuid: str) -> Iterator[Device]:
     for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(card)):
-        with suppress(pynvml.NVMLError):  # there may be fewer, and a container has some of them
+        # There may be fewer, and a container has some of them.
+        with suppress(pynvml.NVMLError):
             handle = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
             uuid = pynvml.nvmlDeviceGetUUID(handle)
             instances = (
@@ -103,9 +106,9 @@ def _list_slices(card: Any, card_uuid: str) -> Iterator[Device]:
 
 
 def _select(devices: Sequence[Device], variable: str | None) -> list[Device]:
-    """CUDA's rules: the first entry that names nothing ends the list, and one that is repeated
-    empties it. Numbers, GPUs' UUIDs and slices' UUIDs do not mix: the first entry says which of
-    them are read."""
+    """The devices that the variable selects, by CUDA's rules: the first entry that names nothing
+    ends the list, and one that is repeated empties it. Numbers, GPUs' UUIDs and slices' UUIDs do
+    not mix: the first entry says which of them are read."""
     if variable is None:
         return _one_per_instance(devices)
     entries = variable.split(",")
@@ -124,8 +127,8 @@ def _kind(entry: str) -> str:
 
 
 def _find(entry: str, devices: Sequence[Device]) -> Device | None:
-    """The beginning of a UUID will do if no other begins so. A GPU in MIG mode stands for the first
-    of its slices."""
+    """The device that an entry names. The beginning of a UUID will do if no other begins so. A GPU
+    in MIG mode stands for the first of its slices."""
     if _kind(entry) == "MIG-":
         slices = [
             device
@@ -136,9 +139,10 @@ def _find(entry: str, devices: Sequence[Device]) -> Device | None:
     if _kind(entry) == "GPU-":
         on_card = [device for device in devices if device.card_uuid.startswith(entry)]
         return on_card[0] if len({device.card_uuid for device in on_card}) == 1 else None
-    shown = _one_per_instance(devices)
-    number = re.match(r"\s*\+?(\d+)", entry)  # as C's strtoul reads it: "1x" is 1
-    return shown[int(number[1])] if number and int(number[1]) < len(shown) else None
+    numbered = _one_per_instance(devices)
+    # As C's strtoul reads it: "1x" is 1.
+    number = re.match(r"\s*\+?(\d+)", entry)
+    return numbered[int(number[1])] if number and int(number[1]) < len(numbered) else None
 
 
 def _one_per_instance(devices: Sequence[Device]) -> list[Device]:

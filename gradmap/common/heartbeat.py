@@ -96,7 +96,7 @@ class Heartbeat:
 
     @property
     def wait_s(self) -> float:
-        """How long it may still be silent."""
+        """Seconds that it may still be silent."""
         return max(0.0, self._spoke_s + self._interval_s - self._clock())
 
     def beat(self) -> None:

@@ -98,9 +98,8 @@ def _take(lock: Path, what: Path, wait: bool) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(
-            descriptor
-        )  # its last holder removed the file meanwhile, and the next one takes another
+        # Its last holder removed the file meanwhile, and the next one takes another.
+        os.close(descriptor)
 
 
 def _lock(descriptor: int, what: Path, wait: bool) -> None:

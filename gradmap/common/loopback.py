@@ -22,6 +22,6 @@ def is_own_address(host: str) -> bool:
 
 
 def own_transport(url: str) -> httpx.HTTPTransport | None:
-    """One that knows of no proxy if `url` leads to this machine; otherwise None, for httpx's own
-    choice by `http_proxy` and the like. Raises httpx.InvalidURL."""
+    """A transport that knows of no proxy if `url` leads to this machine; otherwise None, for
+    httpx's own choice by `http_proxy` and the like. Raises httpx.InvalidURL."""
     return httpx.HTTPTransport() if is_own_address(httpx.URL(url).host) else None

@@ -93,7 +93,7 @@ class Rates:
     by_dtype: Mapping[str, float]
 
     def ratio(self, dtype: str) -> float:
-        """How many times as fast as float32."""
+        """How many times as fast as float32 a dtype is."""
         return self.by_dtype[dtype] / self.by_dtype["float32"]
 
     def describe(self) -> str:
@@ -104,11 +104,13 @@ class Rates:
 
 @cache
 def measure_cpu() -> Rates:
-    """Takes some 0.1 s where everything is native, and below 1 s elsewhere."""
+    """The rates of this machine's cores. Takes some 0.1 s where everything is native, and below 1 s
+    elsewhere."""
     limit_threads()
     best_s = dict.fromkeys(("float32", "bfloat16", "float16"), math.inf)
     products = {name: _product(getattr(torch, name)) for name in best_s}
-    for _ in range(REPETITIONS):  # in turn, so that who else is busy meets all alike
+    # In turn, so that who else is busy meets all alike.
+    for _ in range(REPETITIONS):
         for name, (inputs, weight) in products.items():
             best_s[name] = min(best_s[name], _seconds_of_product(inputs, weight))
     flops = 2 * math.prod(PRODUCT_SHAPE)
@@ -143,9 +145,8 @@ def warn_if_threads_hinder() -> None:
         return
     inputs, weight = _product(torch.float32)
     together_s, alone_s = 0.0, 0.0
-    for _ in range(
-        PRODUCTS_IN_TURN
-    ):  # all of them count: what one thread waits for another is not in the best
+    # All of them count: what one thread waits for another is not in the best.
+    for _ in range(PRODUCTS_IN_TURN):
         together_s += _seconds_of_product(inputs, weight)
         with _threads(1):
             alone_s += _seconds_of_product(inputs, weight)
@@ -169,7 +170,8 @@ def _threads(count: int) -> Iterator[None]:
 def _product(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tokens, d_in, d_out = PRODUCT_SHAPE
     inputs, weight = torch.ones(tokens, d_in, dtype=dtype), torch.ones(d_out, d_in, dtype=dtype)
-    torch.nn.functional.linear(inputs, weight)  # the first one also looks for a kernel
+    # The first product also looks for a kernel.
+    torch.nn.functional.linear(inputs, weight)
     return inputs, weight
 
 

@@ -27,10 +27,10 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     """
     if not is_made(target):
         with writing(target, wait=True):
-            if not is_made(target):  # somebody else may have made it meanwhile
-                shutil.rmtree(
-                    target, ignore_errors=True
-                )  # what is left of one that lost files, too
+            # Somebody else may have made it meanwhile.
+            if not is_made(target):
+                # What is left of one that lost files goes, too.
+                shutil.rmtree(target, ignore_errors=True)
                 with atomic_directory(target, marker=CONFIG_FILE) as partial:
                     make(partial)
                     stamps = fingerprint([partial], partial)
@@ -39,10 +39,11 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def is_made(target: Path) -> bool:
-    """Whether it is there, and what it was made as."""
+    """Whether what `made_once` makes at `target` is there, and what it was made as."""
     try:
         recorded = _STAMPS.validate_json((target / STAMPS_FILE).read_bytes())
     except (OSError, ValidationError):
         return False
-    with waiting(f"Checking {target}"):  # by hash, where it is a copy
+    # By hash, where it is a copy.
+    with waiting(f"Checking {target}"):
         return CONFIG_FILE in recorded and find_change(recorded, target) is None

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import wraps
+from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -52,16 +53,15 @@ def takes(*kinds: type[Strict]) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
-        made = [
-            _parameter(name, field) for kind in kinds for name, field in kind.model_fields.items()
-        ]
+        fields = chain.from_iterable(kind.model_fields.items() for kind in kinds)
+        made = [_parameter(name, field) for name, field in fields]
 
         @wraps(command)
         def run(**given: Any) -> Any:
-            models = [
-                read_options(kind, {name: given.pop(name) for name in kind.model_fields})
-                for kind in kinds
-            ]
+            models = []
+            for kind in kinds:
+                values = {name: given.pop(name) for name in kind.model_fields}
+                models.append(read_options(kind, values))
             return command(*models, **given)
 
         required = [parameter for parameter in own if parameter.default is parameter.empty]
@@ -98,7 +98,7 @@ def checked_options(kind: type[Options], values: dict[str, Any]) -> Options:
 
 
 def _first_problem(kind: type[Strict], error: ValidationError, values: dict[str, Any]) -> str:
-    """With the cure that the field at fault names, or the reason."""
+    """The sentence for the first field at fault, with the cure that it names, or the reason."""
     first = error.errors()[0]
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
@@ -112,7 +112,7 @@ def _first_problem(kind: type[Strict], error: ValidationError, values: dict[str,
 
 
 def _split(name: str, value: Any, field: FieldInfo) -> Any:
-    """Of a list of numbers or names: its items."""
+    """The items of a list of numbers or names; any other value as it is."""
     item = _item(field)
     if item is None:
         return value
@@ -131,16 +131,7 @@ def _split(name: str, value: Any, field: FieldInfo) -> Any:
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     several = _is_several(field)
     kind: Any = (list[str] | None) if several else _unbounded(field.annotation)
-    bounds = {
-        key: getattr(bound, attribute)
-        for bound in field.metadata
-        for key, attribute, of in (
-            ("min", "ge", annotated_types.Ge),
-            ("max", "le", annotated_types.Le),
-        )
-        if isinstance(bound, of)
-    }
-    option = typer.Option(*_flags(name, field), help=field.description, **bounds)
+    option = typer.Option(*_flags(name, field), help=field.description, **_bounds(field))
     default: Any
     if field.is_required():
         kind, default = (list[str] if several else kind), inspect.Parameter.empty
@@ -154,9 +145,20 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
+def _bounds(field: FieldInfo) -> dict[str, Any]:
+    """A field's bounds, by typer's names for them."""
+    bounds: dict[str, Any] = {}
+    for bound in field.metadata:
+        if isinstance(bound, annotated_types.Ge):
+            bounds["min"] = bound.ge
+        if isinstance(bound, annotated_types.Le):
+            bounds["max"] = bound.le
+    return bounds
+
+
 def _flags(name: str, field: FieldInfo) -> list[str]:
-    """That of a switch, which may have an opposite, or of an option that is called otherwise than
-    its field; typer finds all others by the name."""
+    """The flags of a switch, which may have an opposite, or of an option that is called otherwise
+    than its field; typer finds all others by the name."""
     flag = option_of(name, field)
     if bool in _kinds(field):
         return [flag] if field.default is False else [f"{flag}/{opposite_of(name)}"]
@@ -181,12 +183,13 @@ def _kinds(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def _is_several(field: FieldInfo) -> bool:
-    """Whether its option may be given several times."""
+    """Whether a field's option may be given several times."""
     return any(get_origin(kind) in (list, dict) for kind in _kinds(field))
 
 
 def _item(field: FieldInfo) -> Any:
-    """What a list has that may be written with commas: int, float, or str for names; else None."""
+    """The items' type of a list that may be written with commas: int, float, or str for names; else
+    None."""
     for kind in _kinds(field):
         if get_origin(kind) is list:
             item = get_args(kind)[0]

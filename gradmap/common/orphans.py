@@ -25,11 +25,14 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        import psutil  # not above: the program needs nothing installed
+        # Not above: the program needs nothing installed.
+        import psutil
 
         started = [psutil.Process(process.pid) for process in active_children()]
-        family = [*started, *chain.from_iterable(one.children(recursive=True) for one in started)]
-        command = [sys.executable, "-I", "-S", __file__, *(str(one.pid) for one in family)]
+        descendants = (process.children(recursive=True) for process in started)
+        family = [*started, *chain.from_iterable(descendants)]
+        ids = [str(process.pid) for process in family]
+        command = [sys.executable, "-I", "-S", __file__, *ids]
         # in a session of its own, for ctrl-C in a terminal would end it before us
         self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 

@@ -23,7 +23,8 @@ ROOM_BYTES = 40
 
 @contextmanager
 def output_directory(path: Path, marker: str) -> Iterator[None]:
-    """For a directory that is replaced whole, whose earlier result holds a file named `marker`.
+    """Keeps a place for a directory that is replaced whole, whose earlier result holds a file named
+    `marker`.
 
     Raises UserError if it cannot be, or if another process is at it.
     """
@@ -42,7 +43,8 @@ def output_directory(path: Path, marker: str) -> Iterator[None]:
 
 @contextmanager
 def output_file(path: Path) -> Iterator[None]:
-    """For a file. Raises UserError if it cannot be written, or if another process is at it."""
+    """Keeps a place for a file. Raises UserError if it cannot be written, or if another process is
+    at it."""
     with ExitStack() as stack:
         with _explained():
             if _place(path).is_dir():
@@ -53,8 +55,8 @@ def output_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def results_in(directory: Path, marker: str) -> Iterator[None]:
-    """For a directory that results are put into; it is made. Raises UserError as `output_directory`
-    does."""
+    """Keeps a place for a directory that results are put into; it is made. Raises UserError as
+    `output_directory` does."""
     with ExitStack() as stack:
         with _explained():
             _place(directory)
@@ -71,7 +73,7 @@ def refuse_foreign_directory(path: Path, marker: str) -> None:
     if (
         path.is_dir()
         and not (path / marker).exists()
-        and any(one.name != INNER_LOCK for one in path.iterdir())
+        and any(entry.name != INNER_LOCK for entry in path.iterdir())
     ):
         raise UserError(
             f"{path} is not empty and holds no {marker}, so it will not be overwritten; name "

@@ -7,16 +7,17 @@ import os
 
 
 def process_count() -> int:
+    """How many processes were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_rank() -> int:
-    """From 0 on."""
+    """The number of this process among those started together, from 0 on."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this one writes files and talks."""
+    """Whether this process is the one that writes files and talks."""
     return process_rank() == 0
 
 

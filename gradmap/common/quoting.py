@@ -11,8 +11,8 @@ _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def visible(text: str) -> str:
-    """For terminals: what would move the cursor, change colours or turn the direction of writing is
-    spelt out."""
+    """The text for terminals: what would move the cursor, change colours or turn the direction of
+    writing is spelt out."""
     return "".join(
         character
         if character.isprintable() or character == "\n"
@@ -22,12 +22,12 @@ def visible(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """For a line or a cell of Markdown: shown as it is; no markup, no link, and nobody is called by
-    it."""
+    """The text for a line or a cell of Markdown, which shows it as it is: no markup, no link, and
+    nobody is called by it."""
     escaped = _MARKDOWN.sub(r"\\\g<0>", visible(text).replace("\n", " "))
     return escaped.replace("&", "&amp;").replace("@", "&#64;").replace("://", "&#58;//")
 
 
 def xml_text(text: str) -> str:
-    """For XML, which is to be escaped besides: without characters that it cannot hold."""
+    """The text for XML, which is to be escaped besides: without characters that it cannot hold."""
     return _NOT_IN_XML.sub("\ufffd", text)

@@ -14,8 +14,8 @@ REASON_LINES = 6
 
 
 def reasons_below(message: str, lines: Sequence[str]) -> list[str]:
-    """What follows an exception's message and belongs to it: nothing if the message says what is
-    wrong, else the next line that says something; of pydantic's (name of a field, what is wrong
+    """The lines that follow an exception's message and belong to it: none if the message says what
+    is wrong, else the next line that says something; of pydantic's (name of a field, what is wrong
     with it) all of them."""
     if not HEADING.match(message):
         return []

@@ -154,7 +154,8 @@ def checked_result(kind: type[Result], contents: Any, path: Path, cure: str) -> 
 
     Raises UserError that names the first key at fault, and the cure.
     """
-    try:  # as JSON: strictly, Python's dictionaries and lists are no dataclasses and tuples
+    # As JSON: strictly, Python's dictionaries and lists are no dataclasses and tuples.
+    try:
         return kind.model_validate_json(json.dumps(contents), strict=True)
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error, cure)}.") from None
@@ -162,8 +163,8 @@ def checked_result(kind: type[Result], contents: Any, path: Path, cure: str) -> 
 
 @contextmanager
 def library_errors_refused(what: str) -> Iterator[None]:
-    """What a library raises over malformed data becomes a UserError, `what` and its first line; not
-    what others may raise, so for a library's own work alone."""
+    """Turns what a library raises over malformed data into a UserError, `what` and its first line;
+    not what others may raise, so for a library's own work alone."""
     try:
         yield
     except UserError:
@@ -173,7 +174,8 @@ def library_errors_refused(what: str) -> Iterator[None]:
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be written: JSON may hold halves of characters, which no encoding has."""
+    """Whether a string can be written: JSON may hold halves of characters, which no encoding
+    has."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -182,7 +184,7 @@ def is_text(value: str) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """Of a value from JSON, for a sentence."""
+    """The kind of a value from JSON, for a sentence: "a list"."""
     names = {
         dict: "an object",
         list: "a list",

@@ -28,9 +28,8 @@ def raising_signals() -> Iterator[list[int]]:
     owner, received = os.getpid(), list[int]()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        if (
-            os.getpid() != owner
-        ):  # a fork of us, by a library: it has nothing to tidy that is not ours
+        # A fork of us, by a library, has nothing to tidy that is not ours.
+        if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
@@ -39,15 +38,13 @@ def raising_signals() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    heeded = [
-        one for one in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(one) != signal.SIG_IGN
-    ]
+    ends = (signal.SIGTERM, signal.SIGINT)
+    heeded = [number for number in ends if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in heeded}
     try:
         yield received
     finally:
-        if (
-            not received
-        ):  # else this process is about to end, and goes on ignoring what would cut that short
+        # Else this process is about to end, and goes on ignoring what would cut that short.
+        if not received:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -63,8 +63,8 @@ class Stage:
 
 
 class _Marker(BaseModel):
-    """What is kept of a stage that is done. outputs: of every file that it left, by its path below
-    the directory.
+    """What is kept of a stage that is done. outputs: the version of every file that it left, by its
+    path below the directory.
 
     facts: their hash.
     """
@@ -84,12 +84,12 @@ def stage_key(stage: Stage) -> str:
 
 
 def is_within(path: Path, outputs: Sequence[Path]) -> bool:
-    """Whether a path is one of these, or below one."""
+    """Whether a path is one of these outputs, or below one."""
     return any(path == output or output in path.parents for output in outputs)
 
 
 def is_done(stage: Stage, out: Path) -> bool:
-    """Whether it was done before, with the inputs that there are now, and left what there is
+    """Whether a stage was done before, with the inputs that there are now, and left what there is
     now."""
     # without a marker there is nothing to compare, and a model takes its time to hash
     return (
@@ -98,7 +98,8 @@ def is_done(stage: Stage, out: Path) -> bool:
 
 
 def run_stage(stage: Stage, label: str, out: Path, forced: bool) -> None:
-    """Raises OutOfMemoryError if the stage was killed, and StageError if it fails otherwise."""
+    """Runs a stage, unless it is done and not `forced`. Raises OutOfMemoryError if it was killed,
+    and StageError if it fails otherwise."""
     with waiting(f"{label} {stage.name}: hashing what it reads and what it wrote"):
         key = stage_key(stage)
         reason = _reason_to_run(key, stage, out)
@@ -131,7 +132,7 @@ def stage_record(out: Path, stage_name: str) -> dict[str, Any]:
 
 
 def _require_success(stage: Stage, code: int, earlier: set[tuple[int, int]]) -> None:
-    """earlier: `_versions` before it ran."""
+    """Raises what `run_stage` does. earlier: `_versions` before it ran."""
     if code == EXIT_OUT_OF_MEMORY:
         raise OutOfMemoryError(
             f"Stage {stage.name} ran out of memory; run again, and it goes on from there."
@@ -149,7 +150,7 @@ def _require_success(stage: Stage, code: int, earlier: set[tuple[int, int]]) -> 
 
 
 def _versions(stage: Stage) -> set[tuple[int, int]]:
-    """Of the files that it leaves, those that there are."""
+    """The versions (inode, time) of the files that a stage leaves, as far as they are there."""
     statuses = [path.stat() for path in files_of(stage.outputs) if path.is_file()]
     return {(status.st_ino, status.st_mtime_ns) for status in statuses}
 
@@ -181,8 +182,8 @@ def _change_of_facts(stage: Stage, record: _Marker) -> str | None:
 
 
 def _remove_remains(stage: Stage, out: Path) -> None:
-    """Of a directory of which a part is gone, its command would take the rest for somebody
-    else's."""
+    """Removes directories of which a part is gone: the stage's command would take the rest for
+    somebody else's."""
     record = _read_marker(stage, out)
     if record is None:
         return
@@ -192,7 +193,7 @@ def _remove_remains(stage: Stage, out: Path) -> None:
 
 
 def _read_marker(stage: Stage, out: Path) -> _Marker | None:
-    """None if there is none, or one of an older version or a damaged one."""
+    """What is kept of the stage; None if nothing is, or it is of an older version or damaged."""
     try:
         return checked(_Marker, read_json(_marker(out, stage.name)), _marker(out, stage.name))
     except UserError:

@@ -27,9 +27,8 @@ class _UniqueKeys(yaml.SafeLoader):
     """Plain YAML in which a key that occurs twice is an error, not the last one's value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [
-            key.value for key, _ in node.value
-        ]  # before the merge keys (<<) are filled in, which may repeat
+        # Before the merge keys (<<) are filled in, which may repeat.
+        keys = [key.value for key, _ in node.value]
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
         if twice is not None:

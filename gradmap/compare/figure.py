@@ -20,8 +20,8 @@ METHOD_COLORS = [colormaps["tab10"](number) for number in range(1, 10)]
 
 
 def draw_perplexities(result: dict[str, Any]) -> str:
-    """SVG. Error bars are standard errors of the evaluation; the legend's order is that of the last
-    points."""
+    """The perplexities as an SVG. Error bars are standard errors of the evaluation; the legend's
+    order is that of the last points."""
     texts = list(result["dense"]["perplexity"])
     figure = Figure(figsize=(5.0 * len(texts) + 2.5, 5.0), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]

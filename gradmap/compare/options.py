@@ -29,4 +29,5 @@ class _EvaluatedIn(EvaluatedOn):
 
 
 class CompareOptions(_EvaluatedIn, ComputingOptions, CalibrationOptions, _Compared):
-    """Every method at every count with every seed, under one calibration and one evaluation."""
+    """Options of `gradmap compare`: every method at every count with every seed, under one
+    calibration and one evaluation."""

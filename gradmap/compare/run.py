@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ Variants = Mapping[str, Mapping[str, Any]]
 # stands for.
 OF_SELECTORS: Variants = {
     "-one-shot": {"one_shot": True},
-    "-protected": {"protect_first": 4, "protect_last": 2},  # Shortened LLaMA's
+    # The layers that Shortened LLaMA keeps.
+    "-protected": {"protect_first": 4, "protect_last": 2},
 }
 OF_COMPENSATORS: Variants = {"-as-published": {"accept": ALWAYS, "held_out": 0}}
 
@@ -71,7 +72,7 @@ class CompareSettings:
 
 
 def settings_of(options: CompareOptions, model: str, gguf_file: str | None) -> CompareSettings:
-    """What options come to. Raises UserError for an unknown method."""
+    """The comparison that these options ask for. Raises UserError for an unknown method."""
     calibration = options.model_dump(include=set(CalibrationOptions.model_fields))
     evaluation = options.model_dump(include=set(EvaluatedOn.model_fields))
     return CompareSettings(
@@ -112,8 +113,8 @@ def split_variant(name: str, variants: Variants) -> tuple[str, Mapping[str, Any]
 
 
 def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
-    """One for each selector and seed, of as many layers as any count asks for, or for each
-    count."""
+    """The stages that select layers: one for each selector and seed, of as many layers as any count
+    asks for; for each count, too, where choices are not nested."""
     selections = dict.fromkeys(
         (method.selection, selected_count(settings, method, count))
         for method, count in product(settings.methods, settings.counts)
@@ -141,7 +142,7 @@ def is_nested(selection: str) -> bool:
 
 
 def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
-    """One for each method, count and seed."""
+    """The stages that repair: one for each method, count and seed."""
     device = {"device": settings.calibration.get("device")}
     for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
         source = _selection(out, method.selection, selected_count(settings, method, count), seed)
@@ -160,7 +161,7 @@ def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:
 
 
 def plan_evaluations(settings: CompareSettings, out: Path) -> Iterator[Stage]:
-    """One for each plan."""
+    """The stages that evaluate: one for each plan."""
     for method, count, seed in product(settings.methods, settings.counts, settings.seeds):
         plan = _plan(out, method, count, seed)
         target = out / "evaluations" / f"{plan.name}.json"
@@ -223,29 +224,41 @@ def describe_row(
     repair had resident; evaluation is left out.
     """
     evaluations = [_read_evaluation(out, method, count, seed) for seed in settings.seeds]
-    plans = [load_plan(_plan(out, method, count, seed)) for seed in settings.seeds]
     chosen = selected_count(settings, method, count)
     selections = [_selection(out, method.selection, chosen, seed) for seed in settings.seeds]
-    names = [directory.name for directory in selections]
-    repairs = [_plan(out, method, count, seed).name for seed in settings.seeds]
-    pruned = [evaluation["pruned"] for evaluation in evaluations]
-    ratios = [evaluation["comparison"]["perplexity_ratio"] for evaluation in evaluations]
+    repairs = [_plan(out, method, count, seed) for seed in settings.seeds]
     return {
         "method": method.name,
         "removed": count,
-        "layers": [plan.removal_order for plan in plans],
-        "perplexity": {
-            text: _mean([side["perplexity"][text] for side in pruned]) for text in ratios[0]
-        },
-        "ratio": {text: _mean([ratio[text] for ratio in ratios]) for text in ratios[0]},
-        "average_accuracy": _mean([side["average_accuracy"] for side in pruned])
-        if evaluations[0]["tasks"]
-        else None,
-        "select_s": statistics.mean(
-            load_plan(directory).timings_s["select"] for directory in selections
-        ),
-        "repair_s": statistics.mean(plan.timings_s["compensate"] for plan in plans),
-        "peak_bytes": max(stage_record(out, name)["peak_bytes"] for name in (*names, *repairs)),
+        "layers": [load_plan(directory).removal_order for directory in repairs],
+        **_quality_over_seeds(evaluations),
+        **_costs_over_seeds(out, selections, repairs),
+    }
+
+
+def _quality_over_seeds(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of what was measured. evaluations: the contents of eval.json of each seed."""
+    ratios = [evaluation["comparison"]["perplexity_ratio"] for evaluation in evaluations]
+    perplexities = [evaluation["pruned"]["perplexity"] for evaluation in evaluations]
+    accuracies = [evaluation["pruned"]["average_accuracy"] for evaluation in evaluations]
+    return {
+        "perplexity": _means_by_text(perplexities),
+        "ratio": _means_by_text(ratios),
+        "average_accuracy": _mean(accuracies) if evaluations[0]["tasks"] else None,
+    }
+
+
+def _costs_over_seeds(
+    out: Path, selections: Sequence[Path], repairs: Sequence[Path]
+) -> dict[str, Any]:
+    """Seconds and bytes. selections, repairs: the plan directories of each seed."""
+    selected_s = [load_plan(directory).timings_s["select"] for directory in selections]
+    repaired_s = [load_plan(directory).timings_s["compensate"] for directory in repairs]
+    stages = [stage_record(out, directory.name) for directory in (*selections, *repairs)]
+    return {
+        "select_s": statistics.mean(selected_s),
+        "repair_s": statistics.mean(repaired_s),
+        "peak_bytes": max(stage["peak_bytes"] for stage in stages),
     }
 
 
@@ -269,15 +282,17 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     it cost."""
     rows = []
     for row in result["rows"]:
-        cells = [_cell(one, row["ratio"][text]) for text, one in row["perplexity"].items()]
+        cells = [
+            _cell(perplexity, row["ratio"][text]) for text, perplexity in row["perplexity"].items()
+        ]
         accuracy = row["average_accuracy"]
-        shown = "" if accuracy is None else with_error(accuracy, 100, 1)
+        percent = "" if accuracy is None else with_error(accuracy, 100, 1)
         costs = (
             f"{row['select_s']:.0f}",
             f"{row['repair_s']:.0f}",
             f"{row['peak_bytes'] / 1e9:.1f}",
         )
-        rows.append((row["method"], str(row["removed"]), *cells, shown, *costs))
+        rows.append((row["method"], str(row["removed"]), *cells, percent, *costs))
     return rows
 
 
@@ -286,8 +301,16 @@ def _cell(perplexity: dict[str, Any], ratio: dict[str, Any]) -> str:
     return f"{with_error(perplexity, 1, 1)} (x {ratio['value']:.2f}{over_seeds})"
 
 
+def _means_by_text(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """estimates: text -> estimate, of each seed. Returns text -> mean over the seeds."""
+    means = {}
+    for text in estimates[0]:
+        means[text] = _mean([by_text[text] for by_text in estimates])
+    return means
+
+
 def _mean(estimates: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Over seeds. stderr: the mean of the estimates' own, where they have one."""
+    """The mean over seeds. stderr: the mean of the estimates' own, where they have one."""
     values = [estimate["value"] for estimate in estimates]
     errors = [estimate["stderr"] for estimate in estimates if estimate.get("stderr") is not None]
     return {
@@ -315,10 +338,7 @@ def _read_evaluation(out: Path, method: Method, count: int, seed: int) -> dict[s
 
 
 def _inputs(settings: CompareSettings) -> tuple[Path, ...]:
+    model = Path(settings.model["model"], settings.model.get("gguf_file") or "")
     texts = settings.evaluation["perplexity"].values()
-    sources = [
-        path
-        for source in (settings.calibration["calibration"], *texts)
-        for path in source_files(source)
-    ]
-    return (Path(settings.model["model"], settings.model.get("gguf_file") or ""), *sources)
+    specs = (settings.calibration["calibration"], *texts)
+    return (model, *chain.from_iterable(map(source_files, specs)))

@@ -15,7 +15,7 @@ import torch
 
 from gradmap.common.environment import cpu_model
 from gradmap.common.files import cache_directory
-from gradmap.common.gpus import ask, visible_gpus
+from gradmap.common.gpus import Device, ask, visible_gpus
 from gradmap.common.machine import available_bytes, usable_cores, warn_if_threads_hinder
 from gradmap.costs.speed import Disk, measure_disk, memory_bandwidth, product_rates
 from gradmap.model.precision import fastest_dtype
@@ -27,8 +27,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory_bytes, capability: None where NVML does not tell. visible: whether CUDA shows it to
-    this process."""
+    """A GPU. memory_bytes, capability: None where NVML does not tell. visible: whether CUDA shows
+    it to this process."""
 
     name: str
     memory_bytes: int | None
@@ -38,8 +38,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: that this process may keep busy, of all_cores; threads: that torch takes. isa: what
-    torch uses; limits: variables that lower that.
+    """A machine. cores: that this process may keep busy, of all_cores; threads: that torch takes.
+    isa: what torch uses; limits: variables that lower that.
 
     gflops, bandwidth (bytes per second), auto: of `device`, what gradmap computes on. auto: what
     dtype `auto` is for weights that are stored in bfloat16. packages: versions. providers: ONNX
@@ -65,7 +65,7 @@ class Machine:
 
 
 def examine_machine() -> Machine:
-    """Takes about two seconds."""
+    """What this machine can do. Takes about two seconds."""
     warn_if_threads_hinder()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return Machine(
@@ -89,21 +89,21 @@ def examine_machine() -> Machine:
 
 
 def find_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
-    """All that NVML knows."""
+    """All GPUs that NVML knows."""
     with visible_gpus(environment) as devices:
-        shown = {device.uuid for device in devices}
+        visible = {device.uuid for device in devices}
     with visible_gpus({}) as devices:
-        return tuple(
-            Gpu(
-                name=str(ask(pynvml.nvmlDeviceGetName, device.handle) or device.uuid),
-                memory_bytes=getattr(
-                    ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle), "total", None
-                ),
-                capability=_as_version(ask(pynvml.nvmlDeviceGetCudaComputeCapability, device.card)),
-                visible=device.uuid in shown,
-            )
-            for device in devices
-        )
+        return tuple(_describe_device(device, device.uuid in visible) for device in devices)
+
+
+def _describe_device(device: Device, visible: bool) -> Gpu:
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle)
+    return Gpu(
+        name=str(ask(pynvml.nvmlDeviceGetName, device.handle) or device.uuid),
+        memory_bytes=getattr(memory, "total", None),
+        capability=_as_version(ask(pynvml.nvmlDeviceGetCudaComputeCapability, device.card)),
+        visible=visible,
+    )
 
 
 def find_packages() -> dict[str, str]:
@@ -123,7 +123,7 @@ def find_packages() -> dict[str, str]:
 
 
 def find_providers() -> tuple[str, ...]:
-    """Where ONNX Runtime can run; empty if it is not installed."""
+    """The providers that ONNX Runtime can run with; none if it is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -132,7 +132,7 @@ def find_providers() -> tuple[str, ...]:
 
 
 def machine_rows(machine: Machine) -> list[tuple[str, str]]:
-    """For the table."""
+    """The rows of `gradmap doctor`'s table: what, and what it is."""
     limits = "".join(f", {name}={value}" for name, value in machine.limits.items())
     rates = ", ".join(f"{dtype} {rate:,.0f}" for dtype, rate in machine.gflops.items())
     disk = machine.disk

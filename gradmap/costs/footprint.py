@@ -27,7 +27,7 @@ RUNTIME_BYTES = 0.8e9
 
 
 def model_bytes(shape: Shape, hardware: Hardware) -> float:
-    """Of the weights in memory. A head that is multiplied in another dtype parts from its
+    """Bytes of the weights in memory. A head that is multiplied in another dtype parts from its
     embedding."""
     shared = shape.tied and hardware.weight_bytes == hardware.state_bytes
     of_token = hardware.state_bytes + (0 if shared else hardware.weight_bytes)
@@ -38,8 +38,8 @@ def model_bytes(shape: Shape, hardware: Hardware) -> float:
 
 
 def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """The peak of `gradmap prune`: what a selection by repairs keeps of its samples, or what
-    training keeps for its backward pass, and a refit."""
+    """Bytes at the peak of `gradmap prune`: what a selection by repairs keeps of its samples, or
+    what training keeps for its backward pass, and a refit."""
     size, states = pruning.size, shape.layers * shape.width * hardware.state_bytes
     select = (
         FIT_STATES * size.select_fit_tokens + MEASURE_STATES * size.select_measure_tokens
@@ -57,15 +57,15 @@ def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
 
 
 def repair_bytes(shape: Shape) -> float:
-    """A refit while it is solved. Of the down projection's inputs, k x k: the Gram matrix, the same
-    regularised, its factor, and the copy of it that torch solves with; d x k: what is missing by
-    inputs, a copy, the solution."""
+    """Bytes of a refit while it is solved. Of the down projection's inputs, k x k: the Gram matrix,
+    the same regularised, its factor, and the copy of it that torch solves with; d x k: what is
+    missing by inputs, a copy, the solution."""
     return (4 * shape.inner**2 + 3 * shape.width * shape.inner) * FLOAT64_BYTES
 
 
 def streamed_bytes(shape: Shape, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """One layer, and the hidden states between all layers. With a GPU this is of the CPU's memory,
-    and the layer is the next one: that which runs is on the GPU."""
+    """Bytes of one layer, and of the hidden states between all layers. With a GPU they are of the
+    CPU's memory, and the layer is the next one: that which runs is on the GPU."""
     return BF16_BYTES * (
         shape.layer_parameters + (shape.layers + 1) * size.all_tokens * shape.width
     )

@@ -53,7 +53,7 @@ DISK_CHUNK_BYTES, DISK_LIMIT_S, MOST_WRITTEN_BYTES = 1 << 22, 0.5, 1 << 28
 
 @dataclass(frozen=True)
 class Disk:
-    """Of the cache directory. Speeds in bytes per second."""
+    """The disk of the cache directory. write, read: bytes per second."""
 
     directory: str
     free_bytes: int
@@ -62,18 +62,16 @@ class Disk:
 
 
 def measure_hardware(config: Mapping[str, Any], dtype: str, device: str) -> Hardware:
-    """What this machine makes of a model with this config (of
-    gradmap.model.checkpoint.read_config), in a second or two.
+    """How fast this machine runs a model with this config (of
+    gradmap.model.checkpoint.read_config); measured in a second or two.
 
     dtype: a name of gradmap.model.precision. device: cpu or cuda:N; of several GPUs, one.
     """
     if device.startswith("cpu"):
         warn_if_threads_hinder()
-    shape, rate, room = (
-        Shape.of_config(config),
-        flops_per_s(product_rates(device), dtype),
-        memory_bytes(device),
-    )
+    shape = Shape.of_config(config)
+    rate = flops_per_s(product_rates(device), dtype)
+    room = memory_bytes(device)
     hardware = Hardware(
         name=device,
         flops=rate,
@@ -90,7 +88,7 @@ def measure_hardware(config: Mapping[str, Any], dtype: str, device: str) -> Hard
 
 
 def product_dtype(dtype: str) -> torch.dtype:
-    """What weights are multiplied in."""
+    """The dtype that weights are multiplied in."""
     return torch.bfloat16 if dtype == AUTOCAST else DTYPES[dtype]
 
 
@@ -107,7 +105,7 @@ def product_rates(device: str) -> Rates:
 
 
 def memory_bytes(device: str) -> int:
-    """Free memory."""
+    """Bytes of memory that are free on a device."""
     return available_bytes() if device.startswith("cpu") else torch.cuda.mem_get_info(device)[0]
 
 
@@ -130,13 +128,15 @@ def measure_disk(directory: Path) -> Disk:
             written += file.write(chunk)
             os.fsync(file.fileno())
             write_s += time.perf_counter() - started
-        if hasattr(os, "posix_fadvise"):  # else it would be read from memory
+        # Else it would be read from memory.
+        if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         read, started = 0, time.perf_counter()
-        while time.perf_counter() - started < DISK_LIMIT_S and (
-            part := file.read(DISK_CHUNK_BYTES)
-        ):
+        while time.perf_counter() - started < DISK_LIMIT_S:
+            part = file.read(DISK_CHUNK_BYTES)
+            if not part:
+                break
             read += len(part)
         read_s = time.perf_counter() - started
     return Disk(str(directory), shutil.disk_usage(existing).free, written / write_s, read / read_s)
@@ -185,10 +185,10 @@ def time_model(config: Mapping[str, Any], dtype: str, hardware: Hardware) -> Har
 
 
 def _can_be_timed(shape: Shape, dtype: str, most_flops: float, most_bytes: float) -> bool:
-    """Of the layer and of the head, by what a pass multiplies and what the weights take."""
-    layer_flops = (
-        shape.layer_flops(1) * TOKENS * forward_batch(torch.empty(1, TOKENS), torch.device("cpu"))
-    )
+    """Whether a layer and the head can be timed: what a pass multiplies and what the weights take
+    is within the limits."""
+    samples = forward_batch(torch.empty(1, TOKENS), torch.device("cpu"))
+    layer_flops = shape.layer_flops(1) * TOKENS * samples
     flops = max(layer_flops, TOKENS * shape.head_flops)
     stored = weights_dtype(dtype).itemsize + product_dtype(dtype).itemsize
     return (
@@ -208,7 +208,8 @@ def _one_layer(config: Mapping[str, Any], dtype: str, device: str) -> tuple[Any,
         | {"vocab_size": VOCABULARY}
     )
     parsed = CONFIG_MAPPING[config["model_type"]](**small)
-    with torch.device("meta"):  # else weights would be drawn, which takes longer than to use them
+    # Else weights would be drawn, which takes longer than to use them.
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(parsed, dtype=weights_dtype(dtype))
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):

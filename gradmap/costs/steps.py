@@ -47,7 +47,8 @@ EFFICIENCY = 0.4
 
 @dataclass(frozen=True)
 class CalibrationSize:
-    """So many samples of so many tokens, and what the stages make of them."""
+    """How many calibration samples there are, of how many tokens, and what the stages make of
+    them."""
 
     samples: int = 128
     tokens: int = 128
@@ -126,8 +127,8 @@ class Hardware:
 
 
 def score_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """GradMAP's stage 1: in each round the forward pass, the gradients of all activations, which
-    cost as much, and the products of the gradient norms."""
+    """FLOPs of GradMAP's stage 1: in each round the forward pass, the gradients of all activations,
+    which cost as much, and the products of the gradient norms."""
     left = _mean_left(shape, rounds)
     return (
         rounds
@@ -137,33 +138,34 @@ def score_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE)
 
 
 def gradient_norm_flops(shape: Shape, layers: float, tokens: int) -> float:
-    """Of one token: two Gram matrices (T x T) for every linear map; maps that share an input share
-    its own."""
+    """FLOPs of the gradient norms, for one token: two Gram matrices (T x T) for every linear map;
+    maps that share an input share its own."""
     inputs = 2 * shape.width + shape.attention_width + shape.inner
     return 2 * tokens * layers * (inputs + shape.map_outputs)
 
 
 def sleb_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """Every candidate from where it is left out on: half of the layers on average."""
+    """FLOPs of SLEB: every candidate runs from where it is left out on, through half of the layers
+    on average."""
     tried = [shape.layers - removed for removed in range(rounds)]
     return size.all_tokens * sum(left * shape.forward_flops(left / 2) for left in tried)
 
 
 def influence_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """Block influence: one pass through the layers in each round."""
+    """FLOPs of block influence: one pass through the layers in each round."""
     return rounds * size.all_tokens * shape.layer_flops(_mean_left(shape, rounds))
 
 
 def taylor_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """Forward, and backward for activations and for weights."""
+    """FLOPs of Taylor scores: forward, and backward for activations and for weights."""
     return 3 * rounds * size.all_tokens * shape.forward_flops(_mean_left(shape, rounds))
 
 
 def selection_flops(shape: Shape, rounds: int, size: CalibrationSize = DEFAULT_SIZE) -> float:
-    """`--selector repair`: all samples pass the dense model once; after a removal, those to fit on
-    pass what is behind it; and of those to measure on, a share passes what is behind each layer
-    that is tried. The first is not, so that this is half of the others on average, and two output
-    layers. A trial begins with a fit (d x d), of which the sums are counted."""
+    """FLOPs of `--selector repair`: all samples pass the dense model once; after a removal, those
+    to fit on pass what is behind it; and of those to measure on, a share passes what is behind each
+    layer that is tried. The first is not, so that this is half of the others on average, and two
+    output layers. A trial begins with a fit (d x d), of which the sums are counted."""
     fitted, measured = size.select_fit_tokens, size.select_measure_tokens
     fit = (4 * fitted + 2 * MEASURED_SHARE * measured) * shape.width**2
     total = fitted * shape.layer_flops(shape.layers)
@@ -191,16 +193,17 @@ def fits_flops(
     size: CalibrationSize = DEFAULT_SIZE,
     more: int = 0,
 ) -> float:
-    """A fit before each run of removed layers. Of all runs together, the dense model is walked
-    through to its end, by all samples, and the pruned one to the last of them; a layer that is
-    fitted runs once more; and each lambda is tried on what is behind it, half of what is left.
+    """FLOPs of a fit before each run of removed layers. Of all runs together, the dense model is
+    walked through to its end, by all samples, and the pruned one to the last of them; a layer that
+    is fitted runs once more; and each lambda is tried on what is behind it, half of what is left.
 
     features: what is fitted from, d (W') or k (the down projection itself). more: samples that the
     dense model wrote. Solutions are left out.
     """
     fit_tokens = size.fit_tokens + more * size.tokens
     left = shape.layers - remove
-    last = left * runs / (runs + 1)  # as far as the last of so many places reaches on average
+    # As far as the last of so many places reaches on average.
+    last = left * runs / (runs + 1)
     walks = fit_tokens * shape.layer_flops(shape.layers + last + runs)
     walks += size.held_out_tokens * shape.layer_flops(shape.layers + last)
     trials = (
@@ -214,12 +217,13 @@ def fits_flops(
 def refit_flops(
     shape: Shape, remove: int, runs: int, size: CalibrationSize = DEFAULT_SIZE
 ) -> float:
+    """FLOPs of refitting the down projection itself: see `fits_flops`."""
     return fits_flops(shape, remove, runs, shape.inner, size)
 
 
 def distil_inputs(shape: Shape, correctable: bool = True) -> float:
-    """Of the maps that `distil` fits: of experts, which are too many to refit, what they give is
-    fitted on."""
+    """The width of the inputs of the maps that `distil` fits: of experts, which are too many to
+    refit, what they give is fitted on."""
     if not correctable:
         return 0.0
     return shape.width if shape.experts else shape.inner
@@ -228,22 +232,21 @@ def distil_inputs(shape: Shape, correctable: bool = True) -> float:
 def training_flops(
     shape: Shape, remove: int, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True
 ) -> float:
-    """`distil` after that: the dense model's logits, whose hidden states are known; the pruned
-    model forward and, through its activations, backward; the low-rank corrections of every map
-    likewise, and their own gradients; in the end the held-out divergence."""
+    """FLOPs of `distil` after its fits: the dense model's logits, whose hidden states are known;
+    the pruned model forward and, through its activations, backward; the low-rank corrections of
+    every map likewise, and their own gradients; in the end the held-out divergence."""
     left = shape.layers - remove
     pruned = shape.forward_flops(left)
     corrections = 3 * 2 * RANK * left * (shape.map_inputs + shape.map_outputs)
     lessons = (size.fit + size.written(distil_inputs(shape, correctable))) * size.tokens
-    return lessons * (shape.head_flops + 2 * pruned + corrections) + size.held_out_tokens * (
-        pruned + shape.head_flops
-    )
+    training = lessons * (shape.head_flops + 2 * pruned + corrections)
+    return training + size.held_out_tokens * (pruned + shape.head_flops)
 
 
 def writing_seconds(
     shape: Shape, hardware: Hardware, size: CalibrationSize = DEFAULT_SIZE, correctable: bool = True
 ) -> float:
-    """What the dense model writes, a token of some samples at a time."""
+    """Seconds for what the dense model writes, a token of some samples at a time."""
     steps = size.tokens * size.written(distil_inputs(shape, correctable)) / WRITTEN_TOGETHER
     return steps * token_seconds(shape, hardware, WRITTEN_TOGETHER)
 
@@ -251,7 +254,8 @@ def writing_seconds(
 def token_seconds(
     shape: Shape, hardware: Hardware, streams: int = 1, layers: float | None = None
 ) -> float:
-    """Of the next token of some streams together: by weights that are read, or by FLOPs."""
+    """Seconds for the next token of some streams together: by weights that are read, or by
+    FLOPs."""
     layers = shape.layers if layers is None else layers
     read_s = hardware.weight_bytes * shape.read_parameters(layers, streams) / hardware.all_bandwidth
     flops = hardware.single_token_share * hardware.sustained_flops
@@ -261,7 +265,7 @@ def token_seconds(
 def generation_seconds(
     shape: Shape, hardware: Hardware, tokens: int, streams: int, layers: float
 ) -> float:
-    """In transformers, where no layer takes less than its Python."""
+    """Seconds to generate in transformers, where no layer takes less than its Python."""
     return tokens * max(token_seconds(shape, hardware, streams, layers), LAYER_CALL_S * layers)
 
 
@@ -274,7 +278,8 @@ class Pruning:
     compensator: str = "distil"
     size: CalibrationSize = DEFAULT_SIZE
     one_shot: bool = False
-    correctable: bool = True  # whether down projections have a closed form
+    # Whether down projections have a closed form.
+    correctable: bool = True
 
     @property
     def rounds(self) -> int:
@@ -282,7 +287,7 @@ class Pruning:
 
     @property
     def runs(self) -> int:
-        """If every second removed layer begins a run."""
+        """How many runs of removed layers there are, if every second removed layer begins one."""
         return max(1, self.remove // 2)
 
 
@@ -293,7 +298,7 @@ Timing = Callable[[Shape, Hardware, Pruning], float]
 
 
 def in_rounds(flops: Rounds) -> Timing:
-    """What a selector takes that does so much in its rounds."""
+    """The timing of a selector that takes so many FLOPs in its rounds."""
 
     def seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
         needed = flops(hardware.sees(shape), pruning.rounds, pruning.size)
@@ -303,22 +308,22 @@ def in_rounds(flops: Rounds) -> Timing:
 
 
 def no_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """What takes no time worth mentioning."""
+    """The timing of what takes no time worth mentioning."""
     return 0.0
 
 
 def refit_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """The down projection itself, before every run."""
+    """Seconds to refit the down projection itself, before every run."""
     return _fits_seconds(shape.inner, shape, hardware, pruning)
 
 
 def sequential_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """A W' before every run."""
+    """Seconds to fit a W' before every run."""
     return _fits_seconds(shape.width, shape, hardware, pruning)
 
 
 def projection_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """The drift of every layer, and one W'."""
+    """Seconds for the drift of every layer, and one W'."""
     shape, remove, size = hardware.sees(shape), pruning.remove, pruning.size
     drift = size.fit_tokens * shape.layer_flops(2 * shape.layers - remove)
     fit = fits_flops(shape, remove, 1, shape.width, size)
@@ -326,7 +331,7 @@ def projection_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> fl
 
 
 def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """What the dense model writes, fits on that too, and the training."""
+    """Seconds for what the dense model writes, fits on that too, and the training."""
     shape, size, correctable = hardware.sees(shape), pruning.size, pruning.correctable
     inputs = distil_inputs(shape, correctable)
     fits_s = _fits_seconds(inputs, shape, hardware, pruning, size.lacking(inputs))
@@ -338,7 +343,7 @@ def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
 def _fits_seconds(
     features: float, shape: Shape, hardware: Hardware, pruning: Pruning, more: int = 0
 ) -> float:
-    """Of closed forms, where there are any. features, more: see `fits_flops`."""
+    """Seconds for closed forms, where there are any. features, more: see `fits_flops`."""
     if not pruning.correctable:
         return 0.0
     shape, size = hardware.sees(shape), pruning.size
@@ -349,9 +354,9 @@ def _fits_seconds(
 def streaming_seconds(
     shape: Shape, hardware: Hardware, pruning: Pruning, disk_bytes_per_s: float
 ) -> float:
-    """To read the checkpoint again and again: twice in each round of gradient scores (others read
-    it for every few samples, which is not counted); for repairs, once for either model, and half of
-    it for each lambda of each run."""
+    """Seconds to read the checkpoint again and again: twice in each round of gradient scores
+    (others read it for every few samples, which is not counted); for repairs, once for either
+    model, and half of it for each lambda of each run."""
     reads = float(READS_PER_ROUND * pruning.rounds)
     if pruning.compensator != "none":
         reads += 2 + pruning.runs * LAMBDAS / 2
@@ -359,14 +364,16 @@ def streaming_seconds(
 
 
 def score_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
+    """Seconds of gradient scores."""
     return score_flops(shape, remove) / hardware.sustained_flops
 
 
 def decode_speed_up(shape: Shape, remove: int) -> float:
-    """Of one stream: the bytes of weights that a token reads. A tied head is read once, an untied
-    embedding hardly."""
+    """How many times as fast one stream decodes: by the bytes of weights that a token reads. A tied
+    head is read once, an untied embedding hardly."""
     return shape.read_parameters(shape.layers) / shape.read_parameters(shape.layers - remove)
 
 
 def prefill_speed_up(shape: Shape, remove: int) -> float:
+    """How many times as fast a prompt is read: by FLOPs."""
     return shape.forward_flops(shape.layers) / shape.forward_flops(shape.layers - remove)

@@ -57,7 +57,7 @@ class Calibration:
         return self.input_ids[len(self.input_ids) - self.held_out_samples :]
 
     def fitted_also_on(self, input_ids: Tensor) -> Calibration:
-        """With more samples to fit on, (n, T), and the same ones held out."""
+        """This calibration with more samples to fit on, (n, T) token ids; the same are held out."""
         together = torch.cat([self.fit_ids, input_ids, self.held_out_ids])
         return replace(self, input_ids=together, held_out=self.held_out_samples)
 
@@ -90,14 +90,14 @@ def bos_of(tokenizer: Any) -> int | None:
 
 
 def with_bos(text_ids: Tensor, bos: int | None) -> Tensor:
-    """(N, T) -> (N, T + 1), or the same if there is no BOS."""
+    """Token ids (N, T) with BOS before each row, (N, T + 1); as they are if there is no BOS."""
     if bos is None:
         return text_ids
     return torch.cat([text_ids.new_full((len(text_ids), 1), bos), text_ids], dim=1)
 
 
 def without_bos(input_ids: Tensor, bos: int | None) -> Tensor:
-    """The inverse of `with_bos`."""
+    """Token ids (N, T) without the BOS that `with_bos` put before each row, (N, T - 1)."""
     return input_ids if bos is None else input_ids[:, 1:]
 
 

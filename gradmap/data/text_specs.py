@@ -44,9 +44,8 @@ class Preset:
 
 
 WIKIPEDIA = "hub:wikimedia/wikipedia:20231101.en:train:text"
-STACK_EXCHANGE = (
-    "hub:ArmelR/stack-exchange-instruction::train:question"  # the paper's Table 7 has ArmelIR
-)
+# The paper's Table 7 has ArmelIR.
+STACK_EXCHANGE = "hub:ArmelR/stack-exchange-instruction::train:question"
 BOOK_CORPUS = "hub:bookcorpus/bookcorpus::train:text"
 # WikiText2 and PTB are evaluated as in LLM-Pruner, whose segments have 128 tokens too; C4 as in
 # SparseGPT and SLEB.
@@ -104,7 +103,8 @@ Source = FileSource | DiskSource | HubSource | Conversations
 
 
 def preset_of(spec: str) -> Preset:
-    """A SPEC that is no preset's name is read for calibration and evaluation alike."""
+    """The preset of this name; a SPEC that is none's is read for calibration and evaluation
+    alike."""
     return PRESETS.get(spec) or Preset(spec, spec)
 
 

@@ -32,7 +32,8 @@ def read_texts(spec: str, seed: int) -> list[str]:
     """
     with waiting(f"Reading {spec}"):
         texts = _open_source(preset_of(spec).calibration, seed)
-        documents = list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
+        stripped = dict.fromkeys(text.strip() for text in texts)
+        documents = [document for document in stripped if document]
     if not documents:
         raise _no_text(spec)
     random.Random(seed).shuffle(documents)
@@ -81,7 +82,8 @@ def _read_file(source: FileSource) -> Iterator[str]:
 
 def _read_plain(path: Path) -> str:
     text = read_text(path)
-    if "\0" in text:  # a text in UTF-16 without a mark would pass for one in UTF-8
+    # A text in UTF-16 without a mark would pass for one in UTF-8.
+    if "\0" in text:
         raise UserError(
             f"{path} is no plain text: it has zero bytes; convert it to UTF-8, if it is text at "
             "all."
@@ -139,9 +141,8 @@ def _read_hub(source: HubSource, seed: int | None) -> Iterator[str]:
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=HUB_DOCUMENTS)
         rows = list(islice(stream, HUB_DOCUMENTS))
-    except (
-        Exception
-    ) as error:  # a library that reads the hub's files of all kinds raises errors of all kinds
+    # A library that reads the hub's files of all kinds raises errors of all kinds.
+    except Exception as error:
         raise UserError(
             f"Hub data set {source.name} could not be read ({first_line(error)}); use file: or "
             "disk: offline."
@@ -183,7 +184,7 @@ def _text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:
 
 
 def value_at(row: dict[str, Any], field: str) -> Any:
-    """What is under a field, by its whole name or nested; None also below what is null. Raises
+    """The value under a field, by its whole name or nested; None also below what is null. Raises
     LookupError."""
     if field in row:
         return row[field]

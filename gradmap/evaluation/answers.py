@@ -26,8 +26,8 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """repetition: the share of its 4-grams of tokens that occurred before (seq-rep-4, Welleck et
-    al. 2020)."""
+    """An answer, and how many tokens it has. repetition: the share of its 4-grams of tokens that
+    occurred before (seq-rep-4, Welleck et al. 2020)."""
 
     text: str
     tokens: int
@@ -49,17 +49,16 @@ def answer_prompts(backend: Backend, tokenizer: Any) -> list[Answer]:
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """1 - distinct / all 4-grams; 0 for an answer without one."""
+    """The share of an answer's 4-grams of tokens that occurred before; 0 if it has none."""
     grams = [tuple(tokens[start : start + N_GRAM]) for start in range(len(tokens) - N_GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
-    """empty: the share of answers without text. repetition: mean over the answers."""
-    return {
-        "empty": sum(not answer.text for answer in answers) / len(answers),
-        "repetition": sum(answer.repetition for answer in answers) / len(answers),
-    }
+    """The fields of gradmap.evaluation.result.AnswersRecord."""
+    empty = sum(not answer.text for answer in answers)
+    repetition = sum(answer.repetition for answer in answers)
+    return {"empty": empty / len(answers), "repetition": repetition / len(answers)}
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """How likely is `continuation` after `context`? Neither is empty."""
+    """Asks how likely `continuation` is after `context`, both token ids; neither is empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -21,8 +21,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """log_likelihood: of the whole continuation, nats. greedy: whether each of its tokens was the
-    most likely one."""
+    """What a model makes of a ScoreRequest. log_likelihood: of the whole continuation, nats.
+    greedy: whether each of its tokens was the most likely one."""
 
     log_likelihood: float
     greedy: bool
@@ -36,6 +36,7 @@ IsDone = Callable[[Sequence[int]], bool]
 
 
 def never(answer: Sequence[int]) -> bool:
+    """An IsDone for answers that only the model ends."""
     return False
 
 

@@ -26,14 +26,16 @@ _DRAWS_AT_ONCE = 500
 # Of fewer, a bootstrap knows next to nothing: one segment has an interval of no width, and of 20
 # documents on which two models agree, they may still differ on every seventh (the rule of three).
 LEAST_FOR_A_VERDICT = 20
-_SEED = 0  # of the bootstrap: the same measurements always give the same interval
+# Of the bootstrap: the same measurements always give the same interval.
+_SEED = 0
 
 Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """What dense and pruned made of the same documents, in the same order: (n,) each."""
+    """Scores (accuracies, or losses in nats per token) that dense and pruned got on the same
+    documents, in the same order: (n,) each."""
 
     dense: Values
     pruned: Values
@@ -50,8 +52,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """difference: pruned minus dense accuracy. only_dense, only_pruned: documents that only one of
-    them got right.
+    """A task, compared. difference: pruned minus dense accuracy. only_dense, only_pruned: documents
+    that only one of them got right.
 
     p_value: of McNemar's exact test, that dense and pruned are equally good; None where a score is
     not right or wrong.
@@ -65,8 +67,8 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class AverageComparison:
-    """Of the plain average over tasks. difference: pruned minus dense. retained: pruned over dense;
-    None where dense may be right nowhere."""
+    """The plain average accuracy over tasks, compared. difference: pruned minus dense. retained:
+    pruned over dense; None where dense may be right nowhere."""
 
     difference: Interval
     retained: Interval | None
@@ -74,7 +76,8 @@ class AverageComparison:
 
 @dataclass(frozen=True)
 class QualityComparison:
-    """tasks: name -> comparison. perplexity_ratio: name of a text -> pruned over dense."""
+    """How pruned compares with dense. tasks: name -> comparison. perplexity_ratio: name of a text
+    -> pruned over dense."""
 
     tasks: dict[str, TaskComparison]
     average: AverageComparison | None
@@ -83,7 +86,7 @@ class QualityComparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """what: is limited to `value`, written as `form` says."""
+    """A limit of the gate. what: is limited to `value`, written as `form` says."""
 
     what: str
     value: float
@@ -91,7 +94,7 @@ class Limit:
 
 
 def mean_estimate(values: Values) -> Estimate:
-    """Mean over documents and its standard error."""
+    """Mean over documents (n,) and its standard error; None of a single one."""
     return Estimate(
         float(values.mean()),
         None if len(values) < 2 else float(values.std(ddof=1)) / len(values) ** 0.5,
@@ -110,24 +113,23 @@ def average_estimate(estimates: Mapping[str, Estimate]) -> Estimate:
 
 
 def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> QualityComparison:
-    """accuracies: task -> per document; losses: text -> mean cross-entropy per segment, nats per
-    token."""
-    generator = np.random.default_rng(
-        _SEED
-    )  # one for all, so that tasks are drawn independently of one another
+    """Compares pruned with dense, and gives 95% intervals.
+
+    accuracies: task -> per document (n,); losses: text -> mean cross-entropy per segment (S,), nats
+    per token.
+    """
+    # One generator for all, so that tasks are drawn independently of one another.
+    generator = np.random.default_rng(_SEED)
     of_tasks = {
         name: resampled_means(paired, DRAWS, generator) for name, paired in accuracies.items()
     }
     of_texts = {name: resampled_means(paired, DRAWS, generator) for name, paired in losses.items()}
-    return QualityComparison(
-        tasks={name: _compare_task(accuracies[name], means) for name, means in of_tasks.items()},
-        average=_compare_averages(list(accuracies.values()), list(of_tasks.values()))
-        if accuracies
-        else None,
-        perplexity_ratio={
-            name: _perplexity_ratio(losses[name], means) for name, means in of_texts.items()
-        },
-    )
+    tasks = {name: _compare_task(accuracies[name], means) for name, means in of_tasks.items()}
+    ratios = {name: _perplexity_ratio(losses[name], means) for name, means in of_texts.items()}
+    average = None
+    if accuracies:
+        average = _compare_averages(list(accuracies.values()), list(of_tasks.values()))
+    return QualityComparison(tasks=tasks, average=average, perplexity_ratio=ratios)
 
 
 def resampled_means(paired: Paired, draws: int, generator: np.random.Generator) -> Values:
@@ -149,17 +151,15 @@ def resampled_means(paired: Paired, draws: int, generator: np.random.Generator) 
 
 
 def resampled_means_reference(paired: Paired, draws: int, generator: np.random.Generator) -> Values:
-    """The same document by document."""
+    """`resampled_means` without its shortcut: draws (draws, n) documents one by one. For tests."""
     chosen = generator.integers(len(paired.dense), size=(draws, len(paired.dense)))
     return np.stack([paired.dense[chosen].mean(axis=1), paired.pruned[chosen].mean(axis=1)], axis=1)
 
 
 def _compare_task(paired: Paired, means: Values) -> TaskComparison:
     binary = np.isin(np.concatenate([paired.dense, paired.pruned]), (0.0, 1.0)).all()
-    only_dense, only_pruned = (
-        int((paired.dense > paired.pruned).sum()),
-        int((paired.dense < paired.pruned).sum()),
-    )
+    only_dense = int((paired.dense > paired.pruned).sum())
+    only_pruned = int((paired.dense < paired.pruned).sum())
     discordant = only_dense + only_pruned
     p_value = float(binomtest(only_dense, discordant).pvalue) if discordant else 1.0
     return TaskComparison(
@@ -223,15 +223,13 @@ def judge_quality(
             judgements.append(_judge(ratio, limit, segments[name], "segments"))
     if not judgements:
         return None
-    return Judgement(
-        worst(judgement.verdict for judgement in judgements),
-        "; ".join(judgement.reason for judgement in judgements),
-    )
+    verdict = worst(judgement.verdict for judgement in judgements)
+    return Judgement(verdict, "; ".join(judgement.reason for judgement in judgements))
 
 
 def _judge(measured: Interval, limit: Limit, count: int, units: str) -> Judgement:
-    """Every verdict needs finite numbers: what is compared with NaN is neither within nor
-    beyond."""
+    """The verdict on an interval. INVALID if it is not finite: what is compared with NaN is neither
+    within nor beyond."""
     bounds = (measured.value, measured.low, measured.high)
     if not all(map(math.isfinite, bounds)):
         return Judgement(Verdict.INVALID, f"{limit.what} is no finite number")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ GRAM_TOKENS = 13
 
 @dataclass(frozen=True)
 class CalibratedOn:
-    """source: the SPEC that was read, None if that is not known. samples: (N, T) token ids without
-    BOS. texts: the samples as text, words with one space between them."""
+    """What a plan was calibrated on. source: the SPEC that was read, None if that is not known.
+    samples: (N, T) token ids without BOS. texts: the samples as text, words with one space between
+    them."""
 
     source: str | None = None
     samples: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
@@ -47,8 +49,8 @@ class CalibratedOn:
 
     @classmethod
     def of_pruned(cls, pruned: str, tokenizer: Any) -> CalibratedOn:
-        """An artifact says where its samples came from, and their hash: they are drawn again, if
-        that can be done. Says so where it cannot, and what is not checked then."""
+        """The samples of a pruned model, drawn again if its artifact says where they came from and
+        what their hash is. Says so where they cannot be, and what is not checked then."""
         record = _calibration_of_artifact(Path(pruned) / ARTIFACT_FILE)
         if record is None:
             say(
@@ -93,8 +95,8 @@ class CalibratedOn:
 
 
 def _calibration_of_artifact(path: Path) -> CalibrationRecord | None:
-    """None if there is no such file, as for a server, or it says nothing of a calibration that is
-    understood."""
+    """What an artifact's record says of its calibration; None if there is no such file, as for a
+    server, or it says nothing that is understood."""
     if not path.exists():
         return None
     try:
@@ -115,8 +117,8 @@ def _drawn_again(record: CalibrationRecord, tokenizer: Any) -> Tensor | None:
 
 
 def overlapping_segments(segments: Tensor, samples: Tensor, tokens: int) -> set[int]:
-    """Which of consecutive segments (S, T) of a text share so many tokens in a row with a sample
-    (N, T'), be it across a border between segments."""
+    """Indices of the consecutive segments (S, T) of a text that share `tokens` tokens in a row with
+    a sample (N, T'), be it across a border between segments."""
     known = {gram for sample in samples.tolist() for gram in _grams(sample, tokens)}
     length = segments.shape[1]
     shared = [
@@ -124,11 +126,8 @@ def overlapping_segments(segments: Tensor, samples: Tensor, tokens: int) -> set[
         for start, gram in enumerate(_grams(segments.flatten().tolist(), tokens))
         if gram in known
     ]
-    return {
-        segment
-        for start in shared
-        for segment in range(start // length, (start + tokens - 1) // length + 1)
-    }
+    first_to_last = (range(start // length, (start + tokens - 1) // length + 1) for start in shared)
+    return set(chain.from_iterable(first_to_last))
 
 
 def _grams(ids: Sequence[int], tokens: int) -> Iterator[tuple[int, ...]]:

@@ -44,8 +44,8 @@ PAPER_TASKS = {
 
 @dataclass(frozen=True)
 class EvaluationSize:
-    """texts: how many; segment: tokens of a segment; limit: segments of each text, and documents of
-    each task."""
+    """How much is evaluated. texts: how many; segment: tokens of a segment; limit: segments of each
+    text, and documents of each task."""
 
     texts: int = 0
     segment: int = 128
@@ -57,44 +57,40 @@ class EvaluationSize:
 def evaluation_seconds(
     shape: Shape, hardware: Hardware, size: EvaluationSize, layer_counts: Sequence[int]
 ) -> float | None:
-    """Of models with so many layers, one after the other. None where a text, or a task that is not
-    the paper's, is not limited, for how long it is is not known."""
+    """Seconds to evaluate models of `layer_counts` layers, one after the other. None where a text,
+    or a task that is not the paper's, is not limited, for how long it is is not known."""
     shape = hardware.sees(shape)
     documents = [_documents(task, size.limit) for task in size.tasks]
     if None in documents or (size.texts and size.limit is None):
         return None
-    known = [one for one in documents if one is not None]
-    tokens = sum(one.count * one.tokens for one in known)
-    predicted = sum(one.count * one.predicted for one in known)
+    known = [task for task in documents if task is not None]
+    tokens = sum(task.count * task.tokens for task in known)
+    predicted = sum(task.count * task.predicted for task in known)
     of_texts = size.texts * (size.limit or 0) * size.segment
     seconds = TASK_LOADING_S * len(known)
     for layers in layer_counts:
-        flops = (tokens + of_texts) * shape.layer_flops(layers) + (
-            predicted + of_texts
-        ) * shape.head_flops
-        answers_s = (
-            generation_seconds(shape, hardware, NEW_TOKENS, len(PROMPTS), layers)
-            if size.answers
-            else 0.0
-        )
+        flops = (tokens + of_texts) * shape.layer_flops(layers)
+        flops += (predicted + of_texts) * shape.head_flops
+        answers_s = 0.0
+        if size.answers:
+            answers_s = generation_seconds(shape, hardware, NEW_TOKENS, len(PROMPTS), layers)
         seconds += flops / hardware.sustained_flops + answers_s + TASK_S * len(known)
     return seconds
 
 
 def evaluation_bytes(shape: Shape, hardware: Hardware, size: EvaluationSize) -> float:
-    """The peak; one model is loaded once, and pruned in memory."""
+    """Bytes of memory at the peak; one model is loaded once, and pruned in memory."""
     return RUNTIME_BYTES + model_bytes(shape, hardware) + (HARNESS_BYTES if size.tasks else 0.0)
 
 
 def _documents(task: str, limit: int | None) -> Documents | None:
-    """What is evaluated of a task; of one that is not the paper's, as many tokens as these have on
-    average."""
+    """The documents of a task that are evaluated; one that is not the paper's has as many tokens as
+    these on average. None if how many there are is not known."""
     known = PAPER_TASKS.get(task)
     if known is not None:
         return Documents(min(known.count, limit or known.count), known.tokens, known.predicted)
     if limit is None:
         return None
-    paper = PAPER_TASKS.values()
-    return Documents(
-        limit, fmean(one.tokens for one in paper), fmean(one.predicted for one in paper)
-    )
+    tokens = fmean(paper.tokens for paper in PAPER_TASKS.values())
+    predicted = fmean(paper.predicted for paper in PAPER_TASKS.values())
+    return Documents(limit, tokens, predicted)

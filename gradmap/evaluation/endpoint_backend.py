@@ -27,7 +27,7 @@ GREEDY = {
 
 
 class EndpointBackend:
-    """url: of the server, without /v1. The key is read from VLLM_API_KEY."""
+    """Scores with a server. url: of the server, without /v1. The key is read from VLLM_API_KEY."""
 
     name = "endpoint"
 
@@ -46,9 +46,8 @@ class EndpointBackend:
                 f"The server at {url} does not say how long its sequences may be; it has to be "
                 "vLLM's."
             )
-        self.max_tokens = (
-            int(described["max_model_len"]) - 2
-        )  # the whole request, and one generated token
+        # A sequence holds the whole request, and one generated token.
+        self.max_tokens = int(described["max_model_len"]) - 2
         self.vocabulary: int | None = None
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:

@@ -58,8 +58,8 @@ ARMS = ("dense", "pruned")
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model made of it. losses: text -> (S,) nats per token. accuracies: task -> values
-    per document.
+    """What was measured of one model. losses: text -> (S,) nats per token. accuracies: task ->
+    values per document.
 
     dtype: what it computed in, if that is known.
     """
@@ -89,8 +89,8 @@ def evaluate(
 
     gate: what is judged. fresh: whether scores of earlier runs are ignored. plan, pruned: what the
     second one is. What it was calibrated on is not evaluated on. Returns the contents of `out`.
-    Raises UserError if there is nothing to evaluate, or a text was used for
-    calibration; what was scored until then is kept in the cache.
+    Raises UserError if there is nothing to evaluate, or a text was used for calibration; what was
+    scored until then is kept in the cache.
     """
     _refuse_empty(options, gate, len(models))
     with output_file(out):
@@ -127,14 +127,17 @@ def _evaluate(
             scorer = Scorer(opened.backend, evaluated.identity, arm, fresh)
             measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, options.answers)
     write_text(records_beside(out), _records(measured))
-    comparison = _paired(measured) if len(measured) == len(ARMS) else None
+    comparison = _compare(measured) if len(measured) == len(ARMS) else None
+    sides = {arm: _describe(side) for arm, side in measured.items()}
+    text_records = {text.name: TextRecord(**text.describe()) for text in texts}
+    task_records = {task.name: TaskRecord(**task.describe()) for task in tasks}
     evaluation = Evaluation(
         schema_version=SCHEMA_VERSION,
         model=models[0].name,
         plan_sha256=None if plan is None else sha256_file(plan / PLAN_FILE),
-        texts={text.name: TextRecord(**text.describe()) for text in texts},
-        tasks={task.name: TaskRecord(**task.describe()) for task in tasks},
-        **{arm: _describe(side) for arm, side in measured.items()},
+        texts=text_records,
+        tasks=task_records,
+        **sides,
         comparison=comparison,
         quality=None if comparison is None else _judge(comparison, measured, gate),
         answers=_side_by_side(measured),
@@ -172,13 +175,15 @@ def _measure(
     tasks: Sequence[LoadedTask],
     ask: bool,
 ) -> Measured:
+    losses = {text.name: segment_losses(scorer, text) for text in texts}
+    accuracies = {task.name: score_task(task, scorer, tokenizer) for task in tasks}
     return Measured(
         layers=opened.layers,
         parameters=opened.parameters,
         backend=opened.backend.name,
         dtype=opened.dtype,
-        losses={text.name: segment_losses(scorer, text) for text in texts},
-        accuracies={task.name: score_task(task, scorer, tokenizer) for task in tasks},
+        losses=losses,
+        accuracies=accuracies,
         answers=answer_prompts(opened.backend, tokenizer) if ask else [],
     )
 
@@ -218,17 +223,18 @@ def _judge(
 
 
 def _side_by_side(measured: Mapping[str, Measured]) -> list[AnsweredRecord]:
-    """Each prompt with every model's answer; none if they were not asked for."""
+    """The prompts with every model's answer; none if they were not asked for."""
     if not all(side.answers for side in measured.values()):
         return []
-    return [
-        AnsweredRecord(prompt=prompt, **{arm: side.answers[row] for arm, side in measured.items()})
-        for row, prompt in enumerate(PROMPTS)
-    ]
+    records = []
+    for row, prompt in enumerate(PROMPTS):
+        answers = {arm: side.answers[row] for arm, side in measured.items()}
+        records.append(AnsweredRecord(prompt=prompt, **answers))
+    return records
 
 
-def _paired(measured: Mapping[str, Measured]) -> QualityComparison:
-    """Of dense and pruned, document by document and segment by segment."""
+def _compare(measured: Mapping[str, Measured]) -> QualityComparison:
+    """Compares pruned with dense, document by document and segment by segment."""
     dense, pruned = (measured[arm] for arm in ARMS)
     accuracies = {}
     for name, scores in dense.accuracies.items():
@@ -237,23 +243,21 @@ def _paired(measured: Mapping[str, Measured]) -> QualityComparison:
         accuracies[name] = Paired(
             np.array(scores.values[scores.metric]), np.array(other.values[scores.metric])
         )
-    return compare(
-        accuracies,
-        {name: Paired(losses, pruned.losses[name]) for name, losses in dense.losses.items()},
-    )
+    losses = {name: Paired(own, pruned.losses[name]) for name, own in dense.losses.items()}
+    return compare(accuracies, losses)
 
 
 def _records(measured: Mapping[str, Measured]) -> str:
     """One JSON line for each segment and document of each model: everything the statistics are made
     of."""
     lines = []
-    for arm, one in measured.items():
-        for name, losses in one.losses.items():
+    for arm, side in measured.items():
+        for name, losses in side.losses.items():
             lines += [
                 {"arm": arm, "text": name, "segment": row, "loss": loss}
                 for row, loss in enumerate(losses.tolist())
             ]
-        for name, scores in one.accuracies.items():
+        for name, scores in side.accuracies.items():
             for row, (part, document) in enumerate(scores.documents):
                 values = {metric: values[row] for metric, values in scores.values.items()}
                 lines.append(

@@ -57,7 +57,8 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class Where:
-    """backend: one of BACKENDS; dtype and device as for `gradmap.model.loading.load_model`."""
+    """Where a model runs. backend: one of BACKENDS; dtype and device as for
+    `gradmap.model.loading.load_model`."""
 
     backend: str = "auto"
     dtype: str = "auto"
@@ -95,7 +96,7 @@ def find_models(
 def checkpoint_models(
     checkpoint: Checkpoint, plan: Path | None, where: Where
 ) -> list[EvaluatedModel]:
-    """The checkpoint in transformers and, with a plan, the same pruned in memory (W' unfolded);
+    """The checkpoint in transformers and, with a plan, the pruned model in memory (W' unfolded);
     loaded once."""
     device = resolve_device(where.device)
     dtype = resolve_dtype(where.dtype, device, checkpoint)

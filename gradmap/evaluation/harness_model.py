@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -41,8 +41,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the first token of a text, or the last one of
-        another."""
+        """The token id that stands before a text without context: BOS, or the EOS of another
+        text."""
         bos = self.tokenizer.bos_token_id
         return self._special_token(self.tokenizer.eos_token_id if bos is None else bos)
 
@@ -75,10 +75,12 @@ class HarnessModel(TemplateLM):
         """Whole texts, in windows of the longest sequence the model takes, each token predicted
         once."""
         windows = [self._windows(request.args[0]) for request in requests]
-        scores = iter(
-            self._scorer.score([window for text in windows for window in text], self._description)
-        )
-        return [sum(next(scores).log_likelihood for _ in text) for text in windows]
+        scores = iter(self._scorer.score(list(chain.from_iterable(windows)), self._description))
+        totals = []
+        for text in windows:
+            of_text = islice(scores, len(text))
+            totals.append(sum(score.log_likelihood for score in of_text))
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         questions = [self._question(*request.args) for request in requests]
@@ -150,7 +152,8 @@ class HarnessModel(TemplateLM):
 
 @dataclass(frozen=True)
 class _Question:
-    """limits: how many tokens its answer has at most, and the texts before which it ends."""
+    """A prompt (token ids). limits: how many tokens its answer has at most, and the texts before
+    which it ends."""
 
     prompt: list[int]
     limits: tuple[int, tuple[str, ...]]

@@ -23,23 +23,23 @@ KEY_DIGITS = 16
 
 @dataclass(frozen=True)
 class KeptScores:
-    """A file in the cache directory, whose name says what its scores depend on; none is kept
-    without a path."""
+    """The scores in a file of the cache directory, whose name says what they depend on; none are
+    kept without a path."""
 
     path: Path | None
 
     @classmethod
     def of(cls, identity: dict[str, Any] | None, requests: Sequence[ScoreRequest]) -> KeptScores:
-        """identity: what the scores depend on besides the requests; None for a model that cannot be
-        identified."""
+        """The file for scores of these requests. identity: what they depend on besides; None for a
+        model that cannot be identified."""
         if identity is None:
             return cls(None)
         key = sha256_json([identity, [astuple(request) for request in requests]])
         return cls(cache_directory() / "scores" / f"{key}.jsonl")
 
     def read(self, requests: Sequence[ScoreRequest]) -> dict[ScoreRequest, Score]:
-        """What is there of these requests. A line that a crash cut off, or that is damaged, is
-        not."""
+        """The scores that are kept of these requests. A line that a crash cut off, or that is
+        damaged, is left out."""
         if self.path is None or not self.path.exists():
             return {}
         by_key = {request_key(request): request for request in requests}
@@ -59,7 +59,7 @@ class KeptScores:
             yield
 
     def append(self, requests: Sequence[ScoreRequest], scores: Sequence[Score]) -> None:
-        """All of them, or none if the disk is full."""
+        """Adds scores to the file: all of them, or none if the disk is full."""
         if self.path is None:
             return
         lines = [
@@ -71,6 +71,7 @@ class KeptScores:
 
 
 def request_key(request: ScoreRequest) -> str:
+    """A request's hash, by which the file finds its score."""
     return sha256_json(astuple(request))[:KEY_DIGITS]
 
 
@@ -87,7 +88,7 @@ def _parse_line(line: bytes) -> tuple[str, Score] | None:
 
 
 def _ends_within_a_line(path: Path) -> bool:
-    """Whether a crash has cut its last line off."""
+    """Whether a crash has cut the last line of a file off."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

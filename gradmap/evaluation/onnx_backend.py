@@ -19,7 +19,8 @@ BATCH_TOKENS = 1024
 
 
 class OnnxBackend:
-    """directory: holds model.onnx and the model's config.json (config: its contents)."""
+    """Scores with ONNX Runtime. directory: holds model.onnx and the model's config.json (config:
+    its contents)."""
 
     name = "onnxruntime"
 
@@ -33,17 +34,17 @@ class OnnxBackend:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         by_input: dict[tuple[int, ...], list[ScoreRequest]] = {}
-        for request in requests:  # answers of one token share their input: the context
+        # Answers of one token share their input: the context.
+        for request in requests:
             by_input.setdefault(request.context + request.continuation[:-1], []).append(request)
         inputs = sorted(by_input, key=len, reverse=True)
         scores: dict[ScoreRequest, Score] = {}
         while inputs:
             batch = inputs[: max(1, BATCH_TOKENS // len(inputs[0]))]
+            # Padded on the right, which causal attention does not see.
             ids = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
             for row, tokens in zip(ids, batch, strict=True):
-                row[: len(tokens)] = (
-                    tokens  # padded on the right, which causal attention does not see
-                )
+                row[: len(tokens)] = tokens
             logits, _ = self._session.step(ids, None)
             for row_logits, tokens in zip(logits, batch, strict=True):
                 scores |= {request: _score(row_logits, request) for request in by_input[tokens]}
@@ -58,10 +59,10 @@ class OnnxBackend:
     def _generate(self, prompt: Sequence[int], new_tokens: int, is_done: IsDone) -> list[int]:
         answer: list[int] = []
         logits, cache = self._session.step(np.array([prompt], dtype=np.int64), None)
-        while (
-            len(answer) < new_tokens
-            and (token := _most_likely(logits[0, -1])) not in self._end_tokens
-        ):
+        while len(answer) < new_tokens:
+            token = _most_likely(logits[0, -1])
+            if token in self._end_tokens:
+                break
             answer.append(token)
             if is_done(answer):
                 break
@@ -70,14 +71,14 @@ class OnnxBackend:
 
 
 def _most_likely(logits: npt.NDArray[np.float32]) -> int:
-    """(V,) -> a token."""
+    """The most likely token by logits (V,)."""
     require_finite(LOGITS, torch.from_numpy(logits))
     return int(logits.argmax())
 
 
 def _score(logits: npt.NDArray[np.float32], request: ScoreRequest) -> Score:
-    """logits: (L, V), at least up to the position that predicts the last token of the
-    continuation."""
+    """The score of a request. logits: (L, V), at least up to the position that predicts the last
+    token of the continuation."""
     first = len(request.context) - 1
     predicting = logits[first : first + len(request.continuation)]
     chosen = (np.arange(len(predicting)), np.array(request.continuation))

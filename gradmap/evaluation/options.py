@@ -49,7 +49,7 @@ class _Asked(Strict):
 
 
 class EvalOptions(ComputingOptions, _Asked, EvaluatedOn):
-    """Of the command line and of a recipe."""
+    """Options of `gradmap eval`, on the command line and in a recipe."""
 
 
 class QualityOptions(Strict):

@@ -48,18 +48,19 @@ class Segments:
     def read(
         cls, tokenizer: Any, name: str, source: str, tokens: int, limit: int | None
     ) -> Segments:
-        return cls(
-            name, source, build_segments(tokenizer, source, tokens, limit), bos_of(tokenizer)
-        )
+        """Segments of `tokens` tokens of the SPEC `source`, at most `limit` of them. Raises
+        UserError if the text is missing, damaged or too short."""
+        input_ids = build_segments(tokenizer, source, tokens, limit)
+        return cls(name, source, input_ids, bos_of(tokenizer))
 
     @property
     def predicted_tokens(self) -> int:
-        """Of each segment."""
+        """How many tokens of each segment are predicted."""
         tokens = self.input_ids.shape[1]
         return tokens - 1 if self.bos is None else tokens
 
     def describe(self) -> dict[str, Any]:
-        """What was evaluated on, for the record."""
+        """The fields of gradmap.evaluation.result.TextRecord."""
         segments, tokens = self.input_ids.shape
         return {
             "source": self.source,

@@ -20,12 +20,12 @@ SCHEMA_VERSION = 3
 
 
 def records_beside(result: Path) -> Path:
-    """Where the raw records of an evaluation are."""
+    """The path of an evaluation's raw records."""
     return result.with_suffix(".records.jsonl")
 
 
 class TextRecord(Strict):
-    """What perplexity was measured on (gradmap.evaluation.perplexity.Segments).
+    """The text that perplexity was measured on (gradmap.evaluation.perplexity.Segments).
 
     separator: between the rows of the source. bos: the token before each segment, None if the
     tokenizer puts none. sha256: of the token ids, (segments, tokens).
@@ -41,7 +41,8 @@ class TextRecord(Strict):
 
 
 class TaskRecord(Strict):
-    """What accuracy was measured on. left_out: documents that were used for calibration."""
+    """The task that accuracy was measured on. left_out: documents that were used for
+    calibration."""
 
     source: str
     versions: list[str]
@@ -59,15 +60,16 @@ class Accuracy(Estimate):
 
 
 class AnswersRecord(Strict):
-    """empty: the share of answers without text. repetition: mean over the answers."""
+    """What a model's answers are like. empty: the share without text. repetition: mean over the
+    answers."""
 
     empty: float
     repetition: float
 
 
 class Side(Strict):
-    """What one of the models is, and what was measured. None is what is not known of a server, or
-    was not asked for."""
+    """One of the models, and what was measured of it. None is what is not known of a server, or was
+    not asked for."""
 
     layers: int | None
     parameters: int | None
@@ -80,7 +82,7 @@ class Side(Strict):
 
 
 class QualityRecord(Strict):
-    """The gate's verdict, and its limits (gradmap.evaluation.comparison.Gate)."""
+    """The gate's verdict, and its limits (gradmap.evaluation.options.QualityOptions)."""
 
     verdict: Verdict
     reason: str
@@ -97,7 +99,8 @@ class AnsweredRecord(Strict):
 
 
 class SettingsRecord(Strict):
-    """limit: of segments and documents, None for all. segment: its tokens, without BOS."""
+    """What the evaluation was limited to. limit: of segments and documents, None for all. segment:
+    its tokens, without BOS."""
 
     limit: int | None
     seed: int
@@ -125,13 +128,13 @@ class Evaluation(Strict):
     environment: dict[str, str]
 
     def contents(self) -> dict[str, Any]:
-        """As it is written: without what is absent."""
+        """The evaluation as it is written: without what is absent."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        """Whoever shows it looks up what `texts` and `tasks` name, and compares what was
-        compared."""
+        """Refuses an evaluation with parts missing: whoever shows it looks up what `texts` and
+        `tasks` name, and compares what was compared."""
         if any(named != (set(self.texts), set(self.tasks)) for named in self._named()):
             raise ValueError(
                 "not all of the texts and tasks that it names were measured, or others were"

@@ -32,14 +32,16 @@ class Scorer:
     fresh: bool = False
 
     def score(self, requests: Sequence[ScoreRequest], description: str) -> list[Score]:
-        """Raises UserError if a request does not fit the model, or its logits are not finite."""
+        """The scores of the requests, in their order. Raises UserError if one does not fit the
+        model, or its logits are not finite."""
         distinct = order_for_scoring(requests)
         self._refuse_unfit(distinct)
         kept = KeptScores.of(self.identity, distinct)
         scores = {} if self.fresh else kept.read(distinct)
         if len(scores) < len(distinct):
             with kept.writing(self.fresh):
-                scores = kept.read(distinct)  # by whoever wrote until now, too
+                # Others may have written until now.
+                scores = kept.read(distinct)
                 self._score_rest(distinct, scores, kept, description)
         return [scores[request] for request in requests]
 
@@ -83,7 +85,7 @@ class Scorer:
 
 
 def order_for_scoring(requests: Sequence[ScoreRequest]) -> list[ScoreRequest]:
-    """Each request once: those that share a context together, so that it is computed once, the
+    """The distinct requests: those that share a context together, so that it is computed once, the
     longest first."""
     longest: dict[tuple[int, ...], int] = {}
     for request in requests:

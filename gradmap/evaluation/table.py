@@ -8,23 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    """columns: the headings. rows: cells as text, as many as there are columns."""
+    """A table for people. columns: the headings. rows: cells as text, as many as there are
+    columns."""
 
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
 
 def tabulate(result: dict[str, Any]) -> Table:
-    """What was measured, the value of each model and, for two models, how they compare."""
+    """The table of an eval.json: what was measured, the value of each model and, for two models,
+    how they compare."""
     arms = [arm for arm in ("dense", "pruned") if arm in result]
-    columns = (
-        "± standard error",
-        *arms,
-        *(["pruned against dense (95% interval)"] if result["comparison"] else []),
-    )
-    return Table(
-        columns, [row[: len(columns)] for row in _rows(result, [result[arm] for arm in arms])]
-    )
+    columns = ("± standard error", *arms)
+    if result["comparison"]:
+        columns += ("pruned against dense (95% interval)",)
+    rows = _rows(result, [result[arm] for arm in arms])
+    return Table(columns, [row[: len(columns)] for row in rows])
 
 
 def describe_retained(result: dict[str, Any]) -> str | None:
@@ -77,7 +76,7 @@ def _rows(result: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str
 
 
 def with_error(estimate: dict[str, Any], factor: float, digits: int) -> str:
-    """`71.3 ± 1.2`; without what is not known."""
+    """An estimate as text, times `factor`: `71.3 ± 1.2`, or `71.3` if the error is not known."""
     value, error = estimate["value"], estimate["stderr"]
     return f"{value * factor:.{digits}f}" + (
         "" if error is None else f" ± {error * factor:.{digits}f}"

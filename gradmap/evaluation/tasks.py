@@ -71,7 +71,7 @@ class LoadedTask:
     source: str
 
     def describe(self) -> dict[str, Any]:
-        """What was evaluated on, for the record."""
+        """The fields of gradmap.evaluation.result.TaskRecord."""
         return {
             "source": self.source,
             "versions": sorted({str(part.VERSION) for part in self.parts.values()}),
@@ -83,19 +83,21 @@ class LoadedTask:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """metric -> one value per document, in the order of `documents` (harness task name and
-    index)."""
+    """What a task measured. values: metric -> one value per document, in the order of `documents`
+    (harness task name and index)."""
 
     documents: tuple[tuple[str, int], ...]
     values: dict[str, tuple[float, ...]]
 
     @property
     def metric(self) -> str:
+        """The metric that stands for the task."""
         return next(name for name in (*TASK_METRICS, *self.values) if name in self.values)
 
 
 def expand_names(names: Sequence[str]) -> tuple[str, ...]:
-    """paper, mmlu -> the paper's seven tasks and mmlu, each once."""
+    """The tasks that names stand for, without repetition: paper, mmlu -> the paper's seven and
+    mmlu."""
     expanded: list[str] = []
     for name in names:
         expanded += PAPER_TASKS if name == PAPER else [name]
@@ -105,8 +107,9 @@ def expand_names(names: Sequence[str]) -> tuple[str, ...]:
 def require_tasks(names: Sequence[str]) -> None:
     """Raises UserError if the harness has no task of one of these names, or is not installed; loads
     no data."""
+    # The harness takes its time to list what it has.
     for name in names:
-        if name not in PAPER_TASKS:  # the harness takes its time to list what it has
+        if name not in PAPER_TASKS:
             _expand(name)
 
 
@@ -125,14 +128,7 @@ def load_task(
     """
     with waiting(f"Loading task {name}"):
         parts = {part: _load_part(part, data) for part in _expand(name)}
-        usable = {
-            part: [
-                index
-                for index, document in enumerate(task.eval_docs)
-                if not _is_known(document, calibration_texts)
-            ]
-            for part, task in parts.items()
-        }
+        usable = {part: _usable(task, calibration_texts) for part, task in parts.items()}
     left_out = sum(len(task.eval_docs) - len(usable[part]) for part, task in parts.items())
     if not any(usable.values()):
         raise UserError(
@@ -153,7 +149,7 @@ def score_task(task: LoadedTask, scorer: Scorer, tokenizer: Any) -> TaskScores:
 
 
 def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
-    """The same with any model of the harness."""
+    """`score_task` with any model of the harness (lm_eval.api.model.LM)."""
     from lm_eval.evaluator import evaluate
 
     documents = {part: indices for part, indices in task.documents.items() if indices}
@@ -168,11 +164,7 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
     samples = [
         (part, sample) for part in documents for sample in _first_filter(results["samples"][part])
     ]
-    values = {
-        metric: tuple(float(sample[metric]) for _, sample in samples)
-        for metric in samples[0][1]["metrics"]
-        if all(isinstance(sample[metric], int | float) for _, sample in samples)
-    }
+    values = _numbers_by_metric([sample for _, sample in samples])
     if not values:
         raise UserError(
             f"Task {task.name} has no metric that is one number per document; it cannot be "
@@ -182,8 +174,19 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
 
 
 def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Tasks that generate may extract the answer in several ways; the first is the strictest."""
+    """The samples with the answer extracted in the first way: tasks that generate may have several
+    ways, of which it is the strictest."""
     return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+
+
+def _numbers_by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
+    """metric -> one number per sample, of the metrics that are numbers throughout."""
+    numbers = {}
+    for metric in samples[0]["metrics"]:
+        values = [sample[metric] for sample in samples]
+        if all(isinstance(value, int | float) for value in values):
+            numbers[metric] = tuple(map(float, values))
+    return numbers
 
 
 @cache
@@ -225,9 +228,8 @@ def _load_part(name: str, data: Path | None) -> Any:
         (task,) = _manager().load([group])["tasks"].values()
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # of the hub's client, or of the harness over data that is not the task's
+    # The hub's client raises errors of all kinds, and the harness over data that is not the task's.
+    except Exception as error:
         if data is not None:
             raise UserError(
                 f"{data / _saved_data(name).folder} is not what task {name} needs: "
@@ -261,7 +263,8 @@ def _require_documents(name: str, task: Any, indices: Sequence[int]) -> None:
             choices = (
                 task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else None
             )
-        except Exception as error:  # whatever a template or a function of the harness raises
+        # A template or a function of the harness may raise anything.
+        except Exception as error:
             raise UserError(
                 f"Document {index} of task {name} is not what the task needs: {_reason(error)}."
             ) from None
@@ -314,11 +317,19 @@ def _read(name: str, directory: Path) -> Any:
     # input of a stage.
     with library_errors_refused(f"{directory} is damaged"):
         documents = load_from_disk(str(directory), keep_in_memory=True)
-    if (
-        name == "boolq"
-    ):  # saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class
+    # Saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class.
+    if name == "boolq":
         documents = documents.map(lambda document: {"label": int(document["answer"])})
     return documents
+
+
+def _usable(task: Any, calibration_texts: Sequence[str]) -> list[int]:
+    """Indices of the documents that were not used for calibration."""
+    return [
+        index
+        for index, document in enumerate(task.eval_docs)
+        if not _is_known(document, calibration_texts)
+    ]
 
 
 def _is_known(document: Mapping[str, Any], calibration_texts: Sequence[str]) -> bool:
@@ -335,7 +346,7 @@ def _draw(
         return usable
     chosen = set(random.Random(seed).sample(everything, limit))
     say(f"{name}: {limit} of {len(everything)} documents, drawn with seed {seed}")
-    return {
-        part: [index for index in indices if (part, index) in chosen]
-        for part, indices in usable.items()
-    }
+    drawn = {}
+    for part, indices in usable.items():
+        drawn[part] = [index for index in indices if (part, index) in chosen]
+    return drawn

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ _PADDING = -1
 
 
 class TransformersBackend:
-    """dtype: the name (of gradmap.model.precision) that `model` was loaded for.
+    """Scores with a transformers model. dtype: the name (of gradmap.model.precision) that `model`
+    was loaded for.
 
     The model loses its generation settings (generation_config.json): `generate` would apply
     penalties, bans and beams of them to greedy decoding as well, and other backends have others or
@@ -117,7 +119,7 @@ class TransformersBackend:
     def _generate_batch(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone
     ) -> list[list[int]]:
-        """Until the last one ends or is done."""
+        """The answers to prompts of one batch, which goes on until the last one ends or is done."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         ids = torch.tensor(
@@ -168,12 +170,13 @@ class Pack:
 
     @property
     def is_branched(self) -> bool:
-        """Whether causal attention alone would let a continuation see another one."""
+        """Whether the pack needs a mask: causal attention alone would let a continuation see
+        another one."""
         return max(self.branches) > 1
 
     @classmethod
     def of(cls, requests: Sequence[ScoreRequest]) -> Pack:
-        """Packs requests of the same context."""
+        """The pack of requests that share one context."""
         context = requests[0].context
         tokens, positions, branches = list(context), list(range(len(context))), [0] * len(context)
         predictions = []
@@ -198,22 +201,26 @@ def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[ScoreRequest, Score]
             _tree_mask(branches), model.get_input_embeddings().weight.dtype
         )
     # else every sequence is an ordinary one, padded on the right: causal attention alone is right
-    rows = [
-        row * longest + place
-        for row, pack in enumerate(packs)
-        for places in pack.predictions
-        for place in places
-    ]
-    targets = [
-        token for pack in packs for request in pack.requests for token in request.continuation
-    ]
-    logits = _logits_at(model, torch.tensor(rows), inputs)
+    requests = list(chain.from_iterable(pack.requests for pack in packs))
+    targets = list(chain.from_iterable(request.continuation for request in requests))
+    logits = _logits_at(model, torch.tensor(_predicting_rows(packs, longest)), inputs)
     log_likelihoods, greedy = _token_scores(logits, torch.tensor(targets, device=logits.device))
-    scores, start = {}, 0
-    for request in (request for pack in packs for request in pack.requests):
-        tokens = slice(start, start := start + len(request.continuation))
-        scores[request] = Score(log_likelihoods[tokens].sum().item(), bool(greedy[tokens].all()))
-    return scores
+    lengths = [len(request.continuation) for request in requests]
+    parts = zip(requests, log_likelihoods.split(lengths), greedy.split(lengths), strict=True)
+    return {
+        request: Score(of_tokens.sum().item(), bool(are_greedy.all()))
+        for request, of_tokens, are_greedy in parts
+    }
+
+
+def _predicting_rows(packs: Sequence[Pack], longest: int) -> list[int]:
+    """Places of the flattened (B * L) positions that predict the continuations, in the order of the
+    requests."""
+    rows: list[int] = []
+    for number, pack in enumerate(packs):
+        for places in pack.predictions:
+            rows += [number * longest + place for place in places]
+    return rows
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
@@ -239,8 +246,8 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logits_at(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits (N, V) of the given rows of the flattened (B * L) positions: the output layer runs for
-    these only."""
+    """Logits (N, V) of the given `rows` (N,) of the flattened (B * L) positions: the output layer
+    runs for these only."""
 
     def keep_rows(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(end_dim=1)[rows.to(args[0].device)][None], *args[1:])
@@ -268,7 +275,8 @@ def _token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def score_reference(model: Any, request: ScoreRequest) -> Score:
-    """The same for one request: one plain pass, all logits."""
+    """The score of one request by one plain pass over it (1, L), with all logits (L, V): for
+    tests."""
     ids = torch.tensor([request.context + request.continuation], device=model.device)
     log_probabilities = model(input_ids=ids, use_cache=False).logits[0].log_softmax(dim=-1)
     places = range(len(request.context) - 1, ids.shape[1] - 1)

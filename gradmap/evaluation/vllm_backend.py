@@ -19,7 +19,7 @@ MAX_TOKENS = 4096
 
 
 class VllmBackend:
-    """directory: a checkpoint. dtype: a name that vLLM knows, see
+    """Scores with vLLM. directory: a checkpoint. dtype: a name that vLLM knows, see
     `gradmap.runtimes.vllm_environment.vllm_dtype`."""
 
     name = "vllm"
@@ -50,9 +50,8 @@ class VllmBackend:
             trust_remote_code=False,
         )
         self._watch = Watch()
-        self.max_tokens = (
-            window - 2
-        )  # vLLM reads the whole request, and insists on generating a token after it
+        # vLLM reads the whole request, and insists on generating a token after it.
+        self.max_tokens = window - 2
         self.vocabulary: int | None = int(config["vocab_size"])
         self._end_tokens = {*end_tokens, self._llm.get_tokenizer().eos_token_id}
 
@@ -64,15 +63,7 @@ class VllmBackend:
             [request.context + request.continuation for request in requests], sampling
         )
         return [
-            score_of_logprobs(
-                [
-                    (entry[token].logprob, entry[token].rank)
-                    for entry, token in zip(
-                        output.prompt_logprobs, output.prompt_token_ids, strict=True
-                    )
-                    if entry is not None
-                ][-len(request.continuation) :]
-            )
+            score_of_logprobs(_prompt_logprobs(output)[-len(request.continuation) :])
             for request, output in zip(requests, outputs, strict=True)
         ]
 
@@ -94,13 +85,22 @@ class VllmBackend:
         gc.collect()
 
     def _generate(self, prompts: Sequence[Sequence[int]], sampling: Any) -> list[Any]:
-        # its progress bar divides by zero where TQDM_DISABLE is set
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        # its progress bar divides by zero where TQDM_DISABLE is set
         outputs: list[Any] = self._llm.generate(inputs, sampling, use_tqdm=False)
         return outputs
 
 
+def _prompt_logprobs(output: Any) -> list[tuple[float, int]]:
+    """Log probability and rank of every token of a prompt but the first, which has none."""
+    pairs = zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
+    return [
+        (entry[token].logprob, entry[token].rank) for entry, token in pairs if entry is not None
+    ]
+
+
 def score_of_logprobs(logprobs: Sequence[tuple[float, int]]) -> Score:
-    """From the log probability and the rank of every token of a continuation; rank 1 is the most
-    likely one."""
-    return Score(sum(value for value, _ in logprobs), all(rank == 1 for _, rank in logprobs))
+    """The score of a continuation, from the log probability (nats) and the rank of every token of
+    it; rank 1 is the most likely one."""
+    log_likelihood = sum(value for value, _ in logprobs)
+    return Score(log_likelihood, all(rank == 1 for _, rank in logprobs))
