@@ -157,9 +157,9 @@ def _sync(path: Path) -> None:
 
 
 def _replace_directory(new: Path, path: Path) -> None:
-    """Readers see the earlier result or the new one. Where the file system cannot exchange names, a
-    reader between two renames sees neither; the earlier result is then kept beside until the new
-    one is in place."""
+    """Puts a new result in an earlier one's place: readers see the one or the other. Where the file
+    system cannot exchange names, a reader between two renames sees neither; the earlier result is
+    then kept beside until the new one is in place."""
     if not path.exists():
         new.rename(path)
     elif _exchange(new, path):

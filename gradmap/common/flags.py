@@ -11,12 +11,13 @@ from gradmap.common.reading import Strict
 
 
 def flag_of(name: str) -> str:
-    """`top_z` -> `--top-z`."""
+    """The flag of a field's name: `top_z` -> `--top-z`."""
     return f"--{name.replace('_', '-')}"
 
 
 def opposite_of(name: str) -> str:
-    """`check_vllm` -> `--no-check-vllm`: of a switch that is on where nothing is said."""
+    """The flag that turns off a switch which is on where nothing is said: `check_vllm` ->
+    `--no-check-vllm`."""
     return flag_of(f"no_{name}")
 
 
@@ -38,8 +39,11 @@ def flags_of(options: Strict) -> list[str]:
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """{"one_shot": True, "remove": 8, "limit": None, "x": [1, 2], "y": {"a": "b", "c": "c"}} ->
-    --one-shot --remove=8 --x=1 --x=2 --y=a=b --y=c."""
+    """Options as a command line has them.
+
+    {"one_shot": True, "remove": 8, "limit": None, "x": [1, 2], "y": {"a": "b", "c": "c"}} ->
+    --one-shot --remove=8 --x=1 --x=2 --y=a=b --y=c.
+    """
     flags: list[str] = []
     for name, value in values.items():
         flags += _written(flag_of(name), value)

@@ -88,10 +88,11 @@ class Heartbeat:
         self._say, self._interval_s, self._clock = say, interval_s, clock
         self._lines: list[Callable[[], str]] = []
         self._spoke_s = clock()
-        self._lock = Lock()  # so that no line comes when its activity has ended
+        # So that no line comes when its activity has ended.
+        self._lock = Lock()
 
     def spoke(self) -> None:
-        """Something else was said just now."""
+        """Notes that something else was said just now."""
         self._spoke_s = self._clock()
 
     @property
@@ -120,7 +121,8 @@ class Heartbeat:
         def line() -> str:
             return describe(self._clock() - started_s)
 
-        if not self._lines:  # what was said before it began is none of its business
+        # What was said before it began is none of its business.
+        if not self._lines:
             self.spoke()
         stop = Event()
         thread = Thread(target=self.watch, args=(stop.wait,), daemon=True)

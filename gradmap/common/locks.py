@@ -45,8 +45,8 @@ def writing(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def writing_into(directory: Path) -> Iterator[None]:
-    """Likewise for a directory that results are put into one by one; it is made for that, and goes
-    if none came."""
+    """While the block runs, nobody else writes into `directory`, where results are put one by one;
+    it is made for that, and goes if none came."""
     place = Path(os.path.realpath(directory))
     is_new = not place.exists()
     place.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,8 @@ def writing_into(directory: Path) -> Iterator[None]:
             yield
     finally:
         if is_new:
-            with suppress(OSError):  # something is in it
+            # Something may be in it.
+            with suppress(OSError):
                 place.rmdir()
 
 
@@ -72,7 +73,8 @@ def _holding(lock: Path, what: Path, wait: bool) -> Iterator[bool]:
         yield descriptor is not None
     finally:
         del _HELD[lock]
-        with suppress(OSError):  # it is free once it is closed, whether its file goes or not
+        # It is free once it is closed, whether its file goes or not.
+        with suppress(OSError):
             lock.unlink()
         if descriptor is not None:
             os.close(descriptor)
@@ -134,5 +136,6 @@ def _holder(descriptor: int) -> str:
     try:
         signed = json.loads(os.pread(descriptor, 1000, 0))
         return f"process {signed['process']} on {signed['host']} since {signed['since']}"
-    except (ValueError, KeyError, TypeError):  # it is about to sign
+    # It is about to sign.
+    except (ValueError, KeyError, TypeError):
         return "another process"
