@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from export.artifact import export_artifacts, open_source
-from export.comparison import Comparison
+from export.comparison import LogitComparison
 from export.options import ExportOptions
 from export.reference import random_probe
 from export.writers import Source
@@ -52,12 +52,12 @@ KINDS = (("hf", None), ("onnx", None), ("onnx", "int8"), ("vllm", None), ("vllm"
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact in one runtime; check is a Comparison, or the sentence that refused the
+    """One artifact in one runtime; check is a LogitComparison, or the sentence that refused the
     artifact."""
 
     model: str
     kind: str
-    check: Comparison | str
+    check: LogitComparison | str
 
 
 def main(

@@ -12,7 +12,7 @@ from typing import Any
 from export import GGUF_FILE
 from export.card import render_card
 from export.choices import choose_storage, runners_of
-from export.comparison import MIN_AGREEMENT, Comparison
+from export.comparison import MIN_AGREEMENT, LogitComparison
 from export.far_positions import require_far_positions
 from export.fold import count_parameters, require_foldable
 from export.formats import FORMATS
@@ -74,7 +74,7 @@ class Verified:
 
     name: str
     files: int
-    verification: dict[str, Comparison]
+    verification: dict[str, LogitComparison]
 
 
 def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
@@ -250,7 +250,7 @@ def _describe(
     form: Format,
     storage: Storage,
     written: Written,
-    comparisons: dict[str, Comparison],
+    comparisons: dict[str, LogitComparison],
 ) -> ArtifactRecord:
     """gradmap.json without the files' hashes."""
     return ArtifactRecord(

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from export.comparison import Comparison
+from export.comparison import LogitComparison
 from export.formats import FORMATS
 from export.integrity import ArtifactRecord
 from gradmap.common.quoting import markdown
@@ -112,7 +112,7 @@ def _describe_quality(quality: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _describe_check(check: Comparison) -> str:
+def _describe_check(check: LogitComparison) -> str:
     bound = (
         f"tolerance {check.tolerance:.2g}"
         if check.tolerance is not None

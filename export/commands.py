@@ -16,11 +16,11 @@ from gradmap.common.console import heartbeat, importing, print_json_line, print_
 from gradmap.common.options import takes
 
 if TYPE_CHECKING:
-    from export.comparison import Comparison
+    from export.comparison import LogitComparison
     from export.integrity import ArtifactRecord
 
-# Differences of logits are relative and typical (see Comparison); "same" counts most likely tokens,
-# "greedy" generated ones before the first other one.
+# Differences of logits are relative and typical (see LogitComparison); "same" counts most likely
+# tokens, "greedy" generated ones before the first other one.
 CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
 
 
@@ -118,7 +118,7 @@ def _summary_rows(record: ArtifactRecord) -> list[tuple[str, ...]]:
     return rows
 
 
-def _check_cells(check: Comparison) -> tuple[str, ...]:
+def _check_cells(check: LogitComparison) -> tuple[str, ...]:
     return (
         _number(check.typical_difference),
         _number(check.cached_difference),

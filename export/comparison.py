@@ -32,7 +32,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitComparison:
     """How an artifact compares with the reference. Relative differences are root mean squares over
     that of the logits.
 

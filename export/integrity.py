@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from export.comparison import Comparison
+from export.comparison import LogitComparison
 from gradmap.common.console import waiting
 from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE, sha256_file
@@ -51,7 +51,7 @@ class ArtifactRecord(Strict):
     weight_bytes: int
     base_model: BaseRecord
     plan: PlanRecord | None
-    verification: dict[str, Comparison]
+    verification: dict[str, LogitComparison]
     environment: dict[str, str]
     files: dict[PlainName, str]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from export.comparison import Bounds, Comparison
+from export.comparison import Bounds, LogitComparison
 from export.folded_model import hidden_size, stored_dtype
 from export.formats.format import Runner
 from export.integrity import ArtifactRecord
@@ -36,7 +36,7 @@ def compare_in_each(
     written: Written,
     reference: Reference,
     min_agreement: float,
-) -> dict[str, Comparison]:
+) -> dict[str, LogitComparison]:
     """Runs an artifact in each of its runners, and compares; `require_faithful` and `find_problem`
     judge. Returns runner's name -> comparison."""
     names = [runner.name for runner in runners]

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.comparison import Bounds, Comparison
+from export.comparison import Bounds, LogitComparison
 from export.reference import Reference
 from export.tolerance import SWAP_FACTOR
 from gradmap.common.children import ending_children, module_command, run_captured
@@ -99,12 +99,12 @@ def _find_reason(stderr: str) -> str:
     return ": ".join([message, *reasons_below(message, lines[last + 1 :])])
 
 
-def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> Comparison:
+def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> LogitComparison:
     """Measures the distance of an outcome from the reference; `require_faithful` judges it."""
     difference, best = _differences(reference, outcome)
     compared = best.shape[1]
     identical, margin = _compare_greedy(reference, outcome.greedy_ids)
-    return Comparison(
+    return LogitComparison(
         runtime=outcome.runtime,
         relative_difference=_typical(difference, stray_share=0.0) / reference.scale,
         typical_difference=_typical(difference, bounds.stray_share) / reference.scale,
@@ -121,14 +121,14 @@ def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> Compariso
     )
 
 
-def require_faithful(comparison: Comparison) -> None:
+def require_faithful(comparison: LogitComparison) -> None:
     """Raises UserError that says what differs, if the comparison is outside its bounds."""
     problem = find_problem(comparison)
     if problem is not None:
         raise UserError(f"In {comparison.runtime}, {problem}; nothing was written.")
 
 
-def find_problem(comparison: Comparison) -> str | None:
+def find_problem(comparison: LogitComparison) -> str | None:
     """Says in words why an artifact is not faithful; None if it is."""
     tolerance, floor = comparison.tolerance, comparison.min_agreement
     if floor is not None and not comparison.argmax_agreement >= floor:  # not: a NaN must fail
@@ -156,7 +156,7 @@ def find_problem(comparison: Comparison) -> str | None:
 
 
 def _describe_difference(
-    comparison: Comparison, tolerance: float, place: str, difference: float
+    comparison: LogitComparison, tolerance: float, place: str, difference: float
 ) -> str:
     others = ""
     if comparison.stray_share:

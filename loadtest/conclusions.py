@@ -18,7 +18,7 @@ from loadtest.loads import closed_loops, find_highest_rate, search_load
 from loadtest.options import DENSE
 from loadtest.records import Cell, Measurements, RequestRecord
 from loadtest.resources import summarise_resources
-from loadtest.schema import SCHEMA_VERSION, Comparison, Ideal, LoadReport, Report
+from loadtest.schema import SCHEMA_VERSION, Ideal, LoadReport, Report, SpeedComparison
 from loadtest.settings import DENSE_AGAIN, LoadTestSettings
 from loadtest.soundness import find_faults
 from loadtest.statistics import (
@@ -117,7 +117,7 @@ def _compare(
     settings: LoadTestSettings,
     gate: SpeedGate,
     sizes: Mapping[str, WeightBytes],
-) -> Comparison:
+) -> SpeedComparison:
     """What is concluded of a candidate; the measurements have no faults."""
     held_back = find_held_back(cells, arm, DENSE, closed_loops(settings.loads)[0])
     if held_back is not None:
@@ -130,7 +130,7 @@ def _compare(
     lost = find_losses(main, gate.before(arm))
     if lost:
         judgement = Judgement(Verdict.FAIL, f"less than in the earlier test: {'; '.join(lost)}")
-    return Comparison(
+    return SpeedComparison(
         verdict=str(judgement.verdict),
         reason=judgement.reason,
         speedup=main,
@@ -149,8 +149,8 @@ def _against_ideal(
     return shares
 
 
-def _invalid(faults: Sequence[str]) -> Comparison:
-    return Comparison(str(Verdict.INVALID), "; ".join(faults), {}, {}, {}, {})
+def _invalid(faults: Sequence[str]) -> SpeedComparison:
+    return SpeedComparison(str(Verdict.INVALID), "; ".join(faults), {}, {}, {}, {})
 
 
 def _noise(cells: Cells, settings: LoadTestSettings) -> dict[str, dict[str, float]]:

@@ -25,7 +25,7 @@ class Ideal:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpeedComparison:
     """One candidate against the dense model.
 
     speedup: by metric, TTFT and TPOT at the lowest concurrency, output throughput at the highest.
@@ -65,7 +65,7 @@ class Report:
     reason: str
     required_speedup: float
     speedup: dict[str, SpeedUp]
-    candidates: dict[str, Comparison]
+    candidates: dict[str, SpeedComparison]
     highest_rate: dict[str, float]
     noise: dict[str, dict[str, float]]
     arms: dict[str, dict[str, LoadReport]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 from typing import Any
 
-from export.comparison import Comparison as Verification
+from export.comparison import LogitComparison
 from export.integrity import read_record
 from gradmap.common.environment import describe_environment
 from gradmap.common.errors import UserError
@@ -111,7 +111,7 @@ class ExportedArtifact(Strict):
     """verification: what was found when it was exported, by runtime. files: name -> SHA-256."""
 
     gradmap_json_sha256: str
-    verification: dict[str, Verification]
+    verification: dict[str, LogitComparison]
     files: dict[str, str]
 
 
