@@ -10,16 +10,9 @@ import torch
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import Calibration, build_calibration
 from gradmap.methods.compensation import Compensation, Pruned, run_and_capture
-from gradmap.methods.gradmap.adam import errors_of_output, objective, train_projection
 from gradmap.methods.gradmap.projection import mean_drift, project_most_drifted
 from gradmap.methods.least_squares import ridge_sums, solve_ridge, solve_ridge_reference
-from gradmap.methods.ridge import (
-    REGULARISATION,
-    Fit,
-    accumulate_gram,
-    best_downhill,
-    device_with_room,
-)
+from gradmap.methods.ridge import Fit, accumulate_gram, best_downhill, device_with_room
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Place, Projection, linear_output
 from gradmap.model.layered import LayeredModel
@@ -27,34 +20,12 @@ from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.loading import load_model, load_tokenizer
 from tests.conftest import BOOLQ, CORRECTABLE, inside
 from tests.gradmap.methods import repair
-
-REMOVED = (1, 3)
-LAYER = 4
+from tests.gradmap.repairs import LAYER, REMOVED, activations, prune
 
 
 @pytest.fixture(params=CORRECTABLE)
 def pico(request, picos):
     return picos[request.param]
-
-
-def prune(pico, input_ids, batch_size=2, removed=REMOVED):
-    """Input ids (N, T) to fit on; the first of them are held out too."""
-    calibration = Calibration("test", 0, torch.cat([input_ids, input_ids[:2]]))
-    pruned = Pruned(pico.layered(), calibration, removed, Batches(batch_size))
-    assert torch.equal(calibration.fit_ids, input_ids)
-    return pruned
-
-
-def activations(pruned, refit, layer=LAYER):
-    """F and D of one layer as (n, f) and (n, d) float64, from whole forward passes."""
-    ids = pruned.calibration.fit_ids
-    module = pruned.model.layers[layer]
-    projection = pruned.model.architecture.down_projection_of(module)
-    ((_, dense),) = run_and_capture(pruned.model, [module], ids)
-    with pruned.model.without(REMOVED):
-        (_, given), (inputs, output) = run_and_capture(pruned.model, [module, projection], ids)
-    features = inputs if refit else linear_output(projection, output)
-    return features.flatten(end_dim=-2), (dense - given).flatten(end_dim=-2)
 
 
 @pytest.mark.parametrize("kind", ["left", "refit"])
@@ -161,46 +132,6 @@ def test_sums_are_solved_with_in_float64_whatever_the_model_computes_in(dtype):
     )  # the root of two, squared
 
 
-def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):
-    pruned = prune(picos["llama"], input_ids)
-    gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER), {})
-    features, missing = (
-        tensor.reshape(*input_ids.shape, -1) for tensor in activations(pruned, refit=False)
-    )
-    exact = solve_ridge(gram, cross, REGULARISATION * missing.numel())
-    training = train_projection(
-        torch.zeros_like(exact),
-        errors_of_output(features, missing),
-        len(input_ids),
-        epochs=30,
-        seed=0,
-    )
-    values = [objective(update, features @ update.mT - missing).item() for update in training]
-    best = objective(exact, features @ exact.mT - missing)
-    assert best < values[-1] < values[0] < missing.square().mean()
-
-
-def test_adam_steps_at_the_published_rate():
-    """Its first step moves every weight by the rate, whatever the gradient."""
-    generator = torch.Generator().manual_seed(0)
-    added, missing = (
-        torch.randn(1, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2)
-    )
-    start = torch.zeros(4, 4, dtype=torch.float64)
-    (update,) = train_projection(
-        start, errors_of_output(added, missing), samples=1, epochs=1, seed=0
-    )
-    torch.testing.assert_close(
-        update.abs(), torch.full_like(update, 1e-3), rtol=1e-4, atol=0
-    )  # Adam's epsilon
-
-
-def test_the_objective_is_eq_11_as_a_mean_and_a_thousandth_of_eq_12():
-    update = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
-    errors = torch.full((3, 5, 2), 2.0, dtype=torch.float64)
-    assert objective(update, errors).item() == pytest.approx(4 + 1e-3 * 30, rel=1e-12)
-
-
 def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied(pico, input_ids):
     """Eq. 11 as a mean over tokens and channels, beside 1e-3 of Eq. 12: from all samples."""
     calibration = Calibration("test", 0, input_ids, held_out=0)
@@ -236,27 +167,6 @@ def test_repairs_that_are_always_accepted_are_applied_though_they_do_harm(picos,
         )
         assert [one.accepted for one in judged] == [accept_all]
         assert Compensation(judged).held_out_divergence == float(accept_all)
-
-
-def test_adam_trains_in_float32_whatever_the_model_is_in(picos, input_ids):
-    exact = prune(picos["llama"], input_ids)
-    coarse = replace(exact, model=picos["llama"].layered(torch.bfloat16))
-    (correction,) = repair("projection-adam", coarse).corrections
-    matrix = inside(correction).matrix
-    # a step of 1e-3 is below half of bfloat16's spacing beside one: there, W' could not move off
-    # the diagonal's 1
-    assert not torch.equal(matrix.bfloat16().double(), matrix)
-
-
-def test_adam_repairs_the_layer_that_the_closed_form_repairs(picos, input_ids):
-    pruned = prune(picos["llama"], input_ids)
-    (trained,), (exact,) = (
-        repair(name, pruned).corrections for name in ("projection-adam", "projection")
-    )
-    assert trained.place == exact.place
-    assert trained.held_out_divergence_before == pytest.approx(
-        exact.held_out_divergence_before, rel=1e-12
-    )
 
 
 def test_drift_is_the_distance_of_mean_outputs(pico, input_ids):

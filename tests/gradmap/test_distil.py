@@ -23,7 +23,7 @@ from gradmap.methods.sequential import refit_before_runs
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import logits_from, run_layers
 from tests.conftest import BOS, inside
-from tests.gradmap.test_compensation import REMOVED, prune
+from tests.gradmap.repairs import REMOVED, prune
 
 distilling = import_module("gradmap.methods.distil")  # the package has a function of that name
 

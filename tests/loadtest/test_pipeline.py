@@ -1,48 +1,26 @@
-"""Recipes are strict, and a stage runs again exactly when something it depends on has changed."""
+"""Recipes are strict, and a dry run says what a run would do."""
 
 import json
-import os
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gradmap.common.errors import UserError
-from gradmap.common.files import sha256_json, write_json, write_text
-from gradmap.common.fingerprints import fingerprint
-from gradmap.common.stages import STAGES_DIRECTORY, is_done, stage_key
-from gradmap.common.verdict import EXIT_CODES, Verdict
-from loadtest.options import REQUIRED_SPEED_UP
-from loadtest.outcome import write_all
-from loadtest.pipeline import run as pipeline
+from gradmap.common.files import write_json
+from gradmap.common.stages import stage_key
 from loadtest.pipeline.recipe import load_recipe
 from loadtest.pipeline.result import build_result
-from loadtest.pipeline.run import judge_as_asked, plan_run, run_recipe
+from loadtest.pipeline.run import plan_run, run_recipe
 from loadtest.pipeline.stages import plan_stages
-from loadtest.records import append_measurements
 from tests.command_line import gradmap
 from tests.conftest import ROOT
-from tests.loadtest.test_metrics import measured
-from tests.loadtest.test_page import make_report
+from tests.loadtest.recipes import MINIMAL, NAMES, finish
 from tests.test_docs import COMMANDS
 
-MINIMAL = """
-model: {model}
-prune: {{remove: 2, calibration: "file:{text}"}}
-eval: {{perplexity: {{a: "file:{text}"}}}}
-"""
 FULL_EXPORT = (
     "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, shard_size_gb: 2, "
     "check_vllm: false}"
 )
-
-
-@pytest.fixture
-def recipe_file(tmp_path, picos, word_file):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(MINIMAL.format(model=picos["llama"].directory, text=word_file))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -152,37 +130,6 @@ eval: {perplexity: {a: "file:b.txt"}}
     assert key() != changed_input
 
 
-NAMES = ["prune", "eval", "export", "baseline", "loadtest"]
-# One file of each stage's directories.
-FILES = {
-    "prune": "plan.json",
-    "export": "gradmap.json",
-    "baseline": "gradmap.json",
-    "loadtest": "report.json",
-}
-
-
-def finish(recipe_file, out, *names, keep=None):
-    """Leaves behind what these stages would have; `keep` is there already."""
-    for stage in plan_stages(load_recipe(recipe_file), out):
-        if stage.name in names:
-            for path in set(stage.outputs) - {keep}:
-                write_text(path if path.suffix else path / FILES[stage.name], "{}")
-            outputs = {
-                name: stamp.model_dump() for name, stamp in fingerprint(stage.outputs, out).items()
-            }
-            facts = sha256_json(stage.facts())
-            record = {
-                "key": stage_key(stage),
-                "seconds": 1,
-                "peak_bytes": 1,
-                "outputs": outputs,
-                "facts": facts,
-            }
-            write_json(out / STAGES_DIRECTORY / f"{stage.name}.json", record)
-    write_text(out / "recipe.yaml", "")
-
-
 def running(recipe_file, out, from_stage=None, fresh=False):
     planned = plan_run(recipe_file, out, from_stage, fresh)
     assert [stage.name for stage in planned] == NAMES
@@ -241,138 +188,6 @@ def test_a_dry_run_refuses_what_a_run_would(recipe_file, tmp_path, extra, messag
         plan_run(recipe_file, tmp_path / "out", None, False)
     with pytest.raises(UserError, match="Unknown stage 'bake'"):
         plan_run(ROOT / "recipes" / "smollm2.yaml", tmp_path / "out", "bake", False)
-
-
-def undone(recipe_file, out):
-    return [
-        stage.name
-        for stage in plan_stages(load_recipe(recipe_file), out)
-        if not is_done(stage, out)
-    ]
-
-
-def flip(path):
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-
-
-def lose(path):
-    path.unlink() if path.is_file() else shutil.rmtree(path)
-
-
-@pytest.mark.parametrize("damage", [flip, lose])
-@pytest.mark.parametrize(
-    ("path", "again"),
-    [
-        ("vllm/gradmap.json", ["export", "loadtest"]),
-        ("hf/weights/model.safetensors", ["export"]),
-        ("dense/vllm/gradmap.json", ["baseline", "loadtest"]),
-        ("eval.json", ["eval", "export", "baseline"]),
-        ("eval.records.jsonl", ["eval"]),
-        ("loadtest/report.json", ["loadtest"]),
-    ],
-)
-def test_a_stage_whose_result_was_changed_or_is_incomplete_runs_again(
-    recipe_file, tmp_path, damage, path, again
-):
-    out = tmp_path / "out"
-    write_text(out / "hf" / "weights" / "model.safetensors", "weights")
-    finish(recipe_file, out, *NAMES)
-    damage(out / path)
-    assert undone(recipe_file, out) == again
-
-
-@pytest.fixture
-def measured_run(recipe_file, tmp_path):
-    """A run that is done, with a load test that can be drawn again; the recipe's gate is the
-    default one."""
-    out = tmp_path / "out"
-    report, records = make_report(required=REQUIRED_SPEED_UP)
-    append_measurements(out / "loadtest", measured(records))
-    write_all(out / "loadtest", report, records)
-    finish(recipe_file, out, *NAMES, keep=out / "loadtest")
-    return out
-
-
-def test_a_report_that_is_drawn_again_leaves_the_load_test_done(
-    recipe_file, measured_run, monkeypatch
-):
-    left = (measured_run / "loadtest" / "report.json").read_bytes()
-    drawn = gradmap("report", measured_run / "loadtest", "--require-speedup", 100, "--parquet")
-    assert drawn.returncode == EXIT_CODES[Verdict.FAIL], drawn.stderr
-    assert (measured_run / "loadtest" / "report.json").read_bytes() != left
-    assert undone(recipe_file, measured_run) == []
-    monkeypatch.setattr(
-        pipeline, "write_report", lambda *_: 1 / 0
-    )  # which comes when all stages are done
-    with pytest.raises(ZeroDivisionError):
-        run_recipe(recipe_file, measured_run, None, False)
-    assert (measured_run / "loadtest" / "report.json").read_bytes() == left
-
-
-def test_a_run_judges_its_load_test_by_the_gate_of_the_recipe(recipe_file, measured_run):
-    recipe_file.write_text(recipe_file.read_text() + "loadtest: {require_speedup: 100}")
-    judge_as_asked(load_recipe(recipe_file), measured_run)
-    report = json.loads((measured_run / "loadtest" / "report.json").read_text())
-    assert (report["required_speedup"], report["verdict"]) == (100, "FAIL")
-
-
-@pytest.mark.parametrize("name", ["records.jsonl", "blocks.jsonl"])
-def test_what_was_measured_and_changed_is_measured_again(recipe_file, measured_run, name):
-    flip(measured_run / "loadtest" / name)
-    assert undone(recipe_file, measured_run) == ["loadtest"]
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("environment", {}), ("settings", {}), ("weight_bytes", {}), ("prompts", None)],
-)
-def test_facts_that_only_the_report_has_may_not_change(recipe_file, measured_run, key, value):
-    path = measured_run / "loadtest" / "report.json"
-    write_json(path, json.loads(path.read_text()) | {key: value})
-    assert undone(recipe_file, measured_run) == ["loadtest"]
-
-
-def test_a_directory_that_is_gone_is_made_again(recipe_file, tmp_path):
-    finish(recipe_file, tmp_path / "out", *NAMES)
-    lose(tmp_path / "out" / "hf")
-    assert undone(recipe_file, tmp_path / "out") == ["export"]
-
-
-def test_results_out_of_a_cache_have_other_times_and_are_taken(recipe_file, tmp_path):
-    out = tmp_path / "out"
-    finish(recipe_file, out, *NAMES)
-    for path in out.rglob("*"):
-        os.utime(path, (1, 1))
-    assert undone(recipe_file, out) == []
-    (out / "hf" / "gradmap.json").write_text("[]")  # as long as before
-    assert undone(recipe_file, out) == ["export"]
-
-
-@pytest.mark.parametrize(
-    "marker", ['{"key": "other"}', "{", "[]", '"key"', '{"outputs": {}}', "null"]
-)
-def test_a_marker_that_does_not_say_what_was_written_is_not_taken(recipe_file, tmp_path, marker):
-    out = tmp_path / "out"
-    finish(recipe_file, out, *NAMES)
-    (out / STAGES_DIRECTORY / "loadtest.json").write_text(marker)
-    assert undone(recipe_file, out) == ["loadtest"]
-
-
-def test_a_marker_without_its_outputs_is_not_taken(recipe_file, tmp_path):
-    out = tmp_path / "out"
-    finish(recipe_file, out, *NAMES)
-    marker = out / STAGES_DIRECTORY / "eval.json"
-    record = json.loads(marker.read_text())
-    del record["outputs"]
-    write_json(marker, record)
-    assert undone(recipe_file, out) == ["eval"]
-
-
-def test_a_stage_whose_output_is_of_an_older_format_runs_again(recipe_file, tmp_path):
-    evaluation = plan_stages(load_recipe(recipe_file), tmp_path)[1]
-    older = replace(evaluation, schema=evaluation.schema - 1)
-    assert stage_key(older) != stage_key(evaluation)
-    assert stage_key(replace(evaluation)) == stage_key(evaluation)
 
 
 def test_a_report_has_no_results_of_another_protocol(tmp_path):

@@ -3,92 +3,26 @@ as failed."""
 
 import csv
 import json
-import math
-import statistics
 import subprocess
 import sys
-from dataclasses import replace
-from itertools import pairwise
-from typing import Any, cast
 
 import pyarrow.parquet
 import pytest
 
-from gradmap.common.errors import UserError
-from loadtest import loads, session
-from loadtest.arrivals import ARRIVALS, arrival_times
+from loadtest import session
 from loadtest.conclusions import SpeedGate
 from loadtest.driving import run_load
-from loadtest.loads import (
-    HIGHEST_RATE,
-    LOWEST_RATE,
-    ClosedLoop,
-    OpenLoop,
-    find_highest_rate,
-)
+from loadtest.loads import ClosedLoop, OpenLoop
 from loadtest.outcome import run_load_test
 from loadtest.prompts import Workload
 from loadtest.records import read_measurements
-from loadtest.session import WARM_UP_REQUESTS, Session, run_session
-from loadtest.settings import Block, LoadTestSettings, schedule
+from loadtest.session import WARM_UP_REQUESTS, Session
 from loadtest.slo import parse_slo
 from loadtest.soundness import mean_in_flight
 from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.loadtest.fake_server import FakeServer, running
-
-ONE = ClosedLoop(1)
-BAD_URLS = (
-    *(
-        "http://",
-        "http://host:99999",
-        "http://host:port",
-        "http://host:0",
-        "http://[::1",
-        "http://me:secret@host",
-    ),
-    *(
-        "http://host/?a=b",
-        "http://host/#a",
-        "http://host/a b",
-        "http://host/\x1b[31m",
-        "http://höst",
-    ),
-)
-BAD_NAMES = (
-    "",
-    "dense",
-    "dense-again",
-    "a/b",
-    "..",
-    "-x",
-    "a b",
-    "a|b",
-    "<b>",
-    "a\nb",
-    "\x1b[31m",
-    "ä",
-    "x" * 41,
-)
-
-
-def settings(fake, **changes):
-    defaults: dict[str, Any] = {
-        "pairs": 2,
-        "interleaved": False,
-        "loads": (ONE, ClosedLoop(3)),
-        "requests_per_load": 2,
-        "workload": Workload(prompt_tokens=5, output_tokens=4),
-        "vocabulary": 10**9,  # so that a prompt's first token tells it apart
-    }
-    return LoadTestSettings(fake.url, {"pruned": fake.url}, **(defaults | changes))
-
-
-def run(options, out):
-    session = Session(out)
-    run_session(options, session)
-    assert read_measurements(out) == session.measured
-    return session.measured.requests
+from tests.loadtest.sessions import ONE, run, settings
 
 
 def test_both_arms_get_the_same_token_ids_and_blocks_get_fresh_ones(tmp_path):
@@ -254,88 +188,6 @@ def test_the_verdict_is_the_exit_code(tmp_path):
     assert json.loads(invalid.stdout.splitlines()[-1])["verdict"] == "INVALID"
 
 
-@pytest.mark.parametrize(
-    "vocabulary", [{}, {"vocab_size": 0}, {"vocab_size": "many"}, {"vocab_size": 1.5}]
-)
-def test_a_vocabulary_that_no_config_tells_is_asked_for(tmp_path, vocabulary):
-    for name, config in (("dense", {"vocab_size": 100}), ("pruned", vocabulary)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    options = LoadTestSettings(str(tmp_path / "dense"), {"pruned": str(tmp_path / "pruned")})
-    with pytest.raises(UserError, match="say with --vocabulary"):
-        run_session(options, Session(tmp_path / "out"))
-
-
-def test_full_sessions_interleave_the_arms_in_random_order(tmp_path):
-    options = LoadTestSettings("a", {"pruned": "b"}, pairs=40, workload=Workload(seed=1))
-    blocks = schedule(options)
-    assert sorted(block.arm for block in blocks[:3]) == ["dense", "dense-again", "pruned"]
-    assert [block.pair for block in blocks[:3]] == [0, 0, 0]
-    pairs = [blocks[index : index + 2] for index in range(3, 81, 2)]
-    assert all({block.arm for block in pair} == {"dense", "pruned"} for pair in pairs)
-    assert all(pair[0].pair == pair[1].pair for pair in pairs)
-    assert {pair[0].arm for pair in pairs} == {"dense", "pruned"}
-    assert options.expected_records == 81 * (8 + 16)
-    quick = schedule(replace(options, pairs=2, interleaved=False))
-    assert quick == [Block("dense", 0), Block("dense", 1), Block("pruned", 0), Block("pruned", 1)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dense": "nowhere"}, "neither a URL nor a model directory"),
-        ({"dense": "http://127.0.0.1:9"}, "does not answer"),
-        ({"vocabulary": None}, "--vocabulary"),
-        ({"vocabulary": 0}, "--vocabulary is 0"),
-        *(({"dense": url}, "is no URL of a server") for url in BAD_URLS),
-        *(
-            ({"candidates": {name: "http://127.0.0.1:9"}}, "is no name for a model")
-            for name in BAD_NAMES
-        ),
-        *(
-            ({"loads": (ONE, OpenLoop("poisson", rate))}, "--rate")
-            for rate in (math.nan, math.inf, -1.0)
-        ),
-        ({"loads": (ClosedLoop(cast(int, math.nan)),)}, "--concurrency must be 1 or more"),
-        *(
-            ({"open_loop_s": seconds}, "--open-loop-s is")
-            for seconds in (math.nan, math.inf, 0.0, -1.0)
-        ),
-        (
-            {"loads": (ONE, OpenLoop("poisson", 1.0)), "open_loop_s": 1e7},
-            "more than 1000000 requests a block",
-        ),
-        ({"loads": (ONE, OpenLoop("poisson", 1e300))}, "more than 1000000 requests a block"),
-        ({"requests_per_load": 10**7}, "more than 1000000 requests a block"),
-        ({"models": {"other": "x"}}, "other is none"),
-        (
-            {"candidates": {"pruned": str(ROOT)}, "models": {"pruned": "x"}},
-            "neither a URL nor a model directory",
-        ),
-        ({"workload": Workload(output_tokens=1)}, "TPOT is undefined"),
-        ({"workload": Workload(shared_prefix=128)}, "shorter than --prompt-tokens"),
-        ({"workload": Workload(length_spread=1.0)}, "from 0 to below 1"),
-        ({"workload": Workload(length_spread=math.nan)}, "from 0 to below 1"),
-        ({"workload": Workload(texts="file:x.txt", shared_prefix=3)}, "are for random prompts"),
-        ({"workload": Workload(texts="file:x.txt")}, "--tokenizer"),
-        ({"pairs": 0}, "--pairs is 0"),
-        ({"processes": 0}, "--processes is 0"),
-        ({"loads": (OpenLoop("poisson", 4),)}, "--concurrency is needed"),
-        ({"loads": (ONE, OpenLoop("poisson", 0))}, "--rate a finite number above 0"),
-        ({"candidates": {}}, "Give --pruned"),
-        ({"find_rate": True}, "give --slo"),
-    ],
-)
-def test_bad_input_is_refused(tmp_path, changes, message):
-    base = {
-        "dense": "http://127.0.0.1:9",
-        "candidates": {"pruned": "http://127.0.0.1:9"},
-        "vocabulary": 10,
-    }
-    with pytest.raises(UserError, match=message):
-        run_session(LoadTestSettings(**(base | changes)), Session(tmp_path))
-
-
 @pytest.mark.alone
 def test_several_processes_share_the_requests(tmp_path):
     open_loop = OpenLoop("constant", 20.0)
@@ -367,47 +219,6 @@ def test_several_processes_share_the_requests(tmp_path):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(
-    "arrivals", ["poisson", *(pytest.param(one, marks=pytest.mark.slow) for one in [*ARRIVALS][1:])]
-)
-def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals):
-    """Two a second at 0.5 s apiece would be 1 a second, if each waited for the one before."""
-    load = OpenLoop(arrivals, 20.0)
-    with running(FakeServer(gap_s=0.125)) as fake:
-        options = settings(fake, pairs=1, loads=(ONE, load), open_loop_s=3.0, requests_per_load=1)
-        records = [record for record in run(options, tmp_path) if record.load == load.name]
-    for arm in ("dense", "pruned"):
-        of_arm = sorted((one for one in records if one.arm == arm), key=lambda one: one.scheduled_s)
-        assert len(of_arm) == 60
-        scheduled, sent = (
-            [getattr(one, name) for one in of_arm] for name in ("scheduled_s", "sent_s")
-        )
-        assert scheduled[-1] - scheduled[0] == pytest.approx(59 / 20, rel=1e-6)
-        assert all(due <= at < due + 0.05 for due, at in zip(scheduled, sent, strict=True))
-        gaps = [later - earlier for earlier, later in pairwise(scheduled)]
-        if arrivals == "constant":
-            assert gaps == pytest.approx([0.05] * 59)
-    dense, pruned = (
-        sorted(one.scheduled_s for one in records if one.arm == arm) for arm in ("dense", "pruned")
-    )
-    assert [at - dense[0] for at in dense] == pytest.approx(
-        [at - pruned[0] for at in pruned], abs=1e-6
-    )
-
-
-def test_arrivals_vary_as_their_name_says():
-    """Coefficient of variation of the gaps: 0, 1 and 2."""
-    expected_of = {"constant": 0.0, "poisson": 1.0, "burst": 2.0}
-    assert expected_of.keys() == ARRIVALS.keys()
-    for arrivals, expected in expected_of.items():
-        times = arrival_times(arrivals, 5.0, 20_001, "seed")
-        gaps = [later - earlier for earlier, later in pairwise(times)]
-        assert statistics.mean(gaps) == pytest.approx(0.2)
-        # its standard error over 20,000 gaps is below 0.02 for both
-        assert statistics.pstdev(gaps) / statistics.mean(gaps) == pytest.approx(expected, abs=0.08)
-
-
-@pytest.mark.alone
 def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     with running(FakeServer(gap_s=0.005)) as fake:
         options = settings(
@@ -431,36 +242,6 @@ def test_a_report_can_be_computed_again_with_another_requirement(tmp_path):
     assert stricter.returncode == 1
     assert json.loads((tmp_path / "report.json").read_text())["required_speedup"] == 100
     assert gradmap("report", tmp_path / "nothing").returncode == 2
-
-
-@pytest.mark.parametrize("limit", [0.1, 0.3, 5.3, 100.0, 1e9])
-def test_the_highest_rate_is_found(limit):
-    tried = []
-    found = find_highest_rate(lambda rate: tried.append(rate) or rate <= limit)
-    if limit < LOWEST_RATE:
-        assert found == 0
-    elif limit > HIGHEST_RATE:
-        assert found == HIGHEST_RATE
-    else:
-        assert found <= limit < 1.1 * found
-    assert len(tried) == len(set(tried)) < 20
-
-
-@pytest.mark.alone
-@pytest.mark.slow
-def test_the_highest_rate_that_a_server_keeps_up_with(tmp_path, monkeypatch):
-    """The server answers one request at a time, in 40 ms: at 25/s, a queue grows."""
-    monkeypatch.setattr(loads, "LOWEST_RATE", 5.0)
-    monkeypatch.setattr(loads, "PRECISION", 3.0)
-    with running(FakeServer(gap_s=0.01, serial=True)) as fake:
-        options = settings(
-            fake, pairs=1, loads=(ONE,), slos=(parse_slo("e2el_p90=250ms"),), find_rate=True
-        )
-        report = run_load_test(replace(options, open_loop_s=3.0), SpeedGate(0.1), tmp_path)
-    assert report["arms"]["dense"]["concurrency_1"]["requests"] == 2
-    for rate in report["highest_rate"].values():
-        assert 5 <= rate <= 25
-    assert "Highest rate that meets the SLOs: dense" in (tmp_path / "report.html").read_text()
 
 
 def test_what_a_killed_test_left_in_the_directory_goes(tmp_path):
