@@ -342,9 +342,8 @@ def profile_slowest(record: Record, task: Task) -> Facts:
 def load_test(
     task: Task, directory: Path, tokenizer: Path, calibration: str, prompt_tokens: int, pairs: int
 ) -> Facts:
-    from benchmarks.llama_7b_serving import (
-        load_test_both,
-    )  # what it needs is not on every machine that prunes
+    # what it needs is not on every machine that prunes
+    from benchmarks.llama_7b_serving import load_test_both
 
     make_case.cache_clear()  # the servers need the memory
     free_memory()

@@ -54,11 +54,15 @@ class Admin:
         return self._states(lambda supervisor: supervisor.status.was_ready)
 
     def info(self, request: Request) -> Response:
-        """Which artifact, plan and base model are being served, and where."""
+        """The artifact, plan and base model that are being served, and where, of each server."""
         return JSONResponse(
             [
-                {"url": one.settings.url, **asdict(one.identity), **_describe(one)}
-                for one in self.supervisors
+                {
+                    "url": supervisor.settings.url,
+                    **asdict(supervisor.identity),
+                    **_describe(supervisor),
+                }
+                for supervisor in self.supervisors
             ]
         )
 
@@ -82,21 +86,24 @@ class Admin:
         info = InfoMetricFamily(
             "gradmap_serve_artifact", "What is being served.", labels=["model_name"]
         )
-        for one in self.supervisors:
-            name, status = one.identity.name, one.status
+        for supervisor in self.supervisors:
+            name, status = supervisor.identity.name, supervisor.status
             ready.add_metric([name], float(status.state is State.READY))
             restarts.add_metric([name], status.restarts)
             for phase, started_s in status.phases.items():
                 phases.add_metric([name, phase], started_s)
-            known = {"base_model": one.identity.base_model, "plan_sha256": one.identity.plan_sha256}
+            known = {
+                "base_model": supervisor.identity.base_model,
+                "plan_sha256": supervisor.identity.plan_sha256,
+            }
             info.add_metric([name], {key: value or "" for key, value in known.items()})
         return [ready, restarts, phases, info, *self._vllm_metrics()]
 
     def _vllm_metrics(self) -> Iterator[Metric]:
         """vLLM's families, each once; their samples carry the model's name."""
         families: dict[str, Metric] = {}
-        for one in self.supervisors:
-            for family in text_string_to_metric_families(self._fetch(one, "/metrics") or ""):
+        for supervisor in self.supervisors:
+            for family in text_string_to_metric_families(self._fetch(supervisor, "/metrics") or ""):
                 known = families.setdefault(family.name, family)
                 if known is not family:
                     known.samples += family.samples
@@ -113,8 +120,10 @@ class Admin:
             return None
 
     def _states(self, is_fine: Callable[[Supervisor], bool]) -> JSONResponse:
-        fine = [is_fine(one) for one in self.supervisors]
-        states = {one.identity.name: _describe(one) for one in self.supervisors}
+        fine = [is_fine(supervisor) for supervisor in self.supervisors]
+        states = {
+            supervisor.identity.name: _describe(supervisor) for supervisor in self.supervisors
+        }
         return JSONResponse(states, status_code=200 if all(fine) else 503)
 
 

@@ -13,7 +13,7 @@ TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def has_chat_template(directory: Path, vllm_flags: Sequence[str]) -> bool:
-    """Whether vLLM finds a template with which it makes one prompt of a chat's messages. Without
+    """True if vLLM finds a template with which it makes one prompt of a chat's messages. Without
     one it answers every request at /v1/chat/completions with an error."""
     if flag_value(vllm_flags, "--chat-template") is not None:
         return True

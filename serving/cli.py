@@ -90,10 +90,8 @@ def serve(
     start (75 if for want of memory), 70 after a mistake of ours.
     """
     code = 0
-    with (
-        suppress(Terminated),
-        raising_signals(),
-    ):  # the imports and the hashes take their time; it is no failure here
+    # the imports and the hashes take their time; it is no failure here
+    with suppress(Terminated), raising_signals():
         from serving.identity import Trust
         from serving.launch import Launch, run
         from serving.log import Log

@@ -13,8 +13,8 @@ def flag_names(vllm_flags: Sequence[str]) -> list[str]:
 
 
 def flag_value(vllm_flags: Sequence[str], *names: str) -> str | None:
-    """What `--name=value` or `--name value` says under any of a flag's names, the last if several;
-    None without."""
+    """The value that `--name=value` or `--name value` gives under any of a flag's names: the last
+    if several; None without."""
     value = None
     for flag, after in zip(vllm_flags, [*vllm_flags, None][1:], strict=True):
         given, equals, inside = _split(flag)

@@ -43,8 +43,8 @@ EXIT_FAILED = 1
 
 @dataclass(frozen=True)
 class Launch:
-    """One or two models, with what has to be known of each. settings: of the first; the second has
-    the next port."""
+    """One or two models to serve, with what has to be known of each. settings: of the first; the
+    second has the next port."""
 
     models: Sequence[Path]
     settings: ServerSettings
@@ -65,10 +65,10 @@ def run(launch: Launch, log: Log) -> int:
     identities = [
         identify(model, trust) for model, trust in zip(launch.models, launch.trusts, strict=True)
     ]
-    settings = _settle(launch, identities)
+    settled = _settle(launch, identities)
     supervisors = [
-        Supervisor(each, identity, launch.policy, log)
-        for each, identity in zip(settings, identities, strict=True)
+        Supervisor(settings, identity, launch.policy, log)
+        for settings, identity in zip(settled, identities, strict=True)
     ]
     stop = Stop()
     with stop.on_signals(supervisors):
@@ -138,12 +138,11 @@ def cache_share(models: int) -> dict[str, str]:
 
 def _announce(launch: Launch, supervisors: Sequence[Supervisor], log: Log) -> None:
     settings = launch.settings
-    for one in supervisors:
-        identity = one.identity
+    for supervisor in supervisors:
+        identity = supervisor.identity
         size = f"{identity.weight_bytes / 1e6:,.0f} MB of weights"
-        log.say(
-            f"Starting vLLM for {identity.name} ({size}) at {one.settings.url} ({log.location})"
-        )
+        url = supervisor.settings.url
+        log.say(f"Starting vLLM for {identity.name} ({size}) at {url} ({log.location})")
     if len(supervisors) > 1:
         log.say(
             f"{len(supervisors)} models share this machine: each gets 1/{len(supervisors)} of the "
@@ -163,11 +162,11 @@ def _warn(supervisors: Sequence[Supervisor], log: Log) -> None:
             f"{host} is reachable from outside and no key is asked for; use --api-key-file",
             "WARNING",
         )
-    for one in supervisors:
-        if not has_chat_template(one.settings.directory, one.settings.vllm_flags):
+    for supervisor in supervisors:
+        if not has_chat_template(supervisor.settings.directory, supervisor.settings.vllm_flags):
             log.say(
-                f"{one.identity.name} has no chat template, so /v1/chat/completions will refuse "
-                "requests; give one with -- --chat-template FILE, or use /v1/completions",
+                f"{supervisor.identity.name} has no chat template, so /v1/chat/completions will "
+                "refuse requests; give one with -- --chat-template FILE, or use /v1/completions",
                 "WARNING",
             )
 
@@ -188,19 +187,21 @@ def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:
     """Starts one after the other: while vLLM measures how much of a GPU's memory it needs, what
     another one takes would count as its own. Returns when all have ended; if one fails for good,
     the others are stopped."""
-    threads = [Thread(target=one.run, args=(stopping,)) for one in supervisors]
+    threads = [Thread(target=supervisor.run, args=(stopping,)) for supervisor in supervisors]
     try:
-        for one, thread in zip(supervisors, threads, strict=True):
+        for supervisor, thread in zip(supervisors, threads, strict=True):
             _stop_if_one_failed(supervisors, stopping)
-            thread.start()  # ends at once if the end has been asked for
-            while thread.is_alive() and not (one.status.was_ready or stopping.is_set()):
+            # ends at once if the end has been asked for
+            thread.start()
+            while thread.is_alive() and not (supervisor.status.was_ready or stopping.is_set()):
                 stopping.wait(POLL_S)
                 _stop_if_one_failed(supervisors, stopping)
         while any(thread.is_alive() for thread in threads):
             _stop_if_one_failed(supervisors, stopping)
             for thread in threads:
                 thread.join(POLL_S)
-    finally:  # if anything goes wrong here, no server outlives it
+    finally:
+        # if anything goes wrong here, no server outlives it
         stopping.set()
         for thread in threads:
             if thread.is_alive():
@@ -208,15 +209,18 @@ def _run_all(supervisors: Sequence[Supervisor], stopping: Event) -> None:
 
 
 def _stop_if_one_failed(supervisors: Sequence[Supervisor], stopping: Event) -> None:
-    if any(one.status.state is State.FAILED for one in supervisors):
+    if any(supervisor.status.state is State.FAILED for supervisor in supervisors):
         stopping.set()
 
 
 def _exit_code(supervisors: Sequence[Supervisor], stop: Stop, log: Log) -> int:
-    failed = next((one for one in supervisors if one.status.state is not State.STOPPED), None)
-    if failed is None:
+    not_stopped = [
+        supervisor for supervisor in supervisors if supervisor.status.state is not State.STOPPED
+    ]
+    if not not_stopped:
         log.say("Stopped; every process of the server has ended.")
         return EXIT_INTERRUPTED if stop.interrupted else 0
+    failed = not_stopped[0]
     given_up = isinstance(failed.failure, UserError) and failed.status.was_ready
     if failed.failure is not None and not given_up:
         raise failed.failure

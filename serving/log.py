@@ -50,9 +50,8 @@ class Log:
             self._lines = open_log(self.path)
 
     def say(self, message: str, level: str = "INFO") -> None:
-        with suppress(
-            OSError, SystemExit
-        ):  # which rich raises: who listened is gone, no reason to stop serving
+        # which rich raises: who listened is gone, no reason to stop serving
+        with suppress(OSError, SystemExit):
             if self.as_json:
                 print(self._as_object(message, level, "gradmap-serve"), file=sys.stderr, flush=True)
             else:
@@ -92,9 +91,8 @@ class Output:
     def follow(self, lines: Iterable[bytes]) -> None:
         """Returns when the process, and all that inherited its output, have ended."""
         for raw in lines:
-            line = raw.decode(errors="replace").rstrip(
-                "\r\n"
-            )  # vLLM ends the lines of a traceback with both
+            # vLLM ends the lines of a traceback with both
+            line = raw.decode(errors="replace").rstrip("\r\n")
             self._tail.append(line)
             self._log.relay(line)
             for sign, phase in PHASES.items():

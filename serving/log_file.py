@@ -30,7 +30,8 @@ def open_log(path: Path | None) -> logging.Handler:
         return logging.StreamHandler(sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (descriptor := _open_other(path)) is not None:
+        descriptor = _open_other(path)
+        if descriptor is not None:
             return _WrittenThrough(_as_text(descriptor))
         return _PrivateFile(path.resolve(), maxBytes=ROTATE_BYTES, backupCount=1)
     except OSError as error:
@@ -45,10 +46,10 @@ def _open_other(path: Path) -> int | None:
         found = path.stat()
     except FileNotFoundError:
         return None
-    for (
-        stream
-    ) in STREAMS:  # a socket, which cannot be opened; or a file that the shell writes to as well
-        with suppress(OSError):  # it may be closed
+    # a socket, which cannot be opened; or a file that the shell writes to as well
+    for stream in STREAMS:
+        # it may be closed
+        with suppress(OSError):
             if os.path.samestat(found, os.fstat(stream)):
                 return os.dup(stream)
     if stat.S_ISREG(found.st_mode):
@@ -74,6 +75,7 @@ class _PrivateFile(RotatingFileHandler):
 
     def _open(self) -> TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, MODE)
-        with suppress(PermissionError):  # another user's, who lets us write
+        # another user's, who lets us write
+        with suppress(PermissionError):
             os.fchmod(descriptor, MODE)
         return _as_text(descriptor)

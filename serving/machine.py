@@ -46,17 +46,15 @@ def find_gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
     """The NVIDIA GPUs with memory of their own that a process with this environment may use, in
     CUDA's order."""
     with visible_gpus(environment) as devices:
-        told = [
-            (
-                ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle),
-                ask(
-                    pynvml.nvmlDeviceGetCudaComputeCapability, device.card
-                ),  # a slice does not tell
-            )
-            for device in devices
+        memories = [ask(pynvml.nvmlDeviceGetMemoryInfo, device.handle) for device in devices]
+        # a slice does not tell
+        capabilities = [
+            ask(pynvml.nvmlDeviceGetCudaComputeCapability, device.card) for device in devices
         ]
     return tuple(
-        Gpu(memory.total, tuple(capability)) for memory, capability in told if memory and capability
+        Gpu(memory.total, tuple(capability))
+        for memory, capability in zip(memories, capabilities, strict=True)
+        if memory and capability
     )
 
 
@@ -123,18 +121,17 @@ def require_gpu_memory(settings: ServerSettings, identity: Identity, gpus: Seque
         return
     given = flag_value(settings.vllm_flags, GPU_SHARE_FLAG)
     try:
-        room = min(gpu.total_bytes for gpu in gpus) * (
-            GPU_UTILISATION if given is None else float(given)
-        )
+        share = GPU_UTILISATION if given is None else float(given)
     except ValueError:
         raise UserError(
             f"{GPU_SHARE_FLAG} is {given}; give a share of the GPU, such as 0.9."
         ) from None
+    room = share * min(gpu.total_bytes for gpu in gpus)
     part = identity.weight_bytes / len(gpus)
     if part > room:
-        each = f" on each of {len(gpus)} GPUs" if len(gpus) > 1 else ""
+        where = f" on each of {len(gpus)} GPUs" if len(gpus) > 1 else ""
         raise UserError(
-            f"The weights of {identity.name} take {part / GIB:.1f} GiB{each}, and vLLM has "
+            f"The weights of {identity.name} take {part / GIB:.1f} GiB{where}, and vLLM has "
             f"{room / GIB:.1f} GiB there; use more GPUs (-- {TENSOR_FLAGS[0]} N) or remove more "
             "layers."
         )
@@ -168,11 +165,10 @@ def require_exact_products(directory: Path) -> None:
 
 
 def bytes_in_memory(settings: ServerSettings, identity: Identity) -> int:
-    """Of the weights as vLLM holds them: those stored in two bytes take four if it is told to
-    compute in float32."""
+    """The bytes of the weights as vLLM holds them: those stored in two bytes take four if it is
+    told to compute in float32."""
     config = read_json_object(settings.directory / "config.json")
-    halves = config.get("dtype") in ("bfloat16", "float16") and not config.get(
-        "quantization_config"
-    )
+    quantised = bool(config.get("quantization_config"))
+    halves = config.get("dtype") in ("bfloat16", "float16") and not quantised
     widened = halves and flag_value(settings.vllm_flags, "--dtype") == "float32"
     return identity.weight_bytes * (2 if widened else 1)

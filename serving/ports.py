@@ -82,7 +82,8 @@ def url_host(host: str) -> str:
 
 
 def reachable_host(host: str) -> str:
-    """How this machine reaches who listens on `host`: by loopback where that is all addresses."""
+    """The address at which this machine reaches who listens on `host`: loopback where that is all
+    addresses."""
     try:
         address = ip_address(host)
     except ValueError:

@@ -27,7 +27,7 @@ class NotOursError(httpx.TransportError):
 
 
 def proof(secret: str, challenge: str) -> str:
-    """What only who knows the secret can answer to the challenge, in hexadecimal digits."""
+    """The answer to the challenge that takes the secret to give, in hexadecimal digits."""
     return hmac.new(secret.encode(), challenge.encode(), "sha256").hexdigest()
 
 
@@ -45,9 +45,8 @@ class OnlyToOurs(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         challenge = secrets.token_urlsafe()
         url, headers = request.url.join(PROOF_PATH), {CHALLENGE_HEADER: challenge}
-        answer = yield httpx.Request(
-            "GET", url, headers=headers, extensions=request.extensions
-        )  # with its time limit
+        # the extensions hold the request's time limit
+        answer = yield httpx.Request("GET", url, headers=headers, extensions=request.extensions)
         if not hmac.compare_digest(answer.content, proof(self._secret, challenge).encode()):
             raise NotOursError("another program listens on the server's port")
         request.headers.update({**authorization(), PASS_HEADER: self._secret})

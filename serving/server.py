@@ -94,7 +94,7 @@ class Server:
 
     @property
     def phase(self) -> str:
-        """How far the start has come."""
+        """The phase that the start has come to."""
         return self._output.phase
 
     def wait_until_ready(self, on_poll: Callable[[], None] = lambda: None) -> str:
@@ -105,7 +105,8 @@ class Server:
             while (left_s := started + self.settings.ready_timeout_s - time.monotonic()) > 0:
                 self.require_running()
                 client.timeout = min(PROBE_TIMEOUT_S, left_s)
-                if (model := _try_completion(client)) is not None:
+                model = _try_completion(client)
+                if model is not None:
                     return model
                 on_poll()
                 time.sleep(POLL_INTERVAL_S)

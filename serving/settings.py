@@ -42,7 +42,7 @@ class ServerSettings:
 
     @property
     def url(self) -> str:
-        """Where this machine reaches the server, also if it listens on all addresses."""
+        """The URL at which this machine reaches the server, also if it listens on all addresses."""
         scheme = "https" if self.certificate else "http"
         return f"{scheme}://{url_host(reachable_host(self.host))}:{self.port}"
 

@@ -28,8 +28,8 @@ class Stop:
 
         def handle(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGINT and self.event.is_set():
-                for one in servers:
-                    one.kill()
+                for server in servers:
+                    server.kill()
             self.interrupted |= number == signal.SIGINT
             self.event.set()
 

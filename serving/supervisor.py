@@ -98,8 +98,8 @@ class Supervisor:
             self.status = replace(self.status, state=State.STOPPED)
 
     def _serve_again_and_again(self, stopping: Event) -> None:
-        """Until `stopping` is set. A first start that fails is not repeated: it would fail
-        again."""
+        """Starts the server again whenever it fails, until `stopping` is set. A first start that
+        fails is not repeated: it would fail again."""
         failures = 0
         while not stopping.is_set():
             try:

@@ -33,13 +33,17 @@ def plain(line: str) -> str:
 def find_error(lines: Sequence[str]) -> str | None:
     """The first error that is no consequence of another, in one line; None if there is none."""
     said = [PREFIX.sub("", plain(line), count=1) for line in lines]
-    found = [
-        _describe(match, said[number + 1 :])
-        for number, line in enumerate(said)
-        if (match := ERROR.match(line))
-    ]
-    causes = [text for text in found if not any(sign in text for sign in CONSEQUENCES)]
+    found = []
+    for number, line in enumerate(said):
+        match = ERROR.match(line)
+        if match:
+            found.append(_describe(match, said[number + 1 :]))
+    causes = [text for text in found if not _is_consequence(text)]
     return next(iter(causes or found), None)
+
+
+def _is_consequence(text: str) -> bool:
+    return any(sign in text for sign in CONSEQUENCES)
 
 
 def _describe(match: re.Match[str], after: Sequence[str]) -> str:

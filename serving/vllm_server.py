@@ -38,14 +38,15 @@ def main(argv: list[str]) -> None:
 
 
 def bind_to_parent() -> None:
-    """For this process, and by way of the environment for those that it spawns: each ends with its
-    parent."""
+    """Makes this process end with its parent, and so, by way of the environment, those that it
+    spawns."""
     parent = os.environ.get(PARENT_VARIABLE)
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     end_with_parent(os.getppid() if parent is None else int(parent))
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the server; what multiprocessing spawned from it
+# the server; what multiprocessing spawned from it
+if __name__ in ("__main__", "__mp_main__"):
     bind_to_parent()
 
 if __name__ == "__main__":

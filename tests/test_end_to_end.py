@@ -99,9 +99,8 @@ def test_the_result_directory_is_as_agreed(finished_run):
         assert result[arm]["parameters"] == record["parameters"]
     for arm in ("dense", "pruned"):
         assert result[arm]["perplexity"]["squad"]["stderr"] > 0
-    assert (
-        20 < result["dense"]["perplexity"]["squad"]["value"] < 80
-    )  # of 8 segments; 100 segments give 31
+    # of 8 segments; 100 segments give 31
+    assert 20 < result["dense"]["perplexity"]["squad"]["value"] < 80
     assert result["quality"]["verdict"] == "PASS", result["quality"]["reason"]
     assert result["loadtest"]["verdict"] in ("FAIL", "INCONCLUSIVE")  # 2 pairs cannot pass
     assert result["verdict"] == result["loadtest"]["verdict"]

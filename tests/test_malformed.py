@@ -201,12 +201,13 @@ def read_plan(directory: Path, model: Path, out: Path) -> None:
     for repair in plan.repairs:
         repair.describe()
     methods = choose_methods(None, directory)
+    # 9: refused before it is made
     wanted = PruneSettings(
         remove=9,
         calibration="file:a.txt",
         selector=methods.selector,
         compensator=methods.compensator,
-    )  # 9: refused before it is made
+    )
     prune_less(open_checkpoint(str(model)), directory, wanted, out)
 
 

@@ -39,9 +39,8 @@ def test_a_model_is_pruned_evaluated_and_exported_in_float32(tmp_path):
     gradmap_without_bfloat16("eval", *MODEL, "--plan", plan, *text, "--out", tmp_path / "eval.json")
     evaluation = json.loads((tmp_path / "eval.json").read_text())
     assert evaluation["dense"]["dtype"] == evaluation["pruned"]["dtype"] == "float32"
-    assert (
-        20 < evaluation["dense"]["perplexity"]["squad"]["value"] < 80
-    )  # of 4 segments; 100 segments give 31
+    # of 4 segments; 100 segments give 31
+    assert 20 < evaluation["dense"]["perplexity"]["squad"]["value"] < 80
 
     gradmap_without_bfloat16("export", *MODEL, "--plan", plan, "--format", "vllm", "--out", out)
     record = json.loads((out / "vllm" / "gradmap.json").read_text())

@@ -54,9 +54,8 @@ def github(environment: Mapping[str, str]) -> Forge:
         comment=f"{issues}/comments",
         update="PATCH",
         authorization={"Authorization": f"Bearer {environment['GRADMAP_COMMENT_TOKEN']}"},
-        is_own=lambda comment: (
-            (comment["user"] or {}).get("login") == GITHUB_USER
-        ),  # none: a deleted account
+        # none: a deleted account
+        is_own=lambda comment: (comment["user"] or {}).get("login") == GITHUB_USER,
     )
 
 

@@ -262,10 +262,8 @@ def test_the_workflow_and_the_action_name_only_what_exists():
     action, comment = (
         yaml.safe_load((path / "action.yml").read_text()) for path in (ACTION, COMMENT_ACTION)
     )
-    call, job = (
-        workflow[True]["workflow_call"],
-        workflow["jobs"]["prune"],
-    )  # YAML 1.1 reads `on` as true
+    # YAML 1.1 reads `on` as true
+    call, job = (workflow[True]["workflow_call"], workflow["jobs"]["prune"])
     named = {text: set(re.findall(r"inputs\.([\w-]+)", text.read_text())) for text in FILES}
     assert list(named.values()) == [
         set(action["inputs"]),
@@ -318,9 +316,8 @@ def test_the_action_fails_a_model_that_lost_too_much_and_goes_on_from_what_it_di
 
     recipe.write_text(RECIPE.replace("LIMIT", "1000"))  # never missed
     finished = action.run()
-    assert (finished.exit_code, finished.verdict) == (0, "INCONCLUSIVE"), (
-        finished.log
-    )  # 2 pairs cannot pass
+    # 2 pairs cannot pass
+    assert (finished.exit_code, finished.verdict) == (0, "INCONCLUSIVE"), finished.log
     assert "quality: **PASS**" in finished.summary
     assert "prune: done before, inputs unchanged" in finished.log
     shutil.rmtree(project.directory / "the result")  # gigabytes

@@ -154,9 +154,8 @@ def test_ports_are_those_that_are_listened_on(pod):
     assert ports == {"api": options["port"], "admin": options["admin_port"]}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in OVERLAYS if name != "kserve"]
-)  # KServe makes its own Service
+# KServe makes its own Service
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "kserve"])
 def test_the_service_leads_to_the_ports_of_endpoints_only(name):
     service = one(f"overlays/{name}", "Service")
     endpoint, *workers = pods(f"overlays/{name}")

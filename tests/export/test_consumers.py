@@ -84,8 +84,7 @@ def test_llama_cpps_converter_makes_one_file_of_the_pruned_model(
     monkeypatch.setenv("PATH", f"{PYTHON.parent}:{os.environ['PATH']}")
     record = export(source, tmp_path, "gguf")["gguf"]
     check = record.verification["transformers"]
-    assert (
-        check.relative_difference <= check.tolerance < 1e-4
-    )  # the reference is rounded as the file is
+    # the reference is rounded as the file is
+    assert check.relative_difference <= check.tolerance < 1e-4
     assert record.layers == smollm2.config["num_hidden_layers"] - 2
     assert {"model.gguf", "tokenizer.json"} <= record.files.keys()

@@ -132,9 +132,8 @@ def test_the_vllm_ready_weights_are_stored_as_they_are_served(picos, tmp_path):
     check = export(source, tmp_path, "vllm")["vllm"].verification["transformers"]
     vllm = load_file(tmp_path / "vllm" / "model.safetensors")
     assert {tensor.dtype for tensor in vllm.values()} == {torch.bfloat16}
-    assert (
-        check.relative_difference <= check.tolerance < 1e-5
-    )  # the reference is rounded as they are
+    # the reference is rounded as they are
+    assert check.relative_difference <= check.tolerance < 1e-5
 
 
 def test_every_file_is_hashed_and_shards_are_indexed(picos, tmp_path):

@@ -33,9 +33,8 @@ def test_folding_a_transposed_weight_is_folding_the_weight():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_folding_by_rows_is_folding_the_whole_weight(monkeypatch, dtype):
-    monkeypatch.setattr(
-        corrections, "FOLD_BYTES", 8 * 9 * 2
-    )  # two rows, so that the last piece is smaller
+    # two rows, so that the last piece is smaller
+    monkeypatch.setattr(corrections, "FOLD_BYTES", 8 * 9 * 2)
     generator = torch.Generator().manual_seed(0)
     weight, matrix = torch.randn(2, 7, 9, generator=generator).to(dtype)
     down, up = torch.randn(3, 9, generator=generator), torch.randn(7, 3, generator=generator)

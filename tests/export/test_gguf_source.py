@@ -54,9 +54,8 @@ def test_a_generation_ends_where_the_file_says(tmp_path, monkeypatch, settings, 
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
     write_gguf(tmp_path / "pico.gguf", "gpt2", **settings)
     export(open_source(open_checkpoint(str(tmp_path), "pico.gguf"), None), tmp_path / "out")
-    config = GenerationConfig.from_pretrained(
-        tmp_path / "out" / "hf"
-    )  # as transformers and vLLM do
+    # as transformers and vLLM do
+    config = GenerationConfig.from_pretrained(tmp_path / "out" / "hf")
     assert (config.bos_token_id, config.eos_token_id) == (BOS, ends)
     assert AutoConfig.from_pretrained(tmp_path / "out" / "hf").eos_token_id == ends
 

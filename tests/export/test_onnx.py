@@ -22,9 +22,8 @@ from tests.conftest import FAMILIES, LAYERS, VOCABULARY, make_pico
 from tests.export.test_export import WITHOUT_US, export, make_source
 from tests.gradmap.evaluation.test_scoring import random_requests
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning"
-)  # torch.onnx's own
+# torch.onnx's own
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 SPLIT = 9
 # Of a float32 logit after LAYERS layers of dot products over at most 40 terms, relative to the
@@ -62,10 +61,8 @@ def test_the_graph_is_right_for_every_family(pico, graph, input_ids):
         model.step(input_ids.numpy(), None)[0], expected, rtol=0, atol=tolerance
     )
     _, cache = model.step(input_ids[:, :SPLIT].contiguous().numpy(), None)
-    for start, end in (
-        (SPLIT, SPLIT + 1),
-        (SPLIT + 1, input_ids.shape[1]),
-    ):  # one new token, then several
+    # one new token, then several
+    for start, end in ((SPLIT, SPLIT + 1), (SPLIT + 1, input_ids.shape[1])):
         logits, cache = model.step(input_ids[:, start:end].contiguous().numpy(), cache)
         np.testing.assert_allclose(logits, expected[:, start:end], rtol=0, atol=tolerance)
     require_standard_layout(graph)
@@ -165,9 +162,8 @@ def test_a_plain_onnxruntime_session_runs_it_without_our_packages(artifact):
 
 
 def test_onnxruntime_genai_runs_its_own_artifact(tmp_path):
-    pico = make_pico(
-        "llama", tmp_path / "pico", hidden_size=64
-    )  # its attention wants heads of a multiple of 16
+    # its attention wants heads of a multiple of 16
+    pico = make_pico("llama", tmp_path / "pico", hidden_size=64)
     record = export(make_source(pico), tmp_path, "onnx-genai")["onnx-genai"]
     assert (
         record.verification["genai"].relative_difference <= record.verification["genai"].tolerance

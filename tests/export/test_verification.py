@@ -145,9 +145,8 @@ def long_reference(reference):
     return replace(reference, logits=logits, scale=1.0)
 
 
-@pytest.mark.parametrize(
-    ("positions", "passes"), [(1, True), (12, True), (16, False)]
-)  # 0.4, 4.7 and 6.3 %
+# 0.4, 4.7 and 6.3 %
+@pytest.mark.parametrize(("positions", "passes"), [(1, True), (12, True), (16, False)])
 def test_a_coarse_runtime_may_stray_at_a_few_positions(long_reference, positions, passes):
     logits = stray(long_reference, positions)
     outcome = outcome_of(long_reference, logits, cached=long_reference.logits[:, -1])
@@ -156,9 +155,8 @@ def test_a_coarse_runtime_may_stray_at_a_few_positions(long_reference, positions
     assert comparison.relative_difference == pytest.approx(100 * (positions / 256) ** 0.5)
     assert (find_problem(comparison) is None) == passes
     assert passes == (comparison.typical_difference == 0)
-    assert "where rounding explains" in problem_of(
-        long_reference, outcome, tolerance=0.1
-    )  # as in float32
+    # as in float32
+    assert "where rounding explains" in problem_of(long_reference, outcome, tolerance=0.1)
 
 
 def test_what_does_not_stray_is_held_to_the_tolerance(long_reference):

@@ -150,9 +150,10 @@ def test_vllm_is_asked_for_no_more_than_a_model_has_positions_for(
 @pytest.mark.alone
 @pytest.mark.parametrize("quantise", [pytest.param(None, marks=pytest.mark.slow), "int8"])
 def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
+    # its kernels work on blocks of 32
     pico = make_pico(
         "qwen3", tmp_path / "pico", hidden_size=128, intermediate_size=160, head_dim=32
-    )  # its kernels work on blocks of 32
+    )
     settings = ExportOptions(formats=["vllm"], quantise=quantise)
     if quantise and cpu_spoils_int8():
         with pytest.raises(UserError, match="no VNNI"):

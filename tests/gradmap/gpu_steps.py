@@ -119,9 +119,8 @@ def similarity(pico, model, size):
     return lambda: last_hidden_states(LayeredModel.of(model), size.input_ids)
 
 
-@step(
-    once=(2 + 1, 2 * 4 + 1), layer=(MAPS, MAPS)
-)  # factors are drawn on the CPU, whatever the device
+# factors are drawn on the CPU, whatever the device
+@step(once=(2 + 1, 2 * 4 + 1), layer=(MAPS, MAPS))
 def first_training_steps(pico, model, size):
     """Two of them."""
 
@@ -137,9 +136,8 @@ def repair_start(pico, model, size):
     return lambda: repair_scorer(pico, model, size)._divergences
 
 
-@step(
-    layer=(1, 3)
-)  # a layer that is tried is fitted, runs through the output layer, and is compared
+# a layer that is tried is fitted, runs through the output layer, and is compared
+@step(layer=(1, 3))
 def repair_round(pico, model, size):
     scorer = repair_scorer(pico, model, size)
     return lambda: scorer.score(Selection(()), lambda n: None)
@@ -159,9 +157,8 @@ def drift(pico, model, size):
     return lambda: list(mean_drift(pruned(pico, model, size)).values())
 
 
-@step(
-    once=(4, 10), batch=(0, 2)
-)  # it walks the dense model and the pruned one, with held-out samples too
+# it walks the dense model and the pruned one, with held-out samples too
+@step(once=(4, 10), batch=(0, 2))
 def gram_matrices(pico, model, size):
     return lambda: accumulate_gram(pruned(pico, model, size), Fit(0, 1, "refit", True), {})
 

@@ -42,9 +42,8 @@ def test_adam_steps_at_the_published_rate():
     (update,) = train_projection(
         start, errors_of_output(added, missing), samples=1, epochs=1, seed=0
     )
-    torch.testing.assert_close(
-        update.abs(), torch.full_like(update, 1e-3), rtol=1e-4, atol=0
-    )  # Adam's epsilon
+    # Adam's epsilon
+    torch.testing.assert_close(update.abs(), torch.full_like(update, 1e-3), rtol=1e-4, atol=0)
 
 
 def test_the_objective_is_eq_11_as_a_mean_and_a_thousandth_of_eq_12():

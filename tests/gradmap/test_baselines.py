@@ -79,9 +79,8 @@ def enlarge_as_the_paper_does(pico, model, layer, alpha):
     embeddings = [base.embed_tokens] if pico.family == "llama" else [base.wte, base.wpe]
     with torch.no_grad():
         for embedding in embeddings:
-            embedding.weight = torch.nn.Parameter(
-                alpha * embedding.weight, requires_grad=False
-            )  # no longer tied
+            # no longer tied
+            embedding.weight = torch.nn.Parameter(alpha * embedding.weight, requires_grad=False)
         for earlier in pico.architecture.layer_list(model)[:layer]:
             for target in (pico.architecture.attention_output, pico.architecture.down_projection):
                 for parameter in earlier.get_submodule(target).parameters():
@@ -114,9 +113,8 @@ def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
     first = repair("magnitude", prune(pico, input_ids, (3,)))
     factor = {one.place: inside(one).factor.item() for one in first.corrections}
     with pruned.model.without((3,)):
-        entering, leaving = run_and_capture(pruned.model, [pruned.model.layers[1]], input_ids)[
-            0
-        ]  # before the scales of the first
+        # before the scales of the first
+        entering, leaving = run_and_capture(pruned.model, [pruned.model.layers[1]], input_ids)[0]
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
     for one in repair("magnitude", pruned).corrections:
         assert inside(one).factor.item() == pytest.approx(
@@ -292,9 +290,8 @@ def test_the_gradients_of_the_first_step_are_those_of_the_weights(picos, input_i
     ).backward()
     for place, (up, down) in first.items():
         expected = maps[place].weight.grad @ downs[place].mT
-        torch.testing.assert_close(
-            up, expected, rtol=1e-5, atol=1e-9
-        )  # the loss is computed in float32
+        # the loss is computed in float32
+        torch.testing.assert_close(up, expected, rtol=1e-5, atol=1e-9)
         assert not down.any()
 
 

@@ -56,9 +56,8 @@ def test_samples_are_from_anywhere_in_their_documents(tokenizer, tmp_path):
     """Documents begin alike, as articles do: titles, and what they are about."""
     path = tmp_path / "numbered.jsonl"
     words = " ".join(f"w{place}" for place in range(3, 67))
-    path.write_text(
-        "".join(f'{{"text": "{words} w{last}"}}\n' for last in range(100, 140))
-    )  # none is repeated
+    # none is repeated
+    path.write_text("".join(f'{{"text": "{words} w{last}"}}\n' for last in range(100, 140)))
     calibration = build_calibration(tokenizer, f"file:{path}", samples=40, tokens=16, seed=0)
     # one of four windows each; that none of 40 is a given one has a chance of 1e-5
     assert set(calibration.input_ids[:, 0].tolist()) == {3, 19, 35, 51}
@@ -141,9 +140,8 @@ def test_segments_are_the_rows_in_order_as_they_are_and_joined(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "longest", [3, 40]
-)  # characters of a word; of the long ones more text must be read
+# characters of a word; of the long ones more text must be read
+@pytest.mark.parametrize("longest", [3, 40])
 def test_the_first_segments_of_a_long_text_are_those_of_the_whole(tmp_path, longest):
     (tmp_path / "long.txt").write_text(
         " ".join("x" * (1 + index % longest) for index in range(5000))

@@ -40,11 +40,8 @@ def test_nor_what_vllm_starts(strangers):
     settings = ServerSettings(Path("model"))
     assert build_command(settings)[:4] == module_command("serving.vllm_server")
     environment = server_environment(settings)
-    started = [
-        *module_command("this")[:1],
-        "-m",
-        "vllm.version",
-    ]  # as vLLM asks for a model's class
+    # as vLLM asks for a model's class
+    started = [*module_command("this")[:1], "-m", "vllm.version"]
     finished = subprocess.run(
         started, cwd=strangers, env=environment, capture_output=True, text=True, check=False
     )

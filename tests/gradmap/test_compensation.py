@@ -127,9 +127,8 @@ def test_sums_are_solved_with_in_float64_whatever_the_model_computes_in(dtype):
     gram, cross = ridge_sums(features, missing, None)
     assert torch.equal(gram, torch.eye(3, dtype=torch.float64))
     halves = torch.full((2, 3), 0.5, dtype=torch.float64)
-    torch.testing.assert_close(
-        solve_ridge(gram, cross, 1.0), halves, rtol=1e-15, atol=0
-    )  # the root of two, squared
+    # the root of two, squared
+    torch.testing.assert_close(solve_ridge(gram, cross, 1.0), halves, rtol=1e-15, atol=0)
 
 
 def test_without_held_out_samples_lambda_is_the_papers_and_the_repair_is_applied(pico, input_ids):

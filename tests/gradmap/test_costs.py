@@ -160,9 +160,8 @@ def test_a_selection_by_repairs_multiplies_what_is_said(deep, monkeypatch, round
         for _ in range(rounds):
             scores = scorer.score(Selection(steps), lambda n: None)
             best = min(scores, key=scores.__getitem__)
-            steps += (
-                Step(dict.fromkeys(scores, -math.inf), (best,)),
-            )  # no bounds, so that all layers are tried
+            # no bounds, so that all layers are tried
+            steps += (Step(dict.fromkeys(scores, -math.inf), (best,)),)
 
     flops = counted(run)
     assert tried[: LAYERS - 1] and len(set(tried[: LAYERS - 1])) == LAYERS - 1

@@ -39,9 +39,8 @@ def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(pic
     given = logits_from(model, hidden, input_ids).float().log_softmax(-1)
     (-(wanted * given).sum(-1).mean()).backward()
     actual = distillation_gradients(model, hidden.detach(), goal, input_ids)
-    torch.testing.assert_close(
-        actual, hidden.grad, rtol=1e-4, atol=1e-8
-    )  # the loss is computed in float32
+    # the loss is computed in float32
+    torch.testing.assert_close(actual, hidden.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
@@ -53,9 +52,8 @@ def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
         ids = torch.cat([ids, draw_tokens(logits, number)], dim=1)
     assert torch.equal(written.input_ids, ids)
     outputs = run_layers(LayeredModel.of(model), ids)
-    torch.testing.assert_close(
-        written.outputs, outputs, rtol=1e-9, atol=1e-9
-    )  # float64, through a KV cache
+    # float64, through a KV cache
+    torch.testing.assert_close(written.outputs, outputs, rtol=1e-9, atol=1e-9)
 
 
 def lessons_of(pruned):
@@ -130,9 +128,8 @@ def test_tokens_are_drawn_from_the_whole_distribution():
     assert tokens.shape == (draws, 1)
     shares = tokens[:, 0].bincount(minlength=len(chances)) / draws
     deviations = (chances * (1 - chances) / draws).sqrt()
-    assert ((shares - chances).abs() <= 4 * deviations).all(), (
-        shares
-    )  # and never the one that has no chance
+    # and never the one that has no chance
+    assert ((shares - chances).abs() <= 4 * deviations).all(), shares
 
 
 def test_tokens_do_not_depend_on_how_large_all_logits_are():
@@ -148,9 +145,8 @@ def test_prompts_come_from_every_place_of_every_sample(input_ids):
     places = {
         tuple(run.tolist()) for sample in input_ids for run in sample.unfold(0, PROMPT_TOKENS, 1)
     }
-    drawn = draw_prompts(
-        input_ids, None, 2000, seed=0
-    )  # of 45 places: one is missed with a chance of 1e-18
+    # of 45 places: one is missed with a chance of 1e-18
+    drawn = draw_prompts(input_ids, None, 2000, seed=0)
     assert {tuple(prompt) for prompt in drawn.tolist()} == places
 
 

@@ -59,9 +59,8 @@ def test_two_processes_make_the_same_plan(picos, alone, word_file, tmp_path):
     assert finished.stdout.count("removed, in order") == 1  # one of them talks
     expected, actual = read(alone), read(tmp_path / "plan")
     assert actual["removal_order"] == expected["removal_order"]
-    for one, other in zip(
-        actual["steps"], expected["steps"], strict=True
-    ):  # float64 sums in another order
+    # float64 sums in another order
+    for one, other in zip(actual["steps"], expected["steps"], strict=True):
         assert one["scores"] == pytest.approx(other["scores"], rel=1e-10)
     assert actual["drift"] == pytest.approx(expected["drift"], rel=1e-8)
     matrices, expected_matrices = (
@@ -109,9 +108,8 @@ def test_two_processes_repair_as_one_does(picos, word_file, tmp_path):
         plans.append(read(tmp_path / name))
     one, two = plans
     assert one["removal_order"] == two["removal_order"]
-    for a, b in zip(
-        one["corrections"], two["corrections"], strict=True
-    ):  # sums in another order, over many steps
+    # sums in another order, over many steps
+    for a, b in zip(one["corrections"], two["corrections"], strict=True):
         assert b["held_out_divergence_after"] == pytest.approx(
             a["held_out_divergence_after"], rel=1e-6
         )

@@ -35,9 +35,8 @@ def complete(family, **changes):
 
 def test_a_machine_is_examined_and_what_is_found_can_be_written_as_json(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        doctor, "ISA_VARIABLES", ("GRADMAP_CACHE",)
-    )  # the real ones would slow this process down for good
+    # the real ones would slow this process down for good
+    monkeypatch.setattr(doctor, "ISA_VARIABLES", ("GRADMAP_CACHE",))
     machine = examine_machine()
     assert machine.limits == {"GRADMAP_CACHE": str(tmp_path / "cache")}
     assert 1 <= machine.cores <= machine.all_cores

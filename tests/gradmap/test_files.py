@@ -32,9 +32,8 @@ def test_a_failure_leaves_the_earlier_result_and_no_debris(tmp_path):
 def test_an_earlier_result_is_replaced_in_one_step(tmp_path, monkeypatch):
     target = tmp_path / "out"
     write_result(target, "old")
-    monkeypatch.setattr(
-        Path, "rename", None
-    )  # not by two renames, between which there would be nothing
+    # not by two renames, between which there would be nothing
+    monkeypatch.setattr(Path, "rename", None)
     write_result(target, "new")
     assert (target / "result").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -108,9 +108,8 @@ def test_states_that_have_no_room_on_the_gpu_are_sent_to_the_cpu_without_a_wait(
     monkeypatch.setattr("gradmap.model.batching.GPU_STATES_SHARE", 0)
     scores_without, without_room = run_on_gpu(llamas[8], prepare, size)
     assert without_room.copies > 2 * with_room.copies
-    assert without_room.waits <= with_room.waits + 2, (
-        without_room
-    )  # states without a removed layer are the CPU's work
+    # states without a removed layer are the CPU's work
+    assert without_room.waits <= with_room.waits + 2, without_room
     assert scores_without == pytest.approx(scores, rel=1e-9, abs=1e-12)
 
 

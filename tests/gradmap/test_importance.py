@@ -148,9 +148,8 @@ def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smoll
     expected = layer_scores(LayeredModel.of(exact), calibration.input_ids, Batches(4))
     model = load_model(smollm2, "autocast")
     assert model.get_input_embeddings().weight.dtype == torch.float32
-    assert (
-        count_parameters(model) == count_parameters(exact) == 134_515_008
-    )  # though the head has parted
+    # though the head has parted
+    assert count_parameters(model) == count_parameters(exact) == 134_515_008
     with computing_in("autocast", model):
         actual = layer_scores(LayeredModel.of(model), calibration.input_ids, Batches(4))
     assert not torch.equal(actual, expected)
@@ -175,9 +174,8 @@ def test_a_model_that_accelerate_has_placed_scores_the_same(picos, input_ids, fa
     with LayeredModel.of(model).without([2]):
         actual = layer_scores(LayeredModel.of(model), input_ids, Batches(2))
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
-    assert all(
-        "forward" in vars(layer) for layer in pico.architecture.layer_list(model)
-    )  # the hooks are still there
+    # the hooks are still there
+    assert all("forward" in vars(layer) for layer in pico.architecture.layer_list(model))
 
 
 def across_devices(pico):

@@ -31,9 +31,8 @@ def test_clearly_worse_is_a_mean_difference_of_so_many_standard_errors():
         assert (
             is_clearly_worse(best[:measured] + spread + factor * CLEARLY * error, best) is expected
         )
-        assert not is_clearly_worse(
-            best[:measured] + spread - factor * CLEARLY * error, best
-        )  # better is not worse
+        # better is not worse
+        assert not is_clearly_worse(best[:measured] + spread - factor * CLEARLY * error, best)
 
 
 def test_what_all_samples_share_does_not_count():
@@ -46,9 +45,8 @@ def test_what_all_samples_share_does_not_count():
 def test_one_sample_or_all_of_them_decide_nothing():
     best = noise(5)
     assert not is_clearly_worse(best[:1] + 100, best)
-    assert not is_clearly_worse(
-        best + 100, best
-    )  # all were measured: the means themselves are compared
+    # all were measured: the means themselves are compared
+    assert not is_clearly_worse(best + 100, best)
 
 
 def test_equals_are_given_up_hardly_ever():
@@ -62,13 +60,11 @@ def test_the_leader_is_the_lowest_mean_of_all_samples():
     race, losses = Race(SAMPLES), noise(6)
     assert race.best_mean == math.inf
     assert race.enter(losses) == pytest.approx(float(losses.mean()))
-    assert race.enter(losses + 1) == pytest.approx(
-        float(losses.mean()) + 1
-    )  # measured on all, and worse
+    # measured on all, and worse
+    assert race.enter(losses + 1) == pytest.approx(float(losses.mean()) + 1)
     assert race.best_mean == pytest.approx(float(losses.mean()))
-    assert race.enter(losses[:4] - 1) == pytest.approx(
-        float(losses.mean()) - 1
-    )  # not measured on all: does not lead
+    # not measured on all: does not lead
+    assert race.enter(losses[:4] - 1) == pytest.approx(float(losses.mean()) - 1)
     assert race.best_mean == pytest.approx(float(losses.mean()))
     assert race.enter(losses - 0.5) == race.best_mean == pytest.approx(float(losses.mean()) - 0.5)
 
@@ -76,20 +72,16 @@ def test_the_leader_is_the_lowest_mean_of_all_samples():
 def test_what_is_given_up_is_estimated_by_its_difference_on_the_first_samples():
     race, best = Race(SAMPLES), torch.arange(SAMPLES, dtype=torch.float64)
     race.enter(best)
-    assert race.enter(best[:4] + 2) == pytest.approx(
-        float(best.mean()) + 2
-    )  # not the mean of the first four
+    # not the mean of the first four
+    assert race.enter(best[:4] + 2) == pytest.approx(float(best.mean()) + 2)
 
 
 @pytest.mark.parametrize(
     ("base", "before", "tried"),
     [
         (0.0, {1: 1.0, 2: 0.99 / (1 - MAY_FALL), 3: 1.01 / (1 - MAY_FALL)}, [1, 2]),
-        (
-            2.0,
-            {1: -1.0, 2: -0.99 / (1 + MAY_FALL), 3: -0.5},
-            [1],
-        ),  # the model gets better without them
+        # the model gets better without them
+        (2.0, {1: -1.0, 2: -0.99 / (1 + MAY_FALL), 3: -0.5}, [1]),
         (2.0, {1: -1.0, 2: -1.0, 3: -1.01 / (1 + MAY_FALL)}, [1, 2, 3]),
         (0.0, {1: -math.inf, 2: -math.inf, 3: -math.inf}, [1, 2, 3]),  # nothing is known
     ],

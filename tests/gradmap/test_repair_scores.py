@@ -76,9 +76,8 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(
     unknown = dict.fromkeys(range(1, LAYERS), -math.inf)
     so_far = Selection(tuple(Step(unknown, (layer,)) for layer in removed))
     scores = RepairScorer(subject).score(so_far, lambda n: None)
-    assert scores == pytest.approx(
-        expected, rel=1e-5, abs=1e-6
-    )  # divergences are summed in float32
+    # divergences are summed in float32
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(
@@ -96,9 +95,8 @@ def test_repairs_are_tried_with_fewer_samples_at_once_where_memory_runs_out(
     monkeypatch.setattr(LayerCall, "run", short_of_memory)
     scores = RepairScorer(subject).score(Selection(()), lambda n: None)
     assert "going on with 1 samples at once" in capsys.readouterr().err
-    assert scores == pytest.approx(
-        expected, rel=1e-5, abs=1e-6
-    )  # divergences are summed in float32
+    # divergences are summed in float32
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, monkeypatch):
@@ -106,9 +104,8 @@ def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, mon
     subject = subject_of(picos["llama"], ids)
     measured = {}
     run = RepairScorer._try
-    monkeypatch.setattr(
-        "gradmap.methods.racing.CLEARLY", 0.3
-    )  # layers of a random model are much alike
+    # layers of a random model are much alike
+    monkeypatch.setattr("gradmap.methods.racing.CLEARLY", 0.3)
 
     def spy(self, layer, race):
         trial = run(self, layer, race)

@@ -55,11 +55,8 @@ def start(tmp_path, work=SLEEPING, imports=""):
     [
         ([signal.SIGTERM], EXIT_TERMINATED, "Ended by SIGTERM."),
         ([signal.SIGINT], EXIT_INTERRUPTED, "Interrupted."),
-        (
-            [signal.SIGTERM, signal.SIGTERM],
-            EXIT_TERMINATED,
-            "Ended by SIGTERM.",
-        ),  # of the group, and of our parent
+        # of the group, and of our parent
+        ([signal.SIGTERM, signal.SIGTERM], EXIT_TERMINATED, "Ended by SIGTERM."),
         ([signal.SIGINT, signal.SIGTERM], EXIT_INTERRUPTED, "Interrupted."),
     ],
 )
@@ -217,9 +214,8 @@ def test_where_nothing_came_handlers_are_those_of_before(handlers):
 
 
 def test_what_is_ignored_stays_ignored(handlers):
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # as of a program that a script starts in the background
+    # as of a program that a script starts in the background
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with pytest.raises(Terminated), raising_signals() as received:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)

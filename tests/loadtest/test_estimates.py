@@ -141,9 +141,8 @@ def test_each_format_and_a_check_by_vllm_add_their_time():
     assert seconds("hf") < seconds("onnx")
     onnx, stock = (export_bytes(SMOLLM2, EPYC, ExportSize([name]), 22) for name in ("onnx", "hf"))
     assert stock < onnx
-    assert (
-        export_bytes(replace(SMOLLM2, layers=3000), EPYC, ExportSize(["hf"]), 3000) < EPYC.memory
-    )  # read from disk
+    # read from disk
+    assert export_bytes(replace(SMOLLM2, layers=3000), EPYC, ExportSize(["hf"]), 3000) < EPYC.memory
 
 
 def test_a_full_load_test_starts_a_server_for_each_block():

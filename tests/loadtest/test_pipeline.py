@@ -150,9 +150,8 @@ def test_a_dry_run_writes_nothing_and_estimates_every_stage(recipe_file, tmp_pat
     assert [stage["name"] for stage in stages] == NAMES and all(stage["runs"] for stage in stages)
     assert all(name in finished.stdout for name in NAMES)
     assert stages[0]["estimate"]["seconds"] > 0
-    assert (
-        stages[1]["estimate"]["seconds"] is None and "not known" in finished.stdout
-    )  # the text is not limited
+    # the text is not limited
+    assert stages[1]["estimate"]["seconds"] is None and "not known" in finished.stdout
 
 
 def test_a_dry_run_says_which_stages_are_done_and_which_would_run_for_an_earlier_one(

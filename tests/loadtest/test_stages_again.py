@@ -81,9 +81,8 @@ def test_a_report_that_is_drawn_again_leaves_the_load_test_done(
     assert drawn.returncode == EXIT_CODES[Verdict.FAIL], drawn.stderr
     assert (measured_run / "loadtest" / "report.json").read_bytes() != left
     assert undone(recipe_file, measured_run) == []
-    monkeypatch.setattr(
-        pipeline, "write_report", lambda *_: 1 / 0
-    )  # which comes when all stages are done
+    # which comes when all stages are done
+    monkeypatch.setattr(pipeline, "write_report", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_recipe(recipe_file, measured_run, None, False)
     assert (measured_run / "loadtest" / "report.json").read_bytes() == left

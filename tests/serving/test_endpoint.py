@@ -286,9 +286,8 @@ def test_what_was_accepted_is_finished_before_the_end(endpoint):
             "ignore_eos": True,
             "stream": True,
         }
-        body["stream_options"] = {
-            "include_usage": True
-        }  # a busy server sends several tokens in one line
+        # a busy server sends several tokens in one line
+        body["stream_options"] = {"include_usage": True}
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.stream(
             "POST", f"{endpoint.url}/v1/completions", json=body, headers=headers, timeout=90

@@ -82,9 +82,8 @@ def guarded(monkeypatch):
             f"{request.headers.get('Authorization')} {request.headers.get(PASS_HEADER)}"
         )
 
-    guard: Any = Guard(
-        Starlette(routes=[Route("/health", headers)])
-    )  # it only has to be an ASGI app
+    # it only has to be an ASGI app
+    guard: Any = Guard(Starlette(routes=[Route("/health", headers)]))
     with serving_admin(guard, settings.host, settings.port):
         yield settings
 

@@ -121,14 +121,12 @@ def test_documents_that_hold_calibration_text_are_left_out():
     window = " ".join(passage.split()[3:40])
     task = load_task("boolq", DATA, None, seed=0, calibration_texts=[window])
     assert 17 not in task.documents["boolq"]
-    assert (
-        1 <= task.left_out == 3270 - len(task.documents["boolq"]) < 20
-    )  # several questions share a passage
+    # several questions share a passage
+    assert 1 <= task.left_out == 3270 - len(task.documents["boolq"]) < 20
 
 
-@pytest.mark.parametrize(
-    "name", ["boolq", "hellaswag"]
-)  # whose documents are derived from what is saved
+# whose documents are derived from what is saved
+@pytest.mark.parametrize("name", ["boolq", "hellaswag"])
 def test_nothing_is_written_beside_the_data(tmp_path, name):
     """It is an input of stages of `gradmap run`, which would be repeated."""
     folder = SAVED_DATA[name].folder
