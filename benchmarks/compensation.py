@@ -74,7 +74,7 @@ def main(
     untouched = missing.square().mean().item()
     say(f"Layer {layer} drifted most; objective without a correction: {untouched:.4g}")
     measured = [measure(added, missing, epochs) for _ in range(rounds)]
-    described = [asdict(one) for one in measured]
+    described = [asdict(found) for found in measured]
     write_json(
         out,
         {
@@ -88,6 +88,8 @@ def main(
 
 
 def measure(added: Tensor, missing: Tensor, epochs: int) -> Round:
+    """added (N, T, f): the features of the layer's output. missing (N, T, d): what it lacks to the
+    dense model's."""
     started = time.perf_counter()
     gram, cross = ridge_sums(added, missing, None)
     update = solve_ridge(gram, cross, REGULARISATION * missing.numel())
@@ -107,11 +109,12 @@ def measure(added: Tensor, missing: Tensor, epochs: int) -> Round:
 
 def report(rounds: list[Round], untouched: float) -> None:
     rows = [("no correction", f"{untouched:.4g}", "", "")]
-    exact_s = statistics.median(one.closed_form_s for one in rounds)
+    exact_s = statistics.median(found.closed_form_s for found in rounds)
     rows.append(("closed form", f"{rounds[0].closed_form:.4g}", f"{exact_s:.3f}", ""))
     for epoch in range(len(rounds[0].adam)):
-        ratios = [sum(one.adam_s[: epoch + 1]) / one.closed_form_s for one in rounds]
-        seconds = statistics.median(sum(one.adam_s[: epoch + 1]) for one in rounds)
+        until_s = [sum(found.adam_s[: epoch + 1]) for found in rounds]
+        ratios = [s / found.closed_form_s for s, found in zip(until_s, rounds, strict=True)]
+        seconds = statistics.median(until_s)
         spread = f"{statistics.median(ratios):.0f}x ({min(ratios):.0f}-{max(ratios):.0f})"
         rows.append(
             (f"Adam, {epoch + 1} epochs", f"{rounds[0].adam[epoch]:.4g}", f"{seconds:.2f}", spread)

@@ -35,22 +35,23 @@ def main(
     stages = {name: stage_record(directory, name) for name in result["timings_s"]}
     write_json(out, {"environment": result["environment"], "stages": stages, "result": result})
     rows = [
-        (name, f"{one['seconds']:.0f}", f"{one['peak_bytes'] / 1e9:.1f}")
-        for name, one in stages.items()
+        (name, f"{stage['seconds']:.0f}", f"{stage['peak_bytes'] / 1e9:.1f}")
+        for name, stage in stages.items()
     ]
-    rows.append(("all", f"{sum(one['seconds'] for one in stages.values()):.0f}", ""))
+    all_s = sum(stage["seconds"] for stage in stages.values())
+    rows.append(("all", f"{all_s:.0f}", ""))
     print_table("gradmap run", ("stage", "seconds", "peak (GB)"), rows)
     layers = f"{result['dense']['layers']} -> {result['pruned']['layers']}"
     ratios = [
-        (f"perplexity, {text}", one)
-        for text, one in result["comparison"]["perplexity_ratio"].items()
+        (f"perplexity, {text}", ratio)
+        for text, ratio in result["comparison"]["perplexity_ratio"].items()
     ]
     speed_ups = [
-        (f"{metric} speed-up", one) for metric, one in result["loadtest"]["speedup"].items()
+        (f"{metric} speed-up", ratio) for metric, ratio in result["loadtest"]["speedup"].items()
     ]
     measured = [
-        (name, f"{one['value']:.2f} ({one['low']:.2f} to {one['high']:.2f})")
-        for name, one in (*ratios, *speed_ups)
+        (name, f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
+        for name, ratio in (*ratios, *speed_ups)
     ]
     print_table("Pruned against dense (95% interval)", ("", ""), [("layers", layers), *measured])
 

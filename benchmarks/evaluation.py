@@ -62,7 +62,7 @@ def harness_model(model: Any, tokenizer: Any, dtype: str, batch_size: int = 1) -
 
 
 def our_model(model: Any, tokenizer: Any, dtype: str) -> Any:
-    """What `gradmap eval` uses, without the cache."""
+    """The harness's model class that `gradmap eval` uses, without the cache."""
     from gradmap.evaluation.harness_model import HarnessModel
 
     return HarnessModel(Scorer(TransformersBackend(model, dtype), None, dtype), tokenizer, "ours")
@@ -98,7 +98,7 @@ def main(
         measured = _measure(
             run[0], model, gguf_file, load_task(WARM_UP, task_data, 8, seed=0), loaded
         )
-        print(json.dumps({name: asdict(one) for name, one in measured.items()}))
+        print(json.dumps(_described(measured)))
         return
     source = ["--model", model, "--task-data", str(task_data), "--tasks", tasks]
     source += ["--gguf-file", gguf_file] if gguf_file else []
@@ -120,12 +120,9 @@ def main(
                 command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ
             )
             result = json.loads(finished.stdout.splitlines()[-1])
-            runs[name].append({task: TaskRun(**one) for task, one in result.items()})
+            runs[name].append({task: TaskRun(**found) for task, found in result.items()})
             say(f"round {number + 1}/{rounds}, {name}: {_seconds(runs[name][-1]):.1f} s")
-            described = {
-                name: [{task: asdict(one) for task, one in each.items()} for each in runs[name]]
-                for name in runs
-            }
+            described = {name: list(map(_described, rounds_of)) for name, rounds_of in runs.items()}
             write_json(
                 out, {"environment": describe_environment(), "limit": limit, "runs": described}
             )
@@ -155,8 +152,12 @@ def _measure(
     return measured
 
 
+def _described(run: Mapping[str, TaskRun]) -> dict[str, dict[str, Any]]:
+    return {task: asdict(of_task) for task, of_task in run.items()}
+
+
 def _seconds(run: Mapping[str, TaskRun]) -> float:
-    return sum(one.seconds for one in run.values())
+    return sum(of_task.seconds for of_task in run.values())
 
 
 def _print(runs: Mapping[str, Sequence[Mapping[str, TaskRun]]]) -> None:
@@ -164,13 +165,14 @@ def _print(runs: Mapping[str, Sequence[Mapping[str, TaskRun]]]) -> None:
     round."""
     base, *_ = runs.values()
     columns = ("%", *runs)
-    rows = [
-        (task, *(with_error(asdict(of_run[0][task]), 100, 2) for of_run in runs.values()))
-        for task in base[0]
-    ]
+    rows: list[tuple[str, ...]] = []
+    for task in base[0]:
+        accuracies = [with_error(asdict(of_run[0][task]), 100, 2) for of_run in runs.values()]
+        rows.append((task, *accuracies))
     for number, of_base in enumerate(base):
         seconds = [_seconds(of_run[number]) for of_run in runs.values()]
-        speed_ups = [f"{each:.1f} s, {_seconds(of_base) / each:.2f}x" for each in seconds]
+        base_s = _seconds(of_base)
+        speed_ups = [f"{run_s:.1f} s, {base_s / run_s:.2f}x" for run_s in seconds]
         rows.append((f"round {number + 1}", *speed_ups))
     print_table("Evaluation", columns, rows)
 

@@ -31,7 +31,7 @@ class Endpoint:
         self.generator = random.Random(0)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, which is kept."""
+        """Answers the requests of one connection, until the client closes it."""
         try:
             while (request := await _read_request(reader)) is not None:
                 if not request:

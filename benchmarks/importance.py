@@ -163,11 +163,9 @@ METHODS: dict[str, Method] = {
     "SLEB, prefix caching": measured_by(score_by_loss_with_prefixes),
     "SLEB as released": measured_by(score_by_loss_as_released),
 }
-DEFAULT_RUNS = [
-    *(f"{method}@float32" for method in METHODS),
-    *(f"{method}@autocast" for method in METHODS if method != "naive"),
-    "ours@bfloat16",
-]
+IN_FLOAT32 = [f"{method}@float32" for method in METHODS]
+IN_AUTOCAST = [f"{method}@autocast" for method in METHODS if method != "naive"]
+DEFAULT_RUNS = [*IN_FLOAT32, *IN_AUTOCAST, "ours@bfloat16"]
 
 
 def main(
@@ -218,7 +216,7 @@ def main(
             )
     size = {"remove": remove, "samples": samples, "tokens": tokens}
     write_json(
-        out, {"environment": describe_environment(), **size, "runs": [asdict(one) for one in runs]}
+        out, {"environment": describe_environment(), **size, "runs": list(map(asdict, runs))}
     )
     _print(runs, names, samples)
 
@@ -233,7 +231,7 @@ def _in_a_process(name: str, *arguments: str) -> dict[str, Any]:
 def _subject_of(
     path: str | None, gguf_file: str | None, calibration: str, dtype: str, samples: int, tokens: int
 ) -> Subject:
-    """Without a path, of LLaMA-2-7B's shape."""
+    """The model and its samples; a random one of LLaMA-2-7B's shape without a path."""
     quiet_libraries()
     if path is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,11 +249,13 @@ def _count(method: Method, subject: Subject, remove: int) -> dict[str, int]:
 
 
 def _time(method: Method, subject: Subject, remove: int) -> dict[str, Any]:
-    """What a Run holds, but for its names and FLOPs."""
+    """The fields of a Run, but for its names and FLOPs."""
     model = subject.model.network
+    # mapped weights are in memory only once they were read
     for parameter in model.parameters():
-        parameter.sum()  # mapped weights are in memory only once they were read
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
+        parameter.sum()
+    # forgets the peak of loading
+    Path("/proc/self/clear_refs").write_text("5")
     held = psutil.Process().memory_info().rss
     two_samples = replace(subject.calibration, input_ids=subject.calibration.input_ids[:2])
     _choose(method, replace(subject, calibration=two_samples), 1)
@@ -291,31 +291,36 @@ def _choose(method: Method, subject: Subject, remove: int) -> Selection:
 
 def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
     """Medians over rounds; ratios to other runs of the same round, with their range."""
-    per_name = {
-        name: [one for one in runs if f"{one.method}@{one.dtype}" == name] for name in names
-    }
+    per_name: dict[str, list[Run]] = {name: [] for name in names}
+    for run in runs:
+        per_name[f"{run.method}@{run.dtype}"].append(run)
     naive = per_name[names[0]]
 
     def times(longer: Sequence[Run], shorter: Sequence[Run]) -> str:
-        ratios = [one.seconds / other.seconds for one, other in zip(longer, shorter, strict=True)]
+        ratios = [long.seconds / short.seconds for long, short in zip(longer, shorter, strict=True)]
         return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
     rows = []
     for name, own in per_name.items():
-        ours_in_dtype = per_name.get(f"ours@{own[0].dtype}")
-        comparable = {own[0].method, naive[0].method} <= {"naive", "ours"}
+        first = own[0]
+        ours_in_dtype = per_name.get(f"ours@{first.dtype}")
+        comparable = {first.method, naive[0].method} <= {"naive", "ours"}
+        agreement = ""
+        if comparable:
+            agreement = describe_agreement(first.first_scores, naive[0].first_scores)
+        seconds = median(run.seconds for run in own)
+        peak = max(run.peak_bytes for run in own)
+        removed = " ".join(map(str, first.removal_order))
         rows.append(
             (
                 name,
-                f"{median(one.seconds for one in own) / samples:.2f}",
+                f"{seconds / samples:.2f}",
                 times(naive, own),
                 times(own, ours_in_dtype) if ours_in_dtype else "",
-                f"{own[0].flop / 1e12:.2f}",
-                f"{max(one.peak_bytes for one in own) / 1e9:.2f}",
-                describe_agreement(own[0].first_scores, naive[0].first_scores)
-                if comparable
-                else "",
-                " ".join(map(str, own[0].removal_order)) if own[0].method != "forward only" else "",
+                f"{first.flop / 1e12:.2f}",
+                f"{peak / 1e9:.2f}",
+                agreement,
+                removed if first.method != "forward only" else "",
             )
         )
     against = (f"{names[0]} / it", "it / ours")
@@ -333,7 +338,7 @@ def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
 
 def describe_agreement(scores: Sequence[float], true: Sequence[float]) -> str:
     """The largest relative error, and the correlation of the ranks."""
-    error = max(abs(one / base - 1) for one, base in zip(scores, true, strict=True))
+    error = max(abs(score / base - 1) for score, base in zip(scores, true, strict=True))
     return f"{error:.1e}, {spearmanr(true, scores).statistic:.4f}"
 
 

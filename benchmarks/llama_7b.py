@@ -25,37 +25,21 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from benchmarks.llama_7b_steps import STEPS, DrillStep, Facts, Task, make_case
 from benchmarks.profiling import RECORDED_S, profile_tables
-from benchmarks.random_model import make_random_llama
 from benchmarks.scaling import HARDWARE, LLAMA_2_7B, SHAPES
 from gradmap.common.console import print_table, say
 from gradmap.common.environment import describe_environment
 from gradmap.common.files import write_json
 from gradmap.common.reading import read_json
-from gradmap.costs.steps import (
-    CalibrationSize,
-    Hardware,
-    refit_flops,
-    score_flops,
-    selection_flops,
-    training_flops,
-    writing_seconds,
-)
-from gradmap.data.calibration import Calibration
-from gradmap.methods.compensation import Compensation, Pruned
-from gradmap.methods.distil import Lessons, train_low_rank, written_by_dense
-from gradmap.methods.registry import selector
-from gradmap.methods.selection import Subject, select
-from gradmap.methods.sequential import refit_before_runs
-from gradmap.model.batching import Batches, forward_batch
-from gradmap.model.layered import LayeredModel
+from gradmap.costs.steps import CalibrationSize, Hardware
 from gradmap.model.shape import Shape
 
 PICO = Shape("pico", width=64, inner=96, layers=8, kv_share=0.5, vocabulary=200)
@@ -64,142 +48,10 @@ KNOWN_HARDWARE = (*HARDWARE, Hardware("H200", 989e12, 4.8e12, 141e9))
 PROFILE, LOAD_TEST = "profile", "load test"
 PROFILE_AFTER_AT_MOST_S = 60.0
 
-Facts = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is pruned, and on how many samples."""
-
-    shape: Shape
-    size: CalibrationSize
-
-    def described(self) -> dict[str, Any]:
-        size = {"samples": self.size.samples, "tokens": self.size.tokens}
-        return {
-            "shape": self.shape.name,
-            "layers": self.shape.layers,
-            "removed": self.remove,
-            **size,
-        }
-
-    @property
-    def remove(self) -> int:
-        return max(1, round(self.shape.layers / 4))
-
-    @property
-    def runs(self) -> int:
-        """Of two layers each, as predictions have it."""
-        return -(-self.remove // 2)
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """For the steps that only repair: runs that are as far from each other as they can be."""
-        starts = [
-            self.shape.layers * number // (self.runs + 1) for number in range(1, self.runs + 1)
-        ]
-        return tuple(start + further for further in (0, 1) for start in starts)[: self.remove]
-
-
-@dataclass(frozen=True)
-class Case:
-    """The task's model and samples."""
-
-    task: Task
-    model: LayeredModel
-    calibration: Calibration
-
-    @property
-    def pruned(self) -> Pruned:
-        batches = Batches(forward_batch(self.calibration.input_ids, self.model.device))
-        return Pruned(self.model, self.calibration, self.task.removed, batches)
-
 
 def machine() -> str:
     environment = describe_environment()
     return environment.get("gpu", environment["cpu"])
-
-
-@lru_cache(maxsize=1)
-def make_case(task: Task) -> Case:
-    on_gpu = torch.cuda.is_available()
-    dtype, device = (torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")
-    model = make_random_llama(task.shape, dtype, device)
-    ids = torch.randint(task.shape.vocabulary, (task.size.samples, task.size.tokens))
-    return Case(task, model, Calibration("random", 0, ids))
-
-
-def choose_by(name: str) -> Callable[[Case], Facts]:
-    def choose(case: Case) -> Facts:
-        subject = Subject(case.model, case.calibration)
-        chosen = select(
-            partial(selector(name).make, subject),
-            subject,
-            case.task.remove,
-            one_shot=False,
-            done=(),
-            record=lambda step: None,
-        )
-        return {"removed": chosen.removal_order}
-
-    return choose
-
-
-def refit(case: Case) -> Facts:
-    corrections = refit_before_runs(case.pruned).corrections
-    return {"relative_lambdas": [correction.relative_lambda for correction in corrections]}
-
-
-def write(case: Case) -> Facts:
-    return {"samples": len(written_by_dense(case.pruned).input_ids)}
-
-
-def train(case: Case) -> Facts:
-    """With what it learns from: what the dense model gives on the samples, and what it writes."""
-    pruned, fit_ids = case.pruned, case.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
-    lessons = known.followed_by(written_by_dense(pruned))
-    return {"corrections": len(train_low_rank(pruned, Compensation(), lessons))}
-
-
-def predict_training(task: Task, hardware: Hardware) -> float:
-    dense = task.size.fit_tokens * task.shape.layer_flops(task.shape.layers)
-    flops = dense + training_flops(task.shape, task.remove, task.size)
-    return flops / hardware.sustained_flops + writing_seconds(task.shape, hardware, task.size)
-
-
-def by_flops(flops: Callable[[Task], float]) -> Callable[[Task, Hardware], float]:
-    return lambda task, hardware: flops(task) / hardware.sustained_flops
-
-
-@dataclass(frozen=True)
-class Step:
-    """run: the work. predict: its seconds. goal_s: for LLaMA-2-7B on an H100."""
-
-    run: Callable[[Case], Facts]
-    predict: Callable[[Task, Hardware], float]
-    goal_s: float | None = None
-
-
-STEPS = {
-    "gradient scores": Step(
-        choose_by("gradient"),
-        by_flops(lambda task: score_flops(task.shape, task.remove, task.size)),
-        10,
-    ),
-    "the default's selection": Step(
-        choose_by("repair"),
-        by_flops(lambda task: selection_flops(task.shape, task.remove, task.size)),
-        10,
-    ),
-    "refit": Step(
-        refit, by_flops(lambda task: refit_flops(task.shape, task.remove, task.runs, task.size)), 20
-    ),
-    "writing": Step(
-        write, lambda task, hardware: writing_seconds(task.shape, hardware, task.size), 5
-    ),
-    "training, with writing": Step(train, predict_training),
-}
 
 
 @dataclass(frozen=True)
@@ -302,8 +154,8 @@ def main(
         raise typer.Exit(1)
 
 
-def measure(step: Step, task: Task) -> Facts:
-    """What the step found, its seconds, and the most memory that was held on the GPU meanwhile."""
+def measure(step: DrillStep, task: Task) -> Facts:
+    """The step's facts, its seconds, and the most memory that was held on the GPU meanwhile."""
     case, on_gpu = make_case(task), torch.cuda.is_available()
     free_memory()
     if on_gpu:
@@ -327,7 +179,7 @@ def free_memory() -> None:
 
 
 def profile_slowest(record: Record, task: Task) -> Facts:
-    """What takes the time in the step that took longest; not at its beginning, which is special."""
+    """A profile of the step that took longest; not of its beginning, which is special."""
     measured_s = {name: record.steps[name]["seconds"] for name in STEPS if record.has(name)}
     if not measured_s:
         raise RuntimeError("no step was measured, so that none can be profiled")
@@ -345,7 +197,8 @@ def load_test(
     # what it needs is not on every machine that prunes
     from benchmarks.llama_7b_serving import load_test_both
 
-    make_case.cache_clear()  # the servers need the memory
+    # the servers need the memory
+    make_case.cache_clear()
     free_memory()
     started = time.perf_counter()
     found = load_test_both(directory, tokenizer, calibration, task.removed, prompt_tokens, pairs)
@@ -354,7 +207,7 @@ def load_test(
 
 def report(record: Record, task: Task) -> None:
     """Prints what is recorded; predictions where the hardware is known."""
-    hardware = next((one for one in KNOWN_HARDWARE if one.name in machine()), None)
+    hardware = next((known for known in KNOWN_HARDWARE if known.name in machine()), None)
     columns = ("step", "seconds", "goal", "peak GB", "predicted", "predicted / measured - 1")
     rows = [describe_step(name, record.steps[name], task, hardware) for name in STEPS]
     print_table(

@@ -145,8 +145,8 @@ def print_both(measured: dict[str, Any], hardware: Hardware | None, remove: int)
 def rows_of(
     report: dict[str, Any], shape: Shape, hardware: Hardware | None, remove: int
 ) -> list[tuple[str, ...]]:
-    """What was measured, what was predicted for it, and how far that was off; times only for known
-    hardware."""
+    """Rows of what was measured, what was predicted for it, and how far that was off; times only
+    for known hardware."""
     rows: list[tuple[str, float, float]] = []
     if hardware is not None:
         tpot_s = report["arms"]["dense"]["concurrency_1"]["tpot_s"]["median"]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -122,9 +123,8 @@ def fake_endpoint(case: Case) -> Iterator[str]:
     command = [sys.executable, "-m", "benchmarks.fake_endpoint", "--port", str(port)]
     options = {"--ttft-ms": case.ttft_ms, "--itl-ms": case.itl_ms, "--jitter": case.jitter}
     options["--error-share"] = case.error_share
-    process = subprocess.Popen(
-        [*command, *(str(part) for option in options.items() for part in option)]
-    )
+    flags = map(str, chain.from_iterable(options.items()))
+    process = subprocess.Popen([*command, *flags])
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(transport=own_transport(url)) as client:
@@ -168,8 +168,12 @@ def main(rounds: int = 3, out: Path = Path("out/benchmark/load_generator.json"))
     print_table("Measured / truth: median of the rounds", columns, rows)
 
 
+def _median_of(name: str, rounds: Sequence[dict[str, Any]]) -> Any:
+    return median(found[name] for found in rounds)
+
+
 def row(case: Case, rounds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    middle = {name: median(one[name] for one in rounds) for name in rounds[0]}
+    middle = {name: _median_of(name, rounds) for name in rounds[0]}
     truths = {"ttft_ms": case.ttft_ms, "tpot_ms": case.itl_ms, "e2el_ms": case.e2el_ms}
     latencies = [f"{middle[name]:.1f} / {truth:.1f}" for name, truth in truths.items()]
     failing = round(case.error_share * middle["requests"])

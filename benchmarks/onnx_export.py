@@ -40,8 +40,8 @@ OURS, OPTIMUM = "ours", "optimum"
 
 @dataclass(frozen=True)
 class Export:
-    """What one export took: seconds, CPU seconds of all its processes, and the peak memory (bytes)
-    of the largest."""
+    """The cost of one export: seconds, CPU seconds of all its processes, and the peak memory
+    (bytes) of the largest."""
 
     seconds: float
     cpu_s: float
@@ -76,10 +76,10 @@ def main(
             zip(graphs, compete(contestants, rounds, prompt_tokens=128, new_tokens=64), strict=True)
         )
     generated = {
-        name: {"tokens_per_s": one.tokens_per_s, "prefill_s": one.prefill_s}
-        for name, one in speeds.items()
+        name: {"tokens_per_s": speed.tokens_per_s, "prefill_s": speed.prefill_s}
+        for name, speed in speeds.items()
     }
-    described = {name: [asdict(export) for export in one] for name, one in exports.items()}
+    described = {name: list(map(asdict, of_name)) for name, of_name in exports.items()}
     result = {"exports": described, "bytes": sizes, "largest_error": errors, "generated": generated}
     write_json(out, {"environment": describe_environment(), **result})
     columns = (
@@ -154,12 +154,14 @@ def row(
     name: str, exports: Sequence[Export], size: int, error: float, speed: Result
 ) -> tuple[str, ...]:
     seconds = [export.seconds for export in exports]
+    cpu_s = median(export.cpu_s for export in exports)
+    peak = max(export.peak_bytes for export in exports)
     rates = speed.tokens_per_s
     return (
         name,
         f"{median(seconds):.0f} ({min(seconds):.0f}-{max(seconds):.0f})",
-        f"{median(export.cpu_s for export in exports):.0f}",
-        f"{max(export.peak_bytes for export in exports) / 1e9:.1f}",
+        f"{cpu_s:.0f}",
+        f"{peak / 1e9:.1f}",
         f"{size / 1e6:.0f}",
         f"{error:.1e}",
         f"{1000 * median(speed.prefill_s):.0f}",

@@ -17,7 +17,7 @@ ROWS = 25
 
 
 class EnoughError(Exception):
-    """What was to be recorded is."""
+    """Raised once all that was to be recorded is."""
 
 
 class Recording:

@@ -76,8 +76,8 @@ class Outcome:
 
 @torch.no_grad()
 def measure_rounds(subject: Subject, rounds: int) -> list[Round]:
-    """Of `--selector repair` where no layer is given up, each round without the layers that were
-    best before."""
+    """The first rounds of `--selector repair` where no layer is given up, each without the layers
+    that were best before."""
     scorer = RepairScorer(subject)
     layers = len(subject.layers) - 1  # the first one stays
     found: list[Round] = []
@@ -95,34 +95,36 @@ def measure_rounds(subject: Subject, rounds: int) -> list[Round]:
 
 
 def race_through(rounds: Sequence[Round], order: Tensor) -> list[Outcome]:
-    """A race in each round, in which what was learnt in the round before is known."""
+    """A race in each round, in which what was learnt in the round before is known. order (n,): the
+    samples, those first that are measured first."""
     known: dict[int, float] = {}
     outcomes = []
-    for one in (measured.with_samples(order) for measured in rounds):
-        known, outcome = _race(one, {layer: known.get(layer, -math.inf) for layer in one.measured})
+    for measured in rounds:
+        before = {layer: known.get(layer, -math.inf) for layer in measured.measured}
+        known, outcome = _race(measured.with_samples(order), before)
         outcomes.append(outcome)
     return outcomes
 
 
-def _race(one: Round, before: Mapping[int, float]) -> tuple[dict[int, float], Outcome]:
-    samples = len(one.measured[one.best])
+def _race(found: Round, before: Mapping[int, float]) -> tuple[dict[int, float], Outcome]:
+    samples = len(found.measured[found.best])
     race, counts = Race(samples), {}
 
     def measure(group: Sequence[int]) -> list[Tensor]:
-        tried = [_until_lost(one.measured[layer], race) for layer in group]
+        tried = [_until_lost(found.measured[layer], race) for layer in group]
         counts.update({layer: len(losses) for layer, losses in zip(group, tried, strict=True)})
         return tried
 
-    costs = race.run(sorted(one.untried, key=before.__getitem__), before, one.base, measure)
+    costs = race.run(sorted(found.untried, key=before.__getitem__), before, found.base, measure)
     winner = min(costs, key=costs.__getitem__)
-    differences = one.measured[winner] - one.measured[one.best]
+    differences = found.measured[winner] - found.measured[found.best]
     excess, error = float(differences.mean()), float(differences.std()) / math.sqrt(samples)
-    share = sum(counts.values()) / (samples * len(one.measured))
-    return costs, Outcome(share, excess, excess / error if error else 0.0, one.best not in counts)
+    share = sum(counts.values()) / (samples * len(found.measured))
+    return costs, Outcome(share, excess, excess / error if error else 0.0, found.best not in counts)
 
 
 def _until_lost(losses: Tensor, race: Race) -> Tensor:
-    """As many of them as are measured."""
+    """The first of a layer's losses (n,): as many as are measured before it has lost."""
     measured = losses[:0]
     for samples in laps(len(losses), LAP):
         measured = losses[: samples.stop]
@@ -132,17 +134,22 @@ def _until_lost(losses: Tensor, race: Race) -> Tensor:
 
 
 def summarised(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of one round in many races; excess and errors are means over those that ended with another
-    layer."""
-    wrong = [one for one in outcomes if one.excess > 0]
+    """Shares and means of one round in many races; excess and errors are means over those that
+    ended with another layer."""
+    wrong = [outcome for outcome in outcomes if outcome.excess > 0]
     return {
         "races": len(outcomes),
-        "share_measured": sum(one.share for one in outcomes) / len(outcomes),
+        "share_measured": _mean([outcome.share for outcome in outcomes]),
         "wrong": len(wrong) / len(outcomes),
-        "best_not_tried": sum(one.untried for one in outcomes) / len(outcomes),
-        "excess_nats": sum(one.excess for one in wrong) / len(wrong) if wrong else 0.0,
-        "excess_standard_errors": sum(one.errors for one in wrong) / len(wrong) if wrong else 0.0,
+        "best_not_tried": _mean([outcome.untried for outcome in outcomes]),
+        "excess_nats": _mean([outcome.excess for outcome in wrong]),
+        "excess_standard_errors": _mean([outcome.errors for outcome in wrong]),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean; 0 of no values."""
+    return sum(values) / len(values) if values else 0.0
 
 
 def simulate(of_seeds: Sequence[Sequence[Round]], races: int) -> list[dict[str, float]]:
@@ -180,8 +187,8 @@ def main(
     layered = LayeredModel.of(load_model(checkpoint, dtype))
     tokenizer = load_tokenizer(checkpoint.directory)
     of_seeds = []
-    for one in seed or [42]:
-        drawn = build_calibration(tokenizer, calibration, samples, tokens, seed=one)
+    for number in seed or [42]:
+        drawn = build_calibration(tokenizer, calibration, samples, tokens, seed=number)
         with computing_in(dtype, layered.network):
             of_seeds.append(measure_rounds(Subject(layered, drawn), rounds))
     size = {
@@ -216,16 +223,12 @@ def main(
 
 def _listed(of_seeds: Sequence[Sequence[Round]]) -> list[list[dict[str, Any]]]:
     """All that was measured, so that other constants can be tried on it."""
-    return [
-        [
-            {
-                "base": one.base,
-                "divergences": {layer: losses.tolist() for layer, losses in one.measured.items()},
-            }
-            for one in rounds
-        ]
-        for rounds in of_seeds
-    ]
+    return [list(map(_as_lists, rounds)) for rounds in of_seeds]
+
+
+def _as_lists(found: Round) -> dict[str, Any]:
+    divergences = {layer: losses.tolist() for layer, losses in found.measured.items()}
+    return {"base": found.base, "divergences": divergences}
 
 
 def _row(row: Mapping[str, float]) -> tuple[str, ...]:

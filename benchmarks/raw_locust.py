@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -60,11 +61,11 @@ def main(
         say(f"Round {number + 1} of {rounds}")
         for user in USERS:
             found[user].append(run_locust(user, case, run_time))
-    runs = {USERS[user]: [asdict(run) for run in one] for user, one in found.items()}
+    runs = {USERS[user]: list(map(asdict, of_user)) for user, of_user in found.items()}
     write_json(out, {"environment": describe_environment(), "case": asdict(case), "runs": runs})
     title = f"{users} at a time: measured - truth in ms, medians of {rounds} rounds (range)"
     columns = ("", "requests", "TTFT", "TPOT", "E2EL", "CPU ms / request")
-    print_table(title, columns, [row(USERS[user], one, case) for user, one in found.items()])
+    print_table(title, columns, [row(USERS[user], found[user], case) for user in found])
 
 
 def run_locust(user: str, case: Case, run_time: str) -> Run:
@@ -78,7 +79,7 @@ def run_locust(user: str, case: Case, run_time: str) -> Run:
         }
         options |= {"--run-time": run_time, "--stop-timeout": "10s", "--cpu-time": cpu_time}
         options |= {"--prompt-tokens": 64, "--output-tokens": case.tokens}
-        flags = [str(part) for option in options.items() for part in option]
+        flags = map(str, chain.from_iterable(options.items()))
         finished = subprocess.run(
             [sys.executable, "-m", "locust", "--headless", "--json", *flags, user],
             stdout=subprocess.PIPE,

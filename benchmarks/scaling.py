@@ -76,8 +76,8 @@ def describe_time(shape: Shape, hardware: Hardware) -> str:
 
 
 def describe_checked() -> str:
-    """What docs/scaling.md holds against measurements, as multiples of stage 1 for 12 of SmolLM2's
-    30 layers."""
+    """The predictions that docs/scaling.md holds against measurements, as multiples of stage 1 for
+    12 of SmolLM2's 30 layers."""
     scores = score_flops(SMOLLM2, 12)
     steps = {
         "selection of 12": selection_flops(SMOLLM2, 12),

@@ -15,7 +15,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -81,7 +82,7 @@ def measure_with_vllm(target: Target, concurrency: int, seed: int) -> Numbers:
             "--result-dir": directory,
             "--result-filename": "result.json",
         }
-        words = [str(word) for option in options.items() for word in option]
+        words = list(map(str, chain.from_iterable(options.items())))
         command = [sys.executable, "-c", BENCH_SERVE, *words, "--ignore-eos", "--save-result"]
         # vLLM's client asks the environment for proxies, and the target is this machine
         subprocess.run(
@@ -127,22 +128,24 @@ def main(
                     f"Round {number}/{rounds}, concurrency {level}: vllm bench serve {theirs}, "
                     f"ours {found[-1][1]}"
                 )
-    rows = [
-        row(level, name, found) for level, found in pairs.items() for name in asdict(found[0][0])
-    ]
+    names = [field.name for field in fields(Numbers)]
+    rows = [row(level, name, pairs[level]) for level, name in product(pairs, names)]
     print_table(
         "ours / vllm bench serve",
         ("concurrency", "", "vllm bench serve", "ours", "median (range)"),
         rows,
     )
-    recorded = {
-        level: [[asdict(one) for one in pair] for pair in found] for level, found in pairs.items()
-    }
+    recorded = {level: list(map(described, found)) for level, found in pairs.items()}
     write_json(out, {"environment": describe_environment(), "rounds": recorded})
 
 
+def described(pair: tuple[Numbers, Numbers]) -> list[dict[str, float]]:
+    return [asdict(numbers) for numbers in pair]
+
+
 def row(level: int, name: str, found: Sequence[tuple[Numbers, Numbers]]) -> tuple[str, ...]:
-    theirs, ours = ([getattr(pair[side], name) for pair in found] for side in (0, 1))
+    theirs = [getattr(pair[0], name) for pair in found]
+    ours = [getattr(pair[1], name) for pair in found]
     ratios = [own / their for own, their in zip(ours, theirs, strict=True)]
     spread = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     return str(level), name, f"{median(theirs):.2f}", f"{median(ours):.2f}", spread

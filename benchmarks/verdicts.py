@@ -54,18 +54,17 @@ def simulate(speed_up: float, scatter: float, pairs: int, generator: random.Rand
 def _record(arm: str, pair: int, name: str, tpot_s: float) -> RequestRecord:
     times_s = (0.1, 0.1 + tpot_s * (OUTPUT_TOKENS - 1))
     return RequestRecord(
-        **{"arm": arm, "pair": pair, "load": LOAD.name, "request": name},
-        **{
-            "prompt_tokens": 128,
-            "requested_tokens": OUTPUT_TOKENS,
-            "completion_tokens": OUTPUT_TOKENS,
-        },
-        **{
-            "sent_s": 0.0,
-            "ended_s": times_s[-1],
-            "chunk_times_s": times_s,
-            "chunk_tokens": (1, OUTPUT_TOKENS),
-        },
+        arm=arm,
+        pair=pair,
+        load=LOAD.name,
+        request=name,
+        prompt_tokens=128,
+        requested_tokens=OUTPUT_TOKENS,
+        completion_tokens=OUTPUT_TOKENS,
+        sent_s=0.0,
+        ended_s=times_s[-1],
+        chunk_times_s=times_s,
+        chunk_tokens=(1, OUTPUT_TOKENS),
     )
 
 

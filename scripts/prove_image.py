@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
@@ -153,8 +154,9 @@ def copy(words: list[str], stage: Stage, stages: Mapping[str, Stage]) -> None:
 def chroot_command(
     stage: Stage, command: list[str], mounts: Mapping[str, Path], read_only: bool = False
 ) -> list[str]:
-    """In mount and process namespaces of its own; `mounts` are read-only, by their place in the
-    root. read_only: all but /tmp and /dev/shm, as `docker run --read-only --tmpfs /tmp` does."""
+    """The command that runs another one in the stage's root, in mount and process namespaces of
+    its own; `mounts` are read-only, by their place in the root. read_only: all but /tmp and
+    /dev/shm, as `docker run --read-only --tmpfs /tmp` does."""
     root = shlex.quote(str(stage.root))
     lines = [f"mkdir -p {root}{place}" for place in mounts]
     if read_only:
@@ -227,11 +229,8 @@ def ask(path: str, key: str, body: dict[str, object] | None = None) -> Any:
 def prove(stage: Stage, model: Path, work: Path) -> dict[str, object]:
     """Starts the entry point as a container would, waits for the health check, asks for a
     completion, stops."""
-    left = [
-        name
-        for name in COMPILERS
-        if any((stage.root / folder / name).exists() for folder in binary_folders(stage))
-    ]
+    places = product(binary_folders(stage), COMPILERS)
+    left = [name for folder, name in places if (stage.root / folder / name).exists()]
     assert not left, f"the final stage still has {left}"
     key, mounts = secrets.token_hex(), {"/model": model, "/run/secrets": work / "secrets"}
     mounts["/run/secrets"].mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from gradmap.methods.registry import compensator, compensator_names, selector, s
 
 
 def tables() -> dict[str, str]:
-    """By the name of the place that they stand in."""
+    """The tables by the name of the place that they stand in."""
     return {"selectors": selector_table(), "compensators": compensator_table()}
 
 

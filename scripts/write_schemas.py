@@ -18,6 +18,7 @@ from loadtest.pipeline.result import Result
 from loadtest.records import BlockRecord, RequestRecord, ResourceSample
 from loadtest.schema import Report
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FORMATS: dict[str, Any] = {
     "plan.json": Plan,
     "gradmap.json": ArtifactRecord,
@@ -34,18 +35,17 @@ FORMATS: dict[str, Any] = {
 def make_schemas() -> dict[str, str]:
     """File name -> the schema's text. Of a .jsonl file, it is the schema of a line."""
     return {
-        f"{name.partition('.')[0]}.schema.json": json.dumps(
-            {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": name}
-            | {
-                key: value
-                for key, value in TypeAdapter(kind).json_schema().items()
-                if key != "title"
-            },
-            indent=2,
-        )
-        + "\n"
+        f"{name.partition('.')[0]}.schema.json": _schema_text(name, kind)
         for name, kind in FORMATS.items()
     }
+
+
+def _schema_text(name: str, kind: Any) -> str:
+    schema = TypeAdapter(kind).json_schema()
+    # the file's name stands in place of the class's
+    schema.pop("title", None)
+    named = {"$schema": DIALECT, "title": name} | schema
+    return json.dumps(named, indent=2) + "\n"
 
 
 if __name__ == "__main__":

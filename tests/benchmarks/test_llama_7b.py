@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from benchmarks import llama_7b
+from benchmarks.llama_7b_steps import STEPS, Task
 from gradmap.costs.steps import CalibrationSize
 from tests.conftest import ROOT
 
@@ -34,18 +35,18 @@ def test_a_step_that_fails_spoils_no_other_and_is_all_that_is_done_again(
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch, pytest.raises(typer.Exit):
-        patch.setitem(llama_7b.STEPS, "writing", replace(llama_7b.STEPS["writing"], run=fail))
+        patch.setitem(STEPS, "writing", replace(STEPS["writing"], run=fail))
         drill(out)
     first = json.loads(out.read_text())["steps"]
     assert first.pop("writing") == {"error": "MemoryError: no room"}
-    assert first.keys() == llama_7b.STEPS.keys() - {"writing"} | {llama_7b.PROFILE}
+    assert first.keys() == STEPS.keys() - {"writing"} | {llama_7b.PROFILE}
     assert all(facts["seconds"] > 0 for facts in first.values())
     assert sorted(
         len(first[name]["removed"]) for name in ("gradient scores", "the default's selection")
     ) == [2, 2]
     slowest = first[llama_7b.PROFILE]
     assert (
-        slowest["step"] in llama_7b.STEPS
+        slowest["step"] in STEPS
         and "aten::mm" in slowest["device"]
         and "aten::mm" in slowest["cpu"]
     )
@@ -59,14 +60,14 @@ def test_a_step_that_fails_spoils_no_other_and_is_all_that_is_done_again(
     whole = out.read_text()
     assert drill(out) == json.loads(whole)["steps"]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in llama_7b.STEPS) and "failed" not in printed
+    assert all(name in printed for name in STEPS) and "failed" not in printed
 
 
 def test_no_step_is_begun_once_the_minutes_are_over(tmp_path, capsys):
     steps = drill(tmp_path / "drill.json", minutes=0)
-    assert steps.keys() == llama_7b.STEPS.keys() | {llama_7b.PROFILE}
+    assert steps.keys() == STEPS.keys() | {llama_7b.PROFILE}
     assert all(facts == {"not_begun": "the minutes were over"} for facts in steps.values())
-    assert capsys.readouterr().out.count("not begun") == len(llama_7b.STEPS)
+    assert capsys.readouterr().out.count("not begun") == len(STEPS)
 
 
 def test_results_of_another_size_or_machine_are_not_mixed(tmp_path, monkeypatch):
@@ -88,7 +89,7 @@ def test_serving_needs_its_texts_and_the_shape_that_is_served(tmp_path):
 
 def test_layers_go_in_as_many_runs_as_predictions_have_it():
     for shape in llama_7b.KNOWN_SHAPES.values():
-        task = llama_7b.Task(shape, CalibrationSize())
+        task = Task(shape, CalibrationSize())
         assert len(set(task.removed)) == task.remove == max(1, round(shape.layers / 4))
         starts = [layer for layer in task.removed if layer - 1 not in task.removed]
         assert (
