@@ -88,11 +88,10 @@ def run_benchmark(name: str) -> dict[str, Any]:
 def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The tables of all benchmarks, each with where and how it was measured."""
     parts = []
-    for name, one in sorted(results.items()):
-        facts = ", ".join(f"{fact} {value}" for fact, value in one["environment"].items())
-        parts.append(
-            f"## {name}\n\n`{one['command']}`\n\n{facts}\n\n```\n{one['table'].strip()}\n```\n"
-        )
+    for name, found in sorted(results.items()):
+        facts = ", ".join(f"{fact} {value}" for fact, value in found["environment"].items())
+        table = f"```\n{found['table'].strip()}\n```"
+        parts.append(f"## {name}\n\n`{found['command']}`\n\n{facts}\n\n{table}\n")
     return "# Benchmarks\n\n" + "\n".join(parts)
 
 

@@ -157,14 +157,14 @@ def write_random_model(directory: Path, layers: int, tokenizer: Path) -> int:
 
 
 def fill(specs: list[TensorSpec], block: Tensor) -> Iterator[Tensor]:
+    """A tensor of each spec's shape: ones for a vector, else the block (n,) again and again."""
     for spec in specs:
-        count = spec.bytes // block.itemsize
-        repeated = block.repeat(-(-count // len(block)))[:count]
-        yield (
-            torch.ones(spec.shape, dtype=block.dtype)
-            if len(spec.shape) == 1
-            else repeated.reshape(spec.shape)
-        )
+        if len(spec.shape) == 1:
+            yield torch.ones(spec.shape, dtype=block.dtype)
+        else:
+            count = spec.bytes // block.itemsize
+            repeats = -(-count // len(block))
+            yield block.repeat(repeats)[:count].reshape(spec.shape)
 
 
 def fold(source: Path, target: Path) -> float:

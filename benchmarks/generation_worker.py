@@ -105,6 +105,8 @@ def load_vllm(directory: Path, threads: int, prompt: Tensor, new_tokens: int) ->
 
 
 def repeat(step: Step, prompt: Tensor) -> Generate:
+    """Generates greedily behind the prompt (1, T); step gives logits (1, vocabulary)."""
+
     def generate(tokens: int) -> None:
         feed, cache = prompt, None
         for _ in range(tokens):

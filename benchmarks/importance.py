@@ -79,17 +79,17 @@ class Run:
 
 @torch.inference_mode()
 def run_forward(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
-    """The floor: no score at all, the last layer goes."""
+    """The floor: no score at all, the last layer goes. input_ids (N, T) -> (L,) float64, as for all
+    measures here."""
     for batch in input_ids.split(BATCH_SIZE):
-        sample_losses(
-            model.network(input_ids=batch.to(model.device), use_cache=False).logits, batch
-        )
+        _whole_losses(model, batch)
     return -torch.arange(len(model.layers), dtype=torch.float64)
 
 
 @torch.inference_mode()
 def score_by_block_influence(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
-    """ShortGPT: 1 - cos(input, output) of every layer, one forward pass."""
+    """ShortGPT: 1 - cos(input, output) of every layer, one forward pass. input_ids (N, T) ->
+    (L,) float64."""
     layers = model.layers
     totals = torch.zeros(len(layers), dtype=torch.float64)
     for batch in input_ids.split(BATCH_SIZE):
@@ -104,25 +104,28 @@ def score_by_block_influence(model: LayeredModel, input_ids: Tensor, advance: Ad
 @torch.inference_mode()
 def score_by_loss_as_released(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
     """SLEB: the loss without each block in turn, from whole forward passes. The first and last
-    block stay."""
+    block stay. input_ids (N, T) -> (L,) float64."""
     count = len(model.layers)
     losses = torch.full((count,), STAYS, dtype=torch.float64)
     for candidate in range(1, count - 1):
+        total = 0.0
         with model.without([candidate]):
-            losses[candidate] = sum(
-                sample_losses(
-                    model.network(input_ids=batch.to(model.device), use_cache=False).logits, batch
-                )
-                .sum()
-                .item()
-                for batch in input_ids.split(BATCH_SIZE)
-            )
+            for batch in input_ids.split(BATCH_SIZE):
+                total += _whole_losses(model, batch).sum().item()
+        losses[candidate] = total
     return losses
+
+
+def _whole_losses(model: LayeredModel, ids: Tensor) -> Tensor:
+    """The loss of each sample (b,) for ids (b, T), from a whole forward pass."""
+    logits = model.network(input_ids=ids.to(model.device), use_cache=False).logits
+    return sample_losses(logits, ids)
 
 
 @torch.inference_mode()
 def score_by_loss_with_prefixes(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
-    """SLEB, each candidate from the hidden state that enters it on."""
+    """SLEB, each candidate from the hidden state that enters it on. input_ids (N, T) -> (L,)
+    float64."""
     layers = list(model.layers)
     losses = torch.full((len(layers),), STAYS, dtype=torch.float64)
     losses[1:-1] = 0
@@ -132,9 +135,8 @@ def score_by_loss_with_prefixes(model: LayeredModel, input_ids: Tensor, advance:
         for candidate in range(len(layers) - 1):
             if candidate > 0:
                 hidden = entering
-                for layer, call in zip(
-                    layers[candidate + 1 :], calls[candidate + 1 :], strict=True
-                ):
+                behind = slice(candidate + 1, None)
+                for layer, call in zip(layers[behind], calls[behind], strict=True):
                     hidden = call.run(layer, hidden)
                 losses[candidate] += losses_from(model, hidden, ids).sum().item()
             entering = calls[candidate].run(layers[candidate], entering)
@@ -142,7 +144,7 @@ def score_by_loss_with_prefixes(model: LayeredModel, input_ids: Tensor, advance:
 
 
 def score_as_written(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
-    """The paper's Eq. 7, every gradient formed."""
+    """The paper's Eq. 7, every gradient formed. input_ids (N, T) -> (L,) float64."""
     return layer_scores_reference(model, input_ids)
 
 

@@ -121,13 +121,14 @@ def serve(
                 "Give --expect-sha256 once for every model, in their order, or not at all."
             )
         path = Path(log) if log else cache_directory() / "serve" / f"{port}.log"
+        trusts = [Trust(verify, require_artifact, expected) for expected in expected_hashes]
         launch = Launch(
             models=[Path(model) for model in models],
             settings=settings,
             policy=Policy(restarts, wait_s),
             admin_host=admin_host,
             admin_port=admin_port if admin_port is not None else port + 1000,
-            trusts=[Trust(verify, require_artifact, expected) for expected in expected_hashes],
+            trusts=trusts,
         )
         with closing(Log(None if log == "-" else path, log_format is LogFormat.JSON)) as output:
             code = run(launch, output)
@@ -138,7 +139,8 @@ def split_arguments(arguments: Sequence[str], count: int) -> tuple[list[str], tu
     """Returns `count` directories and vLLM's flags. Raises UserError on another number, or on a
     flag that is ours."""
     first_flag = next(
-        (index for index, one in enumerate(arguments) if one.startswith("-")), len(arguments)
+        (index for index, argument in enumerate(arguments) if argument.startswith("-")),
+        len(arguments),
     )
     if first_flag != count:
         raise UserError(

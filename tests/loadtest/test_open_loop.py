@@ -28,18 +28,19 @@ def test_requests_of_an_open_loop_are_sent_when_they_are_due(tmp_path, arrivals)
         options = settings(fake, pairs=1, loads=(ONE, load), open_loop_s=3.0, requests_per_load=1)
         records = [record for record in run(options, tmp_path) if record.load == load.name]
     for arm in ("dense", "pruned"):
-        of_arm = sorted((one for one in records if one.arm == arm), key=lambda one: one.scheduled_s)
+        of_arm = [record for record in records if record.arm == arm]
+        of_arm.sort(key=lambda record: record.scheduled_s)
         assert len(of_arm) == 60
-        scheduled, sent = (
-            [getattr(one, name) for one in of_arm] for name in ("scheduled_s", "sent_s")
-        )
+        scheduled = [record.scheduled_s for record in of_arm]
+        sent = [record.sent_s for record in of_arm]
         assert scheduled[-1] - scheduled[0] == pytest.approx(59 / 20, rel=1e-6)
         assert all(due <= at < due + 0.05 for due, at in zip(scheduled, sent, strict=True))
         gaps = [later - earlier for earlier, later in pairwise(scheduled)]
         if arrivals == "constant":
             assert gaps == pytest.approx([0.05] * 59)
     dense, pruned = (
-        sorted(one.scheduled_s for one in records if one.arm == arm) for arm in ("dense", "pruned")
+        sorted(record.scheduled_s for record in records if record.arm == arm)
+        for arm in ("dense", "pruned")
     )
     assert [at - dense[0] for at in dense] == pytest.approx(
         [at - pruned[0] for at in pruned], abs=1e-6

@@ -204,7 +204,7 @@ def test_several_processes_share_the_requests(tmp_path):
     assert all(record.error is None for record in records)
     for load in options.loads:
         names = [
-            [one.request for one in records if (one.arm, one.load) == (arm, load.name)]
+            [record.request for record in records if (record.arm, record.load) == (arm, load.name)]
             for arm in options.arms
         ]
         assert sorted(names[0]) == sorted(names[1])
