@@ -69,7 +69,8 @@ def main(
 
 
 def run_benchmark(name: str) -> dict[str, Any]:
-    """Its command, the table that it printed, and the JSON that it wrote."""
+    """Runs a benchmark, and returns its command, the table that it printed, and the JSON that it
+    wrote."""
     arguments = [f"benchmarks.{name}", *BENCHMARKS[name].split()]
     finished = subprocess.run(
         [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, check=False

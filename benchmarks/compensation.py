@@ -40,7 +40,7 @@ from gradmap.model.loading import load_model, load_tokenizer
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds, and values of the objective; Adam's after every epoch."""
+    """What one round measured: seconds, and values of the objective; Adam's after every epoch."""
 
     closed_form_s: float
     closed_form: float
@@ -88,8 +88,8 @@ def main(
 
 
 def measure(added: Tensor, missing: Tensor, epochs: int) -> Round:
-    """added (N, T, f): the features of the layer's output. missing (N, T, d): what it lacks to the
-    dense model's."""
+    """One round. added (N, T, f): the features of the layer's output. missing (N, T, d): what it
+    lacks to the dense model's."""
     started = time.perf_counter()
     gram, cross = ridge_sums(added, missing, None)
     update = solve_ridge(gram, cross, REGULARISATION * missing.numel())

@@ -46,7 +46,7 @@ WARM_UP = "openbookqa"
 
 @dataclass(frozen=True)
 class TaskRun:
-    """seconds: of the task. value: accuracy by the task's main metric."""
+    """One task, evaluated once. seconds: of the task. value: accuracy by the task's main metric."""
 
     seconds: float
     documents: int
@@ -161,8 +161,8 @@ def _seconds(run: Mapping[str, TaskRun]) -> float:
 
 
 def _print(runs: Mapping[str, Sequence[Mapping[str, TaskRun]]]) -> None:
-    """Accuracies of the first round; seconds of all rounds; ratios to the first run in the same
-    round."""
+    """Prints accuracies of the first round; seconds of all rounds; ratios to the first run in the
+    same round."""
     base, *_ = runs.values()
     columns = ("%", *runs)
     rows: list[tuple[str, ...]] = []

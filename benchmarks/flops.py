@@ -14,7 +14,7 @@ _PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm}
 
 
 class CountedFlops(TorchDispatchMode):
-    """Counts them in `total`, two for each multiplication. Fused attention's own are left out, as
+    """Counts FLOPs in `total`, two for each multiplication. Fused attention's own are left out, as
     in gradmap.costs.steps.
 
     In inference mode, products arrive as a part of something larger (`linear`, `matmul`). So what

@@ -116,8 +116,8 @@ def main(
 
 
 def write_random_checkpoint(directory: Path, layers: int, vocabulary: int = 32000) -> None:
-    """A Llama of 7B's shape in bf16. The same random block fills all weights: only sizes matter
-    here."""
+    """Writes a Llama of 7B's shape in bf16. The same random block fills all weights: only sizes
+    matter here."""
     config = LlamaConfig(
         num_hidden_layers=layers,
         vocab_size=vocabulary,
@@ -146,8 +146,8 @@ def write_random_checkpoint(directory: Path, layers: int, vocabulary: int = 3200
 
 
 def write_random_model(directory: Path, layers: int, tokenizer: Path) -> int:
-    """Such a checkpoint with the tokenizer of another model directory, unless it is there. Returns
-    its vocabulary."""
+    """Writes a random checkpoint with the tokenizer of another model directory, unless it is there.
+    Returns its vocabulary."""
     vocabulary = int(read_json(tokenizer / "config.json")["vocab_size"])
     if not (directory / "config.json").exists():
         write_random_checkpoint(directory, layers, vocabulary)

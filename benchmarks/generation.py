@@ -45,7 +45,8 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Result:
-    """Per round: tokens per second after the first one, and seconds until the first one."""
+    """The speed of a contestant, per round: tokens per second after the first one, and seconds
+    until the first one."""
 
     contestant: Contestant
     tokens_per_s: list[float]

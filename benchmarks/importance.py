@@ -64,8 +64,9 @@ STAYS = torch.finfo(torch.float64).max
 
 @dataclass(frozen=True)
 class Run:
-    """seconds: of all decisions. peak_bytes: of the process, beyond what it held once the model was
-    loaded. flop: of the method's matrix products, counted in another run."""
+    """One method that chose all layers. seconds: of all decisions. peak_bytes: of the process,
+    beyond what it held once the model was loaded. flop: of the method's matrix products, counted in
+    another run."""
 
     method: str
     dtype: str
@@ -292,7 +293,7 @@ def _choose(method: Method, subject: Subject, remove: int) -> Selection:
 
 
 def _print(runs: Sequence[Run], names: Sequence[str], samples: int) -> None:
-    """Medians over rounds; ratios to other runs of the same round, with their range."""
+    """Prints medians over rounds; ratios to other runs of the same round, with their range."""
     per_name: dict[str, list[Run]] = {name: [] for name in names}
     for run in runs:
         per_name[f"{run.method}@{run.dtype}"].append(run)

@@ -68,7 +68,8 @@ class Record:
 
     @classmethod
     def open(cls, path: Path, task: dict[str, Any]) -> Record:
-        """Raises BadParameter if the file is about another task."""
+        """The results so far, read from the file where there is one. Raises BadParameter if the
+        file is about another task."""
         known = read_json(path) if path.exists() else {"task": task, "steps": {}}
         if known["task"] != task:
             raise typer.BadParameter(

@@ -138,7 +138,8 @@ def by_flops(flops: Callable[[Task], float]) -> Callable[[Task, Hardware], float
 
 @dataclass(frozen=True)
 class DrillStep:
-    """run: the work. predict: its seconds. goal_s: for LLaMA-2-7B on an H100."""
+    """A step of the drill. run: the work. predict: its seconds. goal_s: for LLaMA-2-7B on an
+    H100."""
 
     run: Callable[[Case], Facts]
     predict: Callable[[Task, Hardware], float]

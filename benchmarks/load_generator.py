@@ -86,7 +86,7 @@ CASES = (
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    """Measured values by name, in ms, requests/s, or shares."""
+    """The measured values by name, in ms, requests/s, or shares."""
     workload = Workload(prompt_tokens=64, output_tokens=case.tokens)
     with fake_endpoint(case) as url:
         measured = send_load(

@@ -18,7 +18,8 @@ from loadtest.settings import Block, LoadTestSettings
 def send_load(
     endpoint: Endpoint, load: Load, workload: Workload, vocabulary: int, **settings: Any
 ) -> Measurements:
-    """settings: of LoadTestSettings. Prompts are random, and new for each seed of the workload."""
+    """Sends one load to an endpoint, and returns what was measured. settings: of LoadTestSettings.
+    Prompts are random, and new for each seed of the workload."""
     arms = {"pruned": endpoint.url}  # no load test is without one; only the dense endpoint is asked
     chosen = LoadTestSettings(endpoint.url, arms, loads=(load,), workload=workload, **settings)
     with TemporaryDirectory() as directory:

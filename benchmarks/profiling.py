@@ -30,7 +30,7 @@ class Recording:
         self._due = time.monotonic() + after_s
 
     def on_layer(self, *call: Any) -> None:
-        """Raises EnoughError once it is complete."""
+        """Begins the recording when it is due. Raises EnoughError once it is complete."""
         if time.monotonic() < self._due:
             return
         if self.begun:

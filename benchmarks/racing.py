@@ -42,9 +42,9 @@ LAP = 4  # samples, as many as a CPU takes at once
 
 @dataclass(frozen=True)
 class Round:
-    """base: divergence before the removal, nats per token. measured: of each layer that may go, of
-    every sample, (n,) float64. untried: these layers, those first that are tried first in a round
-    without bounds."""
+    """What a round without a race measured. base: divergence before the removal, nats per token.
+    measured: of each layer that may go, of every sample, (n,) float64. untried: these layers, those
+    first that are tried first in a round without bounds."""
 
     base: float
     measured: Mapping[int, Tensor]
@@ -64,9 +64,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """share: of all measurements, that the race made. excess: how much more the layer costs with
-    which it ended, nats per token; errors: the same in standard errors of such a difference.
-    untried: the best layer was not measured."""
+    """How a race ended. share: of all measurements, that the race made. excess: how much more the
+    layer costs with which it ended, nats per token; errors: the same in standard errors of such a
+    difference. untried: the best layer was not measured."""
 
     share: float
     excess: float

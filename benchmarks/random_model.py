@@ -11,8 +11,8 @@ HEAD_WIDTH, LEAST_HEADS = 128, 4
 
 
 def make_random_llama(shape: Shape, dtype: torch.dtype, device: str) -> LayeredModel:
-    """Made on the device, so that nothing is read or copied. For inference: no parameter requires a
-    gradient."""
+    """A Llama with random weights, made on the device, so that nothing is read or copied. For
+    inference: no parameter requires a gradient."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     heads = max(LEAST_HEADS, shape.width // HEAD_WIDTH)

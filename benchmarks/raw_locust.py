@@ -40,7 +40,7 @@ USERS = {
 
 @dataclass(frozen=True)
 class Run:
-    """Means in ms, and the CPU time of one request in ms."""
+    """One run of Locust: means in ms, and the CPU time of one request in ms."""
 
     requests: int
     ttft_ms: float

@@ -68,8 +68,8 @@ def body_of(options: Any) -> dict[str, Any]:
 
 
 def note_times(environment: Any, lines: Iterable[str | bytes]) -> None:
-    """TTFT, TPOT and E2EL of one stream, as entries of Locust's statistics. Asking for the first
-    line sends it."""
+    """Notes TTFT, TPOT and E2EL of one stream, as entries of Locust's statistics. Asking for the
+    first line sends it."""
     sent_s = time.monotonic()
     arrivals_s, tokens = [], 0
     for line in lines:

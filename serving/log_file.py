@@ -21,7 +21,8 @@ STREAMS = (1, 2)
 
 
 def open_log(path: Path | None) -> logging.Handler:
-    """Lines go behind what `path` holds, kept below 100 MB; to stderr without a path.
+    """The handler whose lines go behind what `path` holds, kept below 100 MB; to stderr without a
+    path.
 
     A terminal, a pipe or a device is written to as it is, and so is a link to one, such as
     /dev/stdout. Raises UserError if it cannot be written.
@@ -71,7 +72,7 @@ class _WrittenThrough(logging.StreamHandler[TextIOWrapper]):
 
 
 class _PrivateFile(RotatingFileHandler):
-    """Complains on stderr where the disk is full, and goes on."""
+    """A log that only its owner reads. Complains on stderr where the disk is full, and goes on."""
 
     def _open(self) -> TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, MODE)

@@ -36,7 +36,7 @@ EXECUTOR_FLAG = "--distributed-executor-backend"
 
 @dataclass(frozen=True)
 class Gpu:
-    """capability: CUDA compute capability."""
+    """An NVIDIA GPU. capability: CUDA compute capability."""
 
     total_bytes: int
     capability: tuple[int, int]

@@ -15,8 +15,8 @@ CHOSEN_PORTS = range(20000, 30000)
 
 
 def require_ports(ports: Mapping[str, int]) -> None:
-    """ports: by what they are for. Raises UserError if one does not exist, or if two are the
-    same."""
+    """Raises UserError if a port does not exist, or if two are the same. ports: by what they are
+    for."""
     known: dict[int, str] = {}
     for purpose, port in ports.items():
         if not 1 <= port <= HIGHEST_PORT:

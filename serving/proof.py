@@ -23,7 +23,7 @@ PASS_HEADER = "X-Gradmap-Pass"
 
 
 class NotOursError(httpx.TransportError):
-    """Something else answers where our server should."""
+    """Raised when something else answers where our server should."""
 
 
 def proof(secret: str, challenge: str) -> str:

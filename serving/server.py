@@ -34,11 +34,11 @@ EXIT_WAIT_S = 5
 
 
 class ServerError(UserError):
-    """vLLM ended, or did not get ready, without being asked to."""
+    """Raised when vLLM ended, or did not get ready, without being asked to."""
 
 
 class ServerMemoryError(ServerError, OutOfMemoryError):
-    """vLLM ended because memory ran out."""
+    """Raised when vLLM ended because memory ran out."""
 
 
 class Server:

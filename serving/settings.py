@@ -25,9 +25,9 @@ GUARD = "serving.guard.Guard"
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """drain_s: how long requests in flight may go on after a request to stop. certificate,
-    private_key: files for TLS. vllm_flags, environment: passed to vLLM as they are. secret: by
-    which the server is known (serving.proof)."""
+    """How one model is served. drain_s: how long requests in flight may go on after a request to
+    stop. certificate, private_key: files for TLS. vllm_flags, environment: passed to vLLM as they
+    are. secret: by which the server is known (serving.proof)."""
 
     directory: Path
     host: str = "127.0.0.1"

@@ -15,7 +15,7 @@ class Killable(Protocol):
 
 
 class Stop:
-    """What signals have asked for. The first one drains, a second ctrl-C ends everything at
+    """The end that signals have asked for. The first one drains, a second ctrl-C ends everything at
     once."""
 
     def __init__(self) -> None:

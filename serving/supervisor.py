@@ -31,8 +31,9 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Policy:
-    """restarts: how many in a row. balancer_wait_s: between the end of readiness and that of the
-    server, for load balancers to notice."""
+    """When and how a server ends and is started again. restarts: how many in a row.
+    balancer_wait_s: between the end of readiness and that of the server, for load balancers to
+    notice."""
 
     restarts: int = 3
     balancer_wait_s: float = 0.0
@@ -40,8 +41,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Status:
-    """phases: seconds after the start at which each phase began, in order. restarts: since the
-    first start."""
+    """How a supervised server is. phases: seconds after the start at which each phase began, in
+    order. restarts: since the first start."""
 
     state: State = State.STARTING
     started: float = field(default_factory=time.monotonic)
@@ -62,12 +63,12 @@ def back_off_s(failures: int) -> float:
 
 
 class _StopAsked(Exception):  # noqa: N818 - it is none
-    """Asked to stop before it was ready."""
+    """Raised when it was asked to stop before it was ready."""
 
 
 class Supervisor:
-    """`run` keeps to one thread: Linux kills a child when the thread that started it ends (see
-    serving.vllm_server).
+    """Keeps one server running. `run` keeps to one thread: Linux kills a child when the thread that
+    started it ends (see serving.vllm_server).
 
     `status` is replaced as a whole, so that other threads can read it at any time. failure: what
     ended it.

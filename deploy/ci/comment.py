@@ -24,8 +24,8 @@ GITHUB_USER = "github-actions[bot]"  # as whom a job's token writes
 
 @dataclass(frozen=True)
 class Forge:
-    """comments: the URL of a request's comments; comment: the one below which each is found by its
-    id.
+    """How comments are read and written at a forge. comments: the URL of a request's comments;
+    comment: the one below which each is found by its id.
 
     is_own: whether the token's user wrote a comment; anybody may start one like ours.
     """
