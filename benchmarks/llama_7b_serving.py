@@ -25,7 +25,8 @@ from gradmap.common.children import run_process
 from gradmap.common.console import print_table, say
 from gradmap.common.loopback import own_transport
 from gradmap.common.reading import read_json
-from gradmap.costs.steps import Hardware, decode_speed_up, prefill_speed_up, token_seconds
+from gradmap.costs.steps import Hardware, decode_speed_up, prefill_speed_up
+from gradmap.costs.timing import token_seconds
 from gradmap.model.shape import Shape
 from serving.ports import free_port
 

@@ -18,13 +18,14 @@ from gradmap.costs.steps import (
     score_flops,
     selection_flops,
     training_flops,
-    writing_seconds,
 )
+from gradmap.costs.timing import writing_seconds
 from gradmap.data.calibration import Calibration
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.distil import Lessons, train_low_rank, written_by_dense
-from gradmap.methods.registry import selector
-from gradmap.methods.selection import Subject, select
+from gradmap.methods.gradmap.scores import GradientScorer
+from gradmap.methods.repair import RepairScorer
+from gradmap.methods.selection import LayerScorer, Subject, select
 from gradmap.methods.sequential import refit_before_runs
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.layered import LayeredModel
@@ -92,11 +93,11 @@ def make_case(task: Task) -> Case:
     return Case(task, model, Calibration("random", 0, ids))
 
 
-def choose_by(name: str) -> Callable[[Case], Facts]:
+def choose_by(method: Callable[[Subject], LayerScorer]) -> Callable[[Case], Facts]:
     def choose(case: Case) -> Facts:
         subject = Subject(case.model, case.calibration)
         chosen = select(
-            partial(selector(name).make, subject),
+            partial(method, subject),
             subject,
             case.task.remove,
             one_shot=False,
@@ -148,12 +149,12 @@ class DrillStep:
 
 STEPS = {
     "gradient scores": DrillStep(
-        choose_by("gradient"),
+        choose_by(GradientScorer),
         by_flops(lambda task: score_flops(task.shape, task.remove, task.size)),
         10,
     ),
     "the default's selection": DrillStep(
-        choose_by("repair"),
+        choose_by(RepairScorer),
         by_flops(lambda task: selection_flops(task.shape, task.remove, task.size)),
         10,
     ),

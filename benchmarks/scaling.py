@@ -20,13 +20,11 @@ from gradmap.costs.steps import (
     prefill_speed_up,
     refit_flops,
     score_flops,
-    score_seconds,
     selection_flops,
     sleb_flops,
-    token_seconds,
     training_flops,
-    writing_seconds,
 )
+from gradmap.costs.timing import score_seconds, token_seconds, writing_seconds
 from gradmap.methods.costs import default_seconds
 from gradmap.model.shape import Shape
 

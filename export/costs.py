@@ -12,7 +12,8 @@ from export.reference import GREEDY_TOKENS, PROBE_SAMPLES, PROBE_TOKENS
 from export.runners.probe_io import MEMORY_SHARE
 from gradmap.costs.footprint import FLOAT32_BYTES, RUNTIME_BYTES
 from gradmap.costs.speed import Disk
-from gradmap.costs.steps import STARTING_S, Hardware, generation_seconds
+from gradmap.costs.steps import Hardware
+from gradmap.costs.timing import STARTING_S, generation_seconds
 from gradmap.model.shape import Shape
 
 # How often the probe passes the model in the process that verifies: with and without a cache.

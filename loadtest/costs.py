@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gradmap.costs.steps import STARTING_S, Hardware, token_seconds
+from gradmap.costs.steps import Hardware
+from gradmap.costs.timing import STARTING_S, token_seconds
 from gradmap.model.shape import Shape
 from loadtest.loads import ClosedLoop, Load
 from loadtest.options import DENSE

@@ -3,14 +3,8 @@ is not needed."""
 
 from __future__ import annotations
 
-from gradmap.costs.steps import (
-    BF16_BYTES,
-    DEFAULT_SIZE,
-    STEP_SAMPLES,
-    CalibrationSize,
-    Hardware,
-    Pruning,
-)
+from gradmap.costs.steps import BF16_BYTES, DEFAULT_SIZE, STEP_SAMPLES, CalibrationSize, Hardware
+from gradmap.costs.timing import Pruning
 from gradmap.model.shape import Shape
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8

@@ -25,6 +25,7 @@ from gradmap.costs.steps import WRITTEN_TOGETHER, Hardware
 from gradmap.model.architectures import layer_count, prune_config
 from gradmap.model.batching import forward_batch, logits_batch
 from gradmap.model.layerwise import sample_losses
+from gradmap.model.model_sizes import context_length
 from gradmap.model.precision import (
     AUTOCAST,
     DTYPES,
@@ -148,7 +149,7 @@ def time_model(config: Mapping[str, Any], dtype: str, hardware: Hardware) -> Har
     of WRITTEN_TOGETHER samples, and the head with the loss behind it."""
     device = hardware.name
     model, layer = _one_layer(config, dtype, device)
-    positions = getattr(model.config, "max_position_embeddings", None) or TOKENS
+    positions = context_length(model.config.to_dict()) or TOKENS
     sample = torch.zeros(1, min(TOKENS, positions), dtype=torch.int64, device=device)
     ids = sample.expand(forward_batch(sample, sample.device), -1)
     behind = torch.zeros(

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+# Of a model whose config sets no limit, so many tokens are taken at once.
+UNLIMITED_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class ScoreRequest:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from gradmap.costs.footprint import RUNTIME_BYTES, model_bytes
-from gradmap.costs.steps import Hardware, generation_seconds
+from gradmap.costs.steps import Hardware
+from gradmap.costs.timing import generation_seconds
 from gradmap.evaluation.answers import NEW_TOKENS, PROMPTS
 from gradmap.model.shape import Shape
 

@@ -12,7 +12,8 @@ import torch
 from scipy.special import log_softmax
 
 from gradmap.common.finite import require_finite
-from gradmap.evaluation.backends import LOGITS, IsDone, Score, ScoreRequest, never
+from gradmap.evaluation.backends import LOGITS, UNLIMITED_TOKENS, IsDone, Score, ScoreRequest, never
+from gradmap.model.model_sizes import context_length
 from gradmap.runtimes.onnx_session import OnnxCausalLM
 
 BATCH_TOKENS = 1024
@@ -27,9 +28,7 @@ class OnnxBackend:
     def __init__(self, directory: Path, config: dict[str, Any], end_tokens: Sequence[int]) -> None:
         self._session = OnnxCausalLM(directory)
         self._end_tokens = set(end_tokens)
-        self.max_tokens = int(
-            config.get("max_position_embeddings") or config.get("n_positions") or 2048
-        )
+        self.max_tokens = context_length(config) or UNLIMITED_TOKENS
         self.vocabulary: int | None = int(config["vocab_size"])
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:

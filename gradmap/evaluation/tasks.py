@@ -16,7 +16,7 @@ from typing import Any
 
 from gradmap.common.console import say, waiting
 from gradmap.common.errors import UserError, first_line
-from gradmap.common.reading import library_errors_refused
+from gradmap.evaluation.saved_data import SAVED_DATA, saved_data_of, saved_overrides
 from gradmap.evaluation.scoring import Scorer
 
 PAPER = "paper"
@@ -32,28 +32,6 @@ PAPER_TASKS = (
 # The one that stands for a task, the first it has; the paper's tables hold acc_norm where a task
 # has it.
 TASK_METRICS = ("acc_norm", "acc", "exact_match")
-_MMLU = "mmlu_"
-
-
-@dataclass(frozen=True)
-class SavedData:
-    """A data set written by `datasets.save_to_disk`. folder: below --task-data. split: the one that
-    has labels."""
-
-    folder: str
-    split: str = "validation"
-
-
-SAVED_DATA = {
-    "boolq": SavedData("boolq/none"),
-    "piqa": SavedData("piqa/plain_text"),
-    "hellaswag": SavedData("hellaswag/none"),
-    "winogrande": SavedData("winogrande/winogrande_xl"),
-    "arc_easy": SavedData("ai2_arc/ARC-Easy"),
-    "arc_challenge": SavedData("ai2_arc/ARC-Challenge"),
-    "openbookqa": SavedData("openbookqa/main"),
-    "commonsense_qa": SavedData("tau/commonsense_qa/none"),
-}
 
 
 @dataclass(frozen=True)
@@ -137,7 +115,7 @@ def load_task(
     documents = _draw(name, usable, limit, seed)
     if data is None:
         return LoadedTask(name, parts, documents, left_out, "hub")
-    return LoadedTask(name, parts, documents, left_out, str(data / _saved_data(name).folder))
+    return LoadedTask(name, parts, documents, left_out, str(data / saved_data_of(name).folder))
 
 
 def score_task(task: LoadedTask, scorer: Scorer, tokenizer: Any) -> TaskScores:
@@ -221,7 +199,7 @@ def _expand(name: str) -> list[str]:
 
 
 def _load_part(name: str, data: Path | None) -> Any:
-    overrides = {} if data is None else _overrides(name, data)
+    overrides = {} if data is None else saved_overrides(name, data)
     # Members of a group may override what the harness's definition says.
     group = {"group": "gradmap", "task": [{"task": name, **overrides}]}
     try:
@@ -232,7 +210,7 @@ def _load_part(name: str, data: Path | None) -> Any:
     except Exception as error:
         if data is not None:
             raise UserError(
-                f"{data / _saved_data(name).folder} is not what task {name} needs: "
+                f"{data / saved_data_of(name).folder} is not what task {name} needs: "
                 f"{_reason(error)}."
             ) from None
         raise UserError(
@@ -281,46 +259,6 @@ def _require_documents(name: str, task: Any, indices: Sequence[int]) -> None:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _overrides(name: str, data: Path) -> dict[str, Any]:
-    saved = _saved_data(name)
-    directory = data / saved.folder / saved.split
-    if not (directory / "state.json").is_file():
-        raise UserError(
-            f"Task {name} has no data: {directory} is no directory written by "
-            "datasets.save_to_disk."
-        )
-    splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
-    return {
-        **splits,
-        f"{saved.split}_split": saved.split,
-        "custom_dataset": lambda **_: {saved.split: _read(name, directory)},
-    }
-
-
-def _saved_data(name: str) -> SavedData:
-    if name == "mmlu" or name.startswith(_MMLU):
-        return SavedData(f"hails/mmlu_no_train/{name.removeprefix(_MMLU)}", "test")
-    if name not in SAVED_DATA:
-        raise UserError(
-            f"It is not known how data of task {name} is saved on disk (known: "
-            f"{', '.join(SAVED_DATA)}, mmlu); leave out --task-data to fetch it from the hub."
-        )
-    return SAVED_DATA[name]
-
-
-def _read(name: str, directory: Path) -> Any:
-    from datasets import load_from_disk
-
-    # In memory: datasets would write what it derives beside the data, which is the user's, and the
-    # input of a stage.
-    with library_errors_refused(f"{directory} is damaged"):
-        documents = load_from_disk(str(directory), keep_in_memory=True)
-    # Saved as Google's boolq; the harness reads SuperGLUE's, whose label is a class.
-    if name == "boolq":
-        documents = documents.map(lambda document: {"label": int(document["answer"])})
-    return documents
 
 
 def _usable(task: Any, calibration_texts: Sequence[str]) -> list[int]:

@@ -21,8 +21,9 @@ from gradmap.common.console import say
 from gradmap.common.errors import UserError
 from gradmap.common.failures import is_out_of_memory
 from gradmap.common.finite import require_finite
-from gradmap.evaluation.backends import LOGITS, IsDone, Score, ScoreRequest, never
+from gradmap.evaluation.backends import LOGITS, UNLIMITED_TOKENS, IsDone, Score, ScoreRequest, never
 from gradmap.evaluation.ends import until_end
+from gradmap.model.model_sizes import context_length
 from gradmap.model.precision import computing_in
 
 # Tokens in one pass; halved when memory runs out. More brings no speed.
@@ -51,7 +52,7 @@ class TransformersBackend:
         self._end_tokens = list(end_tokens)
         self._batch_tokens = BATCH_TOKENS[model.device.type]
         config = model.config
-        self.max_tokens = int(getattr(config, "max_position_embeddings", None) or 2048)
+        self.max_tokens = context_length(config.to_dict()) or UNLIMITED_TOKENS
         self.vocabulary: int | None = int(config.vocab_size)
         # A packed sequence is longer than each of its requests; within a sliding window that makes
         # no difference.

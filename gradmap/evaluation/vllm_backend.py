@@ -13,6 +13,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.orphans import Watch
 from gradmap.evaluation.backends import IsDone, Score, ScoreRequest, never
 from gradmap.evaluation.ends import until_end
+from gradmap.model.model_sizes import context_length
 from gradmap.runtimes.vllm_environment import threads_within_quota, vllm_defaults
 
 MAX_TOKENS = 4096
@@ -36,10 +37,7 @@ class VllmBackend:
             raise UserError(
                 "vLLM is not installed; pip install 'gradmap[gpu]', or 'gradmap[cpu]'."
             ) from None
-        longest = int(
-            config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS
-        )
-        window = min(MAX_TOKENS, longest)
+        window = min(MAX_TOKENS, context_length(config) or MAX_TOKENS)
         # Compiling takes longer than an evaluation on a CPU; scores are the same.
         self._llm = LLM(
             str(directory),

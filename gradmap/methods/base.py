@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradmap.common.errors import UserError
-from gradmap.costs.steps import Timing
+from gradmap.costs.timing import Timing
 from gradmap.methods.compensation import Compensation
 from gradmap.methods.options import MethodOptions
 from gradmap.methods.selection import LayerScorer

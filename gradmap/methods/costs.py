@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gradmap.costs.steps import Hardware, Pruning
+from gradmap.costs.steps import Hardware
+from gradmap.costs.timing import Pruning
 from gradmap.methods.registry import compensator, selector
 from gradmap.model.shape import Shape
 

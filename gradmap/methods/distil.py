@@ -25,7 +25,7 @@ from gradmap.common.distributed import (
     share_of_step,
     sum_gradients,
 )
-from gradmap.costs.steps import distil_seconds
+from gradmap.costs.timing import distil_seconds
 from gradmap.data.calibration import with_bos, without_bos
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned

@@ -22,7 +22,7 @@ from torch import Tensor
 from gradmap.common.console import progress
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite
-from gradmap.costs.steps import no_seconds
+from gradmap.costs.timing import no_seconds
 from gradmap.methods.base import Compensator, Job, Selector
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.merging import NO_EXPERTS, merge_runs

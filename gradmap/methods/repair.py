@@ -32,7 +32,8 @@ from torch.nn.functional import cosine_similarity
 from gradmap.common.distributed import summed
 from gradmap.common.finite import require_finite, require_finite_losses
 from gradmap.common.processes import process_count, process_rank
-from gradmap.costs.steps import in_rounds, selection_flops
+from gradmap.costs.steps import selection_flops
+from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.least_squares import plus_identity, ridge_sums, solve_ridge
 from gradmap.methods.racing import Race, laps

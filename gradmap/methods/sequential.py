@@ -7,7 +7,7 @@ dense model. Later runs see what earlier corrections did.
 
 from __future__ import annotations
 
-from gradmap.costs.steps import refit_seconds, sequential_seconds
+from gradmap.costs.timing import refit_seconds, sequential_seconds
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.ridge import (

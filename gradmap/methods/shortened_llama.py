@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gradmap.common.distributed import summed
-from gradmap.costs.steps import in_rounds, no_seconds, taylor_flops
+from gradmap.costs.steps import taylor_flops
+from gradmap.costs.timing import in_rounds, no_seconds
 from gradmap.methods.base import Selector
 from gradmap.methods.selection import FixedScores, ReducedModelScorer, Subject
 from gradmap.model.batching import FORWARD_BATCH

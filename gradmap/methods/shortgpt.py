@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gradmap.costs.steps import in_rounds, influence_flops
+from gradmap.costs.steps import influence_flops
+from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.selection import ReducedModelScorer, Subject
 from gradmap.model.layered import Advance, LayeredModel

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 
 from gradmap.common.errors import UserError
-from gradmap.costs.steps import no_seconds
+from gradmap.costs.timing import no_seconds
 from gradmap.methods.base import Compensator, Job, Selector
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.options import ManualOptions

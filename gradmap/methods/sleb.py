@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmap.common.distributed import share_of
-from gradmap.costs.steps import in_rounds, sleb_flops
+from gradmap.costs.steps import sleb_flops
+from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.selection import Selection, Subject
 from gradmap.model.layered import Advance, LayeredModel

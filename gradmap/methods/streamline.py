@@ -11,7 +11,8 @@ from torch import Tensor
 from gradmap.common.distributed import share_of
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite_scores
-from gradmap.costs.steps import CalibrationSize, in_rounds, influence_flops
+from gradmap.costs.steps import CalibrationSize, influence_flops
+from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Job, Selector
 from gradmap.methods.selection import Selection, Subject
 from gradmap.methods.shortgpt import turned

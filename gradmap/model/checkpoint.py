@@ -25,6 +25,7 @@ from gradmap.model.model_files import (
     own_file,
     own_files,
 )
+from gradmap.model.model_sizes import context_length
 from gradmap.model.pickled import PICKLED_WEIGHTS, convert_pickled
 from gradmap.model.safetensors_reader import check_safetensors
 
@@ -48,9 +49,7 @@ class Checkpoint:
     @cached_property
     def positions(self) -> int | None:
         """How many tokens the model takes at once; None if its config sets no limit."""
-        config = _completed(self.config)
-        limit = config.get("max_position_embeddings") or config.get("n_positions")
-        return None if limit is None else int(limit)
+        return context_length(_completed(self.config))
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:

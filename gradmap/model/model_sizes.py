@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,10 @@ def read_sizes(directory: Path) -> dict[str, Any]:
     path = own_file(directory, "config.json")
     config = read_json_object(path)
     return config | checked(_Sizes, config, path).model_dump(exclude_none=True)
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model takes at once, given the contents of its config.json; None if that
+    sets no limit."""
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    return None if limit is None else int(limit)

@@ -8,7 +8,8 @@ from gradmap.common.console import say
 from gradmap.common.errors import UserError
 from gradmap.common.processes import process_count
 from gradmap.costs.speed import measure_hardware
-from gradmap.costs.steps import CalibrationSize, Hardware, Pruning
+from gradmap.costs.steps import CalibrationSize, Hardware
+from gradmap.costs.timing import Pruning
 from gradmap.methods.costs import repair_seconds, select_seconds
 from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint

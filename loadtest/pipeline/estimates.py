@@ -14,13 +14,8 @@ from export.costs import ExportSize, export_bytes, export_seconds
 from export.formats import FORMATS, SERVED_FORMAT
 from gradmap.costs.footprint import RUNTIME_BYTES, prune_bytes, streamed_bytes
 from gradmap.costs.speed import Disk, measure_hardware
-from gradmap.costs.steps import (
-    STARTING_S,
-    CalibrationSize,
-    Hardware,
-    Pruning,
-    streaming_seconds,
-)
+from gradmap.costs.steps import CalibrationSize, Hardware
+from gradmap.costs.timing import STARTING_S, Pruning, streaming_seconds
 from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
 from gradmap.evaluation.tasks import expand_names
 from gradmap.methods.costs import repair_seconds, select_seconds

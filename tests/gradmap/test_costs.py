@@ -13,9 +13,10 @@ from transformers import CONFIG_MAPPING
 
 from benchmarks.flops import counted
 from gradmap.common.errors import UserError
-from gradmap.costs import footprint
+from gradmap.costs import footprint, timing
 from gradmap.costs import steps as costs
-from gradmap.costs.steps import CalibrationSize, Hardware, Pruning
+from gradmap.costs.steps import CalibrationSize, Hardware
+from gradmap.costs.timing import Pruning
 from gradmap.data.calibration import HELD_OUT_FRACTION, Calibration
 from gradmap.methods import racing, repair, ridge, sequential
 from gradmap.methods.compensation import Pruned
@@ -201,7 +202,7 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
         )
     )
     one_flop_a_second = Hardware("one FLOP/s", 1.0, float("inf"), 0, efficiency=1.0)
-    writing = costs.writing_seconds(shape, one_flop_a_second, SIZE)
+    writing = timing.writing_seconds(shape, one_flop_a_second, SIZE)
     assert training == pytest.approx(costs.training_flops(shape, 1, SIZE) + writing, rel=0.1)
 
 
@@ -272,8 +273,8 @@ def test_every_second_removed_layer_begins_a_run():
 
 def test_a_single_stream_waits_for_its_weights_and_many_for_products():
     read = HARDWARE.weight_bytes * SHAPE.read_parameters(12) / HARDWARE.bandwidth
-    assert costs.token_seconds(SHAPE, HARDWARE) == pytest.approx(read)
-    assert costs.token_seconds(SHAPE, HARDWARE, 10**4) == pytest.approx(
+    assert timing.token_seconds(SHAPE, HARDWARE) == pytest.approx(read)
+    assert timing.token_seconds(SHAPE, HARDWARE, 10**4) == pytest.approx(
         10**4 * SHAPE.forward_flops(12) / 1e12
     )
     mixture = replace(SHAPE, inner=256, stored_inner=1024, experts=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradmap.common.errors import UserError
-from gradmap.costs.steps import READS_PER_ROUND
+from gradmap.costs.timing import READS_PER_ROUND
 from gradmap.methods.gradmap.scores import (
     layer_scores,
     layer_scores_reference,

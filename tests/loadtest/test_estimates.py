@@ -13,7 +13,8 @@ from gradmap.common.errors import EXIT_BUG, UserError
 from gradmap.common.flags import flags_of
 from gradmap.common.reading import read_json
 from gradmap.costs.speed import Disk
-from gradmap.costs.steps import STARTING_S, Hardware
+from gradmap.costs.steps import Hardware
+from gradmap.costs.timing import STARTING_S
 from gradmap.evaluation.costs import PAPER_TASKS, EvaluationSize, evaluation_seconds
 from gradmap.evaluation.tasks import PAPER_TASKS as TASK_NAMES
 from gradmap.model.checkpoint import read_config

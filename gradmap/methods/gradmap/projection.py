@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradmap.common.console import progress
 from gradmap.common.distributed import share_of
 from gradmap.common.errors import UserError
-from gradmap.costs.steps import projection_seconds
+from gradmap.costs.timing import projection_seconds
 from gradmap.methods.base import Compensator, Job
 from gradmap.methods.compensation import (
     Compensation,

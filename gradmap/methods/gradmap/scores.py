@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gradmap.common.distributed import share_of, summed
 from gradmap.common.finite import require_finite_losses
-from gradmap.costs.steps import in_rounds, score_flops
+from gradmap.costs.steps import score_flops
+from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.gradmap.ghost_norms import gradient_norms
 from gradmap.methods.selection import Selection, Subject
