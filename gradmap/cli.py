@@ -72,9 +72,8 @@ def _run(app: Callable[..., object]) -> int:
     except UserError as error:
         return _refuse(explain_kills(error, kills_before) or error)
     except typer.Abort as error:
-        if not isinstance(
-            error.__context__, EOFError
-        ):  # of any file: typer takes it for the end of what a user types
+        # of any file: typer takes it for the end of what a user types
+        if not isinstance(error.__context__, EOFError):
             return EXIT_INTERRUPTED
         traceback.print_exc()
         return EXIT_BUG
@@ -86,9 +85,8 @@ def _run(app: Callable[..., object]) -> int:
 
 
 def _refuse(error: UserError) -> int:
-    print(
-        f"Error: {visible(str(error))}", file=sys.stderr
-    )  # whichever of several processes it happens in
+    # whichever of several processes it happens in
+    print(f"Error: {visible(str(error))}", file=sys.stderr)
     return error.exit_code
 
 

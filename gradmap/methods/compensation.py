@@ -87,8 +87,9 @@ class Compensation:
 
     @property
     def changes(self) -> Changes:
-        """Those that are accepted."""
-        return gather_changes([(one.place, one.change) for one in self.corrections if one.accepted])
+        """The changes that are accepted."""
+        accepted = [correction for correction in self.corrections if correction.accepted]
+        return gather_changes([(made.place, made.change) for made in accepted])
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,12 @@ class Pruned:
 
         A run at the very beginning has no layer before it, and is left out.
         """
-        ends = sorted(layer for layer in self.removed if layer + 1 not in self.removed)
-        return [
-            (max(before), end)
-            for end in ends
-            if (before := [layer for layer in self.kept if layer < end])
-        ]
+        found: list[tuple[int, int]] = []
+        for end in sorted(layer for layer in self.removed if layer + 1 not in self.removed):
+            before = [layer for layer in self.kept if layer < end]
+            if before:
+                found.append((before[-1], end))
+        return found
 
     def judge(
         self, pairs: Sequence[tuple[Place, Change]], changes: Changes, before: float | None = None

@@ -23,7 +23,7 @@ def repair_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float 
 
 
 def default_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:
-    """Of the default's selection and repair."""
+    """What the default selects and repairs in."""
     pruning = Pruning(remove)
     parts = select_seconds(shape, hardware, pruning), repair_seconds(shape, hardware, pruning)
     return math.fsum(part for part in parts if part is not None)

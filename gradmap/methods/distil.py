@@ -65,7 +65,7 @@ class Lessons:
         )
 
     def behind(self, samples: int) -> Lessons:
-        """Without the first of them."""
+        """The lessons behind the first so many samples."""
         return Lessons(self.input_ids[samples:], self.outputs[samples:])
 
 
@@ -92,12 +92,11 @@ def samples_lacking(pruned: Pruned) -> int:
 
 
 def _closed_form_kind(pruned: Pruned) -> str | None:
-    """Of a Fit; None where there is no closed form."""
+    """The kind of Fit that comes first; None where there is no closed form."""
     if pruned.model.architecture.uncorrectable is not None:
         return None
-    return (
-        "refit" if pruned.model.architecture.expert_down_projections is None else "left"
-    )  # experts are too many to refit
+    # experts are too many to refit
+    return "refit" if pruned.model.architecture.expert_down_projections is None else "left"
 
 
 def train_low_rank(
@@ -274,7 +273,7 @@ def _take_step(
     optimizer: torch.optim.Optimizer,
     batches: Batches,
 ) -> None:
-    """Of the pruned model as it is now, that is with what is trained on hooks."""
+    """One step of training of the pruned model as it is now, with what is trained on hooks."""
     device, samples = pruned.model.device, len(lessons.input_ids)
     ids, goal = (
         share_of_step(tensor).to(device) for tensor in (lessons.input_ids, lessons.outputs)
@@ -295,8 +294,8 @@ def _take_step(
 def _gradients(
     pruned: Pruned, ids: Tensor, goal: Tensor, samples: int, parameters: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Of these samples' part of the mean over `samples`: all of them or, where memory runs out,
-    none. None for experts that were idle."""
+    """Gradients of the parameters for these samples' part of the mean over `samples`: of all
+    parameters or, where memory runs out, of none. None for experts that were idle."""
     hidden = run_layers(pruned.model, ids)
     at_the_end = distillation_gradients(pruned.model, hidden, goal, ids)
     return torch.autograd.grad(

@@ -106,7 +106,7 @@ def _backward(
     rows: Tensor,
     factors: dict[Place, LowRank],
 ) -> None:
-    """Of the mean loss per token of these samples of input_ids (N, T)."""
+    """Adds the gradients of the mean loss per token of these samples of input_ids (N, T)."""
     own = share_of_step(rows)
     if not len(own):
         return

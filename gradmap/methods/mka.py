@@ -95,9 +95,8 @@ def require_samples(job: Job, options: None) -> None:
 
 
 def layer_similarities(model: LayeredModel, input_ids: Tensor, seed: int) -> Matrix:
-    """Of every pair of layers, (L, L). input_ids: (N, T). seed: of the noise that breaks ties
-    between neighbours.
-    """
+    """How alike every pair of layers is, (L, L). input_ids: (N, T). seed: of the noise that breaks
+    ties between neighbours."""
     points = [_embed(states) for states in last_hidden_states(model, input_ids)]
     entropies = np.array([entropy(of_layer) for of_layer in points])
     count = len(points)

@@ -56,7 +56,7 @@ STATES_PER_LAYER = 6
 
 @dataclass(frozen=True)
 class States:
-    """Of some samples, in layers that follow each other: what enters each layer and leaves the
+    """What some samples are in layers that follow each other: what enters each layer and leaves the
     last, (n, T, d) each, and what each down projection adds, likewise."""
 
     entering: list[Tensor]
@@ -64,7 +64,7 @@ class States:
 
     @classmethod
     def joined(cls, parts: Sequence[States]) -> States:
-        """Of the samples of all parts."""
+        """The states of the samples of all parts."""
         return cls(
             [torch.cat(states) for states in zip(*(part.entering for part in parts), strict=True)],
             [torch.cat(states) for states in zip(*(part.added for part in parts), strict=True)],
@@ -208,9 +208,8 @@ class RepairScorer:
     def _adopt(self, layer: int) -> None:
         """Removes the layer; the repair stays."""
         trial, self._leader = self._leader, None
-        if (
-            trial is None or trial.layer != layer
-        ):  # decided by another process, or by a run that was interrupted
+        # decided by another process, or by a run that was interrupted
+        if trial is None or trial.layer != layer:
             trial = self._try(layer, Race(len(self._measure_ids)))
         place = self._alive.index(layer)
         before = Place(self._alive[place - 1], self._subject.model.architecture.down_projection)
@@ -242,8 +241,8 @@ class RepairScorer:
         return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean())
 
     def _divergences_of(self, states: States, samples: slice) -> Tensor:
-        """Of each of these samples to measure on, (n,) float64, nats per token, given what leaves
-        the last layer."""
+        """The divergence of each of these samples to measure on, (n,) float64, nats per token,
+        given what leaves the last layer."""
         model, input_ids = self._subject.model, self._measure_ids[samples]
         hidden = states.entering[-1].to(model.device, non_blocking=True)
         wanted = self._wanted_at_last[samples].to(model.device, non_blocking=True)

@@ -176,7 +176,8 @@ def fit_correction(
 
 
 def fitted_inputs(pruned: Pruned, kind: str) -> int:
-    """Of the map that a Fit of this kind finds: d of W', k of the down projection."""
+    """How many inputs the map has that a Fit of this kind finds: d of W', k of the down
+    projection."""
     if kind == "left":
         return int(pruned.model.config.hidden_size)
     return weight_of(pruned.model.down_projection(0)).shape[1]

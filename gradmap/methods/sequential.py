@@ -31,7 +31,7 @@ def refit_before_runs(pruned: Pruned) -> Compensation:
 
 
 def fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
-    """Of a kind of Fit, one for each run."""
+    """One correction of this kind of Fit for each run of removed layers."""
     say_if_tokens_are_few(pruned, kind)
     so_far = Compensation()
     for run in pruned.runs():

@@ -92,7 +92,8 @@ class Architecture:
         return self.is_weight_of(target, name) or name == f"{target}.bias"
 
     def parts_of(self, layer: nn.Module, target: str) -> list[nn.Parameter]:
-        """The same of a layer in memory; several weights for the down projections of experts."""
+        """Weight and bias of a map of a layer in memory; several weights for the down projections
+        of experts."""
         module = layer.get_submodule(target)
         is_down_projection = target == self.down_projection
         weights = (
@@ -214,9 +215,8 @@ def prune_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, An
             )
     if config.get("max_window_layers") is not None:  # Qwen: layers below it use full attention
         pruned["max_window_layers"] = sum(index < config["max_window_layers"] for index in kept)
-    if (
-        "decoder_sparse_step" in config
-    ):  # Qwen-MoE: every n-th layer has experts, but for those listed
+    # Qwen-MoE: every n-th layer has experts, but for those listed
+    if "decoder_sparse_step" in config:
         step, dense = config["decoder_sparse_step"], config.get("mlp_only_layers") or []
         sparse = [index not in dense and (index + 1) % step == 0 for index in kept]
         pruned["decoder_sparse_step"] = 1

@@ -91,7 +91,8 @@ def _activation_bytes(device: torch.device) -> int:
 
 
 def _bytes_kept_for_backward(run: Callable[[], object], model: nn.Module) -> int:
-    """Without the weights, which are there in any case, and which many tensors are views of."""
+    """What autograd keeps of a run, without the weights: these are there in any case, and many
+    tensors are views of them."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -231,9 +231,8 @@ def correcting_hook(changes: Sequence[Change]) -> Callable[..., Any]:
 
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         given: Tensor = output[0] if isinstance(output, tuple) else output
-        if (
-            not placed
-        ):  # once, at the first pass, which tells where and in what dtype the module computes
+        # once, at the first pass, which tells where and in what dtype the module computes
+        if not placed:
             placed.extend(_placed(change, given) for change in changes)
         bias: Any = getattr(module, "bias", None)
         bias = 0.0 if bias is None else bias

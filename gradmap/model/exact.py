@@ -65,5 +65,5 @@ def refuse_inexact(report: dict[str, Any], name: str) -> None:
 
 
 def _some(tensors: Collection[str]) -> str:
-    shown = ", ".join(sorted(tensors)[:SHOWN])
-    return shown if len(tensors) <= SHOWN else f"{shown} and {len(tensors) - SHOWN} more"
+    first = ", ".join(sorted(tensors)[:SHOWN])
+    return first if len(tensors) <= SHOWN else f"{first} and {len(tensors) - SHOWN} more"

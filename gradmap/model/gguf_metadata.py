@@ -102,9 +102,8 @@ def _is_kept(name: str, value: Any, config: Any) -> bool:
 def _field_of(config: Any, field: str) -> Any:
     if field == "rope_theta":
         rope = config.rope_parameters
-        return rope.get("full_attention", rope)[
-            "rope_theta"
-        ]  # Gemma 3 has one for each kind of layer
+        # Gemma 3 has one for each kind of layer
+        return rope.get("full_attention", rope)["rope_theta"]
     if field == "head_dim":
         return getattr(config, field, None) or config.hidden_size // config.num_attention_heads
     return getattr(config, field, None)

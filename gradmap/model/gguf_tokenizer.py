@@ -86,10 +86,11 @@ def read_metadata(source: Path) -> dict[str, Any]:
 
 
 def read_header(source: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The same, and the names of the file's tensors."""
+    """The metadata of a GGUF file, and the names of its tensors."""
+    # gguf.GGUFReader takes seconds for a vocabulary
     from transformers.integrations.gguf import (
         read_gguf_metadata,
-    )  # gguf.GGUFReader takes seconds for a vocabulary
+    )
 
     header: tuple[dict[str, Any], tuple[str, ...]] = read_gguf_metadata(str(source))
     return header
@@ -133,8 +134,8 @@ def load_gguf_tokenizer(source: Path) -> Any:
 
 
 def _restore_splitting(backend: Any, settings: TokenizerSettings) -> None:
-    """Of the ways to cut a text, transformers' reader knows some; the others would be cut as
-    GPT-2's or Llama's."""
+    """Cuts a text as the file says: transformers' reader knows some of the ways, and would cut as
+    GPT-2 or Llama do for the others."""
     from tokenizers import decoders, pre_tokenizers
 
     if settings.splitting in SINGLE_DIGITS:
@@ -177,7 +178,7 @@ def find_problem(tokenizer: Any, settings: TokenizerSettings) -> str | None:
 
 
 def find_difference(tokenizer: Any, source: Path) -> str | None:
-    """The same against the tokens that llama.cpp itself makes of the sample texts."""
+    """Compares with the tokens that llama.cpp itself makes of the sample texts."""
     from llama_cpp import Llama
 
     llama = Llama(model_path=str(source), vocab_only=True, verbose=False)
@@ -203,10 +204,11 @@ def _frame(ids: list[int], settings: TokenizerSettings) -> list[int]:
 
 
 def _describe_difference(found: list[int], expected: list[int]) -> str | None:
-    """Of two lists of token ids, from the first difference on; None if there is none."""
+    """What differs in two lists of token ids, from the first difference on; None if nothing
+    does."""
     if found == expected:
         return None
     pairs = enumerate(zip_longest(found, expected))
-    start = next(index for index, (one, other) in pairs if one != other)
-    shown = slice(start, start + 4)
-    return f"tokens {found[shown]} from number {start} on, but {expected[shown]}"
+    start = next(index for index, (made, wanted) in pairs if made != wanted)
+    few = slice(start, start + 4)
+    return f"tokens {found[few]} from number {start} on, but {expected[few]}"

@@ -37,7 +37,7 @@ class LayeredModel:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """Those that it has now."""
+        """The layers that it has now."""
         return self.architecture.layer_list(self.network)
 
     @property

@@ -127,7 +127,7 @@ def sample_divergences(logits: Tensor, dense: Tensor) -> Tensor:
 
 
 def sample_divergences_reference(logits: Tensor, dense: Tensor) -> Tensor:
-    """The same by the definition, one position after the other."""
+    """`sample_divergences` by the definition, one position after the other."""
     divergences = torch.zeros(len(logits), dtype=logits.dtype)
     for sample, position in product(*map(range, logits.shape[:2])):
         given, wanted = (
@@ -147,9 +147,8 @@ class _SumOfTokenLosses(torch.autograd.Function):
         precise = widened(logits)
         highest, at = precise.max(dim=-1, keepdim=True)
         probabilities = precise.softmax(dim=-1)
-        log_sum = (
-            highest - probabilities.gather(-1, at).log()
-        )  # of the exponentials: p_max = exp(highest - log_sum)
+        # of the exponentials: p_max = exp(highest - log_sum)
+        log_sum = highest - probabilities.gather(-1, at).log()
         ctx.probabilities, ctx.targets, ctx.dtype = (
             probabilities,
             input_ids[:, 1:, None],

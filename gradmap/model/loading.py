@@ -52,9 +52,8 @@ def load_model(
         raise UserError(
             f"{checkpoint.name} does not fit on the GPUs of this machine together; use --stream."
         )
-    if (
-        dtype == "float64"
-    ):  # not to be had from the grouped product that mixtures of experts use otherwise
+    # not to be had from the grouped product that mixtures of experts use otherwise
+    if dtype == "float64":
         model.set_experts_implementation("eager")
     if dtype == AUTOCAST:
         prepare_for_autocast(model)

@@ -96,9 +96,8 @@ def prepare_for_autocast(model: Any) -> None:
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.dim() >= 2 and not isinstance(
-                module, nn.Embedding
-            ):  # a tied head parts from its embedding
+            # a tied head parts from its embedding
+            if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
                 setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
     cast_once = _CastOnce()
     for module in model.modules():
@@ -111,7 +110,7 @@ def prepare_for_autocast(model: Any) -> None:
 
 
 def count_parameters(model: Any) -> int:
-    """As they are stored: a head that has parted from its embedding here (see
+    """Parameters as they are stored: a head that has parted from its embedding here (see
     `prepare_for_autocast`) counts once."""
     parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
     if getattr(model.config, "tie_word_embeddings", False):

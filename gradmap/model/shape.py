@@ -37,7 +37,7 @@ class Shape:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], name: str = "") -> Shape:
-        """Of a checkpoint's config, with its family's defaults filled in
+        """The shape that a checkpoint's config tells, with its family's defaults filled in
         (gradmap.model.checkpoint.complete_config).
 
         Raises UserError if the family's sizes are not known, or one is missing.
@@ -70,12 +70,12 @@ class Shape:
 
     @property
     def layer_parameters(self) -> float:
-        """Those that are stored."""
+        """Parameters of a layer, as they are stored."""
         return self._parameters_with(self.inner if self.stored_inner is None else self.stored_inner)
 
     @property
     def active_parameters(self) -> float:
-        """Those of a layer that one token is multiplied with."""
+        """Parameters of a layer that one token is multiplied with."""
         return self._parameters_with(self.inner)
 
     @property
@@ -86,7 +86,7 @@ class Shape:
 
     @property
     def map_outputs(self) -> float:
-        """Of what leaves them."""
+        """Widths of what leaves the linear maps of a layer, added up."""
         gates = 2 if self.gated else 1
         return 2 * self.width + (1 + 2 * self.kv_share) * self.attention_width + gates * self.inner
 
@@ -98,25 +98,25 @@ class Shape:
         return layers * self.layer_parameters + self.head_parameters * (1 if self.tied else 2)
 
     def read_parameters(self, layers: float, tokens: int = 1) -> float:
-        """Those that so many tokens read together: no input embeddings but rows, and of a mixture
-        the experts that they are routed to."""
+        """Parameters that so many tokens read together: no input embeddings but rows, and of a
+        mixture the experts that they are routed to."""
         return (
             layers * min(self.layer_parameters, tokens * self.active_parameters)
             + self.head_parameters
         )
 
     def layer_flops(self, layers: float) -> float:
-        """Of one token in so many layers; attention's own products are left out, for samples are
-        short."""
+        """FLOPs of one token in so many layers; attention's own products are left out, for samples
+        are short."""
         return 2 * layers * self.active_parameters
 
     @property
     def head_flops(self) -> float:
-        """Of one token."""
+        """FLOPs of one token in the head."""
         return 2 * self.head_cost * self.head_parameters
 
     def forward_flops(self, layers: float) -> float:
-        """Of one token."""
+        """FLOPs of one token in so many layers and the head."""
         return self.layer_flops(layers) + self.head_flops
 
     def _parameters_with(self, inner: float) -> float:
@@ -158,12 +158,12 @@ def _feed_forward(config: Mapping[str, Any], fields: _Fields, width: int) -> dic
     if fields.experts is None:
         return {"inner": plain}
     experts, active = _size(config, fields.experts), _size(config, "num_experts_per_tok")
-    each = _size(config, fields.expert_inner)
+    of_expert = _size(config, fields.expert_inner)
     shared = int(config.get("shared_expert_intermediate_size") or 0)
     share = _share_of_sparse_layers(config, _size(config, fields.layers))
     return {
-        "inner": share * (active * each + shared) + (1 - share) * plain,
-        "stored_inner": share * (experts * each + shared) + (1 - share) * plain,
+        "inner": share * (active * of_expert + shared) + (1 - share) * plain,
+        "stored_inner": share * (experts * of_expert + shared) + (1 - share) * plain,
         "experts": share * experts,
     }
 

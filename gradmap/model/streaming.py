@@ -67,9 +67,8 @@ class _HeldLayer:
     def change(self, layer: nn.Module, args: Any) -> None:
         """Before the layer is called: makes it real."""
         index, previous = self._all_layers.index(layer), self._held
-        if index == previous or "forward" in vars(
-            layer
-        ):  # nobody runs it (gradmap.model.layerwise.forward_replaced)
+        # nobody runs it (gradmap.model.layerwise.forward_replaced)
+        if index == previous or "forward" in vars(layer):
             return
         if previous is not None:
             self._held = None
@@ -85,8 +84,8 @@ class _HeldLayer:
             self._coming = None if following is None else _Coming.start(following, self._source)
 
     def _tensors_of(self, layer: int) -> dict[str, Tensor]:
-        """Those that are on their way or, if that is another layer, read now. Raises what reading
-        raised."""
+        """The layer's tensors, which are on their way or, if that is another layer, are read now.
+        Raises what reading raised."""
         coming, self._coming = self._coming, None
         if coming is not None and coming.layer == layer:
             return coming.tensors.result()
@@ -157,8 +156,7 @@ class _TensorsOnDisk:
         options = LoadStateDictConfig(
             device_map={"": self._device}, weight_mapping=self._conversions
         )
-        with self._architecture.layers_replaced(
-            self._model, self._all_layers
-        ):  # names count all layers
+        # names count all layers
+        with self._architecture.layers_replaced(self._model, self._all_layers):
             convert_and_load_state_dict_in_model(self._model, tensors, options)
         self._model.requires_grad_(False)

@@ -106,7 +106,7 @@ class Walk:
         return record_layer_calls(self._model, self.input_ids[samples])[0]
 
     def _gathered(self, compute: Callable[[slice], Tensor]) -> Tensor:
-        """Of all samples (n, T, d), computed in batches."""
+        """What `compute` gives of all samples, (n, T, d), in batches."""
         parts: list[Tensor] = []
         self._batches.run(len(self.input_ids), lambda samples: parts.append(compute(samples)))
         return torch.cat(parts)

@@ -108,8 +108,8 @@ class CorrectionRecord(Strict):
         return {f"{self.name}.{name}": tensor for name, tensor in tensors.items()}
 
     def own(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of all that `corrections.safetensors` holds, the tensors of the change, by their own
-        names."""
+        """The tensors of the change, by their own names, of all that `corrections.safetensors`
+        holds."""
         prefix = f"{self.name}."
         names = [name for name in stored if name.startswith(prefix)]
         return {name.removeprefix(prefix): stored[name] for name in names}
@@ -175,7 +175,11 @@ class Plan(Strict):
         """The corrections, those that were fitted together as one."""
         together = groupby(
             self.corrections,
-            lambda one: (one.kind, one.held_out_divergence_before, one.held_out_divergence_after),
+            lambda made: (
+                made.kind,
+                made.held_out_divergence_before,
+                made.held_out_divergence_after,
+            ),
         )
         return [Repair(tuple(corrections)) for _, corrections in together]
 
@@ -223,7 +227,8 @@ def _contradiction(plan: Plan) -> str | None:
     if not {correction.layer for correction in plan.corrections} <= set(plan.kept_layers):
         return "a layer is corrected that is not there"
     divergences = [
-        (one.held_out_divergence_before, one.held_out_divergence_after) for one in plan.corrections
+        (made.held_out_divergence_before, made.held_out_divergence_after)
+        for made in plan.corrections
     ]
     if any((before is None) != (after is None) for before, after in divergences):
         return "a held-out divergence is known before a correction or behind it alone"

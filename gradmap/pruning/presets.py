@@ -46,7 +46,7 @@ PRESETS = {
 
 
 def choose_methods(preset: str | None, from_plan: Path | None = None, **given: Any) -> Methods:
-    """Those that are given (not None), else the preset's, else those of the larger plan.
+    """The methods that are given (not None), else the preset's, else those of the larger plan.
 
     What a preset says about held-out samples ends where another method is given that needs some.
     """

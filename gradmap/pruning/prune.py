@@ -128,7 +128,7 @@ def prune_less(
 
 
 def _writing_plan(out: Path) -> AbstractContextManager[None]:
-    """Of several processes, one writes."""
+    """Holds the place of the plan; of several processes, one writes."""
     return output_directory(out, PLAN_FILE) if is_main_process() else nullcontext()
 
 
@@ -211,7 +211,7 @@ def _repair(
 
 
 def _options(method: Method, settings: PruneSettings) -> tuple[MethodOptions, ...]:
-    """Those that the method takes beside what it works on."""
+    """The options that the method takes beside what it works on."""
     options = settings.options_of(method.options)
     return () if options is None else (options,)
 

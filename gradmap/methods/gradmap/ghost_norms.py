@@ -83,9 +83,8 @@ def _watched(
         )
 
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        reached = (
-            output[0] if isinstance(output, tuple) else output
-        )  # a router returns its choice beside its logits
+        # a router returns its choice beside its logits
+        reached = output[0] if isinstance(output, tuple) else output
         if reached.requires_grad:  # not when a norm is called again, below, to see what it does
             add_on_backward(reached, make_squares(module, args[0].detach(), samples, grams))
 
@@ -114,7 +113,8 @@ class _GramOfLastInput:
 def _linear_squares(
     module: nn.Module, inputs: Tensor, samples: int, grams: _GramOfLastInput
 ) -> SquaresOf:
-    """Of nn.Linear, GPT-2's Conv1D and the router of a mixture of experts."""
+    """Squared gradient norms of nn.Linear, GPT-2's Conv1D and the router of a mixture of
+    experts."""
     inputs = _per_sample(inputs, samples)
     d_out, d_in = module.get_parameter(
         "weight"
@@ -137,7 +137,7 @@ def _linear_squares(
 def _affine_squares(
     module: nn.Module, inputs: Tensor, samples: int, grams: _GramOfLastInput
 ) -> SquaresOf:
-    """Of a norm: y = w * n(x) + b, where w may stand for 1 + w (Gemma)."""
+    """Squared gradient norms of a norm: y = w * n(x) + b, where w may stand for 1 + w (Gemma)."""
     plain = _plain_parameters(module)
 
     def squares_of(gradient: Tensor) -> dict[str, Tensor]:
@@ -155,8 +155,8 @@ def _affine_squares(
 
 
 def _plain_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Those with which a norm is n(x): no bias, and a weight of 1 or, where it stands for 1 + w, of
-    0.
+    """Parameters with which a norm is n(x): no bias, and a weight of 1 or, where it stands for 1 +
+    w, of 0.
 
     Which of the two is asked of the norm itself. The answer stays where the weights are, so that no
     GPU is waited for.
@@ -183,8 +183,8 @@ def ghost_squares(gram: Tensor, gradient: Tensor) -> Tensor:
 
 
 def direct_squares(inputs: Tensor, gradient: Tensor) -> Tensor:
-    """The same from A (B, T, d_in) and G (B, T, d_out): (B,). Forms each sample's gradient and
-    drops it at once."""
+    """Squared norms of A^T G from A (B, T, d_in) and G (B, T, d_out): (B,). Forms each sample's
+    gradient and drops it at once."""
     return torch.stack(
         [widened(g.mT @ a).square().sum() for a, g in zip(inputs, gradient, strict=True)]
     )

@@ -18,10 +18,10 @@ from lm_eval.tasks import TaskManager
 from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import Score, never
 from gradmap.evaluation.harness_model import HarnessModel
+from gradmap.evaluation.saved_data import SAVED_DATA
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.tasks import (
     PAPER_TASKS,
-    SAVED_DATA,
     LoadedTask,
     expand_names,
     load_task,
