@@ -187,8 +187,10 @@ class Plan(Strict):
 def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids: Tensor) -> None:
     """Writes a plan directory atomically. tensors: of the corrections; input_ids: (N, T).
 
-    Raises UserError if a tensor is not finite.
+    Raises UserError if a tensor is not finite, or if the plan contradicts itself.
     """
+    if problem := _contradiction(plan):
+        raise UserError(f"The plan contradicts itself, and is not written: {problem}.")
     for name, tensor in tensors.items():
         require_finite(f"The correction {name}", tensor)
     with atomic_directory(directory, marker=PLAN_FILE) as partial:
@@ -234,6 +236,9 @@ def _contradiction(plan: Plan) -> str | None:
         return "a held-out divergence is known before a correction or behind it alone"
     if unknown := {correction.kind for correction in plan.corrections} - CHANGES.keys():
         return f"the kind of correction {unknown.pop()!r} is not known"
+    names = [correction.name for correction in plan.corrections if correction.accepted]
+    if len(set(names)) < len(names):
+        return "two corrections of one kind change the same weight, and would share their tensors"
     return None
 
 

@@ -71,3 +71,16 @@ def test_a_correction_without_its_tensors_is_named(saved):
     moved = plan.corrections[0].model_copy(update={"layer": 4})
     with pytest.raises(UserError, match=r"lacks layers\.4\.mlp\.down_proj\.projection, .*prune"):
         load_changes(saved, plan.model_copy(update={"corrections": [moved]}))
+
+
+def test_two_corrections_that_would_share_their_tensors_are_refused(saved):
+    plan = load_plan(saved)
+    twice = plan.model_copy(update={"corrections": [*plan.corrections, plan.corrections[0]]})
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(UserError, match="would share their tensors"):
+        save_plan(saved.with_name("twice"), twice, {}, ids)
+    assert not saved.with_name("twice").exists()
+    again = plan.corrections[0].model_copy(update={"accepted": False})
+    left_out = plan.model_copy(update={"corrections": [*plan.corrections, again]})
+    save_plan(saved.with_name("left-out"), left_out, {}, ids)
+    assert load_plan(saved.with_name("left-out")) == left_out

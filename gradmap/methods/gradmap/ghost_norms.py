@@ -270,9 +270,10 @@ def _route(chosen: Tensor, samples: int, experts: int) -> Iterator[tuple[int, _R
     group = expert * samples + sample
     counts = group.new_zeros(experts * samples).index_add_(0, group, torch.ones_like(group))
     place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
-    end = 0
+    start = 0
     for number, of_samples in enumerate(counts.reshape(experts, samples).tolist()):
-        part = slice(end, end := end + sum(of_samples))
+        part = slice(start, start + sum(of_samples))
+        start = part.stop
         if part.start < part.stop:
             shape = samples, max(of_samples)
             yield number, _Routed(token[part], choice[part], sample[part], place[part], shape)
