@@ -66,8 +66,7 @@ class States:
     def joined(cls, parts: Sequence[States]) -> States:
         """The states of the samples of all parts."""
         return cls(
-            [torch.cat(states) for states in zip(*(part.entering for part in parts), strict=True)],
-            [torch.cat(states) for states in zip(*(part.added for part in parts), strict=True)],
+            _joined([part.entering for part in parts]), _joined([part.added for part in parts])
         )
 
     def before(self, place: int, samples: slice, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -88,6 +87,11 @@ class States:
             [*self.entering[:place], *behind.entering],
             [*self.added[: place - 1], after_repair, *behind.added],
         )
+
+
+def _joined(parts: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Of lists of (n, T, d), one for each part, the list of (N, T, d)."""
+    return [torch.cat(of_place) for of_place in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-import typer
 
 from gradmap.common.errors import UserError
 from serving import launch as launching
 from serving import ports
-from serving.cli import serve
+from serving.cli import serve_until_stopped
 from serving.launch import run
 from serving.log import Log
+from serving.options import ServeOptions
 from serving.ports import bind, free_port, require_ports
 from serving.settings import ServerSettings
 
@@ -125,15 +125,14 @@ def test_a_public_address_without_a_key_takes_consent(no_key, host):
     with pytest.raises(
         UserError, match=r"no key is asked for; give --api-key-file, or --allow-anonymous"
     ):
-        serve(["model"], host=host)
+        serve_until_stopped(["model"], ServeOptions(host=host))
 
 
 def consented(monkeypatch, **options):
     """Whether `serve` goes on to launch."""
     launched = []
     monkeypatch.setattr(launching, "run", lambda launch, log: launched.append(launch) or 0)
-    with pytest.raises(typer.Exit):
-        serve(["model"], log="-", **options)
+    assert serve_until_stopped(["model"], ServeOptions(log="-", **options)) == 0
     return bool(launched)
 
 
@@ -144,7 +143,7 @@ def test_consent_or_a_key_or_loopback_will_do(no_key, monkeypatch, tmp_path):
     assert consented(monkeypatch, host="0.0.0.0", allow_anonymous=True, api_key_file=missing)
     assert consented(monkeypatch, host="127.0.0.1")
     with pytest.raises(UserError, match="missing does not exist"):
-        serve(["model"], host="0.0.0.0", api_key_file=missing)
+        serve_until_stopped(["model"], ServeOptions(host="0.0.0.0", api_key_file=missing))
     assert consented(monkeypatch, host="0.0.0.0", api_key_file=key)
     assert os.environ["VLLM_API_KEY"] == "secret"
     assert consented(monkeypatch, host="0.0.0.0", api_key_file=missing)
@@ -156,7 +155,7 @@ def test_a_key_file_that_no_header_carries_is_refused(no_key, tmp_path, content)
     with pytest.raises(
         UserError, match=r"The API key in .*key has characters that an HTTP header cannot carry"
     ):
-        serve(["model"], api_key_file=tmp_path / "key")
+        serve_until_stopped(["model"], ServeOptions(api_key_file=tmp_path / "key"))
 
 
 def test_the_command_line_knows_the_flag(picos):
