@@ -20,7 +20,8 @@ ELSEWHERE = {
         "starts vLLM; tests/loadtest/test_session.py does, with SmolLM2"
     ),
     r"^gradmap compare ": (
-        "27 plans, each in its own process; tests/gradmap/test_compare.py executes a smaller one"
+        "27 plans, each in its own process; "
+        "tests/gradmap/compare/test_compare.py executes a smaller one"
     ),
     r"^gradmap run ": "contains a load test; tests/test_end_to_end.py executes one",
     r"^gradmap report ": "needs a load test; tests/loadtest/test_session.py reports one again",
@@ -31,7 +32,7 @@ ELSEWHERE = {
     r"^locust ": (
         "needs a server; tests/loadtest/test_session.py runs the file, alone and with workers"
     ),
-    r"^torchrun ": "tests/gradmap/test_distributed.py runs two processes",
+    r"^torchrun ": "tests/gradmap/model/test_distributed.py runs two processes",
     r"parallel-size": "needs several GPUs; not executed anywhere",
     r"^gradmap prune .*--device spread": "needs several GPUs; not executed anywhere",
     r"^make (setup|assets|consumers|lint|test|site)\b": "CI executes them",

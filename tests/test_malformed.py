@@ -40,7 +40,7 @@ from loadtest.prompts import RandomPrompts, Workload
 from loadtest.workload import draw_requests, load_requests, save_requests
 from tests.command_line import gradmap
 from tests.conftest import ROOT, Pico
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 BROKEN = {
     "empty": b"",

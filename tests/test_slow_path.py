@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import BOOLQ, SMOLLM2, SMOLLM2_GGUF, SQUAD
-from tests.gradmap.test_machine import WITHOUT_BFLOAT16
+from tests.gradmap.common.test_machine import WITHOUT_BFLOAT16
 
 pytestmark = pytest.mark.alone
 

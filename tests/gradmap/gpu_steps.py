@@ -1,5 +1,5 @@
-"""The steps whose copies and waits tests/gradmap/test_gpu_traffic.py counts, and what each may
-take.
+"""The steps whose copies and waits tests/gradmap/model/test_gpu_traffic.py counts, and what each
+may take.
 
 The counts are what the steps take today; a lower one may replace them, a higher one needs a reason.
 """

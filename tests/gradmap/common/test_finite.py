@@ -24,7 +24,7 @@ from gradmap.model.layered import LayeredModel
 from gradmap.pruning.prune import prune
 from gradmap.pruning.settings import PruneSettings
 from tests.conftest import LAYERS, Pico
-from tests.gradmap.methods import NOT_NESTED, make_scorer, repair
+from tests.gradmap.named_methods import NOT_NESTED, make_scorer, repair
 
 MEASURING = sorted(set(selector_names()) - {"manual", "random", "mka-as-released"})
 REPAIRING = sorted(set(compensator_names()) - {"none"})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from gradmap.common.distributed import say_if_some_are_idle, sum_gradients
 from tests.command_line import gradmap
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 
 def without_record(plan):

@@ -24,7 +24,7 @@ from gradmap.model.streaming import _TensorsOnDisk
 from gradmap.model.walk import Walk
 from tests.command_line import gradmap
 from tests.conftest import LAYERS
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 
 def layers_in_memory(pico, model):

@@ -13,7 +13,7 @@ from gradmap.common.files import atomic_directory, write_text
 from gradmap.common.locks import INNER_LOCK
 from gradmap.common.outputs import output_directory, output_file, results_in
 from tests.command_line import gradmap
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 RECIPE = """model: {model}
 prune: {{remove: 2, calibration: "file:{text}"}}

@@ -19,7 +19,7 @@ from gradmap.methods.registry import (
 from scripts.write_method_tables import fill
 from tests.command_line import gradmap
 from tests.conftest import LAYERS, ROOT
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 THEIRS = """
 from gradmap.methods.base import Compensator, Selector

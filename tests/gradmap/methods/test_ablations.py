@@ -11,9 +11,9 @@ from gradmap.methods.ridge import Fit, accumulate_gram, down_projection_weight
 from gradmap.model.corrections import Projection, Update
 from gradmap.pruning.plan import load_plan
 from tests.command_line import gradmap
-from tests.gradmap.methods import repair
-from tests.gradmap.test_baselines import prune
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.methods.test_baselines import prune
+from tests.gradmap.named_methods import repair
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 
 def lacking(pruned, correction):

@@ -9,7 +9,7 @@ from gradmap.methods.gradmap.adam import errors_of_output, objective, train_proj
 from gradmap.methods.least_squares import solve_ridge
 from gradmap.methods.ridge import REGULARISATION, Fit, accumulate_gram
 from tests.conftest import inside
-from tests.gradmap.methods import repair
+from tests.gradmap.named_methods import repair
 from tests.gradmap.repairs import LAYER, activations, prune
 
 

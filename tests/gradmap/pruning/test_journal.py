@@ -16,8 +16,8 @@ from gradmap.pruning.journal import Journal
 from gradmap.pruning.prune import journal_key
 from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
-from tests.gradmap.test_distributed import without_record
-from tests.gradmap.test_prune import prune_arguments
+from tests.gradmap.model.test_distributed import without_record
+from tests.gradmap.pruning.test_prune import prune_arguments
 
 STEPS = [Step({0: 0.1, 1: 1 / 3, 2: 1e-30}, (2,)), Step({0: 0.5, 1: 0.7}, (0,))]
 

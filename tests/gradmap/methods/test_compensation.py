@@ -19,7 +19,7 @@ from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.loading import load_model, load_tokenizer
 from tests.conftest import BOOLQ, CORRECTABLE, inside
-from tests.gradmap.methods import repair
+from tests.gradmap.named_methods import repair
 from tests.gradmap.repairs import LAYER, REMOVED, activations, prune
 
 
