@@ -101,11 +101,11 @@ def make_changes(pico, correction=1.0):
     return changes
 
 
-def export(source, out, *formats, shard_bytes=10**9, **settings):
+def export(source, out, *formats, shard_bytes=10**9, quality=None, **settings):
     """Without vLLM's own check, which takes a minute; tests/test_end_to_end.py has it."""
     options = ExportOptions(formats=list(formats), check_vllm=False, **settings)
     small = options.model_copy(update={"shard_size_gb": shard_bytes / 1e9})  # than users may ask
-    return export_artifacts(source, small, out)
+    return export_artifacts(source, small, out, quality)
 
 
 def unfolded_logits(pico, source, dtype):
