@@ -172,7 +172,7 @@ def test_what_cannot_be_fitted_on_is_told():
 
 def test_a_correction_that_is_no_number_is_not_written(copied, word_file, tmp_path, monkeypatch):
     """Nor where nothing is held out, so that no divergence tells."""
-    place, scale = Place(0, "mlp.down_proj"), Scale(torch.tensor(float("nan")))
+    place, scale = Place(1, "mlp.down_proj"), Scale(torch.tensor(float("nan")))
     broken = Compensation((Correction(place, scale, None, None, True),))
     breaking = replace(compensator("magnitude"), run=lambda pruned: broken)
     monkeypatch.setattr("gradmap.pruning.prune.compensator", lambda name: breaking)
@@ -188,7 +188,7 @@ def test_a_correction_that_is_no_number_is_not_written(copied, word_file, tmp_pa
         device="cpu",
     )
     with pytest.raises(
-        UserError, match=r"The correction layers.0.mlp.down_proj.scale\.factor is not finite"
+        UserError, match=r"The correction layers.1.mlp.down_proj.scale\.factor is not finite"
     ):
         prune(open_checkpoint(str(copied)), settings, tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
