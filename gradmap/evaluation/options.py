@@ -40,7 +40,9 @@ class EvaluatedOn(Strict):
     @field_validator("perplexity", mode="before")
     @classmethod
     def _named(cls, given: Any) -> Any:
-        return named_sources(given) if isinstance(given, list) else given
+        if isinstance(given, list) and all(isinstance(text, str) for text in given):
+            return named_sources(given)
+        return given
 
 
 class _Asked(Strict):
