@@ -36,7 +36,7 @@ def require_exact_fold(
     checkpoint: Checkpoint, removed: Sequence[int], changes: Changes, input_ids: Tensor
 ) -> None:
     """Raises UserError unless the changes compute the same folded as on hooks, as far as float32
-    can tell."""
+    can tell. input_ids: (B, T)."""
     model = load_model(checkpoint, "float32", "cpu")
     layered = LayeredModel.of(model)
     with layered.changed(changes, without=removed):

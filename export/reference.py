@@ -83,10 +83,10 @@ def compute_references(
 ) -> dict[torch.dtype | None, Reference]:
     """Runs the pruned and corrected model in float32 on the CPU, as a reloaded artifact will be.
 
-    dtypes: for each of these, one reference with its weights (see `fold_and_round`). A model too
-    large for memory is read from disk layer by layer; then weights stay as stored, corrections on
-    hooks, and no text is generated. Raises UserError if folding the corrections does not compute
-    what they do.
+    input_ids: (B, T). dtypes: for each of these, one reference with its weights (see
+    `fold_and_round`). A model too large for memory is read from disk layer by layer; then weights
+    stay as stored, corrections on hooks, and no text is generated. Raises UserError if folding the
+    corrections does not compute what they do.
     """
     placement = placement_for(checkpoint.directory)
     if placement:

@@ -91,7 +91,7 @@ def _summed_at_once(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum of every process's `value`, the same in all of them."""
+    """The sum of every process's `value`, (...), the same in all of them."""
     if process_count() > 1:
         device = (
             torch.device(local_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

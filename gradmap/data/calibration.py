@@ -63,7 +63,7 @@ class Calibration:
 
 
 def hash_token_ids(input_ids: Tensor) -> str:
-    """Returns the SHA-256 of a token id matrix, shape included."""
+    """Returns the SHA-256 of a token id matrix (N, T), shape included."""
     ids = input_ids.to(torch.int64).contiguous()
     return hashlib.sha256(str(tuple(ids.shape)).encode() + ids.numpy().tobytes()).hexdigest()
 

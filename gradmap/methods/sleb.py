@@ -72,7 +72,7 @@ def losses_without(
 def losses_without_reference(
     model: LayeredModel, input_ids: Tensor, places: Sequence[int]
 ) -> list[float]:
-    """`losses_without` by running each smaller model as a whole."""
+    """`losses_without` by running each smaller model as a whole. input_ids: (N, T)."""
     losses = []
     for place in places:
         with model.without([place]), torch.no_grad():

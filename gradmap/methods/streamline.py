@@ -80,7 +80,7 @@ def window_influences(
 def window_influences_reference(model: Any, input_ids: Tensor, count: int) -> list[float]:
     """`window_influences` of each block by itself, from the hidden states that transformers
     returns. What leaves the last layer is not among them as it is, but behind the last norm, so
-    that the last block is left out."""
+    that the last block is left out. input_ids: (N, T)."""
     states = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states
     influences = []
     for first, last in zip(states[:-1], states[count:-1], strict=False):

@@ -58,8 +58,8 @@ def states_batch(bytes_of_one: int, device: torch.device) -> int:
 
 
 def moved_home(tensor: Tensor, home: torch.device) -> Tensor:
-    """The tensor there. From a GPU into memory that it reaches by itself, so that nothing waits for
-    the copy; something has to before the CPU reads it."""
+    """The tensor, (...), at home. From a GPU into memory that it reaches by itself, so that nothing
+    waits for the copy; something has to before the CPU reads it."""
     if tensor.device.type == home.type:
         return tensor
     kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=home, pin_memory=True)

@@ -127,7 +127,8 @@ def sample_divergences(logits: Tensor, dense: Tensor) -> Tensor:
 
 
 def sample_divergences_reference(logits: Tensor, dense: Tensor) -> Tensor:
-    """`sample_divergences` by the definition, one position after the other."""
+    """`sample_divergences` by the definition, one position after the other: (B, T, V) both ->
+    (B,)."""
     divergences = torch.zeros(len(logits), dtype=logits.dtype)
     for sample, position in product(*map(range, logits.shape[:2])):
         given, wanted = (
