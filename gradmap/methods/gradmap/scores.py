@@ -162,8 +162,8 @@ def _run_layer(
 
 
 def fitting_batches(model: LayeredModel, input_ids: Tensor, streamed: bool) -> Batches:
-    """Measures on one sample of input_ids (N, T) how many go at once, through the whole model or, `streamed`, through
-    one layer."""
+    """Measures on one sample of input_ids (N, T) how many go at once: through the whole model or,
+    `streamed`, through one layer."""
     layers = model.layers[:1] if streamed else model.layers
 
     def run_one() -> None:
