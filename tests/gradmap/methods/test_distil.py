@@ -35,7 +35,7 @@ def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(pic
     hidden = (
         goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))
     ).requires_grad_(True)
-    wanted = model(input_ids=input_ids).logits.float().softmax(-1)
+    wanted = model.network(input_ids=input_ids).logits.float().softmax(-1)
     given = logits_from(model, hidden, input_ids).float().log_softmax(-1)
     (-(wanted * given).sum(-1).mean()).backward()
     actual = distillation_gradients(model, hidden.detach(), goal, input_ids)
@@ -186,11 +186,11 @@ def test_training_every_linear_map_that_is_left_brings_the_dense_predictions_clo
     assert {place.layer for place in maps} == {0, 2, 4}
     corrections = train_low_rank(pruned, Compensation(), lessons_of(pruned))
     assert {one.place for one in corrections if inside(one).up.any()} == set(maps)
-    wanted = model(input_ids=input_ids).logits.softmax(-1)
+    wanted = model.network(input_ids=input_ids).logits.softmax(-1)
     distances = []
     for changes in ({}, {one.place: (one.change,) for one in corrections}):
         with model.changed(changes, without=REMOVED):
             distances.append(
-                -(wanted * model(input_ids=input_ids).logits.log_softmax(-1)).sum(-1).mean()
+                -(wanted * model.network(input_ids=input_ids).logits.log_softmax(-1)).sum(-1).mean()
             )
     assert distances[1] < distances[0]
