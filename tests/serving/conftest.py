@@ -27,7 +27,7 @@ def stand_in(monkeypatch, picos, tmp_path):
         monkeypatch.setattr(server, "build_command", command)
         monkeypatch.setattr(launching, "require_gpus", lambda settings: ())
         port = free_port(in_a_row=3)  # of the model, of a second one, and for probes
-        settings = ServerSettings(Path(), port=port, ready_timeout_s=300, drain_s=5)
+        settings = ServerSettings(Path(), port=port, ready_timeout_s=30, drain_s=5)
         return Launch(
             [picos["llama"].directory],
             settings,

@@ -19,7 +19,7 @@ from serving import server, supervisor
 from serving.identity import Identity, Trust
 from serving.launch import run
 from serving.log import Log
-from serving.settings import ServerSettings, build_command
+from serving.settings import ServerSettings
 from serving.supervisor import Policy, Supervisor, back_off_s
 from tests.serving.conftest import STAND_IN
 
@@ -146,11 +146,13 @@ def test_the_second_of_two_models_starts_when_the_first_is_ready(
         trusts=[Trust()] * 2,
     )
     first_answers: list[bool] = []
+    # the stand-in's, which was put there above
+    build_stand_in = vars(server)["build_command"]
 
     def note_and_build(settings):
         with socket.socket() as probe:
             first_answers.append(probe.connect_ex(("127.0.0.1", launch.settings.port)) == 0)
-        return build_command(settings)
+        return build_stand_in(settings)
 
     monkeypatch.setattr(server, "build_command", note_and_build)
     assert (
