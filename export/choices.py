@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.format_help import either
 from export.formats import FORMATS
 from export.formats.format import Format, Runner
 from export.options import ExportOptions
 from export.twin import rope_types
 from export.writers import Storage
 from gradmap.common.errors import UserError
+from gradmap.common.wording import listed
 
 
 def choose_storage(name: str, options: ExportOptions, config: dict[str, Any]) -> Storage:
@@ -50,5 +50,5 @@ def _require_rope(form: Format, kinds: set[str]) -> None:
         fit = [other.name for other in FORMATS.values() if kind not in other.unfit_ropes]
         raise UserError(
             f"Format {form.name} cannot express a rope of type {kind}, whose frequencies follow "
-            f"the length of the text; use format {either(fit)}."
+            f"the length of the text; use format {listed(fit, 'or')}."
         )

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain, groupby
 
 from export.formats import FORMATS
 from export.formats.format import QUANTISATIONS
-
-
-def either(names: Sequence[str]) -> str:
-    """`a, b or c`."""
-    *first, last = names
-    return f"{', '.join(first)} or {last}" if first else last
+from gradmap.common.wording import listed
 
 
 def format_help() -> str:
     """The help of --format: all that there are."""
-    return f"{either(list(FORMATS))}; may be given several times."
+    return f"{listed(list(FORMATS), 'or')}; may be given several times."
 
 
 def dtype_help() -> str:
@@ -28,7 +22,7 @@ def dtype_help() -> str:
         f"{dtype} for {' and '.join(form.name for form in forms)}"
         for dtype, forms in groupby(by_default, key=lambda form: form.default_dtype)
     ]
-    return f"{either(known)}; by default {', '.join(defaults)}."
+    return f"{listed(known, 'or')}; by default {', '.join(defaults)}."
 
 
 def quantise_help() -> str:

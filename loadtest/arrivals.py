@@ -25,12 +25,6 @@ else:
     Arrivals = Literal[tuple(ARRIVALS)]  # for pydantic, which reads it when the program runs
 
 
-def list_laws() -> str:
-    """The names of all, for a sentence."""
-    *others, last = ARRIVALS
-    return f"{', '.join(others)} or {last}"
-
-
 def arrival_times(law: str, rate: float, count: int, seed: str) -> list[float]:
     """When each of `count` requests is due, in seconds from the first one.
 

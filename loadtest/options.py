@@ -9,7 +9,8 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from gradmap.common.errors import UserError
 from gradmap.common.reading import Strict
-from loadtest.arrivals import DEFAULT_ARRIVALS, Arrivals, list_laws
+from gradmap.common.wording import listed
+from loadtest.arrivals import ARRIVALS, DEFAULT_ARRIVALS, Arrivals
 
 DENSE, PRUNED = "dense", "pruned"
 # The TPOT speed-up that a verdict asks for, unless another one is given.
@@ -51,7 +52,9 @@ class LoadTestOptions(Strict):
         default_factory=list,
         description="Requests a second, in an open loop; may be given several times.",
     )
-    arrivals: Arrivals = Field(DEFAULT_ARRIVALS, description=f"Of an open loop: {list_laws()}.")
+    arrivals: Arrivals = Field(
+        DEFAULT_ARRIVALS, description=f"Of an open loop: {listed(list(ARRIVALS), 'or')}."
+    )
     open_loop_s: PositiveFloat = Field(20.0, description="Length of an open loop, in seconds.")
     slo: list[Annotated[str, AfterValidator(_written_slo)]] = Field(
         default_factory=list,

@@ -23,9 +23,14 @@ def opposite_of(name: str) -> str:
 
 def option_of(name: str, field: FieldInfo) -> str:
     """The option of a model's field: of its name, or what the field itself says (`flag`)."""
+    return said_of(field, "flag") or flag_of(name)
+
+
+def said_of(field: FieldInfo, key: str) -> str | None:
+    """What a field says of itself beside its type and description (its `json_schema_extra`)."""
     extra = field.json_schema_extra
-    named = extra.get("flag") if isinstance(extra, dict) else None
-    return flag_of(name) if named is None else str(named)
+    said = extra.get(key) if isinstance(extra, dict) else None
+    return None if said is None else str(said)
 
 
 def flags_of(options: Strict) -> list[str]:

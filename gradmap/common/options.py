@@ -17,7 +17,7 @@ from pydantic import StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 
 from gradmap.common.errors import UserError
-from gradmap.common.flags import flag_of, opposite_of, option_of
+from gradmap.common.flags import flag_of, opposite_of, option_of, said_of
 from gradmap.common.reading import Strict
 
 Command = Callable[..., Any]
@@ -106,9 +106,8 @@ def _first_problem(kind: type[Strict], error: ValidationError, values: dict[str,
     name = str(first["loc"][0])
     if name not in values or name not in kind.model_fields:
         return f"{name}: {reason[0].lower()}{reason[1:]}."
-    extra = kind.model_fields[name].json_schema_extra
-    cure = extra.get("cure") if isinstance(extra, dict) else None
-    return f"{flag_of(name)} is {values[name]}; {cure or reason[0].lower() + reason[1:]}."
+    cure = said_of(kind.model_fields[name], "cure") or reason[0].lower() + reason[1:]
+    return f"{flag_of(name)} is {values[name]}; {cure}."
 
 
 def _split(name: str, value: Any, field: FieldInfo) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from gradmap.common.errors import UserError
 from gradmap.costs.timing import Timing
@@ -46,9 +46,12 @@ class Method:
     arXiv id; empty if it is ours. in_memory: whether it changes or differentiates every weight, so
     that all must be in memory. by_held_out: whether it chooses by what it does on held-out samples.
     options: the class of what else it can be asked for. check: raises UserError for a job, with
-    these options, that it cannot do. seconds: None if that is not known.
+    these options, that it cannot do. seconds: None if that is not known. flag: how it is chosen;
+    streaming: one that needs no weights in memory.
     """
 
+    flag: ClassVar[str]
+    streaming: ClassVar[str]
     name: str
     about: str
     paper: str = ""
@@ -58,6 +61,15 @@ class Method:
     check: Callable[[Job, Any], None] = _any_job
     seconds: Timing | None = None
 
+    def require_possible(self, job: Job, streamed: bool, options: Any) -> None:
+        """Raises UserError if it cannot be done."""
+        if streamed and self.in_memory:
+            raise UserError(
+                f"{self.flag} {self.name} needs all weights in memory; leave out --stream, or use "
+                f"{self.streaming}."
+            )
+        self.check(job, options)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selector(Method):
@@ -65,24 +77,16 @@ class Selector(Method):
 
     make: of a Subject (and of the options, if it has some) what scores its layers: the lowest goes
     first. score_label: what a score is, for the axis of a figure. round_takes: what a round of
-    scores computes. nested: whether what it removes
-    begins with what it removes for fewer layers; if not, it chooses all of them by its first
-    scores.
+    scores computes. nested: whether what it removes begins with what it removes for fewer layers;
+    if not, it chooses all of them by its first scores.
     """
 
+    flag: ClassVar[str] = "--selector"
+    streaming: ClassVar[str] = "gradient"
     make: Callable[..., LayerScorer]
     score_label: str
     round_takes: str = "nothing"
     nested: bool = True
-
-    def require_possible(self, job: Job, streamed: bool, options: Any) -> None:
-        """Raises UserError if it cannot be done."""
-        if streamed and self.in_memory:
-            raise UserError(
-                f"--selector {self.name} needs all weights in memory; leave out --stream, or use "
-                "gradient."
-            )
-        self.check(job, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,8 @@ class Compensator(Method):
     addition to the hidden state. no_experts: why it does not work with a mixture of experts, if so.
     """
 
+    flag: ClassVar[str] = "--compensator"
+    streaming: ClassVar[str] = "sequential"
     run: Callable[..., Compensation]
     linear_output: bool = False
     no_experts: str = ""
@@ -108,9 +114,4 @@ class Compensator(Method):
             )
         if self.no_experts and job.architecture.expert_down_projections is not None:
             raise UserError(f"{self.no_experts}; use sequential.")
-        if streamed and self.in_memory:
-            raise UserError(
-                f"--compensator {self.name} needs all weights in memory; leave out --stream, or "
-                "use sequential."
-            )
-        self.check(job, options)
+        super().require_possible(job, streamed, options)

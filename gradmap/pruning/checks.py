@@ -7,6 +7,7 @@ from typing import Any
 
 from gradmap.common.errors import UserError
 from gradmap.common.flags import flag_of
+from gradmap.common.wording import listed
 from gradmap.methods.base import Job, Method
 from gradmap.methods.options import ManualOptions, MethodOptions, ProjectionOptions
 from gradmap.methods.registry import (
@@ -67,7 +68,7 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
         )
     chosen = selector(settings.selector), compensator(settings.compensator)
     if settings.held_out == 0:
-        _require_nothing_held_out(settings, chosen)
+        _require_nothing_held_out(settings)
     for kind in (ManualOptions, ProjectionOptions):
         _require_readers(settings, kind, chosen)
     job = Job(
@@ -82,13 +83,12 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
         method.require_possible(job, settings.stream, settings.options_of(method.options))
 
 
-def _require_nothing_held_out(settings: PruneSettings, chosen: tuple[Method, ...]) -> None:
-    for method in chosen:
-        if not method.by_held_out:
-            continue
+def _require_nothing_held_out(settings: PruneSettings) -> None:
+    name = settings.by_held_out_samples
+    if name is not None:
         raise UserError(
-            f"{method.name} chooses by what it does on held-out samples, and --held-out is 0; "
-            "leave it out."
+            f"{name} chooses by what it does on held-out samples, and --held-out is 0; leave it "
+            "out."
         )
     if settings.accept != ALWAYS and settings.compensator != "none":
         raise UserError(
@@ -105,7 +105,7 @@ def _require_readers(
         return
     flags = [flag_of(name) for name in kind.model_fields]
     what = " ".join(["is" if len(flags) == 1 else "are", kind.purpose]).strip()
-    raise UserError(f"{_listed(flags)} {what} for {_readers(kind)}; give both, or neither.")
+    raise UserError(f"{listed(flags, 'and')} {what} for {_readers(kind)}; give both, or neither.")
 
 
 def _readers(kind: type[MethodOptions]) -> str:
@@ -117,11 +117,5 @@ def _readers(kind: type[MethodOptions]) -> str:
     for role, names, find in roles:
         readers = [name for name in names if find(name).options is kind]
         if readers:
-            return f"--{role} {_listed(readers)}"
+            return f"--{role} {listed(readers, 'and')}"
     raise AssertionError(f"no method reads {kind.__name__}")
-
-
-def _listed(names: list[str]) -> str:
-    """a, b and c."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from gradmap.common.reading import Strict
 from gradmap.methods.options import ManualOptions, MethodOptions, ProjectionOptions
-from gradmap.methods.registry import compensator_names, selector, selector_names
+from gradmap.methods.registry import compensator, compensator_names, selector, selector_names
 from gradmap.model.options import ComputingOptions
 
 HELD_OUT: Literal["held-out"] = "held-out"
@@ -95,17 +95,33 @@ class PruneOptions(_Common, _Asked):
     says how many layers go; what is left out of the methods is the preset's."""
 
 
-class _Chosen(Strict):
-    remove: int
+class Methods(Strict):
+    """How layers are chosen and the loss is repaired.
+
+    accept: which repairs are applied, those that bring the model nearer to the dense one on
+    held-out samples, or `always` all of them. held_out: how many samples are not fitted on, None
+    for a quarter.
+    """
+
     selector: str
     compensator: str
     accept: Accept = HELD_OUT
     held_out: int | None = None
 
+    @property
+    def by_held_out_samples(self) -> str | None:
+        """The one that chooses by what it does on held-out samples (layers, or a lambda that no
+        paper says), if one does."""
+        methods = selector(self.selector), compensator(self.compensator)
+        return next((method.name for method in methods if method.by_held_out), None)
 
-class PruneSettings(_Common, _Chosen):
-    """How to prune. remove: number of layers K. accept, held_out: see
-    gradmap.pruning.presets.Methods."""
+
+class _Count(Strict):
+    remove: int
+
+
+class PruneSettings(_Common, Methods, _Count):
+    """How to prune. remove: number of layers K."""
 
     @property
     def at_once(self) -> bool:

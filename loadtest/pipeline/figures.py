@@ -9,10 +9,11 @@ import numpy as np
 
 from gradmap.common.colors import DENSE_COLOR, PRUNED_COLOR
 from gradmap.evaluation.perplexity import Estimate
+from gradmap.evaluation.result import Accuracy
 from gradmap.methods.registry import selector, selector_names
 from gradmap.pruning.plan import Plan
 from loadtest.drawing import KEPT_COLOR, STYLE, TEXT_COLOR, new_figure, to_svg
-from loadtest.pipeline.result import Accuracy, Result, Side
+from loadtest.pipeline.result import Result, Side
 
 _ARM_COLORS = {"dense": DENSE_COLOR, "pruned": PRUNED_COLOR}
 

@@ -15,7 +15,12 @@ from gradmap.common.verdict import Verdict, worst
 from gradmap.evaluation.answers import Answer
 from gradmap.evaluation.comparison import QualityComparison
 from gradmap.evaluation.perplexity import Estimate
-from gradmap.evaluation.result import read_evaluation
+from gradmap.evaluation.result import (
+    Accuracy,
+    AnswersRecord,
+    TaskRecord,
+    read_evaluation,
+)
 from loadtest.pipeline.stages import Places
 from loadtest.schema import LoadReport
 from loadtest.statistics import SpeedUp
@@ -47,23 +52,6 @@ class LoadTestResult(Judged):
     arms: dict[str, dict[str, LoadReport]]
 
 
-class Accuracy(Strict):
-    """What was measured of a task. value, stderr: of `metric`, the one that counts; metrics: all
-    that there are."""
-
-    value: float
-    stderr: float | None
-    metric: str
-    metrics: dict[str, Estimate]
-
-
-class AnswerShares(Strict):
-    """empty: the share of answers without text. repetition: mean over the answers."""
-
-    empty: float
-    repetition: float
-
-
 class Side(Strict):
     """The dense model or the pruned one. perplexity: by text; accuracy: by task; bytes: of the
     weights that were served."""
@@ -75,7 +63,7 @@ class Side(Strict):
     perplexity: dict[str, Estimate]
     accuracy: dict[str, Accuracy]
     average_accuracy: Estimate | None
-    answers: AnswerShares | None
+    answers: AnswersRecord | None
     bytes: int
 
 
@@ -89,16 +77,6 @@ class EvaluatedText(Strict):
     bos: int | None
     predicted_tokens: int
     sha256: str
-
-
-class EvaluatedTask(Strict):
-    """A task that accuracy is of. left_out: documents that the pruned model was calibrated on."""
-
-    source: str
-    versions: list[str]
-    documents: int
-    left_out: int
-    few_shot: int
 
 
 class AnsweredPrompt(Strict):
@@ -127,7 +105,7 @@ class Result(Strict):
     dense: Side
     pruned: Side
     texts: dict[str, EvaluatedText]
-    tasks: dict[str, EvaluatedTask]
+    tasks: dict[str, TaskRecord]
     comparison: QualityComparison
     quality: QualityResult | None
     answers: list[AnsweredPrompt]

@@ -86,24 +86,20 @@ def test_the_plan_tells_what_each_stage_took(picos, word_file, tmp_path, device)
     assert all(peak > weights for peak in plan.peak_gpu_bytes.values())
 
 
+def evaluate_plan(pico, plan, text, *options):
+    """The dense and the pruned model on one text, in float64."""
+    model = ("--model", pico.directory, "--plan", plan, "--dtype", "float64")
+    return gradmap("eval", *model, "--perplexity", f"own=file:{text}", *options)
+
+
 def test_eval_measures_dense_and_pruned(planned, tmp_path):
     pico, plan, _ = planned
     (tmp_path / "other.txt").write_text(
         " ".join(f"w{3 + (7 * index) % 190}" for index in range(400))
     )
     out = tmp_path / "eval.json"
-    finished = gradmap(
-        *(
-            "eval",
-            "--model",
-            pico.directory,
-            "--plan",
-            plan,
-            "--perplexity",
-            f"own=file:{tmp_path}/other.txt",
-        ),
-        *("--segment", 64, "--dtype", "float64", "--out", out),
-    )
+    asked = ("--segment", 64, "--out", out)
+    finished = evaluate_plan(pico, plan, tmp_path / "other.txt", *asked)
     assert finished.returncode == 0, finished.stderr
     result = json.loads(out.read_text())
     assert (result["dense"]["layers"], result["pruned"]["layers"]) == (LAYERS, LAYERS - 2)
@@ -161,18 +157,8 @@ def test_eval_puts_bos_before_every_segment(planned_with_bos, tmp_path):
     pico, plan = planned_with_bos
     tokens = [3 + (7 * index) % 190 for index in range(384)]
     (tmp_path / "other.txt").write_text(" ".join(f"w{token}" for token in tokens))
-    finished = gradmap(
-        *(
-            "eval",
-            "--model",
-            pico.directory,
-            "--plan",
-            plan,
-            "--perplexity",
-            f"own=file:{tmp_path}/other.txt",
-        ),
-        *("--segment", 48, "--limit", 5, "--dtype", "float64", "--out", tmp_path / "eval.json"),
-    )
+    asked = ("--segment", 48, "--limit", 5, "--out", tmp_path / "eval.json")
+    finished = evaluate_plan(pico, plan, tmp_path / "other.txt", *asked)
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "eval.json").read_text())
     text = result["texts"]["own"]
