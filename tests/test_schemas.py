@@ -8,7 +8,7 @@ import pytest
 from loadtest.records import to_json_line
 from scripts.write_schemas import FORMATS, make_schemas
 from tests.conftest import ROOT
-from tests.loadtest.test_metrics import record, sample
+from tests.loadtest.measurements import record, sample
 from tests.loadtest.test_page import make_report
 
 SCHEMAS = ROOT / "docs" / "schemas"

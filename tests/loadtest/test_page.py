@@ -19,7 +19,7 @@ from loadtest.ideal import WeightBytes, ideal_speed_ups, weight_bytes
 from loadtest.loads import ClosedLoop, OpenLoop
 from loadtest.page import render_junit, render_page, render_summary
 from loadtest.slo import parse_slo
-from tests.loadtest.test_metrics import ONE, SETTINGS, measured, record
+from tests.loadtest.measurements import ONE, SETTINGS, measured, record
 
 EVIL = "<script>alert(1)</script>"
 LOADS = (ONE, ClosedLoop(8), OpenLoop("poisson", 2.5))

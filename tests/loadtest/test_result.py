@@ -19,7 +19,7 @@ from loadtest.records import append_measurements
 from tests.command_line import gradmap
 from tests.conftest import ROOT
 from tests.gradmap.pruning.test_prune import prune_arguments
-from tests.loadtest.test_metrics import measured
+from tests.loadtest.measurements import measured
 from tests.loadtest.test_page import make_report
 from tests.test_malformed import make_record
 

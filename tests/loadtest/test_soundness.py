@@ -28,7 +28,7 @@ from loadtest.slo import parse_slo
 from loadtest.soundness import BURST_S
 from loadtest.statistics import SpeedUp, judge
 from loadtest.summaries import summarise_load
-from tests.loadtest.test_metrics import FACTS, ONE, SETTINGS, measured, record, report_of, sample
+from tests.loadtest.measurements import FACTS, ONE, SETTINGS, measured, record, report_of, sample
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

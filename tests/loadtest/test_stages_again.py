@@ -18,8 +18,8 @@ from loadtest.pipeline.run import judge_as_asked, run_recipe
 from loadtest.pipeline.stages import plan_stages
 from loadtest.records import append_measurements
 from tests.command_line import gradmap
+from tests.loadtest.measurements import measured
 from tests.loadtest.recipes import NAMES, finish
-from tests.loadtest.test_metrics import measured
 from tests.loadtest.test_page import make_report
 
 

@@ -13,7 +13,7 @@ from loadtest.prompts import Workload
 from loadtest.session import Session, run_session
 from loadtest.settings import LoadTestSettings
 from serving import server
-from tests.loadtest.test_metrics import measured, record
+from tests.loadtest.measurements import measured, record
 from tests.serving.conftest import STAND_IN
 
 
