@@ -30,7 +30,7 @@ from gradmap.evaluation.result import read_evaluation, records_beside
 from gradmap.evaluation.table import with_error
 from gradmap.methods.registry import compensator_names, selector, selector_names
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
-from gradmap.pruning.plan import load_plan
+from gradmap.pruning.plan import Plan, load_plan
 from gradmap.pruning.settings import ALWAYS, CalibrationOptions
 
 RESULT_FILE = "compare.json"
@@ -227,12 +227,15 @@ def describe_row(
     chosen = selected_count(settings, method, count)
     selections = [_selection(out, method.selection, chosen, seed) for seed in settings.seeds]
     repairs = [_plan(out, method, count, seed) for seed in settings.seeds]
+    selected = [load_plan(directory) for directory in selections]
+    repaired = [load_plan(directory) for directory in repairs]
+    stages = [stage_record(out, directory.name) for directory in (*selections, *repairs)]
     return {
         "method": method.name,
         "removed": count,
-        "layers": [load_plan(directory).removal_order for directory in repairs],
+        "layers": [plan.removal_order for plan in repaired],
         **_quality_over_seeds(evaluations),
-        **_costs_over_seeds(out, selections, repairs),
+        **_costs_over_seeds(selected, repaired, stages),
     }
 
 
@@ -249,15 +252,13 @@ def _quality_over_seeds(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def _costs_over_seeds(
-    out: Path, selections: Sequence[Path], repairs: Sequence[Path]
+    selected: Sequence[Plan], repaired: Sequence[Plan], stages: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Seconds and bytes. selections, repairs: the plan directories of each seed."""
-    selected_s = [load_plan(directory).timings_s["select"] for directory in selections]
-    repaired_s = [load_plan(directory).timings_s["compensate"] for directory in repairs]
-    stages = [stage_record(out, directory.name) for directory in (*selections, *repairs)]
+    """Seconds and bytes. selected, repaired: the plans of each seed; stages: what their stages
+    recorded."""
     return {
-        "select_s": statistics.mean(selected_s),
-        "repair_s": statistics.mean(repaired_s),
+        "select_s": statistics.mean(plan.timings_s["select"] for plan in selected),
+        "repair_s": statistics.mean(plan.timings_s["compensate"] for plan in repaired),
         "peak_bytes": max(stage["peak_bytes"] for stage in stages),
     }
 
