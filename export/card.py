@@ -97,7 +97,7 @@ def _describe_pruning(plan: Plan) -> str:
         f"- calibration: {calibration.samples} x {calibration.tokens} tokens of "
         f"{markdown(calibration.source)}, seed {calibration.seed}",
     ]
-    lines += [f"- {repair.describe()}" for repair in plan.repairs if repair.accepted]
+    lines += [f"- {group.describe()}" for group in plan.correction_groups if group.accepted]
     return "\n".join([lines[0], "", *lines[1:]])
 
 

@@ -198,8 +198,8 @@ def read_plan(directory: Path, model: Path, out: Path) -> None:
     plan = load_plan(directory)
     load_changes(directory, plan)
     load_calibration_ids(directory, plan)
-    for repair in plan.repairs:
-        repair.describe()
+    for group in plan.correction_groups:
+        group.describe()
     methods = choose_methods(None, directory)
     # 9: refused before it is made
     wanted = PruneSettings(

@@ -116,7 +116,7 @@ class CorrectionRecord(Strict):
 
 
 @dataclass(frozen=True)
-class Repair:
+class CorrectionGroup:
     """Corrections that were fitted together, for people to read."""
 
     corrections: tuple[CorrectionRecord, ...]
@@ -171,7 +171,7 @@ class Plan(Strict):
         ]
 
     @property
-    def repairs(self) -> list[Repair]:
+    def correction_groups(self) -> list[CorrectionGroup]:
         """The corrections, those that were fitted together as one."""
         together = groupby(
             self.corrections,
@@ -181,7 +181,7 @@ class Plan(Strict):
                 made.held_out_divergence_after,
             ),
         )
-        return [Repair(tuple(corrections)) for _, corrections in together]
+        return [CorrectionGroup(tuple(corrections)) for _, corrections in together]
 
 
 def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids: Tensor) -> None:

@@ -327,7 +327,7 @@ def summarise(plan: Plan) -> list[tuple[str, Any]]:
         ("removed, in order", ", ".join(map(str, plan.removal_order))),
         ("calibration samples", _describe_samples(plan)),
     ]
-    rows += [("repair", repair.describe()) for repair in plan.repairs]
+    rows += [("repair", group.describe()) for group in plan.correction_groups]
     rows += [(f"{stage} time", f"{seconds:.1f} s") for stage, seconds in plan.timings_s.items()]
     rows += [
         (f"{stage} GPU memory", f"{peak / 1e9:.1f} GB")

@@ -242,7 +242,7 @@ def test_the_published_method_fits_on_all_samples_and_applies_what_it_fitted(pla
     (correction,) = plan.corrections
     assert correction.accepted
     assert correction.held_out_divergence_after is None
-    assert "nothing was held out to judge it by" in plan.repairs[0].describe()
+    assert "nothing was held out to judge it by" in plan.correction_groups[0].describe()
 
 
 @pytest.mark.parametrize(
