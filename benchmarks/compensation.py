@@ -36,6 +36,7 @@ from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.checkpoint import open_checkpoint
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer
+from gradmap.model.sublayers import Pair, Part, Sublayer
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ def main(
     drawn = build_calibration(
         load_tokenizer(checkpoint.directory), calibration, samples, tokens, seed=42
     )
-    removed = tuple(int(layer) for layer in remove.split(","))
+    removed = tuple(map(Pair.parse, remove.split(",")))
     loaded = load_model(checkpoint, "float32")
     batches = Batches(forward_batch(drawn.input_ids, loaded.device))
     pruned = Pruned(LayeredModel.of(loaded), drawn, removed, batches)
     drift = mean_drift(pruned)
     layer = max(drift, key=drift.__getitem__)
-    added, missing = all_features(pruned, Fit(layer, goal=layer), {})
+    ffn = Sublayer(layer, Part.FFN)
+    added, missing = all_features(pruned, Fit(ffn, goal=ffn), {})
     untouched = missing.square().mean().item()
     say(f"Layer {layer} drifted most; objective without a correction: {untouched:.4g}")
     measured = [measure(added, missing, epochs) for _ in range(rounds)]

@@ -46,11 +46,12 @@ from export.fold import plan_fold, write_folded
 from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import open_checkpoint
 from gradmap.model.corrections import Place, Projection
+from gradmap.model.sublayers import Pair
 from gradmap.common.files import atomic_directory
 started = time.perf_counter()
 checkpoint = open_checkpoint(sys.argv[1])
 layers, width = checkpoint.config["num_hidden_layers"], checkpoint.config["hidden_size"]
-removed = range(layers // 2, layers // 2 + layers // 4)
+removed = [Pair.of_layer(layers // 2 + number) for number in range(layers // 4)]
 changes = {Place(layers - 1, "mlp.down_proj"): (Projection(torch.eye(width, dtype=torch.float64)),)}
 folded = plan_fold(checkpoint, architecture_of(checkpoint.config), removed, changes, torch.bfloat16)
 with atomic_directory(Path(sys.argv[2]), "model.safetensors") as directory:

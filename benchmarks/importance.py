@@ -41,12 +41,11 @@ from gradmap.common.console import print_table, say
 from gradmap.common.environment import describe_environment
 from gradmap.common.files import write_json
 from gradmap.data.calibration import Calibration, build_calibration
-from gradmap.methods.gradmap.scores import GradientScorer, layer_scores_reference
+from gradmap.methods.gradmap.scores import GradientScorer, gradient_scores_reference
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import (
-    LayerScorer,
-    Measure,
     ReducedModelScorer,
+    Scorer,
     Selection,
     Subject,
     select,
@@ -56,6 +55,7 @@ from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import losses_from, record_layer_calls, sample_losses
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in, weights_dtype
+from gradmap.model.sublayers import Pair, Unit
 
 BATCH_SIZE = 4  # of the methods that only run forward
 # The loss of a block that may not go: no other is as high, and it is a number.
@@ -73,13 +73,13 @@ class Run:
     seconds: float
     model_bytes: int
     peak_bytes: int
-    removal_order: list[int]
+    removal_order: list[int | str]
     first_scores: list[float]
     flop: int
 
 
 @torch.inference_mode()
-def run_forward(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
+def run_forward(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """The floor: no score at all, the last layer goes. input_ids (N, T) -> (L,) float64, as for all
     measures here."""
     for batch in input_ids.split(BATCH_SIZE):
@@ -88,7 +88,7 @@ def run_forward(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Ten
 
 
 @torch.inference_mode()
-def score_by_block_influence(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
+def score_by_block_influence(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """ShortGPT: 1 - cos(input, output) of every layer, one forward pass. input_ids (N, T) ->
     (L,) float64."""
     layers = model.layers
@@ -103,14 +103,14 @@ def score_by_block_influence(model: LayeredModel, input_ids: Tensor, advance: Ad
 
 
 @torch.inference_mode()
-def score_by_loss_as_released(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
+def score_by_loss_as_released(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """SLEB: the loss without each block in turn, from whole forward passes. The first and last
     block stay. input_ids (N, T) -> (L,) float64."""
     count = len(model.layers)
     losses = torch.full((count,), STAYS, dtype=torch.float64)
     for candidate in range(1, count - 1):
         total = 0.0
-        with model.without([candidate]):
+        with model.without([Pair.of_layer(candidate)]):
             for batch in input_ids.split(BATCH_SIZE):
                 total += _whole_losses(model, batch).sum().item()
         losses[candidate] = total
@@ -124,7 +124,7 @@ def _whole_losses(model: LayeredModel, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score_by_loss_with_prefixes(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
+def score_by_loss_with_prefixes(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """SLEB, each candidate from the hidden state that enters it on. input_ids (N, T) -> (L,)
     float64."""
     layers = list(model.layers)
@@ -144,17 +144,22 @@ def score_by_loss_with_prefixes(model: LayeredModel, input_ids: Tensor, advance:
     return losses
 
 
-def score_as_written(model: LayeredModel, input_ids: Tensor, advance: Advance) -> Tensor:
+def score_as_written(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """The paper's Eq. 7, every gradient formed. input_ids (N, T) -> (L,) float64."""
-    return layer_scores_reference(model, input_ids)
+    return gradient_scores_reference(model, input_ids)
 
 
 # What scores the layers of a subject.
-Method = Callable[[Subject], LayerScorer]
+Method = Callable[[Subject], Scorer]
 
 
-def measured_by(measure: Measure) -> Method:
-    return lambda subject: ReducedModelScorer(subject, measure)
+def measured_by(measure: Callable[[LayeredModel, Tensor], Tensor]) -> Method:
+    def measure_layers(
+        model: LayeredModel, input_ids: Tensor, unit: Unit, advance: Advance
+    ) -> Tensor:
+        return measure(model, input_ids)
+
+    return lambda subject: ReducedModelScorer(subject, measure_layers)
 
 
 METHODS: dict[str, Method] = {
@@ -276,7 +281,7 @@ def _time(method: Method, subject: Subject, remove: int) -> dict[str, Any]:
         "seconds": seconds,
         "model_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "peak_bytes": peak - held,
-        "removal_order": selection.removal_order,
+        "removal_order": [pair.written for pair in selection.removal_order],
         "first_scores": list(selection.steps[0].scores.values()),
     }
 

@@ -28,6 +28,7 @@ from gradmap.common.reading import read_json
 from gradmap.costs.steps import Hardware, decode_speed_up, prefill_speed_up
 from gradmap.costs.timing import token_seconds
 from gradmap.model.shape import Shape
+from gradmap.model.sublayers import Pair
 from serving.ports import free_port
 
 READY_TIMEOUT_S = 600
@@ -37,7 +38,7 @@ def load_test_both(
     directory: Path,
     tokenizer: Path,
     calibration: str,
-    removed: Sequence[int],
+    removed: Sequence[Pair],
     prompt_tokens: int,
     pairs: int,
 ) -> dict[str, Any]:

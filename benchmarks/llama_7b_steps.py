@@ -25,11 +25,12 @@ from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.distil import Lessons, train_low_rank, written_by_dense
 from gradmap.methods.gradmap.scores import GradientScorer
 from gradmap.methods.repair import RepairScorer
-from gradmap.methods.selection import LayerScorer, Subject, select
+from gradmap.methods.selection import Scorer, Subject, select
 from gradmap.methods.sequential import refit_before_runs
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.layered import LayeredModel
 from gradmap.model.shape import Shape
+from gradmap.model.sublayers import Pair
 
 Facts = dict[str, Any]
 
@@ -60,14 +61,14 @@ class Task:
         return -(-self.remove // 2)
 
     @property
-    def removed(self) -> tuple[int, ...]:
+    def removed(self) -> tuple[Pair, ...]:
         """The layers that are gone for the steps that only repair: runs that are as far from each
         other as they can be."""
         starts = [
             self.shape.layers * number // (self.runs + 1) for number in range(1, self.runs + 1)
         ]
         seconds = [start + 1 for start in starts]
-        return (*starts, *seconds)[: self.remove]
+        return tuple(map(Pair.of_layer, [*starts, *seconds][: self.remove]))
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def make_case(task: Task) -> Case:
     return Case(task, model, Calibration("random", 0, ids))
 
 
-def choose_by(method: Callable[[Subject], LayerScorer]) -> Callable[[Case], Facts]:
+def choose_by(method: Callable[[Subject], Scorer]) -> Callable[[Case], Facts]:
     def choose(case: Case) -> Facts:
         subject = Subject(case.model, case.calibration)
         chosen = select(
@@ -104,7 +105,7 @@ def choose_by(method: Callable[[Subject], LayerScorer]) -> Callable[[Case], Fact
             done=(),
             record=lambda step: None,
         )
-        return {"removed": chosen.removal_order}
+        return {"removed": [pair.written for pair in chosen.removal_order]}
 
     return choose
 
@@ -122,7 +123,7 @@ def train(case: Case) -> Facts:
     """Trains, after making what it learns from: what the dense model gives on the samples, and what
     it writes."""
     pruned, fit_ids = case.pruned, case.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
+    known = Lessons(fit_ids, pruned.walk(pruned.sublayers, fit_ids).finish({}))
     lessons = known.followed_by(written_by_dense(pruned))
     return {"corrections": len(train_low_rank(pruned, Compensation(), lessons))}
 

@@ -36,6 +36,7 @@ from gradmap.model.checkpoint import open_checkpoint
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in
+from gradmap.model.sublayers import Pair
 
 LAP = 4  # samples, as many as a CPU takes at once
 
@@ -47,11 +48,11 @@ class Round:
     first that are tried first in a round without bounds."""
 
     base: float
-    measured: Mapping[int, Tensor]
-    untried: Sequence[int]
+    measured: Mapping[Pair, Tensor]
+    untried: Sequence[Pair]
 
     @property
-    def best(self) -> int:
+    def best(self) -> Pair:
         return min(self.measured, key=lambda layer: float(self.measured[layer].mean()))
 
     def with_samples(self, order: Tensor) -> Round:
@@ -84,7 +85,8 @@ def measure_rounds(subject: Subject, rounds: int) -> list[Round]:
     with progress("Measuring layers", sum(layers - gone for gone in range(rounds))) as advance:
         for _ in range(rounds):
             influences = scorer._influences()
-            untried = sorted(scorer._alive[1:], key=influences.__getitem__)
+            may_go = subject.candidates(scorer._removed)[1:]
+            untried = sorted(may_go, key=influences.__getitem__)
             measured = {}
             for layer in untried:
                 measured[layer] = scorer._try(layer, Race(len(scorer._measure_ids))).divergences
@@ -97,7 +99,7 @@ def measure_rounds(subject: Subject, rounds: int) -> list[Round]:
 def race_through(rounds: Sequence[Round], order: Tensor) -> list[Outcome]:
     """A race in each round, in which what was learnt in the round before is known. order (n,): the
     samples, those first that are measured first."""
-    known: dict[int, float] = {}
+    known: dict[Pair, float] = {}
     outcomes = []
     for measured in rounds:
         before = {layer: known.get(layer, -math.inf) for layer in measured.measured}
@@ -106,11 +108,11 @@ def race_through(rounds: Sequence[Round], order: Tensor) -> list[Outcome]:
     return outcomes
 
 
-def _race(found: Round, before: Mapping[int, float]) -> tuple[dict[int, float], Outcome]:
+def _race(found: Round, before: Mapping[Pair, float]) -> tuple[dict[Pair, float], Outcome]:
     samples = len(found.measured[found.best])
     race, counts = Race(samples), {}
 
-    def measure(group: Sequence[int]) -> list[Tensor]:
+    def measure(group: Sequence[Pair]) -> list[Tensor]:
         tried = [_until_lost(found.measured[layer], race) for layer in group]
         counts.update({layer: len(losses) for layer, losses in zip(group, tried, strict=True)})
         return tried
@@ -227,7 +229,7 @@ def _listed(of_seeds: Sequence[Sequence[Round]]) -> list[list[dict[str, Any]]]:
 
 
 def _as_lists(found: Round) -> dict[str, Any]:
-    divergences = {layer: losses.tolist() for layer, losses in found.measured.items()}
+    divergences = {str(layer): losses.tolist() for layer, losses in found.measured.items()}
     return {"base": found.base, "divergences": divergences}
 
 

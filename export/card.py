@@ -13,6 +13,7 @@ from export.formats import FORMATS
 from export.integrity import ArtifactRecord
 from gradmap.common.quoting import markdown
 from gradmap.evaluation.table import with_error
+from gradmap.model.sublayers import Pair
 from gradmap.pruning.plan import Plan
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -93,12 +94,18 @@ def _describe_pruning(plan: Plan) -> str:
         f"Pruned from {markdown(base.name)} with gradmap: {len(plan.kept_layers)} of "
         f"{base.layers} layers are left.",
         "- removed layers (original indices, in order of removal): "
-        f"{', '.join(map(str, plan.removal_order))}",
+        f"{', '.join(map(_named, plan.removal_order))}",
         f"- calibration: {calibration.samples} x {calibration.tokens} tokens of "
         f"{markdown(calibration.source)}, seed {calibration.seed}",
     ]
     lines += [f"- {group.describe()}" for group in plan.correction_groups if group.accepted]
     return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _named(removed: Pair) -> str:
+    if removed.is_layer:
+        return str(removed)
+    return f"{removed} ({removed.first.words} and {removed.second.words})"
 
 
 def _describe_quality(quality: dict[str, Any]) -> str:

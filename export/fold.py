@@ -33,6 +33,7 @@ from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.corrections import HIDDEN_STATE, Change, Changes, Place, Projection, fold_changes
 from gradmap.model.model_files import INDEX_NAME
 from gradmap.model.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
+from gradmap.model.sublayers import Pair, Part, Sublayer, joined_layers, sublayers_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class FoldedTensor:
 def plan_fold(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    removed: Sequence[int],
+    removed: Sequence[Pair],
     changes: Changes,
     dtype: torch.dtype | None,
     quantise: bool = False,
@@ -73,9 +74,12 @@ def plan_fold(
     is not in the checkpoint.
     """
     require_foldable(checkpoint, architecture, changes)
-    layers = range(checkpoint.config[architecture.layer_count_key])
-    kept = [index for index in layers if index not in set(removed)]
-    new_index = {index: position for position, index in enumerate(kept)}
+    kept = joined_layers(checkpoint.config[architecture.layer_count_key], removed)
+    new_index = {
+        Sublayer(layer[part], part): position
+        for position, layer in enumerate(kept)
+        for part in Part
+    }
     folded: list[FoldedTensor] = []
     missing = set(changes)
     for source in chain.from_iterable(map(list_tensors, checkpoint.weight_files)):
@@ -84,11 +88,12 @@ def plan_fold(
             folded.append(FoldedTensor(source, _stored_as(source, source.spec.name, dtype)))
             continue
         prefix, index, suffix = parsed
-        if index not in new_index:
+        sublayer = Sublayer(index, architecture.part_of(suffix))
+        if sublayer not in new_index:
             continue
         places = _places_of(changes, architecture, index, suffix)
         missing -= {place for place in places if architecture.is_weight_of(place.target, suffix)}
-        name = f"{prefix}.{new_index[index]}.{suffix}"
+        name = f"{prefix}.{new_index[sublayer]}.{suffix}"
         folded.append(
             FoldedTensor(
                 source,
@@ -219,8 +224,10 @@ def _require_complete(
     folded: Sequence[FoldedTensor],
 ) -> None:
     parsed = [architecture.parse_tensor_name(tensor.spec.name) for tensor in folded]
-    present = {name[1] for name in parsed if name is not None}
-    if present != set(range(kept)):
+    present = {
+        Sublayer(name[1], architecture.part_of(name[2])) for name in parsed if name is not None
+    }
+    if present != set(sublayers_of(range(kept))):
         raise UserError(
             f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it "
             "again."

@@ -23,6 +23,7 @@ from gradmap.model.corrections import Change, Changes, Place, fold_changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
 from gradmap.model.safetensors_reader import StoredTensor, list_tensors
+from gradmap.model.sublayers import Pair
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
@@ -33,7 +34,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
 
 @torch.inference_mode()
 def require_exact_fold(
-    checkpoint: Checkpoint, removed: Sequence[int], changes: Changes, input_ids: Tensor
+    checkpoint: Checkpoint, removed: Sequence[Pair], changes: Changes, input_ids: Tensor
 ) -> None:
     """Raises UserError unless the changes compute the same folded as on hooks, as far as float32
     can tell. input_ids: (B, T)."""

@@ -11,6 +11,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE, sha256_file
 from gradmap.common.reading import Strict, checked_result, read_json_object
 from gradmap.model.model_files import CODE_KEY, PlainName, own_file, own_files
+from gradmap.model.sublayers import Pair
 from gradmap.pruning.plan import CalibrationRecord
 
 SCHEMA_VERSION = 3
@@ -29,7 +30,7 @@ class PlanRecord(Strict):
     plan.json."""
 
     sha256: str
-    removal_order: list[int]
+    removal_order: list[Pair]
     corrected_layers: list[int]
     calibration: CalibrationRecord
 

@@ -20,6 +20,7 @@ from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
+from gradmap.model.sublayers import Pair
 
 # Safetensors inside; not so named, because vLLM takes every *.safetensors of a directory for
 # weights.
@@ -76,7 +77,7 @@ def random_probe(vocabulary: int) -> Tensor:
 @torch.inference_mode()
 def compute_references(
     checkpoint: Checkpoint,
-    removed: tuple[int, ...],
+    removed: tuple[Pair, ...],
     changes: Changes,
     input_ids: Tensor,
     dtypes: Collection[torch.dtype | None],
@@ -130,7 +131,7 @@ def load_probe(path: Path) -> Reference:
 
 def _run_folded(
     checkpoint: Checkpoint,
-    removed: tuple[int, ...],
+    removed: tuple[Pair, ...],
     changes: Changes,
     input_ids: Tensor,
     dtype: torch.dtype | None,
@@ -143,7 +144,7 @@ def _run_folded(
 
 def _run_from_disk(
     checkpoint: Checkpoint,
-    removed: tuple[int, ...],
+    removed: tuple[Pair, ...],
     changes: Changes,
     input_ids: Tensor,
     placement: dict[str, Any],

@@ -19,6 +19,7 @@ from gradmap.common.files import write_json
 from gradmap.model.architectures import prune_config
 from gradmap.model.checkpoint import Checkpoint, open_checkpoint
 from gradmap.model.model_files import copy_files
+from gradmap.model.sublayers import Pair
 
 # Beyond the last boundary; greedy decoding then goes on through the cache.
 TOKENS_BEYOND = 32
@@ -70,7 +71,7 @@ def twin_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_twin(
-    checkpoint: Checkpoint, removed: tuple[int, ...], directory: Path, patterns: tuple[str, ...]
+    checkpoint: Checkpoint, removed: tuple[Pair, ...], directory: Path, patterns: tuple[str, ...]
 ) -> Checkpoint:
     """Writes a twin of the pruned model, with seeded random weights. patterns: of the companions
     that it needs."""
@@ -109,10 +110,11 @@ def _slides(parsed: Any) -> bool:
     return kinds is None or "sliding_attention" in kinds
 
 
-def _repeated_layers(parsed: Any) -> list[int]:
+def _repeated_layers(parsed: Any) -> list[Pair]:
     """All but the first two layers of each kind."""
     kinds = getattr(parsed, "layer_types", None) or ["any"] * parsed.num_hidden_layers
-    return [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) >= 2]
+    repeated = [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) >= 2]
+    return [Pair.of_layer(index) for index in repeated]
 
 
 def _with_near_boundaries(config: dict[str, Any], positions: int) -> dict[str, Any]:

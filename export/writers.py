@@ -23,6 +23,7 @@ from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.corrections import Changes
 from gradmap.model.model_files import CODE_KEY, copy_files
 from gradmap.model.precision import DTYPES
+from gradmap.model.sublayers import Pair
 from gradmap.pruning.plan import Plan
 
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
@@ -57,7 +58,7 @@ class Source:
     probe_ids: Tensor
 
     @property
-    def removed(self) -> tuple[int, ...]:
+    def removed(self) -> tuple[Pair, ...]:
         return () if self.plan is None else tuple(self.plan.removal_order)
 
     @property
@@ -144,7 +145,7 @@ def write_through_checkpoint(
 
 
 def artifact_config(
-    config: dict[str, Any], removed: Sequence[int], dtype_name: str
+    config: dict[str, Any], removed: Sequence[Pair], dtype_name: str
 ) -> dict[str, Any]:
     """Returns the config.json of an artifact: per-layer fields follow the removal, the dtype is
     what was written.

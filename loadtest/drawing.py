@@ -54,6 +54,16 @@ def new_figure(width: float = 6.0, height: float = 3.4, panels: int = 1) -> tupl
     return figure, axes
 
 
+def new_stack(
+    width: float, height: float, shares: Sequence[float]
+) -> tuple[Figure, np.ndarray[Any, Any]]:
+    """A figure of panels below each other with one horizontal axis, and their axes. shares: of the
+    height."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(len(shares), 1, sharex=True, height_ratios=list(shares))
+    return figure, axes
+
+
 def add_legend(axes: Axes, **options: Any) -> None:
     """Adds a legend, unless there is nothing to tell apart."""
     if axes.get_legend_handles_labels()[0]:

@@ -23,7 +23,7 @@ class Identity:
     weight_bytes: int
     layers: int | None = None
     base_model: str | None = None
-    removed_layers: tuple[int, ...] | None = None
+    removed_layers: tuple[int | str, ...] | None = None
     plan_sha256: str | None = None
     artifact_sha256: str | None = None
 
@@ -82,7 +82,7 @@ def identify(directory: Path, trust: Trust) -> Identity:
         weight_bytes=record.weight_bytes,
         layers=record.layers,
         base_model=record.base_model.name,
-        removed_layers=tuple(plan.removal_order) if plan else (),
+        removed_layers=tuple(pair.written for pair in plan.removal_order) if plan else (),
         plan_sha256=plan.sha256 if plan else None,
         artifact_sha256=sha256_file(directory / ARTIFACT_FILE),
     )

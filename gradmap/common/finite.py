@@ -38,11 +38,10 @@ def require_finite_weights(weights: Iterable[tuple[str, Tensor]]) -> None:
             require_finite(f"The weight {name}", weight)
 
 
-def require_finite_scores(scores: Mapping[int, float]) -> None:
-    """Raises UserError for the first score that is not finite. scores: of layers, by their original
-    index."""
-    for layer, score in scores.items():
-        require_finite(f"The score of layer {layer}", score)
+def require_finite_scores(scores: Mapping[str, float]) -> None:
+    """Raises UserError for the first score that is not finite. scores: by what they are of."""
+    for what, score in scores.items():
+        require_finite(f"The score of {what}", score)
 
 
 def require_finite_losses(losses: Tensor, samples: Sequence[int]) -> None:

@@ -187,12 +187,12 @@ def _is_several(field: FieldInfo) -> bool:
 
 
 def _item(field: FieldInfo) -> Any:
-    """The items' type of a list that may be written with commas: int, float, or str for names; else
-    None."""
+    """The items' type of a list that may be written with commas: int, float, or str for names and
+    for what is written as one; else None."""
     for kind in _kinds(field):
         if get_origin(kind) is list:
             item = get_args(kind)[0]
-            if item is Name:
+            if item is Name or hasattr(item, "parse"):  # which reads its own text
                 return str
             plain = get_args(item)[0] if get_origin(item) is Annotated else item
             return plain if plain in NUMBERS else None

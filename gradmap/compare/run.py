@@ -41,6 +41,7 @@ OF_SELECTORS: Variants = {
     "-one-shot": {"one_shot": True},
     # The layers that Shortened LLaMA keeps.
     "-protected": {"protect_first": 4, "protect_last": 2},
+    "-pairs": {"unit": "pair"},
 }
 OF_COMPENSATORS: Variants = {"-as-published": {"accept": ALWAYS, "held_out": 0}}
 
@@ -121,7 +122,13 @@ def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
     )
     for (selection, count), seed in product(selections, settings.seeds):
         name, variant = split_variant(selection, OF_SELECTORS)
-        options = {"selector": name, **variant, "compensator": "none", "seed": seed}
+        options = {
+            "selector": name,
+            "unit": "layer",
+            **variant,
+            "compensator": "none",
+            "seed": seed,
+        }
         directory = _selection(out, selection, count, seed)
         flags = as_flags(
             {**settings.model, **settings.calibration, **options, "remove": count, "out": directory}
@@ -233,7 +240,7 @@ def describe_row(
     return {
         "method": method.name,
         "removed": count,
-        "layers": [plan.removal_order for plan in repaired],
+        "layers": [[pair.written for pair in plan.removal_order] for plan in repaired],
         **_quality_over_seeds(evaluations),
         **_costs_over_seeds(selected, repaired, stages),
     }

@@ -6,12 +6,13 @@ from __future__ import annotations
 from gradmap.costs.steps import BF16_BYTES, DEFAULT_SIZE, STEP_SAMPLES, CalibrationSize, Hardware
 from gradmap.costs.timing import Pruning
 from gradmap.model.shape import Shape
+from gradmap.model.sublayers import PIECES
 
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
-# What a selection by repairs holds in every layer, in hidden states. Of a token that it fits on:
-# what the dense model gives, and what enters and is added now. Of one that it measures on: the last
-# two, and again behind the layer that leads and behind the one that is tried, which are half of the
-# layers each.
+# What a selection by repairs holds in every layer, or sublayer, in hidden states. Of a token that
+# it fits on: what the dense model gives, and what enters and is added now. Of one that it measures
+# on: the last two, and again behind the layer that leads and behind the one that is tried, which
+# are half of the layers each.
 FIT_STATES, MEASURE_STATES = 3, 4
 # Numbers that training keeps of a token in each layer for its backward pass, over the widths of the
 # layer's maps.
@@ -34,7 +35,8 @@ def model_bytes(shape: Shape, hardware: Hardware) -> float:
 def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     """Bytes at the peak of `gradmap prune`: what a selection by repairs keeps of its samples, or
     what training keeps for its backward pass, and a refit."""
-    size, states = pruning.size, shape.layers * shape.width * hardware.state_bytes
+    size, pieces = pruning.size, PIECES[pruning.unit] * shape.layers
+    states = pieces * shape.width * hardware.state_bytes
     select = (
         FIT_STATES * size.select_fit_tokens + MEASURE_STATES * size.select_measure_tokens
     ) * states

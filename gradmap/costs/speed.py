@@ -34,6 +34,7 @@ from gradmap.model.precision import (
     weights_dtype,
 )
 from gradmap.model.shape import Shape
+from gradmap.model.sublayers import Pair
 
 TOKENS = 128
 # A layer is timed if, by the speed of products alone, a pass takes no longer, and if its weights
@@ -203,11 +204,8 @@ def _one_layer(config: Mapping[str, Any], dtype: str, device: str) -> tuple[Any,
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    small = (
-        prune_config(dict(config), range(1, layer_count(dict(config))))
-        | tokens
-        | {"vocab_size": VOCABULARY}
-    )
+    all_but_first = [Pair.of_layer(layer) for layer in range(1, layer_count(dict(config)))]
+    small = prune_config(dict(config), all_but_first) | tokens | {"vocab_size": VOCABULARY}
     parsed = CONFIG_MAPPING[config["model_type"]](**small)
     # Else weights would be drawn, which takes longer than to use them.
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from gradmap.costs.steps import (
     training_flops,
 )
 from gradmap.model.shape import Shape
+from gradmap.model.sublayers import PIECES, Unit
 
 # Of a checkpoint that is streamed from disk, in each round of gradient scores: forward and
 # backward.
@@ -66,6 +67,7 @@ class Pruning:
     one_shot: bool = False
     # Whether down projections have a closed form.
     correctable: bool = True
+    unit: Unit = "layer"
 
     @property
     def rounds(self) -> int:
@@ -83,12 +85,14 @@ Rounds = Callable[[Shape, int, CalibrationSize], float]
 Timing = Callable[[Shape, Hardware, Pruning], float]
 
 
-def in_rounds(flops: Rounds) -> Timing:
-    """The timing of a selector that takes so many FLOPs in its rounds."""
+def in_rounds(flops: Rounds, of_each: bool = False) -> Timing:
+    """The timing of a selector that takes so many FLOPs in its rounds. of_each: whether it does for
+    each candidate, of which there are twice as many where any neighbours may go."""
 
     def seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
         needed = flops(hardware.sees(shape), pruning.rounds, pruning.size)
-        return needed / hardware.sustained_flops
+        candidates = PIECES[pruning.unit] if of_each else 1
+        return candidates * needed / hardware.sustained_flops
 
     return seconds
 

@@ -121,7 +121,7 @@ def checkpoint_models(
     contents = load_plan(plan)
     require_same_model(contents, checkpoint)
     pruning = {
-        "removed": sorted(contents.removal_order),
+        "removed": [str(pair) for pair in sorted(contents.removal_order)],
         "corrections": sha256_file(plan / CORRECTIONS_FILE),
     }
     pruned = replace(

@@ -16,15 +16,16 @@ from gradmap.common.errors import UserError
 from gradmap.costs.timing import Timing
 from gradmap.methods.compensation import Compensation
 from gradmap.methods.options import MethodOptions
-from gradmap.methods.selection import LayerScorer
+from gradmap.methods.selection import Scorer
 from gradmap.model.architectures import Architecture
+from gradmap.model.sublayers import Unit
 
 
 @dataclass(frozen=True)
 class Job:
     """What is known before a model is loaded. layers: how many it has, of which `remove` are to go
     and those in `protected` stay. samples: of the calibration set. config: the contents of
-    config.json."""
+    config.json. unit: what goes at a time."""
 
     config: dict[str, Any]
     architecture: Architecture
@@ -32,6 +33,7 @@ class Job:
     remove: int
     protected: frozenset[int]
     samples: int
+    unit: Unit = "layer"
 
 
 def _any_job(job: Job, options: Any) -> None:
@@ -45,6 +47,8 @@ class Method:
     about: what it does, as the end of a sentence that begins with its name. paper: its name and
     arXiv id; empty if it is ours. in_memory: whether it changes or differentiates every weight, so
     that all must be in memory. by_held_out: whether it chooses by what it does on held-out samples.
+    whole_layers: why it cannot do with pairs of sublayers that are no layer, if so; as the end of a
+    sentence that begins with its name.
     options: the class of what else it can be asked for. check: raises UserError for a job, with
     these options, that it cannot do. seconds: None if that is not known. flag: how it is chosen;
     streaming: one that needs no weights in memory.
@@ -57,6 +61,7 @@ class Method:
     paper: str = ""
     in_memory: bool = False
     by_held_out: bool = False
+    whole_layers: str = ""
     options: type[MethodOptions] | None = None
     check: Callable[[Job, Any], None] = _any_job
     seconds: Timing | None = None
@@ -67,6 +72,10 @@ class Method:
             raise UserError(
                 f"{self.flag} {self.name} needs all weights in memory; leave out --stream, or use "
                 f"{self.streaming}."
+            )
+        if job.unit == "pair" and self.whole_layers:
+            raise UserError(
+                f"{self.flag} {self.name} {self.whole_layers}; give --unit layer, or another one."
             )
         self.check(job, options)
 
@@ -83,7 +92,7 @@ class Selector(Method):
 
     flag: ClassVar[str] = "--selector"
     streaming: ClassVar[str] = "gradient"
-    make: Callable[..., LayerScorer]
+    make: Callable[..., Scorer]
     score_label: str
     round_takes: str = "nothing"
     nested: bool = True

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from itertools import zip_longest
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ from gradmap.model.corrections import (
 )
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import capturing
+from gradmap.model.sublayers import (
+    JoinedLayer,
+    Pair,
+    Sublayer,
+    joined_layers,
+    sublayers_left,
+    sublayers_of,
+)
 from gradmap.model.walk import Walk
 
 
@@ -92,9 +101,17 @@ class Compensation:
         return gather_changes([(made.place, made.change) for made in accepted])
 
 
+class Run(NamedTuple):
+    """Removed sublayers that follow each other. before: the retained one before them, whose output
+    map can make up for them. last: the last of them."""
+
+    before: Sublayer
+    last: Sublayer
+
+
 @dataclass(frozen=True)
 class Pruned:
-    """What a compensator repairs: `model`, which is whole, without the `removed` layers, and the
+    """What a compensator repairs: `model`, which is whole, without what was `removed`, and the
     samples to do it on.
 
     removed: in the order of removal. batches: of samples in a forward pass. accept_all: whether
@@ -103,29 +120,35 @@ class Pruned:
 
     model: LayeredModel
     calibration: Calibration
-    removed: tuple[int, ...]
+    removed: tuple[Pair, ...]
     batches: Batches
     accept_all: bool = False
 
     @property
-    def layers(self) -> range:
-        return range(len(self.model.layers))
+    def sublayers(self) -> list[Sublayer]:
+        return sublayers_of(range(len(self.model.layers)))
 
     @property
-    def kept(self) -> list[int]:
-        return [layer for layer in self.layers if layer not in self.removed]
+    def kept(self) -> list[Sublayer]:
+        return sublayers_left(len(self.model.layers), self.removed)
 
-    def runs(self) -> list[tuple[int, int]]:
-        """For each run of removed layers, front to back: the retained layer before it, and its last
-        layer.
+    @property
+    def kept_layers(self) -> list[JoinedLayer]:
+        return joined_layers(len(self.model.layers), self.removed)
 
-        A run at the very beginning has no layer before it, and is left out.
+    def runs(self) -> list[Run]:
+        """The runs of removed sublayers, front to back.
+
+        One at the very beginning has nothing before it that stays, and is left out.
         """
-        found: list[tuple[int, int]] = []
-        for end in sorted(layer for layer in self.removed if layer + 1 not in self.removed):
-            before = [layer for layer in self.kept if layer < end]
-            if before:
-                found.append((before[-1], end))
+        kept = set(self.kept)
+        found: list[Run] = []
+        before: Sublayer | None = None
+        for sublayer, following in zip_longest(self.sublayers, self.sublayers[1:]):
+            if sublayer in kept:
+                before = sublayer
+            elif before is not None and (following is None or following in kept):
+                found.append(Run(before, sublayer))
         return found
 
     def judge(
@@ -149,15 +172,15 @@ class Pruned:
         )
         return after < before
 
-    def walk(self, layers: Sequence[int], input_ids: Tensor) -> Walk:
-        """Samples (N, T) before they pass these of the model's layers."""
-        return Walk(self.model, layers, input_ids, self.batches)
+    def walk(self, sublayers: Sequence[Sublayer], input_ids: Tensor) -> Walk:
+        """Samples (N, T) before they pass these of the model's sublayers."""
+        return Walk(self.model, sublayers, input_ids, self.batches)
 
     @cached_property
     def wanted(self) -> Tensor:
         """What the dense model's last layer gives for this process's share of the held-out samples,
         (n, T, d)."""
-        return self.walk(self.layers, self.calibration.held_out_ids).finish({})
+        return self.walk(self.sublayers, self.calibration.held_out_ids).finish({})
 
     def divergence(self, changes: Changes) -> float | None:
         """On the held-out samples, nats per token; None if there are none."""

@@ -18,11 +18,12 @@ from gradmap.common.distributed import say_if_some_are_idle, share_of_step, sum_
 from gradmap.common.finite import require_finite_losses
 from gradmap.methods.base import Compensator, Selector
 from gradmap.methods.compensation import Compensation, Pruned
-from gradmap.methods.merging import NO_EXPERTS, merge_runs
+from gradmap.methods.merging import NO_EXPERTS, WHOLE_LAYERS, merge_runs
 from gradmap.methods.selection import FixedScores, Subject
 from gradmap.model.corrections import LowRank, Place, untrained_low_rank
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import losses_from, run_layers, stacked_on_cpu
+from gradmap.model.sublayers import Sublayer, sublayers_of
 
 RANK = 8
 STEPS = 40
@@ -32,18 +33,19 @@ MERGED_SHARE = 0.2  # of a removed layer's weights
 
 
 def first_steps_of_tuning(subject: Subject) -> FixedScores:
-    """The layer goes whose weights matter least in the first steps of fine-tuning."""
+    """What goes is that whose weights matter least in the first steps of fine-tuning."""
     calibration = subject.calibration
-    importances = layer_importances(subject.model, calibration.fit_ids, calibration.seed)
-    return FixedScores(dict(enumerate(importances)))
+    importances = importances_of_sublayers(subject.model, calibration.fit_ids, calibration.seed)
+    return FixedScores(subject, importances)
 
 
 def merge_where_signs_agree(pruned: Pruned) -> Compensation:
     """The most important weights of a removed layer are added where the retained one's have their
     sign."""
     calibration = pruned.calibration
+    removed = {sublayer.layer for pair in pruned.removed for sublayer in pair}
     importances = weight_importances(
-        pruned.model, calibration.fit_ids, calibration.seed, pruned.removed
+        pruned.model, calibration.fit_ids, calibration.seed, sorted(removed)
     )
 
     def merge(weight: Tensor, removed: Tensor, kept: Place, source: Place) -> Tensor:
@@ -55,15 +57,18 @@ def merge_where_signs_agree(pruned: Pruned) -> Compensation:
     return merge_runs(pruned, merge)
 
 
-def layer_importances(model: LayeredModel, input_ids: Tensor, seed: int) -> list[float]:
-    """The importances of a layer's weights, summed up. input_ids: (N, T)."""
-    totals: dict[int, Tensor] = {}
+def importances_of_sublayers(
+    model: LayeredModel, input_ids: Tensor, seed: int
+) -> dict[Sublayer, float]:
+    """The importances of a sublayer's weights, summed up. input_ids: (N, T)."""
+    totals = dict.fromkeys(sublayers_of(range(len(model.layers))), torch.zeros(()).double())
     for gradients in lora_gradients(model, input_ids, seed):
         for place, (up, down) in gradients.items():
             # |B A|^2 = tr(B^T B A A^T), without the product
             importance = ((up.mT @ up) * (down @ down.mT)).sum().double() / STEPS
-            totals[place.layer] = totals.get(place.layer, 0) + importance
-    return stacked_on_cpu([totals[layer] for layer in sorted(totals)]).tolist()
+            sublayer = Sublayer(place.layer, model.architecture.part_of(place.target))
+            totals[sublayer] = totals[sublayer] + importance
+    return dict(zip(totals, stacked_on_cpu(list(totals.values())).tolist(), strict=True))
 
 
 def weight_importances(
@@ -85,7 +90,7 @@ def lora_gradients(
     """For every step, the gradients of B (d_out, r) and A (r, d_in) of every linear map. The model
     stays as it is."""
     generator = torch.Generator().manual_seed(seed)
-    maps = model.linear_maps(range(len(model.layers)))
+    maps = model.linear_maps(sublayers_of(range(len(model.layers))))
     factors = {place: untrained_low_rank(module, RANK, generator) for place, module in maps}
     parameters = [tensor for factor in factors.values() for tensor in (factor.up, factor.down)]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
@@ -145,5 +150,6 @@ COMPENSATOR = Compensator(
     paper=PAPER,
     run=merge_where_signs_agree,
     in_memory=True,
+    whole_layers=WHOLE_LAYERS,
     no_experts=NO_EXPERTS,
 )

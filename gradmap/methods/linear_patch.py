@@ -19,7 +19,7 @@ from torch import Tensor
 from gradmap.common.distributed import summed
 from gradmap.common.errors import UserError
 from gradmap.methods.base import Compensator
-from gradmap.methods.compensation import Compensation, Correction, Pruned, correct_in_turn
+from gradmap.methods.compensation import Compensation, Correction, Pruned, Run, correct_in_turn
 from gradmap.methods.ridge import Fit, visit_features
 from gradmap.model.corrections import HIDDEN_STATE, Changes, Place, Projection
 
@@ -27,15 +27,14 @@ from gradmap.model.corrections import HIDDEN_STATE, Changes, Place, Projection
 def patch_before_runs(pruned: Pruned) -> Compensation:
     """One P behind the retained layer before each run of removed layers, front to back."""
 
-    def correct(run: tuple[int, int], changes: Changes) -> tuple[Correction, ...]:
-        layer, goal = run
-        patch = Projection(_fit_patch(pruned, layer, goal, changes))
-        return pruned.judge([(Place(layer, HIDDEN_STATE), patch)], changes)
+    def correct(run: Run, changes: Changes) -> tuple[Correction, ...]:
+        patch = Projection(_fit_patch(pruned, Fit(run.before, run.last), changes))
+        return pruned.judge([(Place(run.before.layer, HIDDEN_STATE), patch)], changes)
 
     return Compensation(correct_in_turn(pruned.runs(), correct))
 
 
-def _fit_patch(pruned: Pruned, layer: int, goal: int, changes: Changes) -> Tensor:
+def _fit_patch(pruned: Pruned, fit: Fit, changes: Changes) -> Tensor:
     """P (d, d) float64. s: mean |wanted H| / mean |given H| over positions, averaged over
     samples."""
     width = pruned.model.config.hidden_size
@@ -47,7 +46,7 @@ def _fit_patch(pruned: Pruned, layer: int, goal: int, changes: Changes) -> Tenso
         rotated, given = wanted @ basis, (wanted - missing) @ basis
         total.add_((rotated.abs().mean(dim=1) / given.abs().mean(dim=1)).sum(dim=0))
 
-    visit_features(pruned, Fit(layer, goal), changes, add)
+    visit_features(pruned, fit, changes, add)
     ratios = summed(total) / len(pruned.calibration.fit_ids)
     patch: Tensor = basis @ ratios.diag() @ basis.mT
     return patch
@@ -99,4 +98,5 @@ COMPENSATOR = Compensator(
     about="scales the hidden state before a cut, channel by channel; cannot be exported",
     paper="LinearPatch (arXiv 2505.24680)",
     run=patch_before_runs,
+    whole_layers="patches the hidden state between layers, so that whole ones must go",
 )

@@ -25,12 +25,13 @@ from gradmap.common.finite import require_finite
 from gradmap.costs.timing import no_seconds
 from gradmap.methods.base import Compensator, Job, Selector
 from gradmap.methods.compensation import Compensation, Pruned
-from gradmap.methods.merging import NO_EXPERTS, merge_runs
-from gradmap.methods.selection import FixedScores, Selection, Subject
+from gradmap.methods.merging import NO_EXPERTS, WHOLE_LAYERS, merge_runs
+from gradmap.methods.selection import FixedOrder, Selection, Subject
 from gradmap.model.batching import forward_batch
 from gradmap.model.corrections import Place
 from gradmap.model.layered import Advance, LayeredModel
-from gradmap.model.layerwise import layer_passes, stacked_on_cpu
+from gradmap.model.layerwise import passes, stacked_on_cpu
+from gradmap.model.sublayers import Pair
 
 Matrix = NDArray[np.float64]
 
@@ -56,18 +57,19 @@ class SimilarityScorer:
     def work(self, alive: int) -> int:
         return 1
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        alive = self._subject.alive(so_far.removal_order)
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
         advance(1)
+        alive = self._subject.candidates(so_far.removal_order)
         return {
-            layer: -float(self._similarities[before, layer]) for before, layer in pairwise(alive)
+            pair: -float(self._similarities[before.first.layer, pair.first.layer])
+            for before, pair in pairwise(alive)
         }
 
 
-def from_the_end(subject: Subject) -> FixedScores:
+def from_the_end(subject: Subject) -> FixedOrder:
     """MKA as it was released: the last two layers are merged again and again, and the merged
     weights are lost."""
-    return FixedScores.of_order(subject.layers[::-1])
+    return FixedOrder(subject.candidates()[::-1])
 
 
 def merge_by_similarity(pruned: Pruned) -> Compensation:
@@ -118,8 +120,8 @@ def last_hidden_states(model: LayeredModel, input_ids: Tensor) -> Matrix:
     is not finite."""
     batches = []
     for batch in input_ids.split(forward_batch(input_ids, model.device)):
-        passes = layer_passes(model, batch.to(model.device))
-        batches.append(stacked_on_cpu([entering[:, -1].double() for entering, _ in passes]))
+        entering = [before[:, -1].double() for before, _ in passes(model, batch.to(model.device))]
+        batches.append(stacked_on_cpu(entering))
     states = torch.cat(batches, dim=1)
     for layer, of_layer in enumerate(states):
         require_finite(f"What enters layer {layer}", of_layer)
@@ -195,12 +197,14 @@ def _embed(states: Matrix) -> Matrix:
     return ranks
 
 
+COMPARES_LAYERS = "is about layers that are alike, so that whole ones must go"
 PAPER = "MKA (arXiv 2406.16330)"
 SELECTOR = Selector(
     name="mka",
     about="the layer that is most like the one before it",
     paper=PAPER,
     make=SimilarityScorer,
+    whole_layers=COMPARES_LAYERS,
     check=require_samples,
     score_label="-similarity to the layer before",
     round_takes="nothing; similarities of all pairs of layers are computed once",
@@ -210,6 +214,7 @@ AS_RELEASED = Selector(
     about="the last layer, again and again, as the released code does",
     paper=PAPER,
     make=from_the_end,
+    whole_layers=COMPARES_LAYERS,
     score_label="distance from the end",
     seconds=no_seconds,
 )
@@ -218,6 +223,7 @@ COMPENSATOR = Compensator(
     about="merges a removed layer into the one before it, by their similarity",
     paper=PAPER,
     run=merge_by_similarity,
+    whole_layers=WHOLE_LAYERS,
     check=require_samples,
     in_memory=True,
     no_experts=NO_EXPERTS,

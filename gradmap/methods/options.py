@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from gradmap.common.reading import Strict
+from gradmap.model.sublayers import Pair
 
 
 class MethodOptions(Strict):
@@ -20,9 +21,10 @@ class ManualOptions(MethodOptions):
     """layers: in order of removal."""
 
     purpose: ClassVar[str] = "the order of removal"
-    layers: list[int] = Field(
+    layers: list[Pair] = Field(
         default_factory=list,
-        description="For --selector manual: which layers, in order of removal, such as 21,22.",
+        description="For --selector manual: which layers, in order of removal, such as 21,22; with "
+        "--unit pair M20+A21 too, the FFN of layer 20 and the attention of 21.",
     )
 
 

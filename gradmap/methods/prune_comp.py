@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from gradmap.common.console import progress
-from gradmap.common.distributed import share_of
+from gradmap.common.distributed import share_of, summed
 from gradmap.methods.base import Compensator, Selector
-from gradmap.methods.compensation import Compensation, Pruned, run_and_capture
+from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.selection import Selection, Subject
 from gradmap.methods.shortgpt import block_influences
-from gradmap.model.batching import forward_batch
+from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.corrections import Change, Changes, Place, Scale, followed_by
 from gradmap.model.layered import Advance, LayeredModel
+from gradmap.model.sublayers import Pair, sublayers_left, sublayers_of
+from gradmap.model.walk import Walk
 
 
 class CompensatedInfluenceScorer:
@@ -36,71 +38,69 @@ class CompensatedInfluenceScorer:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._removed: tuple[int, ...] = ()
+        self._removed: tuple[Pair, ...] = ()
         self._changes: Changes = {}
 
     def work(self, alive: int) -> int:
         return alive * len(share_of(self._subject.calibration.input_ids)[0])
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
         model, calibration = self._subject.model, self._subject.calibration
-        for layer in so_far.removal_order[len(self._removed) :]:
+        for pair in so_far.removal_order[len(self._removed) :]:
             ids, gone = calibration.fit_ids, self._removed
-            batch_size = forward_batch(ids, model.device)
-            ratio = magnitude_ratio(model, ids, layer, gone, self._changes, batch_size)
-            self._changes = followed_by(self._changes, scales_behind(model, layer, ratio))
-            self._removed += (layer,)
+            batches = Batches(forward_batch(ids, model.device))
+            ratio = magnitude_ratio(model, ids, pair, gone, self._changes, batches)
+            self._changes = followed_by(self._changes, scales_behind(model, pair, ratio))
+            self._removed += (pair,)
+        unit = self._subject.unit
         with model.changed(self._changes, without=self._removed):
-            influences = block_influences(model, calibration.input_ids, advance)
-        return dict(zip(self._subject.alive(self._removed), influences.tolist(), strict=True))
+            influences = block_influences(model, calibration.input_ids, unit, advance)
+        return dict(zip(self._subject.candidates(self._removed), influences.tolist(), strict=True))
 
 
 def scale_after_removals(pruned: Pruned) -> Compensation:
-    """One alpha for every removed layer, in the order of removal, each measured with those before
-    it in place."""
+    """One alpha for every removal, in their order, each measured with those before it in place."""
     model = pruned.model
     changes: Changes = {}
     with progress("Measuring magnitudes (layers)", len(pruned.removed)) as advance:
-        for position, layer in enumerate(pruned.removed):
+        for position, pair in enumerate(pruned.removed):
             ids, gone = pruned.calibration.fit_ids, pruned.removed[:position]
-            ratio = magnitude_ratio(model, ids, layer, gone, changes, pruned.batches.size)
-            changes = followed_by(changes, scales_behind(model, layer, ratio))
+            ratio = magnitude_ratio(model, ids, pair, gone, changes, pruned.batches)
+            changes = followed_by(changes, scales_behind(model, pair, ratio))
             advance(1)
-    pairs = [
-        (place, _product(scales)) for place, scales in changes.items() if place.layer in pruned.kept
-    ]
-    return Compensation(pruned.judge(pairs, {}))
+    kept = [model.output_of(sublayer) for sublayer in pruned.kept]
+    scales_of_kept = [(place, _product(changes[place])) for place in kept if place in changes]
+    return Compensation(pruned.judge(scales_of_kept, {}))
 
 
+@torch.no_grad()
 def magnitude_ratio(
     model: LayeredModel,
     input_ids: Tensor,
-    layer: int,
-    gone: Sequence[int],
+    pair: Pair,
+    gone: Sequence[Pair],
     changes: Changes,
-    batch_size: int,
+    batches: Batches,
 ) -> float:
-    """alpha: mean |output| / mean |input| of a layer, over the positions of a sample for each
-    channel, then averaged over samples and channels. In the model without the layers that are
-    `gone`, with `changes`. input_ids: (N, T)."""
-    looked_at = model.layers[layer]
-    behind = {*gone, *range(layer + 1, len(model.layers))}
-
-    def of_batch(batch: Tensor) -> Tensor:
-        ((entering, leaving),) = run_and_capture(model, [looked_at], batch)
-        ratios = leaving.double().abs().mean(dim=1) / entering.double().abs().mean(dim=1)
-        return ratios.mean(dim=1).sum()
-
-    with model.changed(changes, without=sorted(behind)):
-        return model.total(input_ids, of_batch, size=batch_size).item() / len(input_ids)
+    """alpha: mean |output| / mean |input| of what is removed, over the positions of a sample for
+    each channel, then averaged over samples and channels. In the model without what is `gone`, with
+    `changes`. input_ids: (N, T)."""
+    walk = Walk(model, sublayers_left(len(model.layers), gone), input_ids, batches)
+    walk.go_to(pair.first, changes)
+    entering = walk.hidden.double().abs().mean(dim=1)
+    walk.go_behind(pair.second, changes)
+    leaving = walk.hidden.double().abs().mean(dim=1)
+    total = (leaving / entering).mean(dim=1).sum().cpu()
+    return summed(total).item() / len(input_ids)
 
 
-def scales_behind(model: LayeredModel, layer: int, ratio: float) -> list[tuple[Place, Scale]]:
-    """What later layers add, over `ratio`."""
+def scales_behind(model: LayeredModel, pair: Pair, ratio: float) -> list[tuple[Place, Scale]]:
+    """What later sublayers add, over `ratio`."""
     scale = Scale(1 / torch.tensor(ratio, dtype=torch.float64))
-    targets = (model.architecture.attention_output, model.architecture.down_projection)
-    later = range(layer + 1, len(model.layers))
-    return [(Place(index, target), scale) for index in later for target in targets]
+    behind = [
+        sublayer for sublayer in sublayers_of(range(len(model.layers))) if sublayer > pair.second
+    ]
+    return [(model.output_of(sublayer), scale) for sublayer in behind]
 
 
 def _product(scales: Sequence[Change]) -> Scale:

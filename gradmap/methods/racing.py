@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gradmap.model.sublayers import Pair
+
 # Standard errors of the mean difference.
 CLEARLY = 3.0
 # By this share of it, a layer's cost may have fallen when others were removed since it was measured
@@ -46,12 +48,12 @@ class Race:
 
     def run(
         self,
-        untried: Sequence[int],
-        before: Mapping[int, float],
+        untried: Sequence[Pair],
+        before: Mapping[Pair, float],
         base: float,
-        measure: Callable[[Sequence[int]], Sequence[Tensor]],
+        measure: Callable[[Sequence[Pair]], Sequence[Tensor]],
         at_once: int = 1,
-    ) -> dict[int, float]:
+    ) -> dict[Pair, float]:
         """What each layer costs beyond `base`: estimated if it was given up, as before if it was
         not tried.
 
@@ -61,7 +63,7 @@ class Race:
         """
         costs = dict(before)
 
-        def may_lead(layer: int) -> bool:
+        def may_lead(layer: Pair) -> bool:
             return self.best_mean - base >= before[layer] - MAY_FALL * abs(before[layer])
 
         for place in range(0, len(untried), at_once):

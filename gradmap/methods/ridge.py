@@ -31,7 +31,6 @@ from gradmap.methods.least_squares import RightSolver, plus_identity, ridge_sums
 from gradmap.model.corrections import (
     Change,
     Changes,
-    Place,
     Projection,
     Update,
     followed_by,
@@ -39,6 +38,7 @@ from gradmap.model.corrections import (
     weight_of,
 )
 from gradmap.model.precision import widened
+from gradmap.model.sublayers import Sublayer
 from gradmap.model.walk import Walk
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal. They are tried from the
@@ -53,16 +53,17 @@ TOKENS_PER_INPUT = 8
 
 @dataclass(frozen=True)
 class Fit:
-    """What to fit. layer: whose down projection is changed. goal: the layer whose dense output it
-    should give.
+    """What to fit. sublayer: whose output map is changed, W_down or the attention's output
+    projection. goal: the sublayer behind which the hidden state should be what it is in the dense
+    model.
 
-    kind: `left` or `right`, a W' on that side of W_down, or `refit`, W_down itself. weighted:
+    kind: `left` or `right`, a W' on that side of the map, or `refit`, the map itself. weighted:
     whether every token counts by 1 / |target|^2, so that the few with huge norms (attention sinks)
     do not own the fit.
     """
 
-    layer: int
-    goal: int
+    sublayer: Sublayer
+    goal: Sublayer
     kind: str = "left"
     weighted: bool = False
 
@@ -72,13 +73,13 @@ class ClosedForm:
     it is added to."""
 
     def __init__(self, fit: Fit, gram: Tensor, cross: Tensor, weight: Tensor | None) -> None:
-        """gram: F F^T (f, f), cross: D F^T (d, f); weight: W_down (d, k) float64, for `right`.
+        """gram: F F^T (f, f), cross: D F^T (d, f); weight: of the map, (d, k) float64, for `right`.
 
         Raises UserError if the sum of squares is not finite.
         """
         self._fit, self._gram, self._cross, self._weight = fit, gram, cross, weight
         self._scale = gram.diagonal().mean().item()
-        require_finite(f"What layer {fit.layer} gives", self._scale)
+        require_finite(f"What {fit.sublayer} gives", self._scale)
         if weight is not None:
             self._scale *= weight.square().sum(dim=0).mean().item()
             self._right = RightSolver(gram, cross, weight)
@@ -122,7 +123,7 @@ class Walks:
     @classmethod
     def start(cls, pruned: Pruned) -> Walks:
         fit_ids, held_out_ids = pruned.calibration.fit_ids, pruned.calibration.held_out_ids
-        to_fit_on = pruned.walk(pruned.layers, fit_ids), pruned.walk(pruned.kept, fit_ids)
+        to_fit_on = pruned.walk(pruned.sublayers, fit_ids), pruned.walk(pruned.kept, fit_ids)
         if not len(held_out_ids):
             return cls(*to_fit_on)
         return cls(*to_fit_on, pruned.walk(pruned.kept, held_out_ids), pruned.wanted)
@@ -151,13 +152,11 @@ def fit_correction(
     """
     walks = walks or Walks.start(pruned)
     gram, cross = accumulate_gram(pruned, fit, changes, walks)
-    weight = (
-        down_projection_weight(pruned, fit.layer).to(gram.device) if fit.kind == "right" else None
-    )
+    weight = output_weight(pruned, fit.sublayer).to(gram.device) if fit.kind == "right" else None
     closed_form = ClosedForm(fit, gram, cross, weight)
-    place = Place(fit.layer, pruned.model.architecture.down_projection)
+    place = pruned.model.output_of(fit.sublayer)
     if walks.held_out is not None:
-        walks.held_out.go_to(fit.layer, changes)
+        walks.held_out.go_to(fit.sublayer, changes)
     before = walks.held_out_divergence(changes) if before is None else before
 
     def attempt(relative: float) -> Correction:
@@ -171,12 +170,12 @@ def fit_correction(
         return attempt(
             closed_form.relative_of_mean(REGULARISATION, pruned.calibration.fit_ids.numel())
         )
-    with announced(f"Choosing lambda for layer {fit.layer} on held-out samples"):
+    with announced(f"Choosing lambda for {fit.sublayer.words} on held-out samples"):
         return best_downhill(lambdas, attempt, loss=_divergence_after)
 
 
 def fitted_inputs(pruned: Pruned, kind: str) -> int:
-    """How many inputs the map has that a Fit of this kind finds: d of W', k of the down
+    """How many inputs the widest map has that a Fit of this kind finds: d of W', k of the down
     projection."""
     if kind == "left":
         return int(pruned.model.config.hidden_size)
@@ -256,8 +255,9 @@ def visit_features(
 ) -> None:
     """Calls `visit` with one batch after the other of the samples to fit on."""
     walks = walks or Walks.start(pruned)
-    projection = pruned.model.down_projection(fit.layer)
-    with progress(f"Fitting layer {fit.layer} (samples)", len(walks.pruned.hidden)) as advance:
+    output_map = pruned.model.map_at(pruned.model.output_of(fit.sublayer))
+    title = f"Fitting {fit.sublayer.words} (samples)"
+    with progress(title, len(walks.pruned.hidden)) as advance:
 
         def visit_batch(
             samples: slice, captured: list[tuple[Tensor, Tensor]], output: Tensor
@@ -265,15 +265,15 @@ def visit_features(
             ((inputs, added),) = captured
             target = walks.dense.hidden[samples].to(output.device)
             # hooks that correct come first, so that `added` is what the corrected map adds
-            features = linear_output(projection, added) if fit.kind == "left" else inputs
+            features = linear_output(output_map, added) if fit.kind == "left" else inputs
             visit(
                 features.reshape(*target.shape[:2], -1), widened(target) - widened(output), target
             )
             advance(len(target))
 
-        walks.dense.go_to(fit.goal + 1, {})
-        walks.pruned.go_to(fit.layer, changes)
-        walks.pruned.look(fit.layer, [projection], changes, visit_batch)
+        walks.dense.go_behind(fit.goal, {})
+        walks.pruned.go_to(fit.sublayer, changes)
+        walks.pruned.look(fit.sublayer, [output_map], changes, visit_batch)
 
 
 def all_features(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Tensor]:
@@ -286,10 +286,11 @@ def all_features(pruned: Pruned, fit: Fit, changes: Changes) -> tuple[Tensor, Te
     return features, missing
 
 
-def down_projection_weight(pruned: Pruned, layer: int) -> Tensor:
-    """W_down (d, k) float64; of a mixture of experts, each expert has its own, and there is
-    none."""
-    return weight_of(pruned.model.down_projection(layer)).double().cpu()
+def output_weight(pruned: Pruned, sublayer: Sublayer) -> Tensor:
+    """Of its last map, (d, k) float64; of a mixture of experts, each expert has its own, and there
+    is none."""
+    output_map = pruned.model.map_at(pruned.model.output_of(sublayer))
+    return weight_of(output_map).double().cpu()
 
 
 def device_with_room(size: int, device: torch.device) -> torch.device:

@@ -6,7 +6,7 @@ How layers are scored is a selector's business (gradmap.methods.base).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,31 +18,37 @@ from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite_scores
 from gradmap.data.calibration import Calibration
 from gradmap.model.layered import Advance, LayeredModel
+from gradmap.model.sublayers import (
+    PIECES,
+    Pair,
+    Sublayer,
+    Unit,
+    candidates,
+    sublayers_left,
+)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One decision: the score of every layer that could go, and the layers it removed (original
-    indices)."""
+    """One decision: the score of everything that could go, and what it removed."""
 
-    scores: dict[int, float]
-    removed: tuple[int, ...]
+    scores: dict[Pair, float]
+    removed: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of stage 1. The removal order is nested: its first k entries are the choice for k
-    layers."""
+    """The outcome of stage 1. The removal order is nested: its first k entries are the choice for
+    k."""
 
     steps: tuple[Step, ...]
 
     @property
-    def removal_order(self) -> tuple[int, ...]:
-        return tuple(layer for step in self.steps for layer in step.removed)
+    def removal_order(self) -> tuple[Pair, ...]:
+        return tuple(pair for step in self.steps for pair in step.removed)
 
     def first(self, count: int) -> Selection:
-        """The selection of the first `count` layers, which is what a run for `count` layers would
-        have chosen."""
+        """The selection of the first `count`, which is what a run for `count` would have chosen."""
         steps: list[Step] = []
         for step in self.steps:
             removed = step.removed[:count]
@@ -56,8 +62,8 @@ class Selection:
 class Subject:
     """What is scored: the model, whole, and the samples to score it on.
 
-    protected: layers that stay. streamed: whether only one layer of it is in memory at a time.
-    count: how many layers go, for a selector that chooses them all at once.
+    protected: layers that stay, with both sublayers. streamed: whether only one layer of it is in
+    memory at a time. count: how many units go, for a selector that chooses them all at once.
     """
 
     model: LayeredModel
@@ -65,35 +71,43 @@ class Subject:
     protected: frozenset[int] = frozenset()
     streamed: bool = False
     count: int = 1
+    unit: Unit = "layer"
 
     @property
     def layers(self) -> range:
         return range(len(self.model.layers))
 
-    def alive(self, removed: Collection[int]) -> list[int]:
-        return [layer for layer in self.layers if layer not in removed]
+    def left(self, removed: Sequence[Pair]) -> list[Sublayer]:
+        return sublayers_left(len(self.model.layers), removed)
+
+    def candidates(self, removed: Sequence[Pair] = ()) -> list[Pair]:
+        """What could go next, protected or not, front to back."""
+        return candidates(self.left(removed), self.unit)
 
 
-class LayerScorer(Protocol):
-    """Scores layers: the lowest goes first. It leaves the model whole."""
+class Scorer(Protocol):
+    """Scores what could go: the lowest goes first. It leaves the model whole."""
 
     def work(self, alive: int) -> int:
         """What scoring that many layers takes, in the units that `score` tells `advance`."""
         ...
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        """Scores the model without the layers that are gone: original index -> score, for all that
-        may go."""
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
+        """Scores the model without what is gone: of all that may go."""
         ...
 
 
-# Scores (L,) of all layers that a model has now, from samples (N, T).
-Measure = Callable[[LayeredModel, Tensor, Advance], Tensor]
+# Scores (C,) of all candidates of a model as it is now, by unit, from samples (N, T).
+Measure = Callable[[LayeredModel, Tensor, Unit, Advance], Tensor]
+
+
+def scores_of_units(of_pieces: Tensor, unit: Unit) -> Tensor:
+    """The sums of the pieces that go together: (P,) -> (C,), each candidate's."""
+    return of_pieces.unfold(0, PIECES[unit], 1).sum(dim=-1)
 
 
 class ReducedModelScorer:
-    """Measures the model without the layers that are gone, in one pass of all samples through all
-    layers."""
+    """Measures the model without what is gone, in one pass of all samples through all layers."""
 
     def __init__(self, subject: Subject, measure: Measure) -> None:
         self._subject, self._measure = subject, measure
@@ -101,35 +115,51 @@ class ReducedModelScorer:
     def work(self, alive: int) -> int:
         return alive * len(share_of(self._subject.calibration.input_ids)[0])
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        model = self._subject.model
-        with model.without(so_far.removal_order):
-            scores = self._measure(model, self._subject.calibration.input_ids, advance)
-        return dict(zip(self._subject.alive(so_far.removal_order), scores.tolist(), strict=True))
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
+        subject, removed = self._subject, so_far.removal_order
+        with subject.model.without(removed):
+            scores = self._measure(
+                subject.model, subject.calibration.input_ids, subject.unit, advance
+            )
+        return dict(zip(subject.candidates(removed), scores.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
-class FixedScores:
-    """Scores that removals do not change, by layer; layers without one stay."""
+class FixedOrder:
+    """A score is the place in an order of removal; what is not in it stays."""
 
-    scores: Mapping[int, float]
-
-    @classmethod
-    def of_order(cls, order: Sequence[int]) -> FixedScores:
-        """A layer's score is its place in the order of removal."""
-        return cls({layer: float(place) for place, layer in enumerate(order)})
+    order: Sequence[Pair]
 
     def work(self, alive: int) -> int:
         return 1
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
         removed = so_far.removal_order
         advance(1)
-        return {layer: score for layer, score in self.scores.items() if layer not in removed}
+        places = {pair: float(place) for place, pair in enumerate(self.order)}
+        return {pair: place for pair, place in places.items() if pair not in removed}
+
+
+@dataclass(frozen=True)
+class FixedScores:
+    """Scores that removals do not change, of each sublayer; what goes together has their sum."""
+
+    subject: Subject
+    scores: Mapping[Sublayer, float]
+
+    def work(self, alive: int) -> int:
+        return 1
+
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
+        advance(1)
+        return {
+            pair: self.scores[pair.first] + self.scores[pair.second]
+            for pair in self.subject.candidates(so_far.removal_order)
+        }
 
 
 def select(
-    make_scorer: Callable[[], LayerScorer],
+    make_scorer: Callable[[], Scorer],
     subject: Subject,
     count: int,
     *,
@@ -137,11 +167,11 @@ def select(
     done: Sequence[Step],
     record: Callable[[Step], None],
 ) -> Selection:
-    """Chooses `count` layers, one a round, or all of them by the first scores with `one_shot`.
+    """Chooses `count` units, one a round, or all of them by the first scores with `one_shot`.
 
     make_scorer: not called if nothing is left to decide. done: decisions of an interrupted run,
     which are not made again. record: told of every new one.
-    Raises UserError if too few layers may go, or a score is not finite.
+    Raises UserError if too few may go, or a score is not finite.
     """
     rounds = 1 if one_shot else count
     steps = list(done)
@@ -154,14 +184,31 @@ def select(
     ) as advance:
         for _ in ahead:
             scores = scorer.score(Selection(tuple(steps)), advance)
-            require_finite_scores(scores)
-            candidates = [layer for layer in scores if layer not in subject.protected]
-            if len(candidates) < count // rounds:
-                raise UserError(
-                    f"Only {len(candidates)} layers may still be removed; protect fewer, or remove "
-                    "fewer."
-                )
-            lowest = sorted(candidates, key=scores.__getitem__)[: count // rounds]
-            steps.append(Step(scores, tuple(lowest)))
+            require_finite_scores({pair.words: score for pair, score in scores.items()})
+            lowest = lowest_apart(
+                {pair: score for pair, score in scores.items() if not is_protected(pair, subject)},
+                count // rounds,
+            )
+            steps.append(Step(scores, lowest))
             record(steps[-1])
     return Selection(tuple(steps)).first(count)
+
+
+def is_protected(pair: Pair, subject: Subject) -> bool:
+    return any(sublayer.layer in subject.protected for sublayer in pair)
+
+
+def lowest_apart(scores: Mapping[Pair, float], count: int) -> tuple[Pair, ...]:
+    """So many of the lowest, of which no two share a sublayer. Raises UserError if there are not so
+    many."""
+    chosen: list[Pair] = []
+    gone: set[Sublayer] = set()
+    for pair in sorted(scores, key=scores.__getitem__):
+        if len(chosen) < count and gone.isdisjoint(pair):
+            chosen.append(pair)
+            gone.update(pair)
+    if len(chosen) < count:
+        raise UserError(
+            f"Only {len(chosen)} layers may still be removed; protect fewer, or remove fewer."
+        )
+    return tuple(chosen)

@@ -9,20 +9,26 @@ from gradmap.common.distributed import summed
 from gradmap.costs.steps import taylor_flops
 from gradmap.costs.timing import in_rounds, no_seconds
 from gradmap.methods.base import Selector
-from gradmap.methods.selection import FixedScores, ReducedModelScorer, Subject
+from gradmap.methods.selection import (
+    FixedScores,
+    ReducedModelScorer,
+    Subject,
+    scores_of_units,
+)
 from gradmap.model.batching import FORWARD_BATCH
 from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import sample_losses
+from gradmap.model.sublayers import Unit
 
 
 def magnitude(subject: Subject) -> FixedScores:
-    """Sum of |w| over the weights of a layer, norms included. Removals change nothing about it."""
-    return FixedScores(
-        {
-            index: sum(weight.double().abs().sum().item() for weight in layer.parameters())
-            for index, layer in enumerate(subject.model.layers)
-        }
-    )
+    """Sum of |w| over the weights of what goes, norms included. Removals change nothing about
+    it."""
+    sizes = [
+        sum(weight.double().abs().sum().item() for weight in piece.parameters())
+        for piece in subject.model.pieces("pair")
+    ]
+    return FixedScores(subject, dict(zip(subject.left(()), sizes, strict=True)))
 
 
 def taylor(subject: Subject) -> ReducedModelScorer:
@@ -32,12 +38,15 @@ def taylor(subject: Subject) -> ReducedModelScorer:
 
 
 def taylor_scores(
-    model: LayeredModel, input_ids: Tensor, advance: Advance = lambda n: None
+    model: LayeredModel,
+    input_ids: Tensor,
+    unit: Unit = "layer",
+    advance: Advance = lambda n: None,
 ) -> Tensor:
-    """The score of every layer: (L,) float64. Forms the gradient of every weight. input_ids: (N,
-    T)."""
-    of_layers = [list(layer.parameters()) for layer in model.layers]
-    weights = [weight for of_layer in of_layers for weight in of_layer]
+    """The score of every candidate: (C,) float64. Forms the gradient of every weight. input_ids:
+    (N, T)."""
+    of_pieces = [list(piece.parameters()) for piece in model.pieces(unit)]
+    weights = [weight for of_piece in of_pieces for weight in of_piece]
     gradients = [torch.zeros_like(weight) for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
@@ -55,8 +64,8 @@ def taylor_scores(
             weight.requires_grad_(False)
     products = [weight * summed(total) for weight, total in zip(weights, gradients, strict=True)]
     sizes = iter([product.double().abs().sum().item() for product in products])
-    scores = [sum(next(sizes) for _ in of_layer) for of_layer in of_layers]
-    return torch.tensor(scores, dtype=torch.float64)
+    sums = [sum(next(sizes) for _ in of_piece) for of_piece in of_pieces]
+    return scores_of_units(torch.tensor(sums, dtype=torch.float64), unit)
 
 
 MAGNITUDE = Selector(

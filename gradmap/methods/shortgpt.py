@@ -12,25 +12,36 @@ from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.selection import ReducedModelScorer, Subject
 from gradmap.model.layered import Advance, LayeredModel
-from gradmap.model.layerwise import layer_passes, stacked_on_cpu
+from gradmap.model.layerwise import passes, stacked_on_cpu
+from gradmap.model.sublayers import PIECES, Unit
 
 
 def block_influence(subject: Subject) -> ReducedModelScorer:
     """BI_i = 1 - E[cos(h_i, h_i+1)] over samples and positions, of the hidden states before and
-    after layer i."""
+    after layer i, or a pair of sublayers."""
     return ReducedModelScorer(subject, block_influences)
 
 
 @torch.no_grad()
 def block_influences(
-    model: LayeredModel, input_ids: Tensor, advance: Advance = lambda n: None
+    model: LayeredModel,
+    input_ids: Tensor,
+    unit: Unit = "layer",
+    advance: Advance = lambda n: None,
+    count: int = 1,
 ) -> Tensor:
-    """The influence of every layer that the model has now: (L,) float64. input_ids: (N, T)."""
+    """The influence of every so many units in a row that the model has now: (C,) float64.
+    input_ids: (N, T)."""
+    width = count * PIECES[unit]
 
     def of_batch(batch: Tensor) -> Tensor:
-        return stacked_on_cpu(
-            [turned(entering, leaving) for entering, leaving in layer_passes(model, batch)]
-        )
+        entering: list[Tensor] = []  # the last `width` of them
+        influences: list[Tensor] = []
+        for before, leaving in passes(model, batch, unit):
+            entering.append(before)
+            if len(entering) == width:
+                influences.append(turned(entering.pop(0), leaving))
+        return stacked_on_cpu(influences)
 
     return model.total(input_ids, of_batch, advance) / input_ids.numel()
 

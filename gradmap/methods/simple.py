@@ -10,30 +10,48 @@ from gradmap.costs.timing import no_seconds
 from gradmap.methods.base import Compensator, Job, Selector
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.options import ManualOptions
-from gradmap.methods.selection import FixedScores, Subject
+from gradmap.methods.selection import FixedOrder, Selection, Subject
+from gradmap.model.layered import Advance
+from gradmap.model.sublayers import Pair, are_neighbours
 
 
-def listed(subject: Subject, options: ManualOptions) -> FixedScores:
+def listed(subject: Subject, options: ManualOptions) -> FixedOrder:
     """The order of `--layers`."""
-    return FixedScores.of_order(options.layers)
+    return FixedOrder(options.layers)
 
 
 def require_layers(job: Job, options: ManualOptions) -> None:
-    """Raises UserError unless the order names distinct layers of the model."""
+    """Raises UserError unless the order names what is there when it is removed."""
     order = options.layers
     if not order:
         raise UserError("--layers is the order of removal for --selector manual; give both.")
-    if len(set(order)) < len(order) or not set(order) <= set(range(job.layers)):
+    shifted = [pair for pair in order if not pair.is_layer]
+    if shifted and job.unit == "layer":
+        raise UserError(f"--layers names {shifted[0]}, which is no layer; give --unit pair.")
+    if not are_neighbours(job.layers, order):
+        what = "layers" if job.unit == "layer" else "layers, or neighbours in what is left,"
         raise UserError(
-            f"--layers must name distinct layers between 0 and {job.layers - 1}, in order of "
-            "removal, such as 21,22."
+            f"--layers must name distinct {what} between 0 and {job.layers - 1}, in order of "
+            f"removal, such as {'21,22' if job.unit == 'layer' else 'M20+A21,22'}."
         )
 
 
-def shuffled(subject: Subject) -> FixedScores:
-    """An order drawn with the seed of the calibration."""
-    generator = random.Random(subject.calibration.seed)
-    return FixedScores.of_order(generator.sample(subject.layers, len(subject.layers)))
+class RandomScorer:
+    """Numbers drawn with the seed of the calibration; the same for the same candidate."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+
+    def work(self, alive: int) -> int:
+        return 1
+
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
+        advance(1)
+        seed = self._subject.calibration.seed
+        return {
+            pair: random.Random(f"{seed} {pair}").random()
+            for pair in self._subject.candidates(so_far.removal_order)
+        }
 
 
 def leave_as_it_is(pruned: Pruned) -> Compensation:
@@ -52,9 +70,9 @@ MANUAL = Selector(
 )
 RANDOM = Selector(
     name="random",
-    about="in an order drawn with the seed of the calibration",
-    make=shuffled,
-    score_label="place in a random order",
+    about="by chance, drawn with the seed of the calibration",
+    make=RandomScorer,
+    score_label="random number",
     seconds=no_seconds,
 )
 NONE = Compensator(

@@ -1,5 +1,5 @@
 """SLEB (Song et al. 2024, arXiv 2402.09025): the loss of the model without a layer, tried for every
-layer."""
+layer, or pair of sublayers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.selection import Selection, Subject
 from gradmap.model.layered import Advance, LayeredModel
-from gradmap.model.layerwise import losses_from, record_layer_calls
+from gradmap.model.layerwise import losses_from, record_pieces
+from gradmap.model.sublayers import PIECES, Pair, Unit
 
 
 class RemovalLossScorer:
-    """Loss without each layer but the first and the last of the model, which SLEB keeps, in nats
-    per token."""
+    """Loss without each candidate, in nats per token. The first and the last layer of the model
+    stay, as in SLEB."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -27,15 +28,18 @@ class RemovalLossScorer:
     def work(self, alive: int) -> int:
         return len(share_of(self._subject.calibration.input_ids)[0]) * alive
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
-        removed = so_far.removal_order
-        model, ids = self._subject.model, self._subject.calibration.input_ids
-        alive = self._subject.alive(removed)
-        ends = (self._subject.layers[0], self._subject.layers[-1])
-        places = [place for place, layer in enumerate(alive) if layer not in ends]
-        with model.without(removed):
-            losses = losses_without(model, ids, places, advance)
-        return dict(zip([alive[place] for place in places], losses.tolist(), strict=True))
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
+        removed, subject = so_far.removal_order, self._subject
+        ends = (subject.layers[0], subject.layers[-1])
+        tried = {
+            place: pair
+            for place, pair in enumerate(subject.candidates(removed))
+            if pair.first.layer not in ends and pair.second.layer not in ends
+        }
+        ids = subject.calibration.input_ids
+        with subject.model.without(removed):
+            losses = losses_without(subject.model, ids, list(tried), subject.unit, advance)
+        return dict(zip(tried.values(), losses.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -43,26 +47,26 @@ def losses_without(
     model: LayeredModel,
     input_ids: Tensor,
     places: Sequence[int],
+    unit: Unit = "layer",
     advance: Advance = lambda n: None,
 ) -> Tensor:
-    """Mean next-token cross-entropy without the layer at each of `places`: (P,) float64. input_ids:
-    (N, T).
+    """Mean next-token cross-entropy without the unit that begins at each of `places`, counted in
+    pieces: (P,) float64. input_ids: (N, T).
 
-    What enters a layer is the same whichever later one is left out, so only the layers behind it
-    run again.
+    What enters a piece is the same whichever later one is left out, so only those behind it run
+    again.
     """
 
     def of_batch(batch: Tensor) -> Tensor:
         losses = torch.zeros(len(places), dtype=torch.float64)
-        hidden, calls = record_layer_calls(model, batch)
-        passes = list(zip(model.layers, calls, strict=True))
-        for place, (layer, call) in enumerate(passes):
+        hidden, pieces = record_pieces(model, batch, unit)
+        for place, piece in enumerate(pieces):
             if place in places:
                 without = hidden
-                for later, later_call in passes[place + 1 :]:
-                    without = later_call.run(later, without)
+                for later in pieces[place + PIECES[unit] :]:
+                    without = later.run(without)
                 losses[places.index(place)] = losses_from(model, without, batch).double().sum()
-            hidden = call.run(layer, hidden)
+            hidden = piece.run(hidden)
         return losses
 
     predictions = input_ids.shape[0] * (input_ids.shape[1] - 1)
@@ -70,12 +74,13 @@ def losses_without(
 
 
 def losses_without_reference(
-    model: LayeredModel, input_ids: Tensor, places: Sequence[int]
+    model: LayeredModel, input_ids: Tensor, removed: Sequence[Pair]
 ) -> list[float]:
-    """`losses_without` by running each smaller model as a whole. input_ids: (N, T)."""
+    """`losses_without` each of these, by running each smaller model as a whole. input_ids:
+    (N, T)."""
     losses = []
-    for place in places:
-        with model.without([place]), torch.no_grad():
+    for pair in removed:
+        with model.without([pair]), torch.no_grad():
             logits = model.network(input_ids=input_ids, use_cache=False).logits[:, :-1]
         losses.append(
             torch.nn.functional.cross_entropy(
@@ -92,5 +97,5 @@ SELECTOR = Selector(
     make=RemovalLossScorer,
     score_label="loss without the layer (nats per token)",
     round_takes="for every layer, a pass through those behind it",
-    seconds=in_rounds(sleb_flops),
+    seconds=in_rounds(sleb_flops, of_each=True),
 )

@@ -3,9 +3,10 @@ the one block of consecutive layers that turns the hidden state least goes, all 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradmap.common.distributed import share_of
@@ -15,72 +16,68 @@ from gradmap.costs.steps import CalibrationSize, influence_flops
 from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Job, Selector
 from gradmap.methods.selection import Selection, Subject
-from gradmap.methods.shortgpt import turned
-from gradmap.model.layered import Advance, LayeredModel
-from gradmap.model.layerwise import layer_passes, stacked_on_cpu
+from gradmap.methods.shortgpt import block_influences
+from gradmap.model.layered import Advance
 from gradmap.model.shape import Shape
+from gradmap.model.sublayers import PIECES, Pair, Unit, candidates, pieces, sublayers_of
 
 
-def windows(layers: int, count: int) -> list[range]:
-    """All blocks of so many consecutive layers."""
-    return [range(first, first + count) for first in range(layers - count + 1)]
+def windows(places: int, count: int) -> list[range]:
+    """All blocks of so many consecutive places."""
+    return [range(first, first + count) for first in range(places - count + 1)]
+
+
+def blocks(layers: int, count: int, unit: Unit) -> list[tuple[Pair, ...]]:
+    """All blocks of so many units in a row, front to back."""
+    found = pieces(sublayers_of(range(layers)), unit)
+    return [
+        tuple(candidates(list(chain.from_iterable(found[place] for place in window)), "layer"))
+        for window in windows(len(found), count * PIECES[unit])
+    ]
 
 
 def require_room(job: Job, options: None) -> None:
     """Raises UserError if the protected layers leave no room for a block of `job.remove` layers."""
-    if all(job.protected.intersection(window) for window in windows(job.layers, job.remove)):
+    if not any(
+        _is_allowed(block, job.protected) for block in blocks(job.layers, job.remove, job.unit)
+    ):
         raise UserError(
             f"The protected layers leave no {job.remove} consecutive ones to remove; protect or "
             "remove fewer."
         )
 
 
+def _is_allowed(block: Sequence[Pair], protected: Collection[int]) -> bool:
+    return not any(sublayer.layer in protected for pair in block for sublayer in pair)
+
+
 class WindowScorer:
-    """Scores the layers of the chosen block alone, all with its influence. Of equal blocks the
-    first one goes."""
+    """Scores what is in the chosen block alone, all with its influence. Of equal blocks the first
+    one goes."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._windows = windows(len(subject.layers), subject.count)
+        self._blocks = blocks(len(subject.layers), subject.count, subject.unit)
 
     def work(self, alive: int) -> int:
         return alive * len(share_of(self._subject.calibration.input_ids)[0])
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
         subject = self._subject
-        influences = window_influences(
-            subject.model, subject.calibration.input_ids, subject.count, advance
+        influences = block_influences(
+            subject.model, subject.calibration.input_ids, subject.unit, advance, subject.count
         )
-        of_window = dict(zip(self._windows, influences.tolist(), strict=True))
-        require_finite_scores({window[0]: influence for window, influence in of_window.items()})
-        allowed = [window for window in self._windows if subject.protected.isdisjoint(window)]
-        best = min(allowed, key=of_window.__getitem__)
-        return dict.fromkeys(best, of_window[best])
+        of_block = dict(zip(self._blocks, influences.tolist(), strict=True))
+        require_finite_scores({block[0].words: found for block, found in of_block.items()})
+        allowed = [block for block in of_block if _is_allowed(block, subject.protected)]
+        best = min(allowed, key=of_block.__getitem__)
+        return dict.fromkeys(best, of_block[best])
 
 
-@torch.no_grad()
-def window_influences(
-    model: LayeredModel, input_ids: Tensor, count: int, advance: Advance = lambda n: None
-) -> Tensor:
-    """1 - E[cos(h_i, h_i+count)] over samples and positions, for every block of `count` layers:
-    (L - count + 1,) float64. input_ids: (N, T)."""
-
-    def of_batch(batch: Tensor) -> Tensor:
-        entering: list[Tensor] = []  # the last `count` of them
-        influences: list[Tensor] = []
-        for before, leaving in layer_passes(model, batch):
-            entering.append(before)
-            if len(entering) == count:
-                influences.append(turned(entering.pop(0), leaving))
-        return stacked_on_cpu(influences)
-
-    return model.total(input_ids, of_batch, advance) / input_ids.numel()
-
-
-def window_influences_reference(model: Any, input_ids: Tensor, count: int) -> list[float]:
-    """`window_influences` of each block by itself, from the hidden states that transformers
-    returns. What leaves the last layer is not among them as it is, but behind the last norm, so
-    that the last block is left out. input_ids: (N, T)."""
+def block_influences_reference(model: Any, input_ids: Tensor, count: int) -> list[float]:
+    """`block_influences` of each block of layers by itself, from the hidden states that
+    transformers returns. What leaves the last layer is not among them as it is, but behind the last
+    norm, so that the last block is left out. input_ids: (N, T)."""
     states = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states
     influences = []
     for first, last in zip(states[:-1], states[count:-1], strict=False):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from gradmap.common.errors import UserError
+from gradmap.model.sublayers import Pair, Part, joined_layers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Architecture:
     inside a layer, of the last linear map of the FFN; of a mixture of experts, of the
         whole FFN, whose last maps are the down projections of all experts.
     attention_output: dotted path, inside a layer, of the last linear map of the attention.
+    feed_forward: what of a layer's children is of its FFN, with the norms that belong to it; the
+        others are of its attention.
     expert_down_projections: of a mixture of experts, the pattern of their tensor names inside a
     layer. layer_count_key: the config key that holds the number of layers. transposed_linear:
     weights are stored (d_in, d_out), as in GPT-2's Conv1D, and not (d_out, d_in). uncorrectable:
@@ -36,6 +39,7 @@ class Architecture:
     layers: str
     down_projection: str
     attention_output: str = "self_attn.o_proj"
+    feed_forward: tuple[str, ...] = ("post_attention_layernorm", "mlp")
     expert_down_projections: str | None = None
     layer_count_key: str = "num_hidden_layers"
     transposed_linear: bool = False
@@ -57,6 +61,16 @@ class Architecture:
             yield
         finally:
             setattr(parent, list_name, original)
+
+    def part_of(self, name: str) -> Part:
+        """Which sublayer a path or a tensor name inside a layer belongs to. What leaves the layer,
+        whose path is empty, leaves its FFN."""
+        child = name.partition(".")[0]
+        return Part.FFN if child in ("", *self.feed_forward) else Part.ATTENTION
+
+    def output_map(self, part: Part) -> str:
+        """The path, inside a layer, of the last linear map of a sublayer."""
+        return self.attention_output if part is Part.ATTENTION else self.down_projection
 
     def down_projection_of(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.down_projection)
@@ -119,7 +133,9 @@ class Architecture:
 
 _LLAMA_LIKE = Architecture(layers="model.layers", down_projection="mlp.down_proj")
 _SANDWICH_NORM = replace(
-    _LLAMA_LIKE, uncorrectable="a norm follows the down projection, so it is no linear map any more"
+    _LLAMA_LIKE,
+    feed_forward=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    uncorrectable="a norm follows the down projection, so it is no linear map any more",
 )
 _QWEN_MOE = Architecture(
     layers="model.layers",
@@ -132,7 +148,9 @@ ARCHITECTURES = {
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
-    "phi3": _LLAMA_LIKE,
+    "phi3": replace(
+        _LLAMA_LIKE, feed_forward=("post_attention_layernorm", "mlp", "resid_mlp_dropout")
+    ),
     "gemma": _LLAMA_LIKE,
     "gemma2": _SANDWICH_NORM,
     "gemma3_text": _SANDWICH_NORM,
@@ -140,23 +158,34 @@ ARCHITECTURES = {
         layers="model.layers",
         down_projection="mlp",
         expert_down_projections=r"block_sparse_moe\.experts\.\d+\.w2\.weight",
+        # as a checkpoint calls it, and as transformers does
+        feed_forward=("post_attention_layernorm", "block_sparse_moe", "mlp"),
     ),
     "qwen2_moe": _QWEN_MOE,
     "qwen3_moe": _QWEN_MOE,
     "opt": Architecture(
-        layers="model.decoder.layers", down_projection="fc2", attention_output="self_attn.out_proj"
+        layers="model.decoder.layers",
+        down_projection="fc2",
+        attention_output="self_attn.out_proj",
+        feed_forward=("final_layer_norm", "fc1", "activation_fn", "fc2"),
     ),
     "gpt2": Architecture(
         layers="transformer.h",
         down_projection="mlp.c_proj",
         attention_output="attn.c_proj",
+        feed_forward=("ln_2", "mlp"),
         layer_count_key="n_layer",
         transposed_linear=True,
     ),
 }
 
-# Config keys that hold one entry per layer; every other list of that length is refused as unknown.
-_PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# Config keys that hold one entry per layer, and which sublayer it describes; every other list of
+# that length is refused as unknown.
+_PER_LAYER_KEYS = {
+    "layer_types": Part.ATTENTION,
+    "no_rope_layers": Part.ATTENTION,
+    "mlp_layer_types": Part.FFN,
+}
 # Lists that may happen to be as long as the model is deep.
 _OTHER_LISTS = ("architectures", "mlp_only_layers", "eos_token_id")
 
@@ -193,32 +222,33 @@ def layer_count(config: dict[str, Any]) -> int:
     return int(config[architecture_of(config).layer_count_key])
 
 
-def prune_config(config: dict[str, Any], removed: Sequence[int]) -> dict[str, Any]:
-    """Returns a copy of a config in which every per-layer field has lost the `removed` (original)
-    indices.
+def prune_config(config: dict[str, Any], removed: Sequence[Pair]) -> dict[str, Any]:
+    """Returns a copy of a config that describes what is left: every per-layer field follows the
+    sublayer that it is about.
 
     Patterns that follow from a layer's position (every other one slides, every second one is
     sparse) are spelled out. Raises UserError for a list with one entry per layer whose meaning is
     not known.
     """
     layers = layer_count(config)
-    kept = [index for index in range(layers) if index not in set(removed)]
+    kept = joined_layers(layers, removed)
     pruned = deepcopy(config)
     pruned[architecture_of(config).layer_count_key] = len(kept)
     for key, value in (config | _explicit_layer_types(config)).items():
         if key in _PER_LAYER_KEYS and value is not None:
-            pruned[key] = [value[index] for index in kept]
+            pruned[key] = [value[layer[_PER_LAYER_KEYS[key]]] for layer in kept]
         elif isinstance(value, list) and len(value) == layers and key not in _OTHER_LISTS:
             raise UserError(
                 f"Config field {key!r} has one entry per layer and is not known; removal is not "
                 "safe."
             )
     if config.get("max_window_layers") is not None:  # Qwen: layers below it use full attention
-        pruned["max_window_layers"] = sum(index < config["max_window_layers"] for index in kept)
+        full = config["max_window_layers"]
+        pruned["max_window_layers"] = sum(layer.attention < full for layer in kept)
     # Qwen-MoE: every n-th layer has experts, but for those listed
     if "decoder_sparse_step" in config:
         step, dense = config["decoder_sparse_step"], config.get("mlp_only_layers") or []
-        sparse = [index not in dense and (index + 1) % step == 0 for index in kept]
+        sparse = [layer.ffn not in dense and (layer.ffn + 1) % step == 0 for layer in kept]
         pruned["decoder_sparse_step"] = 1
         pruned["mlp_only_layers"] = [
             position for position, is_sparse in enumerate(sparse) if not is_sparse

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +17,7 @@ from gradmap.common.distributed import share_of, summed
 from gradmap.model.architectures import Architecture, architecture_of, prune_config
 from gradmap.model.batching import forward_batch
 from gradmap.model.corrections import Changes, Place, correcting_hook
+from gradmap.model.sublayers import Pair, Part, Sublayer, Unit, joined_layers
 
 # Told of passes, forward or backward, of one sample through one layer.
 Advance = Callable[[int], None]
@@ -52,26 +55,70 @@ class LayeredModel:
     def down_projection(self, layer: int) -> nn.Module:
         return self.architecture.down_projection_of(self.layers[layer])
 
-    def linear_maps(self, layers: Sequence[int]) -> Iterator[tuple[Place, nn.Module]]:
-        """Every linear map of the layers at these indices; not the stacked weights of experts, nor
-        their router."""
-        for index in layers:
-            for path, module in self.layers[index].named_modules():
-                if isinstance(module, nn.Linear | Conv1D):
-                    yield Place(index, path), module
+    def map_at(self, place: Place) -> nn.Module:
+        return self.layers[place.layer].get_submodule(place.target)
+
+    def output_of(self, sublayer: Sublayer) -> Place:
+        """The last linear map of a sublayer."""
+        return Place(sublayer.layer, self.architecture.output_map(sublayer.part))
+
+    def linear_maps(self, sublayers: Sequence[Sublayer]) -> Iterator[tuple[Place, nn.Module]]:
+        """Every linear map of these; not the stacked weights of experts, nor their router."""
+        for layer, part in sublayers:
+            for path, module in self.layers[layer].named_modules():
+                if (
+                    isinstance(module, nn.Linear | Conv1D)
+                    and self.architecture.part_of(path) is part
+                ):
+                    yield Place(layer, path), module
+
+    def pieces(self, unit: Unit) -> list[nn.Module]:
+        """What a unit is made of, to be run one after the other: the layers that it has now, or
+        each sublayer by itself."""
+        if unit == "layer":
+            return list(self.layers)
+        return [self.sublayer(layer, part) for layer in self.layers for part in Part]
+
+    def of_sublayers(self, sublayers: Sequence[Sublayer]) -> nn.Module:
+        """One or both sublayers of a layer, to be run by themselves."""
+        layer = self.layers[sublayers[0].layer]
+        return layer if len(sublayers) == len(Part) else self.sublayer(layer, sublayers[0].part)
+
+    def sublayer(self, layer: nn.Module, part: Part) -> nn.Module:
+        """A layer of which the other sublayer adds nothing. Its modules are the layer's own."""
+        attention = self.architecture.attention_output.partition(".")[0]
+        other = {
+            name: _AddsNothing(returns_weights=name == attention)
+            for name, _ in layer.named_children()
+            if self.architecture.part_of(name) is not part
+        }
+        return _with_children(layer, other, hooked=layer if part is Part.FFN else nn.Module())
+
+    def _joined(self, attention: nn.Module, ffn: nn.Module) -> nn.Module:
+        """A layer with the attention of one and the FFN of another."""
+        if attention is ffn:
+            return attention
+        of_ffn = {
+            name: child
+            for name, child in ffn.named_children()
+            if self.architecture.part_of(name) is Part.FFN
+        }
+        return _with_children(attention, of_ffn, hooked=ffn)
 
     @contextmanager
-    def without(self, removed: Sequence[int]) -> Iterator[None]:
-        """Runs without the layers at the `removed` indices.
+    def without(self, removed: Sequence[Pair]) -> Iterator[None]:
+        """Runs without these sublayers; what is left of different layers is joined.
 
         The layer list, every module's `layer_idx` (its KV cache slot) and the config's per-layer
         fields follow.
         """
         original, original_config = self.layers, self.config.to_dict()
+        joined = joined_layers(len(original), removed)
         pruned_config = prune_config(original_config, removed)
         changed = [key for key, value in pruned_config.items() if value != original_config[key]]
-        gone = set(removed)
-        kept = nn.ModuleList(layer for index, layer in enumerate(original) if index not in gone)
+        kept = nn.ModuleList(
+            self._joined(original[layer.attention], original[layer.ffn]) for layer in joined
+        )
         try:
             _number_layers(kept)
             self._configure({key: pruned_config[key] for key in changed})
@@ -82,13 +129,13 @@ class LayeredModel:
             self._configure({key: original_config[key] for key in changed})
 
     @contextmanager
-    def changed(self, changes: Changes, without: Sequence[int] = ()) -> Iterator[None]:
-        """Runs with changes on hooks, and without some layers. Places are indices in all layers."""
-        layers = self.layers
+    def changed(self, changes: Changes, without: Sequence[Pair] = ()) -> Iterator[None]:
+        """Runs with changes on hooks, and without some sublayers. Places are in the layers that it
+        has before."""
         with ExitStack() as stack:
             for place, of_place in changes.items():
-                module = layers[place.layer].get_submodule(place.target)
-                stack.callback(module.register_forward_hook(correcting_hook(of_place)).remove)
+                hook = self.map_at(place).register_forward_hook(correcting_hook(of_place))
+                stack.callback(hook.remove)
             if without:
                 stack.enter_context(self.without(without))
             yield
@@ -124,6 +171,39 @@ class LayeredModel:
     def _configure(self, values: dict[str, Any]) -> None:
         for key, value in values.items():
             setattr(self.config, key, value)
+
+
+class _AddsNothing(nn.Module):
+    """Stands for a child of a layer that is not run: zero, a number. An attention returns its
+    weights beside it."""
+
+    def __init__(self, returns_weights: bool) -> None:
+        super().__init__()
+        self._returns_weights = returns_weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given: Tensor = args[0] if args else kwargs["hidden_states"]
+        nothing = given.new_zeros(())
+        return (nothing, None) if self._returns_weights else nothing
+
+
+def _with_children(
+    layer: nn.Module, children: Mapping[str, nn.Module], hooked: nn.Module
+) -> nn.Module:
+    """A layer like this one, with some other children, and the forward hooks of `hooked`.
+
+    What is behind a layer is behind its FFN, so that who watches or changes it goes with that.
+    """
+    made = copy(layer)
+    made._modules = {**layer._modules, **children}
+    # where layers are on several GPUs, accelerate has put a forward of its own into the layer
+    moves = vars(made).pop("_hf_hook", None)
+    if moves is not None:
+        del made.forward, made._old_forward
+        add_hook_to_module(made, moves)
+    for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(made, hooks, getattr(hooked, hooks))
+    return made
 
 
 def _number_layers(layers: nn.ModuleList) -> None:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from gradmap.model.batching import logits_batch
 from gradmap.model.layered import LayeredModel
 from gradmap.model.precision import widened
+from gradmap.model.sublayers import PIECES, Unit
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,43 @@ def record_layer_calls(model: LayeredModel, input_ids: Tensor) -> tuple[Tensor, 
     return entering[0], calls
 
 
-def layer_passes(model: LayeredModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """What enters and what leaves each layer, one after the other: (B, T) -> (B, T, d) both."""
+@dataclass(frozen=True)
+class Piece:
+    """A layer or a sublayer, and what the model gives to it."""
+
+    module: nn.Module
+    call: LayerCall
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        return self.call.run(self.module, hidden)
+
+
+def record_pieces(
+    model: LayeredModel, input_ids: Tensor, unit: Unit = "layer"
+) -> tuple[Tensor, list[Piece]]:
+    """Returns the hidden state that enters the first layer, (B, T, d), and the pieces that a unit
+    is made of, to be run one after the other. input_ids: (B, T)."""
     hidden, calls = record_layer_calls(model, input_ids)
-    for layer, call in zip(model.layers, calls, strict=True):
-        entering, hidden = hidden, call.run(layer, hidden)
+    of_layer = PIECES[unit]
+    return hidden, [
+        Piece(module, calls[place // of_layer]) for place, module in enumerate(model.pieces(unit))
+    ]
+
+
+def passes(
+    model: LayeredModel, input_ids: Tensor, unit: Unit = "layer"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What enters and what leaves each piece, one after the other: (B, T) -> (B, T, d) both."""
+    hidden, pieces = record_pieces(model, input_ids, unit)
+    for piece in pieces:
+        entering, hidden = hidden, piece.run(hidden)
         yield entering, hidden
 
 
 def run_layers(model: LayeredModel, input_ids: Tensor) -> Tensor:
     """The output of the last layer: (B, T) -> (B, T, d)."""
-    for _, leaving in layer_passes(model, input_ids):  # noqa: B007 - all but the last are let go at once
+    for _, leaving in passes(model, input_ids):  # noqa: B007 - all but the last are let go at once
         pass
     return leaving
 

@@ -12,7 +12,7 @@ longer than it reads, and has one memory for both.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ def load_streamed_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torc
     source.place(source.read(None))
     model.tie_weights()
     architecture = architecture_of(checkpoint.config)
-    held = _HeldLayer(model, architecture, source, reads_ahead(device))
+    held = _HeldLayers(model, architecture, source, reads_ahead(device))
     for layer in architecture.layer_list(model):
         layer.register_forward_pre_hook(held.change)
     return model.eval().requires_grad_(False)
@@ -51,37 +51,55 @@ def reads_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class _HeldLayer:
-    """Which layer is real, and which one is on its way from the disk: no more than two are in
-    memory."""
+class _HeldLayers:
+    """Which layers are real, and which one is on its way from the disk.
+
+    No more are in memory than what runs is made of, and one. What runs is a layer, a sublayer of
+    one, or the attention of one with the FFN of another.
+    """
 
     def __init__(
         self, model: Any, architecture: Architecture, source: _TensorsOnDisk, ahead: bool
     ) -> None:
         self._model, self._architecture, self._source = model, architecture, source
         self._all_layers = list(architecture.layer_list(model))
+        self._layer_of = {
+            child: index
+            for index, layer in enumerate(self._all_layers)
+            for child in layer.children()
+        }
         self._ahead = ahead
-        self._held: int | None = None
+        self._held: frozenset[int] = frozenset()
         self._coming: _Coming | None = None
 
     def change(self, layer: nn.Module, args: Any) -> None:
-        """Before the layer is called: makes it real."""
-        index, previous = self._all_layers.index(layer), self._held
+        """Before a layer is called: makes real what it is made of."""
+        needed, previous = frozenset(self._layers_in(layer)), self._held
         # nobody runs it (gradmap.model.layerwise.forward_replaced)
-        if index == previous or "forward" in vars(layer):
+        if needed == previous or "forward" in vars(layer):
             return
-        if previous is not None:
-            self._held = None
-            self._all_layers[previous].to("meta")
-        self._source.place(self._tensors_of(index))
-        self._held = index
+        self._held &= needed
+        for index in previous - needed:
+            self._all_layers[index].to("meta")
+        for index in sorted(needed - previous, key=self._is_coming, reverse=True):
+            self._source.place(self._tensors_of(index))
+            self._held |= {index}
         if self._ahead:
-            alive = [
-                self._all_layers.index(other)
-                for other in self._architecture.layer_list(self._model)
-            ]
-            following = expected_after(previous, index, alive)
-            self._coming = None if following is None else _Coming.start(following, self._source)
+            self._read_ahead(previous)
+
+    def _layers_in(self, layer: nn.Module) -> list[int]:
+        """Whose modules it has, in order."""
+        owners = [self._layer_of.get(child) for child in layer.children()]
+        return sorted({owner for owner in owners if owner is not None})
+
+    def _read_ahead(self, previous: Collection[int]) -> None:
+        layers = self._architecture.layer_list(self._model)
+        alive = [index for layer in layers for index in self._layers_in(layer)]
+        following = expected_after(previous, self._held, alive)
+        self._coming = None if following is None else _Coming.start(following, self._source)
+
+    def _is_coming(self, layer: int) -> bool:
+        return self._coming is not None and self._coming.layer == layer
 
     def _tensors_of(self, layer: int) -> dict[str, Tensor]:
         """The layer's tensors, which are on their way or, if that is another layer, are read now.
@@ -95,13 +113,15 @@ class _HeldLayer:
         return self._source.read(layer)
 
 
-def expected_after(previous: int | None, layer: int, alive: Sequence[int]) -> int | None:
-    """The layer that will run next, if there is one: that behind this one or, where layers run from
-    the last to the first, that before it. previous: the one that ran before. alive: those that the
-    model has now."""
-    place = alive.index(layer)
-    before, behind = alive[:place], alive[place + 1 :]
-    if behind and behind[0] == previous:
+def expected_after(
+    previous: Collection[int], running: Collection[int], alive: Sequence[int]
+) -> int | None:
+    """The layer that will be needed next, if there is one: that behind those that are running or,
+    where layers run from the last to the first, that before them. previous: those that ran before.
+    alive: those that the model has something of, in order."""
+    places = [alive.index(layer) for layer in running]
+    before, behind = alive[: min(places)], alive[max(places) + 1 :]
+    if behind and behind[0] in previous:
         return before[-1] if before else None
     return behind[0] if behind else None
 

@@ -1,13 +1,14 @@
-"""Samples on their way through the layers of a model: whoever works from front to back need not
+"""Samples on their way through the sublayers of a model: whoever works from front to back need not
 begin again.
 
-A layer that is looked at runs once more when it is passed, and a loss runs what is ahead without
+A sublayer that is looked at runs once more when it is passed, and a loss runs what is ahead without
 passing it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,16 @@ from gradmap.common.distributed import share_of, summed
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
-from gradmap.model.layerwise import capturing, divergences_from, record_layer_calls
+from gradmap.model.layerwise import Piece, capturing, divergences_from, record_layer_calls
+from gradmap.model.sublayers import Sublayer
 
-# What enters and leaves each watched module, (B, T, ...), and what leaves the layer, (B, T, d); of
-# which samples.
+# What enters and leaves each watched module, (B, T, ...), and what leaves the sublayer, (B, T, d);
+# of which samples.
 Look = Callable[[slice, list[tuple[Tensor, Tensor]], Tensor], None]
 
 
 class Walk:
-    """This process's share of some samples, in front of one of a model's layers.
+    """This process's share of some samples, in front of one of a model's sublayers.
 
     hidden: what enters it, (n, T, d), on the model's device. input_ids: (n, T), likewise.
     """
@@ -33,41 +35,42 @@ class Walk:
     def __init__(
         self,
         model: LayeredModel,
-        layers: Sequence[int],
+        sublayers: Sequence[Sublayer],
         input_ids: Tensor,
         batches: Batches,
     ) -> None:
-        """layers: the indices of those to walk through. input_ids: (N, T)."""
+        """sublayers: those to walk through, in order. input_ids: (N, T)."""
         self._model, self._batches = model, batches
-        self._all_layers = list(model.layers)
-        self._ahead = list(layers)
+        self._ahead = list(sublayers)
         self._tokens = input_ids.numel()  # of all processes
         self.input_ids = share_of(input_ids)[0].to(model.device)
         _, self._calls = record_layer_calls(model, self.input_ids[:1])  # the same for every sample
         self.hidden = self._gathered(self._embed)
 
-    def go_to(self, layer: int, changes: Changes) -> None:
-        """On to the entrance of `layer`, through those before it that are ahead, with the
-        changes."""
-        passed = [index for index in self._ahead if index < layer]
-        if passed:
-            self.hidden = self._leaving(passed, changes)
-            self._ahead = self._ahead[len(passed) :]
+    def go_to(self, sublayer: Sublayer, changes: Changes) -> None:
+        """On to its entrance, through those before it that are ahead, with the changes."""
+        self._pass([ahead for ahead in self._ahead if ahead < sublayer], changes)
+
+    def go_behind(self, sublayer: Sublayer, changes: Changes) -> None:
+        """On to where it ends, through it if it is ahead."""
+        self._pass([ahead for ahead in self._ahead if ahead <= sublayer], changes)
 
     def finish(self, changes: Changes) -> Tensor:
         """Through all that are ahead: what leaves the last layer, (n, T, d)."""
-        self.go_to(len(self._all_layers), changes)
+        self._pass(self._ahead, changes)
         return self.hidden
 
     @torch.no_grad()
-    def look(self, layer: int, modules: Sequence[nn.Module], changes: Changes, visit: Look) -> None:
-        """Runs the layer, which is the next one, batch after batch without passing it; `visit` sees
-        what its modules do."""
-        assert self._ahead[0] == layer
+    def look(
+        self, sublayer: Sublayer, modules: Sequence[nn.Module], changes: Changes, visit: Look
+    ) -> None:
+        """Runs the sublayer, which is the next one, batch after batch without passing it; `visit`
+        sees what its modules do."""
+        assert self._ahead[0] == sublayer
 
         def run_batch(samples: slice) -> None:
             with capturing(modules) as captured:
-                leaving = self._run([layer], samples)
+                leaving = self.run([sublayer], samples)
             visit(samples, [captured[module] for module in modules], leaving)
 
         with self._model.changed(changes):
@@ -81,7 +84,7 @@ class Walk:
         divergences = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
 
         def run_batch(samples: slice) -> None:
-            leaving = self._run(self._ahead, samples)
+            leaving = self.run(self._ahead, samples)
             of_batch = divergences_from(
                 self._model, leaving, wanted[samples], self.input_ids[samples]
             )
@@ -92,15 +95,25 @@ class Walk:
         return summed(divergences.sum().cpu()).item() / self._tokens
 
     @torch.no_grad()
-    def _leaving(self, layers: Sequence[int], changes: Changes) -> Tensor:
+    def _pass(self, sublayers: Sequence[Sublayer], changes: Changes) -> None:
+        """Through the first of those that are ahead."""
+        if not sublayers:
+            return
         with self._model.changed(changes):
-            return self._gathered(lambda samples: self._run(layers, samples))
+            self.hidden = self._gathered(lambda samples: self.run(sublayers, samples))
+        self._ahead = self._ahead[len(sublayers) :]
 
-    def _run(self, layers: Sequence[int], samples: slice) -> Tensor:
+    def run(self, sublayers: Sequence[Sublayer], samples: slice) -> Tensor:
+        """What some of the samples become in these, (n, T, d), if they come next."""
         hidden = self.hidden[samples]
-        for index in layers:
-            hidden = self._calls[index].run(self._all_layers[index], hidden)
+        for piece in self._pieces(sublayers):
+            hidden = piece.run(hidden)
         return hidden
+
+    def _pieces(self, sublayers: Sequence[Sublayer]) -> Iterator[Piece]:
+        """Where both sublayers of a layer come, the layer as a whole."""
+        for index, of_layer in groupby(sublayers, lambda sublayer: sublayer.layer):
+            yield Piece(self._model.of_sublayers(list(of_layer)), self._calls[index])
 
     def _embed(self, samples: slice) -> Tensor:
         return record_layer_calls(self._model, self.input_ids[samples])[0]

@@ -57,6 +57,7 @@ def _pruning_costs(checkpoint: Checkpoint, settings: PruneSettings) -> Pruning:
         CalibrationSize(settings.samples, settings.tokens),
         settings.one_shot,
         correctable=architecture_of(checkpoint.config).uncorrectable is None,
+        unit=settings.unit,
     )
 
 

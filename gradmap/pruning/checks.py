@@ -78,6 +78,7 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
         settings.remove,
         protected,
         settings.samples,
+        settings.unit,
     )
     for method in chosen:
         method.require_possible(job, settings.stream, settings.options_of(method.options))

@@ -52,5 +52,9 @@ def prune(
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
         print_json_line(
-            {"plan": str(out), "removal_order": plan.removal_order, "timings_s": plan.timings_s}
+            {
+                "plan": str(out),
+                "removal_order": [pair.written for pair in plan.removal_order],
+                "timings_s": plan.timings_s,
+            }
         )

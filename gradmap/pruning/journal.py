@@ -3,7 +3,7 @@ most."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gradmap.common.files import remove_file, write_json
 from gradmap.common.processes import is_main_process
 from gradmap.common.reading import read_json_object
 from gradmap.methods.selection import Step
+from gradmap.model.sublayers import Pair
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,17 @@ class Journal:
     def write(self, steps: list[Step]) -> None:
         """Atomic and fsynced: after a crash the file holds these decisions or the ones before."""
         if is_main_process():
-            write_json(self.path, {"key": self.key, "steps": [asdict(step) for step in steps]})
+            write_json(self.path, {"key": self.key, "steps": [_as_json(step) for step in steps]})
 
     def remove(self) -> None:
         remove_file(self.path)
 
 
 def _parse_step(stored: dict[str, Any]) -> Step:
-    scores = {int(layer): float(score) for layer, score in stored["scores"].items()}
-    return Step(scores, tuple(map(int, stored["removed"])))
+    scores = {Pair.parse(pair): float(score) for pair, score in stored["scores"].items()}
+    return Step(scores, tuple(map(Pair.parse, stored["removed"])))
+
+
+def _as_json(step: Step) -> dict[str, Any]:
+    scores = {str(pair): score for pair, score in step.scores.items()}
+    return {"scores": scores, "removed": list(map(str, step.removed))}

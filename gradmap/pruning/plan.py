@@ -22,7 +22,7 @@ from gradmap.common.files import atomic_directory, write_json
 from gradmap.common.finite import require_finite
 from gradmap.common.reading import Strict, checked, read_json_object
 from gradmap.data.calibration import hash_token_ids
-from gradmap.model.architectures import layer_count
+from gradmap.model.architectures import ARCHITECTURES, layer_count
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.corrections import (
     CHANGES,
@@ -36,8 +36,16 @@ from gradmap.model.corrections import (
     Update,
     gather_changes,
 )
+from gradmap.model.sublayers import (
+    JoinedLayer,
+    Pair,
+    Sublayer,
+    are_neighbours,
+    joined_layers,
+    sublayers_left,
+)
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PLAN_FILE = "plan.json"
 CORRECTIONS_FILE = "corrections.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -70,11 +78,10 @@ class CalibrationRecord(Strict):
 
 
 class StepRecord(Strict):
-    """One decision: the score of every layer alive before it, and what it removed. Original layer
-    indices."""
+    """One decision: the score of everything that could go, and what it removed."""
 
-    scores: dict[int, float]
-    removed: list[int]
+    scores: dict[Pair, float]
+    removed: list[Pair]
 
 
 class CorrectionRecord(Strict):
@@ -150,13 +157,18 @@ class CorrectionGroup:
 
 
 class Plan(Strict):
-    """The contents of plan.json."""
+    """The contents of plan.json.
+
+    What is removed is the number of a layer, or M7+A8 for two neighbours that are no layer: the FFN
+    of layer 7 and the attention of layer 8. Numbers are the base model's. drift: Eq. 8 behind
+    retained layers, by the number of their FFN.
+    """
 
     schema_version: int = SCHEMA_VERSION
     base_model: BaseModelIdentity
     recipe: dict[str, Any]
     calibration: CalibrationRecord
-    removal_order: list[int]
+    removal_order: list[Pair]
     steps: list[StepRecord]
     drift: dict[int, float]
     corrections: list[CorrectionRecord]
@@ -165,10 +177,9 @@ class Plan(Strict):
     peak_gpu_bytes: dict[str, int] = Field(default={})
 
     @property
-    def kept_layers(self) -> list[int]:
-        return [
-            index for index in range(self.base_model.layers) if index not in set(self.removal_order)
-        ]
+    def kept_layers(self) -> list[JoinedLayer]:
+        """The layers of the pruned model."""
+        return joined_layers(self.base_model.layers, self.removal_order)
 
     @property
     def correction_groups(self) -> list[CorrectionGroup]:
@@ -219,14 +230,19 @@ def load_plan(directory: Path) -> Plan:
 
 
 def _contradiction(plan: Plan) -> str | None:
-    removed = [layer for step in plan.steps for layer in step.removed]
+    removed, layers = [pair for step in plan.steps for pair in step.removed], plan.base_model.layers
     if removed != plan.removal_order:
         return "removal_order is not what its steps removed"
-    if len(set(removed)) < len(removed) or not set(removed) < set(range(plan.base_model.layers)):
+    if not are_neighbours(layers, removed) or len(removed) >= layers:
         return (
-            "removal_order does not name layers that the base model has, each once, and leaves some"
+            "removal_order does not name layers that the base model has, or neighbours in what is "
+            "left of it, each once, and leaves some"
         )
-    if not {correction.layer for correction in plan.corrections} <= set(plan.kept_layers):
+    if plan.base_model.model_type not in ARCHITECTURES:
+        return f"the model type {plan.base_model.model_type!r} is not known"
+    part_of = ARCHITECTURES[plan.base_model.model_type].part_of
+    corrected = {Sublayer(made.layer, part_of(made.target)) for made in plan.corrections}
+    if not corrected <= set(sublayers_left(layers, removed)):
         return "a layer is corrected that is not there"
     divergences = [
         (made.held_out_divergence_before, made.held_out_divergence_after)

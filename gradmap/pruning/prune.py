@@ -188,7 +188,9 @@ def _choose(
 ) -> Selection:
     method = selector(settings.selector)
     protected = protected_layers(len(model.layers), settings)
-    subject = Subject(model, calibration, protected, settings.stream, settings.remove)
+    subject = Subject(
+        model, calibration, protected, settings.stream, settings.remove, settings.unit
+    )
     return select(
         partial(method.make, subject, *_options(method, settings)),
         subject,

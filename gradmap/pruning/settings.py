@@ -10,6 +10,7 @@ from gradmap.common.reading import Strict
 from gradmap.methods.options import ManualOptions, MethodOptions, ProjectionOptions
 from gradmap.methods.registry import compensator, compensator_names, selector, selector_names
 from gradmap.model.options import ComputingOptions
+from gradmap.model.sublayers import Unit
 
 HELD_OUT: Literal["held-out"] = "held-out"
 ALWAYS: Literal["always"] = "always"
@@ -80,6 +81,11 @@ class _Asked(Strict):
     compensator: str | None = Field(
         None, description=f"How the loss is repaired: {', '.join(compensator_names())}."
     )
+    unit: Unit | None = Field(
+        None,
+        description="What goes at a time: layer, or pair, any two neighbours of the sequence of "
+        "attention and FFN, which are a layer or the FFN of one and the attention of the next.",
+    )
     accept: Accept | None = Field(
         None,
         description="Which repairs are applied: held-out, those that bring the model nearer to "
@@ -100,13 +106,14 @@ class Methods(Strict):
 
     accept: which repairs are applied, those that bring the model nearer to the dense one on
     held-out samples, or `always` all of them. held_out: how many samples are not fitted on, None
-    for a quarter.
+    for a quarter. unit: what goes at a time.
     """
 
     selector: str
     compensator: str
     accept: Accept = HELD_OUT
     held_out: int | None = None
+    unit: Unit = "layer"
 
     @property
     def by_held_out_samples(self) -> str | None:
@@ -121,7 +128,7 @@ class _Count(Strict):
 
 
 class PruneSettings(_Common, Methods, _Count):
-    """How to prune. remove: number of layers K."""
+    """How to prune. remove: number of layers K, or of pairs, which are as large."""
 
     @property
     def at_once(self) -> bool:
@@ -136,7 +143,13 @@ class PruneSettings(_Common, Methods, _Count):
 
 
 # What the order of removals depends on, samples and model aside.
-OF_SELECTION = ("selector", *ManualOptions.model_fields, *_Protection.model_fields, "one_shot")
+OF_SELECTION = (
+    "selector",
+    "unit",
+    *ManualOptions.model_fields,
+    *_Protection.model_fields,
+    "one_shot",
+)
 # What a plan that is made from a larger one may have differently.
 OF_REPAIR = (
     "remove",

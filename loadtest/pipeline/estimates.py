@@ -122,12 +122,21 @@ def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
 def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
     hardware = speeds.of(section.dtype, section.device)
     methods = choose_methods(
-        section.preset, selector=section.selector, compensator=section.compensator
+        section.preset,
+        selector=section.selector,
+        compensator=section.compensator,
+        unit=section.unit,
     )
     correctable = architecture_of(speeds.config).uncorrectable is None
     size = CalibrationSize(section.samples, section.tokens)
     pruning = Pruning(
-        remove, methods.selector, methods.compensator, size, section.one_shot, correctable
+        remove,
+        methods.selector,
+        methods.compensator,
+        size,
+        section.one_shot,
+        correctable,
+        methods.unit,
     )
     if section.budget_minutes is not None:
         samples = affordable_samples(shape, hardware, pruning, 60 * section.budget_minutes)

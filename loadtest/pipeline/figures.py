@@ -1,4 +1,4 @@
-"""Figures of what pruning did: importance of the layers, perplexity, accuracy."""
+"""Figures of what pruning did to quality: perplexity, accuracy."""
 
 from __future__ import annotations
 
@@ -10,34 +10,10 @@ import numpy as np
 from gradmap.common.colors import DENSE_COLOR, PRUNED_COLOR
 from gradmap.evaluation.perplexity import Estimate
 from gradmap.evaluation.result import Accuracy
-from gradmap.methods.registry import selector, selector_names
-from gradmap.pruning.plan import Plan
-from loadtest.drawing import KEPT_COLOR, STYLE, TEXT_COLOR, new_figure, to_svg
+from loadtest.drawing import STYLE, TEXT_COLOR, new_figure, to_svg
 from loadtest.pipeline.result import Result, Side
 
 _ARM_COLORS = {"dense": DENSE_COLOR, "pruned": PRUNED_COLOR}
-
-
-def draw_importance(plan: Plan) -> str:
-    """Bars of the first round's scores, with the order of removal over the removed layers."""
-    scores = plan.steps[0].scores
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(width=9.0)
-        colors = [PRUNED_COLOR if layer in plan.removal_order else KEPT_COLOR for layer in scores]
-        axes.bar(list(scores), list(scores.values()), color=colors)
-        for rank, layer in enumerate(plan.removal_order, start=1):
-            axes.annotate(f"{rank}.", (layer, scores[layer]), ha="center", va="bottom", fontsize=9)
-        axes.set_xlabel(
-            "layer (original index); red: removed, with its place in the order of removal"
-        )
-        axes.set_ylabel(f"{score_label(plan)}, first round")
-        return to_svg(figure)
-
-
-def score_label(plan: Plan) -> str:
-    """What the scores are, as the selector says. It may be one that is not installed here."""
-    name = plan.recipe["selector"]
-    return selector(name).score_label if name in selector_names() else "score"
 
 
 def draw_perplexity(result: Result) -> str:

@@ -19,7 +19,8 @@ from loadtest.loads import load_labels
 from loadtest.metrics import BY_NAME, MAIN, Distribution, Metric
 from loadtest.outcome import read_report
 from loadtest.page import as_markup, markdown_table, render_template
-from loadtest.pipeline.figures import draw_accuracy, draw_importance, draw_perplexity
+from loadtest.pipeline.figures import draw_accuracy, draw_perplexity
+from loadtest.pipeline.removal_figure import draw_removal
 from loadtest.pipeline.result import RESULT_FILE, Result, Side, build_result
 from loadtest.pipeline.stages import Places
 from loadtest.records import REPORT_FILE, RequestRecord, read_measurements
@@ -114,7 +115,7 @@ def render_html(findings: Findings) -> str:
     result, plan = findings.result, findings.plan
     contents = result.model_dump()
     drawings = {
-        "importance": draw_importance(plan),
+        "importance": draw_removal(plan),
         "perplexity": draw_perplexity(result) if result.texts else "",
         "accuracy": draw_accuracy(result) if result.tasks else "",
     }

@@ -13,6 +13,7 @@ from benchmarks import llama_7b
 from benchmarks.llama_7b_steps import STEPS, Task
 from gradmap.costs.steps import CalibrationSize
 from tests.conftest import ROOT
+from tests.gradmap.removals import pairs
 
 SMALL: dict[str, Any] = {"shape": "pico", "samples": 4, "tokens": 8, "serve": False}
 
@@ -91,12 +92,10 @@ def test_layers_go_in_as_many_runs_as_predictions_have_it():
     for shape in llama_7b.KNOWN_SHAPES.values():
         task = Task(shape, CalibrationSize())
         assert len(set(task.removed)) == task.remove == max(1, round(shape.layers / 4))
-        starts = [layer for layer in task.removed if layer - 1 not in task.removed]
-        assert (
-            len(starts) == task.runs
-            and min(task.removed) > 0
-            and max(task.removed) < shape.layers - 1
-        )
+        removed = [pair.first.layer for pair in task.removed]
+        assert task.removed == pairs(*removed)
+        starts = [layer for layer in removed if layer - 1 not in removed]
+        assert len(starts) == task.runs and min(removed) > 0 and max(removed) < shape.layers - 1
 
 
 def test_it_runs_where_only_what_prunes_is_installed():

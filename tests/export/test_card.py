@@ -10,6 +10,7 @@ from export.card import render_card
 from gradmap.common.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION
 from tests.export.conftest import QUALITY
+from tests.export.test_export import SHIFTED, make_source
 
 
 def test_the_model_card_is_what_the_hub_reads(artifact):
@@ -22,6 +23,14 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
     assert results == [("squad", "perplexity", 12.5), ("piqa", "acc_norm", 62.5)]
     assert "12.5 ± 0.5" in card.text
     assert "62.5 ± 1.1 %" in card.text
+
+
+def test_the_card_says_what_is_gone(picos, artifact):
+    plan = make_source(picos["llama"], removed=SHIFTED).plan
+    removed = "M1+A2 (the FFN of layer 1 and the attention of layer 2), 3"
+    described = render_card(plan, artifact[2], {}).splitlines()
+    assert any("3 of 5 layers are left" in line for line in described)
+    assert f"- removed layers (original indices, in order of removal): {removed}" in described
 
 
 def test_a_name_is_no_markup_in_the_card(artifact):

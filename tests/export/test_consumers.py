@@ -15,7 +15,14 @@ from export.writers import Storage, write_checkpoint
 from gradmap.common.errors import UserError
 from gradmap.model.corrections import Place, Projection
 from tests.conftest import FAMILIES, LAYERS, ROOT
-from tests.export.test_export import CORRECTED, SHARD_BYTES, export, make_source, unfolded_logits
+from tests.export.test_export import (
+    CORRECTED,
+    SHARD_BYTES,
+    SHIFTED,
+    export,
+    make_source,
+    unfolded_logits,
+)
 
 PYTHON = ROOT / ".venv-consumers" / "bin" / "python"
 # Of float32 logits after LAYERS layers of two updates, two dot products of at most 40 terms each
@@ -40,7 +47,7 @@ def require_same(consumed, expected):
 
 
 def test_transformers_4_reads_the_checkpoint_of_every_family(picos, tmp_path):
-    sources = {family: make_source(picos[family]) for family in FAMILIES}
+    sources = {family: make_source(picos[family], removed=SHIFTED) for family in FAMILIES}
     for family, source in sources.items():
         (tmp_path / family).mkdir()
         write_checkpoint(tmp_path / family, source, Storage("keep", None, SHARD_BYTES))
@@ -53,7 +60,7 @@ def test_transformers_4_reads_the_checkpoint_of_every_family(picos, tmp_path):
 @pytest.fixture(scope="module")
 def exported(picos, tmp_path_factory):
     out = tmp_path_factory.mktemp("consumed")
-    source = make_source(picos["llama"])
+    source = make_source(picos["llama"], removed=SHIFTED)
     export(source, out, "onnx")
     return source, out / "onnx"
 
@@ -69,7 +76,7 @@ def test_optimum_runs_the_onnx_artifact(picos, exported, tmp_path):
 def test_llama_cpps_converter_makes_one_file_of_the_pruned_model(
     picos, smollm2, tmp_path, monkeypatch
 ):
-    plan = make_source(picos["llama"])
+    plan = make_source(picos["llama"], removed=SHIFTED)
     noise = torch.randn(576, 576, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     changes = {
         Place(CORRECTED, "mlp.down_proj"): (

@@ -13,8 +13,17 @@ from export.writers import Storage, write_checkpoint
 from gradmap.model.architectures import layer_count
 from gradmap.model.layered import LayeredModel
 from tests.conftest import FAMILIES, LAYERS
-from tests.export.test_export import REMOVED, WITHOUT_US, make_source
+from tests.export.test_export import REMOVED, SHIFTED, WITHOUT_US, make_source
+from tests.gradmap.removals import attention, ffn, pairs
 
+# Layers, then pairs that leave a layer of two: next to another that goes, around one that is gone,
+# and one that goes itself.
+REMOVALS = {
+    "layers": REMOVED,
+    "shifted": SHIFTED,
+    "around": pairs(2, "M1+A3"),
+    "joined": pairs("M1+A2", "A1+M2"),
+}
 NEW_TOKENS = 12  # more than the window of sliding attention, with the prompt
 SCRIPT = (
     WITHOUT_US
@@ -41,45 +50,60 @@ for directory in filter(Path.is_dir, root.iterdir()):
 
 @pytest.fixture(scope="module")
 def reloaded(picos, tmp_path_factory):
-    """The pruned model of every family, saved and then loaded by a process that knows nothing of
+    """The pruned models of every family, saved and then loaded by a process that knows nothing of
     gradmap."""
     root = tmp_path_factory.mktemp("contract")
-    sources = {family: make_source(picos[family]) for family in FAMILIES}
-    save_file({"ids": sources["llama"].probe_ids.contiguous()}, root / "ids.safetensors")
-    for family, source in sources.items():
-        (root / family).mkdir()
-        write_checkpoint(root / family, source, Storage("keep", None, 10**9))
+    sources = {
+        f"{family}-{what}": make_source(picos[family], removed=removed)
+        for family in FAMILIES
+        for what, removed in REMOVALS.items()
+    }
+    probe_ids = next(iter(sources.values())).probe_ids
+    save_file({"ids": probe_ids.contiguous()}, root / "ids.safetensors")
+    for name, source in sources.items():
+        (root / name).mkdir()
+        write_checkpoint(root / name, source, Storage("keep", None, 10**9))
     command = [sys.executable, "-c", SCRIPT, str(root)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert finished.returncode == 0, finished.stderr[-3000:]
     return root, sources
 
 
+@pytest.mark.parametrize("what", REMOVALS)
 @pytest.mark.parametrize("family", FAMILIES)
 class TestContract:
-    def test_logits_are_those_of_the_model_in_memory(self, picos, reloaded, family):
+    def test_logits_are_those_of_the_model_in_memory(self, picos, reloaded, family, what):
         root, sources = reloaded
-        source, model = sources[family], picos[family].load()
+        source, model = sources[f"{family}-{what}"], picos[family].load()
         with LayeredModel.of(model).changed(source.changes, without=source.removed):
             expected = model(input_ids=source.probe_ids).logits
-        actual = load_file(root / f"{family}.safetensors")["logits"]
+        actual = load_file(root / f"{family}-{what}.safetensors")["logits"]
         # W' W_down was rounded once to float32 (2^-24); everything else is float64
         assert (actual - expected).norm() / expected.norm() < LAYERS * 2**-24
 
-    def test_it_generates_with_its_cache_what_it_generates_without(self, reloaded, family):
-        stored = load_file(reloaded[0] / f"{family}.safetensors")
+    def test_it_generates_with_its_cache_what_it_generates_without(self, reloaded, family, what):
+        root, sources = reloaded
+        stored = load_file(root / f"{family}-{what}.safetensors")
         assert torch.equal(stored["cache_True"], stored["cache_False"])
-        assert stored["cache_True"].shape[1] == reloaded[1][family].probe_ids.shape[1] + NEW_TOKENS
+        prompt = sources[f"{family}-{what}"].probe_ids
+        assert stored["cache_True"].shape[1] == prompt.shape[1] + NEW_TOKENS
 
-    def test_every_per_layer_field_of_the_config_follows(self, picos, reloaded, family):
-        config = json.loads((reloaded[0] / family / "config.json").read_text())
+    def test_every_per_layer_field_of_the_config_follows(self, picos, reloaded, family, what):
+        """What is of the attention follows that, and what is of the FFN follows that."""
+        config = json.loads((reloaded[0] / f"{family}-{what}" / "config.json").read_text())
         whole = picos[family].checkpoint.config
-        kept = [index for index in range(LAYERS) if index not in REMOVED]
-        assert layer_count(config) == len(kept)
+        gone = {sublayer for pair in REMOVALS[what] for sublayer in pair}
+        attentions, ffns = (
+            [index for index in range(LAYERS) if of(index) not in gone] for of in (attention, ffn)
+        )
+        assert layer_count(config) == len(attentions) == len(ffns)
         if "layer_types" in whole:
-            assert config["layer_types"] == [whole["layer_types"][index] for index in kept]
+            assert config["layer_types"] == [whole["layer_types"][index] for index in attentions]
+        if whole.get("use_sliding_window"):
+            full = [index for index in attentions if index < whole["max_window_layers"]]
+            assert config["max_window_layers"] == len(full)
         if whole.get("mlp_only_layers"):
             dense = [
-                position for position, index in enumerate(kept) if index in whole["mlp_only_layers"]
+                position for position, index in enumerate(ffns) if index in whole["mlp_only_layers"]
             ]
             assert config["mlp_only_layers"] == dense

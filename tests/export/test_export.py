@@ -33,10 +33,14 @@ from gradmap.model.corrections import (
     weight_of,
 )
 from gradmap.model.layered import LayeredModel
+from gradmap.model.sublayers import joined_layers
 from gradmap.pruning.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
 from tests.conftest import LAYERS, Pico, make_pico
+from tests.gradmap.removals import attention, ffn, pairs
 
-REMOVED = (3, 1)
+REMOVED = pairs(3, 1)
+# A layer, and two neighbours of which the layer of A1 and M2 is left.
+SHIFTED = pairs("M1+A2", 3)
 CORRECTED = 4
 SHARD_BYTES = 30_000
 # Stands in for an environment without our packages: importing any of them fails.
@@ -45,7 +49,7 @@ WITHOUT_US = (
 )
 
 
-def make_source(pico, correction=1.0) -> Source:
+def make_source(pico, correction=1.0, removed=REMOVED) -> Source:
     """A hand-made plan with strong corrections of every kind, so that one that is lost or misplaced
     cannot hide."""
     checkpoint = pico.checkpoint
@@ -60,14 +64,15 @@ def make_source(pico, correction=1.0) -> Source:
         calibration=CalibrationRecord(
             source="-", seed=0, samples=1, tokens=1, bos=None, held_out_samples=1, sha256="-"
         ),
-        removal_order=list(REMOVED),
-        steps=[StepRecord(scores={}, removed=list(REMOVED))],
+        removal_order=list(removed),
+        steps=[StepRecord(scores={}, removed=list(removed))],
         drift={},
         corrections=[],
         environment={},
         timings_s={},
     )
-    return Source(checkpoint, plan, "-", make_changes(pico, correction), random_probe(200)[:, :20])
+    changes = make_changes(pico, correction) | make_changes_of_joined(pico, removed)
+    return Source(checkpoint, plan, "-", changes, random_probe(200)[:, :20])
 
 
 def make_changes(pico, correction=1.0):
@@ -75,7 +80,7 @@ def make_changes(pico, correction=1.0):
     the first map."""
     model = pico.load()
     generator = torch.Generator().manual_seed(5)
-    place, module = next(LayeredModel.of(model).linear_maps([0]))
+    place, module = next(LayeredModel.of(model).linear_maps([attention(0)]))
     d_out, d_in = weight_of(module).shape
 
     def noise(scale, *shape):
@@ -90,14 +95,39 @@ def make_changes(pico, correction=1.0):
         )
     }
     if pico.architecture.uncorrectable is None:
-        attention = Place(CORRECTED, pico.architecture.attention_output)
-        changes[attention] = (
+        output = Place(CORRECTED, pico.architecture.attention_output)
+        changes[output] = (
             Scale(torch.tensor(-1.5, dtype=torch.float64)),
             Scale(torch.tensor(0.5)),
         )
         width = len(model.get_input_embeddings().weight[0])
         matrix = correction * (torch.eye(width, dtype=torch.float64) + noise(0.5, width, width))
         changes[Place(CORRECTED, pico.architecture.down_projection)] = (Projection(matrix),)
+    return changes
+
+
+def make_changes_of_joined(pico, removed):
+    """In each layer of which the attention and the FFN were of different ones: a low-rank change on
+    the first map of either, and W' on the last."""
+    model = LayeredModel.of(pico.load())
+    generator = torch.Generator().manual_seed(6)
+
+    def noise(scale, *shape):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    changes: dict[Place, tuple[Change, ...]] = {}
+    for layer in joined_layers(LAYERS, removed):
+        if layer.attention == layer.ffn:
+            continue
+        for sublayer in (attention(layer.attention), ffn(layer.ffn)):
+            maps = list(model.linear_maps([sublayer]))
+            for place, module in maps[:1]:  # experts have none
+                d_out, d_in = weight_of(module).shape
+                changes[place] = (LowRank(noise(0.25, 2, d_in), noise(0.25, d_out, 2)),)
+            if pico.architecture.uncorrectable is None:
+                width = len(model.network.get_input_embeddings().weight[0])
+                matrix = torch.eye(width, dtype=torch.float64) + noise(0.5, width, width)
+                changes[model.output_of(sublayer)] = (Projection(matrix),)
     return changes
 
 
@@ -303,7 +333,7 @@ def test_a_wrong_artifact_is_refused_and_leaves_nothing(picos, tmp_path, monkeyp
     def wrong_fold(checkpoint, architecture, removed, changes, *rest):
         if mistake == "lost correction":
             return plan_fold(checkpoint, architecture, removed, {}, *rest)
-        return plan_fold(checkpoint, architecture, (3, 2), changes, *rest)
+        return plan_fold(checkpoint, architecture, pairs(3, 2), changes, *rest)
 
     monkeypatch.setattr(writers, "plan_fold", wrong_fold)
     for name in ("hf", "vllm"):

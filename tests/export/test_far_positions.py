@@ -17,6 +17,7 @@ from export.writers import Storage
 from gradmap.common.errors import UserError
 from tests.conftest import make_pico
 from tests.export.test_export import export, make_source
+from tests.gradmap.removals import pairs
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -242,9 +243,10 @@ def test_each_runtime_has_to_keep_what_is_far(far_window, tmp_path, monkeypatch)
 def test_the_twins_weights_are_seeded(far_window, tmp_path):
     from export.twin import write_twin
 
-    pairs = [
-        write_twin(far_window.checkpoint, (1,), tmp_path / name, ("tokenizer*",)) for name in "ab"
+    twins = [
+        write_twin(far_window.checkpoint, pairs(1), tmp_path / name, ("tokenizer*",))
+        for name in "ab"
     ]
-    assert pairs[0].file_hashes == pairs[1].file_hashes
+    assert twins[0].file_hashes == twins[1].file_hashes
     assert json.loads((tmp_path / "a" / "config.json").read_text())["num_hidden_layers"] == 2
-    assert torch.equal(probe_beyond(pairs[0].config), probe_beyond(pairs[1].config))
+    assert torch.equal(probe_beyond(twins[0].config), probe_beyond(twins[1].config))

@@ -16,8 +16,8 @@ from gradmap.evaluation.transformers_backend import TransformersBackend
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distil import uniform_numbers, write_on
 from gradmap.methods.gradmap.projection import mean_drift
-from gradmap.methods.gradmap.scores import layer_scores, streamed_layer_scores
-from gradmap.methods.gradpruner import layer_importances
+from gradmap.methods.gradmap.scores import gradient_scores, streamed_gradient_scores
+from gradmap.methods.gradpruner import importances_of_sublayers
 from gradmap.methods.mka import last_hidden_states
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.ridge import Fit, accumulate_gram, fit_correction
@@ -27,9 +27,11 @@ from gradmap.methods.shortgpt import block_influences
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Update, weight_of
 from gradmap.model.layered import LayeredModel
+from gradmap.model.sublayers import sublayers_of
 from tests.conftest import VOCABULARY, inside
+from tests.gradmap.removals import attention, ffn, pairs
 
-REMOVED = (1,)
+REMOVED = pairs(1)
 MAPS = 7  # linear maps in a layer of Llama: that many corrections has a plan that corrects all
 
 
@@ -99,12 +101,12 @@ def step(**allowed):
 
 @step(batch=(2, 5))
 def importance(pico, model, size):
-    return lambda: layer_scores(LayeredModel.of(model), size.input_ids, Batches(size.batch))
+    return lambda: gradient_scores(LayeredModel.of(model), size.input_ids, Batches(size.batch))
 
 
 @step(once=(3, 5), batch=(3, 5), layer_batch=(6, 6))  # hidden states live in the CPU's memory
 def streamed_importance(pico, model, size):
-    return lambda: streamed_layer_scores(
+    return lambda: streamed_gradient_scores(
         LayeredModel.of(model), size.input_ids, Batches(size.batch), []
     )
 
@@ -126,7 +128,7 @@ def first_training_steps(pico, model, size):
 
     def run():
         with patch("gradmap.methods.gradpruner.STEPS", 2):
-            return layer_importances(LayeredModel.of(model), size.input_ids, 0)
+            return importances_of_sublayers(LayeredModel.of(model), size.input_ids, 0)
 
     return run
 
@@ -160,7 +162,9 @@ def drift(pico, model, size):
 # it walks the dense model and the pruned one, with held-out samples too
 @step(once=(4, 10), batch=(0, 2))
 def gram_matrices(pico, model, size):
-    return lambda: accumulate_gram(pruned(pico, model, size), Fit(0, 1, "refit", True), {})
+    return lambda: accumulate_gram(
+        pruned(pico, model, size), Fit(ffn(0), ffn(1), "refit", True), {}
+    )
 
 
 @step(once=(7, 19), batch=(0, 2))
@@ -168,7 +172,9 @@ def refit(pico, model, size):
     """With two lambdas to choose from."""
     return lambda: (
         inside(
-            fit_correction(pruned(pico, model, size), Fit(0, 1, "refit", True), {}, [0.1, 0.2])
+            fit_correction(
+                pruned(pico, model, size), Fit(ffn(0), ffn(1), "refit", True), {}, [0.1, 0.2]
+            )
         ).matrix
     )
 
@@ -177,14 +183,14 @@ def refit(pico, model, size):
 def refits_before_two_runs(pico, model, size):
     """With all lambdas to choose from, of which up to eleven are tried here; each takes one copy
     and three waits."""
-    without_two = replace(pruned(pico, model, size), removed=(1, 3))
+    without_two = replace(pruned(pico, model, size), removed=pairs(1, 3))
     return lambda: [inside(one).matrix for one in refit_before_runs(without_two).corrections]
 
 
 @step(once=(1, 1), batch=(0, 1))
 def divergence_of_a_walk(pico, model, size):
-    walk = pruned(pico, model, size).walk(range(size.layers), size.input_ids)
-    walk.go_to(1, {})
+    walk = pruned(pico, model, size).walk(sublayers_of(range(size.layers)), size.input_ids)
+    walk.go_to(attention(1), {})
     wanted = walk.hidden.flip(0)
     return lambda: walk.divergence(wanted, {})
 
@@ -203,7 +209,9 @@ def writing(pico, model, size):
 
 @step(once=(1, 2), batch=(0, 1))
 def outputs_to_distil(pico, model, size):
-    return lambda: pruned(pico, model, size).walk(range(size.layers), size.input_ids).finish({})
+    return lambda: (
+        pruned(pico, model, size).walk(sublayers_of(range(size.layers)), size.input_ids).finish({})
+    )
 
 
 @step(batch=(5, 6))
@@ -253,7 +261,9 @@ def repair_scorer(pico, model, size):
 def plan_changes(pico, model):
     """Of every linear map, in the CPU's memory and float32, as they are loaded."""
     generator = torch.Generator().manual_seed(2)
-    maps = LayeredModel.of(model).linear_maps(range(len(pico.architecture.layer_list(model))))
+    maps = LayeredModel.of(model).linear_maps(
+        sublayers_of(range(len(pico.architecture.layer_list(model))))
+    )
     return {
         place: [Update(0.01 * torch.randn(weight_of(module).shape, generator=generator))]
         for place, module in maps

@@ -6,17 +6,19 @@ from gradmap.methods.base import Job
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.options import MethodOptions
 from gradmap.methods.registry import compensator, selector, selector_names
-from gradmap.methods.selection import LayerScorer, Subject
+from gradmap.methods.selection import Scorer, Subject
 from gradmap.model.layered import LayeredModel
+from gradmap.model.sublayers import Unit
 
 NOT_NESTED = {name for name in selector_names() if not selector(name).nested}
 
 
-def make_scorer(name: str, subject: Subject, **options: object) -> LayerScorer:
+def make_scorer(name: str, subject: Subject, **options: object) -> Scorer:
     """options: of those of the selector."""
     method = selector(name)
     given = _given(method.options, options)
-    job = _job(subject.model, subject.count, subject.protected, len(subject.calibration.input_ids))
+    samples = len(subject.calibration.input_ids)
+    job = _job(subject.model, subject.count, subject.protected, samples, subject.unit)
     method.require_possible(job, subject.streamed, *given or (None,))
     return method.make(subject, *given)
 
@@ -26,7 +28,8 @@ def repair(name: str, pruned: Pruned, **options: object) -> Compensation:
     method = compensator(name)
     given = _given(method.options, options)
     samples = len(pruned.calibration.input_ids)
-    job = _job(pruned.model, len(pruned.removed), frozenset(), samples)
+    unit: Unit = "layer" if all(pair.is_layer for pair in pruned.removed) else "pair"
+    job = _job(pruned.model, len(pruned.removed), frozenset(), samples, unit)
     method.require_possible(job, False, *given or (None,))
     return method.run(pruned, *given)
 
@@ -37,6 +40,9 @@ def _given(
     return () if kind is None else (kind(**options),)
 
 
-def _job(model: LayeredModel, remove: int, protected: frozenset[int], samples: int) -> Job:
+def _job(
+    model: LayeredModel, remove: int, protected: frozenset[int], samples: int, unit: Unit
+) -> Job:
     config = model.config.to_dict()
-    return Job(config, model.architecture, len(model.layers), remove, protected, samples)
+    layers = len(model.layers)
+    return Job(config, model.architecture, layers, remove, protected, samples, unit)

@@ -42,14 +42,17 @@ def stand_in(monkeypatch, picos, tmp_path):
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory):
-    """SmolLM2 without eight layers, as exported for vLLM; unrepaired, for that takes minutes."""
+    """SmolLM2 without seven layers and a pair of sublayers, as exported for vLLM; unrepaired, for
+    that takes minutes."""
     directory = tmp_path_factory.mktemp("served")
     model = ("--model", SMOLLM2, "--gguf-file", SMOLLM2_GGUF)
     choice = (
         "--selector",
         "manual",
+        "--unit",
+        "pair",
         "--layers",
-        "12,13,14,15,16,17,18,19",
+        "12,13,14,15,16,17,18,M19+A20",
         "--compensator",
         "none",
         "--remove",

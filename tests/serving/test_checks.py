@@ -24,20 +24,22 @@ from serving.machine import bytes_in_memory, require_memory, suited_to_machine
 from serving.proof import PASS_HEADER
 from serving.settings import ServerSettings, build_command, server_environment
 from tests.command_line import gradmap
-from tests.export.test_export import export, make_source
+from tests.export.test_export import SHIFTED, export, make_source
 
 GIB = 2**30
 
 
 @pytest.fixture
 def pico_artifact(picos, tmp_path):
-    return export(make_source(picos["llama"]), tmp_path / "out", "hf") and tmp_path / "out" / "hf"
+    source = make_source(picos["llama"], removed=SHIFTED)
+    return export(source, tmp_path / "out", "hf") and tmp_path / "out" / "hf"
 
 
 def test_an_artifact_says_what_it_is(pico_artifact):
     identity = identify(pico_artifact, Trust())
     record = json.loads((pico_artifact / "gradmap.json").read_text())
     assert (identity.name, identity.layers) == (record["name"], record["layers"])
+    assert list(identity.removed_layers) == record["plan"]["removal_order"] == ["M1+A2", 3]
     assert identity.plan_sha256 == record["plan"]["sha256"]
     assert len(identity.artifact_sha256) == 64
 

@@ -21,11 +21,10 @@ from gradmap.methods.compensation import (
     Correction,
     Pruned,
     correct_in_turn,
-    run_and_capture,
 )
 from gradmap.methods.gradmap.projection import mean_drift, most_drifted, require_enough_layers
 from gradmap.methods.options import AS_PUBLISHED, ProjectionOptions
-from gradmap.methods.ridge import REGULARISATION, Fit, all_features, down_projection_weight
+from gradmap.methods.ridge import REGULARISATION, Fit, all_features, output_weight
 from gradmap.model.corrections import (
     Change,
     Changes,
@@ -35,8 +34,8 @@ from gradmap.model.corrections import (
     followed_by,
     weight_of,
 )
-from gradmap.model.layerwise import record_layer_calls
 from gradmap.model.precision import widened
+from gradmap.model.sublayers import Part, Sublayer
 
 LEARNING_RATE = 1e-3
 EPOCHS = 10  # the paper does not say
@@ -54,7 +53,7 @@ def project_with_adam(pruned: Pruned, options: ProjectionOptions = AS_PUBLISHED)
 
     def correct(layer: int, changes: Changes) -> tuple[Correction, ...]:
         place, module = find_map(pruned, layer, options.target)
-        start, errors_of = _problem(pruned, place, module, changes, options.side)
+        start, errors_of = _problem(pruned, place, layer, changes, options.side)
         *_, update = train_projection(start, errors_of, samples, EPOCHS, seed, regularisation)
         return pruned.judge(
             [(place, _as_change(update.double().cpu(), module, options.side))], changes
@@ -74,12 +73,12 @@ def require_one_process(job: Job, options: ProjectionOptions) -> None:
 
 
 def find_map(pruned: Pruned, layer: int, target: str) -> tuple[Place, nn.Module]:
-    """The linear map of a layer that is called `target`_proj; `down` is known for every family.
-    Raises UserError."""
+    """The linear map that is called `target`_proj in the layer with this FFN; `down` is known for
+    every family. Raises UserError."""
     if target == "down":
         place = Place(layer, pruned.model.architecture.down_projection)
         return place, pruned.model.down_projection(layer)
-    maps = dict(pruned.model.linear_maps([layer]))
+    maps = dict(pruned.model.linear_maps(_sublayers(pruned, layer)))
     for place, module in maps.items():
         if place.target.rpartition(".")[2] == f"{target}_proj":
             return place, module
@@ -129,45 +128,48 @@ def errors_of_output(added: Tensor, missing: Tensor) -> Errors:
     return lambda update, index: added[index] @ update.mT - missing[index]
 
 
+def _sublayers(pruned: Pruned, layer: int) -> list[Sublayer]:
+    """Of the retained layer with the FFN of this one."""
+    attention = next(joined.attention for joined in pruned.kept_layers if joined.ffn == layer)
+    return [Sublayer(attention, Part.ATTENTION), Sublayer(layer, Part.FFN)]
+
+
 def _problem(
-    pruned: Pruned, place: Place, module: nn.Module, changes: Changes, side: str
+    pruned: Pruned, place: Place, layer: int, changes: Changes, side: str
 ) -> tuple[Tensor, Errors]:
     """W' - I to begin with, in float32 at least, which a learning rate of 1e-3 needs; and what is
     to become small."""
     if place.target != pruned.model.architecture.down_projection:
-        weight = widened(weight_of(module))
+        weight = widened(weight_of(pruned.model.map_at(place)))
         size = weight.shape[0 if side == "left" else 1]
-        return weight.new_zeros(size, size), _errors_in_layer(pruned, place, module, changes, side)
-    fit = Fit(place.layer, place.layer, side)
+        return weight.new_zeros(size, size), _errors_in_layer(pruned, place, layer, changes, side)
+    ffn = Sublayer(layer, Part.FFN)
+    fit = Fit(ffn, ffn, side)
     features, missing = map(widened, all_features(pruned, fit, changes))
     start = features.new_zeros(features.shape[-1], features.shape[-1])
     if fit.kind == "left":
         return start, errors_of_output(features, missing)
-    weight = down_projection_weight(pruned, place.layer).to(features)
+    weight = output_weight(pruned, ffn).to(features)
     return start, lambda update, index: features[index] @ update.mT @ weight.mT - missing[index]
 
 
 @torch.no_grad()
 def _errors_in_layer(
-    pruned: Pruned, place: Place, module: nn.Module, changes: Changes, side: str
+    pruned: Pruned, place: Place, layer: int, changes: Changes, side: str
 ) -> Errors:
-    """For any other map: the layer runs."""
-    model = pruned.model
-    layer, behind = model.layers[place.layer], range(place.layer + 1, len(model.layers))
-    entering, wanted = [], []
-    for batch in pruned.calibration.fit_ids.split(pruned.batches.size):
-        with model.without(behind):
-            wanted.append(run_and_capture(model, [layer], batch)[0][1])
-        with model.changed(changes, without=sorted({*pruned.removed, *behind})):
-            entering.append(run_and_capture(model, [layer], batch)[0][0])
-    hidden, goal = torch.cat(entering), torch.cat(wanted)
-    one_sample = pruned.calibration.fit_ids[:1].to(model.device)
-    call = record_layer_calls(model, one_sample)[1][place.layer]
+    """For any other map: the layer with this FFN runs."""
+    model, fit_ids = pruned.model, pruned.calibration.fit_ids
+    attention, ffn = _sublayers(pruned, layer)
+    dense, walk = pruned.walk(pruned.sublayers, fit_ids), pruned.walk(pruned.kept, fit_ids)
+    dense.go_behind(ffn, {})
+    walk.go_to(attention, changes)
+    module = model.map_at(place)
 
     def errors_of(update: Tensor, index: int) -> Tensor:
         change = _as_change(update, module, side)
+        sample = slice(index, index + 1)
         with model.changed(followed_by(changes, [(place, change)])):
-            return call.run(layer, hidden[index : index + 1])[0] - goal[index]
+            return (walk.run([attention, ffn], sample) - dense.hidden[sample])[0]
 
     return errors_of
 

@@ -30,23 +30,24 @@ SquaresOf = Callable[[Tensor], dict[str, Tensor]]
 
 
 @contextmanager
-def gradient_norms(layers: Iterable[nn.Module], samples: int, totals: Tensor) -> Iterator[None]:
-    """Adds to `totals` (L,) float64 what Eq. 7 sums: the norm of every parameter's gradient for
+def gradient_norms(pieces: Iterable[nn.Module], samples: int, totals: Tensor) -> Iterator[None]:
+    """Adds to `totals` (P,) float64 what Eq. 7 sums: the norm of every parameter's gradient for
     every sample.
 
     Within the block, one batch of `samples` samples goes forward and then backward through the
-    layers. Raises UserError for a module whose parameters are used in a way that is not known.
+    layers that the pieces are, or are parts of. Raises UserError for a module whose parameters are
+    used in a way that is not known.
     """
     grams = _GramOfLastInput()
     squares: list[dict[str, Tensor]] = []
     with ExitStack() as hooks:
-        for layer in layers:
+        for piece in pieces:
             squares.append({})
-            for path, module in layer.named_modules():
+            for path, module in piece.named_modules():
                 if any(True for _ in module.parameters(recurse=False)):
                     hooks.enter_context(_watched(module, path, samples, grams, squares[-1]))
         yield
-    norms = [torch.stack(list(of_layer.values())).clamp_min(0).sqrt().sum() for of_layer in squares]
+    norms = [torch.stack(list(of_piece.values())).clamp_min(0).sqrt().sum() for of_piece in squares]
     totals += stacked_on_cpu(norms)
 
 

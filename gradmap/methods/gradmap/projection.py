@@ -24,6 +24,7 @@ from gradmap.methods.ridge import RELATIVE_LAMBDAS, Fit, fit_correction
 from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import stacked_on_cpu
+from gradmap.model.sublayers import Part, Sublayer
 
 
 def project_most_drifted(pruned: Pruned, options: ProjectionOptions = AS_PUBLISHED) -> Compensation:
@@ -32,7 +33,8 @@ def project_most_drifted(pruned: Pruned, options: ProjectionOptions = AS_PUBLISH
     lambdas = (0.0,) if options.unregularised else RELATIVE_LAMBDAS
 
     def correct(layer: int, changes: Changes) -> list[Correction]:
-        return [fit_correction(pruned, Fit(layer, layer, options.side), changes, lambdas)]
+        ffn = Sublayer(layer, Part.FFN)
+        return [fit_correction(pruned, Fit(ffn, ffn, options.side), changes, lambdas)]
 
     return Compensation(correct_in_turn(most_drifted(drift, options.top_z), correct), drift)
 
@@ -69,15 +71,14 @@ def most_drifted(drift: dict[int, float], count: int) -> list[int]:
 
 
 def mean_drift(pruned: Pruned) -> dict[int, float]:
-    """Eq. 8: || E[H_i] - E[H'_i] ||_2 of every retained layer, expectation over samples and
-    positions."""
-    layers = pruned.model.layers
-    modules = [layers[index] for index in pruned.kept]
+    """Eq. 8: || E[H_i] - E[H'_i] ||_2 behind every retained layer, by the original index of its
+    FFN; expectation over samples and positions."""
+    model, kept = pruned.model, [layer.ffn for layer in pruned.kept_layers]
     input_ids, batch_size = pruned.calibration.fit_ids, pruned.batches.size
-    dense = _mean_outputs(pruned.model, modules, input_ids, batch_size)
-    with pruned.model.without(pruned.removed):
-        without = _mean_outputs(pruned.model, modules, input_ids, batch_size)
-    return dict(zip(pruned.kept, (dense - without).norm(dim=1).tolist(), strict=True))
+    dense = _mean_outputs(model, [model.layers[layer] for layer in kept], input_ids, batch_size)
+    with model.without(pruned.removed):
+        without = _mean_outputs(model, list(model.layers), input_ids, batch_size)
+    return dict(zip(kept, (dense - without).norm(dim=1).tolist(), strict=True))
 
 
 def _mean_outputs(

@@ -3,7 +3,7 @@
     s_i = 1/N sum_j sum_{theta in layer i} || dL(x_j)/d theta ||_2
 
 One norm per parameter tensor and per sample; L is the sum over the T-1 next-token terms of one
-sample.
+sample. A pair of sublayers has the sum over the tensors of both.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from gradmap.costs.steps import score_flops
 from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.gradmap.ghost_norms import gradient_norms
-from gradmap.methods.selection import Selection, Subject
+from gradmap.methods.selection import Selection, Subject, scores_of_units
 from gradmap.model.batching import Batches, logits_batch, measured_batch_size
 from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
+from gradmap.model.sublayers import PIECES, JoinedLayer, Pair, Unit, joined_layers
 
 
 class GradientScorer:
@@ -34,65 +35,68 @@ class GradientScorer:
         self._input_ids = subject.calibration.input_ids
         self._batches = fitting_batches(subject.model, self._input_ids, subject.streamed)
         self._entering: list[Tensor] = []
-        self._last_alive: list[int] = []
+        self._last_layers: list[JoinedLayer] = []
 
     def work(self, alive: int) -> int:
         return 2 * alive * len(share_of(self._input_ids)[0])
 
-    def score(self, so_far: Selection, advance: Advance) -> dict[int, float]:
+    def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
         removed = so_far.removal_order
-        alive = self._subject.alive(removed)
-        self._forget_behind(removed)
+        layers = joined_layers(len(self._subject.layers), removed)
+        self._forget_behind(layers)
         with self._subject.model.without(removed):
             scores = self._scores(advance)
-        self._last_alive = alive
-        return dict(zip(alive, scores.tolist(), strict=True))
+        self._last_layers = layers
+        return dict(zip(self._subject.candidates(removed), scores.tolist(), strict=True))
 
-    def _forget_behind(self, removed: Sequence[int]) -> None:
-        """What enters the first layer that is gone since the last round now enters the one after
-        it."""
-        gone = [place for place, layer in enumerate(self._last_alive) if layer in removed]
+    def _forget_behind(self, layers: Sequence[JoinedLayer]) -> None:
+        """What entered the first layer that is not as it was in the last round still does."""
+        gone = [place for place, layer in enumerate(self._last_layers) if layer not in layers]
         del self._entering[gone[0] + 1 if gone else len(self._entering) :]
 
     def _scores(self, advance: Advance) -> Tensor:
-        model = self._subject.model
+        model, unit = self._subject.model, self._subject.unit
         if not self._subject.streamed:
-            return layer_scores(model, self._input_ids, self._batches, advance)
-        return streamed_layer_scores(model, self._input_ids, self._batches, self._entering, advance)
+            return gradient_scores(model, self._input_ids, self._batches, unit, advance)
+        return streamed_gradient_scores(
+            model, self._input_ids, self._batches, self._entering, unit, advance
+        )
 
 
-def layer_scores(
+def gradient_scores(
     model: LayeredModel,
     input_ids: Tensor,
     batches: Batches,
+    unit: Unit = "layer",
     advance: Advance = lambda n: None,
 ) -> Tensor:
-    """Returns Eq. 7 for every layer the model has now: (L,) float64. input_ids: (N, T).
+    """Returns Eq. 7 for every candidate of the model as it is now: (C,) float64. input_ids: (N, T).
 
     Batched, and without forming parameter gradients where their norms follow from activations
     ("ghost norms"). Only activations carry gradients. advance: told of passes, forward or backward,
     of one sample through one layer. Raises UserError if the loss of a sample is not finite.
     """
-    layers = model.layers
+    pieces = model.pieces(unit)
     share, first_sample = share_of(input_ids)
-    totals = torch.zeros(len(layers), dtype=torch.float64)
+    totals = torch.zeros(len(pieces), dtype=torch.float64)
 
     def run_batch(batch: slice) -> None:
-        _add_norms(model, share[batch], first_sample + batch.start, totals)
-        advance(2 * len(share[batch]) * len(layers))
+        _add_norms(model, share[batch], first_sample + batch.start, pieces, totals)
+        advance(2 * len(share[batch]) * len(model.layers))
 
     batches.run(len(share), run_batch)
-    return summed(totals) / len(input_ids)
+    return scores_of_units(summed(totals), unit) / len(input_ids)
 
 
-def streamed_layer_scores(
+def streamed_gradient_scores(
     model: LayeredModel,
     input_ids: Tensor,
     batches: Batches,
     entering: list[Tensor],
+    unit: Unit = "layer",
     advance: Advance = lambda n: None,
 ) -> Tensor:
-    """`layer_scores`, one layer at a time for all samples: forward, then backward, with only the
+    """`gradient_scores`, one layer at a time for all samples: forward, then backward, with only the
     hidden states between layers kept. So it runs where a layer and (L + 1) x N x T x d hidden
     states fit, and computes every layer twice.
 
@@ -118,14 +122,16 @@ def streamed_layer_scores(
         gradients[batch] = loss_gradients(model, hidden, ids, first_sample + batch.start)
 
     batches.run(len(share), start_backward)
-    totals = torch.zeros(len(layers), dtype=torch.float64)
+    pieces = model.pieces(unit)
+    totals = torch.zeros(len(pieces), dtype=torch.float64)
     for position in reversed(range(len(layers))):
+        of_layer = slice(PIECES[unit] * position, PIECES[unit] * (position + 1))
 
-        def run_backward(batch: slice, position: int = position) -> None:
+        def run_backward(
+            batch: slice, position: int = position, of_layer: slice = of_layer
+        ) -> None:
             leaf = entering[position][batch].to(model.device).requires_grad_(True)
-            with gradient_norms(
-                layers[position : position + 1], len(leaf), totals[position : position + 1]
-            ):
+            with gradient_norms(pieces[of_layer], len(leaf), totals[of_layer]):
                 output = calls[position].run(layers[position], leaf)
                 output.backward(gradients[batch].to(output.device))
             assert leaf.grad is not None
@@ -133,16 +139,22 @@ def streamed_layer_scores(
             advance(len(leaf))
 
         batches.run(len(share), run_backward)
-    return summed(totals) / len(input_ids)
+    return scores_of_units(summed(totals), unit) / len(input_ids)
 
 
-def _add_norms(model: LayeredModel, input_ids: Tensor, first_sample: int, totals: Tensor) -> None:
-    """Adds the norms of one batch (B, T) to `totals` (L,)."""
-    layers, input_ids = model.layers, input_ids.to(model.device)
+def _add_norms(
+    model: LayeredModel,
+    input_ids: Tensor,
+    first_sample: int,
+    pieces: Sequence[nn.Module],
+    totals: Tensor,
+) -> None:
+    """Adds the norms of one batch (B, T) to `totals` (P,), one for each of the pieces."""
+    input_ids = input_ids.to(model.device)
     hidden, calls = record_layer_calls(model, input_ids)
     hidden.requires_grad_(True)
-    with gradient_norms(layers, len(input_ids), totals):
-        for layer, call in zip(layers, calls, strict=True):
+    with gradient_norms(pieces, len(input_ids), totals):
+        for layer, call in zip(model.layers, calls, strict=True):
             hidden = call.run(layer, hidden)
         hidden.backward(loss_gradients(model, hidden.detach(), input_ids, first_sample))
 
@@ -197,24 +209,26 @@ def loss_gradients(
     return torch.cat(gradients)
 
 
-def layer_scores_reference(model: LayeredModel, input_ids: Tensor) -> Tensor:
-    """Eq. 7 as it is written: one sample at a time, every parameter gradient formed. (L,)
+def gradient_scores_reference(
+    model: LayeredModel, input_ids: Tensor, unit: Unit = "layer"
+) -> Tensor:
+    """Eq. 7 as it is written: one sample at a time, every parameter gradient formed. (C,)
     float64."""
-    layers = model.layers
-    totals = torch.zeros(len(layers), dtype=torch.float64)
+    layers, pieces = model.layers, model.pieces(unit)
+    totals = torch.zeros(len(pieces), dtype=torch.float64)
     for sample in input_ids:
         layers.requires_grad_(True)
         batch = sample[None].to(model.device)
         sample_losses(
             model.network(input_ids=batch, use_cache=False).logits, batch
         ).sum().backward()
-        for index, layer in enumerate(layers):
-            for parameter in layer.parameters():
+        for index, piece in enumerate(pieces):
+            for parameter in piece.parameters():
                 assert parameter.grad is not None
                 totals[index] += parameter.grad.double().norm().cpu()
         layers.zero_grad()
         layers.requires_grad_(False)
-    return totals / len(input_ids)
+    return scores_of_units(totals, unit) / len(input_ids)
 
 
 SELECTOR = Selector(

@@ -25,6 +25,7 @@ from gradmap.pruning.prune import prune
 from gradmap.pruning.settings import PruneSettings
 from tests.conftest import LAYERS, Pico
 from tests.gradmap.named_methods import NOT_NESTED, make_scorer, repair
+from tests.gradmap.removals import pairs
 
 MEASURING = sorted(set(selector_names()) - {"manual", "random", "mka-as-released"})
 REPAIRING = sorted(set(compensator_names()) - {"none"})
@@ -72,7 +73,7 @@ def test_no_selector_chooses_by_what_is_no_number(picos, input_ids, name, kind):
 def test_no_compensator_repairs_by_what_is_no_number(picos, input_ids, name, kind):
     pico = picos["llama"]
     calibration = Calibration("test", 3, input_ids)
-    pruned = Pruned(LayeredModel.of(damaged(pico, kind)), calibration, (3,), Batches(2))
+    pruned = Pruned(LayeredModel.of(damaged(pico, kind)), calibration, pairs(3), Batches(2))
     for accept_all in (False, True):
         with pytest.raises(
             UserError, match="is not finite; the checkpoint is damaged, or its dtype overflows"
@@ -137,7 +138,11 @@ def with_idle_ffns(pico: Pico):
 def test_what_an_idle_ffn_adds_cannot_be_repaired_and_stays(picos, input_ids, name, held_out):
     pico, calibration = picos["llama"], Calibration("test", 3, input_ids, held_out=held_out)
     pruned = Pruned(
-        LayeredModel.of(with_idle_ffns(pico)), calibration, (2, 3), Batches(2), accept_all=True
+        LayeredModel.of(with_idle_ffns(pico)),
+        calibration,
+        pairs(2, 3),
+        Batches(2),
+        accept_all=True,
     )
     (correction,) = repair(name, pruned).corrections
     assert torch.equal(correction.change.tensors["matrix"], torch.eye(32, dtype=torch.float64))
@@ -179,7 +184,8 @@ def test_a_correction_that_is_no_number_is_not_written(copied, word_file, tmp_pa
     settings = PruneSettings(
         remove=2,
         calibration=f"file:{word_file}",
-        selector="random",
+        selector="manual",
+        layers=list(pairs(2, 3)),
         compensator="magnitude",
         accept="always",
         held_out=0,

@@ -21,7 +21,7 @@ from gradmap.data.calibration import HELD_OUT_FRACTION, Calibration
 from gradmap.methods import racing, repair, ridge, sequential
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.costs import default_seconds, repair_seconds, select_seconds
-from gradmap.methods.gradmap.scores import layer_scores
+from gradmap.methods.gradmap.scores import gradient_scores
 from gradmap.methods.registry import selector_names
 from gradmap.methods.selection import Selection, Step, Subject
 from gradmap.methods.shortened_llama import taylor_scores
@@ -36,6 +36,7 @@ from gradmap.pruning import budget
 from gradmap.pruning.budget import LEAST_SAMPLES, affordable_samples, samples_within_budget
 from gradmap.pruning.settings import PruneSettings
 from tests.conftest import FAMILIES, PICO_CONFIGS, VOCABULARY, make_pico
+from tests.gradmap.removals import pairs
 
 distilling = import_module("gradmap.methods.distil")  # the package has a function of that name
 # Short samples, so that a weight's gradient norm is cheapest by Gram matrices, as for models of a
@@ -125,7 +126,7 @@ def test_a_forward_pass_multiplies_what_is_said(picos, family):
 def test_scores_multiply_what_is_said(deep):
     pico, shape = deep
     model, ids = pico.load(torch.float32), calibration().input_ids
-    flops = counted(lambda: layer_scores(LayeredModel.of(model), ids, Batches(4)))
+    flops = counted(lambda: gradient_scores(LayeredModel.of(model), ids, Batches(4)))
     assert flops == pytest.approx(costs.score_flops(shape, 1, SIZE), rel=0.02)
 
 
@@ -178,7 +179,7 @@ def test_a_selection_by_repairs_multiplies_what_is_said(deep, monkeypatch, round
 def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypatch):
     """A run in the middle; of what the arithmetic takes for half, a layer more or less: 10%."""
     pico, shape = deep
-    subject = pruned(pico, (6,))
+    subject = pruned(pico, pairs(6))
     walks = ridge.Walks.start(subject)
     closed_form = None
 
@@ -226,7 +227,7 @@ def test_samples_are_shared_out_as_a_calibration_does():
 
 def test_samples_that_a_closed_form_lacks_are_counted_as_distil_does(deep):
     pico, shape = deep
-    lacking = distilling.samples_lacking(pruned(pico, (6,)))
+    lacking = distilling.samples_lacking(pruned(pico, pairs(6)))
     assert SIZE.lacking(shape.inner) == lacking > 0
     assert CalibrationSize(128, 128).lacking(shape.inner) == 0
 

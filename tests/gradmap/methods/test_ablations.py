@@ -7,13 +7,14 @@ from gradmap.common.errors import UserError
 from gradmap.methods.compensation import run_and_capture
 from gradmap.methods.gradmap.projection import most_drifted
 from gradmap.methods.least_squares import RightSolver
-from gradmap.methods.ridge import Fit, accumulate_gram, down_projection_weight
+from gradmap.methods.ridge import Fit, accumulate_gram, output_weight
 from gradmap.model.corrections import Projection, Update
 from gradmap.pruning.plan import load_plan
 from tests.command_line import gradmap
 from tests.gradmap.methods.test_baselines import prune
 from tests.gradmap.named_methods import repair
 from tests.gradmap.pruning.test_prune import prune_arguments
+from tests.gradmap.removals import ffn, pairs
 
 
 def lacking(pruned, correction):
@@ -30,9 +31,9 @@ def lacking(pruned, correction):
 
 def test_the_right_side_in_closed_form_is_least_squares(picos, input_ids):
     pico = picos["llama"]
-    pruned = prune(pico, input_ids, (1, 3))
-    gram, cross = accumulate_gram(pruned, Fit(4, 4, "right"), {})
-    weight = down_projection_weight(pruned, 4)
+    pruned = prune(pico, input_ids, pairs(1, 3))
+    gram, cross = accumulate_gram(pruned, Fit(ffn(4), ffn(4), "right"), {})
+    weight = output_weight(pruned, ffn(4))
     solver = RightSolver(gram, cross, weight)
     for relative in (0.1, 1.0):
         lam = relative * gram.diagonal().mean().item() * weight.square().sum(dim=0).mean().item()
@@ -55,7 +56,7 @@ def test_either_side_of_the_down_projection_lowers_what_the_layer_lacks(
     picos, input_ids, name, side
 ):
     pico = picos["llama"]
-    pruned = prune(pico, input_ids, (1, 3))
+    pruned = prune(pico, input_ids, pairs(1, 3))
     (correction,) = repair(name, pruned, side=side).corrections
     assert isinstance(correction.change, Projection if side == "left" else Update)
     before, after = lacking(pruned, correction)
@@ -63,7 +64,7 @@ def test_either_side_of_the_down_projection_lowers_what_the_layer_lacks(
 
 
 def test_the_layers_that_drifted_most_are_repaired_front_to_back(picos, input_ids):
-    pruned = prune(picos["llama"], input_ids, (1, 3))
+    pruned = prune(picos["llama"], input_ids, pairs(1, 3))
     compensation = repair("projection", pruned, top_z=2)
     drift = compensation.drift
     assert [one.place.layer for one in compensation.corrections] == sorted(
@@ -79,7 +80,7 @@ def test_of_layers_that_drifted_most_the_front_one_is_repaired_first_though_it_d
 
 def test_other_maps_are_trained_through_the_layer(picos, input_ids):
     pico = picos["llama"]
-    pruned = prune(pico, input_ids, (1, 3))
+    pruned = prune(pico, input_ids, pairs(1, 3))
     with pytest.raises(UserError, match="use --compensator projection-adam"):
         repair("projection", pruned, target="gate")
     (correction,) = repair("projection-adam", pruned, target="gate").corrections
@@ -87,11 +88,11 @@ def test_other_maps_are_trained_through_the_layer(picos, input_ids):
     before, after = lacking(pruned, correction)
     assert after < before
     with pytest.raises(UserError, match=r"no q_proj; the linear maps of a layer are attn\.c_attn"):
-        repair("projection-adam", prune(picos["gpt2"], input_ids, (1, 3)), target="q")
+        repair("projection-adam", prune(picos["gpt2"], input_ids, pairs(1, 3)), target="q")
 
 
 def test_without_eq_12_nothing_is_regularised(picos, input_ids):
-    pruned = prune(picos["llama"], input_ids, (1, 3))
+    pruned = prune(picos["llama"], input_ids, pairs(1, 3))
     (correction,) = repair("projection", pruned, unregularised=True).corrections
     assert correction.lam == 0.0
     (trained,) = repair("projection-adam", pruned, unregularised=True).corrections

@@ -10,12 +10,13 @@ from gradmap.methods.least_squares import solve_ridge
 from gradmap.methods.ridge import REGULARISATION, Fit, accumulate_gram
 from tests.conftest import inside
 from tests.gradmap.named_methods import repair
+from tests.gradmap.removals import ffn
 from tests.gradmap.repairs import LAYER, activations, prune
 
 
 def test_the_closed_form_is_below_what_adam_reaches(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
-    gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER), {})
+    gram, cross = accumulate_gram(pruned, Fit(ffn(LAYER), ffn(LAYER)), {})
     features, missing = (
         tensor.reshape(*input_ids.shape, -1) for tensor in activations(pruned, refit=False)
     )

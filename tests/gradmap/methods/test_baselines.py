@@ -13,7 +13,7 @@ from gradmap.data.calibration import Calibration
 from gradmap.methods import gradpruner as initial_gradients
 from gradmap.methods.compensation import Pruned, run_and_capture
 from gradmap.methods.gradpruner import (
-    layer_importances,
+    importances_of_sublayers,
     lora_gradients,
     merge_where_signs_agree,
     weight_importances,
@@ -36,8 +36,10 @@ from gradmap.model.corrections import (
     weight_of,
 )
 from gradmap.model.layered import LayeredModel
+from gradmap.model.sublayers import sublayers_of
 from tests.conftest import LAYERS, inside
 from tests.gradmap.named_methods import make_scorer, repair
+from tests.gradmap.removals import attention, ffn, pairs
 
 
 def prune(pico, input_ids, removed, model=None):
@@ -56,7 +58,7 @@ def prune(pico, input_ids, removed, model=None):
 
 def scores(name, pico, input_ids, steps=()):
     return make_scorer(name, Subject(pico.layered(), Calibration("test", 3, input_ids))).score(
-        Selection(tuple(Step({}, (layer,)) for layer in steps)), lambda n: None
+        Selection(tuple(Step({}, pairs(layer)) for layer in steps)), lambda n: None
     )
 
 
@@ -91,28 +93,28 @@ def enlarge_as_the_paper_does(pico, model, layer, alpha):
 def test_scaling_what_comes_later_is_scaling_what_came_before(picos, input_ids, family):
     pico = picos[family]
     model = without_epsilon(pico)
-    compensation = repair("magnitude", prune(pico, input_ids, (2,), model))
+    compensation = repair("magnitude", prune(pico, input_ids, pairs(2), model))
     entering, leaving = run_and_capture(
         LayeredModel.of(model), [pico.architecture.layer_list(model)[2]], input_ids
     )[0]
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
     changes = {one.place: (one.change,) for one in compensation.corrections}
     assert {place.layer for place in changes} == {3, 4}
-    with LayeredModel.of(model).changed(changes, without=(2,)):
+    with LayeredModel.of(model).changed(changes, without=pairs(2)):
         ours = model(input_ids=input_ids).logits
     paper = without_epsilon(pico)
     enlarge_as_the_paper_does(pico, paper, 2, alpha)
-    with LayeredModel.of(paper).without((2,)):
+    with LayeredModel.of(paper).without(pairs(2)):
         theirs = paper(input_ids=input_ids).logits
     assert (ours - theirs).norm() / theirs.norm() < LAYERS * 2**-24  # RMSNorm computes in float32
 
 
 def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
     pico = picos["llama"]
-    pruned = prune(pico, input_ids, (3, 1))
-    first = repair("magnitude", prune(pico, input_ids, (3,)))
+    pruned = prune(pico, input_ids, pairs(3, 1))
+    first = repair("magnitude", prune(pico, input_ids, pairs(3)))
     factor = {one.place: inside(one).factor.item() for one in first.corrections}
-    with pruned.model.without((3,)):
+    with pruned.model.without(pairs(3)):
         # before the scales of the first
         entering, leaving = run_and_capture(pruned.model, [pruned.model.layers[1]], input_ids)[0]
     alpha = (leaving.abs().mean(dim=1) / entering.abs().mean(dim=1)).mean().item()
@@ -126,12 +128,12 @@ def test_scales_add_up_in_the_order_of_removal(picos, input_ids):
 def test_prune_and_comp_scores_the_model_that_was_made_up_for(picos, input_ids):
     pico = picos["llama"]
     changes = {}
-    for one in repair("magnitude", prune(pico, input_ids[:-1], (1,))).corrections:
+    for one in repair("magnitude", prune(pico, input_ids[:-1], pairs(1))).corrections:
         changes[one.place] = (one.change,)
     model = pico.load()
     calibration = Calibration("test", 3, input_ids)
     assert torch.equal(calibration.fit_ids, input_ids[:-1])
-    with LayeredModel.of(model).changed(changes, without=(1,)):
+    with LayeredModel.of(model).changed(changes, without=pairs(1)):
         captured = run_and_capture(
             LayeredModel.of(model), list(pico.architecture.layer_list(model)), input_ids
         )
@@ -142,9 +144,8 @@ def test_prune_and_comp_scores_the_model_that_was_made_up_for(picos, input_ids):
     assert list(scores("prune-comp", pico, input_ids, steps=(1,)).values()) == pytest.approx(
         expected, rel=1e-9
     )
-    assert scores("block-influence", pico, input_ids, steps=(1,))[4] != pytest.approx(
-        expected[-1], rel=1e-9
-    )
+    *_, last = scores("block-influence", pico, input_ids, steps=(1,)).values()
+    assert last != pytest.approx(expected[-1], rel=1e-9)
 
 
 # --- LinearPatch ---
@@ -166,7 +167,7 @@ def test_a_patch_restores_magnitudes_in_the_rotated_basis(picos, input_ids):
     """With one sample, exactly: mean |H h| behind the patch is what it was behind the removed
     layers."""
     pico = picos["llama"]
-    pruned = prune(pico, input_ids[:1], (1, 2))
+    pruned = prune(pico, input_ids[:1], pairs(1, 2))
     (correction,) = repair("linear-patch", pruned).corrections
     assert correction.place == Place(0, HIDDEN_STATE)
     basis = torch.from_numpy(hadamard_matrix(32)) / 32**0.5
@@ -175,7 +176,7 @@ def test_a_patch_restores_magnitudes_in_the_rotated_basis(picos, input_ids):
     patched = given @ inside(correction).matrix.mT
     expected = (wanted @ basis).abs().mean(dim=1)
     torch.testing.assert_close((patched @ basis).abs().mean(dim=1), expected, rtol=1e-9, atol=1e-12)
-    with pruned.model.changed({correction.place: (correction.change,)}, without=(1, 2)):
+    with pruned.model.changed({correction.place: (correction.change,)}, without=pairs(1, 2)):
         entering, _ = run_and_capture(pruned.model, [layers[3]], input_ids[:1])[0]
     torch.testing.assert_close(entering, patched, rtol=1e-9, atol=1e-12)
 
@@ -228,7 +229,8 @@ def test_mka_removes_the_layer_most_like_the_one_before_it(picos, input_ids):
     similarities = layer_similarities(pico.layered(), ids, seed=3)
     assert np.array_equal(similarities, similarities.T)
     given = scores("mka", pico, ids, steps=(2,))
-    assert given == {1: -similarities[0, 1], 3: -similarities[1, 3], 4: -similarities[3, 4]}
+    expected = (-similarities[0, 1], -similarities[1, 3], -similarities[3, 4])
+    assert given == dict(zip(pairs(1, 3, 4), expected, strict=True))
 
 
 def test_hidden_states_of_mka_are_what_enters_a_layer_last(pico, input_ids):
@@ -244,13 +246,13 @@ def test_hidden_states_of_mka_are_what_enters_a_layer_last(pico, input_ids):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_mka_merges_a_run_into_the_layer_before_it(picos, input_ids, family):
     pico = picos[family]
-    pruned = prune(pico, input_ids, (2, 1))
+    pruned = prune(pico, input_ids, pairs(2, 1))
     ids = pruned.calibration.input_ids
     means = layer_similarities(pruned.model, ids, pruned.calibration.seed).mean(axis=1)
     layers = pruned.model.layers
     corrections = merge_by_similarity(pruned).corrections
     assert {one.place for one in corrections} == {
-        place for place, _ in pruned.model.linear_maps([0])
+        place for place, _ in pruned.model.linear_maps(sublayers_of([0]))
     }
     for one in corrections:
         own, first, second = (
@@ -265,7 +267,7 @@ def test_mka_merges_a_run_into_the_layer_before_it(picos, input_ids, family):
 
 def test_mka_as_released_drops_the_last_layers(picos, input_ids):
     given = scores("mka-as-released", picos["llama"], input_ids, steps=(4,))
-    assert sorted(given, key=given.get) == [3, 2, 1, 0]
+    assert sorted(given, key=given.get) == list(pairs(3, 2, 1, 0))
 
 
 # --- GradPruner ---
@@ -276,7 +278,7 @@ def test_the_gradients_of_the_first_step_are_those_of_the_weights(picos, input_i
     pico = picos["llama"]
     model = pico.load()
     (first, *_) = lora_gradients(LayeredModel.of(model), input_ids, seed=0)
-    maps = dict(LayeredModel.of(model).linear_maps(range(5)))
+    maps = dict(LayeredModel.of(model).linear_maps(sublayers_of(range(5))))
     generator = torch.Generator().manual_seed(0)
     downs = {
         place: torch.randn(8, weight_of(module).shape[1], generator=generator, dtype=torch.float64)
@@ -295,22 +297,22 @@ def test_the_gradients_of_the_first_step_are_those_of_the_weights(picos, input_i
         assert not down.any()
 
 
-def test_importance_of_a_layer_is_that_of_its_weights(picos, input_ids):
+def test_importance_of_a_sublayer_is_that_of_its_weights(picos, input_ids):
     pico = picos["llama"]
     model = pico.load()
     per_weight = weight_importances(LayeredModel.of(model), input_ids, 0, range(5))
-    expected = [0.0] * 5
+    expected = dict.fromkeys(sublayers_of(range(5)), 0.0)
     for place, importance in per_weight.items():
-        expected[place.layer] += importance.sum().item()
-    assert layer_importances(LayeredModel.of(model), input_ids, 0) == pytest.approx(
-        expected, rel=1e-9
-    )
-    assert scores("gradpruner", pico, input_ids.flip(0), steps=(0,)).keys() == {1, 2, 3, 4}
+        of_ffn = place.target.startswith("mlp.")
+        expected[(ffn if of_ffn else attention)(place.layer)] += importance.sum().item()
+    given = importances_of_sublayers(LayeredModel.of(model), input_ids, 0)
+    assert given == pytest.approx(expected, rel=1e-9)
+    assert tuple(scores("gradpruner", pico, input_ids.flip(0), steps=(0,))) == pairs(1, 2, 3, 4)
 
 
 def test_only_the_most_important_weights_with_the_same_sign_are_merged(picos, input_ids):
     pico = picos["llama"]
-    pruned = prune(pico, input_ids, (3,))
+    pruned = prune(pico, input_ids, pairs(3))
     importances = weight_importances(pruned.model, input_ids, 0, [3])
     layers = pruned.model.layers
     corrections = merge_where_signs_agree(pruned).corrections
@@ -332,7 +334,7 @@ def test_only_the_most_important_weights_with_the_same_sign_are_merged(picos, in
 def test_experts_are_not_merged(picos, input_ids, name, monkeypatch):
     monkeypatch.setattr(initial_gradients, "STEPS", 1)
     with pytest.raises(UserError, match="experts of two layers do not correspond"):
-        repair(name, prune(picos["mixtral"], input_ids, (3,)))
+        repair(name, prune(picos["mixtral"], input_ids, pairs(3)))
 
 
 def test_a_scale_reaches_the_bias(picos, input_ids):

@@ -20,6 +20,7 @@ from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.loading import load_model, load_tokenizer
 from tests.conftest import BOOLQ, CORRECTABLE, inside
 from tests.gradmap.named_methods import repair
+from tests.gradmap.removals import ffn, pairs
 from tests.gradmap.repairs import LAYER, REMOVED, activations, prune
 
 
@@ -32,7 +33,7 @@ def pico(request, picos):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_closed_form_equals_least_squares(pico, input_ids, kind, weighted):
     pruned = prune(pico, input_ids)
-    gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER, kind, weighted), {})
+    gram, cross = accumulate_gram(pruned, Fit(ffn(LAYER), ffn(LAYER), kind, weighted), {})
     features, missing = activations(pruned, refit=kind == "refit")
     if weighted:
         ((_, dense),) = run_and_capture(
@@ -76,7 +77,7 @@ def test_a_loss_that_is_not_a_number_is_not_the_lowest():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["left", "refit"])
 def test_a_gpu_fits_the_same(picos, input_ids, kind):
-    pico, fit = picos["llama"], Fit(LAYER, LAYER, kind, weighted=True)
+    pico, fit = picos["llama"], Fit(ffn(LAYER), ffn(LAYER), kind, weighted=True)
     of_cpu = prune(pico, input_ids)
     of_gpu = replace(of_cpu, model=load_model(pico.checkpoint, "float64", "cuda"))
     (gram, cross), (expected_gram, expected_cross) = (
@@ -103,7 +104,7 @@ def test_a_gram_matrix_without_room_on_the_gpu_is_kept_by_the_cpu(monkeypatch):
 def test_no_other_matrix_has_a_lower_objective(pico, input_ids):
     """Eq. 11 and 12 as they are written: W' A against T = X_O - X_F - b, with W' close to I."""
     pruned = prune(pico, input_ids, batch_size=5)
-    gram, cross = accumulate_gram(pruned, Fit(LAYER, LAYER), {})
+    gram, cross = accumulate_gram(pruned, Fit(ffn(LAYER), ffn(LAYER)), {})
     added, missing = activations(pruned, refit=False)
     lam = 0.01 * gram.diagonal().mean().item()
 
@@ -225,7 +226,8 @@ def test_the_correction_is_chosen_and_judged_on_held_out_samples(pico, input_ids
 @pytest.mark.parametrize("removed", [(1, 3), (1, 2), (0, 4), (2, 3, 4)])
 def test_runs_are_repaired_in_the_layer_before_them(picos, input_ids, removed):
     runs = {(1, 3): [(0, 1), (2, 3)], (1, 2): [(0, 2)], (0, 4): [(3, 4)], (2, 3, 4): [(1, 4)]}
-    assert prune(picos["llama"], input_ids, removed=removed).runs() == runs[removed]
+    expected = [(ffn(before), ffn(last)) for before, last in runs[removed]]
+    assert prune(picos["llama"], input_ids, removed=pairs(*removed)).runs() == expected
 
 
 @pytest.mark.parametrize("name", ["sequential", "refit", "distil"])
@@ -298,7 +300,7 @@ def test_a_real_model_is_repaired(smollm2):
         load_tokenizer(smollm2.directory), BOOLQ, samples=16, tokens=64, seed=42
     )
     model = LayeredModel.of(load_model(smollm2, "float32"))
-    pruned = Pruned(model, calibration, (13, 14, 16), Batches(4))
+    pruned = Pruned(model, calibration, pairs(13, 14, 16), Batches(4))
     names = ("none", "sequential", "refit", "distil")
     divergences = {name: pruned.divergence(repair(name, pruned).changes) for name in names}
     assert sorted(divergences, key=divergences.__getitem__, reverse=True) == list(names)

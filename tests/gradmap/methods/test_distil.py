@@ -31,7 +31,7 @@ distilling = import_module("gradmap.methods.distil")  # the package has a functi
 def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(picos, input_ids):
     pruned = prune(picos["llama"], input_ids)
     model = pruned.model
-    goal = pruned.walk(pruned.layers, input_ids).finish({})
+    goal = pruned.walk(pruned.sublayers, input_ids).finish({})
     hidden = (
         goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))
     ).requires_grad_(True)
@@ -58,7 +58,7 @@ def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
 
 def lessons_of(pruned):
     fit_ids = pruned.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.layers, fit_ids).finish({}))
+    known = Lessons(fit_ids, pruned.walk(pruned.sublayers, fit_ids).finish({}))
     return known.followed_by(written_by_dense(pruned))
 
 

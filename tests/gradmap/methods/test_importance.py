@@ -13,9 +13,9 @@ from gradmap.methods.gradmap.ghost_norms import (
     gradient_norms,
 )
 from gradmap.methods.gradmap.scores import (
-    layer_scores,
-    layer_scores_reference,
-    streamed_layer_scores,
+    gradient_scores,
+    gradient_scores_reference,
+    streamed_gradient_scores,
 )
 from gradmap.model.batching import LOGITS_BYTES, Batches
 from gradmap.model.layered import LayeredModel
@@ -30,12 +30,13 @@ from gradmap.model.layerwise import (
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in, count_parameters
 from tests.conftest import BOOLQ, LAYERS, VOCABULARY
+from tests.gradmap.removals import pairs
 
 
 def test_scores_equal_the_per_sample_reference(pico, input_ids):
     model = pico.load()
-    expected = layer_scores_reference(LayeredModel.of(model), input_ids)
-    actual = layer_scores(LayeredModel.of(model), input_ids, Batches(2))
+    expected = gradient_scores_reference(LayeredModel.of(model), input_ids)
+    actual = gradient_scores(LayeredModel.of(model), input_ids, Batches(2))
     # float64 throughout; the squares of a ghost norm cancel at most a few digits: half the mantissa
     # remains
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
@@ -43,9 +44,9 @@ def test_scores_equal_the_per_sample_reference(pico, input_ids):
 
 def test_scores_after_a_removal_are_those_of_the_smaller_model(pico, input_ids):
     model = pico.load()
-    with LayeredModel.of(model).without([1, 3]):
-        actual = layer_scores(LayeredModel.of(model), input_ids, Batches(5))
-        expected = layer_scores_reference(LayeredModel.of(model), input_ids)
+    with LayeredModel.of(model).without(pairs(1, 3)):
+        actual = gradient_scores(LayeredModel.of(model), input_ids, Batches(5))
+        expected = gradient_scores_reference(LayeredModel.of(model), input_ids)
     assert actual.shape == (3,)
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
 
@@ -55,9 +56,9 @@ def test_long_samples_take_the_direct_formula(picos):
     pico = picos["qwen3_moe"]
     ids = torch.randint(3, VOCABULARY, (3, 60), generator=torch.Generator().manual_seed(2))
     model = pico.load()
-    actual = layer_scores(LayeredModel.of(model), ids, Batches(3))
+    actual = gradient_scores(LayeredModel.of(model), ids, Batches(3))
     torch.testing.assert_close(
-        actual, layer_scores_reference(LayeredModel.of(model), ids), rtol=1e-7, atol=0
+        actual, gradient_scores_reference(LayeredModel.of(model), ids), rtol=1e-7, atol=0
     )
 
 
@@ -75,7 +76,7 @@ def test_both_formulas_give_the_norm_of_the_explicit_gradient(tokens):
 def test_no_parameter_gradient_is_ever_formed(picos, input_ids):
     pico = picos["mixtral"]
     model = pico.load()
-    layer_scores(LayeredModel.of(model), input_ids, Batches(2))
+    gradient_scores(LayeredModel.of(model), input_ids, Batches(2))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -124,7 +125,7 @@ def test_a_nan_loss_names_the_sample(picos, input_ids, monkeypatch, logits_bytes
     ids = torch.where(input_ids == poisoned, poisoned + 1, input_ids)
     ids[3, 0] = poisoned
     with pytest.raises(UserError, match="sample 3"):
-        layer_scores(LayeredModel.of(model), ids, Batches(2))
+        gradient_scores(LayeredModel.of(model), ids, Batches(2))
 
 
 def test_float32_scores_on_smollm2(smollm2):
@@ -132,8 +133,8 @@ def test_float32_scores_on_smollm2(smollm2):
         load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42
     )
     model = load_model(smollm2, "float32")
-    actual = layer_scores(LayeredModel.of(model), calibration.input_ids, Batches(4))
-    expected = layer_scores_reference(LayeredModel.of(model), calibration.input_ids)
+    actual = gradient_scores(LayeredModel.of(model), calibration.input_ids, Batches(4))
+    expected = gradient_scores_reference(LayeredModel.of(model), calibration.input_ids)
     # float32 rounding of about 1e-7 per product, over 128 x 128 products of mixed sign in a ghost
     # norm
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
@@ -145,13 +146,13 @@ def test_autocast_scores_on_smollm2_differ_by_the_rounding_of_its_products(smoll
         load_tokenizer(smollm2.directory), BOOLQ, samples=4, tokens=128, seed=42
     )
     exact = load_model(smollm2, "float32")
-    expected = layer_scores(LayeredModel.of(exact), calibration.input_ids, Batches(4))
+    expected = gradient_scores(LayeredModel.of(exact), calibration.input_ids, Batches(4))
     model = load_model(smollm2, "autocast")
     assert model.get_input_embeddings().weight.dtype == torch.float32
     # though the head has parted
     assert count_parameters(model) == count_parameters(exact) == 134_515_008
     with computing_in("autocast", model):
-        actual = layer_scores(LayeredModel.of(model), calibration.input_ids, Batches(4))
+        actual = gradient_scores(LayeredModel.of(model), calibration.input_ids, Batches(4))
     assert not torch.equal(actual, expected)
     # a product is rounded to 8 bits (2^-9), and layer after layer adds to that
     torch.testing.assert_close(actual, expected, rtol=30 * 2**-9, atol=0)
@@ -163,16 +164,16 @@ def test_a_model_that_accelerate_has_placed_scores_the_same(picos, input_ids, fa
     around each."""
     pico = picos[family]
     model = pico.load()
-    with LayeredModel.of(model).without([2]):
-        expected = layer_scores_reference(LayeredModel.of(model), input_ids)
+    with LayeredModel.of(model).without(pairs(2)):
+        expected = gradient_scores_reference(LayeredModel.of(model), input_ids)
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     placement = dict.fromkeys(
         [*parts, *(f"model.layers.{index}" for index in range(LAYERS))], "cpu"
     )
     dispatch_model(model, placement, main_device="cpu", force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for layer in pico.architecture.layer_list(model))
-    with LayeredModel.of(model).without([2]):
-        actual = layer_scores(LayeredModel.of(model), input_ids, Batches(2))
+    with LayeredModel.of(model).without(pairs(2)):
+        actual = gradient_scores(LayeredModel.of(model), input_ids, Batches(2))
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
     # the hooks are still there
     assert all("forward" in vars(layer) for layer in pico.architecture.layer_list(model))
@@ -188,8 +189,8 @@ def across_devices(pico):
 @pytest.mark.gpu
 def test_a_model_spread_over_gpus_scores_the_same(pico, input_ids):
     spread = load_model(pico.checkpoint, "float64", "spread")
-    actual = layer_scores(LayeredModel.of(spread), input_ids, Batches(2))
-    expected = layer_scores_reference(pico.layered(), input_ids)
+    actual = gradient_scores(LayeredModel.of(spread), input_ids, Batches(2))
+    expected = gradient_scores_reference(pico.layered(), input_ids)
     torch.testing.assert_close(actual, expected, rtol=across_devices(pico), atol=0)
 
 
@@ -198,10 +199,10 @@ def test_a_model_spread_over_gpus_scores_the_same(pico, input_ids):
 def test_scores_on_a_gpu_are_those_of_the_cpu(pico, input_ids, streamed):
     model = load_model(pico.checkpoint, "float64", "cuda", streamed=streamed)
     if streamed:
-        actual = streamed_layer_scores(LayeredModel.of(model), input_ids, Batches(2), [])
+        actual = streamed_gradient_scores(LayeredModel.of(model), input_ids, Batches(2), [])
     else:
-        actual = layer_scores(LayeredModel.of(model), input_ids, Batches(2))
-    expected = layer_scores_reference(pico.layered(), input_ids)
+        actual = gradient_scores(LayeredModel.of(model), input_ids, Batches(2))
+    expected = gradient_scores_reference(pico.layered(), input_ids)
     torch.testing.assert_close(actual, expected, rtol=across_devices(pico), atol=0)
 
 

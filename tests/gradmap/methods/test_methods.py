@@ -28,7 +28,7 @@ from gradmap.methods.selection import FixedScores
 
 
 def score(subject):
-    return FixedScores({layer: abs(layer - 2.2) for layer in subject.layers})
+    return FixedScores(subject, {one: abs(one.layer - 2.2) for one in subject.left(())})
 
 
 def refuse(job, options):
@@ -49,6 +49,11 @@ acme-middle = acme_methods:MIDDLE
 [gradmap.compensators]
 acme-nothing = acme_methods:NOTHING
 """
+
+OF_PAIRS = ("--unit", "pair")
+ALIKE = "is about layers that are alike, so that whole ones must go"
+MERGES = "merges layers, so that whole layers must go"
+WHOLE = "give --unit layer, or another one."
 
 
 @pytest.fixture
@@ -137,6 +142,17 @@ def test_the_tables_of_the_documentation_are_what_methods_say():
         ("llama", ("--selector", "mka", "--samples", 2), "by 3 samples at least"),
         ("llama", ("--selector", "window", "--protect-first", 2, "--protect-last", 2), "protect"),
         ("llama", ("--selector", "manual", "--layers", "1,1"), "must name distinct layers"),
+        ("llama", ("--selector", "manual", "--layers", "M2+A3,1"), "no layer; give --unit pair."),
+        ("llama", (*OF_PAIRS, "--selector", "manual", "--layers", "M2+A4,1"), "or neighbours in"),
+        ("llama", (*OF_PAIRS, "--selector", "mka"), f"mka {ALIKE}; {WHOLE}"),
+        ("llama", (*OF_PAIRS, "--selector", "mka-as-released"), f"released {ALIKE}; {WHOLE}"),
+        ("llama", (*OF_PAIRS, "--compensator", "mka"), f"mka {MERGES}; {WHOLE}"),
+        ("llama", (*OF_PAIRS, "--compensator", "gradpruner"), f"gradpruner {MERGES}; {WHOLE}"),
+        (
+            "llama",
+            (*OF_PAIRS, "--compensator", "linear-patch"),
+            f"patches the hidden state between layers, so that whole ones must go; {WHOLE}",
+        ),
     ],
 )
 def test_what_a_method_cannot_do_is_said_before_the_model_is_loaded(

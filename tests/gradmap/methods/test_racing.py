@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from gradmap.methods.racing import CLEARLY, MAY_FALL, Race, is_clearly_worse, laps
+from gradmap.model.sublayers import Pair
+from tests.gradmap.removals import pairs
 
 SAMPLES = 32
 
@@ -94,7 +96,8 @@ def test_what_may_have_become_the_cheapest_is_tried_again(base, before, tried):
         measured.extend(group)
         return [torch.ones(SAMPLES, dtype=torch.float64) for _ in group]
 
-    costs = Race(SAMPLES).run([1, 2, 3], before, base, measure)
-    assert measured == tried
+    before, tried = {Pair.of_layer(layer): cost for layer, cost in before.items()}, pairs(*tried)
+    costs = Race(SAMPLES).run(pairs(1, 2, 3), before, base, measure)
+    assert tuple(measured) == tried
     assert costs == {layer: 1 - base if layer in tried else before[layer] for layer in before}
     assert min(costs, key=costs.__getitem__) in tried

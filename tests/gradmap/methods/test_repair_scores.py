@@ -11,25 +11,30 @@ from gradmap.methods.least_squares import solve_ridge_reference
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import Selection, Step
 from gradmap.model.corrections import linear_output
-from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import LayerCall, sample_divergences_reference
+from gradmap.model.sublayers import candidates, sublayers_left
 from tests.conftest import CORRECTABLE, LAYERS, VOCABULARY
+from tests.gradmap.removals import pairs
+from tests.gradmap.repairs import states_behind
 from tests.gradmap.subjects import subject_of
 
 
-def mend_by_hand(pico, model, ids, before, wanted):
-    """Least squares for the layer `before`, towards `wanted`, in the model as it is now; the hook
-    that does it, which does nothing where a norm follows."""
-    projection = pico.architecture.down_projection_of(before)
-    if pico.architecture.uncorrectable is not None:
-        return projection.register_forward_hook(lambda *args: None)
-    (_, output), (_, added) = run_and_capture(LayeredModel.of(model), [before, projection], ids)
+def mend_by_hand(model, ids, gone, pair, wanted):
+    """Least squares for the output map before `pair`, the last of those that are gone, towards what
+    followed it in the dense model, in the model as it is now; the hook that does it, which does
+    nothing where a norm follows."""
+    before = max(left for left in sublayers_left(LAYERS, gone) if left < pair.first)
+    output_map = model.map_at(model.output_of(before))
+    if model.architecture.uncorrectable is not None:
+        return output_map.register_forward_hook(lambda *args: None)
+    with model.without(gone):
+        ((_, added),) = run_and_capture(model, [output_map], ids)
     scale = 1 / wanted.flatten(0, 1).norm(dim=1, keepdim=True)
-    features = linear_output(projection, added).flatten(end_dim=-2) * scale
-    missing = (wanted - output).flatten(0, 1) * scale
+    features = linear_output(output_map, added).flatten(end_dim=-2) * scale
+    missing = (wanted - states_behind(model, ids, gone)[before]).flatten(0, 1) * scale
     lam = 0.1 * (features.square().sum() / features.shape[1]).item()
     solution = solve_ridge_reference(features, missing, lam)
-    return projection.register_forward_hook(
+    return output_map.register_forward_hook(
         lambda module, args, output: output + linear_output(module, output) @ solution.mT
     )
 
@@ -40,41 +45,44 @@ def mean_divergence(model, ids, dense):
     )
 
 
-@pytest.mark.parametrize("removed", [(), (2,), (4,), (3, 2), (3, 4)])
+ROUNDS_OF_LAYERS = [("layer", pairs(*removed)) for removed in ((), (2,), (4,), (3, 2), (3, 4))]
+# After the last, M4 is behind A0, and both were repaired
+ROUNDS_OF_PAIRS = [
+    ("pair", pairs(*removed)) for removed in ((), ("M1+A2",), ("M2+A3", "M1+A2"), (2, "M0+A1"))
+]
+
+
+@pytest.mark.parametrize(("unit", "removed"), [*ROUNDS_OF_LAYERS, *ROUNDS_OF_PAIRS])
 @pytest.mark.parametrize("family", [*CORRECTABLE, "gemma2"])
 def test_repair_scores_are_divergences_after_a_repair_by_hand(
-    picos, input_ids, monkeypatch, family, removed
+    picos, input_ids, monkeypatch, family, unit, removed
 ):
     """Also in later rounds, which go on from what those before them left: a repair in front of
     which another layer may go (4), one in a layer that went itself (3, 2), and two in one layer (3,
-    4)."""
+    4). Of pairs: the repair of an attention, one in an attention that went itself, and of both."""
     monkeypatch.setattr("gradmap.methods.racing.is_clearly_worse", lambda losses, best: False)
     pico = picos[family]
-    subject = subject_of(pico, input_ids)
-    model, calibration = pico.load(), subject.calibration
-    layers = list(pico.architecture.layer_list(model))
-    wanted = [
-        output for _, output in run_and_capture(LayeredModel.of(model), layers, calibration.fit_ids)
-    ]
-    for number, layer in enumerate(removed):
-        gone = removed[: number + 1]
-        before = max(other for other in range(layer) if other not in gone)
-        with LayeredModel.of(model).without(gone):
-            mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
+    subject = subject_of(pico, input_ids, unit=unit)
+    model, calibration = pico.layered(), subject.calibration
+    fit_ids = calibration.fit_ids
+    wanted = states_behind(model, fit_ids)
+    for number, pair in enumerate(removed):
+        mend_by_hand(model, fit_ids, removed[: number + 1], pair, wanted[pair.second])
     # where there is no repair, none is fitted on
     unseen = calibration.held_out_ids if pico.architecture.uncorrectable is None else input_ids
     dense = pico.load()(input_ids=unseen).logits
-    with LayeredModel.of(model).without(removed):
-        whole = mean_divergence(model, unseen, dense)
+    with model.without(removed):
+        whole = mean_divergence(model.network, unseen, dense)
     expected = {}
-    for layer in (layer for layer in range(1, LAYERS) if layer not in removed):
-        before = max(other for other in range(layer) if other not in removed)
-        with LayeredModel.of(model).without(sorted({*removed, layer})):
-            hook = mend_by_hand(pico, model, calibration.fit_ids, layers[before], wanted[layer])
-            expected[layer] = mean_divergence(model, unseen, dense) - whole
-            hook.remove()
-    unknown = dict.fromkeys(range(1, LAYERS), -math.inf)
-    so_far = Selection(tuple(Step(unknown, (layer,)) for layer in removed))
+    _, *tried = candidates(sublayers_left(LAYERS, removed), unit)
+    for pair in tried:
+        gone = (*removed, pair)
+        hook = mend_by_hand(model, fit_ids, gone, pair, wanted[pair.second])
+        with model.without(gone):
+            expected[pair] = mean_divergence(model.network, unseen, dense) - whole
+        hook.remove()
+    unknown = dict.fromkeys(tried, -math.inf)
+    so_far = Selection(tuple(Step(unknown, (pair,)) for pair in removed))
     scores = RepairScorer(subject).score(so_far, lambda n: None)
     # divergences are summed in float32
     assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -115,7 +123,7 @@ def test_a_layer_that_is_clearly_worse_is_not_measured_on_all_samples(picos, mon
     monkeypatch.setattr(RepairScorer, "_try", spy)
     scores = RepairScorer(subject).score(Selection(()), lambda n: None)
     held_out = len(subject.calibration.held_out_ids)
-    assert measured.keys() == scores.keys() == set(range(1, LAYERS))
+    assert measured.keys() == scores.keys() == set(pairs(*range(1, LAYERS)))
     best = min(scores, key=scores.__getitem__)
     assert measured[best] == held_out > min(measured.values())
     for layer, count in measured.items():
@@ -129,10 +137,10 @@ def test_a_bound_above_the_best_is_not_tried(picos, input_ids, monkeypatch):
     monkeypatch.setattr(
         RepairScorer, "_fit", lambda self, layer: tried.append(layer) or fit(self, layer)
     )
-    bounds = {2: -100.0, 3: 1000.0, 4: 1000.0}
-    scores = RepairScorer(subject).score(
-        Selection((Step({1: -1.0, **bounds}, (1,)),)), lambda n: None
-    )
-    assert tried == [1, 2]  # 1 was decided before; 2 is the only one that could be the best
-    assert (scores[3], scores[4]) == (1000.0, 1000.0)
-    assert -100 < scores[2] < 1000
+    first, second, third, fourth = pairs(1, 2, 3, 4)
+    bounds = {first: -1.0, second: -100.0, third: 1000.0, fourth: 1000.0}
+    scores = RepairScorer(subject).score(Selection((Step(bounds, (first,)),)), lambda n: None)
+    # the first was decided before; the second is the only one that could be the best
+    assert tried == [first, second]
+    assert (scores[third], scores[fourth]) == (1000.0, 1000.0)
+    assert -100 < scores[second] < 1000

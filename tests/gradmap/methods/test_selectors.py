@@ -16,14 +16,16 @@ from gradmap.methods.selection import Selection, Subject, select
 from gradmap.methods.shortened_llama import taylor_scores
 from gradmap.methods.shortgpt import block_influences
 from gradmap.methods.sleb import losses_without, losses_without_reference
-from gradmap.methods.streamline import window_influences, window_influences_reference
+from gradmap.methods.streamline import block_influences_reference
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in
+from gradmap.model.sublayers import Pair
 from tests.command_line import gradmap
 from tests.conftest import BOOLQ, LAYERS, perplexity_of_plan
 from tests.gradmap.named_methods import NOT_NESTED, make_scorer
 from tests.gradmap.pruning.test_prune import prune_arguments
+from tests.gradmap.removals import pairs
 from tests.gradmap.subjects import subject_of
 
 
@@ -59,7 +61,7 @@ def test_the_lowest_score_goes_and_the_model_stays_whole(pico, input_ids, name):
 def test_protected_layers_stay_and_a_stopped_run_goes_on_the_same(picos, input_ids, name):
     subject = subject_of(picos["llama"], input_ids, protected=frozenset({0, 2}))
     selection = choose(name, subject, 2)
-    assert set(selection.removal_order) <= {1, 3, 4}
+    assert set(selection.removal_order) <= set(pairs(1, 3, 4))
     assert choose(name, subject, 2, done=selection.steps[:1]) == selection
     with pytest.raises(UserError, match="may still be removed"):
         choose(name, subject, 4)
@@ -75,7 +77,7 @@ def test_a_longer_order_begins_like_a_shorter_one(picos, input_ids, name):
 
 @pytest.mark.parametrize("name", sorted(selector_names()))
 def test_a_round_takes_the_work_that_was_announced(picos, input_ids, name):
-    options = {"layers": [3, 1]} if name == "manual" else {}
+    options = {"layers": pairs(3, 1)} if name == "manual" else {}
     scorer = make_scorer(name, subject_of(picos["llama"], input_ids, count=2), **options)
     done: list = []
     scorer.score(Selection(()), done.append)
@@ -103,7 +105,7 @@ def test_removal_losses_are_those_of_whole_smaller_models(pico, input_ids):
     torch.testing.assert_close(
         losses_without(LayeredModel.of(model), input_ids, places),
         torch.tensor(
-            losses_without_reference(LayeredModel.of(model), input_ids, places),
+            losses_without_reference(LayeredModel.of(model), input_ids, pairs(*places)),
             dtype=torch.float64,
         ),
         rtol=1e-6,  # the loss is summed in float32
@@ -113,7 +115,7 @@ def test_removal_losses_are_those_of_whole_smaller_models(pico, input_ids):
 
 def test_sleb_keeps_the_first_and_the_last_layer(picos, input_ids):
     scores = choose("sleb", subject_of(picos["llama"], input_ids), 1).steps[0].scores
-    assert set(scores) == set(range(1, LAYERS - 1))
+    assert set(scores) == set(pairs(*range(1, LAYERS - 1)))
 
 
 def test_taylor_is_weight_times_gradient(picos, input_ids):
@@ -145,13 +147,13 @@ def test_magnitude_is_the_sum_of_absolute_weights(picos, input_ids):
     expected = sum(
         module.weight.abs().sum().item() + module.bias.abs().sum().item() for module in maps
     )
-    assert step.scores[2] == pytest.approx(expected)
+    assert step.scores[Pair.of_layer(2)] == pytest.approx(expected)
 
 
 def test_orders_that_measure_nothing(picos, input_ids):
     assert choose(
-        "manual", subject_of(picos["llama"], input_ids), 2, layers=[4, 1, 2]
-    ).removal_order == (4, 1)
+        "manual", subject_of(picos["llama"], input_ids), 2, layers=pairs(4, 1, 2)
+    ).removal_order == pairs(4, 1)
     drawn = [
         choose("random", subject_of(picos["llama"], input_ids), LAYERS - 1).removal_order
         for _ in range(2)
@@ -159,7 +161,7 @@ def test_orders_that_measure_nothing(picos, input_ids):
     assert drawn[0] == drawn[1]
     for order in ((1, 1), (9,)):
         with pytest.raises(UserError, match="--layers must name distinct layers"):
-            make_scorer("manual", subject_of(picos["llama"], input_ids), layers=list(order))
+            make_scorer("manual", subject_of(picos["llama"], input_ids), layers=pairs(*order))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,10 @@ def test_orders_that_measure_nothing(picos, input_ids):
     [
         (("--selector", "manual"), "--layers is the order of removal"),
         (("--layers", "1,2"), "--layers is the order of removal"),
-        (("--selector", "manual", "--layers", "a"), "give whole numbers with commas"),
+        (
+            ("--selector", "manual", "--layers", "1,a"),
+            "'a' is neither a layer such as 7 nor a pair",
+        ),
         (
             ("--selector", "manual", "--layers", "1,7"),
             "--layers must name distinct layers between 0 and 4",
@@ -217,19 +222,19 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
 @pytest.mark.parametrize("count", [1, 2, LAYERS - 1])
 def test_a_window_is_the_block_that_turns_the_hidden_state_least(pico, input_ids, count):
     subject = subject_of(pico, input_ids)
-    influences = window_influences(subject.model, input_ids, count).tolist()
-    reference = window_influences_reference(subject.model.network, input_ids, count)
+    influences = block_influences(subject.model, input_ids, count=count).tolist()
+    reference = block_influences_reference(subject.model.network, input_ids, count)
     assert influences[:-1] == pytest.approx(reference, rel=1e-9, abs=1e-12)
     first = influences.index(min(influences))
     selection = choose("window", subject, count)
-    assert selection.removal_order == tuple(range(first, first + count))
+    assert selection.removal_order == pairs(*range(first, first + count))
     assert len(selection.steps) == 1
 
 
 def test_a_window_keeps_to_the_layers_that_may_go(picos, input_ids):
     protected = frozenset({0, LAYERS - 1})
     subject = subject_of(picos["gpt2"], input_ids, protected=protected)
-    assert choose("window", subject, LAYERS - 2).removal_order == tuple(range(1, LAYERS - 1))
+    assert choose("window", subject, LAYERS - 2).removal_order == pairs(*range(1, LAYERS - 1))
     with pytest.raises(UserError, match="leave no 2 consecutive ones"):
         choose("window", replace(subject, protected=frozenset(range(0, LAYERS, 2))), 2)
 
@@ -239,7 +244,7 @@ def test_of_equal_windows_the_first_one_goes(picos, input_ids):
     for layer in subject.model.layers:
         for parameter in layer.parameters():
             parameter.zero_()  # no layer adds anything
-    assert choose("window", subject, 3).removal_order == (0, 1, 2)
+    assert choose("window", subject, 3).removal_order == pairs(0, 1, 2)
 
 
 def test_a_window_for_fewer_layers_is_chosen_anew(picos, word_file, tmp_path):

@@ -7,13 +7,14 @@ from gradmap.common.errors import UserError
 from gradmap.model.architectures import Architecture, architecture_of, prune_config
 from gradmap.model.layered import LayeredModel
 from tests.conftest import LAYERS
+from tests.gradmap.removals import pairs
 
 
 def test_removed_layers_come_back(pico, input_ids):
     model = pico.load()
     before = model(input_ids=input_ids).logits
     config = model.config.to_dict()
-    with LayeredModel.of(model).without([0, 3]):
+    with LayeredModel.of(model).without(pairs(0, 3)):
         assert len(pico.architecture.layer_list(model)) == LAYERS - 2
         assert not torch.equal(model(input_ids=input_ids).logits, before)
     assert model.config.to_dict() == config
@@ -22,7 +23,7 @@ def test_removed_layers_come_back(pico, input_ids):
 
 def test_the_smaller_model_generates_the_same_with_and_without_its_cache(pico, input_ids):
     model = pico.load()
-    with LayeredModel.of(model).without([1, 2]):
+    with LayeredModel.of(model).without(pairs(1, 2)):
         texts = [
             model.generate(input_ids[:2], max_new_tokens=8, do_sample=False, use_cache=c)
             for c in (True, False)
@@ -35,7 +36,7 @@ def test_layers_left_out_are_skipped_in_the_forward_pass(picos, input_ids):
     pico = picos["llama"]
     model = pico.load()
     layers = list(pico.architecture.layer_list(model))
-    with LayeredModel.of(model).without([1, 3]):
+    with LayeredModel.of(model).without(pairs(1, 3)):
         actual = model(input_ids=input_ids).logits
     for index in (1, 3):  # a layer whose outputs are zero adds nothing to the residual stream
         layers[index].self_attn.o_proj.weight.zero_()
@@ -55,7 +56,7 @@ def test_per_layer_config_fields_follow():
         ],
         "max_window_layers": 2,
     }
-    pruned = prune_config(config, [0, 2])
+    pruned = prune_config(config, pairs(0, 2))
     assert pruned["num_hidden_layers"] == 2
     assert pruned["layer_types"] == ["full_attention", "sliding_attention"]
     assert pruned["max_window_layers"] == 1
@@ -64,10 +65,10 @@ def test_per_layer_config_fields_follow():
 
 def test_kinds_of_attention_that_follow_from_the_position_are_spelled_out():
     """As Gemma 2 and 3 checkpoints are published: without layer_types."""
-    gemma2 = prune_config({"model_type": "gemma2", "num_hidden_layers": 4}, [0])
+    gemma2 = prune_config({"model_type": "gemma2", "num_hidden_layers": 4}, pairs(0))
     assert gemma2["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
     gemma3 = prune_config(
-        {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window_pattern": 2}, [1]
+        {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window_pattern": 2}, pairs(1)
     )
     assert gemma3["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
 
@@ -80,7 +81,7 @@ def test_layers_with_experts_keep_them():
         "decoder_sparse_step": 2,
         "mlp_only_layers": [3],
     }
-    pruned = prune_config(config, [0, 2])
+    pruned = prune_config(config, pairs(0, 2))
     assert pruned["decoder_sparse_step"] == 1
     assert pruned["mlp_only_layers"] == [1, 2]  # 3 and 4; the kept layers are 1, 3, 4, 5
 
@@ -97,7 +98,7 @@ def test_layers_with_experts_keep_them():
 )
 def test_unsafe_removals_are_refused(extra, message):
     with pytest.raises(UserError, match=message):
-        prune_config({"model_type": "llama", "num_hidden_layers": 4} | extra, [1])
+        prune_config({"model_type": "llama", "num_hidden_layers": 4} | extra, pairs(1))
 
 
 def test_tensor_names_are_split_with_or_without_leading_parts():

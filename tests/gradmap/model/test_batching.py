@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from gradmap.common.errors import UserError
-from gradmap.methods.gradmap.scores import fitting_batches, layer_scores, streamed_layer_scores
+from gradmap.methods.gradmap.scores import (
+    fitting_batches,
+    gradient_scores,
+    streamed_gradient_scores,
+)
 from gradmap.model.batching import (
     CPU_ACTIVATION_BYTES,
     LOGITS_BYTES,
@@ -86,10 +90,10 @@ def test_a_gpu_takes_more_at_once(monkeypatch):
 
 
 def streamed_scores(model, input_ids, batches):
-    return streamed_layer_scores(model, input_ids, batches, [])
+    return streamed_gradient_scores(model, input_ids, batches, [])
 
 
-@pytest.mark.parametrize("score", [layer_scores, streamed_scores])
+@pytest.mark.parametrize("score", [gradient_scores, streamed_scores])
 def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, monkeypatch, score):
     """The second batch fails in its backward pass, when norms of some layers have been taken
     already."""

@@ -148,7 +148,7 @@ def training(pico, model, size, changes):
         )
     )
     to_repair = pruned(pico, model, size)
-    known = Lessons(size.input_ids, to_repair.walk(to_repair.layers, size.input_ids).finish({}))
+    known = Lessons(size.input_ids, to_repair.walk(to_repair.sublayers, size.input_ids).finish({}))
     return lambda: train_low_rank(to_repair, so_far, known.followed_by(written_by_dense(to_repair)))
 
 

@@ -18,8 +18,12 @@ from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
 from tests.gradmap.model.test_distributed import without_record
 from tests.gradmap.pruning.test_prune import prune_arguments
+from tests.gradmap.removals import pairs
 
-STEPS = [Step({0: 0.1, 1: 1 / 3, 2: 1e-30}, (2,)), Step({0: 0.5, 1: 0.7}, (0,))]
+STEPS = [
+    Step(dict(zip(pairs(0, 1, "M1+A2", 2), (0.1, 1 / 3, 1e-30, 0.2), strict=True)), pairs("M1+A2")),
+    Step(dict(zip(pairs(0, "A1+M2"), (0.5, 0.7), strict=True)), pairs(0)),
+]
 
 
 def kill_after_decisions(arguments, journal, decisions, number):

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from gradmap.common.errors import UserError
-from gradmap.methods.gradmap.scores import layer_scores_reference
+from gradmap.methods.gradmap.scores import gradient_scores_reference
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_losses
 from gradmap.pruning.budget import LEAST_SAMPLES
 from gradmap.pruning.plan import load_calibration_ids, load_changes, load_plan, require_same_model
 from tests.command_line import gradmap
 from tests.conftest import BOS, LAYERS
+from tests.gradmap.removals import pairs
 
 
 def prune_arguments(pico, word_file, out, remove=2):
@@ -36,13 +37,14 @@ def test_the_plan_can_be_recomputed_from_its_own_files(planned):
     plan = load_plan(out)
     input_ids = load_calibration_ids(out, plan)
     model = pico.load()
-    assert json.loads(finished.stdout.splitlines()[-1])["removal_order"] == plan.removal_order
+    told = json.loads(finished.stdout.splitlines()[-1])
+    assert pairs(*told["removal_order"]) == tuple(plan.removal_order)
     assert len(plan.removal_order) == len(set(plan.removal_order)) == 2
     for number, step in enumerate(plan.steps):
         removed = plan.removal_order[:number]
         with LayeredModel.of(model).without(removed):
-            expected = layer_scores_reference(LayeredModel.of(model), input_ids)
-        alive = [layer for layer in range(LAYERS) if layer not in removed]
+            expected = gradient_scores_reference(LayeredModel.of(model), input_ids)
+        alive = [pair for pair in pairs(*range(LAYERS)) if pair not in removed]
         assert list(step.scores) == alive
         torch.testing.assert_close(
             torch.tensor(list(step.scores.values()), dtype=torch.float64),
@@ -131,7 +133,7 @@ def test_a_plan_is_made_of_samples_that_begin_with_bos(planned_with_bos, tmp_pat
     assert (plan.calibration.bos, plan.calibration.tokens) == (BOS, 16)
     assert input_ids.shape == (12, 16)
     assert set(input_ids[:, 0].tolist()) == {BOS}
-    expected = layer_scores_reference(pico.layered(), input_ids)
+    expected = gradient_scores_reference(pico.layered(), input_ids)
     assert list(plan.steps[0].scores.values()) == pytest.approx(expected.tolist(), rel=1e-7)
     options = (
         "--from-plan",
@@ -217,7 +219,7 @@ def test_a_tampered_plan_is_refused(planned, tmp_path):
     contents = json.loads((planned[1] / "plan.json").read_text())
     for key, value, message in (
         ("schema_version", 99, "schema 99"),
-        ("schema_version", 3, "plan schema 3, this version reads 4; prune again"),
+        ("schema_version", 3, "plan schema 3, this version reads 5; prune again"),
         ("removal_order", contents["removal_order"][::-1], "contradicts itself"),
         ("surprise", 1, "surprise"),
     ):
