@@ -26,7 +26,7 @@ from gradmap.methods.distil import Lessons, train_low_rank, written_by_dense
 from gradmap.methods.gradmap.scores import GradientScorer
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import Scorer, Subject, select
-from gradmap.methods.sequential import refit_before_runs
+from gradmap.methods.sequential import refit_around_runs
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.layered import LayeredModel
 from gradmap.model.shape import Shape
@@ -111,20 +111,20 @@ def choose_by(method: Callable[[Subject], Scorer]) -> Callable[[Case], Facts]:
 
 
 def refit(case: Case) -> Facts:
-    corrections = refit_before_runs(case.pruned).corrections
+    corrections = refit_around_runs(case.pruned).corrections
     return {"relative_lambdas": [correction.relative_lambda for correction in corrections]}
 
 
 def write(case: Case) -> Facts:
-    return {"samples": len(written_by_dense(case.pruned).input_ids)}
+    return {"samples": len(written_by_dense(case.pruned))}
 
 
 def train(case: Case) -> Facts:
     """Trains, after making what it learns from: what the dense model gives on the samples, and what
     it writes."""
     pruned, fit_ids = case.pruned, case.calibration.fit_ids
-    known = Lessons(fit_ids, pruned.walk(pruned.sublayers, fit_ids).finish({}))
-    lessons = known.followed_by(written_by_dense(pruned))
+    ids = torch.cat([fit_ids, written_by_dense(pruned)])
+    lessons = Lessons(ids, pruned.walk(pruned.sublayers, ids).finish({}))
     return {"corrections": len(train_low_rank(pruned, Compensation(), lessons))}
 
 

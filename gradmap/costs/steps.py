@@ -28,6 +28,8 @@ WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES, TOKENS_PER_INPUT = 2, 
 TRIED_IN_LATER_ROUNDS = 2.7
 # Likewise, so many lambdas are tried in each fit.
 LAMBDAS = 3
+# gradmap.methods.sequential: fits on either side of a cut.
+FITS_AROUND = 2
 # Of the samples to measure on, that a layer which is tried sees before the race is decided: what
 # meets the FLOPs that were counted (SmolLM2 without 8 layers). It is a third in the first round;
 # later, more are tried on few samples each.
@@ -183,26 +185,28 @@ def fits_flops(
     features: float,
     size: CalibrationSize = DEFAULT_SIZE,
     more: int = 0,
+    around: int = FITS_AROUND,
 ) -> float:
-    """FLOPs of a fit before each run of removed layers. Of all runs together, the dense model is
+    """FLOPs of the fits around each run of removed layers. Of all runs together, the dense model is
     walked through to its end, by all samples, and the pruned one to the last of them; a layer that
     is fitted runs once more; and each lambda is tried on what is behind it, half of what is left.
 
     features: what is fitted from, d (W') or k (the down projection itself). more: samples that the
-    dense model wrote. Solutions are left out.
+    dense model wrote. around: fits of each run. Solutions are left out.
     """
+    fits = around * runs
     fit_tokens = size.fit_tokens + more * size.tokens
     left = shape.layers - remove
     # As far as the last of so many places reaches on average.
     last = left * runs / (runs + 1)
-    walks = fit_tokens * shape.layer_flops(shape.layers + last + runs)
+    walks = fit_tokens * shape.layer_flops(shape.layers + last + fits)
     walks += size.held_out_tokens * shape.layer_flops(shape.layers + last)
     trials = (
-        (1 + runs * LAMBDAS)
+        (1 + fits * LAMBDAS)
         * size.held_out_tokens
         * (shape.forward_flops(left / 2) + shape.head_flops)
     )
-    return walks + trials + runs * fit_tokens * 2 * features * (features + shape.width)
+    return walks + trials + fits * fit_tokens * 2 * features * (features + shape.width)
 
 
 def refit_flops(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from gradmap.costs.steps import (
     DEFAULT_SIZE,
+    FITS_AROUND,
     LAMBDAS,
     WRITTEN_TOGETHER,
     CalibrationSize,
@@ -103,12 +104,12 @@ def no_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
 
 
 def refit_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """Seconds to refit the down projection itself, before every run."""
+    """Seconds to refit the maps themselves, around every run; as if all were down projections."""
     return _fits_seconds(shape.inner, shape, hardware, pruning)
 
 
 def sequential_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
-    """Seconds to fit a W' before every run."""
+    """Seconds to fit a W' on either side of every run."""
     return _fits_seconds(shape.width, shape, hardware, pruning)
 
 
@@ -116,7 +117,7 @@ def projection_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> fl
     """Seconds for the drift of every layer, and one W'."""
     shape, remove, size = hardware.sees(shape), pruning.remove, pruning.size
     drift = size.fit_tokens * shape.layer_flops(2 * shape.layers - remove)
-    fit = fits_flops(shape, remove, 1, shape.width, size)
+    fit = fits_flops(shape, remove, 1, shape.width, size, around=1)
     return (drift + fit) / hardware.sustained_flops
 
 
@@ -124,7 +125,7 @@ def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     """Seconds for what the dense model writes, fits on that too, and the training."""
     shape, size, correctable = hardware.sees(shape), pruning.size, pruning.correctable
     inputs = distil_inputs(shape, correctable)
-    fits_s = _fits_seconds(inputs, shape, hardware, pruning, size.lacking(inputs))
+    fits_s = _fits_seconds(inputs, shape, hardware, pruning, size.written(inputs))
     trained = training_flops(shape, pruning.remove, size, correctable)
     written_s = writing_seconds(shape, hardware, size, correctable)
     return fits_s + trained / hardware.sustained_flops + written_s
@@ -149,7 +150,7 @@ def streaming_seconds(
     model, and half of it for each lambda of each run."""
     reads = float(READS_PER_ROUND * pruning.rounds)
     if pruning.compensator != "none":
-        reads += 2 + pruning.runs * LAMBDAS / 2
+        reads += 2 + FITS_AROUND * pruning.runs * LAMBDAS / 2
     return reads * hardware.weight_bytes * shape.parameters(shape.layers) / disk_bytes_per_s
 
 

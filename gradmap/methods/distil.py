@@ -30,7 +30,7 @@ from gradmap.data.calibration import with_bos, without_bos
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned
 from gradmap.methods.ridge import TOKENS_PER_INPUT, Walks, fitted_inputs
-from gradmap.methods.sequential import fit_before_runs
+from gradmap.methods.sequential import fit_around_runs
 from gradmap.model.batching import Batches, logits_batch, states_batch
 from gradmap.model.corrections import (
     LowRank,
@@ -38,7 +38,7 @@ from gradmap.model.corrections import (
     untrained_low_rank,
 )
 from gradmap.model.layered import LayeredModel
-from gradmap.model.layerwise import capturing, logits_from, run_layers
+from gradmap.model.layerwise import logits_from, run_layers
 
 RANK = 16
 LEARNING_RATE = 1e-3
@@ -58,28 +58,18 @@ class Lessons:
     input_ids: Tensor
     outputs: Tensor
 
-    def followed_by(self, others: Lessons) -> Lessons:
-        outputs = others.outputs.to(self.outputs.device)
-        return Lessons(
-            torch.cat([self.input_ids, others.input_ids]), torch.cat([self.outputs, outputs])
-        )
-
-    def behind(self, samples: int) -> Lessons:
-        """The lessons behind the first so many samples."""
-        return Lessons(self.input_ids[samples:], self.outputs[samples:])
-
 
 def distil(pruned: Pruned) -> Compensation:
-    """Repairs before every run in closed form, where that can be done, and then trains."""
-    written, lacking = written_by_dense(pruned), samples_lacking(pruned)
-    calibration = pruned.calibration.fitted_also_on(written.input_ids[:lacking])
+    """Repairs around every run in closed form, where that can be done, and then trains; both on the
+    calibration samples and on what the dense model writes."""
+    calibration = pruned.calibration.fitted_also_on(written_by_dense(pruned))
     pruned = replace(pruned, calibration=calibration)
     walks = Walks.start(pruned)
     kind = _closed_form_kind(pruned)
-    closed_form = Compensation() if kind is None else fit_before_runs(pruned, kind, walks)
-    known = Lessons(calibration.fit_ids, gathered(walks.dense.finish({}), len(calibration.fit_ids)))
-    trained = train_low_rank(pruned, closed_form, known.followed_by(written.behind(lacking)))
-    return Compensation((*closed_form.corrections, *trained))
+    closed_form = Compensation() if kind is None else fit_around_runs(pruned, kind, walks)
+    fit_ids = calibration.fit_ids
+    lessons = Lessons(fit_ids, gathered(walks.dense.finish({}), len(fit_ids)))
+    return Compensation((*closed_form.corrections, *train_low_rank(pruned, closed_form, lessons)))
 
 
 def samples_lacking(pruned: Pruned) -> int:
@@ -132,7 +122,7 @@ def train_low_rank(
     )
 
 
-def written_by_dense(pruned: Pruned) -> Lessons:
+def written_by_dense(pruned: Pruned) -> Tensor:
     """Samples (N, T) that begin with a few tokens from the calibration samples to fit on, and go on
     as the dense model would (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888).
 
@@ -145,20 +135,17 @@ def written_by_dense(pruned: Pruned) -> Lessons:
     length = drawn.shape[1]
     prompts, _ = share_of(drawn)
     numbers, _ = share_of(uniform_numbers(count, known.shape[1] - length, seed))
-    parts: list[Lessons] = []
+    parts: list[Tensor] = []
     with progress("The dense model writes (tokens)", len(prompts) * known.shape[1]) as advance:
 
         def write_batch(batch: slice) -> None:
             parts.append(write_on(pruned.model, prompts[batch], numbers[batch]))
-            advance(parts[-1].input_ids.numel())
+            advance(parts[-1].numel())
 
         Batches(_written_together(pruned.model, prompts, known.shape[1])).run(
             len(prompts), write_batch
         )
-    return Lessons(
-        gathered(torch.cat([part.input_ids for part in parts]), count),
-        gathered(torch.cat([part.outputs for part in parts]), count),
-    )
+    return gathered(torch.cat(parts), count)
 
 
 def uniform_numbers(count: int, tokens: int, seed: int) -> Tensor:
@@ -202,7 +189,7 @@ def _written_together(model: LayeredModel, prompts: Tensor, length: int) -> int:
 
 
 @torch.no_grad()
-def write_on(model: LayeredModel, prompts: Tensor, numbers: Tensor) -> Lessons:
+def write_on(model: LayeredModel, prompts: Tensor, numbers: Tensor) -> Tensor:
     """Continues each prompt (B, P) by a token for each of its `numbers` (B, n), which is drawn by
     that number from the model's whole next-token distribution.
 
@@ -211,22 +198,16 @@ def write_on(model: LayeredModel, prompts: Tensor, numbers: Tensor) -> Lessons:
     """
     ids = entering = prompts.to(model.device, non_blocking=True)
     numbers = numbers.to(model.device, non_blocking=True)
-    last_layer = model.layers[-1]
-    outputs: list[Tensor] = []
     cache: Any = None
-    while True:
-        with capturing([last_layer]) as captured:
-            output = model.network(
-                input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-        outputs.append(captured[last_layer][1])
-        if len(outputs) > numbers.shape[1]:
-            return Lessons(ids.cpu(), torch.cat(outputs, dim=1))
+    for number in numbers.split(1, dim=1):
+        output = model.network(
+            input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         logits, cache = output.logits[:, -1], output.past_key_values
         # drawn where the logits are: to hand them to the CPU takes as long as the model does
-        number = numbers[:, len(outputs) - 1, None].to(logits.device)
-        entering = draw_tokens(logits, number).to(ids.device)
+        entering = draw_tokens(logits, number.to(logits.device)).to(ids.device)
         ids = torch.cat([ids, entering], dim=1)
+    return ids.cpu()
 
 
 def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:

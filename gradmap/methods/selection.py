@@ -208,7 +208,9 @@ def lowest_apart(scores: Mapping[Pair, float], count: int) -> tuple[Pair, ...]:
             chosen.append(pair)
             gone.update(pair)
     if len(chosen) < count:
+        at_once = " at once" if count > 1 else ""
         raise UserError(
-            f"Only {len(chosen)} layers may still be removed; protect fewer, or remove fewer."
+            f"Only {len(chosen)} layers may still be removed{at_once}; protect fewer, or remove "
+            "fewer."
         )
     return tuple(chosen)

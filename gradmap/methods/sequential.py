@@ -1,8 +1,8 @@
-"""Repairs where something was cut: the retained layer before each run of removed layers, front to
-back.
+"""Repairs on either side of where something was cut, front to back.
 
-Its down projection is fitted so that the layer gives what the last layer of the run gave in the
-dense model. Later runs see what earlier corrections did.
+The last linear map before each run of removed sublayers is fitted so that the hidden state is what
+it was behind the run in the dense model. The first FFN behind it, which reads something else than
+it did, is fitted to give what it gave. Later fits see what earlier corrections did.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from gradmap.methods.ridge import (
     fit_correction,
     say_if_tokens_are_few,
 )
+from gradmap.model.sublayers import Part, Sublayer
 
 
-def project_before_runs(pruned: Pruned) -> Compensation:
-    """One W' (d, d) for each run."""
-    return fit_before_runs(pruned, "left", Walks.start(pruned))
+def project_around_runs(pruned: Pruned) -> Compensation:
+    """A W' (d, d) on either side of each run."""
+    return fit_around_runs(pruned, "left", Walks.start(pruned))
 
 
-def refit_before_runs(pruned: Pruned) -> Compensation:
-    """W_down (d, k) itself for each run: as many more weights to fit as the FFN is wider than the
-    hidden state."""
-    return fit_before_runs(pruned, "refit", Walks.start(pruned))
+def refit_around_runs(pruned: Pruned) -> Compensation:
+    """The maps themselves on either side of each run, W_down (d, k) or the attention's output
+    projection: W_down has as many more weights to fit as the FFN is wider than the hidden state."""
+    return fit_around_runs(pruned, "refit", Walks.start(pruned))
 
 
-def fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
-    """One correction of this kind of Fit for each run of removed layers."""
+def fit_around_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
+    """A correction of this kind of Fit on either side of each run."""
     say_if_tokens_are_few(pruned, kind)
     so_far = Compensation()
-    for run in pruned.runs():
-        fit = Fit(*run, kind, weighted=True)
+    for sublayer, goal in sorted(goals_around_runs(pruned).items()):
+        fit = Fit(sublayer, goal, kind, weighted=True)
         found = fit_correction(
             pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, so_far.held_out_divergence
         )
@@ -43,18 +44,31 @@ def fit_before_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
     return so_far
 
 
+def goals_around_runs(pruned: Pruned) -> dict[Sublayer, Sublayer]:
+    """Behind which sublayer the hidden state is to be the dense model's, for each that is fitted.
+
+    An FFN between two runs makes up for the second one.
+    """
+    goals = {run.before: run.last for run in pruned.runs()}
+    for run in pruned.runs():
+        behind = [kept for kept in pruned.kept if kept > run.last and kept.part is Part.FFN]
+        if behind:
+            goals.setdefault(behind[0], behind[0])
+    return goals
+
+
 SEQUENTIAL = Compensator(
     name="sequential",
-    about="folds a W' into the down projection before each cut, in closed form",
-    run=project_before_runs,
+    about="folds a W' into the linear map before each cut and the FFN behind it, in closed form",
+    run=project_around_runs,
     linear_output=True,
     by_held_out=True,
     seconds=sequential_seconds,
 )
 REFIT = Compensator(
     name="refit",
-    about="fits the down projection itself before each cut, in closed form",
-    run=refit_before_runs,
+    about="fits the linear map before each cut and the FFN behind it, in closed form",
+    run=refit_around_runs,
     linear_output=True,
     by_held_out=True,
     no_experts="A mixture of experts has many down projections, which cannot be refitted",

@@ -24,7 +24,6 @@ def choose_methods(preset: str | None, from_plan: Path | None = None, **given: A
     """The methods that are given (not None), else the preset's, else those of the larger plan.
 
     What a preset says about held-out samples ends where another method is given that needs some.
-    Its unit is its selector's: another one removes layers, as it was published.
     """
     if preset is not None and preset not in PRESETS:
         raise UserError(f"Unknown preset {preset!r}; known are {', '.join(PRESETS)}.")
@@ -34,12 +33,10 @@ def choose_methods(preset: str | None, from_plan: Path | None = None, **given: A
         recorded = {name: recipe[name] for name in Methods.model_fields if name in recipe}
         chosen = checked(Methods, recorded, from_plan / PLAN_FILE)
     given = {name: value for name, value in given.items() if value is not None}
-    if given.get("selector", chosen.selector) != chosen.selector:
-        chosen = chosen.model_copy(update={"unit": "layer"})
     methods = Methods(**chosen.model_dump() | given)
     if methods.by_held_out_samples and not chosen.by_held_out_samples:
-        named = {"selector": methods.selector, "compensator": methods.compensator}
-        methods = Methods(**named | given)
+        kept = methods.model_dump(include={"selector", "compensator", "unit"})
+        methods = Methods(**kept | given)
     return methods
 
 

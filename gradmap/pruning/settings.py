@@ -83,8 +83,8 @@ class _Asked(Strict):
     )
     unit: Unit | None = Field(
         None,
-        description="What goes at a time: layer, or pair, any two neighbours of the sequence of "
-        "attention and FFN, which are a layer or the FFN of one and the attention of the next.",
+        description="What goes at a time: layer, the default, or pair, any two neighbours of the "
+        "sequence of attention and FFN: a layer, or the FFN of one and the attention of the next.",
     )
     accept: Accept | None = Field(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -19,6 +20,8 @@ HALF = 0.25
 HEIGHT = 0.8
 # Beyond so many layers there is no room for letters and numbers in the cells.
 MOST_LAYERS_WITH_TEXT = 48
+# Characters of a line beside the upper panel.
+LABEL_WIDTH = 28
 
 
 def draw_removal(plan: Plan) -> str:
@@ -52,7 +55,7 @@ def _draw_scores(axes: Axes, plan: Plan) -> None:
     removed = set(plan.removal_order)
     colors = [PRUNED_COLOR if pair in removed else KEPT_COLOR for pair in scores]
     axes.bar([_middle(pair) for pair in scores], list(scores.values()), width, color=colors)
-    axes.set_ylabel(f"{score_label(plan)},\nfirst round")
+    axes.set_ylabel(fill(f"{score_label(plan)}, first round", LABEL_WIDTH))
     axes.tick_params(labelbottom=False)
 
 

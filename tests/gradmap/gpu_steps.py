@@ -22,7 +22,7 @@ from gradmap.methods.mka import last_hidden_states
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.ridge import Fit, accumulate_gram, fit_correction
 from gradmap.methods.selection import Selection, Step, Subject
-from gradmap.methods.sequential import refit_before_runs
+from gradmap.methods.sequential import refit_around_runs
 from gradmap.methods.shortgpt import block_influences
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Update, weight_of
@@ -179,12 +179,12 @@ def refit(pico, model, size):
     )
 
 
-@step(once=(19, 56), batch=(0, 2))
-def refits_before_two_runs(pico, model, size):
-    """With all lambdas to choose from, of which up to eleven are tried here; each takes one copy
-    and three waits."""
+@step(once=(28, 84), batch=(0, 2))
+def refits_around_two_runs(pico, model, size):
+    """Three fits, with all lambdas to choose from, of which up to eleven are tried here; each takes
+    one copy and three waits."""
     without_two = replace(pruned(pico, model, size), removed=pairs(1, 3))
-    return lambda: [inside(one).matrix for one in refit_before_runs(without_two).corrections]
+    return lambda: [inside(one).matrix for one in refit_around_runs(without_two).corrections]
 
 
 @step(once=(1, 1), batch=(0, 1))
@@ -204,7 +204,7 @@ def divergence_of_a_plan(pico, model, size):
 @step(once=(3, 1))  # prompts and random numbers there, and tokens back
 def writing(pico, model, size):
     numbers = uniform_numbers(size.samples, size.tokens - 4, seed=0)
-    return lambda: vars(write_on(LayeredModel.of(model), size.input_ids[:, :4], numbers))
+    return lambda: write_on(LayeredModel.of(model), size.input_ids[:, :4], numbers)
 
 
 @step(once=(1, 2), batch=(0, 1))

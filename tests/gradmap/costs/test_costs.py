@@ -185,7 +185,7 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
 
     def fit():
         nonlocal closed_form
-        closed_form = sequential.fit_before_runs(subject, "refit", walks)
+        closed_form = sequential.fit_around_runs(subject, "refit", walks)
         walks.dense.finish({})
 
     tried = []
@@ -194,13 +194,13 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
         ridge.ClosedForm, "solve", lambda form, lam: (tried.append(lam), solve(form, lam))[1]
     )
     flops = counted(fit)
-    monkeypatch.setattr(costs, "LAMBDAS", len(tried))
+    monkeypatch.setattr(costs, "LAMBDAS", len(tried) / costs.FITS_AROUND)  # in each fit
     assert flops == pytest.approx(costs.refit_flops(shape, 1, 1, SIZE), rel=0.1)
-    known = distilling.Lessons(subject.calibration.fit_ids, walks.dense.hidden)
-    training = counted(
-        lambda: distilling.train_low_rank(
-            subject, closed_form, known.followed_by(distilling.written_by_dense(subject))
-        )
+    writing_flops = counted(lambda: distilling.written_by_dense(subject))
+    ids = torch.cat([subject.calibration.fit_ids, distilling.written_by_dense(subject)])
+    lessons = distilling.Lessons(ids, subject.walk(subject.sublayers, ids).finish({}))
+    training = writing_flops + counted(
+        lambda: distilling.train_low_rank(subject, closed_form, lessons)
     )
     one_flop_a_second = Hardware("one FLOP/s", 1.0, float("inf"), 0, efficiency=1.0)
     writing = timing.writing_seconds(shape, one_flop_a_second, SIZE)

@@ -267,16 +267,16 @@ def test_too_few_tokens_to_fit_on_are_told(picos, input_ids, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["sequential", "refit"])
-def test_repairs_before_runs_by_hand(picos, input_ids, name):
-    """Towards what the last layer of each run gave in the dense model, the second one behind the
-    first one's repair."""
+def test_repairs_around_runs_by_hand(picos, input_ids, name):
+    """Before each run towards what its last layer gave in the dense model, and behind the last one
+    towards what that layer gave itself; each behind the repairs before it."""
     pruned = replace(prune(picos["llama"], input_ids), accept_all=True)
     model, ids = pruned.model, pruned.calibration.fit_ids
     layers = list(model.layers)
     wanted = [output for _, output in run_and_capture(model, layers, ids)]
     repairs = repair(name, pruned).corrections
     changes: dict = {}
-    for (layer, last), correction in zip([(0, 1), (2, 3)], repairs, strict=True):
+    for (layer, last), correction in zip([(0, 1), (2, 3), (4, 4)], repairs, strict=True):
         assert correction.place == Place(layer, model.architecture.down_projection)
         projection = model.down_projection(layer)
         with model.changed(changes, without=REMOVED):

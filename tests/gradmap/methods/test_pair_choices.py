@@ -23,7 +23,7 @@ NESTED = sorted(set(MEASURING) - NOT_NESTED)
 def test_of_pairs_that_share_a_sublayer_one_goes():
     scores = dict(zip(pairs(1, "M0+A1", "M1+A2", 3), (0.1, 0.2, 0.3, 0.4), strict=True))
     assert lowest_apart(scores, 2) == pairs(1, 3)
-    with pytest.raises(UserError, match="Only 2 layers may still be removed"):
+    with pytest.raises(UserError, match="Only 2 layers may still be removed at once"):
         lowest_apart(scores, 3)
     scores[pairs(1)[0]] = 0.25
     assert lowest_apart(scores, 3) == pairs("M0+A1", "M1+A2", 3)

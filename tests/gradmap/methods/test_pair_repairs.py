@@ -49,12 +49,29 @@ def test_runs_of_pairs_are_repaired_in_the_sublayer_before_them(
     assert prune(picos["llama"], input_ids, removed=pairs(*removed)).runs() == expected
 
 
-@pytest.mark.parametrize("removed", [("M0+A1", 3), ("M1+A2", "A1+M2", "M3+A4")], ids=str)
+A_FFN_BEHIND_EACH = (
+    ("M0+A1", 3),
+    [
+        (attention(0), attention(1)),
+        (ffn(1), ffn(1)),
+        (ffn(2), ffn(3)),
+        (ffn(4), ffn(4)),
+    ],
+)
+ONE_FFN_BEHIND_TWO = (
+    ("M1+A2", "A1+M2", "M3+A4"),
+    [(ffn(0), ffn(2)), (attention(3), attention(4)), (ffn(4), ffn(4))],
+)
+
+
+@pytest.mark.parametrize(("removed", "goals"), [A_FFN_BEHIND_EACH, ONE_FFN_BEHIND_TWO], ids=str)
 @pytest.mark.parametrize("name", ["sequential", "refit"])
 @pytest.mark.parametrize("family", CORRECTABLE)
-def test_repairs_before_cuts_behind_attentions_by_hand(picos, input_ids, family, name, removed):
-    """Towards what followed the last sublayer of each run in the dense model, the second one behind
-    the first one's repair."""
+def test_repairs_around_cuts_behind_attentions_by_hand(
+    picos, input_ids, family, name, removed, goals
+):
+    """The sublayer before each run towards what followed its last one in the dense model, and the
+    FFN behind it towards what that gave; each behind the repairs before it."""
     pruned = replace(prune(picos[family], input_ids, removed=pairs(*removed)), accept_all=True)
     model, ids = pruned.model, pruned.calibration.fit_ids
     if not can_repair(picos[family], name):
@@ -63,9 +80,8 @@ def test_repairs_before_cuts_behind_attentions_by_hand(picos, input_ids, family,
         return
     wanted = states_behind(model, ids)
     repairs = repair(name, pruned).corrections
-    assert len(repairs) == len(pruned.runs()) == 2
     changes: dict = {}
-    for (before, last), correction in zip(pruned.runs(), repairs, strict=True):
+    for (before, last), correction in zip(goals, repairs, strict=True):
         assert correction.place == model.output_of(before)
         output_map = model.map_at(correction.place)
         with model.changed(changes, without=pruned.removed):

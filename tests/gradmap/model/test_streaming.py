@@ -17,7 +17,7 @@ from gradmap.methods.gradmap.scores import (
     gradient_scores_reference,
     streamed_gradient_scores,
 )
-from gradmap.methods.sequential import project_before_runs
+from gradmap.methods.sequential import project_around_runs
 from gradmap.methods.shortgpt import block_influences
 from gradmap.model.batching import Batches
 from gradmap.model.checkpoint import open_checkpoint
@@ -260,9 +260,9 @@ def test_sequential_repairs_from_disk_as_in_memory(picos, input_ids, removed):
     calibration = Calibration("random", 0, input_ids, held_out=2)
     for model in (load_model(pico.checkpoint, "float64", streamed=True), pico.load()):
         pruned = Pruned(LayeredModel.of(model), calibration, removed, Batches(len(input_ids)))
-        found.append(project_before_runs(pruned).corrections)
+        found.append(project_around_runs(pruned).corrections)
     assert [made.place for made in found[0]] == [made.place for made in found[1]]
-    assert len(found[0]) == len(removed)
+    assert len(found[0]) == 2 * len(removed)  # on either side
     for streamed, whole in zip(*found, strict=True):
         torch.testing.assert_close(
             inside(streamed).matrix, inside(whole).matrix, rtol=1e-7, atol=1e-9

@@ -7,6 +7,7 @@ import pytest
 from gradmap.common.errors import UserError
 from gradmap.model.sublayers import candidates, sublayers_left
 from gradmap.pruning.plan import load_calibration_ids, load_plan
+from gradmap.pruning.presets import choose_methods
 from gradmap.pruning.prune import prune, prune_less
 from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
@@ -105,3 +106,8 @@ def test_the_command_line_takes_and_tells_pairs(picos, word_file, tmp_path):
     assert "M1+A2, A1+M2, 4" in finished.stdout
     assert recorded(out)["removal_order"] == written
     assert tuple(load_plan(out).removal_order) == order
+
+
+def test_the_methods_of_a_plan_of_pairs_go_on_with_pairs(planned):
+    assert choose_methods(None, planned, compensator="sequential").unit == "pair"
+    assert choose_methods("best", planned).unit == "layer"
