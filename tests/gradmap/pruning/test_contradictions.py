@@ -95,6 +95,7 @@ def test_what_is_no_pair_is_refused(saved, written):
     [
         (1, "mlp.down_proj"),
         (1, "mlp.gate_proj"),
+        (1, ""),  # the hidden state behind its FFN
         (2, "self_attn.o_proj"),
         (2, "self_attn.q_proj"),
     ],
@@ -105,7 +106,9 @@ def test_a_sublayer_that_is_gone_is_not_corrected(saved, layer, target):
         load_plan(saved)
 
 
-@pytest.mark.parametrize(("layer", "target"), [CORRECTED, (2, "mlp.down_proj"), (0, "mlp.up_proj")])
+@pytest.mark.parametrize(
+    ("layer", "target"), [CORRECTED, (2, "mlp.down_proj"), (2, ""), (0, "mlp.up_proj")]
+)
 def test_the_sublayer_that_stayed_of_a_layer_is_corrected(saved, layer, target):
     rewrite(saved, **correcting(saved, layer, target))
     (correction,) = load_plan(saved).corrections
