@@ -240,7 +240,8 @@ def journal_key(
     begins like a shorter one."""
     names = [*OF_SELECTION, "held_out", "budget_minutes"]
     names += ["remove"] if settings.at_once else []
-    options = {flag_of(name): getattr(settings, name) for name in names}
+    asked = settings.model_dump(mode="json")
+    options = {flag_of(name): asked[name] for name in names}
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
         "the version of gradmap": version("gradmap"),

@@ -75,11 +75,8 @@ def test_a_compensator_that_needs_whole_layers_does_not_repair_a_plan_of_pairs(
         prune_less(picos[FAMILY].checkpoint, planned, wanted, tmp_path / "plan")
 
 
-@pytest.mark.parametrize("selector", ["block-influence", "repair"])
-def test_a_run_that_was_stopped_goes_on_with_its_pairs(
-    picos, word_file, tmp_path, monkeypatch, capsys, selector
-):
-    checkpoint, asked = picos[FAMILY].checkpoint, settings(word_file, selector=selector)
+def go_on_after_two(checkpoint, asked, tmp_path, monkeypatch):
+    """A whole run in `whole`, and one in `stopped` that goes on with its first two decisions."""
     monkeypatch.setattr("gradmap.pruning.journal.Journal.remove", lambda journal: None)
     prune(checkpoint, asked, tmp_path / "whole")
     stored = json.loads((tmp_path / ".whole.journal.json").read_text())
@@ -87,6 +84,21 @@ def test_a_run_that_was_stopped_goes_on_with_its_pairs(
     stored["steps"] = stored["steps"][:2]
     (tmp_path / ".stopped.journal.json").write_text(json.dumps(stored))
     prune(checkpoint, asked, tmp_path / "stopped", resume=True)
+
+
+def test_a_run_in_an_order_of_pairs_goes_on(picos, word_file, tmp_path, monkeypatch, capsys):
+    asked = settings(word_file, selector="manual", layers=["M1+A2", "A1+M2", 4])
+    go_on_after_two(picos[FAMILY].checkpoint, asked, tmp_path, monkeypatch)
+    assert "Going on after 2 decisions" in capsys.readouterr().err
+    assert recorded(tmp_path / "stopped") == recorded(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("selector", ["block-influence", "repair"])
+def test_a_run_that_was_stopped_goes_on_with_its_pairs(
+    picos, word_file, tmp_path, monkeypatch, capsys, selector
+):
+    checkpoint, asked = picos[FAMILY].checkpoint, settings(word_file, selector=selector)
+    go_on_after_two(checkpoint, asked, tmp_path, monkeypatch)
     assert "Going on after 2 decisions" in capsys.readouterr().err
     assert recorded(tmp_path / "stopped") == recorded(tmp_path / "whole")
     with pytest.raises(UserError, match="--unit changed since"):
