@@ -88,7 +88,7 @@ def plan_fold(
             folded.append(FoldedTensor(source, _stored_as(source, source.spec.name, dtype)))
             continue
         prefix, index, suffix = parsed
-        sublayer = Sublayer(index, architecture.part_of(suffix))
+        sublayer = architecture.sublayer_of(index, suffix)
         if sublayer not in new_index:
             continue
         places = _places_of(changes, architecture, index, suffix)
@@ -224,9 +224,7 @@ def _require_complete(
     folded: Sequence[FoldedTensor],
 ) -> None:
     parsed = [architecture.parse_tensor_name(tensor.spec.name) for tensor in folded]
-    present = {
-        Sublayer(name[1], architecture.part_of(name[2])) for name in parsed if name is not None
-    }
+    present = {architecture.sublayer_of(name[1], name[2]) for name in parsed if name is not None}
     if present != set(sublayers_of(range(kept))):
         raise UserError(
             f"{checkpoint.name} lacks the weights of some layers that its config names; fetch it "

@@ -43,10 +43,8 @@ def merge_where_signs_agree(pruned: Pruned) -> Compensation:
     """The most important weights of a removed layer are added where the retained one's have their
     sign."""
     calibration = pruned.calibration
-    removed = {sublayer.layer for pair in pruned.removed for sublayer in pair}
-    importances = weight_importances(
-        pruned.model, calibration.fit_ids, calibration.seed, sorted(removed)
-    )
+    removed = [pair.first.layer for pair in pruned.removed]
+    importances = weight_importances(pruned.model, calibration.fit_ids, calibration.seed, removed)
 
     def merge(weight: Tensor, removed: Tensor, kept: Place, source: Place) -> Tensor:
         importance = importances[source]
@@ -66,7 +64,7 @@ def importances_of_sublayers(
         for place, (up, down) in gradients.items():
             # |B A|^2 = tr(B^T B A A^T), without the product
             importance = ((up.mT @ up) * (down @ down.mT)).sum().double() / STEPS
-            sublayer = Sublayer(place.layer, model.architecture.part_of(place.target))
+            sublayer = model.architecture.sublayer_of(*place)
             totals[sublayer] = totals[sublayer] + importance
     return dict(zip(totals, stacked_on_cpu(list(totals.values())).tolist(), strict=True))
 

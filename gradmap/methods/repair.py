@@ -36,7 +36,7 @@ from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
 from gradmap.methods.least_squares import plus_identity, ridge_sums, solve_ridge
 from gradmap.methods.racing import Race, laps
-from gradmap.methods.selection import Selection, Subject, is_protected
+from gradmap.methods.selection import Selection, Subject
 from gradmap.model.batching import Batches, forward_batch, home_for, moved_home
 from gradmap.model.corrections import Change, Place, Projection, linear_output
 from gradmap.model.layered import Advance
@@ -157,7 +157,7 @@ class RepairScorer:
         candidates = [
             pair
             for pair in self._subject.candidates(self._removed)[1:]
-            if not is_protected(pair, self._subject)
+            if not pair.is_in(self._subject.protected)
         ]
         scores = so_far.steps[-1].scores if so_far.steps else {}
         before = {pair: scores.get(pair, -math.inf) for pair in candidates}

@@ -185,17 +185,13 @@ def select(
         for _ in ahead:
             scores = scorer.score(Selection(tuple(steps)), advance)
             require_finite_scores({pair.words: score for pair, score in scores.items()})
-            lowest = lowest_apart(
-                {pair: score for pair, score in scores.items() if not is_protected(pair, subject)},
-                count // rounds,
-            )
+            may_go = {
+                pair: score for pair, score in scores.items() if not pair.is_in(subject.protected)
+            }
+            lowest = lowest_apart(may_go, count // rounds)
             steps.append(Step(scores, lowest))
             record(steps[-1])
     return Selection(tuple(steps)).first(count)
-
-
-def is_protected(pair: Pair, subject: Subject) -> bool:
-    return any(sublayer.layer in subject.protected for sublayer in pair)
 
 
 def lowest_apart(scores: Mapping[Pair, float], count: int) -> tuple[Pair, ...]:

@@ -34,7 +34,7 @@ class RemovalLossScorer:
         tried = {
             place: pair
             for place, pair in enumerate(subject.candidates(removed))
-            if pair.first.layer not in ends and pair.second.layer not in ends
+            if not pair.is_in(ends)
         }
         ids = subject.calibration.input_ids
         with subject.model.without(removed):

@@ -48,7 +48,7 @@ def require_room(job: Job, options: None) -> None:
 
 
 def _is_allowed(block: Sequence[Pair], protected: Collection[int]) -> bool:
-    return not any(sublayer.layer in protected for pair in block for sublayer in pair)
+    return not any(pair.is_in(protected) for pair in block)
 
 
 class WindowScorer:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from gradmap.common.errors import UserError
-from gradmap.model.sublayers import Pair, Part, joined_layers
+from gradmap.model.sublayers import Pair, Part, Sublayer, joined_layers
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class Architecture:
         whose path is empty, leaves its FFN."""
         child = name.partition(".")[0]
         return Part.FFN if child in ("", *self.feed_forward) else Part.ATTENTION
+
+    def sublayer_of(self, layer: int, name: str) -> Sublayer:
+        """The one of a layer that a path or a tensor name inside it belongs to."""
+        return Sublayer(layer, self.part_of(name))
 
     def output_map(self, part: Part) -> str:
         """The path, inside a layer, of the last linear map of a sublayer."""

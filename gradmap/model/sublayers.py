@@ -7,7 +7,7 @@ the next: a shifted pair, after which the attention before it and the FFN behind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -63,6 +63,10 @@ class Pair(NamedTuple):
     def is_layer(self) -> bool:
         """Whether it is a layer of the model as it was."""
         return self == Pair.of_layer(self.first.layer)
+
+    def is_in(self, layers: Collection[int]) -> bool:
+        """Whether one of its sublayers is of one of these layers."""
+        return self.first.layer in layers or self.second.layer in layers
 
     @property
     def words(self) -> str:

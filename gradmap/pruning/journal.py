@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from gradmap.common.console import say
 from gradmap.common.errors import UserError
 from gradmap.common.files import remove_file, write_json
 from gradmap.common.processes import is_main_process
 from gradmap.common.reading import read_json_object
 from gradmap.methods.selection import Step
-from gradmap.model.sublayers import Pair
+
+_STEPS = TypeAdapter(list[Step])
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Journal:
             return None
         try:
             stored = read_json_object(self.path)
-            return _Stored(dict(stored["key"]), [_parse_step(step) for step in stored["steps"]])
+            return _Stored(dict(stored["key"]), _STEPS.validate_python(stored["steps"]))
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             say(f"Starting over: {self.path} is damaged")
             return None
@@ -82,17 +85,8 @@ class Journal:
     def write(self, steps: list[Step]) -> None:
         """Atomic and fsynced: after a crash the file holds these decisions or the ones before."""
         if is_main_process():
-            write_json(self.path, {"key": self.key, "steps": [_as_json(step) for step in steps]})
+            decided = _STEPS.dump_python(steps, mode="json")
+            write_json(self.path, {"key": self.key, "steps": decided})
 
     def remove(self) -> None:
         remove_file(self.path)
-
-
-def _parse_step(stored: dict[str, Any]) -> Step:
-    scores = {Pair.parse(pair): float(score) for pair, score in stored["scores"].items()}
-    return Step(scores, tuple(map(Pair.parse, stored["removed"])))
-
-
-def _as_json(step: Step) -> dict[str, Any]:
-    scores = {str(pair): score for pair, score in step.scores.items()}
-    return {"scores": scores, "removed": list(map(str, step.removed))}

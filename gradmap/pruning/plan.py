@@ -39,7 +39,6 @@ from gradmap.model.corrections import (
 from gradmap.model.sublayers import (
     JoinedLayer,
     Pair,
-    Sublayer,
     are_neighbours,
     joined_layers,
     sublayers_left,
@@ -240,8 +239,8 @@ def _contradiction(plan: Plan) -> str | None:
         )
     if plan.base_model.model_type not in ARCHITECTURES:
         return f"the model type {plan.base_model.model_type!r} is not known"
-    part_of = ARCHITECTURES[plan.base_model.model_type].part_of
-    corrected = {Sublayer(made.layer, part_of(made.target)) for made in plan.corrections}
+    sublayer_of = ARCHITECTURES[plan.base_model.model_type].sublayer_of
+    corrected = {sublayer_of(made.layer, made.target) for made in plan.corrections}
     if not corrected <= set(sublayers_left(layers, removed)):
         return "a layer is corrected that is not there"
     divergences = [
