@@ -12,7 +12,7 @@ import pytest
 
 from gradmap.common.verdict import EXIT_CODES, Verdict
 from tests.conftest import ASSETS, BOOLQ, SMALL_LOAD_TEST, SMOLLM2, SMOLLM2_GGUF, SQUAD
-from tests.export.test_export import WITHOUT_US
+from tests.export.sources import WITHOUT_US
 
 pytestmark = pytest.mark.alone
 

@@ -10,53 +10,36 @@ count.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 from gradmap.common.environment import describe_environment
-from gradmap.common.errors import UserError
 from gradmap.common.files import write_json, write_text
 from gradmap.common.flags import as_flags
 from gradmap.common.outputs import results_in
 from gradmap.common.stages import Stage, run_stage, stage_record
+from gradmap.compare.methods import (
+    OF_COMPENSATORS,
+    OF_SELECTORS,
+    Method,
+    is_nested,
+    parse_methods,
+    split_variant,
+)
 from gradmap.compare.options import CompareOptions
 from gradmap.data.text_specs import source_files
 from gradmap.evaluation.options import EvaluatedOn
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import read_evaluation, records_beside
 from gradmap.evaluation.table import with_error
-from gradmap.methods.registry import compensator_names, selector, selector_names
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from gradmap.pruning.plan import Plan, load_plan
-from gradmap.pruning.settings import ALWAYS, CalibrationOptions
+from gradmap.pruning.settings import CalibrationOptions
 
 RESULT_FILE = "compare.json"
-Variants = Mapping[str, Mapping[str, Any]]
-# What may follow the name of a selector or a compensator, and which options of `gradmap prune` it
-# stands for.
-OF_SELECTORS: Variants = {
-    "-one-shot": {"one_shot": True},
-    # The layers that Shortened LLaMA keeps.
-    "-protected": {"protect_first": 4, "protect_last": 2},
-    "-pairs": {"unit": "pair"},
-}
-OF_COMPENSATORS: Variants = {"-as-published": {"accept": ALWAYS, "held_out": 0}}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A selector and a compensator, either with a variant: `gradient+projection`,
-    `gradient-one-shot+none`."""
-
-    selection: str
-    repair: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.selection}+{self.repair}"
 
 
 @dataclass(frozen=True)
@@ -84,33 +67,6 @@ def settings_of(options: CompareOptions, model: str, gguf_file: str | None) -> C
         calibration=calibration | {"dtype": options.dtype, "device": options.device},
         evaluation=evaluation | {"dtype": options.eval_dtype, "device": options.device},
     )
-
-
-def parse_methods(names: Sequence[str]) -> tuple[Method, ...]:
-    """gradient+projection, sleb+none -> methods. Raises UserError for an unknown one."""
-    methods = []
-    selectors = [name for name in selector_names() if name != "manual"]
-    for name in names:
-        selection, _, repair = name.partition("+")
-        chosen, _ = split_variant(selection, OF_SELECTORS)
-        compensator, _ = split_variant(repair, OF_COMPENSATORS)
-        if chosen not in selectors or compensator not in compensator_names():
-            known = f"{', '.join(selectors)}; compensators: {', '.join(compensator_names())}"
-            variants = ", ".join((*OF_SELECTORS, *OF_COMPENSATORS))
-            raise UserError(
-                f"Method {name!r} is no SELECTOR+COMPENSATOR; selectors: {known}; variants: "
-                f"{variants}."
-            )
-        methods.append(Method(selection, repair))
-    return tuple(dict.fromkeys(methods))
-
-
-def split_variant(name: str, variants: Variants) -> tuple[str, Mapping[str, Any]]:
-    """`gradient-one-shot` -> `gradient`, and the options that `-one-shot` stands for."""
-    for suffix, options in variants.items():
-        if name.endswith(suffix):
-            return name.removesuffix(suffix), options
-    return name, {}
 
 
 def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
@@ -141,11 +97,6 @@ def plan_selections(settings: CompareSettings, out: Path) -> Iterator[Stage]:
 def selected_count(settings: CompareSettings, method: Method, count: int) -> int:
     """How many layers are in the selection that serves a method at this count."""
     return max(settings.counts) if is_nested(method.selection) else count
-
-
-def is_nested(selection: str) -> bool:
-    """Whether a selection, variant and all, of more layers serves fewer too."""
-    return selector(split_variant(selection, OF_SELECTORS)[0]).nested
 
 
 def plan_repairs(settings: CompareSettings, out: Path) -> Iterator[Stage]:

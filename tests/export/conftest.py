@@ -49,7 +49,7 @@ def fresh_processes(monkeypatch):
 @pytest.fixture(scope="module")
 def artifact(picos, tmp_path_factory):
     """An hf artifact of the Llama pico, its source and its gradmap.json."""
-    from tests.export.test_export import export, make_source
+    from tests.export.sources import export, make_source
 
     out, source = tmp_path_factory.mktemp("artifact"), make_source(picos["llama"])
     return out / "hf", source, export(source, out, "hf", quality=QUALITY)["hf"]

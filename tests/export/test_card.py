@@ -10,7 +10,7 @@ from export.card import render_card
 from gradmap.common.errors import UserError
 from gradmap.evaluation.result import SCHEMA_VERSION
 from tests.export.conftest import QUALITY
-from tests.export.test_export import SHIFTED, make_source
+from tests.export.sources import SHIFTED, make_source
 
 
 def test_the_model_card_is_what_the_hub_reads(artifact):

@@ -15,7 +15,7 @@ from export.writers import Storage, write_checkpoint
 from gradmap.common.errors import UserError
 from gradmap.model.corrections import Place, Projection
 from tests.conftest import FAMILIES, LAYERS, ROOT
-from tests.export.test_export import (
+from tests.export.sources import (
     CORRECTED,
     SHARD_BYTES,
     SHIFTED,

@@ -13,7 +13,7 @@ from export.writers import Storage, write_checkpoint
 from gradmap.model.architectures import layer_count
 from gradmap.model.layered import LayeredModel
 from tests.conftest import FAMILIES, LAYERS
-from tests.export.test_export import REMOVED, SHIFTED, WITHOUT_US, make_source
+from tests.export.sources import REMOVED, SHIFTED, WITHOUT_US, make_source
 from tests.gradmap.removals import attention, ffn, pairs
 
 # Layers, then pairs that leave a layer of two: next to another that goes, around one that is gone,

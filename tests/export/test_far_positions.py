@@ -16,7 +16,7 @@ from export.twin import FAR, NEAR, find_boundaries, probe_beyond, twin_config
 from export.writers import Storage
 from gradmap.common.errors import UserError
 from tests.conftest import make_pico
-from tests.export.test_export import export, make_source
+from tests.export.sources import export, make_source
 from tests.gradmap.removals import pairs
 
 LLAMA3 = {

@@ -16,7 +16,7 @@ from gradmap.model.corrections import (
     fold_changes,
 )
 from gradmap.model.safetensors_reader import TensorSpec
-from tests.export.test_export import REMOVED, SHARD_BYTES, make_source
+from tests.export.sources import REMOVED, SHARD_BYTES, make_source
 
 
 def test_folding_a_transposed_weight_is_folding_the_weight():

@@ -15,7 +15,7 @@ from export.tolerance import logit_tolerance
 from gradmap.common.errors import UserError
 from gradmap.model.corrections import ALL, Place, Projection, Scale, fold_changes
 from tests.conftest import LAYERS, Pico
-from tests.export.test_export import CORRECTED, REMOVED, export, make_source
+from tests.export.sources import CORRECTED, REMOVED, export, make_source
 
 KEPT = LAYERS - len(REMOVED)
 # Of the picos in float32

@@ -16,7 +16,7 @@ from export.options import ExportOptions
 from gradmap.common.errors import UserError
 from serving.identity import Trust, identify
 from tests.conftest import ROOT
-from tests.export.test_export import export, make_source
+from tests.export.sources import export, make_source
 from tests.loadtest.test_estimates import DISK, EPYC, SMOLLM2
 
 

@@ -19,7 +19,7 @@ from gradmap.evaluation.transformers_backend import score_reference
 from gradmap.model.architectures import ARCHITECTURES
 from gradmap.runtimes.onnx_session import OnnxCausalLM
 from tests.conftest import FAMILIES, LAYERS, VOCABULARY, make_pico
-from tests.export.test_export import SHIFTED, WITHOUT_US, export, make_source
+from tests.export.sources import SHIFTED, WITHOUT_US, export, make_source
 from tests.gradmap.evaluation.test_scoring import random_requests
 
 # torch.onnx's own

@@ -29,7 +29,7 @@ from serving.ports import free_port
 from serving.server import check_servable
 from serving.settings import ServerSettings
 from tests.conftest import LAYERS, VOCABULARY, make_pico
-from tests.export.test_export import CORRECTED, SHIFTED, export, make_source
+from tests.export.sources import CORRECTED, SHIFTED, export, make_source
 
 
 def test_rounding_to_eight_bits_errs_by_half_a_step_at_most():

@@ -24,7 +24,7 @@ from serving.machine import bytes_in_memory, require_memory, suited_to_machine
 from serving.proof import PASS_HEADER
 from serving.settings import ServerSettings, build_command, server_environment
 from tests.command_line import gradmap
-from tests.export.test_export import SHIFTED, export, make_source
+from tests.export.sources import SHIFTED, export, make_source
 
 GIB = 2**30
 

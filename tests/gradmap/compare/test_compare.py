@@ -9,7 +9,7 @@ import torch
 
 from gradmap.common import stages
 from gradmap.common.errors import UserError
-from gradmap.compare.run import OF_SELECTORS, parse_methods, split_variant
+from gradmap.compare.methods import OF_SELECTORS, parse_methods, split_variant
 from gradmap.pruning.plan import load_changes, load_plan
 from tests.command_line import gradmap
 from tests.conftest import perplexity_of_plan

@@ -9,7 +9,7 @@ from gradmap.common.reading import read_json_object
 from gradmap.model.corrections import Place, Scale
 from gradmap.pruning.plan import PLAN_FILE, load_plan, save_plan
 from tests.command_line import gradmap
-from tests.export.test_export import make_source
+from tests.export.sources import make_source
 from tests.gradmap.pruning.test_plan import record_of
 from tests.gradmap.pruning.test_prune import prune_arguments
 from tests.gradmap.removals import pairs

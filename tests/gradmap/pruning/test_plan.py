@@ -13,7 +13,7 @@ from gradmap.pruning.plan import (
     load_plan,
     save_plan,
 )
-from tests.export.test_export import make_source
+from tests.export.sources import make_source
 
 DOWN = "mlp.down_proj"
 CHANGES = {
