@@ -25,8 +25,9 @@ from gradmap.common.environment import describe_environment
 from gradmap.common.errors import UserError
 from gradmap.common.files import write_json
 from gradmap.model.checkpoint import open_checkpoint
-from tests.conftest import VOCABULARY, make_pico
+from tests.conftest import make_pico
 from tests.export.sources import make_source
+from tests.families import VOCABULARY
 
 # 4 samples of 64 tokens and 64 generated ones fit; heads of 32 and widths of whole blocks are what
 # vLLM's kernels take.

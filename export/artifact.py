@@ -54,8 +54,9 @@ from gradmap.common.files import (
 from gradmap.common.outputs import output_directory
 from gradmap.common.reading import read_json_object
 from gradmap.evaluation.result import read_evaluation
-from gradmap.model.architectures import architecture_of, layer_count
+from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import layer_count
 from gradmap.model.gguf_model import read_license
 from gradmap.model.gguf_tokenizer import require_same_tokens
 from gradmap.model.loading import load_tokenizer

@@ -17,7 +17,7 @@ from export.verification import find_problem
 from export.writers import COPIED_PATTERNS, Source, Storage
 from gradmap.common.console import announced, say
 from gradmap.common.errors import UserError
-from gradmap.model.architectures import prune_config
+from gradmap.model.configs import prune_config
 
 
 def require_far_positions(

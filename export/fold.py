@@ -30,10 +30,11 @@ from gradmap.common.files import write_json
 from gradmap.common.finite import is_finite
 from gradmap.model.architectures import Architecture
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import layer_count
 from gradmap.model.corrections import HIDDEN_STATE, Change, Changes, Place, Projection, fold_changes
 from gradmap.model.model_files import INDEX_NAME
 from gradmap.model.safetensors_reader import StoredTensor, TensorSpec, list_tensors, read_tensors
-from gradmap.model.sublayers import Pair, Part, Sublayer, joined_layers, sublayers_of
+from gradmap.model.sublayers import Pair, Part, places_of_left, sublayers_of
 
 
 @dataclass(frozen=True)
@@ -74,36 +75,27 @@ def plan_fold(
     is not in the checkpoint.
     """
     require_foldable(checkpoint, architecture, changes)
-    kept = joined_layers(checkpoint.config[architecture.layer_count_key], removed)
-    new_index = {
-        Sublayer(layer[part], part): position
-        for position, layer in enumerate(kept)
-        for part in Part
-    }
+    places = places_of_left(layer_count(checkpoint.config), removed)
     folded: list[FoldedTensor] = []
     missing = set(changes)
     for source in chain.from_iterable(map(list_tensors, checkpoint.weight_files)):
-        parsed = architecture.parse_tensor_name(source.spec.name)
-        if parsed is None:
-            folded.append(FoldedTensor(source, _stored_as(source, source.spec.name, dtype)))
+        name = architecture.name_left(source.spec.name, places)
+        if name is None:
             continue
-        prefix, index, suffix = parsed
-        sublayer = architecture.sublayer_of(index, suffix)
-        if sublayer not in new_index:
-            continue
-        places = _places_of(changes, architecture, index, suffix)
-        missing -= {place for place in places if architecture.is_weight_of(place.target, suffix)}
-        name = f"{prefix}.{new_index[sublayer]}.{suffix}"
+        changed = architecture.places_of(source.spec.name, changes)
+        is_matrix = len(source.spec.shape) == 2
+        # a bias by itself is no map
+        missing -= set(changed) if len(source.spec.shape) > 1 else set()
         folded.append(
             FoldedTensor(
                 source,
                 _stored_as(source, name, dtype),
-                changes=tuple(chain.from_iterable(changes[place] for place in places)),
+                changes=tuple(chain.from_iterable(changes[place] for place in changed)),
                 transposed=architecture.transposed_linear,
-                quantise=quantise and len(source.spec.shape) == 2,
+                quantise=quantise and is_matrix and architecture.is_of_a_layer(name),
             )
         )
-    _require_complete(checkpoint, architecture, len(kept), missing, folded)
+    _require_complete(checkpoint, architecture, len(places) // len(Part), missing, folded)
     return folded
 
 
@@ -114,14 +106,6 @@ def _stored_as(source: StoredTensor, name: str, dtype: torch.dtype | None) -> Te
     if dtype is None or not spec.dtype.is_floating_point:
         dtype = spec.dtype
     return TensorSpec(name, dtype, spec.shape)
-
-
-def _places_of(
-    changes: Changes, architecture: Architecture, layer: int, suffix: str
-) -> list[Place]:
-    """The changed maps that a tensor of a layer (original index) is the weight or the bias of."""
-    of_layer = [place for place in changes if place.layer == layer]
-    return [place for place in of_layer if architecture.is_part_of(place.target, suffix)]
 
 
 def require_foldable(checkpoint: Checkpoint, architecture: Architecture, changes: Changes) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from export.tolerance import logit_tolerance
 from gradmap.common.errors import UserError
-from gradmap.model.architectures import Architecture, architecture_of, layer_count
+from gradmap.model.architectures import Architecture, architecture_of
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import layer_count
 from gradmap.model.corrections import Change, Changes, Place, fold_changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model

@@ -17,8 +17,8 @@ from export.reference import Reference
 from export.tolerance import logit_tolerance, share_of_strays
 from export.verification import compare, run_artifact_in_each
 from export.writers import Storage, Written
-from gradmap.model.architectures import layer_count
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import layer_count
 from gradmap.model.precision import DTYPES
 
 

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradmap.common.files import write_json
-from gradmap.model.architectures import prune_config
 from gradmap.model.checkpoint import Checkpoint, open_checkpoint
+from gradmap.model.configs import prune_config
 from gradmap.model.model_files import copy_files
 from gradmap.model.sublayers import Pair
 

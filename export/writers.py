@@ -18,8 +18,9 @@ from export.quantisation import quantisation_config
 from gradmap.common.errors import UserError
 from gradmap.common.files import write_json
 from gradmap.common.reading import read_json_object
-from gradmap.model.architectures import architecture_of, prune_config
+from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import prune_config
 from gradmap.model.corrections import Changes
 from gradmap.model.model_files import CODE_KEY, copy_files
 from gradmap.model.precision import DTYPES

@@ -19,11 +19,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gradmap.cli import quiet_libraries
-from gradmap.model.architectures import ARCHITECTURES, architecture_of
+from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint, open_checkpoint
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_losses
 from gradmap.pruning.plan import load_changes, load_plan
+from tests.families import MORE_CONFIGS, PICO_CONFIGS, VOCABULARY
 from tests.noting_server import NotingServer
 
 quiet_libraries()
@@ -45,73 +46,13 @@ loadtest:
   output_tokens: 24
   vllm_flag: [--enforce-eager, --max-model-len=512]
 """
-LAYERS = 5
-VOCABULARY = 200
 BOS = 1  # of the picos whose tokenizer puts one in front of a text
 
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-# Far from the default of 10000, which a consumer that misses it would take
-_LLAMA_LIKE = {
-    **_COMMON,
-    "num_key_value_heads": 2,
-    "intermediate_size": 40,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
-}
-_SCALED_ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}}
-_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-PICO_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
-    "qwen2": {
-        **_LLAMA_LIKE,
-        **_SCALED_ROPE,
-        "use_sliding_window": True,
-        "sliding_window": 8,
-        "max_window_layers": 2,
-    },
-    "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
-    "phi3": _LLAMA_LIKE,
-    "gemma": {**_LLAMA_LIKE, "head_dim": 8},
-    "gemma2": {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
-    "gemma3_text": {
-        **_LLAMA_LIKE,
-        **{"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
-        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 300.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-        },
-    },
-    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        **_LLAMA_LIKE,
-        **_MOE,
-        "shared_expert_intermediate_size": 24,
-        "mlp_only_layers": [1],
-    },
-    "qwen3_moe": {**_LLAMA_LIKE, **_MOE, "head_dim": 8, "mlp_only_layers": [3]},
-    "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 32},
-    "gpt2": {
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": LAYERS,
-        "n_head": 4,
-        "n_positions": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-}
 FAMILIES = tuple(PICO_CONFIGS)
-CORRECTABLE = tuple(family for family in FAMILIES if ARCHITECTURES[family].uncorrectable is None)
+# A norm follows what their down projections add.
+SANDWICH_NORM = ("gemma2", "gemma3_text")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+CORRECTABLE = tuple(family for family in FAMILIES if family not in SANDWICH_NORM)
 
 
 @dataclass(frozen=True)
@@ -149,7 +90,7 @@ def make_pico(family: str, directory: Path, **changes: Any) -> Pico:
     """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to
     its config."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model(family, **PICO_CONFIGS[family] | changes)
+    config = AutoConfig.for_model(family, **(PICO_CONFIGS | MORE_CONFIGS)[family] | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -22,8 +22,8 @@ import torch
 
 from gradmap.common.machine import Rates, available_bytes, measure_cpu, warn_if_threads_hinder
 from gradmap.costs.steps import WRITTEN_TOGETHER, Hardware
-from gradmap.model.architectures import layer_count, prune_config
 from gradmap.model.batching import forward_batch, logits_batch
+from gradmap.model.configs import layer_count, prune_config
 from gradmap.model.layerwise import sample_losses
 from gradmap.model.model_sizes import context_length
 from gradmap.model.precision import (

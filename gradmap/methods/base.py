@@ -73,6 +73,11 @@ class Method:
                 f"{self.flag} {self.name} needs all weights in memory; leave out --stream, or use "
                 f"{self.streaming}."
             )
+        if job.unit == "pair" and job.architecture.unpaired is not None:
+            raise UserError(
+                f"Of a {job.config['model_type']} model only whole layers can go: "
+                f"{job.architecture.unpaired}; give --unit layer."
+            )
         if job.unit == "pair" and self.whole_layers:
             raise UserError(
                 f"{self.flag} {self.name} {self.whole_layers}; give --unit layer, or another one."

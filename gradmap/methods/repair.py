@@ -297,17 +297,18 @@ class RepairScorer:
         return states
 
     def _run_piece(self, piece: Sequence[Sublayer], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What leaves a piece, and what its last linear map adds, bias aside, (n, T, d) both; in
-        batches."""
+        """What leaves a piece, and what its last linear map adds to the hidden state, bias aside,
+        (n, T, d) both; in batches."""
         model = self._subject.model
         output_map = model.map_at(model.output_of(piece[-1]))
+        multiplier = model.multiplier(piece[-1])
         run = Piece(model.of_sublayers(piece), self._calls[piece[0].layer]).run
         parts: list[tuple[Tensor, Tensor]] = []
 
         def run_batch(samples: slice) -> None:
             leaving = run(hidden[samples])
             added = linear_output(output_map, captured[output_map][1]).reshape(leaving.shape)
-            parts.append((leaving, added))
+            parts.append((leaving, multiplier * added))
 
         with capturing([output_map]) as captured:
             self._batches.run(len(hidden), run_batch)

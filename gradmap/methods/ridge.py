@@ -256,6 +256,7 @@ def visit_features(
     """Calls `visit` with one batch after the other of the samples to fit on."""
     walks = walks or Walks.start(pruned)
     output_map = pruned.model.map_at(pruned.model.output_of(fit.sublayer))
+    multiplier = pruned.model.multiplier(fit.sublayer)
     title = f"Fitting {fit.sublayer.words} (samples)"
     with progress(title, len(walks.pruned.hidden)) as advance:
 
@@ -266,9 +267,8 @@ def visit_features(
             target = walks.dense.hidden[samples].to(output.device)
             # hooks that correct come first, so that `added` is what the corrected map adds
             features = linear_output(output_map, added) if fit.kind == "left" else inputs
-            visit(
-                features.reshape(*target.shape[:2], -1), widened(target) - widened(output), target
-            )
+            features = multiplier * features.reshape(*target.shape[:2], -1)
+            visit(features, widened(target) - widened(output), target)
             advance(len(target))
 
         walks.dense.go_behind(fit.goal, {})

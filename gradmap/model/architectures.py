@@ -1,49 +1,89 @@
-"""The only place that knows where each model family keeps its layers, and what removing one must
-change.
+"""How a model is built: where it keeps its layers, and which linear maps add to its hidden state.
 
-To support a family, add its `model_type` to `ARCHITECTURES`; the contract tests then run on it.
+Nothing of it is listed. It is found by running a small model of the same config
+(gradmap.model.discovery), so that a family needs no entry anywhere.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gradmap.common.errors import UserError
-from gradmap.model.sublayers import Pair, Part, Sublayer, joined_layers
+from gradmap.common.wording import listed
+from gradmap.model.configs import layer_count, require_safe
+from gradmap.model.corrections import Place
+from gradmap.model.discovery import (
+    Names,
+    Stored,
+    find_layer_list,
+    find_names,
+    runs_of_layers,
+    stored_tensors,
+)
+from gradmap.model.small_model import (
+    NotPrunableError,
+    build_model,
+    few_layers,
+    randomise,
+    small_config,
+    small_ids,
+    tried_on_small_model,
+)
+from gradmap.model.sublayers import Part, Sublayer
+
+# What a config says of the files it lies beside, or of how it runs, and not of the model.
+_NOT_OF_THE_MODEL = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of one model family.
+    """Names of one model family, and how its layers add to the hidden state.
 
     layers: dotted path of the layer list inside `...ForCausalLM`. down_projection: dotted path,
     inside a layer, of the last linear map of the FFN; of a mixture of experts, of the
         whole FFN, whose last maps are the down projections of all experts.
     attention_output: dotted path, inside a layer, of the last linear map of the attention.
-    feed_forward: what of a layer's children is of its FFN, with the norms that belong to it; the
-        others are of its attention.
-    expert_down_projections: of a mixture of experts, the pattern of their tensor names inside a
-    layer. layer_count_key: the config key that holds the number of layers. transposed_linear:
-    weights are stored (d_in, d_out), as in GPT-2's Conv1D, and not (d_out, d_in). uncorrectable:
-    why no W' can be folded into the down projection, if that is so.
+    feed_forward: what of a layer's children is of its FFN, with the norms that belong to it, as
+        transformers calls them and as checkpoints do; the others are of its attention.
+    experts: of a mixture of experts, the weights that are their down projections (paths inside a
+        layer). expert_down_projections: the pattern of those tensors' names in a checkpoint.
+    transposed_linear: weights are stored (d_in, d_out), as in GPT-2's Conv1D, and not (d_out,
+        d_in).
+    multipliers: what the outputs of attention and FFN are multiplied with before they are added to
+        the hidden state (Granite).
+    beside: the children that return something beside what they make of the hidden state.
+    uncorrectable: why no W' can be folded into the down projection, if that is so; unpaired: why
+        only whole layers can go; as the end of a sentence that begins with the model.
     """
 
     layers: str
     down_projection: str
-    attention_output: str = "self_attn.o_proj"
-    feed_forward: tuple[str, ...] = ("post_attention_layernorm", "mlp")
+    attention_output: str
+    feed_forward: tuple[str, ...]
+    experts: tuple[str, ...] = ()
     expert_down_projections: str | None = None
-    layer_count_key: str = "num_hidden_layers"
     transposed_linear: bool = False
+    multipliers: tuple[float, float] = (1.0, 1.0)
+    beside: tuple[str, ...] = ()
     uncorrectable: str | None = None
+    unpaired: str | None = None
 
     def layer_list(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -82,13 +122,9 @@ class Architecture:
     def down_projection_weights(self, layer: nn.Module) -> list[nn.Parameter]:
         """The weights that W' multiplies, as transformers holds them: those of all experts are one
         stacked tensor."""
-        module = self.down_projection_of(layer)
         if self.expert_down_projections is None:
-            return [module.get_parameter("weight")]
-        endings = ("down_proj", "down_proj.weight")
-        return [
-            parameter for name, parameter in module.named_parameters() if name.endswith(endings)
-        ]
+            return [self.down_projection_of(layer).get_parameter("weight")]
+        return [parameter for name, parameter in layer.named_parameters() if name in self.experts]
 
     def is_down_projection(self, name: str) -> bool:
         """Whether W' is folded into the tensor of this name (inside a layer)."""
@@ -122,6 +158,32 @@ class Architecture:
         bias: nn.Parameter | None = getattr(module, "bias", None)
         return weights if bias is None else [*weights, bias]
 
+    def name_left(self, name: str, places: Mapping[Sublayer, int]) -> str | None:
+        """What a tensor is called once layers are gone, given which layers the sublayers that are
+        left are of; None if it goes with them."""
+        parsed = self.parse_tensor_name(name)
+        if parsed is None:
+            return name
+        prefix, layer, suffix = parsed
+        place = places.get(self.sublayer_of(layer, suffix))
+        return None if place is None else f"{prefix}.{place}.{suffix}"
+
+    def places_of(self, name: str, places: Iterable[Place]) -> list[Place]:
+        """Those of some linear maps that a tensor of a checkpoint is the weight or the bias of."""
+        parsed = self.parse_tensor_name(name)
+        if parsed is None:
+            return []
+        _, layer, suffix = parsed
+        return [
+            place
+            for place in places
+            if place.layer == layer and self.is_part_of(place.target, suffix)
+        ]
+
+    def is_of_a_layer(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is."""
+        return self.parse_tensor_name(name) is not None
+
     def parse_tensor_name(self, name: str) -> tuple[str, int, str] | None:
         """Splits `model.layers.7.mlp.up_proj.weight` into (`model.layers`, 7,
         `mlp.up_proj.weight`).
@@ -135,139 +197,110 @@ class Architecture:
         return (match[1], int(match[2]), match[3]) if match else None
 
 
-_LLAMA_LIKE = Architecture(layers="model.layers", down_projection="mlp.down_proj")
-_SANDWICH_NORM = replace(
-    _LLAMA_LIKE,
-    feed_forward=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-    uncorrectable="a norm follows the down projection, so it is no linear map any more",
-)
-_QWEN_MOE = Architecture(
-    layers="model.layers",
-    down_projection="mlp",
-    expert_down_projections=r"mlp\.((experts\.\d+|shared_expert)\.)?down_proj\.weight",
-)
-
-ARCHITECTURES = {
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "phi3": replace(
-        _LLAMA_LIKE, feed_forward=("post_attention_layernorm", "mlp", "resid_mlp_dropout")
-    ),
-    "gemma": _LLAMA_LIKE,
-    "gemma2": _SANDWICH_NORM,
-    "gemma3_text": _SANDWICH_NORM,
-    "mixtral": Architecture(
-        layers="model.layers",
-        down_projection="mlp",
-        expert_down_projections=r"block_sparse_moe\.experts\.\d+\.w2\.weight",
-        # as a checkpoint calls it, and as transformers does
-        feed_forward=("post_attention_layernorm", "block_sparse_moe", "mlp"),
-    ),
-    "qwen2_moe": _QWEN_MOE,
-    "qwen3_moe": _QWEN_MOE,
-    "opt": Architecture(
-        layers="model.decoder.layers",
-        down_projection="fc2",
-        attention_output="self_attn.out_proj",
-        feed_forward=("final_layer_norm", "fc1", "activation_fn", "fc2"),
-    ),
-    "gpt2": Architecture(
-        layers="transformer.h",
-        down_projection="mlp.c_proj",
-        attention_output="attn.c_proj",
-        feed_forward=("ln_2", "mlp"),
-        layer_count_key="n_layer",
-        transposed_linear=True,
-    ),
-}
-
-# Config keys that hold one entry per layer, and which sublayer it describes; every other list of
-# that length is refused as unknown.
-_PER_LAYER_KEYS = {
-    "layer_types": Part.ATTENTION,
-    "no_rope_layers": Part.ATTENTION,
-    "mlp_layer_types": Part.FFN,
-}
-# Lists that may happen to be as long as the model is deep.
-_OTHER_LISTS = ("architectures", "mlp_only_layers", "eos_token_id")
-
-# What makes a layer depend on its own position or on another layer, and why removal would then be
-# wrong.
-_UNSAFE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("num_kv_shared_layers", bool, "its layers share keys and values"),
-    ("scale_attn_by_inverse_layer_idx", bool, "its attention is scaled by the layer's position"),
-    (
-        "do_layer_norm_before",
-        lambda value: value is False,
-        "a norm follows the down projection (post-norm OPT)",
-    ),
-)
-
-
-def architecture_of(config: dict[str, Any]) -> Architecture:
-    """Looks up the family of a Hugging Face config; raises UserError if it is unknown or unsafe to
-    prune."""
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Finds how a model with this config is built. Raises UserError if it is none that can be
+    pruned by layers, with what was seen."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"Model type {model_type!r} is not supported; supported are {known}.")
-    for key, is_unsafe, reason in _UNSAFE:
-        if key in config and is_unsafe(config[key]):
-            raise UserError(
-                f"This {model_type} model cannot be pruned by layers: {reason} "
-                f"({key}={config[key]})."
-            )
-    return ARCHITECTURES[model_type]
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type)) is None:
+        raise UserError(
+            f"Model type {model_type!r} is no causal language model that transformers knows."
+        )
+    require_safe(config)
+    own = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
+    return _found(json.dumps(own, sort_keys=True))
 
 
-def layer_count(config: dict[str, Any]) -> int:
-    return int(config[architecture_of(config).layer_count_key])
+@lru_cache(maxsize=64)
+def _found(config: str) -> Architecture:
+    """config: its JSON, for a cache takes nothing that can change."""
+    parsed = json.loads(config)
+    with tried_on_small_model(parsed):
+        return _architecture(few_layers(small_config(parsed)))
 
 
-def prune_config(config: dict[str, Any], removed: Sequence[Pair]) -> dict[str, Any]:
-    """Returns a copy of a config that describes what is left: every per-layer field follows the
-    sublayer that it is about.
-
-    Patterns that follow from a layer's position (every other one slides, every second one is
-    sparse) are spelled out. Raises UserError for a list with one entry per layer whose meaning is
-    not known.
-    """
-    layers = layer_count(config)
-    kept = joined_layers(layers, removed)
-    pruned = deepcopy(config)
-    pruned[architecture_of(config).layer_count_key] = len(kept)
-    for key, value in (config | _explicit_layer_types(config)).items():
-        if key in _PER_LAYER_KEYS and value is not None:
-            pruned[key] = [value[layer[_PER_LAYER_KEYS[key]]] for layer in kept]
-        elif isinstance(value, list) and len(value) == layers and key not in _OTHER_LISTS:
-            raise UserError(
-                f"Config field {key!r} has one entry per layer and is not known; removal is not "
-                "safe."
-            )
-    if config.get("max_window_layers") is not None:  # Qwen: layers below it use full attention
-        full = config["max_window_layers"]
-        pruned["max_window_layers"] = sum(layer.attention < full for layer in kept)
-    # Qwen-MoE: every n-th layer has experts, but for those listed
-    if "decoder_sparse_step" in config:
-        step, dense = config["decoder_sparse_step"], config.get("mlp_only_layers") or []
-        sparse = [layer.ffn not in dense and (layer.ffn + 1) % step == 0 for layer in kept]
-        pruned["decoder_sparse_step"] = 1
-        pruned["mlp_only_layers"] = [
-            position for position, is_sparse in enumerate(sparse) if not is_sparse
-        ]
-    return pruned
+def _architecture(small: Mapping[str, Any]) -> Architecture:
+    model, input_ids = build_model(small), small_ids()
+    randomise(model)
+    layers = find_layer_list(model, layer_count(small), input_ids)
+    found = [find_names(run) for run in runs_of_layers(model, layers, input_ids)]
+    return _as_stored(_named(layers, found), stored_tensors(model))
 
 
-def _explicit_layer_types(config: dict[str, Any]) -> dict[str, Any]:
-    """The kind of attention of every layer, where transformers derives it from the layer's
-    position."""
-    if config.get("layer_types") is not None or config["model_type"] not in CONFIG_MAPPING:
-        return {}
-    parsed = CONFIG_MAPPING[config["model_type"]](**config)
-    return (
-        {"layer_types": parsed.layer_types}
-        if getattr(parsed, "layer_types", None) is not None
-        else {}
+def _named(layers: str, found: Sequence[Names]) -> Architecture:
+    """What was found in each layer, as one."""
+    mixed = any(names.down_projection is None for names in found)
+    outputs = {names.block if mixed else names.output for names in found}
+    if len(outputs) > 1:
+        raise NotPrunableError(
+            f"its FFNs end in different places ({listed(sorted(outputs), 'and')})"
+        )
+    multipliers = [multiplier or 1.0 for multiplier in found[0].multipliers]
+    return Architecture(
+        layers=layers,
+        down_projection=outputs.pop(),
+        attention_output=found[0].attention_output,
+        feed_forward=_all_of(names.feed_forward for names in found),
+        experts=_all_of(names.weights for names in found) if mixed else (),
+        transposed_linear=found[0].transposed,
+        multipliers=(multipliers[Part.ATTENTION], multipliers[Part.FFN]),
+        beside=_all_of(names.beside for names in found),
+        uncorrectable=_uncorrectable(found),
+        unpaired=_unpaired(found),
     )
+
+
+def _all_of(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Each once, in the order in which they first occur."""
+    return tuple(dict.fromkeys(chain.from_iterable(names)))
+
+
+def _uncorrectable(found: Sequence[Names]) -> str | None:
+    multipliers = {names.multipliers[Part.FFN] for names in found}
+    if None in multipliers:
+        return "a norm follows the down projection, so it is no linear map any more"
+    if len(multipliers) > 1:
+        return "its layers scale what they add in different ways"
+    if any(names.expert_biases for names in found):
+        return "the down projections of its experts have biases, which W' does not reach"
+    return None
+
+
+def _unpaired(found: Sequence[Names]) -> str | None:
+    if any(names.parallel for names in found):
+        return "its attention and its FFN read the same input"
+    if any(names.joined for names in found):
+        return "its attention passes the hidden state on by itself"
+    if len({names.attention_output for names in found}) > 1:
+        return "its layers have attentions of different kinds"
+    if len({names.multipliers[Part.ATTENTION] for names in found}) > 1:
+        return "its layers scale what their attentions add in different ways"
+    if len({names.beside for names in found}) > 1:
+        return "its FFNs return different things"
+    return None
+
+
+def _as_stored(named: Architecture, stored: Sequence[Stored]) -> Architecture:
+    """With the names that checkpoints have."""
+    feed_forward, patterns = list(named.feed_forward), set()
+    uncorrectable = named.uncorrectable
+    for tensor in stored:
+        parsed, held = map(named.parse_tensor_name, (tensor.name, tensor.parameter))
+        if parsed is None or held is None:
+            continue
+        if named.part_of(held[2]) is Part.FFN:
+            feed_forward.append(parsed[2].partition(".")[0])
+        if held[2] in named.experts:
+            patterns.add(_as_pattern(parsed[2]))
+            if tensor.stacked:
+                uncorrectable = "its checkpoints hold the experts of a layer in one tensor"
+    return replace(
+        named,
+        feed_forward=tuple(dict.fromkeys(feed_forward)),
+        expert_down_projections="|".join(sorted(patterns)) if named.experts else None,
+        uncorrectable=uncorrectable,
+    )
+
+
+def _as_pattern(name: str) -> str:
+    """Of the names of the same tensor of all experts: their numbers may be any."""
+    return re.sub(r"(?<=\.)\d+(?=\\.)", r"\\d+", re.escape(name))

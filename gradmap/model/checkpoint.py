@@ -14,7 +14,7 @@ from gradmap.common.console import waiting
 from gradmap.common.errors import UserError, first_line
 from gradmap.common.files import sha256_file
 from gradmap.common.reading import checked, read_json, read_json_object
-from gradmap.model.architectures import architecture_of
+from gradmap.model.configs import complete_config, layer_count_key
 from gradmap.model.exact import require_exact
 from gradmap.model.gguf_model import dequantise_gguf, read_gguf_config
 from gradmap.model.model_files import (
@@ -49,7 +49,7 @@ class Checkpoint:
     @cached_property
     def positions(self) -> int | None:
         """How many tokens the model takes at once; None if its config sets no limit."""
-        return context_length(_completed(self.config))
+        return context_length(complete_config(self.config))
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
@@ -118,24 +118,10 @@ def read_config(model: str, gguf_file: str | None = None) -> dict[str, Any]:
     directory = _find_directory(model, ["config.json", "adapter_config.json"])
     if gguf_file is not None:
         config = read_gguf_config(directory / gguf_file)
-        architecture_of(config)
-        return _completed(config)
+        return complete_config(config)
     config = _read_config(directory, model)
     _refuse_unsuitable(config, model)
-    return _completed(config)
-
-
-def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Raises UserError if transformers does not take it."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**config).to_dict()
-    except Exception as error:  # whatever values of a config can make transformers raise
-        raise UserError(
-            f"This config.json describes no {config['model_type']} model: {first_line(error)}"
-        ) from None
-    return completed
+    return complete_config(config)
 
 
 def _find_directory(model: str, patterns: list[str]) -> Path:
@@ -200,13 +186,18 @@ def _refuse_unsuitable(config: dict[str, Any], model: str, allow_quantised: bool
             f"{model} needs remote code, which is not run; use a model that transformers itself "
             "supports."
         )
+    if "text_config" in config:
+        raise UserError(
+            f"{model} reads more than text ({', '.join(architectures)}); save its language model "
+            "as a checkpoint of its own, and name that."
+        )
     if config.get("is_encoder_decoder") or not any(
         name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures
     ):
         raise UserError(
             f"{model} is not a causal language model (architectures: {architectures or 'none'})."
         )
-    for key in (architecture_of(config).layer_count_key, "vocab_size"):
+    for key in (layer_count_key(config), "vocab_size"):
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(
                 f"config.json of {model}: {key} is {config.get(key)!r}, where a count is expected."

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradmap.common.distributed import share_of, summed
-from gradmap.model.architectures import Architecture, architecture_of, prune_config
+from gradmap.model.architectures import Architecture, architecture_of
 from gradmap.model.batching import forward_batch
+from gradmap.model.configs import prune_config
 from gradmap.model.corrections import Changes, Place, correcting_hook
 from gradmap.model.sublayers import Pair, Part, Sublayer, Unit, joined_layers
 
@@ -62,6 +63,11 @@ class LayeredModel:
         """The last linear map of a sublayer."""
         return Place(sublayer.layer, self.architecture.output_map(sublayer.part))
 
+    def multiplier(self, sublayer: Sublayer) -> float:
+        """What the output of its last linear map is multiplied with, before it is added to the
+        hidden state."""
+        return self.architecture.multipliers[sublayer.part]
+
     def linear_maps(self, sublayers: Sequence[Sublayer]) -> Iterator[tuple[Place, nn.Module]]:
         """Every linear map of these; not the stacked weights of experts, nor their router."""
         for layer, part in sublayers:
@@ -86,9 +92,8 @@ class LayeredModel:
 
     def sublayer(self, layer: nn.Module, part: Part) -> nn.Module:
         """A layer of which the other sublayer adds nothing. Its modules are the layer's own."""
-        attention = self.architecture.attention_output.partition(".")[0]
         other = {
-            name: _AddsNothing(returns_weights=name == attention)
+            name: _AddsNothing(returns_more=name in self.architecture.beside)
             for name, _ in layer.named_children()
             if self.architecture.part_of(name) is not part
         }
@@ -174,17 +179,17 @@ class LayeredModel:
 
 
 class _AddsNothing(nn.Module):
-    """Stands for a child of a layer that is not run: zero, a number. An attention returns its
-    weights beside it."""
+    """Stands for a child of a layer that is not run: zero, a number. returns_more: whether it
+    returns something beside that, as an attention its weights."""
 
-    def __init__(self, returns_weights: bool) -> None:
+    def __init__(self, returns_more: bool) -> None:
         super().__init__()
-        self._returns_weights = returns_weights
+        self._returns_more = returns_more
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given: Tensor = args[0] if args else kwargs["hidden_states"]
         nothing = given.new_zeros(())
-        return (nothing, None) if self._returns_weights else nothing
+        return (nothing, None) if self._returns_more else nothing
 
 
 def _with_children(

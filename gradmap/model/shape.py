@@ -139,9 +139,15 @@ class _Fields:
     expert_inner: str = "moe_intermediate_size"
 
 
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
+_GATED = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3"),
+    *("granite", "olmo2", "olmo3", "stablelm", "cohere", "cohere2", "glm4", "seed_oss", "helium"),
+    *("ernie4_5", "exaone4"),
+)
+_UNGATED = ("starcoder2", "phi", "gpt_neox", "arcee", "apertus", "nemotron")
 _FIELDS = {
-    **dict.fromkeys(_LLAMA_LIKE, _Fields()),
+    **dict.fromkeys(_GATED, _Fields()),
+    **dict.fromkeys(_UNGATED, _Fields(gated=False)),
     "mixtral": _Fields(experts="num_local_experts", expert_inner="intermediate_size"),
     "qwen2_moe": _Fields(experts="num_experts"),
     "qwen3_moe": _Fields(experts="num_local_experts"),

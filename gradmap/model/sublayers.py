@@ -153,6 +153,16 @@ def joined_layers(layers: int, removed: Iterable[Pair]) -> list[JoinedLayer]:
     ]
 
 
+def places_of_left(layers: int, removed: Iterable[Pair]) -> dict[Sublayer, int]:
+    """The layer of what is left that each sublayer is of. Raises ValueError if it does not
+    alternate."""
+    return {
+        Sublayer(layer[part], part): place
+        for place, layer in enumerate(joined_layers(layers, removed))
+        for part in Part
+    }
+
+
 def pieces(left: Sequence[Sublayer], unit: Unit) -> list[Sequence[Sublayer]]:
     """What is left, cut where a unit may begin: into layers, or sublayers."""
     step = 2 // PIECES[unit]

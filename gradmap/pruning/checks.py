@@ -16,8 +16,10 @@ from gradmap.methods.registry import (
     selector,
     selector_names,
 )
-from gradmap.model.architectures import architecture_of, layer_count
+from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import layer_count
+from gradmap.model.proof import require_prunable
 from gradmap.pruning.settings import ALWAYS, PruneSettings
 
 
@@ -60,6 +62,7 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
             f"{checkpoint.name} takes {checkpoint.positions} tokens at once; lower --tokens to "
             "that."
         )
+    require_prunable(checkpoint.config)
     protected = protected_layers(layers, settings)
     if layers - len(protected) < settings.remove:
         raise UserError(

@@ -22,8 +22,9 @@ from gradmap.common.files import atomic_directory, write_json
 from gradmap.common.finite import require_finite
 from gradmap.common.reading import Strict, checked, read_json_object
 from gradmap.data.calibration import hash_token_ids
-from gradmap.model.architectures import ARCHITECTURES, layer_count
+from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import layer_count
 from gradmap.model.corrections import (
     CHANGES,
     HIDDEN_STATE,
@@ -237,11 +238,8 @@ def _contradiction(plan: Plan) -> str | None:
             "removal_order does not name layers that the base model has, or neighbours in what is "
             "left of it, each once, and leaves some"
         )
-    if plan.base_model.model_type not in ARCHITECTURES:
-        return f"the model type {plan.base_model.model_type!r} is not known"
-    sublayer_of = ARCHITECTURES[plan.base_model.model_type].sublayer_of
-    corrected = {sublayer_of(made.layer, made.target) for made in plan.corrections}
-    if not corrected <= set(sublayers_left(layers, removed)):
+    left = {sublayer.layer for sublayer in sublayers_left(layers, removed)}
+    if not {made.layer for made in plan.corrections} <= left:
         return "a layer is corrected that is not there"
     divergences = [
         (made.held_out_divergence_before, made.held_out_divergence_after)
@@ -287,7 +285,7 @@ def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:
 
 def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
     """Raises UserError unless the checkpoint's files are, byte for byte, those the plan was made
-    for, and has as many layers as the plan says."""
+    for, has as many layers as the plan says, and what is corrected is left."""
     hashes = checkpoint.file_hashes
     for name in sorted(plan.base_model.files.keys() | hashes.keys()):
         if plan.base_model.files.get(name) != hashes.get(name):
@@ -300,6 +298,11 @@ def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
             f"The plan is for {plan.base_model.layers} layers, which {checkpoint.name} does not "
             "have."
         )
+    sublayer_of = architecture_of(checkpoint.config).sublayer_of
+    corrected = {sublayer_of(made.layer, made.target) for made in plan.corrections}
+    left = sublayers_left(plan.base_model.layers, plan.removal_order)
+    if gone := sorted(corrected.difference(left)):
+        raise UserError(f"The plan corrects {gone[0].words}, which it removes; prune again.")
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

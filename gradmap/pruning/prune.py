@@ -29,9 +29,10 @@ from gradmap.methods.compensation import Compensation, Correction, Pruned
 from gradmap.methods.options import MethodOptions
 from gradmap.methods.registry import compensator, selector
 from gradmap.methods.selection import Selection, Step, Subject, select
-from gradmap.model.architectures import architecture_of, layer_count
+from gradmap.model.architectures import architecture_of
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.configs import layer_count
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from gradmap.model.precision import computing_in

@@ -9,7 +9,7 @@ from benchmarks.flops import counted
 from benchmarks.importance import METHODS
 from gradmap.data.calibration import Calibration
 from gradmap.methods.selection import Subject, select
-from tests.conftest import LAYERS, VOCABULARY
+from tests.families import LAYERS, VOCABULARY
 
 REMOVE = 2
 

@@ -18,7 +18,7 @@ from gradmap.model.corrections import (
 from gradmap.model.layered import LayeredModel
 from gradmap.model.sublayers import joined_layers
 from gradmap.pruning.plan import BaseModelIdentity, CalibrationRecord, Plan, StepRecord
-from tests.conftest import LAYERS
+from tests.families import LAYERS
 from tests.gradmap.removals import attention, ffn, pairs
 
 REMOVED = pairs(3, 1)

@@ -14,7 +14,7 @@ from export.reference import random_probe
 from export.writers import Storage, write_checkpoint
 from gradmap.common.errors import UserError
 from gradmap.model.corrections import Place, Projection
-from tests.conftest import FAMILIES, LAYERS, ROOT
+from tests.conftest import FAMILIES, ROOT
 from tests.export.sources import (
     CORRECTED,
     SHARD_BYTES,
@@ -23,6 +23,7 @@ from tests.export.sources import (
     make_source,
     unfolded_logits,
 )
+from tests.families import LAYERS
 
 PYTHON = ROOT / ".venv-consumers" / "bin" / "python"
 # Of float32 logits after LAYERS layers of two updates, two dot products of at most 40 terms each

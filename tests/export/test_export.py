@@ -25,7 +25,7 @@ from gradmap.model.corrections import (
     Place,
     Projection,
 )
-from tests.conftest import LAYERS, Pico, make_pico
+from tests.conftest import Pico, make_pico
 from tests.export.sources import (
     REMOVED,
     SHARD_BYTES,
@@ -34,6 +34,7 @@ from tests.export.sources import (
     make_source,
     unfolded_logits,
 )
+from tests.families import LAYERS
 from tests.gradmap.removals import pairs
 
 

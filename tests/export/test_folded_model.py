@@ -14,8 +14,9 @@ from export.reference import compute_references
 from export.tolerance import logit_tolerance
 from gradmap.common.errors import UserError
 from gradmap.model.corrections import ALL, Place, Projection, Scale, fold_changes
-from tests.conftest import LAYERS, Pico
+from tests.conftest import Pico
 from tests.export.sources import CORRECTED, REMOVED, export, make_source
+from tests.families import LAYERS
 
 KEPT = LAYERS - len(REMOVED)
 # Of the picos in float32

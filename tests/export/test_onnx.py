@@ -16,10 +16,10 @@ from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.onnx_backend import OnnxBackend
 from gradmap.evaluation.transformers_backend import score_reference
-from gradmap.model.architectures import ARCHITECTURES
 from gradmap.runtimes.onnx_session import OnnxCausalLM
-from tests.conftest import FAMILIES, LAYERS, VOCABULARY, make_pico
+from tests.conftest import FAMILIES, MIXTURES, make_pico
 from tests.export.sources import SHIFTED, WITHOUT_US, export, make_source
+from tests.families import LAYERS, VOCABULARY
 from tests.gradmap.evaluation.test_scoring import random_requests
 
 # torch.onnx's own
@@ -39,9 +39,7 @@ def input_ids():
     return torch.randint(3, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(
-    params=[family for family in FAMILIES if ARCHITECTURES[family].expert_down_projections is None]
-)
+@pytest.fixture(params=[family for family in FAMILIES if family not in MIXTURES])
 def pico(request, picos):
     """torch's exporter cannot trace the routing of a mixture of experts."""
     return picos[request.param]

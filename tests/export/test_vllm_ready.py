@@ -28,8 +28,9 @@ from gradmap.runtimes.vllm_environment import cpu_spoils_int8
 from serving.ports import free_port
 from serving.server import check_servable
 from serving.settings import ServerSettings
-from tests.conftest import LAYERS, VOCABULARY, make_pico
+from tests.conftest import make_pico
 from tests.export.sources import CORRECTED, SHIFTED, export, make_source
+from tests.families import LAYERS, VOCABULARY
 
 
 def test_rounding_to_eight_bits_errs_by_half_a_step_at_most():

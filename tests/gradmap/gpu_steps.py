@@ -28,7 +28,8 @@ from gradmap.model.batching import Batches
 from gradmap.model.corrections import Update, weight_of
 from gradmap.model.layered import LayeredModel
 from gradmap.model.sublayers import sublayers_of
-from tests.conftest import VOCABULARY, inside
+from tests.conftest import inside
+from tests.families import VOCABULARY
 from tests.gradmap.removals import attention, ffn, pairs
 
 REMOVED = pairs(1)

@@ -23,7 +23,8 @@ from gradmap.model.corrections import Place, Scale
 from gradmap.model.layered import LayeredModel
 from gradmap.pruning.prune import prune
 from gradmap.pruning.settings import PruneSettings
-from tests.conftest import LAYERS, Pico
+from tests.conftest import Pico
+from tests.families import LAYERS
 from tests.gradmap.named_methods import NOT_NESTED, make_scorer, repair
 from tests.gradmap.removals import pairs
 

@@ -17,8 +17,9 @@ from gradmap.costs.doctor import Gpu, Machine, examine_machine, find_gpus, machi
 from gradmap.costs.speed import Disk, measure_disk, measure_hardware
 from gradmap.costs.steps import Hardware
 from gradmap.model.checkpoint import read_config
-from tests.conftest import PICO_CONFIGS, SMOLLM2, SMOLLM2_GGUF
+from tests.conftest import SMOLLM2, SMOLLM2_GGUF
 from tests.fake_nvml import Card, FakeNvml
+from tests.families import PICO_CONFIGS
 from tests.gradmap.fake_gpu import fake_gpu
 
 RATES = Rates({"float32": 100.0, "bfloat16": 400.0, "float16": 30.0})

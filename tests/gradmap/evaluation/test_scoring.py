@@ -20,7 +20,8 @@ from gradmap.evaluation.scoring import CHUNK_REQUESTS, Scorer
 from gradmap.evaluation.transformers_backend import TransformersBackend, score_reference
 from gradmap.model.layerwise import sample_losses
 from gradmap.model.loading import load_tokenizer
-from tests.conftest import BOS, VOCABULARY
+from tests.conftest import BOS
+from tests.families import VOCABULARY
 
 # Of a float64 log likelihood: products of at most 40 terms in 5 layers, over the batch in another
 # order

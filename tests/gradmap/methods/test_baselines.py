@@ -37,7 +37,8 @@ from gradmap.model.corrections import (
 )
 from gradmap.model.layered import LayeredModel
 from gradmap.model.sublayers import sublayers_of
-from tests.conftest import LAYERS, inside
+from tests.conftest import inside
+from tests.families import LAYERS
 from tests.gradmap.named_methods import make_scorer, repair
 from tests.gradmap.removals import attention, ffn, pairs
 

@@ -29,7 +29,8 @@ from gradmap.model.layerwise import (
 )
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in, count_parameters
-from tests.conftest import BOOLQ, LAYERS, VOCABULARY
+from tests.conftest import BOOLQ
+from tests.families import LAYERS, VOCABULARY
 from tests.gradmap.removals import pairs
 
 

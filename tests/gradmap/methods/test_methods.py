@@ -18,7 +18,8 @@ from gradmap.methods.registry import (
 )
 from scripts.write_method_tables import fill
 from tests.command_line import gradmap
-from tests.conftest import LAYERS, ROOT
+from tests.conftest import ROOT
+from tests.families import LAYERS
 from tests.gradmap.pruning.test_prune import prune_arguments
 
 THEIRS = """

@@ -8,7 +8,7 @@ from gradmap.common.errors import UserError
 from gradmap.methods.registry import selector, selector_names
 from gradmap.methods.selection import Selection, lowest_apart
 from gradmap.model.sublayers import are_neighbours
-from tests.conftest import LAYERS
+from tests.families import LAYERS
 from tests.gradmap.methods.test_selectors import choose
 from tests.gradmap.named_methods import NOT_NESTED, make_scorer
 from tests.gradmap.removals import pairs

@@ -14,7 +14,8 @@ from gradmap.methods.ridge import Fit, accumulate_gram, output_weight
 from gradmap.model.corrections import linear_output
 from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.sublayers import joined_layers
-from tests.conftest import CORRECTABLE, LAYERS, inside
+from tests.conftest import CORRECTABLE, inside
+from tests.families import LAYERS
 from tests.gradmap.named_methods import repair
 from tests.gradmap.removals import attention, ffn, pairs
 from tests.gradmap.repairs import prune, states_behind

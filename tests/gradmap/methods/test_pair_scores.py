@@ -17,7 +17,7 @@ from gradmap.methods.sleb import losses_without, losses_without_reference
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Scale
 from gradmap.model.sublayers import Sublayer, candidates, sublayers_left, sublayers_of
-from tests.conftest import LAYERS
+from tests.families import LAYERS
 from tests.gradmap.named_methods import make_scorer
 from tests.gradmap.removals import pairs
 from tests.gradmap.repairs import states_between

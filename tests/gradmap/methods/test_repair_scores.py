@@ -13,7 +13,8 @@ from gradmap.methods.selection import Selection, Step
 from gradmap.model.corrections import linear_output
 from gradmap.model.layerwise import LayerCall, sample_divergences_reference
 from gradmap.model.sublayers import candidates, sublayers_left
-from tests.conftest import CORRECTABLE, LAYERS, VOCABULARY
+from tests.conftest import CORRECTABLE
+from tests.families import LAYERS, VOCABULARY
 from tests.gradmap.removals import pairs
 from tests.gradmap.repairs import states_behind
 from tests.gradmap.subjects import subject_of

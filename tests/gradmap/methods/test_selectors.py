@@ -22,7 +22,8 @@ from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in
 from gradmap.model.sublayers import Pair
 from tests.command_line import gradmap
-from tests.conftest import BOOLQ, LAYERS, perplexity_of_plan
+from tests.conftest import BOOLQ, perplexity_of_plan
+from tests.families import LAYERS
 from tests.gradmap.named_methods import NOT_NESTED, make_scorer
 from tests.gradmap.pruning.test_prune import prune_arguments
 from tests.gradmap.removals import pairs

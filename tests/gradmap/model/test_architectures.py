@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from gradmap.common.errors import UserError
-from gradmap.model.architectures import Architecture, architecture_of, prune_config
+from gradmap.model.architectures import architecture_of
+from gradmap.model.configs import prune_config
 from gradmap.model.layered import LayeredModel
-from tests.conftest import LAYERS
+from tests.families import LAYERS, PICO_CONFIGS
 from tests.gradmap.removals import pairs
 
 
@@ -89,7 +90,6 @@ def test_layers_with_experts_keep_them():
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"model_type": "mamba"}, "not supported"),
         ({"mystery_per_layer": [1, 2, 3, 4]}, "mystery_per_layer"),
         ({"num_kv_shared_layers": 2}, "share keys and values"),
         ({"model_type": "opt", "do_layer_norm_before": False}, "norm follows the down projection"),
@@ -102,7 +102,7 @@ def test_unsafe_removals_are_refused(extra, message):
 
 
 def test_tensor_names_are_split_with_or_without_leading_parts():
-    gpt2 = Architecture(layers="transformer.h", down_projection="mlp.c_proj")
+    gpt2 = architecture_of(PICO_CONFIGS["gpt2"] | {"model_type": "gpt2"})
     assert gpt2.parse_tensor_name("transformer.h.11.mlp.c_proj.weight") == (
         "transformer.h",
         11,
@@ -110,9 +110,8 @@ def test_tensor_names_are_split_with_or_without_leading_parts():
     )
     assert gpt2.parse_tensor_name("h.0.ln_1.bias") == ("h", 0, "ln_1.bias")
     assert gpt2.parse_tensor_name("transformer.wte.weight") is None
-    assert architecture_of({"model_type": "opt"}).parse_tensor_name(
-        "decoder.layers.3.fc2.bias"
-    ) == (
+    opt = architecture_of(PICO_CONFIGS["opt"] | {"model_type": "opt"})
+    assert opt.parse_tensor_name("decoder.layers.3.fc2.bias") == (
         "decoder.layers",
         3,
         "fc2.bias",

@@ -29,7 +29,11 @@ def change_config(directory, **changes):
             {"auto_map": {"AutoModelForCausalLM": "x.py"}, "architectures": ["MyForCausalLM"]},
             "remote code",
         ),
-        ({"model_type": "mamba"}, "not supported"),
+        ({"model_type": "mystery"}, "not one that transformers knows"),
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}},
+            "more than text .*save its language model as a checkpoint of its own",
+        ),
         ({"model_type": ["llama"]}, "model_type: Input should be a valid string"),
         ({"architectures": "LlamaForCausalLM"}, "architectures: Input should be a valid list"),
         ({"num_hidden_layers": "5"}, "num_hidden_layers is '5', where a count is expected"),

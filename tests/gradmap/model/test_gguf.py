@@ -22,7 +22,7 @@ from gradmap.model.gguf_tokenizer import (
     require_same_tokens,
 )
 from gradmap.model.loading import load_model, load_tokenizer
-from tests.conftest import PICO_CONFIGS
+from tests.families import PICO_CONFIGS
 from tests.pico_gguf import BOS, EOS, TEMPLATE, WORDS, write_gguf
 
 Q4_0, Q5_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from gradmap.methods.compensation import Compensation, Correction
 from gradmap.methods.distil import Lessons, train_low_rank, write_on, written_by_dense
-from tests.conftest import LAYERS, make_pico
+from tests.conftest import make_pico
+from tests.families import LAYERS
 from tests.gradmap.fake_gpu import fake_gpu
 from tests.gradmap.gpu_steps import (
     MAPS,

@@ -29,7 +29,8 @@ from gradmap.model.streaming import _TensorsOnDisk
 from gradmap.model.sublayers import sublayers_left, sublayers_of
 from gradmap.model.walk import Walk
 from tests.command_line import gradmap
-from tests.conftest import LAYERS, inside
+from tests.conftest import inside
+from tests.families import LAYERS
 from tests.gradmap.pruning.test_prune import prune_arguments
 from tests.gradmap.removals import attention, ffn, pairs
 

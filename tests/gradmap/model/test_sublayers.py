@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from pydantic import TypeAdapter, ValidationError
 
-from gradmap.model.architectures import prune_config
+from gradmap.model.configs import prune_config
 from gradmap.model.layerwise import logits_from, passes, record_layer_calls, run_layers
 from gradmap.model.sublayers import (
     JoinedLayer,

@@ -7,7 +7,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.files import write_json
 from gradmap.common.reading import read_json_object
 from gradmap.model.corrections import Place, Scale
-from gradmap.pruning.plan import PLAN_FILE, load_plan, save_plan
+from gradmap.pruning.plan import PLAN_FILE, load_plan, require_same_model, save_plan
 from tests.command_line import gradmap
 from tests.export.sources import make_source
 from tests.gradmap.pruning.test_plan import record_of
@@ -100,8 +100,16 @@ def test_what_is_no_pair_is_refused(saved, written):
         (2, "self_attn.q_proj"),
     ],
 )
-def test_a_sublayer_that_is_gone_is_not_corrected(saved, layer, target):
+def test_a_sublayer_that_is_gone_is_not_corrected(picos, saved, layer, target):
+    """Which one a name is of, the model tells."""
     rewrite(saved, **correcting(saved, layer, target))
+    plan = load_plan(saved)
+    with pytest.raises(UserError, match=rf"corrects the \w+ of layer {layer}, which it removes"):
+        require_same_model(plan, picos["llama"].checkpoint)
+
+
+def test_a_layer_that_is_gone_is_not_corrected(saved):
+    rewrite(saved, **correcting(saved, 3, "mlp.down_proj"))
     with pytest.raises(UserError, match="contradicts itself: a layer is corrected that is not"):
         load_plan(saved)
 

@@ -11,7 +11,7 @@ from gradmap.pruning.presets import choose_methods
 from gradmap.pruning.prune import prune, prune_less
 from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
-from tests.conftest import LAYERS
+from tests.families import LAYERS
 from tests.gradmap.methods.test_pair_scores import turns
 from tests.gradmap.model.test_distributed import without_record
 from tests.gradmap.pruning.test_prune import prune_arguments

@@ -14,7 +14,8 @@ from gradmap.model.layerwise import sample_losses
 from gradmap.pruning.budget import LEAST_SAMPLES
 from gradmap.pruning.plan import load_calibration_ids, load_changes, load_plan, require_same_model
 from tests.command_line import gradmap
-from tests.conftest import BOS, LAYERS
+from tests.conftest import BOS
+from tests.families import LAYERS
 from tests.gradmap.removals import pairs
 
 

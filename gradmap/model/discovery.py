@@ -1,0 +1,389 @@
+"""Finds how a family names its parts, by running a small model of the same kind.
+
+What mixes positions is the attention; what runs behind it, on anything but what it made, is the
+FFN. The last linear map of each is told by its output: nothing but the addition to the hidden state
+may follow, which a small vector shows that is added to it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradmap.model.kinds import layer_lists
+from gradmap.model.small_model import NotPrunableError
+
+TOKENS = 6
+# Of float64: what two ways to compute the same differ by at most, as a share of it.
+EXACT = 1e-9
+DIGITS = 9
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A module that ran: its path inside the layer, what entered it and what left it; and whether
+    it returned something beside that."""
+
+    path: str
+    given: Tensor
+    made: Tensor
+    more: bool
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """A layer of a small model with what the model gives to it: the hidden state (B, T, d) and the
+    other arguments."""
+
+    layer: nn.Module
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def leaving(
+        self, hidden: Tensor | None = None, changed: Mapping[str, Callable[[Tensor], Tensor]] = {}
+    ) -> Tensor:
+        """What leaves the layer, (B, T, d); with the outputs of some modules changed, by path."""
+        with ExitStack() as hooks:
+            for path, change in changed.items():
+                module = self.layer.get_submodule(path)
+                hooks.callback(module.register_forward_hook(_changing(change)).remove)
+            leaving: Tensor = _first(self.layer(self._or_own(hidden), *self.args, **self.kwargs))
+        return leaving
+
+    def calls(
+        self, hidden: Tensor | None = None, changed: Mapping[str, Callable[[Tensor], Tensor]] = {}
+    ) -> list[_Call]:
+        """All modules inside it that ran and take and make a tensor, in the order in which they
+        ended."""
+        calls: list[_Call] = []
+
+        def noting(path: str) -> Callable[..., None]:
+            def on_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                given = next((a for a in (*args, *kwargs.values()) if _is_states(a)), None)
+                made = _first(output)
+                if given is not None and _is_states(made):
+                    calls.append(_Call(path, given.clone(), made.clone(), made is not output))
+
+            return on_forward
+
+        with ExitStack() as hooks:
+            for path, module in self.layer.named_modules():
+                if path:
+                    hook = module.register_forward_hook(noting(path), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            self.leaving(hidden, changed)
+        return calls
+
+    def _or_own(self, hidden: Tensor | None) -> Tensor:
+        return (self.hidden if hidden is None else hidden).clone()
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _is_states(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (2, 3)
+
+
+def _changing(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def on_forward(module: nn.Module, args: Any, output: Any) -> Any:
+        changed = change(_first(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return on_forward
+
+
+def is_same(a: Tensor, b: Tensor, tolerance: float = EXACT) -> bool:
+    """Whether two tensors hold the same numbers, as far as float64 can tell; shapes do not
+    count."""
+    return a.numel() == b.numel() and bool(
+        (a.flatten() - b.flatten()).norm() <= tolerance * b.norm().clamp(min=1e-30)
+    )
+
+
+def find_layer_list(model: nn.Module, layers: int, input_ids: Tensor) -> str:
+    """The path of the list of so many modules that run one after the other. Raises
+    NotPrunableError."""
+    lists = layer_lists(model, layers)
+    ran: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        ran.add(module)
+
+    with ExitStack() as hooks:
+        for module in chain.from_iterable(lists.values()):
+            hooks.callback(module.register_forward_hook(note).remove)
+        model(input_ids=input_ids, use_cache=False)
+    running = [path for path, modules in lists.items() if ran.issuperset(modules)]
+    if len(running) != 1:
+        raise NotPrunableError(f"it runs {len(running)} lists of {layers} layers, not one")
+    return running[0]
+
+
+def runs_of_layers(model: nn.Module, layers: str, input_ids: Tensor) -> list[LayerRun]:
+    """Each layer, with what the model gives to it."""
+    runs: list[LayerRun] = []
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            runs.append(LayerRun(layer, args[0].clone(), args[1:], kwargs))
+
+    with ExitStack() as hooks:
+        for layer in model.get_submodule(layers).children():
+            hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+            hooks.callback(hook.remove)
+        model(input_ids=input_ids, use_cache=False)
+    return runs
+
+
+@dataclass(frozen=True)
+class Names:
+    """What was found in one layer, all paths inside it.
+
+    attention, attention_output: the module that mixes positions, and its last linear map.
+    feed_forward: the children that are of the FFN, in the order in which they run. block: the one
+    of them that holds `down_projection`, its last linear map; None if all of it has no such map, as
+    a mixture of experts. experts: the weights that are the last maps of its experts.
+    multipliers: what the outputs of attention and FFN are multiplied with on the way to the hidden
+    state; None where they pass something that is not linear.
+    parallel: whether the FFN reads what the attention reads. joined: whether what leaves the
+    attention is the hidden state already. beside: the children that return something beside it.
+    """
+
+    attention: str
+    attention_output: str
+    feed_forward: tuple[str, ...]
+    block: str
+    down_projection: str | None
+    experts: tuple[str, ...]
+    expert_biases: bool
+    transposed: bool
+    multipliers: tuple[float | None, float | None]
+    parallel: bool
+    joined: bool
+    beside: tuple[str, ...]
+
+    @property
+    def output(self) -> str:
+        """What adds the FFN to the hidden state: its last map, or a whole mixture."""
+        return self.block if self.down_projection is None else self.down_projection
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Those of the last maps of the FFN."""
+        if self.down_projection is None:
+            return self.experts
+        return (f"{self.down_projection}.weight",)
+
+
+def find_names(run: LayerRun) -> Names:
+    """What the parts of a layer are called. Raises NotPrunableError."""
+    calls = run.calls()
+    children = [call for call in calls if "." not in call.path]
+    attention = _find_attention(run, children)
+    attention_output = _last_linear_map(run, calls, attention.path)
+    if attention_output is None:
+        raise NotPrunableError(f"its attention ({attention.path}) does not end in a linear map")
+    joined = not is_same(attention.made, attention_output.made)
+    feed_forward = _behind(children, attention, joined)
+    if not feed_forward:
+        raise NotPrunableError("its layers have no FFN behind the attention")
+    block = _block(run, feed_forward)
+    down = _last_linear_map(run, calls, block)
+    experts, biases = ((), False) if down is not None else _expert_weights(run, block)
+    output = block if down is None else down.path
+    return Names(
+        attention.path,
+        attention_output.path,
+        tuple(dict.fromkeys(call.path for call in feed_forward)),
+        block,
+        None if down is None else down.path,
+        experts,
+        biases,
+        isinstance(run.layer.get_submodule(output), Conv1D),
+        (
+            _multiplier(run, attention_output.path, {output: torch.zeros_like}),
+            _multiplier(run, output, {}),
+        ),
+        _is_parallel(run, calls, attention_output.path, output),
+        joined,
+        tuple(dict.fromkeys(call.path for call in children if call.more)),
+    )
+
+
+def _find_attention(run: LayerRun, children: Sequence[_Call]) -> _Call:
+    """The child that looks at other positions: what leaves it changes where what enters did not."""
+    moved = run.hidden.clone()
+    moved[:, 0] += torch.randn(moved[:, 0].shape, generator=_generator(), dtype=moved.dtype)
+    others = [call for call in run.calls(moved) if "." not in call.path]
+    for call, other in zip(children, others, strict=True):
+        if call.given.shape[:2] != moved.shape[:2]:
+            continue
+        if is_same(other.given[:, 1:], call.given[:, 1:]) and not is_same(
+            other.made[:, 1:], call.made[:, 1:]
+        ):
+            _require_no_other(run, moved, call)
+            return call
+    raise NotPrunableError("no part of its layers looks at other positions")
+
+
+def _require_no_other(run: LayerRun, moved: Tensor, attention: _Call) -> None:
+    """Raises NotPrunableError if another part of the layer looks at other positions too."""
+    alone = run.leaving(moved, {attention.path: lambda made: attention.made})
+    if not is_same(alone[:, 1:], run.leaving()[:, 1:]):
+        raise NotPrunableError("more than one part of its layers looks at other positions")
+
+
+def _last_linear_map(run: LayerRun, calls: Sequence[_Call], inside: str) -> _Call | None:
+    """The one that all of a module passes: with its output silenced, the module's other weights do
+    not matter."""
+    width = run.hidden.shape[-1]
+    maps = [
+        call
+        for call in calls
+        if (call.path == inside or call.path.startswith(f"{inside}."))
+        and isinstance(run.layer.get_submodule(call.path), nn.Linear | Conv1D)
+        and call.made.shape[-1] == width
+    ]
+    if not maps:
+        return None
+    last = maps[-1]
+    silenced = {last.path: torch.zeros_like}
+    expected = run.leaving(changed=silenced)
+    with _weights_doubled(run.layer.get_submodule(inside)):
+        actual = run.leaving(changed=silenced)
+    return last if is_same(actual, expected) else None
+
+
+@contextmanager
+def _weights_doubled(
+    module: nn.Module, of_kind: Callable[[str], bool] = lambda kind: True
+) -> Iterator[None]:
+    """of_kind: told the last name of each."""
+    changed = [weight for name, weight in module.named_parameters() if of_kind(_last_name(name))]
+    try:
+        for parameter in changed:
+            parameter.mul_(2)
+        yield
+    finally:
+        for parameter in changed:
+            parameter.div_(2)  # a power of two: exact
+
+
+def _behind(children: Sequence[_Call], attention: _Call, joined: bool) -> list[_Call]:
+    """What runs behind the attention on anything but what the attention made."""
+    place = next(place for place, call in enumerate(children) if call.path == attention.path)
+    before = {call.path for call in children[: place + 1]}
+    made = [] if joined else [attention.made]
+    behind = []
+    for call in children[place + 1 :]:
+        if any(is_same(call.given, of_attention) for of_attention in made):
+            made.append(call.made)
+            before.add(call.path)
+        elif call.path not in before:
+            behind.append(call)
+    return behind
+
+
+def _block(run: LayerRun, feed_forward: Sequence[_Call]) -> str:
+    """The last child of the FFN that holds matrices."""
+    with_matrices = [
+        call.path
+        for call in feed_forward
+        if any(weight.dim() > 1 for weight in run.layer.get_submodule(call.path).parameters())
+    ]
+    if not with_matrices:
+        raise NotPrunableError("its layers have no FFN behind the attention")
+    return with_matrices[-1]
+
+
+def _expert_weights(run: LayerRun, block: str) -> tuple[tuple[str, ...], bool]:
+    """The weights that the output of a mixture of experts is proportional to, and whether their
+    biases are needed for it."""
+    module = run.layer.get_submodule(block)
+    matrices = [name for name, weight in module.named_parameters() if weight.dim() > 1]
+
+    def made() -> Tensor:
+        return next(call.made for call in run.calls() if call.path == block)
+
+    twice = 2 * made()
+    for kind, biases in product(dict.fromkeys(map(_last_name, matrices)), (False, True)):
+        kinds = {kind, f"{kind}_bias"} if biases else {kind}
+        with _weights_doubled(module, kinds.__contains__):
+            is_proportional = is_same(made(), twice)
+        if is_proportional:
+            weights = [name for name in matrices if _last_name(name) == kind]
+            return tuple(f"{block}.{name}" for name in weights), biases
+    raise NotPrunableError(f"its FFN ({block}) is neither a linear map at its end nor a mixture")
+
+
+def _last_name(weight: str) -> str:
+    """down_proj of experts.3.down_proj.weight, and down_proj_bias of its bias."""
+    return weight.removesuffix(".weight").replace(".bias", "_bias").rpartition(".")[2]
+
+
+def _multiplier(
+    run: LayerRun, output: str, silenced: Mapping[str, Callable[[Tensor], Tensor]]
+) -> float | None:
+    """What is added to a map's output is added to what leaves the layer so many times; None if it
+    is not."""
+    added = torch.randn(run.hidden.shape, generator=_generator(), dtype=run.hidden.dtype)
+    moved = run.leaving(changed={**silenced, output: lambda made: made + added.reshape(made.shape)})
+    difference = moved - run.leaving(changed=silenced)
+    multiplier = float((difference * added).sum() / (added * added).sum())
+    return round(multiplier, DIGITS) if is_same(difference, multiplier * added) else None
+
+
+def _is_parallel(run: LayerRun, calls: Sequence[_Call], attention_output: str, ffn: str) -> bool:
+    """Whether what enters the FFN is the same whatever the attention makes."""
+
+    def moving(made: Tensor) -> Tensor:
+        return made + torch.randn(made.shape, generator=_generator(), dtype=made.dtype)
+
+    moved = run.calls(changed={attention_output: moving})
+    before, after = (
+        next(call.given for call in made if call.path == ffn) for made in (calls, moved)
+    )
+    return is_same(after, before)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint, and the path of the parameter that it holds. stacked: whether it
+    holds the matrices of several experts."""
+
+    name: str
+    parameter: str
+    stacked: bool
+
+
+def stored_tensors(model: Any) -> list[Stored]:
+    """What transformers writes of a model. The model's weights are lost."""
+    parameters = dict(enumerate(model.named_parameters(), start=1))
+    for number, (_, parameter) in parameters.items():
+        parameter.fill_(number)
+    stored = []
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        for path in Path(directory).glob("*.safetensors"):
+            for name, tensor in load_file(path).items():
+                number = int(tensor.flatten()[0])
+                if number in parameters:
+                    stored.append(Stored(name, parameters[number][0], tensor.dim() > 2))
+    return stored
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,176 @@
+"""Proves on a small model that a family can be pruned, before a large one is touched: some layers
+go, a weight is corrected, the rest is saved and loaded by transformers, and computes what it
+computed in memory, with a cache and without."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gradmap.common.errors import first_line
+from gradmap.common.files import write_json
+from gradmap.model.architectures import architecture_of
+from gradmap.model.configs import prune_config
+from gradmap.model.corrections import Changes, Place, Projection, fold_changes
+from gradmap.model.discovery import is_same
+from gradmap.model.kinds import kinds_of
+from gradmap.model.layered import LayeredModel
+from gradmap.model.layerwise import passes
+from gradmap.model.model_files import SINGLE_NAME
+from gradmap.model.small_model import (
+    NotPrunableError,
+    build_model,
+    few_layers,
+    randomise,
+    small_config,
+    small_ids,
+    tried_on_small_model,
+)
+from gradmap.model.sublayers import Pair, Part, Sublayer, places_of_left
+
+# A token by itself is computed in other products than with those before it, and some parts of many
+# families are float32 whatever they are given: 2^-24, in some hundred steps.
+CACHED = 1e-5
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint as transformers writes it: config.json and tensors by name."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def require_prunable(config: Mapping[str, Any]) -> None:
+    """Raises UserError, with what was seen, unless a small model of this config can be pruned."""
+    _prove(json.dumps(config, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _prove(config: str) -> None:
+    """config: its JSON, for a cache takes nothing that can change."""
+    parsed = json.loads(config)
+    architecture = architecture_of(parsed)
+    with tried_on_small_model(parsed):
+        network = build_model(few_layers(small_config(parsed)))
+        randomise(network)
+        model, stored = LayeredModel(network, architecture), _as_stored(network)
+        if architecture.unpaired is None:
+            _require_sublayers_in_a_row(model)
+        for removed in _trials(model):
+            _try(model, stored, removed)
+
+
+def _require_sublayers_in_a_row(model: LayeredModel) -> None:
+    """Raises NotPrunableError unless the sublayers, one after the other, compute what the layers
+    do."""
+    input_ids = small_ids()
+    (*_, (_, of_layers)), (*_, (_, of_sublayers)) = (
+        passes(model, input_ids, unit) for unit in ("layer", "pair")
+    )
+    if not is_same(of_sublayers, of_layers):
+        raise NotPrunableError(
+            "its attentions and FFNs, one after the other, do not compute what its layers do"
+        )
+
+
+def _trials(model: LayeredModel) -> list[list[Pair]]:
+    """Removals to try: the second layer of each kind, and the first shifted pair."""
+    kinds = kinds_of(model.layers)
+    seconds = [
+        Pair.of_layer(place) for place, kind in enumerate(kinds) if kinds[:place].count(kind) == 1
+    ]
+    shifted = Pair(Sublayer(0, Part.FFN), Sublayer(1, Part.ATTENTION))
+    return [seconds] if model.architecture.unpaired else [seconds, [shifted]]
+
+
+def _try(model: LayeredModel, stored: _Stored, removed: Sequence[Pair]) -> None:
+    """Raises NotPrunableError unless what is saved is what was in memory."""
+    input_ids, changes = small_ids(), _a_change(model, removed)
+    with model.changed(changes, without=removed):
+        expected = model.network(input_ids=input_ids, use_cache=False).logits
+    what = f"without {', '.join(pair.words for pair in removed)}, what is saved"
+    smaller = _reloaded(_pruned(stored, model, removed, changes), what)
+    if not is_same(smaller(input_ids=input_ids, use_cache=False).logits, expected):
+        raise NotPrunableError(f"{what} does not compute what it did in memory")
+    past = smaller(input_ids=input_ids[:, :-1], use_cache=True).past_key_values
+    last = smaller(input_ids=input_ids[:, -1:], past_key_values=past, use_cache=True).logits
+    if not is_same(last[:, -1], expected[:, -1], CACHED):
+        raise NotPrunableError(f"{what} does not compute with a cache what it does without")
+
+
+def _a_change(model: LayeredModel, removed: Sequence[Pair]) -> Changes:
+    """A W' of the linear map before the first removal, if there may be one."""
+    first = removed[0].first
+    before = Sublayer(first.layer - 1, Part.FFN) if first.part is Part.ATTENTION else None
+    if model.architecture.uncorrectable or (first.layer == 0 and before is not None):
+        return {}
+    place = model.output_of(before or Sublayer(first.layer, Part.ATTENTION))
+    width = _width(model, place)
+    noise = torch.randn(width, width, dtype=torch.float64)
+    return {place: (Projection(torch.eye(width) + 0.1 * noise),)}
+
+
+def _width(model: LayeredModel, place: Place) -> int:
+    """Of what leaves a linear map."""
+    weight = model.architecture.parts_of(model.layers[place.layer], place.target)[0]
+    return weight.shape[-1 if model.architecture.transposed_linear else -2]
+
+
+def _as_stored(network: Any) -> _Stored:
+    with tempfile.TemporaryDirectory() as directory:
+        network.save_pretrained(directory)
+        tensors: dict[str, Tensor] = {}
+        for path in Path(directory).glob("*.safetensors"):
+            tensors |= load_file(path)
+        return _Stored(json.loads(Path(directory, "config.json").read_text()), tensors)
+
+
+def _pruned(
+    stored: _Stored, model: LayeredModel, removed: Sequence[Pair], changes: Changes
+) -> _Stored:
+    """What is left of a checkpoint, as export writes it."""
+    architecture, tensors = model.architecture, {}
+    places = places_of_left(len(model.layers), removed)
+    for name, tensor in stored.tensors.items():
+        left = architecture.name_left(name, places)
+        if left is None:
+            continue
+        changed = architecture.places_of(name, changes)
+        of_tensor = list(chain.from_iterable(changes[place] for place in changed))
+        transposed = architecture.transposed_linear
+        tensors[left] = fold_changes(tensor, of_tensor, transposed) if of_tensor else tensor
+    return _Stored(prune_config(stored.config, removed), tensors)
+
+
+def _reloaded(stored: _Stored, what: str) -> Any:
+    """The model that transformers makes of a checkpoint. Raises NotPrunableError if it lacks
+    tensors, or has others."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_json(Path(directory, "config.json"), stored.config)
+        tensors = {name: tensor.contiguous() for name, tensor in stored.tensors.items()}
+        save_file(tensors, Path(directory, SINGLE_NAME), metadata={"format": "pt"})
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float64,
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever a family's code raises of what does not fit
+            raise NotPrunableError(f"{what} cannot be loaded: {first_line(error)}") from None
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise NotPrunableError(f"{what} has other tensors than its config asks for ({wrong[0]})")
+    return model.eval()
