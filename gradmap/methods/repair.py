@@ -41,7 +41,7 @@ from gradmap.model.batching import Batches, forward_batch, home_for, moved_home
 from gradmap.model.corrections import Change, Place, Projection, linear_output
 from gradmap.model.layered import Advance
 from gradmap.model.layerwise import (
-    Piece,
+    LayerCalls,
     capturing,
     divergences_from,
     record_layer_calls,
@@ -133,7 +133,7 @@ class RepairScorer:
         kept = states * (len(fit_ids) + len(self._measure_ids)) * tokens
         self._home = home_for(model.network, kept)
         self._batches = Batches(forward_batch(fit_ids, model.device))
-        _, self._calls = record_layer_calls(model, fit_ids[:1])  # the same for every sample
+        self._calls = LayerCalls(model, fit_ids)
         self._changes: dict[Place, tuple[Change, ...]] = {}
         self._fitted, self._measured = (
             self._run(record_layer_calls(model, ids)[0]) for ids in (fit_ids, self._measure_ids)
@@ -302,11 +302,13 @@ class RepairScorer:
         model = self._subject.model
         output_map = model.map_at(model.output_of(piece[-1]))
         multiplier = model.multiplier(piece[-1])
-        run = Piece(model.of_sublayers(piece), self._calls[piece[0].layer]).run
+        module = model.of_sublayers(piece)
         parts: list[tuple[Tensor, Tensor]] = []
 
         def run_batch(samples: slice) -> None:
-            leaving = run(hidden[samples])
+            entering = hidden[samples]
+            call = self._calls.of(piece[0].layer, len(entering))
+            leaving = call.run(module, entering)
             added = linear_output(output_map, captured[output_map][1]).reshape(leaving.shape)
             parts.append((leaving, multiplier * added))
 

@@ -68,7 +68,8 @@ class Architecture:
         d_in).
     multipliers: what the outputs of attention and FFN are multiplied with before they are added to
         the hidden state (Granite).
-    beside: the children that return something beside what they make of the hidden state.
+    beside: the children that return something beside what they make of the hidden state; an empty
+        path is the layer itself.
     uncorrectable: why no W' can be folded into the down projection, if that is so; unpaired: why
         only whole layers can go; as the end of a sentence that begins with the model.
     """

@@ -159,7 +159,7 @@ class Names:
     multipliers: what the outputs of attention and FFN are multiplied with on the way to the hidden
     state; None where they pass something that is not linear.
     parallel: whether the FFN reads what the attention reads. joined: whether what leaves the
-    attention is the hidden state already. beside: the children that return something beside it.
+    attention is the hidden state already. beside: see `_return_more`.
     """
 
     attention: str
@@ -219,8 +219,16 @@ def find_names(run: LayerRun) -> Names:
         ),
         _is_parallel(run, calls, attention_output.path, output),
         joined,
-        tuple(dict.fromkeys(call.path for call in children if call.more)),
+        _return_more(run, children),
     )
+
+
+def _return_more(run: LayerRun, children: Sequence[_Call]) -> tuple[str, ...]:
+    """The modules that return something beside what they make of the hidden state; an empty path is
+    the layer."""
+    leaving = run.layer(run.hidden.clone(), *run.args, **run.kwargs)
+    of_layer = [""] if isinstance(leaving, tuple) else []
+    return tuple(dict.fromkeys([*of_layer, *(call.path for call in children if call.more)]))
 
 
 def _find_attention(run: LayerRun, children: Sequence[_Call]) -> _Call:

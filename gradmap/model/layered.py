@@ -17,7 +17,7 @@ from gradmap.common.distributed import share_of, summed
 from gradmap.model.architectures import Architecture, architecture_of
 from gradmap.model.batching import forward_batch
 from gradmap.model.configs import prune_config
-from gradmap.model.corrections import Changes, Place, correcting_hook
+from gradmap.model.corrections import HIDDEN_STATE, Changes, Place, correcting_hook
 from gradmap.model.sublayers import Pair, Part, Sublayer, Unit, joined_layers
 
 # Told of passes, forward or backward, of one sample through one layer.
@@ -67,6 +67,10 @@ class LayeredModel:
         """What the output of its last linear map is multiplied with, before it is added to the
         hidden state."""
         return self.architecture.multipliers[sublayer.part]
+
+    def as_layer_output(self, hidden: Tensor) -> Any:
+        """What a layer returns if this leaves it: the hidden state, or something beside it."""
+        return (hidden, None) if HIDDEN_STATE in self.architecture.beside else hidden
 
     def linear_maps(self, sublayers: Sequence[Sublayer]) -> Iterator[tuple[Place, nn.Module]]:
         """Every linear map of these; not the stacked weights of experts, nor their router."""

@@ -46,14 +46,31 @@ def record_layer_calls(model: LayeredModel, input_ids: Tensor) -> tuple[Tensor, 
     entering: list[Tensor] = []
     calls: list[LayerCall] = []
 
-    def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         entering.append(hidden)
         calls.append(LayerCall(args, kwargs))
-        return hidden
+        return model.as_layer_output(hidden)
 
     with forward_replaced(model.layers, pass_on):
         model.network.base_model(input_ids=input_ids, use_cache=False)
     return entering[0], calls
+
+
+class LayerCalls:
+    """The calls of each layer, for any number of samples of one length: some families give their
+    layers other tensors with more samples (Bloom)."""
+
+    def __init__(self, model: LayeredModel, input_ids: Tensor) -> None:
+        """input_ids: samples (N, T), of which the first is enough."""
+        self._model, self._sample = model, input_ids[:1].to(model.device)
+        self._by_size: dict[int, list[LayerCall]] = {}
+
+    def of(self, layer: int, samples: int) -> LayerCall:
+        """layer: its place in the model as it is when it is asked for the first time."""
+        if samples not in self._by_size:
+            input_ids = self._sample.expand(samples, -1)
+            _, self._by_size[samples] = record_layer_calls(self._model, input_ids)
+        return self._by_size[samples][layer]
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,8 @@ def stacked_on_cpu(of_layers: Sequence[Tensor]) -> Tensor:
 
 def logits_from(model: LayeredModel, hidden: Tensor, input_ids: Tensor) -> Tensor:
     """What the model makes of the output of its last layer: (B, T, d), (B, T) -> (B, T, V)."""
-    with forward_replaced(model.layers, lambda *args, **kwargs: hidden):
+    leaving = model.as_layer_output(hidden)
+    with forward_replaced(model.layers, lambda *args, **kwargs: leaving):
         logits: Tensor = model.network(input_ids=input_ids, use_cache=False).logits
     return logits
 

@@ -17,8 +17,14 @@ from gradmap.common.distributed import share_of, summed
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
-from gradmap.model.layerwise import Piece, capturing, divergences_from, record_layer_calls
-from gradmap.model.sublayers import Sublayer
+from gradmap.model.layerwise import (
+    LayerCalls,
+    Piece,
+    capturing,
+    divergences_from,
+    record_layer_calls,
+)
+from gradmap.model.sublayers import Sublayer, sublayers_of
 
 # What enters and leaves each watched module, (B, T, ...), and what leaves the sublayer, (B, T, d);
 # of which samples.
@@ -44,16 +50,18 @@ class Walk:
         self._ahead = list(sublayers)
         self._tokens = input_ids.numel()  # of all processes
         self.input_ids = share_of(input_ids)[0].to(model.device)
-        _, self._calls = record_layer_calls(model, self.input_ids[:1])  # the same for every sample
+        self._calls = LayerCalls(model, self.input_ids)
         self.hidden = self._gathered(self._embed)
 
     def go_to(self, sublayer: Sublayer, changes: Changes) -> None:
         """On to its entrance, through those before it that are ahead, with the changes."""
-        self._pass([ahead for ahead in self._ahead if ahead < sublayer], changes)
+        first = self._together(sublayer)[0]
+        self._pass([ahead for ahead in self._ahead if ahead < first], changes)
 
     def go_behind(self, sublayer: Sublayer, changes: Changes) -> None:
         """On to where it ends, through it if it is ahead."""
-        self._pass([ahead for ahead in self._ahead if ahead <= sublayer], changes)
+        last = self._together(sublayer)[-1]
+        self._pass([ahead for ahead in self._ahead if ahead <= last], changes)
 
     def finish(self, changes: Changes) -> Tensor:
         """Through all that are ahead: what leaves the last layer, (n, T, d)."""
@@ -66,11 +74,12 @@ class Walk:
     ) -> None:
         """Runs the sublayer, which is the next one, batch after batch without passing it; `visit`
         sees what its modules do."""
-        assert self._ahead[0] == sublayer
+        together = self._together(sublayer)
+        assert self._ahead[: len(together)] == together
 
         def run_batch(samples: slice) -> None:
             with capturing(modules) as captured:
-                leaving = self.run([sublayer], samples)
+                leaving = self.run(together, samples)
             visit(samples, [captured[module] for module in modules], leaving)
 
         with self._model.changed(changes):
@@ -106,14 +115,23 @@ class Walk:
     def run(self, sublayers: Sequence[Sublayer], samples: slice) -> Tensor:
         """What some of the samples become in these, (n, T, d), if they come next."""
         hidden = self.hidden[samples]
-        for piece in self._pieces(sublayers):
+        for piece in self._pieces(sublayers, len(hidden)):
             hidden = piece.run(hidden)
         return hidden
 
-    def _pieces(self, sublayers: Sequence[Sublayer]) -> Iterator[Piece]:
-        """Where both sublayers of a layer come, the layer as a whole."""
+    def _together(self, sublayer: Sublayer) -> list[Sublayer]:
+        """What can only be run at once: where sublayers are not one behind the other, those of a
+        layer."""
+        if self._model.architecture.unpaired is None:
+            return [sublayer]
+        return sublayers_of([sublayer.layer])
+
+    def _pieces(self, sublayers: Sequence[Sublayer], samples: int) -> Iterator[Piece]:
+        """To run so many samples through; where both sublayers of a layer come, the layer as a
+        whole."""
         for index, of_layer in groupby(sublayers, lambda sublayer: sublayer.layer):
-            yield Piece(self._model.of_sublayers(list(of_layer)), self._calls[index])
+            call = self._calls.of(index, samples)
+            yield Piece(self._model.of_sublayers(list(of_layer)), call)
 
     def _embed(self, samples: slice) -> Tensor:
         return record_layer_calls(self._model, self.input_ids[samples])[0]

@@ -22,7 +22,7 @@ from gradmap.methods.gradmap.ghost_norms import gradient_norms
 from gradmap.methods.selection import Selection, Subject, scores_of_units
 from gradmap.model.batching import Batches, logits_batch, measured_batch_size
 from gradmap.model.layered import Advance, LayeredModel
-from gradmap.model.layerwise import LayerCall, losses_from, record_layer_calls, sample_losses
+from gradmap.model.layerwise import LayerCalls, losses_from, record_layer_calls, sample_losses
 from gradmap.model.sublayers import PIECES, JoinedLayer, Pair, Unit, joined_layers
 
 
@@ -106,14 +106,21 @@ def streamed_gradient_scores(
     """
     layers = list(model.layers)
     share, first_sample = share_of(input_ids)
-    _, calls = record_layer_calls(model, share[:1].to(model.device))  # the same for every sample
+    calls = LayerCalls(model, share)
     if not entering:
         entering.append(record_layer_calls(model, share.to(model.device))[0].cpu())
     advance(len(share) * (len(entering) - 1))  # known from before
     for position in range(len(entering) - 1, len(layers)):
-        entering.append(
-            _run_layer(layers[position], calls[position], entering[position], batches, model.device)
-        )
+        leaving = torch.empty_like(entering[position])
+
+        def run_forward(batch: slice, position: int = position, leaving: Tensor = leaving) -> None:
+            hidden = entering[position][batch].to(model.device)
+            call = calls.of(position, len(hidden))
+            with torch.no_grad():
+                leaving[batch] = call.run(layers[position], hidden)
+
+        batches.run(len(leaving), run_forward)
+        entering.append(leaving)
         advance(len(share))
     gradients = torch.empty_like(entering[-1])
 
@@ -132,7 +139,7 @@ def streamed_gradient_scores(
         ) -> None:
             leaf = entering[position][batch].to(model.device).requires_grad_(True)
             with gradient_norms(pieces[of_layer], len(leaf), totals[of_layer]):
-                output = calls[position].run(layers[position], leaf)
+                output = calls.of(position, len(leaf)).run(layers[position], leaf)
                 output.backward(gradients[batch].to(output.device))
             assert leaf.grad is not None
             gradients[batch] = leaf.grad
@@ -157,20 +164,6 @@ def _add_norms(
         for layer, call in zip(model.layers, calls, strict=True):
             hidden = call.run(layer, hidden)
         hidden.backward(loss_gradients(model, hidden.detach(), input_ids, first_sample))
-
-
-@torch.no_grad()
-def _run_layer(
-    layer: nn.Module, call: LayerCall, entering: Tensor, batches: Batches, device: torch.device
-) -> Tensor:
-    """Hidden states (N, T, d) through one layer."""
-    leaving = torch.empty_like(entering)
-
-    def run_batch(batch: slice) -> None:
-        leaving[batch] = call.run(layer, entering[batch].to(device))
-
-    batches.run(len(entering), run_batch)
-    return leaving
 
 
 def fitting_batches(model: LayeredModel, input_ids: Tensor, streamed: bool) -> Batches:
