@@ -26,7 +26,8 @@ from gradmap.costs.timing import no_seconds
 from gradmap.methods.base import Compensator, Job, Selector
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.merging import NO_EXPERTS, WHOLE_LAYERS, merge_runs
-from gradmap.methods.selection import FixedOrder, Selection, Subject
+from gradmap.methods.selection import Selection, Subject
+from gradmap.methods.simple import from_the_end
 from gradmap.model.batching import forward_batch
 from gradmap.model.corrections import Place
 from gradmap.model.layered import Advance, LayeredModel
@@ -64,12 +65,6 @@ class SimilarityScorer:
             pair: -float(self._similarities[before.first.layer, pair.first.layer])
             for before, pair in pairwise(alive)
         }
-
-
-def from_the_end(subject: Subject) -> FixedOrder:
-    """MKA as it was released: the last two layers are merged again and again, and the merged
-    weights are lost."""
-    return FixedOrder(subject.candidates()[::-1])
 
 
 def merge_by_similarity(pruned: Pruned) -> Compensation:
@@ -209,6 +204,7 @@ SELECTOR = Selector(
     score_label="-similarity to the layer before",
     round_takes="nothing; similarities of all pairs of layers are computed once",
 )
+# The last two layers are merged again and again, and the merged weights are lost.
 AS_RELEASED = Selector(
     name="mka-as-released",
     about="the last layer, again and again, as the released code does",

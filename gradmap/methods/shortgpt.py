@@ -3,6 +3,8 @@ redundant."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -15,6 +17,10 @@ from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.layerwise import passes, stacked_on_cpu
 from gradmap.model.sublayers import PIECES, Unit
 
+# How far a hidden state is turned on its way: of what enters and what leaves, (B, T, d) both, the
+# sum over samples, () float64.
+Turn = Callable[[Tensor, Tensor], Tensor]
+
 
 def block_influence(subject: Subject) -> ReducedModelScorer:
     """BI_i = 1 - E[cos(h_i, h_i+1)] over samples and positions, of the hidden states before and
@@ -22,7 +28,6 @@ def block_influence(subject: Subject) -> ReducedModelScorer:
     return ReducedModelScorer(subject, block_influences)
 
 
-@torch.no_grad()
 def block_influences(
     model: LayeredModel,
     input_ids: Tensor,
@@ -32,18 +37,27 @@ def block_influences(
 ) -> Tensor:
     """The influence of every so many units in a row that the model has now: (C,) float64.
     input_ids: (N, T)."""
+    return block_turns(model, input_ids, turned, unit, advance, count) / input_ids.numel()
+
+
+@torch.no_grad()
+def block_turns(
+    model: LayeredModel, input_ids: Tensor, turn: Turn, unit: Unit, advance: Advance, count: int
+) -> Tensor:
+    """How far every so many units in a row turn the hidden state, the sum over samples: (C,)
+    float64. input_ids: (N, T)."""
     width = count * PIECES[unit]
 
     def of_batch(batch: Tensor) -> Tensor:
         entering: list[Tensor] = []  # the last `width` of them
-        influences: list[Tensor] = []
+        turns: list[Tensor] = []
         for before, leaving in passes(model, batch, unit):
             entering.append(before)
             if len(entering) == width:
-                influences.append(turned(entering.pop(0), leaving))
-        return stacked_on_cpu(influences)
+                turns.append(turn(entering.pop(0), leaving))
+        return stacked_on_cpu(turns)
 
-    return model.total(input_ids, of_batch, advance) / input_ids.numel()
+    return model.total(input_ids, of_batch, advance)
 
 
 def turned(entering: Tensor, leaving: Tensor) -> Tensor:

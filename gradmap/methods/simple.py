@@ -1,5 +1,5 @@
-"""Orders of removal that measure nothing: the user's own, and chance, the baseline of baselines.
-And no repair."""
+"""Orders of removal that measure nothing: the user's own, from the end, and chance, the baseline of
+baselines. And no repair."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ class RandomScorer:
         }
 
 
+def from_the_end(subject: Subject) -> FixedOrder:
+    """The last layer, and the last of those that are left, and so on."""
+    return FixedOrder([Pair.of_layer(layer) for layer in reversed(subject.layers)])
+
+
 def leave_as_it_is(pruned: Pruned) -> Compensation:
     """No corrections."""
     return Compensation()
@@ -73,6 +78,14 @@ RANDOM = Selector(
     about="by chance, drawn with the seed of the calibration",
     make=RandomScorer,
     score_label="random number",
+    seconds=no_seconds,
+)
+LAST = Selector(
+    name="last",
+    about="the last layer, and again the last of those that are left",
+    paper="Reassessing Layer Pruning (arXiv 2411.15558)",
+    make=from_the_end,
+    score_label="distance from the end",
     seconds=no_seconds,
 )
 NONE = Compensator(

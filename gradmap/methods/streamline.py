@@ -3,7 +3,7 @@ the one block of consecutive layers that turns the hidden state least goes, all 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,9 +17,12 @@ from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Job, Selector
 from gradmap.methods.selection import Selection, Subject
 from gradmap.methods.shortgpt import block_influences
-from gradmap.model.layered import Advance
+from gradmap.model.layered import Advance, LayeredModel
 from gradmap.model.shape import Shape
 from gradmap.model.sublayers import PIECES, Pair, Unit, candidates, pieces, sublayers_of
+
+# What each block of so many units in a row is worth, (C,) float64, from samples (N, T).
+BlockMeasure = Callable[[LayeredModel, Tensor, Unit, Advance, int], Tensor]
 
 
 def windows(places: int, count: int) -> list[range]:
@@ -51,12 +54,17 @@ def _is_allowed(block: Sequence[Pair], protected: Collection[int]) -> bool:
     return not any(pair.is_in(protected) for pair in block)
 
 
-class WindowScorer:
-    """Scores what is in the chosen block alone, all with its influence. Of equal blocks the first
-    one goes."""
+def least_turning_block(subject: Subject) -> BlockScorer:
+    """By block influence: over all positions of the samples."""
+    return BlockScorer(subject, block_influences)
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+
+class BlockScorer:
+    """Scores what is in the block of the lowest measure alone, all with that. Of equal blocks the
+    first one goes."""
+
+    def __init__(self, subject: Subject, measure: BlockMeasure) -> None:
+        self._subject, self._measure = subject, measure
         self._blocks = blocks(len(subject.layers), subject.count, subject.unit)
 
     def work(self, alive: int) -> int:
@@ -64,10 +72,10 @@ class WindowScorer:
 
     def score(self, so_far: Selection, advance: Advance) -> dict[Pair, float]:
         subject = self._subject
-        influences = block_influences(
+        measured = self._measure(
             subject.model, subject.calibration.input_ids, subject.unit, advance, subject.count
         )
-        of_block = dict(zip(self._blocks, influences.tolist(), strict=True))
+        of_block = dict(zip(self._blocks, measured.tolist(), strict=True))
         require_finite_scores({block[0].words: found for block, found in of_block.items()})
         allowed = [block for block in of_block if _is_allowed(block, subject.protected)]
         best = min(allowed, key=of_block.__getitem__)
@@ -86,7 +94,8 @@ def block_influences_reference(model: Any, input_ids: Tensor, count: int) -> lis
     return influences
 
 
-def _flops(shape: Shape, rounds: int, size: CalibrationSize) -> float:
+def one_pass_flops(shape: Shape, rounds: int, size: CalibrationSize) -> float:
+    """However many layers go, all of the model's are passed once."""
     return influence_flops(shape, 1, size)
 
 
@@ -94,10 +103,10 @@ SELECTOR = Selector(
     name="window",
     about="the one block of consecutive layers that turns the hidden state least",
     paper="LLM-Streamline (arXiv 2403.19135), LinearPatch (arXiv 2505.24680)",
-    make=WindowScorer,
+    make=least_turning_block,
     check=require_room,
     nested=False,
     score_label="influence of the block",
     round_takes="one forward pass, once",
-    seconds=in_rounds(_flops),
+    seconds=in_rounds(one_pass_flops),
 )

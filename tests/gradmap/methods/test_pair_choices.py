@@ -67,14 +67,15 @@ def test_both_sublayers_of_a_protected_layer_stay(picos, input_ids, name, one_sh
     assert not any(sublayer.layer in protected for pair in order for sublayer in pair)
 
 
-def test_a_window_of_pairs_keeps_to_what_may_go(picos, input_ids):
-    """Between layers 0 and 3 there are three windows of one unit, and one of two."""
+@pytest.mark.parametrize("name", ["window", "uidl"])
+def test_a_block_of_pairs_keeps_to_what_may_go(picos, input_ids, name):
+    """Between layers 0 and 3 there are three blocks of one unit, and one of two."""
     protected = frozenset({0, 3, 4})
     subject = subject_of(picos["gpt2"], input_ids, protected=protected, unit="pair")
-    assert choose("window", subject, 2).removal_order == pairs(1, 2)
-    assert set(choose("window", subject, 1).removal_order) < set(pairs(1, "M1+A2", 2))
+    assert choose(name, subject, 2).removal_order == pairs(1, 2)
+    assert set(choose(name, subject, 1).removal_order) < set(pairs(1, "M1+A2", 2))
     with pytest.raises(UserError, match="leave no 3 consecutive ones"):
-        choose("window", subject, 3)
+        choose(name, subject, 3)
 
 
 @pytest.mark.parametrize("name", [*MEASURING, "manual"])

@@ -1,6 +1,8 @@
 """Scores of pairs of sublayers, with and without a shifted pair that is gone already: each against
 a slow way to the same, of the whole model."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -14,6 +16,7 @@ from gradmap.methods.gradpruner import weight_importances
 from gradmap.methods.selection import Selection, Step
 from gradmap.methods.shortgpt import block_influences
 from gradmap.methods.sleb import losses_without, losses_without_reference
+from gradmap.methods.uidl import angular_distances
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Scale
 from gradmap.model.sublayers import Sublayer, candidates, sublayers_left, sublayers_of
@@ -60,6 +63,14 @@ def turns(states, width):
     """1 - the mean cosine of hidden states that are so many sublayers apart."""
     return [
         1 - cosine_similarity(before, behind, dim=-1).mean().item()
+        for before, behind in zip(states[:-width], states[width:], strict=True)
+    ]
+
+
+def last_angles(states, width):
+    """The mean angle, over pi, of last hidden states that are so many sublayers apart."""
+    return [
+        cosine_similarity(before[:, -1], behind[:, -1], dim=-1).arccos().mean().item() / math.pi
         for before, behind in zip(states[:-width], states[width:], strict=True)
     ]
 
@@ -177,13 +188,18 @@ def test_prune_and_comp_scores_pairs_of_the_model_that_was_made_up_for(pico, inp
 
 
 @pytest.mark.parametrize("count", [1, 2, LAYERS - 1])
-def test_a_window_of_pairs_may_begin_at_any_sublayer(pico, input_ids, count):
-    expected = turns(states_between(pico.layered(), input_ids), 2 * count)
-    actual = block_influences(pico.layered(), input_ids, "pair", count=count)
+@pytest.mark.parametrize("name", ["window", "uidl"])
+def test_a_block_of_pairs_may_begin_at_any_sublayer(pico, input_ids, name, count):
+    states = states_between(pico.layered(), input_ids)
+    if name == "window":
+        expected, measure = turns(states, 2 * count), block_influences
+    else:
+        expected, measure = last_angles(states, 2 * count), angular_distances
+    actual = measure(pico.layered(), input_ids, "pair", count=count)
     assert actual.tolist() == pytest.approx(expected, rel=1e-9)
     first = expected.index(min(expected))
     block = sublayers_of(range(LAYERS))[first : first + 2 * count]
-    given = scores("window", pico, input_ids, count=count)
+    given = scores(name, pico, input_ids, count=count)
     assert [sublayer for pair in given for sublayer in pair] == block
     assert list(given.values()) == pytest.approx([min(expected)] * count, rel=1e-9)
 

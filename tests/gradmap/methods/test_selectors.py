@@ -17,6 +17,7 @@ from gradmap.methods.shortened_llama import taylor_scores
 from gradmap.methods.shortgpt import block_influences
 from gradmap.methods.sleb import losses_without, losses_without_reference
 from gradmap.methods.streamline import block_influences_reference
+from gradmap.methods.uidl import angular_distances, angular_distances_reference, last_angles
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer
 from gradmap.model.precision import computing_in
@@ -220,37 +221,64 @@ def test_a_plan_of_our_own_can_be_evaluated(picos, word_file, tmp_path, family):
     )
 
 
+BLOCKS = {
+    "window": (block_influences, block_influences_reference),
+    "uidl": (angular_distances, angular_distances_reference),
+}
+
+
 @pytest.mark.parametrize("count", [1, 2, LAYERS - 1])
-def test_a_window_is_the_block_that_turns_the_hidden_state_least(pico, input_ids, count):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_block_that_turns_the_hidden_state_least_goes(pico, input_ids, name, count):
     subject = subject_of(pico, input_ids)
-    influences = block_influences(subject.model, input_ids, count=count).tolist()
-    reference = block_influences_reference(subject.model.network, input_ids, count)
-    assert influences[:-1] == pytest.approx(reference, rel=1e-9, abs=1e-12)
-    first = influences.index(min(influences))
-    selection = choose("window", subject, count)
+    measure, by_reference = BLOCKS[name]
+    turns = measure(subject.model, input_ids, count=count).tolist()
+    reference = by_reference(subject.model.network, input_ids, count)
+    assert turns[:-1] == pytest.approx(reference, rel=1e-9, abs=1e-12)
+    first = turns.index(min(turns))
+    selection = choose(name, subject, count)
     assert selection.removal_order == pairs(*range(first, first + count))
     assert len(selection.steps) == 1
 
 
-def test_a_window_keeps_to_the_layers_that_may_go(picos, input_ids):
+def test_angles_are_those_of_the_last_tokens_as_shares_of_half_a_turn():
+    entering = torch.tensor([[[9.0, 9.0], [1.0, 0.0]]]).expand(4, 2, 2)
+    last = torch.tensor([[2.0, 0.0], [3.0, 3.0], [0.0, 5.0], [-1.0, 0.0]])
+    leaving = torch.stack([torch.full_like(last, -9.0), last], dim=1)
+    angles = last_angles(entering, leaving)
+    assert angles.item() == pytest.approx(0 + 1 / 4 + 1 / 2 + 1, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_keeps_to_the_layers_that_may_go(picos, input_ids, name):
     protected = frozenset({0, LAYERS - 1})
     subject = subject_of(picos["gpt2"], input_ids, protected=protected)
-    assert choose("window", subject, LAYERS - 2).removal_order == pairs(*range(1, LAYERS - 1))
+    assert choose(name, subject, LAYERS - 2).removal_order == pairs(*range(1, LAYERS - 1))
     with pytest.raises(UserError, match="leave no 2 consecutive ones"):
-        choose("window", replace(subject, protected=frozenset(range(0, LAYERS, 2))), 2)
+        choose(name, replace(subject, protected=frozenset(range(0, LAYERS, 2))), 2)
 
 
-def test_of_equal_windows_the_first_one_goes(picos, input_ids):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_of_equal_blocks_the_first_one_goes(picos, input_ids, name):
     subject = subject_of(picos["llama"], input_ids)
     for layer in subject.model.layers:
         for parameter in layer.parameters():
             parameter.zero_()  # no layer adds anything
-    assert choose("window", subject, 3).removal_order == pairs(0, 1, 2)
+    assert choose(name, subject, 3).removal_order == pairs(0, 1, 2)
 
 
-def test_a_window_for_fewer_layers_is_chosen_anew(picos, word_file, tmp_path):
+@pytest.mark.parametrize("unit", ["layer", "pair"])
+def test_the_last_layers_go_from_the_end(picos, input_ids, unit):
+    subject = subject_of(picos["llama"], input_ids, unit=unit)
+    assert choose("last", subject, 3).removal_order == pairs(4, 3, 2)
+    protected = replace(subject, protected=frozenset({LAYERS - 1}))
+    assert choose("last", protected, 2).removal_order == pairs(3, 2)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_for_fewer_layers_is_chosen_anew(picos, word_file, tmp_path, name):
     larger = prune_arguments(picos["llama"], word_file, tmp_path / "plan", remove=3)
-    assert gradmap(*larger, "--selector", "window").returncode == 0
+    assert gradmap(*larger, "--selector", name).returncode == 0
     of_larger = ("prune", "--model", picos["llama"].directory, "--from-plan", tmp_path / "plan")
     finished = gradmap(*of_larger, "--remove", 2, "--out", tmp_path / "fewer")
     assert finished.returncode == 2
