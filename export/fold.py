@@ -111,16 +111,16 @@ def _stored_as(source: StoredTensor, name: str, dtype: torch.dtype | None) -> Te
 def require_foldable(checkpoint: Checkpoint, architecture: Architecture, changes: Changes) -> None:
     """Raises UserError if a change is not one of weights."""
     kinds = set(map(type, chain.from_iterable(changes.values())))
+    if HIDDEN_STATE in {place.target for place in changes}:
+        raise UserError(
+            "The plan patches the hidden state between layers (--compensator linear-patch or "
+            "ghosted), which no stock checkpoint can hold. gradmap eval --plan measures it; prune "
+            "with another compensator to export."
+        )
     if architecture.uncorrectable is not None and Projection in kinds:
         raise UserError(
             f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune "
             "again."
-        )
-    if HIDDEN_STATE in {place.target for place in changes}:
-        raise UserError(
-            "The plan patches the hidden state between layers (--compensator linear-patch), which "
-            "no stock checkpoint can hold. gradmap eval --plan measures it; prune with another "
-            "compensator to export."
         )
 
 

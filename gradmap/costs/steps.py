@@ -30,6 +30,8 @@ TRIED_IN_LATER_ROUNDS = 2.7
 LAMBDAS = 3
 # gradmap.methods.sequential: fits on either side of a cut.
 FITS_AROUND = 2
+# gradmap.methods.replace_me: epochs over the tokens.
+DIRECTION_EPOCHS = 10
 # Of the samples to measure on, that a layer which is tried sees before the race is decided: what
 # meets the FLOPs that were counted (SmolLM2 without 8 layers). It is a third in the first round;
 # later, more are tried on few samples each.
@@ -207,6 +209,29 @@ def fits_flops(
         * (shape.forward_flops(left / 2) + shape.head_flops)
     )
     return walks + trials + fits * fit_tokens * 2 * features * (features + shape.width)
+
+
+def judged_fits_flops(
+    shape: Shape, remove: int, runs: int, size: CalibrationSize = DEFAULT_SIZE
+) -> float:
+    """FLOPs of one matrix (d x d) before each run of removed layers, whose lambda is given. Either
+    model is walked through to the last run, and each matrix is judged by passes of the held-out
+    samples through the whole of what is left, with and without it. Solutions are left out."""
+    left = shape.layers - remove
+    # As far as the last of so many places reaches on average.
+    reach = runs / (runs + 1)
+    walks = size.fit_tokens * shape.layer_flops((shape.layers + left) * reach + runs)
+    sums = size.fit_tokens * runs * 4 * shape.width**2
+    passes = shape.layer_flops(shape.layers) + 2 * runs * (
+        shape.forward_flops(left) + shape.head_flops
+    )
+    return walks + sums + size.held_out_tokens * passes
+
+
+def direction_flops(shape: Shape, size: CalibrationSize = DEFAULT_SIZE) -> float:
+    """FLOPs of training a matrix (d x d) by the cosine: a product forward, and one for its
+    gradient."""
+    return DIRECTION_EPOCHS * size.fit_tokens * 4 * shape.width**2
 
 
 def refit_flops(

@@ -13,8 +13,10 @@ from gradmap.costs.steps import (
     WRITTEN_TOGETHER,
     CalibrationSize,
     Hardware,
+    direction_flops,
     distil_inputs,
     fits_flops,
+    judged_fits_flops,
     score_flops,
     training_flops,
 )
@@ -119,6 +121,24 @@ def projection_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> fl
     drift = size.fit_tokens * shape.layer_flops(2 * shape.layers - remove)
     fit = fits_flops(shape, remove, 1, shape.width, size, around=1)
     return (drift + fit) / hardware.sustained_flops
+
+
+def replace_me_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """Seconds for one W' before the one block."""
+    shape = hardware.sees(shape)
+    return judged_fits_flops(shape, pruning.remove, 1, pruning.size) / hardware.sustained_flops
+
+
+def replace_me_cosine_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """Seconds for one W' before the one block, which is trained."""
+    training = direction_flops(shape, pruning.size) / hardware.sustained_flops
+    return replace_me_seconds(shape, hardware, pruning) + training
+
+
+def ghosted_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """Seconds for a matrix before every run."""
+    shape, runs = hardware.sees(shape), pruning.runs
+    return judged_fits_flops(shape, pruning.remove, runs, pruning.size) / hardware.sustained_flops
 
 
 def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:

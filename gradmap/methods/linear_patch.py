@@ -93,10 +93,11 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
+PATCHES_STATES = "patches the hidden state between layers, so that whole ones must go"
 COMPENSATOR = Compensator(
     name="linear-patch",
     about="scales the hidden state before a cut, channel by channel; cannot be exported",
     paper="LinearPatch (arXiv 2505.24680)",
     run=patch_before_runs,
-    whole_layers="patches the hidden state between layers, so that whole ones must go",
+    whole_layers=PATCHES_STATES,
 )

@@ -57,15 +57,17 @@ class Fit:
     projection. goal: the sublayer behind which the hidden state should be what it is in the dense
     model.
 
-    kind: `left` or `right`, a W' on that side of the map, or `refit`, the map itself. weighted:
-    whether every token counts by 1 / |target|^2, so that the few with huge norms (attention sinks)
-    do not own the fit.
+    kind: `left` or `right`, a W' on that side of the map, or `refit`, the map itself; or `state`, a
+    matrix on all of the hidden state behind the sublayer, which no map holds. weighted: whether
+    every token counts by 1 / |target|^2, so that the few with huge norms (attention sinks) do not
+    own the fit. exact: whether products are of float64, as a fit needs that is not regularised.
     """
 
     sublayer: Sublayer
     goal: Sublayer
     kind: str = "left"
     weighted: bool = False
+    exact: bool = False
 
 
 class ClosedForm:
@@ -174,6 +176,17 @@ def fit_correction(
         return best_downhill(lambdas, attempt, loss=_divergence_after)
 
 
+def fitted_matrix(
+    pruned: Pruned, fit: Fit, changes: Changes, lam: float, walks: Walks | None = None
+) -> Projection:
+    """I + S (d, d) on top of `changes`, with a lambda that is given: not relative, and not chosen.
+
+    Raises UserError where there is no solution.
+    """
+    gram, cross = accumulate_gram(pruned, fit, changes, walks)
+    return Projection(plus_identity(solve_ridge(gram, cross, lam)))
+
+
 def fitted_inputs(pruned: Pruned, kind: str) -> int:
     """How many inputs the widest map has that a Fit of this kind finds: d of W', k of the down
     projection."""
@@ -232,6 +245,8 @@ def accumulate_gram(
     sums: list[Tensor] = []
 
     def add(features: Tensor, missing: Tensor, target: Tensor) -> None:
+        if fit.exact:
+            features, missing = features.double(), missing.double()
         device = sums[0].device if sums else device_with_room(features.shape[-1], features.device)
         of_batch = [
             part.to(device)
@@ -265,9 +280,14 @@ def visit_features(
         ) -> None:
             ((inputs, added),) = captured
             target = walks.dense.hidden[samples].to(output.device)
-            # hooks that correct come first, so that `added` is what the corrected map adds
-            features = linear_output(output_map, added) if fit.kind == "left" else inputs
-            features = multiplier * features.reshape(*target.shape[:2], -1)
+            if fit.kind == "state":
+                features = output
+            elif fit.kind == "left":
+                # hooks that correct come first, so that `added` is what the corrected map adds
+                features = multiplier * linear_output(output_map, added)
+            else:
+                features = multiplier * inputs
+            features = features.reshape(*target.shape[:2], -1)
             visit(features, widened(target) - widened(output), target)
             advance(len(target))
 

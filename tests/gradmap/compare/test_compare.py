@@ -18,7 +18,7 @@ METHODS = (
     "gradient+projection-as-published",
     "gradient+none",
     "random-one-shot+sequential",
-    "window+none",
+    "uidl+ghosted",
 )
 
 

@@ -18,11 +18,11 @@ from gradmap.costs import steps as costs
 from gradmap.costs.steps import CalibrationSize, Hardware
 from gradmap.costs.timing import Pruning
 from gradmap.data.calibration import HELD_OUT_FRACTION, Calibration
-from gradmap.methods import racing, repair, ridge, sequential
+from gradmap.methods import racing, repair, replace_me, ridge, sequential
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.costs import default_seconds, repair_seconds, select_seconds
 from gradmap.methods.gradmap.scores import gradient_scores
-from gradmap.methods.registry import selector_names
+from gradmap.methods.registry import compensator, selector_names
 from gradmap.methods.selection import Selection, Step, Subject
 from gradmap.methods.shortened_llama import taylor_scores
 from gradmap.methods.shortgpt import block_influences
@@ -211,12 +211,25 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
     assert training == pytest.approx(costs.training_flops(shape, 1, SIZE) + writing, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["replace-me", "replace-me-cosine", "ghosted"])
+def test_a_matrix_before_a_block_multiplies_what_is_said(deep, name):
+    """As above: a run in the middle."""
+    pico, shape = deep
+    size = CalibrationSize(samples=32, tokens=8)
+    ids = torch.randint(3, VOCABULARY, (32, 8), generator=torch.Generator().manual_seed(1))
+    subject = replace(pruned(pico, pairs(6)), calibration=Calibration("none", 0, ids))
+    one_flop_a_second = Hardware("one FLOP/s", 1.0, float("inf"), 0, efficiency=1.0)
+    expected = repair_seconds(shape, one_flop_a_second, Pruning(1, compensator=name, size=size))
+    assert counted(lambda: compensator(name).run(subject)) == pytest.approx(expected, rel=0.1)
+
+
 def test_choices_of_other_modules_are_the_same_here():
     assert costs.HELD_OUT_FRACTION == HELD_OUT_FRACTION
     assert (costs.SELECT_FIT_TOKENS, costs.SELECT_MEASURE_TOKENS) == (
         repair.FIT_TOKENS,
         repair.MEASURE_TOKENS,
     )
+    assert costs.DIRECTION_EPOCHS == replace_me.EPOCHS
     names = ("WRITTEN_PER_SAMPLE", "WRITTEN_TOGETHER", "RANK", "STEP_SAMPLES", "TOKENS_PER_INPUT")
     assert [getattr(costs, name) for name in names] == [getattr(distilling, name) for name in names]
 

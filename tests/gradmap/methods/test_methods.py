@@ -54,6 +54,7 @@ acme-nothing = acme_methods:NOTHING
 OF_PAIRS = ("--unit", "pair")
 ALIKE = "is about layers that are alike, so that whole ones must go"
 MERGES = "merges layers, so that whole layers must go"
+PATCHES = "patches the hidden state between layers, so that whole ones must go"
 WHOLE = "give --unit layer, or another one."
 
 
@@ -137,6 +138,8 @@ def test_the_tables_of_the_documentation_are_what_methods_say():
         ("mixtral", ("--compensator", "mka"), "do not correspond, so these cannot be merged"),
         ("mixtral", ("--compensator", "gradpruner"), "so these cannot be merged; use sequential"),
         ("mixtral", ("--compensator", "refit", "--held-out", "2"), "which cannot be refitted"),
+        ("gemma2", ("--compensator", "replace-me"), "cannot be fitted in closed form"),
+        ("gemma2", ("--compensator", "replace-me-cosine"), "cannot be fitted in closed form"),
         ("mixtral", ("--side", "right"), "use --side left"),
         ("llama", ("--target", "q"), "has no closed form; use --compensator projection-adam"),
         ("llama", ("--top-z", LAYERS), f"--top-z is {LAYERS}, but only {LAYERS - 2} layers"),
@@ -149,11 +152,8 @@ def test_the_tables_of_the_documentation_are_what_methods_say():
         ("llama", (*OF_PAIRS, "--selector", "mka-as-released"), f"released {ALIKE}; {WHOLE}"),
         ("llama", (*OF_PAIRS, "--compensator", "mka"), f"mka {MERGES}; {WHOLE}"),
         ("llama", (*OF_PAIRS, "--compensator", "gradpruner"), f"gradpruner {MERGES}; {WHOLE}"),
-        (
-            "llama",
-            (*OF_PAIRS, "--compensator", "linear-patch"),
-            f"patches the hidden state between layers, so that whole ones must go; {WHOLE}",
-        ),
+        ("llama", (*OF_PAIRS, "--compensator", "linear-patch"), f"linear-patch {PATCHES}; {WHOLE}"),
+        ("llama", (*OF_PAIRS, "--compensator", "ghosted"), f"ghosted {PATCHES}; {WHOLE}"),
     ],
 )
 def test_what_a_method_cannot_do_is_said_before_the_model_is_loaded(
