@@ -60,6 +60,7 @@ def goals_around_runs(pruned: Pruned) -> dict[Sublayer, Sublayer]:
 SEQUENTIAL = Compensator(
     name="sequential",
     about="folds a W' into the linear map before each cut and the FFN behind it, in closed form",
+    paper="ours, after ReplaceMe (arXiv 2505.02819)",
     run=project_around_runs,
     linear_output=True,
     by_held_out=True,
