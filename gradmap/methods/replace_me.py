@@ -71,7 +71,11 @@ def train_direction(added: Tensor, wanted: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.eye(added.shape[1]).to(added).requires_grad_(True)
     optimizer = torch.optim.Adam([matrix], LEARNING_RATE)
-    with progress("Training W' (tokens)", EPOCHS * len(added)) as advance:
+    with (
+        # beside the ones of I, bfloat16 has no room for a step
+        torch.autocast(added.device.type, enabled=False),
+        progress("Training W' (tokens)", EPOCHS * len(added)) as advance,
+    ):
         for _ in range(EPOCHS):
             order = torch.randperm(len(added), generator=generator).to(added.device)
             for tokens in order.split(BATCH_TOKENS):

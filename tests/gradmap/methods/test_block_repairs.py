@@ -113,6 +113,14 @@ def test_the_direction_is_trained_as_adam_was_published(monkeypatch):
     torch.testing.assert_close(train_direction(added, wanted, 5), matrix, rtol=0, atol=1e-12)
 
 
+def test_the_direction_is_trained_in_float32_where_products_are_of_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    added, wanted = (torch.randn(50, 8, generator=generator) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = train_direction(added, wanted, 5)
+    assert torch.equal(under_autocast, train_direction(added, wanted, 5))
+
+
 @pytest.mark.parametrize("name", REPLACING)
 @pytest.mark.parametrize(
     ("removed", "message"),

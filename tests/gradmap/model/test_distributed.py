@@ -115,6 +115,20 @@ def test_two_processes_repair_as_one_does(picos, word_file, tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["replace-me", "replace-me-cosine", "ghosted"])
+def test_two_processes_find_the_matrix_of_a_block_as_one_does(picos, word_file, tmp_path, name):
+    matrices = []
+    chosen = ("--selector", "uidl", "--protect-first", 1, "--compensator", name)
+    for number, run in enumerate((gradmap, in_two_processes)):
+        arguments = prune_arguments(picos["llama"], word_file, tmp_path / str(number))
+        assert run(*arguments, *chosen).returncode == 0
+        matrices.append(load_file(tmp_path / str(number) / "corrections.safetensors"))
+    one, two = matrices
+    assert one.keys() == two.keys() and len(one) == 1
+    for place, matrix in one.items():
+        torch.testing.assert_close(two[place], matrix, rtol=1e-5, atol=1e-7)
+
+
 def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path):
     pico = picos["llama"]
     from_larger = ("--from-plan", alone, "--remove", 2, "--out", tmp_path / "nested")
