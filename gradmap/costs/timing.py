@@ -110,6 +110,12 @@ def refit_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     return _fits_seconds(shape.inner, shape, hardware, pruning)
 
 
+def flatten_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """Seconds to refit before every run with its own channels and with those of all, and behind
+    it."""
+    return _fits_seconds(shape.inner, shape, hardware, pruning, around=FITS_AROUND + 1)
+
+
 def sequential_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     """Seconds to fit a W' on either side of every run."""
     return _fits_seconds(shape.width, shape, hardware, pruning)
@@ -152,13 +158,18 @@ def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
 
 
 def _fits_seconds(
-    features: float, shape: Shape, hardware: Hardware, pruning: Pruning, more: int = 0
+    features: float,
+    shape: Shape,
+    hardware: Hardware,
+    pruning: Pruning,
+    more: int = 0,
+    around: int = FITS_AROUND,
 ) -> float:
-    """Seconds for closed forms, where there are any. features, more: see `fits_flops`."""
+    """Seconds for closed forms, where there are any. features, more, around: see `fits_flops`."""
     if not pruning.correctable:
         return 0.0
     shape, size = hardware.sees(shape), pruning.size
-    flops = fits_flops(shape, pruning.remove, pruning.runs, features, size, more)
+    flops = fits_flops(shape, pruning.remove, pruning.runs, features, size, more, around)
     return flops / hardware.sustained_flops
 
 

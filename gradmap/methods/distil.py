@@ -11,6 +11,7 @@ and again, or to fit wide maps on at all; the dense model itself writes what els
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,6 @@ from gradmap.common.distributed import (
     say_if_some_are_idle,
     share_of,
     share_of_step,
-    sum_gradients,
 )
 from gradmap.costs.timing import distil_seconds
 from gradmap.data.calibration import with_bos, without_bos
@@ -31,6 +31,7 @@ from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned
 from gradmap.methods.ridge import TOKENS_PER_INPUT, Walks, fitted_inputs
 from gradmap.methods.sequential import fit_around_runs
+from gradmap.methods.training import set_gradients
 from gradmap.model.batching import Batches, logits_batch, states_batch
 from gradmap.model.corrections import (
     LowRank,
@@ -259,16 +260,11 @@ def _take_step(
     ids, goal = (
         share_of_step(tensor).to(device) for tensor in (lessons.input_ids, lessons.outputs)
     )
-    optimizer.zero_grad()
 
-    def add_gradients(batch: slice) -> None:
-        gradients = _gradients(pruned, ids[batch], goal[batch], samples, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    def gradients_of(batch: slice) -> Sequence[Tensor | None]:
+        return _gradients(pruned, ids[batch], goal[batch], samples, parameters)
 
-    batches.run(len(ids), add_gradients)
-    sum_gradients(parameters)
+    set_gradients(parameters, len(ids), gradients_of, batches)
     optimizer.step()
 
 

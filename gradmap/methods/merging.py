@@ -1,5 +1,5 @@
-"""Removed layers live on in the weights of the retained layer before them, as in MKA and
-GradPruner."""
+"""Removed layers live on in the weights of the retained layer before them, as in MKA, GradPruner
+and LaCo."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def merge_runs(pruned: Pruned, merge: Merge) -> Compensation:
     and biases stay."""
 
     def correct(run: Run, changes: Changes) -> tuple[Correction, ...]:
-        return pruned.judge(_merge_run(pruned, merge, run), changes)
+        return pruned.judge(merged_weights(pruned, merge, run), changes)
 
     return Compensation(correct_in_turn(pruned.runs(), correct))
 
 
-def _merge_run(pruned: Pruned, merge: Merge, run: Run) -> list[tuple[Place, Change]]:
+def merged_weights(pruned: Pruned, merge: Merge, run: Run) -> list[tuple[Place, Change]]:
+    """What becomes of every linear map of the retained layer before a run of removed ones."""
     before, removed = run.before.layer, range(run.before.layer + 1, run.last.layer + 1)
     sources = dict(pruned.model.linear_maps(sublayers_of(removed)))
     pairs: list[tuple[Place, Change]] = []

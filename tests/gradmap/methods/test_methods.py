@@ -52,6 +52,7 @@ acme-nothing = acme_methods:NOTHING
 """
 
 OF_PAIRS = ("--unit", "pair")
+FLATTENED = ("--compensator", "flatten", "--held-out", "2")
 ALIKE = "is about layers that are alike, so that whole ones must go"
 MERGES = "merges layers, so that whole layers must go"
 PATCHES = "patches the hidden state between layers, so that whole ones must go"
@@ -133,10 +134,16 @@ def test_the_tables_of_the_documentation_are_what_methods_say():
         ("llama", ("--selector", "taylor", "--stream"), "--selector taylor needs all weights in"),
         ("llama", ("--selector", "magnitude", "--stream"), "magnitude needs all weights in memory"),
         ("llama", ("--selector", "gradpruner", "--stream"), "gradpruner needs all weights in"),
+        ("llama", ("--selector", "laco", "--stream"), "--selector laco needs all weights in"),
         ("llama", ("--compensator", "mka", "--stream"), "--compensator mka needs all weights in"),
         ("gemma2", ("--compensator", "projection"), "cannot be fitted in closed form"),
         ("mixtral", ("--compensator", "mka"), "do not correspond, so these cannot be merged"),
         ("mixtral", ("--compensator", "gradpruner"), "so these cannot be merged; use sequential"),
+        ("mixtral", FLATTENED, "their channels cannot move"),
+        ("gpt2", FLATTENED, "its FFN has biases"),
+        ("gemma2", FLATTENED, "fitted in closed form"),
+        ("mixtral", ("--compensator", "laco"), "so these cannot be merged; use sequential"),
+        ("mixtral", ("--selector", "laco"), "so these cannot be merged; use --selector repair"),
         ("mixtral", ("--compensator", "refit", "--held-out", "2"), "which cannot be refitted"),
         ("gemma2", ("--compensator", "replace-me"), "cannot be fitted in closed form"),
         ("gemma2", ("--compensator", "replace-me-cosine"), "cannot be fitted in closed form"),
@@ -154,6 +161,15 @@ def test_the_tables_of_the_documentation_are_what_methods_say():
         ("llama", (*OF_PAIRS, "--compensator", "gradpruner"), f"gradpruner {MERGES}; {WHOLE}"),
         ("llama", (*OF_PAIRS, "--compensator", "linear-patch"), f"linear-patch {PATCHES}; {WHOLE}"),
         ("llama", (*OF_PAIRS, "--compensator", "ghosted"), f"ghosted {PATCHES}; {WHOLE}"),
+        ("llama", (*OF_PAIRS, *FLATTENED), f"flatten {MERGES}; {WHOLE}"),
+        ("mixtral", ("--compensator", "streamline"), "experts of a layer are not trained"),
+        (
+            "llama",
+            (*OF_PAIRS, "--compensator", "streamline"),
+            f"streamline trains a layer in place of several, so that whole layers must go; {WHOLE}",
+        ),
+        ("llama", (*OF_PAIRS, "--compensator", "laco"), f"laco {MERGES}; {WHOLE}"),
+        ("llama", (*OF_PAIRS, "--selector", "laco"), f"laco {MERGES}; {WHOLE}"),
     ],
 )
 def test_what_a_method_cannot_do_is_said_before_the_model_is_loaded(

@@ -48,6 +48,8 @@ def choose(name, subject, count, done=(), one_shot=False, **options):
 
 @pytest.mark.parametrize("name", sorted(set(selector_names()) - {"manual", "repair", *NOT_NESTED}))
 def test_the_lowest_score_goes_and_the_model_stays_whole(pico, input_ids, name):
+    if name == "laco" and pico.architecture.expert_down_projections is not None:
+        pytest.skip("experts are not merged")
     subject = subject_of(pico, input_ids)
     before = subject.model.network(input_ids=input_ids).logits
     selection = choose(name, subject, 3)
