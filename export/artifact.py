@@ -150,7 +150,7 @@ def _export_each(
 
 def read_quality(path: Path, source: Source) -> dict[str, Any]:
     """Reads what `gradmap eval` found about the model that is exported, with the length of its
-    segments.
+    segments, and how each task was `asked`.
 
     Raises UserError if it evaluated another model, or as another version does.
     """
@@ -163,7 +163,9 @@ def read_quality(path: Path, source: Source) -> dict[str, Any]:
         )
     side = evaluation.dense if source.plan is None else evaluation.pruned
     assert side is not None  # a plan's evaluation has two
-    return side.model_dump(mode="json") | {"segment": evaluation.settings.segment}
+    asked = {name: task.asked for name, task in evaluation.tasks.items()}
+    described = {"segment": evaluation.settings.segment, "asked": asked}
+    return side.model_dump(mode="json") | described
 
 
 def verify_directory(

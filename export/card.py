@@ -73,7 +73,7 @@ def _eval_results(quality: dict[str, Any]) -> list[EvalResult]:
         results.append(_eval_result(name, "perplexity", segments, value))
     for name, estimate in quality["accuracy"].items():
         metric, value = estimate["metric"], round(100 * estimate["value"], 2)
-        results.append(_eval_result(name, metric, f"{metric}, zero-shot, %", value))
+        results.append(_eval_result(name, metric, f"{metric}, {quality['asked'][name]}, %", value))
     return results
 
 
@@ -114,7 +114,7 @@ def _describe_quality(quality: dict[str, Any]) -> str:
     for name, estimate in quality["perplexity"].items():
         rows.append(f"| {markdown(name)}, {segments} | {with_error(estimate, 1, 1)} |")
     for name, estimate in quality["accuracy"].items():
-        task = f"{markdown(name)}, {estimate['metric']}, zero-shot"
+        task = f"{markdown(name)}, {estimate['metric']}, {quality['asked'][name]}"
         rows.append(f"| {task} | {with_error(estimate, 100, 1)} % |")
     return "\n".join(rows)
 

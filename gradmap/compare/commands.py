@@ -24,11 +24,10 @@ def compare(
     """Compare methods at several removal counts, with the same calibration and the same
     evaluation."""
     with importing():
-        from gradmap.compare.run import compare_methods, settings_of, table_rows
+        from gradmap.compare.run import LAST_COLUMNS, compare_methods, settings_of, table_rows
 
     result = compare_methods(settings_of(options, model, gguf_file), out)
     texts = tuple(f"perplexity, {text}" for text in result["dense"]["perplexity"])
-    costs = ("average accuracy (%)", "select (s)", "repair (s)", "peak (GB)")
-    print_table("Comparison", ("method", "removed", *texts, *costs), table_rows(result))
+    print_table("Comparison", ("method", "removed", *texts, *LAST_COLUMNS), table_rows(result))
     if json_line:
         print_json_line({"out": str(out), "rows": result["rows"]})

@@ -40,6 +40,14 @@ from gradmap.pruning.plan import Plan, load_plan
 from gradmap.pruning.settings import CalibrationOptions
 
 RESULT_FILE = "compare.json"
+# Of the table, behind one column for each text.
+LAST_COLUMNS = (
+    "average accuracy (%)",
+    "agreement (%)",
+    "select (s)",
+    "repair (s)",
+    "peak (GB)",
+)
 
 
 @dataclass(frozen=True)
@@ -176,10 +184,10 @@ def describe_row(
 ) -> dict[str, Any]:
     """One method at one count: what it removed with each seed, and means over the seeds.
 
-    perplexity, ratio (to dense), average_accuracy: `value`, the mean over seeds; `stderr`, of the
-    evaluation; `spread`, the standard deviation over seeds (None with one). select_s: of the
-    selection of the largest count. peak_bytes: of the CPU's memory that this selection or the
-    repair had resident; evaluation is left out.
+    perplexity, ratio (to dense), average_accuracy, agreement (with the dense model's answers):
+    `value`, the mean over seeds; `stderr`, of the evaluation; `spread`, the standard deviation over
+    seeds (None with one). select_s: of the selection of the largest count. peak_bytes: of the CPU's
+    memory that this selection or the repair had resident; evaluation is left out.
     """
     evaluations = [_read_evaluation(out, method, count, seed) for seed in settings.seeds]
     chosen = selected_count(settings, method, count)
@@ -202,10 +210,12 @@ def _quality_over_seeds(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]
     ratios = [evaluation["comparison"]["perplexity_ratio"] for evaluation in evaluations]
     perplexities = [evaluation["pruned"]["perplexity"] for evaluation in evaluations]
     accuracies = [evaluation["pruned"]["average_accuracy"] for evaluation in evaluations]
+    followed = [evaluation["comparison"]["answers"] for evaluation in evaluations]
     return {
         "perplexity": _means_by_text(perplexities),
         "ratio": _means_by_text(ratios),
         "average_accuracy": _mean(accuracies) if evaluations[0]["tasks"] else None,
+        "agreement": _mean([each["agreement"] for each in followed]) if all(followed) else None,
     }
 
 
@@ -230,7 +240,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "removed",
         *(f"{text} (dense {value})" for text, value in zip(texts, dense, strict=True)),
     ]
-    heading += ["average accuracy (%)", "select (s)", "repair (s)", "peak (GB)"]
+    heading += LAST_COLUMNS
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
     lines += [list(cells) for cells in table_rows(result)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -244,14 +254,14 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         cells = [
             _cell(perplexity, row["ratio"][text]) for text, perplexity in row["perplexity"].items()
         ]
-        accuracy = row["average_accuracy"]
-        percent = "" if accuracy is None else with_error(accuracy, 100, 1)
+        shares = [row["average_accuracy"], row["agreement"]]
+        percents = ["" if share is None else with_error(share, 100, 1) for share in shares]
         costs = (
             f"{row['select_s']:.0f}",
             f"{row['repair_s']:.0f}",
             f"{row['peak_bytes'] / 1e9:.1f}",
         )
-        rows.append((row["method"], str(row["removed"]), *cells, percent, *costs))
+        rows.append((row["method"], str(row["removed"]), *cells, *percents, *costs))
     return rows
 
 

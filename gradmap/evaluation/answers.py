@@ -7,44 +7,66 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradmap.common.console import waiting
-from gradmap.evaluation.backends import Backend
+import numpy as np
 
-NEW_TOKENS = 48
+from gradmap.common.console import waiting
+from gradmap.common.errors import UserError
+from gradmap.evaluation.backends import Backend, ScoreRequest
+from gradmap.evaluation.prompts import NEW_TOKENS, PROMPTS
+
 N_GRAM = 4
-PROMPTS = (
-    "What is the capital of France, and what is it known for?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a short email that moves a meeting from Monday to Tuesday.",
-    "What is 17 plus 25?",
-    "Name three animals that live in the sea.",
-    "Translate into German: The train leaves at noon.",
-    "Write a Python function that returns the larger of two numbers.",
-    "What should I do if I cut my finger?",
-)
 
 
 @dataclass(frozen=True)
 class Answer:
     """An answer, and how many tokens it has. repetition: the share of its 4-grams of tokens that
-    occurred before (seq-rep-4, Welleck et al. 2020)."""
+    occurred before (seq-rep-4, Welleck et al. 2020). ended: whether the model ended it, and not the
+    limit of NEW_TOKENS."""
 
     text: str
     tokens: int
     repetition: float
+    ended: bool
 
 
-def answer_prompts(backend: Backend, tokenizer: Any) -> list[Answer]:
-    """Greedy answers to PROMPTS, asked through the tokenizer's chat template if it has one."""
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote to PROMPTS. prompts, answers: token ids, without the token that ends."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+    @property
+    def requests(self) -> list[ScoreRequest]:
+        """Asks how likely each answer is behind its prompt; one without tokens is left out."""
+        pairs = zip(self.prompts, self.answers, strict=True)
+        return [ScoreRequest(tuple(prompt), tuple(answer)) for prompt, answer in pairs if answer]
+
+
+def write_answers(backend: Backend, tokenizer: Any) -> Written:
+    """Greedy answers to PROMPTS, asked through the tokenizer's chat template if it has one. Raises
+    UserError if the model takes too few tokens."""
+    prompts = [_encode(tokenizer, prompt) for prompt in PROMPTS]
+    needed = max(map(len, prompts)) + NEW_TOKENS
+    if needed > backend.max_tokens:
+        raise UserError(
+            f"The fixed prompts and their answers have up to {needed} tokens, and the model takes "
+            f"{backend.max_tokens}; give --no-answers."
+        )
     with waiting("Answering the fixed prompts"):
-        answers = backend.generate([_encode(tokenizer, prompt) for prompt in PROMPTS], NEW_TOKENS)
+        return Written(prompts, backend.generate(prompts, NEW_TOKENS))
+
+
+def describe_answers(written: Written, tokenizer: Any) -> list[Answer]:
+    """The answers for people, in the order of PROMPTS."""
     return [
         Answer(
-            tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-            len(tokens),
-            repeated_share(tokens),
+            text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            tokens=len(tokens),
+            repetition=repeated_share(tokens),
+            ended=len(tokens) < NEW_TOKENS,
         )
-        for tokens in answers
+        for tokens in written.answers
     ]
 
 
@@ -56,9 +78,18 @@ def repeated_share(tokens: Sequence[int]) -> float:
 
 def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
     """The fields of gradmap.evaluation.result.AnswersRecord."""
-    empty = sum(not answer.text for answer in answers)
-    repetition = sum(answer.repetition for answer in answers)
-    return {"empty": empty / len(answers), "repetition": repetition / len(answers)}
+    lengths = [answer.tokens for answer in answers]
+    return {
+        "empty": _mean([not answer.text for answer in answers]),
+        "repetition": _mean([answer.repetition for answer in answers]),
+        "ended": _mean([answer.ended for answer in answers]),
+        "median_tokens": float(np.median(lengths)),
+        "p90_tokens": float(np.quantile(lengths, 0.9)),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 # Of a model whose config sets no limit, so many tokens are taken at once.
 UNLIMITED_TOKENS = 2048
 
@@ -25,10 +27,10 @@ class ScoreRequest:
 @dataclass(frozen=True)
 class Score:
     """What a model makes of a ScoreRequest. log_likelihood: of the whole continuation, nats.
-    greedy: whether each of its tokens was the most likely one."""
+    greedy_tokens: how many of its tokens were the most likely one where they stand."""
 
     log_likelihood: float
-    greedy: bool
+    greedy_tokens: int
 
 
 # In sentences about what is not finite.
@@ -57,6 +59,11 @@ class Backend(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Scores requests of at most max_tokens + 1 tokens (the last one is only predicted), in any
         order."""
+        ...
+
+    def log_probabilities(self, request: ScoreRequest) -> Tensor | None:
+        """The log probability, in nats, of every token (V,) in each place of a continuation of n
+        tokens: (n, V), on the CPU. None where the runtime does not show it."""
         ...
 
     def generate(

@@ -52,7 +52,7 @@ def evaluate(
     ] = False,
     json_line: JsonOption = False,
 ) -> int:
-    """Measure perplexity and zero-shot accuracy of a model, and of the same model pruned; compare,
+    """Measure perplexity, accuracy and answers of a model, and of the same model pruned; compare,
     and judge."""
     with importing():
         from gradmap.common.verdict import EXIT_CODES

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from gradmap.common.verdict import Judgement, Verdict, worst
+from gradmap.evaluation.agreement import Followed
 from gradmap.evaluation.options import QualityOptions
 from gradmap.evaluation.perplexity import Estimate
 
@@ -75,13 +76,29 @@ class AverageComparison:
 
 
 @dataclass(frozen=True)
+class AnswersComparison:
+    """How pruned follows what dense wrote to the fixed prompts (gradmap.evaluation.agreement).
+
+    agreement: the share of the tokens of dense's greedy answers that pruned, behind the tokens
+    before, finds most likely too. dense_agreement: the same of dense itself, of which rounding
+    alone takes something away. divergence: mean KL of pruned from dense over these tokens, nats;
+    None where logits are not to be had.
+    """
+
+    agreement: Interval
+    dense_agreement: float
+    divergence: Interval | None
+
+
+@dataclass(frozen=True)
 class QualityComparison:
     """How pruned compares with dense. tasks: name -> comparison. perplexity_ratio: name of a text
-    -> pruned over dense."""
+    -> pruned over dense. answers: None if none were asked for, or dense wrote nothing."""
 
     tasks: dict[str, TaskComparison]
     average: AverageComparison | None
     perplexity_ratio: dict[str, Interval]
+    answers: AnswersComparison | None
 
 
 @dataclass(frozen=True)
@@ -112,11 +129,15 @@ def average_estimate(estimates: Mapping[str, Estimate]) -> Estimate:
     )
 
 
-def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> QualityComparison:
+def compare(
+    accuracies: Mapping[str, Paired],
+    losses: Mapping[str, Paired],
+    followed: tuple[Followed, Followed] | None = None,
+) -> QualityComparison:
     """Compares pruned with dense, and gives 95% intervals.
 
     accuracies: task -> per document (n,); losses: text -> mean cross-entropy per segment (S,), nats
-    per token.
+    per token. followed: how dense and pruned follow dense's answers.
     """
     # One generator for all, so that tasks are drawn independently of one another.
     generator = np.random.default_rng(_SEED)
@@ -129,7 +150,30 @@ def compare(accuracies: Mapping[str, Paired], losses: Mapping[str, Paired]) -> Q
     average = None
     if accuracies:
         average = _compare_averages(list(accuracies.values()), list(of_tasks.values()))
-    return QualityComparison(tasks=tasks, average=average, perplexity_ratio=ratios)
+    answers = None if followed is None else compare_answers(*followed)
+    return QualityComparison(tasks, average, ratios, answers)
+
+
+def compare_answers(dense: Followed, pruned: Followed) -> AnswersComparison | None:
+    """How both follow the dense model's answers; None if these have no tokens. The tokens of an
+    answer depend on each other, so intervals are of answers drawn again with replacement."""
+    if not len(dense.tokens):
+        return None
+    divergence = None
+    if pruned.divergences is not None:
+        divergence = _share_of_tokens(pruned.divergences, pruned.tokens)
+    return AnswersComparison(
+        agreement=_share_of_tokens(pruned.agreed, pruned.tokens),
+        dense_agreement=float(dense.agreed.sum() / dense.tokens.sum()),
+        divergence=divergence,
+    )
+
+
+def _share_of_tokens(sums: Values, tokens: Values) -> Interval:
+    """What sums over the tokens of each answer (A,) come to per token, of all answers together."""
+    generator = np.random.default_rng(_SEED)
+    drawn = generator.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=DRAWS)
+    return _interval(sums.sum() / tokens.sum(), (drawn @ sums) / (drawn @ tokens))
 
 
 def resampled_means(paired: Paired, draws: int, generator: np.random.Generator) -> Values:

@@ -9,7 +9,7 @@ from statistics import fmean
 from gradmap.costs.footprint import RUNTIME_BYTES, model_bytes
 from gradmap.costs.steps import Hardware
 from gradmap.costs.timing import generation_seconds
-from gradmap.evaluation.answers import NEW_TOKENS, PROMPTS
+from gradmap.evaluation.prompts import NEW_TOKENS, PROMPTS
 from gradmap.model.shape import Shape
 
 # Of each task, besides the model's work: to load it once, and what the harness does for each model.

@@ -54,6 +54,9 @@ class EndpointBackend:
         with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as threads:
             return list(threads.map(self._score, requests))
 
+    def log_probabilities(self, request: ScoreRequest) -> None:
+        """A server shows those of some tokens only."""
+
     def generate(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
     ) -> list[list[int]]:

@@ -15,7 +15,13 @@ from gradmap.common.environment import describe_environment
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_file, write_json, write_text
 from gradmap.common.outputs import output_file
-from gradmap.evaluation.answers import PROMPTS, Answer, answer_prompts, summarise_answers
+from gradmap.evaluation.agreement import Followed, Reference, follow, make_reference
+from gradmap.evaluation.answers import (
+    Answer,
+    describe_answers,
+    summarise_answers,
+    write_answers,
+)
 from gradmap.evaluation.comparison import (
     Paired,
     QualityComparison,
@@ -28,6 +34,7 @@ from gradmap.evaluation.contamination import CalibratedOn
 from gradmap.evaluation.evaluated_models import EvaluatedModel, Opened
 from gradmap.evaluation.options import NO_GATE, EvalOptions, QualityOptions
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
+from gradmap.evaluation.prompts import PROMPTS
 from gradmap.evaluation.result import (
     SCHEMA_VERSION,
     Accuracy,
@@ -43,6 +50,7 @@ from gradmap.evaluation.result import (
 )
 from gradmap.evaluation.scoring import Scorer
 from gradmap.evaluation.tasks import (
+    Asking,
     LoadedTask,
     TaskScores,
     expand_names,
@@ -57,9 +65,19 @@ ARMS = ("dense", "pruned")
 
 
 @dataclass(frozen=True)
+class MeasuredAnswers:
+    """What a model wrote to the fixed prompts, and how it follows the reference: what the dense
+    model wrote."""
+
+    answers: list[Answer]
+    reference: Reference
+    followed: Followed
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of one model. losses: text -> (S,) nats per token. accuracies: task ->
-    values per document.
+    values per document. answers: None if none were asked for.
 
     dtype: what it computed in, if that is known.
     """
@@ -70,7 +88,7 @@ class Measured:
     dtype: str | None
     losses: dict[str, np.ndarray[Any, Any]]
     accuracies: dict[str, TaskScores]
-    answers: list[Answer]
+    answers: MeasuredAnswers | None
 
 
 def evaluate(
@@ -115,17 +133,27 @@ def _evaluate(
     ]
     for text in texts:
         calibration.refuse(text)
+    if options.chat and not tokenizer.chat_template:
+        raise UserError(
+            f"The tokenizer of {tokenizer_directory} has no chat template; leave out --chat."
+        )
+    asking = Asking(options.few_shot, options.chat)
     tasks = [
-        load_task(name, options.task_data, options.limit, options.seed, calibration.texts)
+        load_task(name, options.task_data, options.limit, options.seed, calibration.texts, asking)
         for name in expand_names(options.tasks)
     ]
     for task in tasks:
         require_answerable(task)
-    measured = {}
+    measured: dict[str, Measured] = {}
     for arm, evaluated in zip(ARMS, models, strict=False):
         with evaluated.open() as opened:
             scorer = Scorer(opened.backend, evaluated.identity, arm, fresh)
-            measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, options.answers)
+            answers = None
+            if options.answers:
+                dense = measured.get("dense")
+                reference = dense.answers.reference if dense and dense.answers else None
+                answers = _measure_answers(scorer, tokenizer, reference)
+            measured[arm] = _measure(opened, scorer, tokenizer, texts, tasks, answers)
     write_text(records_beside(out), _records(measured))
     comparison = _compare(measured) if len(measured) == len(ARMS) else None
     sides = {arm: _describe(side) for arm, side in measured.items()}
@@ -157,12 +185,15 @@ def _calibrated_on(plan: Path | None, pruned: str | None, tokenizer: Any) -> Cal
 def _refuse_empty(options: EvalOptions, gate: QualityOptions, models: int) -> None:
     if not (options.perplexity or options.tasks or options.answers):
         raise UserError(
-            "There is nothing to evaluate; give --perplexity SPEC, --tasks NAMES or --answers."
+            "There is nothing to evaluate; give --perplexity SPEC or --tasks NAMES, or leave out "
+            "--no-answers."
         )
     if gate != NO_GATE and models < len(ARMS):
         raise UserError("A gate compares two models; give --plan or --pruned.")
     if gate.max_average_drop is not None and not options.tasks:
         raise UserError("--max-average-drop is about the average accuracy; give --tasks.")
+    if (options.chat or options.few_shot) and not options.tasks:
+        raise UserError("--chat and --few-shot are about tasks; give --tasks NAMES.")
     if gate.max_perplexity_ratio is not None and not options.perplexity:
         raise UserError("--max-perplexity-ratio is about perplexity; give --perplexity.")
 
@@ -173,7 +204,7 @@ def _measure(
     tokenizer: Any,
     texts: Sequence[Segments],
     tasks: Sequence[LoadedTask],
-    ask: bool,
+    answers: MeasuredAnswers | None,
 ) -> Measured:
     losses = {text.name: segment_losses(scorer, text) for text in texts}
     accuracies = {task.name: score_task(task, scorer, tokenizer) for task in tasks}
@@ -184,13 +215,25 @@ def _measure(
         dtype=opened.dtype,
         losses=losses,
         accuracies=accuracies,
-        answers=answer_prompts(opened.backend, tokenizer) if ask else [],
+        answers=answers,
     )
+
+
+def _measure_answers(
+    scorer: Scorer, tokenizer: Any, reference: Reference | None
+) -> MeasuredAnswers:
+    """reference: None of the dense model, whose own answers become it."""
+    written = write_answers(scorer.backend, tokenizer)
+    answers = describe_answers(written, tokenizer)
+    if reference is None:
+        return MeasuredAnswers(answers, *make_reference(written, scorer))
+    return MeasuredAnswers(answers, reference, follow(reference, scorer))
 
 
 def _describe(measured: Measured) -> Side:
     accuracies = {name: _accuracy_of(scores) for name, scores in measured.accuracies.items()}
     perplexities = {name: perplexity_of_losses(losses) for name, losses in measured.losses.items()}
+    answers = measured.answers
     return Side(
         layers=measured.layers,
         parameters=measured.parameters,
@@ -199,7 +242,7 @@ def _describe(measured: Measured) -> Side:
         perplexity=perplexities,
         accuracy=accuracies,
         average_accuracy=average_estimate(accuracies) if accuracies else None,
-        answers=AnswersRecord(**summarise_answers(measured.answers)) if measured.answers else None,
+        answers=None if answers is None else AnswersRecord(**summarise_answers(answers.answers)),
     )
 
 
@@ -224,13 +267,13 @@ def _judge(
 
 def _side_by_side(measured: Mapping[str, Measured]) -> list[AnsweredRecord]:
     """The prompts with every model's answer; none if they were not asked for."""
-    if not all(side.answers for side in measured.values()):
+    answers = {arm: side.answers.answers for arm, side in measured.items() if side.answers}
+    if not answers:
         return []
-    records = []
-    for row, prompt in enumerate(PROMPTS):
-        answers = {arm: side.answers[row] for arm, side in measured.items()}
-        records.append(AnsweredRecord(prompt=prompt, **answers))
-    return records
+    return [
+        AnsweredRecord(prompt=prompt, **{arm: given[row] for arm, given in answers.items()})
+        for row, prompt in enumerate(PROMPTS)
+    ]
 
 
 def _compare(measured: Mapping[str, Measured]) -> QualityComparison:
@@ -244,12 +287,15 @@ def _compare(measured: Mapping[str, Measured]) -> QualityComparison:
             np.array(scores.values[scores.metric]), np.array(other.values[scores.metric])
         )
     losses = {name: Paired(own, pruned.losses[name]) for name, own in dense.losses.items()}
-    return compare(accuracies, losses)
+    followed = None
+    if dense.answers and pruned.answers:
+        followed = (dense.answers.followed, pruned.answers.followed)
+    return compare(accuracies, losses, followed)
 
 
 def _records(measured: Mapping[str, Measured]) -> str:
-    """One JSON line for each segment and document of each model: everything the statistics are made
-    of."""
+    """One JSON line for each segment, document and followed answer of each model: everything the
+    statistics are made of."""
     lines = []
     for arm, side in measured.items():
         for name, losses in side.losses.items():
@@ -263,4 +309,6 @@ def _records(measured: Mapping[str, Measured]) -> str:
                 lines.append(
                     {"arm": arm, "task": name, "part": part, "document": document, **values}
                 )
+        if side.answers is not None:
+            lines += [{"arm": arm, **line} for line in side.answers.followed.describe()]
     return "".join(json.dumps(line) + "\n" for line in lines)

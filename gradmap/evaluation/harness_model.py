@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gradmap.common.console import progress
@@ -34,6 +36,31 @@ class HarnessModel(TemplateLM):
         self._scorer = scorer
         self._description = description
         self.tokenizer = tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The harness names its caches by it, which are not used."""
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the tokenizer's chat template writes it. As in the harness, where a
+        template takes no system message, that is left out."""
+        try:
+            return self._as_chat(chat_history, add_generation_prompt)
+        except TemplateError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            return self._as_chat(others, add_generation_prompt)
+
+    def _as_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
 
     @property
     def eot_token_id(self) -> int:
@@ -67,7 +94,10 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         fitting = [self._truncated(context, continuation) for _, context, continuation in requests]
         scores = self._scorer.score(fitting, self._description)
-        return [(score.log_likelihood, score.greedy) for score in scores]
+        return [
+            (score.log_likelihood, score.greedy_tokens == len(request.continuation))
+            for request, score in zip(fitting, scores, strict=True)
+        ]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -99,11 +129,15 @@ class HarnessModel(TemplateLM):
             raise UserError(
                 f"{self._description} samples its answers; only greedy tasks are supported."
             )
-        new_tokens = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
-        ids = self.tok_encode(prompt)[-(self._scorer.backend.max_tokens - new_tokens) :]
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else until
-        return _Question(ids, (new_tokens, tuple(stop for stop in stops if stop)))
+        settings = normalize_gen_kwargs(dict(options), DEFAULT_NEW_TOKENS)
+        new_tokens, max_tokens = settings["max_gen_toks"], self._scorer.backend.max_tokens
+        if new_tokens >= max_tokens:
+            raise UserError(
+                f"Answers of {self._description} have up to {new_tokens} tokens, and the model "
+                f"takes {max_tokens}, with the question; leave this task out."
+            )
+        ids = self.tok_encode(prompt)[-(max_tokens - new_tokens) :]
+        return _Question(ids, (new_tokens, tuple(stop for stop in settings["until"] if stop)))
 
     def _answers(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str]

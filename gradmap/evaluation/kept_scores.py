@@ -63,7 +63,7 @@ class KeptScores:
         if self.path is None:
             return
         lines = [
-            json.dumps([request_key(request), score.log_likelihood, score.greedy])
+            json.dumps([request_key(request), *astuple(score)])
             for request, score in zip(requests, scores, strict=True)
         ]
         cut = "\n" if _ends_within_a_line(self.path) else ""
@@ -77,14 +77,12 @@ def request_key(request: ScoreRequest) -> str:
 
 def _parse_line(line: bytes) -> tuple[str, Score] | None:
     try:
-        key, log_likelihood, greedy = json.loads(line)
+        key, log_likelihood, greedy_tokens = json.loads(line)
     except (ValueError, TypeError):
         return None
-    if not (
-        isinstance(key, str) and isinstance(log_likelihood, float) and isinstance(greedy, bool)
-    ):
+    if [type(key), type(log_likelihood), type(greedy_tokens)] != [str, float, int]:
         return None
-    return (key, Score(log_likelihood, greedy)) if math.isfinite(log_likelihood) else None
+    return (key, Score(log_likelihood, greedy_tokens)) if math.isfinite(log_likelihood) else None
 
 
 def _ends_within_a_line(path: Path) -> bool:

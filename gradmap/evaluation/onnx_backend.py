@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.special import log_softmax
+from torch import Tensor
 
 from gradmap.common.finite import require_finite
 from gradmap.evaluation.backends import LOGITS, UNLIMITED_TOKENS, IsDone, Score, ScoreRequest, never
@@ -50,6 +51,11 @@ class OnnxBackend:
             inputs = inputs[len(batch) :]
         return [scores[request] for request in requests]
 
+    def log_probabilities(self, request: ScoreRequest) -> Tensor:
+        tokens = request.context + request.continuation[:-1]
+        logits, _ = self._session.step(np.array([tokens], dtype=np.int64), None)
+        return torch.from_numpy(logits[0, len(request.context) - 1 :]).double().log_softmax(dim=-1)
+
     def generate(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
     ) -> list[list[int]]:
@@ -82,4 +88,5 @@ def _score(logits: npt.NDArray[np.float32], request: ScoreRequest) -> Score:
     predicting = logits[first : first + len(request.continuation)]
     chosen = (np.arange(len(predicting)), np.array(request.continuation))
     log_likelihood = log_softmax(predicting.astype(np.float64), axis=1)[chosen].sum()
-    return Score(float(log_likelihood), bool((predicting[chosen] >= predicting.max(axis=1)).all()))
+    greedy_tokens = int((predicting[chosen] >= predicting.max(axis=1)).sum())
+    return Score(float(log_likelihood), greedy_tokens)

@@ -31,6 +31,14 @@ class EvaluatedOn(Strict):
         None,
         description="Directory of saved data sets; without it, tasks are fetched from the hub.",
     )
+    few_shot: int | None = Field(
+        None,
+        ge=0,
+        description="Examples before each question of a task; by default, as the task says.",
+    )
+    chat: bool = Field(
+        False, description="Ask the questions of tasks through the tokenizer's chat template."
+    )
     limit: int | None = Field(
         None,
         ge=1,
@@ -46,7 +54,10 @@ class EvaluatedOn(Strict):
 
 
 class _Asked(Strict):
-    answers: bool = Field(False, description="Also answer a few fixed prompts.")
+    answers: bool = Field(
+        True,
+        description="Answer fixed prompts, and see whether pruned would write what dense writes.",
+    )
     seed: int = Field(0, description="Draws the documents of tasks.")
 
 

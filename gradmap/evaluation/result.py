@@ -16,7 +16,8 @@ from gradmap.evaluation.comparison import QualityComparison
 from gradmap.evaluation.perplexity import Estimate
 
 # 3: segments are of joined rows in their order, and begin with BOS where the tokenizer puts one.
-SCHEMA_VERSION = 3
+# 4: answers to more prompts, how long they are, and how pruned follows dense's.
+SCHEMA_VERSION = 4
 
 
 def records_beside(result: Path) -> Path:
@@ -41,14 +42,22 @@ class TextRecord(Strict):
 
 
 class TaskRecord(Strict):
-    """The task that accuracy was measured on. left_out: documents that were used for
-    calibration."""
+    """The task that accuracy was measured on. left_out: documents that were used for calibration.
+    few_shot: examples before each question, the most of any part of a group. chat: whether it was
+    asked through the chat template."""
 
     source: str
     versions: list[str]
     documents: int
     left_out: int
     few_shot: int
+    chat: bool
+
+    @property
+    def asked(self) -> str:
+        """How its questions were put, in words: zero-shot, 5-shot, 5-shot chat."""
+        shots = f"{self.few_shot}-shot" if self.few_shot else "zero-shot"
+        return f"{shots} chat" if self.chat else shots
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,14 @@ class Accuracy(Estimate):
 
 class AnswersRecord(Strict):
     """What a model's answers are like. empty: the share without text. repetition: mean over the
-    answers."""
+    answers. ended: the share that the model ended, and not the limit. median_tokens, p90_tokens: of
+    their lengths."""
 
     empty: float
     repetition: float
+    ended: float
+    median_tokens: float
+    p90_tokens: float
 
 
 class Side(Strict):
@@ -166,15 +179,14 @@ class Evaluation(Strict):
 def read_evaluation(path: Path, *, of_two: bool = False) -> Evaluation:
     """The contents of eval.json. of_two: whether it has to compare two models.
 
-    Raises UserError if it is missing, damaged, not what is wanted, or of another schema: its
-    perplexities are then of other segments.
+    Raises UserError if it is missing, damaged, not what is wanted, or of another schema.
     """
     contents = read_json_object(path)
     version = contents.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path} has evaluation schema {version}, this version reads {SCHEMA_VERSION}: the "
-            "perplexities of the two cannot be compared; evaluate again."
+            f"{path} has evaluation schema {version}, this version reads {SCHEMA_VERSION}, and the "
+            "two cannot be compared; evaluate again."
         )
     evaluation = checked_result(Evaluation, contents, path, "evaluate again")
     if evaluation.pruned is None and of_two:

@@ -15,11 +15,17 @@ _MMLU = "mmlu_"
 @dataclass(frozen=True)
 class SavedData:
     """A data set written by `datasets.save_to_disk`. folder: below --task-data. split: the one that
-    has labels."""
+    is evaluated, which has labels. few_shot: the one that examples come from, if it is there; None
+    where the harness's definition has its own examples."""
 
     folder: str
     split: str = "validation"
+    few_shot: str | None = "train"
 
+
+# What a split is to the harness, which draws examples otherwise where it has another role.
+EVALUATED_AS = {"validation": "validation_split"}
+EXAMPLES_AS = {"train": "training_split"}
 
 SAVED_DATA = {
     "boolq": SavedData("boolq/none"),
@@ -30,6 +36,21 @@ SAVED_DATA = {
     "arc_challenge": SavedData("ai2_arc/ARC-Challenge"),
     "openbookqa": SavedData("openbookqa/main"),
     "commonsense_qa": SavedData("tau/commonsense_qa/none"),
+    "social_iqa": SavedData("social_i_qa/none"),
+    "sciq": SavedData("sciq/none"),
+    "copa": SavedData("super_glue/copa"),
+    "cb": SavedData("super_glue/cb"),
+    "rte": SavedData("glue/rte"),
+    "sst2": SavedData("glue/sst2"),
+    "nq_open": SavedData("nq_open/none"),
+    "triviaqa": SavedData("trivia_qa/rc.wikipedia.nocontext"),
+    "gsm8k": SavedData("gsm8k/main", "test"),
+    "gsm8k_cot": SavedData("gsm8k/main", "test", few_shot=None),
+    "gsm8k_cot_zeroshot": SavedData("gsm8k/main", "test"),
+    "hendrycks_math500": SavedData("HuggingFaceH4/MATH-500/none", "test"),
+    "coqa": SavedData("coqa/none"),
+    "drop": SavedData("drop/none"),
+    "ifeval": SavedData("google/IFEval/none", "train"),
 }
 
 
@@ -37,30 +58,38 @@ def saved_overrides(name: str, data: Path) -> dict[str, Any]:
     """What of the harness's definition of a task is otherwise where its data is saved below `data`.
     Raises UserError if it is not."""
     saved = saved_data_of(name)
-    directory = data / saved.folder / saved.split
-    if not (directory / "state.json").is_file():
+    directory = data / saved.folder
+    if not _is_saved(directory / saved.split):
         raise UserError(
-            f"Task {name} has no data: {directory} is no directory written by "
+            f"Task {name} has no data: {directory / saved.split} is no directory written by "
             "datasets.save_to_disk."
         )
-    splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
+    roles = {EVALUATED_AS.get(saved.split, "test_split"): saved.split}
+    if saved.few_shot is not None and _is_saved(directory / saved.few_shot):
+        roles[EXAMPLES_AS.get(saved.few_shot, "fewshot_split")] = saved.few_shot
     return {
-        **splits,
-        f"{saved.split}_split": saved.split,
-        "custom_dataset": lambda **_: {saved.split: _read(name, directory)},
+        **dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split")),
+        **roles,
+        "custom_dataset": lambda **_: {
+            split: _read(name, directory / split) for split in roles.values()
+        },
     }
 
 
 def saved_data_of(name: str) -> SavedData:
     """Where a task's data is. Raises UserError if that is not known."""
     if name == "mmlu" or name.startswith(_MMLU):
-        return SavedData(f"hails/mmlu_no_train/{name.removeprefix(_MMLU)}", "test")
+        return SavedData(f"hails/mmlu_no_train/{name.removeprefix(_MMLU)}", "test", "dev")
     if name not in SAVED_DATA:
         raise UserError(
             f"It is not known how data of task {name} is saved on disk (known: "
             f"{', '.join(SAVED_DATA)}, mmlu); leave out --task-data to fetch it from the hub."
         )
     return SAVED_DATA[name]
+
+
+def _is_saved(directory: Path) -> bool:
+    return (directory / "state.json").is_file()
 
 
 def _read(name: str, directory: Path) -> Any:

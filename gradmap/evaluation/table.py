@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gradmap.evaluation.result import TaskRecord
+
+# What an eval.json says of a model's answers: what that is called, by what factor it is shown, and
+# with how many digits.
+ANSWER_ROWS = {
+    "empty": ("answers, empty (%)", 100, 1),
+    "repetition": ("answers, repeated 4-grams (%)", 100, 1),
+    "ended": ("answers, ended by the model (%)", 100, 1),
+    "median_tokens": ("answers, median length (tokens)", 1, 0),
+    "p90_tokens": ("answers, 90th percentile of length (tokens)", 1, 0),
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -51,12 +63,13 @@ def _rows(result: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str
         )
     for name in result["tasks"]:
         metric = sides[0]["accuracy"][name]["metric"]
+        asked = TaskRecord(**result["tasks"][name]).asked
         change = (
             _with_interval(comparison["tasks"][name]["difference"], 100, 1) if comparison else ""
         )
         rows.append(
             (
-                f"{name}, {metric} (%)",
+                f"{name}, {asked}, {metric} (%)",
                 *(with_error(side["accuracy"][name], 100, 1) for side in sides),
                 change,
             )
@@ -70,8 +83,31 @@ def _rows(result: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str
                 change,
             )
         )
-    for rate in ("empty", "repetition") if result["answers"] else ():
-        rows.append((f"answers, {rate}", *(f"{side['answers'][rate]:.2f}" for side in sides), ""))
+    return rows + (_answer_rows(comparison, sides) if result["answers"] else [])
+
+
+def _answer_rows(comparison: dict[str, Any], sides: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows = [
+        (title, *(f"{side['answers'][key] * factor:.{digits}f}" for side in sides), "")
+        for key, (title, factor, digits) in ANSWER_ROWS.items()
+    ]
+    followed = comparison.get("answers")
+    if followed is None:
+        return rows
+    agreement, divergence = followed["agreement"], followed["divergence"]
+    shares = (followed["dense_agreement"], agreement["value"])
+    rows.append(
+        (
+            "agreement with dense's answers (%)",
+            *(f"{100 * share:.1f}" for share in shares),
+            _with_interval(agreement, 100, 1),
+        )
+    )
+    if divergence is not None:
+        change = _with_interval(divergence, 1, 3)
+        rows.append(
+            ("KL from dense on its answers (nats)", "0", f"{divergence['value']:.3f}", change)
+        )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot tasks of lm-evaluation-harness, on data from the hub or on data sets saved on disk.
+"""Tasks of lm-evaluation-harness, on data from the hub or on data sets saved on disk.
 
 Offline, a task is the harness's own definition with another source of documents: prompts, targets,
 metrics and versions stay the harness's.
@@ -11,11 +11,13 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from gradmap.common.console import say, waiting
 from gradmap.common.errors import UserError, first_line
+from gradmap.evaluation.few_shot import draw_from_the_start, few_shot_of, set_few_shot
 from gradmap.evaluation.saved_data import SAVED_DATA, saved_data_of, saved_overrides
 from gradmap.evaluation.scoring import Scorer
 
@@ -30,8 +32,17 @@ PAPER_TASKS = (
     "openbookqa",
 )
 # The one that stands for a task, the first it has; the paper's tables hold acc_norm where a task
-# has it.
-TASK_METRICS = ("acc_norm", "acc", "exact_match")
+# has it. Of tasks that generate, the strict one.
+TASK_METRICS = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "em", "contains")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put. few_shot: examples before each; None for as many as the harness's
+    definition says. chat: through the tokenizer's chat template, an example being a turn."""
+
+    few_shot: int | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class LoadedTask:
     """A task by the name the user gave it, which may stand for several of the harness's (mmlu).
 
     parts: name -> the harness's task object. documents: name -> the indices of the documents to
-    evaluate. left_out: how many documents were used for calibration, and are not evaluated.
+    evaluate. left_out: how many documents were used for calibration, and are not evaluated. chat:
+    as of Asking.
     """
 
     name: str
@@ -47,6 +59,7 @@ class LoadedTask:
     documents: dict[str, list[int]]
     left_out: int
     source: str
+    chat: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The fields of gradmap.evaluation.result.TaskRecord."""
@@ -55,7 +68,8 @@ class LoadedTask:
             "versions": sorted({str(part.VERSION) for part in self.parts.values()}),
             "documents": sum(map(len, self.documents.values())),
             "left_out": self.left_out,
-            "few_shot": 0,
+            "few_shot": max(map(few_shot_of, self.parts.values())),
+            "chat": self.chat,
         }
 
 
@@ -97,15 +111,19 @@ def load_task(
     limit: int | None,
     seed: int,
     calibration_texts: Sequence[str] = (),
+    asking: Asking = Asking(),
 ) -> LoadedTask:
     """Loads a task (or group or tag) of the harness and chooses its documents, at random if there
     is a limit.
 
     data: the directory of saved data sets; None takes the harness's own source, the hub.
-    Raises UserError if the harness has no such task, or its data is missing or of another shape.
+    Raises UserError if the harness has no such task, or its data is missing or of another shape, or
+    it cannot be asked so.
     """
     with waiting(f"Loading task {name}"):
         parts = {part: _load_part(part, data) for part in _expand(name)}
+        for part, task in parts.items():
+            set_few_shot(part, task, asking.few_shot)
         usable = {part: _usable(task, calibration_texts) for part, task in parts.items()}
     left_out = sum(len(task.eval_docs) - len(usable[part]) for part, task in parts.items())
     if not any(usable.values()):
@@ -113,9 +131,8 @@ def load_task(
             f"Task {name} has no documents to evaluate ({left_out} were used for calibration)."
         )
     documents = _draw(name, usable, limit, seed)
-    if data is None:
-        return LoadedTask(name, parts, documents, left_out, "hub")
-    return LoadedTask(name, parts, documents, left_out, str(data / saved_data_of(name).folder))
+    source = "hub" if data is None else str(data / saved_data_of(name).folder)
+    return LoadedTask(name, parts, documents, left_out, source, asking.chat)
 
 
 def score_task(task: LoadedTask, scorer: Scorer, tokenizer: Any) -> TaskScores:
@@ -131,6 +148,8 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
     from lm_eval.evaluator import evaluate
 
     documents = {part: indices for part, indices in task.documents.items() if indices}
+    for part in documents:
+        draw_from_the_start(task.parts[part])
     # Without the harness's caches, which are pickles that anybody may have left.
     with waiting(f"Evaluating {task.name}"):
         results = evaluate(
@@ -138,11 +157,17 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
             {"tasks": {part: task.parts[part] for part in documents}},
             samples=documents,
             bootstrap_iters=0,
+            apply_chat_template=task.chat,
+            fewshot_as_multiturn=task.chat,
         )
+    found = {part: results["samples"][part] for part in documents}
     samples = [
-        (part, sample) for part in documents for sample in _first_filter(results["samples"][part])
+        (part, sample)
+        for part in found
+        for sample in _extracted(found[part], _ways(found[part])[0])
     ]
     values = _numbers_by_metric([sample for _, sample in samples])
+    values |= _numbers_of_other_ways(list(found.values()))
     if not values:
         raise UserError(
             f"Task {task.name} has no metric that is one number per document; it cannot be "
@@ -151,10 +176,28 @@ def score_task_with(task: LoadedTask, model: Any) -> TaskScores:
     return TaskScores(tuple((part, sample["doc_id"]) for part, sample in samples), values)
 
 
-def _first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The samples with the answer extracted in the first way: tasks that generate may have several
-    ways, of which it is the strictest."""
-    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+def _ways(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The ways in which answers were extracted from what was generated (the harness's filters): the
+    first is the strictest, and stands for the task."""
+    return list(dict.fromkeys(sample["filter"] for sample in samples))
+
+
+def _extracted(samples: Sequence[Mapping[str, Any]], way: str) -> list[Mapping[str, Any]]:
+    return [sample for sample in samples if sample["filter"] == way]
+
+
+def _numbers_of_other_ways(
+    parts: Sequence[Sequence[Mapping[str, Any]]],
+) -> dict[str, tuple[float, ...]]:
+    """What comes out of the ways behind the first, where all parts of a task have them: by metric
+    and way, as the harness writes it (exact_match,flexible-extract)."""
+    numbers: dict[str, tuple[float, ...]] = {}
+    for way in _ways(parts[0])[1:]:
+        if all(way in _ways(part)[1:] for part in parts):
+            samples = [sample for part in parts for sample in _extracted(part, way)]
+            of_way = _numbers_by_metric(samples)
+            numbers |= {f"{metric},{way}": values for metric, values in of_way.items()}
+    return numbers
 
 
 def _numbers_by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
@@ -162,7 +205,7 @@ def _numbers_by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[
     numbers = {}
     for metric in samples[0]["metrics"]:
         values = [sample[metric] for sample in samples]
-        if all(isinstance(value, int | float) for value in values):
+        if all(isinstance(value, Real) for value in values):
             numbers[metric] = tuple(map(float, values))
     return numbers
 
@@ -173,7 +216,7 @@ def _manager() -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError(
-            "Zero-shot tasks need lm-evaluation-harness; install it: pip install 'gradmap[eval]'."
+            "Tasks need lm-evaluation-harness; install it: pip install 'gradmap[eval]'."
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()
@@ -206,6 +249,11 @@ def _load_part(name: str, data: Path | None) -> Any:
         (task,) = _manager().load([group])["tasks"].values()
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(
+            f"Task {name} needs a package that lm-evaluation-harness does not bring: {error}; "
+            "install it with pip."
+        ) from None
     # The hub's client raises errors of all kinds, and the harness over data that is not the task's.
     except Exception as error:
         if data is not None:
@@ -233,9 +281,11 @@ def require_answerable(task: LoadedTask) -> None:
 
 
 def _require_documents(name: str, task: Any, indices: Sequence[int]) -> None:
+    # A task that processes its documents does so whenever it is asked for them.
+    documents = task.eval_docs
     for index in indices:
         try:
-            document = task.eval_docs[index]
+            document = documents[index]
             task.doc_to_text(document)
             target = task.doc_to_target(document)
             choices = (

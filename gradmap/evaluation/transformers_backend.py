@@ -30,7 +30,9 @@ from gradmap.model.precision import computing_in
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 # Logits in float32 at once: what stays in a CPU's cache, and is no fresh memory every time.
 LOGITS_BYTES = {"cpu": 1 << 23, "cuda": 1 << 30}
-GENERATION_BATCH = 8
+# Answers that are written together; halved when memory runs out. A batch goes on until its last
+# answer ends, and a CPU computes no less for those that have ended.
+GENERATION_BATCH = {"cpu": 8, "cuda": 32}
 _PADDING = -1
 
 
@@ -51,6 +53,7 @@ class TransformersBackend:
         self._dtype = dtype
         self._end_tokens = list(end_tokens)
         self._batch_tokens = BATCH_TOKENS[model.device.type]
+        self._generation_batch = GENERATION_BATCH[model.device.type]
         config = model.config
         self.max_tokens = context_length(config.to_dict()) or UNLIMITED_TOKENS
         self.vocabulary: int | None = int(config.vocab_size)
@@ -86,16 +89,35 @@ class TransformersBackend:
         return scores
 
     @torch.inference_mode()
+    def log_probabilities(self, request: ScoreRequest) -> Tensor:
+        pack = Pack.of([request])
+        inputs = {"input_ids": torch.tensor([pack.tokens], device=self._model.device)}
+        with computing_in(self._dtype, self._model):
+            logits = _logits_at(self._model, torch.tensor(pack.predictions[0]), inputs)
+        return logits.cpu().double().log_softmax(dim=-1)
+
+    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
     ) -> list[list[int]]:
-        answers: list[list[int]] = []
-        for start in range(0, len(prompts), GENERATION_BATCH):
-            with computing_in(self._dtype, self._model):
-                answers += self._generate_batch(
-                    prompts[start : start + GENERATION_BATCH], new_tokens, is_done
-                )
-        return answers
+        answers: dict[int, list[int]] = {}
+        # Prompts of one length together: a shorter one is padded.
+        rest = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+        while rest:
+            rows = rest[: self._generation_batch]
+            try:
+                with computing_in(self._dtype, self._model):
+                    written = self._generate_batch(
+                        [prompts[row] for row in rows], new_tokens, is_done
+                    )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_answers(len(rows))
+                continue
+            answers |= zip(rows, written, strict=True)
+            rest = rest[len(rows) :]
+        return [answers[row] for row in range(len(prompts))]
 
     def _pack(self, requests: Sequence[ScoreRequest]) -> Iterator[Pack]:
         by_context: dict[tuple[int, ...], dict[ScoreRequest, None]] = {}
@@ -109,13 +131,14 @@ class TransformersBackend:
                 yield from (Pack.of([request]) for request in group)
 
     def _halve_batches(self, packs: int) -> None:
-        if packs == 1:
-            raise UserError(
-                "One request does not fit into memory; use --dtype bfloat16 or a machine with "
-                "more memory."
-            )
+        _require_several(packs)
         self._batch_tokens //= 2
         say(f"Memory ran out; going on with {self._batch_tokens} tokens at once")
+
+    def _halve_answers(self, answers: int) -> None:
+        _require_several(answers)
+        self._generation_batch = answers // 2
+        say(f"Memory ran out; going on with {self._generation_batch} answers at once")
 
     def _generate_batch(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone
@@ -146,6 +169,15 @@ class TransformersBackend:
             logits_processor=[_require_finite_logits],
         )
         return [until_end(answer, self._end_tokens) for answer in output[:, longest:].tolist()]
+
+
+def _require_several(requests: int) -> None:
+    """Raises UserError for a batch that cannot be made smaller."""
+    if requests == 1:
+        raise UserError(
+            "One request does not fit into memory; use --dtype bfloat16 or a machine with more "
+            "memory."
+        )
 
 
 def _require_finite_logits(ids: Tensor, logits: Tensor) -> Tensor:
@@ -209,7 +241,7 @@ def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[ScoreRequest, Score]
     lengths = [len(request.continuation) for request in requests]
     parts = zip(requests, log_likelihoods.split(lengths), greedy.split(lengths), strict=True)
     return {
-        request: Score(of_tokens.sum().item(), bool(are_greedy.all()))
+        request: Score(of_tokens.sum().item(), int(are_greedy.sum()))
         for request, of_tokens, are_greedy in parts
     }
 
@@ -282,5 +314,6 @@ def score_reference(model: Any, request: ScoreRequest) -> Score:
     log_probabilities = model(input_ids=ids, use_cache=False).logits[0].log_softmax(dim=-1)
     places = range(len(request.context) - 1, ids.shape[1] - 1)
     pairs = list(zip(places, request.continuation, strict=True))
-    greedy = all(log_probabilities[place].argmax().item() == token for place, token in pairs)
-    return Score(sum(log_probabilities[place, token].item() for place, token in pairs), greedy)
+    greedy_tokens = sum(log_probabilities[place].argmax() == token for place, token in pairs)
+    log_likelihood = sum(log_probabilities[place, token].item() for place, token in pairs)
+    return Score(log_likelihood, int(greedy_tokens))

@@ -65,6 +65,9 @@ class VllmBackend:
             for request, output in zip(requests, outputs, strict=True)
         ]
 
+    def log_probabilities(self, request: ScoreRequest) -> None:
+        """vLLM shows those of some tokens only."""
+
     def generate(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, is_done: IsDone = never
     ) -> list[list[int]]:
@@ -101,4 +104,4 @@ def score_of_logprobs(logprobs: Sequence[tuple[float, int]]) -> Score:
     """The score of a continuation, from the log probability (nats) and the rank of every token of
     it; rank 1 is the most likely one."""
     log_likelihood = sum(value for value, _ in logprobs)
-    return Score(log_likelihood, all(rank == 1 for _, rank in logprobs))
+    return Score(log_likelihood, sum(rank == 1 for _, rank in logprobs))

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from gradmap.common.files import write_json, write_text
 from gradmap.common.quoting import markdown, visible
-from gradmap.evaluation.answers import NEW_TOKENS
+from gradmap.evaluation.comparison import AnswersComparison
+from gradmap.evaluation.prompts import NEW_TOKENS, SHOWN
 from gradmap.evaluation.table import describe_retained, tabulate
 from gradmap.pruning.plan import Plan, load_plan
 from loadtest.figures import draw_load_test
@@ -71,6 +72,7 @@ def summary_rows(findings: Findings) -> list[Row]:
         _row("parameters (M)", "{:.1f}", dense.parameters / 1e6, pruned.parameters / 1e6),
         _row("weights served (MB)", "{:.0f}", dense.bytes / 1e6, pruned.bytes / 1e6),
         *_quality_rows(dense, pruned),
+        *_agreement_row(findings.result.comparison.answers),
         *_speed_rows(findings),
     ]
 
@@ -85,6 +87,14 @@ def _quality_rows(dense: Side, pruned: Side) -> list[Row]:
         tasks = _count(len(dense.accuracy), "task")
         rows.append(_row(f"average accuracy (%), {tasks}", "{:.1f}", *averages))
     return rows
+
+
+def _agreement_row(followed: AnswersComparison | None) -> list[Row]:
+    """Whether it still writes what dense writes."""
+    if followed is None:
+        return []
+    shares = (100 * followed.dense_agreement, 100 * followed.agreement.value)
+    return [_row("agreement with dense's answers (%)", "{:.1f}", *shares)]
 
 
 def _speed_rows(findings: Findings) -> list[Row]:
@@ -129,6 +139,7 @@ def render_html(findings: Findings) -> str:
         quality_table=tabulate(contents),
         retained=describe_retained(contents),
         answer_tokens=NEW_TOKENS,
+        shown_answers=SHOWN,
         drawings={name: Markup(svg) for name, svg in drawings.items()},
     )
 

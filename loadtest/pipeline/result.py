@@ -25,7 +25,7 @@ from loadtest.pipeline.stages import Places
 from loadtest.schema import LoadReport
 from loadtest.statistics import SpeedUp
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RESULT_FILE = "result.json"
 
 

@@ -17,6 +17,7 @@ QUALITY: dict[str, Any] = {
     "perplexity": {"squad": {"value": 12.5, "stderr": 0.5}},
     "accuracy": {"piqa": {"value": 0.625, "stderr": 0.011, "metric": "acc_norm"}},
     "segment": 128,
+    "asked": {"piqa": "5-shot chat"},
 }
 
 

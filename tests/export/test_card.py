@@ -22,7 +22,7 @@ def test_the_model_card_is_what_the_hub_reads(artifact):
     ]
     assert results == [("squad", "perplexity", 12.5), ("piqa", "acc_norm", 62.5)]
     assert "12.5 ± 0.5" in card.text
-    assert "62.5 ± 1.1 %" in card.text
+    assert "| piqa, acc_norm, 5-shot chat | 62.5 ± 1.1 % |" in card.text
 
 
 def test_the_card_says_what_is_gone(picos, artifact):
@@ -69,7 +69,14 @@ def evaluation_of(model, plan_sha256):
     interval = {"value": 1.0, "low": 0.9, "high": 1.1}
     task = {"difference": interval, "only_dense": 1, "only_pruned": 2, "p_value": 0.5}
     text = {"source": "squad", "separator": "\n", "segments": 9, "tokens": 128, "bos": None}
-    drawn = {"source": "hub", "versions": ["1"], "documents": 1, "left_out": 0, "few_shot": 0}
+    drawn = {
+        "source": "hub",
+        "versions": ["1"],
+        "documents": 1,
+        "left_out": 0,
+        "few_shot": 0,
+        "chat": False,
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "model": model,
@@ -82,6 +89,7 @@ def evaluation_of(model, plan_sha256):
             "tasks": {"piqa": task},
             "average": {"difference": interval, "retained": interval},
             "perplexity_ratio": {"squad": interval},
+            "answers": None,
         },
         "quality": None,
         "answers": [],
@@ -102,6 +110,7 @@ def test_results_of_another_protocol_do_not_get_into_the_card(artifact, tmp_path
     contents = evaluation_of(source.checkpoint.name, source.plan_hash)
     results.write_text(json.dumps(contents))
     assert read_quality(results, source)["perplexity"] == QUALITY["perplexity"]
+    assert read_quality(results, source)["asked"] == {"piqa": "zero-shot"}
     results.write_text(json.dumps(contents | {"schema_version": 2}))
     with pytest.raises(
         UserError, match=r"has evaluation schema 2.* cannot be compared; evaluate again"

@@ -198,9 +198,11 @@ def test_evaluation_in_onnx_runtime_gives_the_scores_of_transformers(picos, tmp_
         # a log likelihood is a difference of logits for each token of the continuation
         tolerance = 2 * FLOAT32_TOLERANCE * 10 * len(request.continuation)
         assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=tolerance)
-        assert score.greedy == expected.greedy
+        assert score.greedy_tokens == expected.greedy_tokens
     prompt = [5, 6, 7]
     (answer,) = backend.generate([prompt], 6)
     assert len(answer) == 6
-    assert score_reference(model, ScoreRequest(tuple(prompt), tuple(answer))).greedy
+    assert score_reference(model, ScoreRequest(tuple(prompt), tuple(answer))).greedy_tokens == len(
+        answer
+    )
     assert backend.generate([prompt], 6, lambda tokens: len(tokens) == 2) == [answer[:2]]

