@@ -93,6 +93,10 @@ MORE_CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": _MULTI_HEAD,
     "falcon": {**_COMMON, "new_decoder_architecture": True, "num_kv_heads": 2},
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
+    "mpt": {
+        **{"vocab_size": VOCABULARY, "d_model": 32, "n_layers": LAYERS, "n_heads": 4},
+        **{"expansion_ratio": 2, "max_seq_len": 64},
+    },
     "gpt_bigcode": {
         **{"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4},
         "n_positions": 64,

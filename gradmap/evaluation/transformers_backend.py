@@ -9,7 +9,6 @@ the question and the answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -23,6 +22,7 @@ from gradmap.common.failures import is_out_of_memory
 from gradmap.common.finite import require_finite
 from gradmap.evaluation.backends import LOGITS, UNLIMITED_TOKENS, IsDone, Score, ScoreRequest, never
 from gradmap.evaluation.ends import until_end
+from gradmap.evaluation.packing import Pack, inputs_of, predicting_rows, what_goes_together
 from gradmap.model.model_sizes import context_length
 from gradmap.model.precision import computing_in
 
@@ -33,7 +33,6 @@ LOGITS_BYTES = {"cpu": 1 << 23, "cuda": 1 << 30}
 # Answers that are written together; halved when memory runs out. A batch goes on until its last
 # answer ends, and a CPU computes no less for those that have ended.
 GENERATION_BATCH = {"cpu": 8, "cuda": 32}
-_PADDING = -1
 
 
 class TransformersBackend:
@@ -57,11 +56,13 @@ class TransformersBackend:
         config = model.config
         self.max_tokens = context_length(config.to_dict()) or UNLIMITED_TOKENS
         self.vocabulary: int | None = int(config.vocab_size)
-        # A packed sequence is longer than each of its requests; within a sliding window that makes
-        # no difference.
-        self._longest_packed = min(
-            self.max_tokens, getattr(config, "sliding_window", None) or self.max_tokens
-        )
+        self._together = what_goes_together(config.to_dict())
+        # A packed sequence is longer than each of its requests; within a sliding window, or a chunk
+        # of attention, that makes no difference.
+        windows = [
+            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        ]
+        self._longest_packed = min(window or self.max_tokens for window in windows)
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
@@ -104,7 +105,7 @@ class TransformersBackend:
         # Prompts of one length together: a shorter one is padded.
         rest = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
         while rest:
-            rows = rest[: self._generation_batch]
+            rows = self._next_rows(rest, prompts)
             try:
                 with computing_in(self._dtype, self._model):
                     written = self._generate_batch(
@@ -119,13 +120,21 @@ class TransformersBackend:
             rest = rest[len(rows) :]
         return [answers[row] for row in range(len(prompts))]
 
+    def _next_rows(self, rest: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+        """The first of these prompts that are answered together, which are sorted by length."""
+        rows = list(rest[: self._generation_batch])
+        if self._together.padding:
+            return rows
+        return [row for row in rows if len(prompts[row]) == len(prompts[rows[0]])]
+
     def _pack(self, requests: Sequence[ScoreRequest]) -> Iterator[Pack]:
         by_context: dict[tuple[int, ...], dict[ScoreRequest, None]] = {}
         for request in requests:
             by_context.setdefault(request.context, {})[request] = None
         for group in by_context.values():
             together = Pack.of(list(group))
-            if len(together.tokens) <= self._longest_packed:
+            fits = len(together.tokens) <= self._longest_packed
+            if fits and (self._together.branches or not together.is_branched):
                 yield together
             else:
                 yield from (Pack.of([request]) for request in group)
@@ -185,58 +194,12 @@ def _require_finite_logits(ids: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
-@dataclass(frozen=True)
-class Pack:
-    """One context and its continuations as one sequence.
-
-    tokens: the context, then every continuation but for its last token, which is only predicted.
-    positions: of each token, as if its continuation followed the context directly.
-    branches: 0 for the context, j for the j-th continuation that has tokens here.
-    predictions: of each request, the places in `tokens` that predict its continuation.
-    """
-
-    requests: tuple[ScoreRequest, ...]
-    tokens: list[int]
-    positions: list[int]
-    branches: list[int]
-    predictions: list[list[int]]
-
-    @property
-    def is_branched(self) -> bool:
-        """Whether the pack needs a mask: causal attention alone would let a continuation see
-        another one."""
-        return max(self.branches) > 1
-
-    @classmethod
-    def of(cls, requests: Sequence[ScoreRequest]) -> Pack:
-        """The pack of requests that share one context."""
-        context = requests[0].context
-        tokens, positions, branches = list(context), list(range(len(context))), [0] * len(context)
-        predictions = []
-        for request in requests:
-            inside = request.continuation[:-1]
-            predictions.append([len(context) - 1, *range(len(tokens), len(tokens) + len(inside))])
-            tokens += inside
-            positions += range(len(context), len(context) + len(inside))
-            branches += [max(branches) + 1] * len(inside)
-        return cls(tuple(requests), tokens, positions, branches, predictions)
-
-
 def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[ScoreRequest, Score]:
-    longest = max(len(pack.tokens) for pack in packs)
-    inputs = {"input_ids": _padded([pack.tokens for pack in packs], longest, 0).to(model.device)}
-    if packs[0].is_branched:
-        branches = _padded([pack.branches for pack in packs], longest, _PADDING).to(model.device)
-        inputs["position_ids"] = _padded([pack.positions for pack in packs], longest, 0).to(
-            model.device
-        )
-        inputs["attention_mask"] = _additive(
-            _tree_mask(branches), model.get_input_embeddings().weight.dtype
-        )
-    # else every sequence is an ordinary one, padded on the right: causal attention alone is right
+    inputs = inputs_of(packs, model)
+    longest = inputs["input_ids"].shape[1]
     requests = list(chain.from_iterable(pack.requests for pack in packs))
     targets = list(chain.from_iterable(request.continuation for request in requests))
-    logits = _logits_at(model, torch.tensor(_predicting_rows(packs, longest)), inputs)
+    logits = _logits_at(model, torch.tensor(predicting_rows(packs, longest)), inputs)
     log_likelihoods, greedy = _token_scores(logits, torch.tensor(targets, device=logits.device))
     lengths = [len(request.continuation) for request in requests]
     parts = zip(requests, log_likelihoods.split(lengths), greedy.split(lengths), strict=True)
@@ -244,38 +207,6 @@ def _score_batch(model: Any, packs: Sequence[Pack]) -> dict[ScoreRequest, Score]
         request: Score(of_tokens.sum().item(), int(are_greedy.sum()))
         for request, of_tokens, are_greedy in parts
     }
-
-
-def _predicting_rows(packs: Sequence[Pack], longest: int) -> list[int]:
-    """Places of the flattened (B * L) positions that predict the continuations, in the order of the
-    requests."""
-    rows: list[int] = []
-    for number, pack in enumerate(packs):
-        for places in pack.predictions:
-            rows += [number * longest + place for place in places]
-    return rows
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
-
-
-def _tree_mask(branches: Tensor) -> Tensor:
-    """(B, L) -> (B, L, L), True where a query (row) attends a key: one not after it, in the context
-    or its own branch.
-
-    Padding is a branch of its own, so that no row is empty.
-    """
-    queries, keys = branches[:, :, None], branches[:, None, :]
-    length = branches.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
-    return causal & ((keys == queries) | ((keys == 0) & (queries != _PADDING)))
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L, L) bool -> (B, 1, L, L): what every attention implementation of transformers takes."""
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _logits_at(model: Any, rows: Tensor, inputs: dict[str, Tensor]) -> Tensor:
