@@ -38,6 +38,9 @@ from gradmap.model.sublayers import Part, Sublayer
 HAS_BIASES = (
     "its FFN has biases, which no correction moves from layer to layer; use --compensator refit"
 )
+HAS_NO_NORM = (
+    "its FFN reads what its attention reads, behind the same norm; use --compensator refit"
+)
 
 
 def flatten_runs(pruned: Pruned) -> Compensation:
@@ -176,10 +179,16 @@ def require_no_biases(model: LayeredModel) -> None:
 
 
 def require_movable(job: Job, options: None) -> None:
-    """Raises UserError where the config tells that FFNs have biases."""
-    family = job.config["model_type"]
+    """Raises UserError where FFNs have no norm of their own, or the config tells that they have
+    biases."""
+    family, architecture = job.config["model_type"], job.architecture
+    reason = None
     if family in ("gpt2", "opt") or job.config.get("mlp_bias"):
-        raise UserError(f"flatten does not work with this {family} model: {HAS_BIASES}.")
+        reason = HAS_BIASES
+    elif architecture.down_projection.startswith(f"{architecture.feed_forward[0]}."):
+        reason = HAS_NO_NORM
+    if reason is not None:
+        raise UserError(f"flatten does not work with this {family} model: {reason}.")
 
 
 def _norm_of(model: LayeredModel, ffn: Sublayer) -> nn.Module:

@@ -59,3 +59,20 @@ def test_other_pairs_than_layers_are_refused(pico, input_ids):
     subject = subject_of(pico, input_ids, unit="pair")
     with pytest.raises(UserError, match=r"only whole layers can go: .*; give --unit layer"):
         make_scorer("sleb", subject)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("cohere", "behind the same norm"), ("falcon", "the same norm"), ("gpt_neox", "has biases")],
+)
+def test_channels_do_not_move_where_their_norm_cannot_follow(unpaired, input_ids, family, reason):
+    with pytest.raises(UserError, match=rf"flatten does not work with this .*model: .*{reason}"):
+        repair("flatten", prune(unpaired[family], input_ids))
+
+
+@pytest.mark.parametrize("name", ["streamline", "ghosted", "laco"])
+def test_other_repairs_take_layers_as_wholes(pico, input_ids, name):
+    pruned = prune(pico, input_ids)
+    compensation = repair(name, pruned)
+    assert compensation.corrections
+    assert torch.isfinite(torch.tensor(pruned.divergence(compensation.changes)))
