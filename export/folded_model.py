@@ -19,7 +19,7 @@ from export.tolerance import logit_tolerance
 from gradmap.common.errors import UserError
 from gradmap.model.architectures import Architecture, architecture_of
 from gradmap.model.checkpoint import Checkpoint
-from gradmap.model.configs import layer_count
+from gradmap.model.configs import hidden_size, layer_count
 from gradmap.model.corrections import Change, Changes, Place, fold_changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
@@ -87,10 +87,6 @@ def finite_logits(model: Any, input_ids: Tensor) -> Tensor:
     if not logits.isfinite().all():
         raise UserError("The model's logits are not finite; its weights are damaged.")
     return logits
-
-
-def hidden_size(config: dict[str, Any]) -> int:
-    return int(config.get("hidden_size") or config["n_embd"])
 
 
 def _places_by_parameter(

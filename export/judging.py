@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from export.comparison import Bounds, LogitComparison
-from export.folded_model import hidden_size, stored_dtype
+from export.folded_model import stored_dtype
 from export.formats.format import Runner
 from export.integrity import ArtifactRecord
 from export.reference import Reference
@@ -18,7 +18,7 @@ from export.tolerance import logit_tolerance, share_of_strays
 from export.verification import compare, run_artifact_in_each
 from export.writers import Storage, Written
 from gradmap.model.checkpoint import Checkpoint
-from gradmap.model.configs import layer_count
+from gradmap.model.configs import hidden_size, layer_count
 from gradmap.model.precision import DTYPES
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradmap.common.console import waiting
-from gradmap.common.errors import UserError
+from gradmap.common.console import say, waiting
 from gradmap.evaluation.backends import Backend, ScoreRequest
 from gradmap.evaluation.prompts import NEW_TOKENS, PROMPTS
 
@@ -43,16 +42,17 @@ class Written:
         return [ScoreRequest(tuple(prompt), tuple(answer)) for prompt, answer in pairs if answer]
 
 
-def write_answers(backend: Backend, tokenizer: Any) -> Written:
-    """Greedy answers to PROMPTS, asked through the tokenizer's chat template if it has one. Raises
-    UserError if the model takes too few tokens."""
+def write_answers(backend: Backend, tokenizer: Any) -> Written | None:
+    """Greedy answers to PROMPTS, asked through the tokenizer's chat template if it has one. None if
+    the model takes too few tokens, which is said."""
     prompts = [_encode(tokenizer, prompt) for prompt in PROMPTS]
     needed = max(map(len, prompts)) + NEW_TOKENS
     if needed > backend.max_tokens:
-        raise UserError(
+        say(
             f"The fixed prompts and their answers have up to {needed} tokens, and the model takes "
-            f"{backend.max_tokens}; give --no-answers."
+            f"{backend.max_tokens}: they are left out"
         )
+        return None
     with waiting("Answering the fixed prompts"):
         return Written(prompts, backend.generate(prompts, NEW_TOKENS))
 

@@ -221,9 +221,12 @@ def _measure(
 
 def _measure_answers(
     scorer: Scorer, tokenizer: Any, reference: Reference | None
-) -> MeasuredAnswers:
-    """reference: None of the dense model, whose own answers become it."""
+) -> MeasuredAnswers | None:
+    """reference: None of the dense model, whose own answers become it. None where the model takes
+    too few tokens."""
     written = write_answers(scorer.backend, tokenizer)
+    if written is None:
+        return None
     answers = describe_answers(written, tokenizer)
     if reference is None:
         return MeasuredAnswers(answers, *make_reference(written, scorer))

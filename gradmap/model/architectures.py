@@ -270,7 +270,7 @@ def _unpaired(found: Sequence[Names]) -> str | None:
     if any(names.parallel for names in found):
         return "its attention and its FFN read the same input"
     if any(names.joined for names in found):
-        return "its attention passes the hidden state on by itself"
+        return "its attention or its FFN adds the hidden state by itself"
     if len({names.attention_output for names in found}) > 1:
         return "its layers have attentions of different kinds"
     if len({names.multipliers[Part.ATTENTION] for names in found}) > 1:

@@ -69,11 +69,20 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def layer_count_key(config: Mapping[str, Any]) -> str:
     """What the family calls the number of its layers. Raises UserError if transformers does not
     know the family."""
+    return _own_name(config, "num_hidden_layers")
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """The width of the hidden state."""
+    return int(complete_config(config)[_own_name(config, "hidden_size")])
+
+
+def _own_name(config: Mapping[str, Any], name: str) -> str:
+    """What the family calls what most call so."""
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"Model type {model_type!r} is not one that transformers knows.")
-    names = CONFIG_MAPPING[model_type].attribute_map
-    return str(names.get("num_hidden_layers", "num_hidden_layers"))
+    return str(CONFIG_MAPPING[model_type].attribute_map.get(name, name))
 
 
 def require_safe(config: Mapping[str, Any]) -> None:

@@ -159,7 +159,7 @@ class Names:
     multipliers: what the outputs of attention and FFN are multiplied with on the way to the hidden
     state; None where they pass something that is not linear.
     parallel: whether the FFN reads what the attention reads. joined: whether what leaves the
-    attention is the hidden state already. beside: see `_return_more`.
+    attention or the FFN is the hidden state already. beside: see `_return_more`.
     """
 
     attention: str
@@ -218,7 +218,7 @@ def find_names(run: LayerRun) -> Names:
             _multiplier(run, output, {}),
         ),
         _is_parallel(run, calls, attention_output.path, output),
-        joined,
+        joined or _adds_the_hidden_state(calls, block, down),
         _return_more(run, children),
     )
 
@@ -288,6 +288,14 @@ def _weights_doubled(
     finally:
         for parameter in changed:
             parameter.div_(2)  # a power of two: exact
+
+
+def _adds_the_hidden_state(calls: Sequence[_Call], block: str, down: _Call | None) -> bool:
+    """Whether what leaves the block is more than what its last linear map makes."""
+    if down is None:
+        return False
+    made = next(call.made for call in calls if call.path == block)
+    return not is_same(made, down.made)
 
 
 def _behind(children: Sequence[_Call], attention: _Call, joined: bool) -> list[_Call]:

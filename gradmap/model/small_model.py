@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gradmap.common.console import waiting
 from gradmap.common.errors import UserError, first_line
+from gradmap.common.failures import explain
 from gradmap.model.configs import (
     complete_config,
     config_errors_refused,
@@ -64,6 +65,8 @@ def tried_on_small_model(config: Mapping[str, Any]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as problem:  # a family's code can raise anything
+        if (of_machine := explain(problem)) is not None:
+            raise of_machine from None
         seen = problem if isinstance(problem, NotPrunableError) else first_line(problem)
         raise UserError(
             f"This {config['model_type']} model cannot be pruned by layers: {seen} (seen on a "

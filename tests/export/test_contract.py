@@ -50,7 +50,7 @@ for directory in filter(Path.is_dir, root.iterdir()):
 
 
 # Whose attention and FFN are not one behind the other in every layer, or not of one kind.
-UNPAIRED = ("cohere", "cohere2", "phi", "gpt_neox", "falcon", "bloom", "llama4_text")
+UNPAIRED = ("cohere", "cohere2", "phi", "gpt_neox", "falcon", "bloom", "mpt", "llama4_text")
 CASES = [
     (family, what)
     for family in (*FAMILIES, *MORE_CONFIGS)
