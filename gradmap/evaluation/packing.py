@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import ScoreRequest
-from gradmap.model.discovery import is_same
+from gradmap.model.layer_runs import is_same
 from gradmap.model.small_model import (
     build_model,
     few_layers,

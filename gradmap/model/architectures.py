@@ -22,14 +22,8 @@ from gradmap.common.errors import UserError
 from gradmap.common.wording import listed
 from gradmap.model.configs import layer_count, require_safe
 from gradmap.model.corrections import Place
-from gradmap.model.discovery import (
-    Names,
-    Stored,
-    find_layer_list,
-    find_names,
-    runs_of_layers,
-    stored_tensors,
-)
+from gradmap.model.discovery import Names, find_names
+from gradmap.model.layer_runs import Stored, find_layer_list, runs_of_layers, stored_tensors
 from gradmap.model.small_model import (
     NotPrunableError,
     build_model,

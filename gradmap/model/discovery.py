@@ -1,4 +1,4 @@
-"""Finds how a family names its parts, by running a small model of the same kind.
+"""Finds how a family names its parts, by running the layers of a small model of the same kind.
 
 What mixes positions is the attention; what runs behind it, on anything but what it made, is the
 FFN. The last linear map of each is told by its output: nothing but the addition to the hidden state
@@ -7,145 +7,19 @@ may follow, which a small vector shows that is added to it.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, product
-from pathlib import Path
-from typing import Any
+from itertools import product
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradmap.model.kinds import layer_lists
+from gradmap.model.layer_runs import Call, LayerRun, is_same
 from gradmap.model.small_model import NotPrunableError
 
-TOKENS = 6
-# Of float64: what two ways to compute the same differ by at most, as a share of it.
-EXACT = 1e-9
-DIGITS = 9
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A module that ran: its path inside the layer, what entered it and what left it; and whether
-    it returned something beside that."""
-
-    path: str
-    given: Tensor
-    made: Tensor
-    more: bool
-
-
-@dataclass(frozen=True)
-class LayerRun:
-    """A layer of a small model with what the model gives to it: the hidden state (B, T, d) and the
-    other arguments."""
-
-    layer: nn.Module
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def leaving(
-        self, hidden: Tensor | None = None, changed: Mapping[str, Callable[[Tensor], Tensor]] = {}
-    ) -> Tensor:
-        """What leaves the layer, (B, T, d); with the outputs of some modules changed, by path."""
-        with ExitStack() as hooks:
-            for path, change in changed.items():
-                module = self.layer.get_submodule(path)
-                hooks.callback(module.register_forward_hook(_changing(change)).remove)
-            leaving: Tensor = _first(self.layer(self._or_own(hidden), *self.args, **self.kwargs))
-        return leaving
-
-    def calls(
-        self, hidden: Tensor | None = None, changed: Mapping[str, Callable[[Tensor], Tensor]] = {}
-    ) -> list[_Call]:
-        """All modules inside it that ran and take and make a tensor, in the order in which they
-        ended."""
-        calls: list[_Call] = []
-
-        def noting(path: str) -> Callable[..., None]:
-            def on_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                given = next((a for a in (*args, *kwargs.values()) if _is_states(a)), None)
-                made = _first(output)
-                if given is not None and _is_states(made):
-                    calls.append(_Call(path, given.clone(), made.clone(), made is not output))
-
-            return on_forward
-
-        with ExitStack() as hooks:
-            for path, module in self.layer.named_modules():
-                if path:
-                    hook = module.register_forward_hook(noting(path), with_kwargs=True)
-                    hooks.callback(hook.remove)
-            self.leaving(hidden, changed)
-        return calls
-
-    def _or_own(self, hidden: Tensor | None) -> Tensor:
-        return (self.hidden if hidden is None else hidden).clone()
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _is_states(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() in (2, 3)
-
-
-def _changing(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def on_forward(module: nn.Module, args: Any, output: Any) -> Any:
-        changed = change(_first(output))
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    return on_forward
-
-
-def is_same(a: Tensor, b: Tensor, tolerance: float = EXACT) -> bool:
-    """Whether two tensors hold the same numbers, as far as float64 can tell; shapes do not
-    count."""
-    return a.numel() == b.numel() and bool(
-        (a.flatten() - b.flatten()).norm() <= tolerance * b.norm().clamp(min=1e-30)
-    )
-
-
-def find_layer_list(model: nn.Module, layers: int, input_ids: Tensor) -> str:
-    """The path of the list of so many modules that run one after the other. Raises
-    NotPrunableError."""
-    lists = layer_lists(model, layers)
-    ran: set[nn.Module] = set()
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        ran.add(module)
-
-    with ExitStack() as hooks:
-        for module in chain.from_iterable(lists.values()):
-            hooks.callback(module.register_forward_hook(note).remove)
-        model(input_ids=input_ids, use_cache=False)
-    running = [path for path, modules in lists.items() if ran.issuperset(modules)]
-    if len(running) != 1:
-        raise NotPrunableError(f"it runs {len(running)} lists of {layers} layers, not one")
-    return running[0]
-
-
-def runs_of_layers(model: nn.Module, layers: str, input_ids: Tensor) -> list[LayerRun]:
-    """Each layer, with what the model gives to it."""
-    runs: list[LayerRun] = []
-
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            runs.append(LayerRun(layer, args[0].clone(), args[1:], kwargs))
-
-    with ExitStack() as hooks:
-        for layer in model.get_submodule(layers).children():
-            hook = layer.register_forward_pre_hook(note, with_kwargs=True)
-            hooks.callback(hook.remove)
-        model(input_ids=input_ids, use_cache=False)
-    return runs
+DIGITS = 9  # of a multiplier
 
 
 @dataclass(frozen=True)
@@ -223,7 +97,7 @@ def find_names(run: LayerRun) -> Names:
     )
 
 
-def _return_more(run: LayerRun, children: Sequence[_Call]) -> tuple[str, ...]:
+def _return_more(run: LayerRun, children: Sequence[Call]) -> tuple[str, ...]:
     """The modules that return something beside what they make of the hidden state; an empty path is
     the layer."""
     leaving = run.layer(run.hidden.clone(), *run.args, **run.kwargs)
@@ -231,7 +105,7 @@ def _return_more(run: LayerRun, children: Sequence[_Call]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*of_layer, *(call.path for call in children if call.more)]))
 
 
-def _find_attention(run: LayerRun, children: Sequence[_Call]) -> _Call:
+def _find_attention(run: LayerRun, children: Sequence[Call]) -> Call:
     """The child that looks at other positions: what leaves it changes where what enters did not."""
     moved = run.hidden.clone()
     moved[:, 0] += torch.randn(moved[:, 0].shape, generator=_generator(), dtype=moved.dtype)
@@ -247,14 +121,14 @@ def _find_attention(run: LayerRun, children: Sequence[_Call]) -> _Call:
     raise NotPrunableError("no part of its layers looks at other positions")
 
 
-def _require_no_other(run: LayerRun, moved: Tensor, attention: _Call) -> None:
+def _require_no_other(run: LayerRun, moved: Tensor, attention: Call) -> None:
     """Raises NotPrunableError if another part of the layer looks at other positions too."""
     alone = run.leaving(moved, {attention.path: lambda made: attention.made})
     if not is_same(alone[:, 1:], run.leaving()[:, 1:]):
         raise NotPrunableError("more than one part of its layers looks at other positions")
 
 
-def _last_linear_map(run: LayerRun, calls: Sequence[_Call], inside: str) -> _Call | None:
+def _last_linear_map(run: LayerRun, calls: Sequence[Call], inside: str) -> Call | None:
     """The one that all of a module passes: with its output silenced, the module's other weights do
     not matter."""
     width = run.hidden.shape[-1]
@@ -290,7 +164,7 @@ def _weights_doubled(
             parameter.div_(2)  # a power of two: exact
 
 
-def _adds_the_hidden_state(calls: Sequence[_Call], block: str, down: _Call | None) -> bool:
+def _adds_the_hidden_state(calls: Sequence[Call], block: str, down: Call | None) -> bool:
     """Whether what leaves the block is more than what its last linear map makes."""
     if down is None:
         return False
@@ -298,7 +172,7 @@ def _adds_the_hidden_state(calls: Sequence[_Call], block: str, down: _Call | Non
     return not is_same(made, down.made)
 
 
-def _behind(children: Sequence[_Call], attention: _Call, joined: bool) -> list[_Call]:
+def _behind(children: Sequence[Call], attention: Call, joined: bool) -> list[Call]:
     """What runs behind the attention on anything but what the attention made."""
     place = next(place for place, call in enumerate(children) if call.path == attention.path)
     before = {call.path for call in children[: place + 1]}
@@ -313,7 +187,7 @@ def _behind(children: Sequence[_Call], attention: _Call, joined: bool) -> list[_
     return behind
 
 
-def _block(run: LayerRun, feed_forward: Sequence[_Call]) -> str:
+def _block(run: LayerRun, feed_forward: Sequence[Call]) -> str:
     """The last child of the FFN that holds matrices."""
     with_matrices = [
         call.path
@@ -362,7 +236,7 @@ def _multiplier(
     return round(multiplier, DIGITS) if is_same(difference, multiplier * added) else None
 
 
-def _is_parallel(run: LayerRun, calls: Sequence[_Call], attention_output: str, ffn: str) -> bool:
+def _is_parallel(run: LayerRun, calls: Sequence[Call], attention_output: str, ffn: str) -> bool:
     """Whether what enters the FFN is the same whatever the attention makes."""
 
     def moving(made: Tensor) -> Tensor:
@@ -373,32 +247,6 @@ def _is_parallel(run: LayerRun, calls: Sequence[_Call], attention_output: str, f
         next(call.given for call in made if call.path == ffn) for made in (calls, moved)
     )
     return is_same(after, before)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a checkpoint, and the path of the parameter that it holds. stacked: whether it
-    holds the matrices of several experts."""
-
-    name: str
-    parameter: str
-    stacked: bool
-
-
-def stored_tensors(model: Any) -> list[Stored]:
-    """What transformers writes of a model. The model's weights are lost."""
-    parameters = dict(enumerate(model.named_parameters(), start=1))
-    for number, (_, parameter) in parameters.items():
-        parameter.fill_(number)
-    stored = []
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        for path in Path(directory).glob("*.safetensors"):
-            for name, tensor in load_file(path).items():
-                number = int(tensor.flatten()[0])
-                if number in parameters:
-                    stored.append(Stored(name, parameters[number][0], tensor.dim() > 2))
-    return stored
 
 
 def _generator() -> torch.Generator:

@@ -23,8 +23,8 @@ from gradmap.common.files import write_json
 from gradmap.model.architectures import architecture_of
 from gradmap.model.configs import prune_config
 from gradmap.model.corrections import Changes, Place, Projection, fold_changes
-from gradmap.model.discovery import is_same
 from gradmap.model.kinds import kinds_of
+from gradmap.model.layer_runs import is_same
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import passes
 from gradmap.model.model_files import SINGLE_NAME

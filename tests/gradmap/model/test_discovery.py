@@ -10,7 +10,8 @@ from gradmap.common.errors import UserError
 from gradmap.model import proof
 from gradmap.model.architectures import architecture_of
 from gradmap.model.corrections import Projection
-from gradmap.model.discovery import find_names, runs_of_layers
+from gradmap.model.discovery import find_names
+from gradmap.model.layer_runs import runs_of_layers
 from gradmap.model.proof import require_prunable
 from gradmap.model.small_model import VOCABULARY, build_model, few_layers, small_config, small_ids
 from tests.families import LAYERS, MORE_CONFIGS, PICO_CONFIGS
