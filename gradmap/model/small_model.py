@@ -60,7 +60,7 @@ def tried_on_small_model(config: Mapping[str, Any]) -> Iterator[None]:
     UserError for what is seen there, whatever it is."""
     try:
         looking = waiting("Looking at how the model is built")
-        with looking, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with looking, torch.no_grad(), _random_numbers_kept():
             yield
     except UserError:
         raise
@@ -72,6 +72,16 @@ def tried_on_small_model(config: Mapping[str, Any]) -> Iterator[None]:
             f"This {config['model_type']} model cannot be pruned by layers: {seen} (seen on a "
             "small model of its config)."
         ) from None
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Those that the CPU draws next are the same after the block."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
