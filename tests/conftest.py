@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def make_pico(family: str, directory: Path, **changes: Any) -> Pico:
     """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to
     its config."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model(family, **(PICO_CONFIGS | MORE_CONFIGS)[family] | changes)
+    # some families' configs write into what they are given
+    own = deepcopy((PICO_CONFIGS | MORE_CONFIGS)[family])
+    config = AutoConfig.for_model(family, **own | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
