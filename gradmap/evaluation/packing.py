@@ -3,10 +3,8 @@ different lengths in one batch. Not every model gives each then what it gives it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,14 +13,9 @@ from transformers import GenerationConfig
 
 from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import ScoreRequest
+from gradmap.model.configs import cached_by_config
 from gradmap.model.layer_runs import is_same
-from gradmap.model.small_model import (
-    build_model,
-    few_layers,
-    randomise,
-    small_config,
-    tried_on_small_model,
-)
+from gradmap.model.small_model import trying_small_model
 
 _PADDING = -1
 # Masks lead to other products, and some parts of many families are float32 whatever they are given.
@@ -44,20 +37,16 @@ class Together:
 def what_goes_together(config: Mapping[str, Any]) -> Together:
     """Tried on a small model of this config; nothing where none can be made. Positions that follow
     from the mask (Bloom, MPT), recurrent states and chunks are in the way."""
-    return _tried(json.dumps(dict(config), sort_keys=True, default=str))
-
-
-@lru_cache(maxsize=16)
-def _tried(config: str) -> Together:
-    """config: its JSON, for a cache takes nothing that can change."""
-    parsed = json.loads(config)
     try:
-        with tried_on_small_model(parsed):
-            model = build_model(few_layers(small_config(parsed)))
-            randomise(model)
-            return Together(_takes_branches(model), _takes_padding(model))
+        return _tried(config)
     except UserError:
         return Together(branches=False, padding=False)
+
+
+@cached_by_config
+def _tried(config: dict[str, Any]) -> Together:
+    with trying_small_model(config) as model:
+        return Together(_takes_branches(model), _takes_padding(model))
 
 
 def _takes_branches(model: Any) -> bool:

@@ -6,12 +6,10 @@ Nothing of it is listed. It is found by running a small model of the same config
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -20,30 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gradmap.common.errors import UserError
 from gradmap.common.wording import listed
-from gradmap.model.configs import layer_count, require_safe
+from gradmap.model.configs import cached_by_config, require_safe
 from gradmap.model.corrections import Place
 from gradmap.model.discovery import Names, find_names
 from gradmap.model.layer_runs import Stored, find_layer_list, runs_of_layers, stored_tensors
-from gradmap.model.small_model import (
-    NotPrunableError,
-    build_model,
-    few_layers,
-    randomise,
-    small_config,
-    small_ids,
-    tried_on_small_model,
-)
+from gradmap.model.small_model import NotPrunableError, small_ids, trying_small_model
 from gradmap.model.sublayers import Part, Sublayer
-
-# What a config says of the files it lies beside, or of how it runs, and not of the model.
-_NOT_OF_THE_MODEL = (
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-)
 
 
 @dataclass(frozen=True)
@@ -201,24 +181,16 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             f"Model type {model_type!r} is no causal language model that transformers knows."
         )
     require_safe(config)
-    own = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
-    return _found(json.dumps(own, sort_keys=True))
+    return _found(config)
 
 
-@lru_cache(maxsize=64)
-def _found(config: str) -> Architecture:
-    """config: its JSON, for a cache takes nothing that can change."""
-    parsed = json.loads(config)
-    with tried_on_small_model(parsed):
-        return _architecture(few_layers(small_config(parsed)))
-
-
-def _architecture(small: Mapping[str, Any]) -> Architecture:
-    model, input_ids = build_model(small), small_ids()
-    randomise(model)
-    layers = find_layer_list(model, layer_count(small), input_ids)
-    found = [find_names(run) for run in runs_of_layers(model, layers, input_ids)]
-    return _as_stored(_named(layers, found), stored_tensors(model))
+@cached_by_config
+def _found(config: dict[str, Any]) -> Architecture:
+    with trying_small_model(config) as model:
+        input_ids = small_ids()
+        layers = find_layer_list(model, model.config.num_hidden_layers, input_ids)
+        found = [find_names(run) for run in runs_of_layers(model, layers, input_ids)]
+        return _as_stored(_named(layers, found), stored_tensors(model))
 
 
 def _named(layers: str, found: Sequence[Names]) -> Architecture:

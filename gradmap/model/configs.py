@@ -4,10 +4,12 @@ single layers follows the sublayer that it describes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 from transformers import CONFIG_MAPPING
 
@@ -47,6 +49,20 @@ _UNSAFE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+# What a config says of the files it lies beside, or of how it runs, and not of the model.
+_NOT_OF_THE_MODEL = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
+
+Result = TypeVar("Result")
+ConfigFunction = Callable[[Mapping[str, Any]], Result]
+
+
 @contextmanager
 def config_errors_refused(config: Mapping[str, Any]) -> Iterator[None]:
     """Raises UserError if transformers does not take the config, whatever it raises: it can be any
@@ -64,6 +80,23 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     with config_errors_refused(config):
         completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**config).to_dict()
     return completed
+
+
+def cached_by_config(compute: Callable[[dict[str, Any]], Result]) -> ConfigFunction[Result]:
+    """Computes once for what a config says of the model, with its family's defaults: the file on
+    disk and the config of the model that was loaded say the same."""
+
+    @lru_cache(maxsize=64)  # a cache takes nothing that can change
+    def of_json(config: str) -> Result:
+        return compute(json.loads(config))
+
+    @wraps(compute)
+    def of_config(config: Mapping[str, Any]) -> Result:
+        completed = complete_config(config)
+        own = {key: value for key, value in completed.items() if key not in _NOT_OF_THE_MODEL}
+        return of_json(json.dumps(own, sort_keys=True, default=str))
+
+    return of_config
 
 
 def layer_count_key(config: Mapping[str, Any]) -> str:
@@ -140,7 +173,7 @@ def prune_config(config: Mapping[str, Any], removed: Sequence[Pair]) -> dict[str
 def _explicit_layer_types(config: Mapping[str, Any]) -> dict[str, Any]:
     """The kind of attention of every layer, where transformers derives it from the layer's
     position."""
-    if config.get("layer_types") is not None or config["model_type"] not in CONFIG_MAPPING:
+    if config.get("layer_types") is not None:
         return {}
-    layer_types = CONFIG_MAPPING[config["model_type"]](**config).to_dict().get("layer_types")
+    layer_types = complete_config(config).get("layer_types")
     return {} if layer_types is None else {"layer_types": layer_types}

@@ -72,8 +72,6 @@ def find_names(run: LayerRun) -> Names:
         raise NotPrunableError(f"its attention ({attention.path}) does not end in a linear map")
     joined = not is_same(attention.made, attention_output.made)
     feed_forward = _behind(children, attention, joined)
-    if not feed_forward:
-        raise NotPrunableError("its layers have no FFN behind the attention")
     block = _block(run, feed_forward)
     down = _last_linear_map(run, calls, block)
     experts, biases = ((), False) if down is not None else _expert_weights(run, block)
@@ -168,8 +166,7 @@ def _adds_the_hidden_state(calls: Sequence[Call], block: str, down: Call | None)
     """Whether what leaves the block is more than what its last linear map makes."""
     if down is None:
         return False
-    made = next(call.made for call in calls if call.path == block)
-    return not is_same(made, down.made)
+    return not is_same(_call_of(calls, block).made, down.made)
 
 
 def _behind(children: Sequence[Call], attention: Call, joined: bool) -> list[Call]:
@@ -185,6 +182,10 @@ def _behind(children: Sequence[Call], attention: Call, joined: bool) -> list[Cal
         elif call.path not in before:
             behind.append(call)
     return behind
+
+
+def _call_of(calls: Sequence[Call], path: str) -> Call:
+    return next(call for call in calls if call.path == path)
 
 
 def _block(run: LayerRun, feed_forward: Sequence[Call]) -> str:
@@ -206,7 +207,7 @@ def _expert_weights(run: LayerRun, block: str) -> tuple[tuple[str, ...], bool]:
     matrices = [name for name, weight in module.named_parameters() if weight.dim() > 1]
 
     def made() -> Tensor:
-        return next(call.made for call in run.calls() if call.path == block)
+        return _call_of(run.calls(), block).made
 
     twice = 2 * made()
     for kind, biases in product(dict.fromkeys(map(_last_name, matrices)), (False, True)):
@@ -243,10 +244,7 @@ def _is_parallel(run: LayerRun, calls: Sequence[Call], attention_output: str, ff
         return made + torch.randn(made.shape, generator=_generator(), dtype=made.dtype)
 
     moved = run.calls(changed={attention_output: moving})
-    before, after = (
-        next(call.given for call in made if call.path == ffn) for made in (calls, moved)
-    )
-    return is_same(after, before)
+    return is_same(_call_of(moved, ffn).given, _call_of(calls, ffn).given)
 
 
 def _generator() -> torch.Generator:

@@ -3,19 +3,16 @@ what its checkpoint holds."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradmap.model.kinds import layer_lists
-from gradmap.model.small_model import NotPrunableError
+from gradmap.model.small_model import NotPrunableError, saved
 
 # Of float64: what two ways to compute the same differ by at most, as a share of it.
 EXACT = 1e-9
@@ -159,12 +156,10 @@ def stored_tensors(model: Any) -> list[Stored]:
     parameters = dict(enumerate(model.named_parameters(), start=1))
     for number, (_, parameter) in parameters.items():
         parameter.fill_(number)
-    stored = []
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        for path in Path(directory).glob("*.safetensors"):
-            for name, tensor in load_file(path).items():
-                number = int(tensor.flatten()[0])
-                if number in parameters:
-                    stored.append(Stored(name, parameters[number][0], tensor.dim() > 2))
-    return stored
+    tensors = saved(model).tensors
+    held = {name: int(tensor.flatten()[0]) for name, tensor in tensors.items()}
+    return [
+        Stored(name, parameters[number][0], tensors[name].dim() > 2)
+        for name, number in held.items()
+        if number in parameters
+    ]

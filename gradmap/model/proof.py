@@ -4,25 +4,21 @@ computed in memory, with a cache and without."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from gradmap.common.errors import first_line
 from gradmap.common.files import write_json
 from gradmap.model.architectures import architecture_of
-from gradmap.model.configs import prune_config
-from gradmap.model.corrections import Changes, Place, Projection, fold_changes
+from gradmap.model.configs import cached_by_config, prune_config
+from gradmap.model.corrections import Changes, Projection, fold_changes
 from gradmap.model.kinds import kinds_of
 from gradmap.model.layer_runs import is_same
 from gradmap.model.layered import LayeredModel
@@ -30,42 +26,29 @@ from gradmap.model.layerwise import passes
 from gradmap.model.model_files import SINGLE_NAME
 from gradmap.model.small_model import (
     NotPrunableError,
-    build_model,
-    few_layers,
-    randomise,
-    small_config,
+    Saved,
+    saved,
     small_ids,
-    tried_on_small_model,
+    trying_small_model,
 )
-from gradmap.model.sublayers import Pair, Part, Sublayer, places_of_left
+from gradmap.model.sublayers import Pair, Part, Sublayer, places_of_left, sublayers_of
 
 # A token by itself is computed in other products than with those before it, and some parts of many
 # families are float32 whatever they are given: 2^-24, in some hundred steps.
 CACHED = 1e-5
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A checkpoint as transformers writes it: config.json and tensors by name."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-
 def require_prunable(config: Mapping[str, Any]) -> None:
     """Raises UserError, with what was seen, unless a small model of this config can be pruned."""
-    _prove(json.dumps(config, sort_keys=True))
+    architecture_of(config)
+    _prove(config)
 
 
-@lru_cache(maxsize=64)
-def _prove(config: str) -> None:
-    """config: its JSON, for a cache takes nothing that can change."""
-    parsed = json.loads(config)
-    architecture = architecture_of(parsed)
-    with tried_on_small_model(parsed):
-        network = build_model(few_layers(small_config(parsed)))
-        randomise(network)
-        model, stored = LayeredModel(network, architecture), _as_stored(network)
+@cached_by_config
+def _prove(config: dict[str, Any]) -> None:
+    architecture = architecture_of(config)
+    with trying_small_model(config) as network:
+        model, stored = LayeredModel(network, architecture), saved(network)
         if architecture.unpaired is None:
             _require_sublayers_in_a_row(model)
         for removed in _trials(model):
@@ -86,16 +69,16 @@ def _require_sublayers_in_a_row(model: LayeredModel) -> None:
 
 
 def _trials(model: LayeredModel) -> list[list[Pair]]:
-    """Removals to try: the second layer of each kind, and the first shifted pair."""
+    """Removals to try: the second layer of each kind, or the last one if none is like another; and
+    the first shifted pair."""
     kinds = kinds_of(model.layers)
-    seconds = [
-        Pair.of_layer(place) for place, kind in enumerate(kinds) if kinds[:place].count(kind) == 1
-    ]
+    seconds = [place for place, kind in enumerate(kinds) if kinds[:place].count(kind) == 1]
+    layers = [Pair.of_layer(place) for place in seconds or [len(kinds) - 1]]
     shifted = Pair(Sublayer(0, Part.FFN), Sublayer(1, Part.ATTENTION))
-    return [seconds] if model.architecture.unpaired else [seconds, [shifted]]
+    return [layers] if model.architecture.unpaired else [layers, [shifted]]
 
 
-def _try(model: LayeredModel, stored: _Stored, removed: Sequence[Pair]) -> None:
+def _try(model: LayeredModel, stored: Saved, removed: Sequence[Pair]) -> None:
     """Raises NotPrunableError unless what is saved is what was in memory."""
     input_ids, changes = small_ids(), _a_change(model, removed)
     with model.changed(changes, without=removed):
@@ -112,34 +95,16 @@ def _try(model: LayeredModel, stored: _Stored, removed: Sequence[Pair]) -> None:
 
 def _a_change(model: LayeredModel, removed: Sequence[Pair]) -> Changes:
     """A W' of the linear map before the first removal, if there may be one."""
-    first = removed[0].first
-    before = Sublayer(first.layer - 1, Part.FFN) if first.part is Part.ATTENTION else None
-    if model.architecture.uncorrectable or (first.layer == 0 and before is not None):
+    if model.architecture.uncorrectable:
         return {}
-    place = model.output_of(before or Sublayer(first.layer, Part.ATTENTION))
-    width = _width(model, place)
+    sublayers = sublayers_of(range(len(model.layers)))
+    before = sublayers[sublayers.index(removed[0].first) - 1]
+    width = model.config.hidden_size
     noise = torch.randn(width, width, dtype=torch.float64)
-    return {place: (Projection(torch.eye(width) + 0.1 * noise),)}
+    return {model.output_of(before): (Projection(torch.eye(width) + 0.1 * noise),)}
 
 
-def _width(model: LayeredModel, place: Place) -> int:
-    """Of what leaves a linear map."""
-    weight = model.architecture.parts_of(model.layers[place.layer], place.target)[0]
-    return weight.shape[-1 if model.architecture.transposed_linear else -2]
-
-
-def _as_stored(network: Any) -> _Stored:
-    with tempfile.TemporaryDirectory() as directory:
-        network.save_pretrained(directory)
-        tensors: dict[str, Tensor] = {}
-        for path in Path(directory).glob("*.safetensors"):
-            tensors |= load_file(path)
-        return _Stored(json.loads(Path(directory, "config.json").read_text()), tensors)
-
-
-def _pruned(
-    stored: _Stored, model: LayeredModel, removed: Sequence[Pair], changes: Changes
-) -> _Stored:
+def _pruned(stored: Saved, model: LayeredModel, removed: Sequence[Pair], changes: Changes) -> Saved:
     """What is left of a checkpoint, as export writes it."""
     architecture, tensors = model.architecture, {}
     places = places_of_left(len(model.layers), removed)
@@ -151,10 +116,10 @@ def _pruned(
         of_tensor = list(chain.from_iterable(changes[place] for place in changed))
         transposed = architecture.transposed_linear
         tensors[left] = fold_changes(tensor, of_tensor, transposed) if of_tensor else tensor
-    return _Stored(prune_config(stored.config, removed), tensors)
+    return Saved(prune_config(stored.config, removed), tensors)
 
 
-def _reloaded(stored: _Stored, what: str) -> Any:
+def _reloaded(stored: Saved, what: str) -> Any:
     """The model that transformers makes of a checkpoint. Raises NotPrunableError if it lacks
     tensors, or has others."""
     with tempfile.TemporaryDirectory() as directory:

@@ -4,19 +4,26 @@ fewer heads, narrow FFNs, a tiny vocabulary and a few of the layers.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gradmap.common.console import waiting
 from gradmap.common.errors import UserError, first_line
 from gradmap.common.failures import explain
+from gradmap.common.reading import read_json_object
 from gradmap.model.configs import (
+    cached_by_config,
     complete_config,
     config_errors_refused,
     layer_count,
@@ -55,13 +62,16 @@ class NotPrunableError(Exception):
 
 
 @contextmanager
-def tried_on_small_model(config: Mapping[str, Any]) -> Iterator[None]:
-    """Runs small models without gradients, and leaves torch's random numbers as they were. Raises
-    UserError for what is seen there, whatever it is."""
+def trying_small_model(config: Mapping[str, Any]) -> Iterator[Any]:
+    """A small model of the kind that a config describes, with random weights; without gradients,
+    and torch's random numbers are left as they were. Raises UserError for what is seen of it,
+    whatever it is."""
     try:
         looking = waiting("Looking at how the model is built")
         with looking, torch.no_grad(), _random_numbers_kept():
-            yield
+            model = build_model(_smallest(config))
+            randomise(model)
+            yield model
     except UserError:
         raise
     except Exception as problem:  # a family's code can raise anything
@@ -72,6 +82,11 @@ def tried_on_small_model(config: Mapping[str, Any]) -> Iterator[None]:
             f"This {config['model_type']} model cannot be pruned by layers: {seen} (seen on a "
             "small model of its config)."
         ) from None
+
+
+@cached_by_config
+def _smallest(config: dict[str, Any]) -> dict[str, Any]:
+    return few_layers(small_config(config))
 
 
 @contextmanager
@@ -149,7 +164,8 @@ def build_model(config: Mapping[str, Any], device: str = "cpu") -> Any:
     """A model of this config in float64, with random weights; without any on the device `meta`.
     Raises UserError if transformers makes none."""
     with config_errors_refused(config), torch.device(device):
-        parsed = CONFIG_MAPPING[config["model_type"]](**config)
+        # some families' configs write into what they are given
+        parsed = CONFIG_MAPPING[config["model_type"]](**deepcopy(dict(config)))
         # float64 is not to be had from the grouped product that mixtures of experts use otherwise
         model = AutoModelForCausalLM.from_config(
             parsed, dtype=torch.float64, experts_implementation="eager"
@@ -169,3 +185,21 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         parameter.add_(noise, alpha=0.1)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint: the contents of config.json, and tensors by name."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def saved(model: Any) -> Saved:
+    """What transformers writes of a model."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        tensors: dict[str, Tensor] = {}
+        for path in Path(directory).glob("*.safetensors"):
+            tensors |= load_file(path)
+        return Saved(read_json_object(Path(directory, "config.json")), tensors)

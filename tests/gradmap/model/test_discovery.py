@@ -2,6 +2,7 @@
 touched."""
 
 from dataclasses import replace
+from inspect import unwrap
 
 import pytest
 import torch
@@ -138,12 +139,15 @@ class TestProof:
         ],
     )
     def test_refuses_it(self, monkeypatch, family, wrong):
-        proof._prove.cache_clear()
         config = config_of(family)
         found = replace(architecture_of(config), **wrong)
         monkeypatch.setattr(proof, "architecture_of", lambda config: found)
         with pytest.raises(UserError, match="cannot be pruned by layers: "):
-            require_prunable(config)
+            unwrap(proof._prove)(config)  # what was tried before is not tried again
+
+    def test_tries_models_in_which_no_layer_is_like_another(self):
+        kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+        require_prunable(config_of("olmo3", **kinds))
 
     def test_tries_a_correction_and_a_shifted_pair(self, monkeypatch):
         tried = []
