@@ -9,6 +9,7 @@ the question and the answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -22,7 +23,13 @@ from gradmap.common.failures import is_out_of_memory
 from gradmap.common.finite import require_finite
 from gradmap.evaluation.backends import LOGITS, UNLIMITED_TOKENS, IsDone, Score, ScoreRequest, never
 from gradmap.evaluation.ends import until_end
-from gradmap.evaluation.packing import Pack, inputs_of, predicting_rows, what_goes_together
+from gradmap.evaluation.packing import (
+    Pack,
+    Together,
+    inputs_of,
+    predicting_rows,
+    what_goes_together,
+)
 from gradmap.model.model_sizes import context_length
 from gradmap.model.precision import computing_in
 
@@ -56,7 +63,6 @@ class TransformersBackend:
         config = model.config
         self.max_tokens = context_length(config.to_dict()) or UNLIMITED_TOKENS
         self.vocabulary: int | None = int(config.vocab_size)
-        self._together = what_goes_together(config.to_dict())
         # A packed sequence is longer than each of its requests; within a sliding window, or a chunk
         # of attention, that makes no difference.
         windows = [
@@ -120,12 +126,16 @@ class TransformersBackend:
             rest = rest[len(rows) :]
         return [answers[row] for row in range(len(prompts))]
 
+    @cached_property
+    def _together(self) -> Together:
+        """Tried when requests come that could go together."""
+        return what_goes_together(self._model.config.to_dict())
+
     def _next_rows(self, rest: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
         """The first of these prompts that are answered together, which are sorted by length."""
         rows = list(rest[: self._generation_batch])
-        if self._together.padding:
-            return rows
-        return [row for row in rows if len(prompts[row]) == len(prompts[rows[0]])]
+        of_one_length = [row for row in rows if len(prompts[row]) == len(prompts[rows[0]])]
+        return rows if len(rows) > len(of_one_length) and self._together.padding else of_one_length
 
     def _pack(self, requests: Sequence[ScoreRequest]) -> Iterator[Pack]:
         by_context: dict[tuple[int, ...], dict[ScoreRequest, None]] = {}
@@ -134,7 +144,7 @@ class TransformersBackend:
         for group in by_context.values():
             together = Pack.of(list(group))
             fits = len(together.tokens) <= self._longest_packed
-            if fits and (self._together.branches or not together.is_branched):
+            if fits and (not together.is_branched or self._together.branches):
                 yield together
             else:
                 yield from (Pack.of([request]) for request in group)
