@@ -131,8 +131,7 @@ def projection_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> fl
 
 def replace_me_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     """Seconds for one W' before the one block."""
-    shape = hardware.sees(shape)
-    return judged_fits_flops(shape, pruning.remove, 1, pruning.size) / hardware.sustained_flops
+    return _judged_fits_seconds(1, shape, hardware, pruning)
 
 
 def replace_me_cosine_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
@@ -143,8 +142,7 @@ def replace_me_cosine_seconds(shape: Shape, hardware: Hardware, pruning: Pruning
 
 def ghosted_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     """Seconds for a matrix before every run."""
-    shape, runs = hardware.sees(shape), pruning.runs
-    return judged_fits_flops(shape, pruning.remove, runs, pruning.size) / hardware.sustained_flops
+    return _judged_fits_seconds(pruning.runs, shape, hardware, pruning)
 
 
 def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
@@ -155,6 +153,12 @@ def distil_seconds(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     trained = training_flops(shape, pruning.remove, size, correctable)
     written_s = writing_seconds(shape, hardware, size, correctable)
     return fits_s + trained / hardware.sustained_flops + written_s
+
+
+def _judged_fits_seconds(runs: int, shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
+    """Seconds for matrices whose lambda is given. runs: see `judged_fits_flops`."""
+    flops = judged_fits_flops(hardware.sees(shape), pruning.remove, runs, pruning.size)
+    return flops / hardware.sustained_flops
 
 
 def _fits_seconds(
