@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from gradmap.common.console import say, waiting
-from gradmap.evaluation.backends import Backend, ScoreRequest
+from gradmap.common.console import say
+from gradmap.evaluation.backends import Question, ScoreRequest
 from gradmap.evaluation.prompts import NEW_TOKENS, PROMPTS
+from gradmap.evaluation.scoring import Scorer
 
 N_GRAM = 4
 
@@ -42,19 +43,19 @@ class Written:
         return [ScoreRequest(tuple(prompt), tuple(answer)) for prompt, answer in pairs if answer]
 
 
-def write_answers(backend: Backend, tokenizer: Any) -> Written | None:
+def write_answers(scorer: Scorer, tokenizer: Any) -> Written | None:
     """Greedy answers to PROMPTS, asked through the tokenizer's chat template if it has one. None if
     the model takes too few tokens, which is said."""
     prompts = [_encode(tokenizer, prompt) for prompt in PROMPTS]
     needed = max(map(len, prompts)) + NEW_TOKENS
-    if needed > backend.max_tokens:
+    if needed > scorer.backend.max_tokens:
         say(
             f"The fixed prompts and their answers have up to {needed} tokens, and the model takes "
-            f"{backend.max_tokens}: they are left out"
+            f"{scorer.backend.max_tokens}: they are left out"
         )
         return None
-    with waiting("Answering the fixed prompts"):
-        return Written(prompts, backend.generate(prompts, NEW_TOKENS))
+    questions = [Question(tuple(prompt), NEW_TOKENS) for prompt in prompts]
+    return Written(prompts, scorer.answer(questions, "Answering the fixed prompts"))
 
 
 def describe_answers(written: Written, tokenizer: Any) -> list[Answer]:

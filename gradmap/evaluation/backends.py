@@ -3,7 +3,7 @@ the same input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,16 @@ class Score:
     greedy_tokens: int
 
 
+@dataclass(frozen=True)
+class Question:
+    """Asks how a model goes on behind `prompt`, token ids, greedily: by `new_tokens` at most.
+    stops: texts before which the answer ends."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    stops: tuple[str, ...] = ()
+
+
 # In sentences about what is not finite.
 LOGITS = "What the model predicts"
 
@@ -55,6 +65,11 @@ class Backend(Protocol):
     name: str
     max_tokens: int
     vocabulary: int | None
+
+    @property
+    def end_tokens(self) -> Collection[int]:
+        """Those that end an answer, where the runtime is told."""
+        ...
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Scores requests of at most max_tokens + 1 tokens (the last one is only predicted), in any

@@ -49,6 +49,7 @@ class EndpointBackend:
         # A sequence holds the whole request, and one generated token.
         self.max_tokens = int(described["max_model_len"]) - 2
         self.vocabulary: int | None = None
+        self.end_tokens: tuple[int, ...] = ()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as threads:

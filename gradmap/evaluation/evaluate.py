@@ -224,7 +224,7 @@ def _measure_answers(
 ) -> MeasuredAnswers | None:
     """reference: None of the dense model, whose own answers become it. None where the model takes
     too few tokens."""
-    written = write_answers(scorer.backend, tokenizer)
+    written = write_answers(scorer, tokenizer)
     if written is None:
         return None
     answers = describe_answers(written, tokenizer)

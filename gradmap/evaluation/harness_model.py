@@ -4,8 +4,7 @@ metrics."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,14 +13,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from gradmap.common.console import progress
 from gradmap.common.errors import UserError
-from gradmap.evaluation.backends import ScoreRequest
+from gradmap.evaluation.backends import IsDone, Question, ScoreRequest
 from gradmap.evaluation.scoring import Scorer
 
 DEFAULT_NEW_TOKENS = 256
-# Questions that a backend gets at once, between two looks at the progress.
-ASKED_TOGETHER = 64
 
 
 class HarnessModel(TemplateLM):
@@ -114,17 +110,13 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         questions = [self._question(*request.args) for request in requests]
-        answers: list[str] = []
-        with progress(f"{self._description}, {self._scorer.label}", len(requests)) as advance:
-            for limits, group in groupby(questions, key=lambda question: question.limits):
-                together = list(group)
-                for start in range(0, len(together), ASKED_TOGETHER):
-                    asked = together[start : start + ASKED_TOGETHER]
-                    answers += self._answers([question.prompt for question in asked], *limits)
-                    advance(len(asked))
-        return answers
+        answers = self._scorer.answer(questions, self._description, self._is_done)
+        return [
+            _until(self._text_of(answer), question.stops)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
 
-    def _question(self, prompt: str, options: Mapping[str, Any]) -> _Question:
+    def _question(self, prompt: str, options: Mapping[str, Any]) -> Question:
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:
             raise UserError(
                 f"{self._description} samples its answers; only greedy tasks are supported."
@@ -137,20 +129,18 @@ class HarnessModel(TemplateLM):
                 f"takes {max_tokens}, with the question; leave this task out."
             )
         ids = self.tok_encode(prompt)[-(max_tokens - new_tokens) :]
-        return _Question(ids, (new_tokens, tuple(stop for stop in settings["until"] if stop)))
+        stops = tuple(stop for stop in settings["until"] if stop)
+        return Question(tuple(ids), new_tokens, stops)
 
-    def _answers(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[str]
-    ) -> list[str]:
-        def text_of(answer: Sequence[int]) -> str:
-            return str(self.tokenizer.decode(answer, skip_special_tokens=True))
-
+    def _is_done(self, question: Question) -> IsDone:
         def is_done(answer: Sequence[int]) -> bool:
-            text = text_of(answer)
-            return any(stop in text for stop in stops)
+            text = self._text_of(answer)
+            return any(stop in text for stop in question.stops)
 
-        answers = self._scorer.backend.generate(prompts, new_tokens, is_done)
-        return [_until(text_of(answer), stops) for answer in answers]
+        return is_done
+
+    def _text_of(self, answer: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _truncated(self, context: Sequence[int], continuation: Sequence[int]) -> ScoreRequest:
         """Cuts the context on the left, so that all but the last token fit."""
@@ -182,15 +172,6 @@ class HarnessModel(TemplateLM):
                 "without context; add the model's own special tokens to tokenizer_config.json."
             )
         return token
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A prompt (token ids). limits: how many tokens its answer has at most, and the texts before
-    which it ends."""
-
-    prompt: list[int]
-    limits: tuple[int, tuple[str, ...]]
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

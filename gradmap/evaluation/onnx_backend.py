@@ -28,7 +28,7 @@ class OnnxBackend:
 
     def __init__(self, directory: Path, config: dict[str, Any], end_tokens: Sequence[int]) -> None:
         self._session = OnnxCausalLM(directory)
-        self._end_tokens = set(end_tokens)
+        self.end_tokens = set(end_tokens)
         self.max_tokens = context_length(config) or UNLIMITED_TOKENS
         self.vocabulary: int | None = int(config["vocab_size"])
 
@@ -66,7 +66,7 @@ class OnnxBackend:
         logits, cache = self._session.step(np.array([prompt], dtype=np.int64), None)
         while len(answer) < new_tokens:
             token = _most_likely(logits[0, -1])
-            if token in self._end_tokens:
+            if token in self.end_tokens:
                 break
             answer.append(token)
             if is_done(answer):

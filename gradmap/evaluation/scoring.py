@@ -1,28 +1,36 @@
-"""Scores any number of requests with any backend: longest first, with progress, kept on disk as it
+"""Has any backend score, or answer, any number of requests: with progress, and kept on disk as it
 goes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from gradmap.common.console import progress
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite
-from gradmap.evaluation.backends import Backend, Score, ScoreRequest
-from gradmap.evaluation.kept_scores import KeptScores
+from gradmap.evaluation.backends import Backend, IsDone, Question, Score, ScoreRequest, never
+from gradmap.evaluation.kept_results import (
+    ANSWERS,
+    SCORES,
+    KeptResults,
+    Request,
+    Result,
+)
 
-# Requests between two writes to disk: what a crash can cost.
+# Requests between two writes to disk: what a crash can cost. Answers take longer.
 CHUNK_REQUESTS = 512
+CHUNK_QUESTIONS = 64
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A backend and where its scores are kept.
+    """A backend and where its scores and answers are kept.
 
-    identity: what the scores depend on besides the requests (hashes of the model, dtype, runtime);
-    None for a model that cannot be identified (a URL), whose scores are not kept. label: for the
+    identity: what they depend on besides the requests (hashes of the model, dtype, runtime); None
+    for a model that cannot be identified (a URL), of which nothing is kept. label: for the
     progress bar.
     """
 
@@ -36,36 +44,62 @@ class Scorer:
         model, or its logits are not finite."""
         distinct = order_for_scoring(requests)
         self._refuse_unfit(distinct)
-        kept = KeptScores.of(self.identity, distinct)
-        scores = {} if self.fresh else kept.read(distinct)
-        if len(scores) < len(distinct):
-            with kept.writing(self.fresh):
-                # Others may have written until now.
-                scores = kept.read(distinct)
-                self._score_rest(distinct, scores, kept, description)
+
+        def compute(chunk: Sequence[ScoreRequest]) -> list[Score]:
+            scores = self.backend.score(chunk)
+            for score in scores:
+                require_finite(f"{description}: what the model predicts", score.log_likelihood)
+            return scores
+
+        kept = KeptResults.of(SCORES, self.identity, distinct)
+        scores = self._kept_or_new(kept, distinct, scored_together, compute, description)
         return [scores[request] for request in requests]
 
-    def _score_rest(
+    def answer(
         self,
-        distinct: Sequence[ScoreRequest],
-        scores: dict[ScoreRequest, Score],
-        kept: KeptScores,
+        questions: Sequence[Question],
         description: str,
-    ) -> None:
-        """Adds to `scores` what is missing."""
-        rest = [request for request in distinct if request not in scores]
-        done = 0
-        with progress(f"{description}, {self.label}", len(distinct)) as advance:
-            advance(len(scores))
-            while done < len(rest):
-                chunk = next_chunk(rest, done)
-                new = self.backend.score(chunk)
-                for score in new:
-                    require_finite(f"{description}: what the model predicts", score.log_likelihood)
+        is_done: Callable[[Question], IsDone] = lambda question: never,
+    ) -> list[list[int]]:
+        """The greedy answers to the questions, token ids, in their order. is_done: of what has the
+        limits of a question."""
+        distinct = list(dict.fromkeys(questions))
+
+        def compute(chunk: Sequence[Question]) -> list[list[int]]:
+            prompts = [question.prompt for question in chunk]
+            return self.backend.generate(prompts, chunk[0].new_tokens, is_done(chunk[0]))
+
+        identity = self.identity and {**self.identity, "ends": sorted(self.backend.end_tokens)}
+        kept = KeptResults.of(ANSWERS, identity, distinct)
+        answers = self._kept_or_new(kept, distinct, answered_together, compute, description)
+        return [answers[question] for question in questions]
+
+    def _kept_or_new(
+        self,
+        kept: KeptResults[Result],
+        distinct: Sequence[Request],
+        chunks: Callable[[Sequence[Request]], Iterator[Sequence[Request]]],
+        compute: Callable[[Sequence[Request]], list[Result]],
+        description: str,
+    ) -> dict[Request, Result]:
+        """The result of each request: what is kept, and what `compute` gives for the others, in
+        `chunks`."""
+        results = {} if self.fresh else kept.read(distinct)
+        if len(results) == len(distinct):
+            return results
+        with (
+            kept.writing(self.fresh),
+            progress(f"{description}, {self.label}", len(distinct)) as advance,
+        ):
+            # others may have written until now
+            results = kept.read(distinct)
+            advance(len(results))
+            for chunk in chunks([request for request in distinct if request not in results]):
+                new = compute(chunk)
                 kept.append(chunk, new)
-                scores.update(zip(chunk, new, strict=True))
-                done += len(chunk)
+                results.update(zip(chunk, new, strict=True))
                 advance(len(chunk))
+        return results
 
     def _refuse_unfit(self, requests: Sequence[ScoreRequest]) -> None:
         vocabulary = self.backend.vocabulary
@@ -96,9 +130,20 @@ def order_for_scoring(requests: Sequence[ScoreRequest]) -> list[ScoreRequest]:
     )
 
 
-def next_chunk(ordered: Sequence[ScoreRequest], start: int) -> Sequence[ScoreRequest]:
-    """The next CHUNK_REQUESTS requests, and the rest of those that share the last one's context."""
-    end = min(start + CHUNK_REQUESTS, len(ordered))
-    while end < len(ordered) and ordered[end].context == ordered[end - 1].context:
-        end += 1
-    return ordered[start:end]
+def scored_together(ordered: Sequence[ScoreRequest]) -> Iterator[Sequence[ScoreRequest]]:
+    """CHUNK_REQUESTS at a time, and the rest of those that share the last one's context."""
+    start = 0
+    while start < len(ordered):
+        end = min(start + CHUNK_REQUESTS, len(ordered))
+        while end < len(ordered) and ordered[end].context == ordered[end - 1].context:
+            end += 1
+        yield ordered[start:end]
+        start = end
+
+
+def answered_together(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+    """CHUNK_QUESTIONS at a time, that follow each other and have the same limits."""
+    for _, group in groupby(questions, lambda asked: (asked.new_tokens, asked.stops)):
+        together = list(group)
+        for start in range(0, len(together), CHUNK_QUESTIONS):
+            yield together[start : start + CHUNK_QUESTIONS]

@@ -57,7 +57,7 @@ class TransformersBackend:
         model.generation_config = GenerationConfig()
         self._model = model
         self._dtype = dtype
-        self._end_tokens = list(end_tokens)
+        self.end_tokens = tuple(end_tokens)
         self._batch_tokens = BATCH_TOKENS[model.device.type]
         self._generation_batch = GENERATION_BATCH[model.device.type]
         config = model.config
@@ -181,13 +181,13 @@ class TransformersBackend:
             generation_config=GenerationConfig(
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                eos_token_id=self._end_tokens or None,
+                eos_token_id=list(self.end_tokens) or None,
                 pad_token_id=0,
             ),
             stopping_criteria=[which_are_done],
             logits_processor=[_require_finite_logits],
         )
-        return [until_end(answer, self._end_tokens) for answer in output[:, longest:].tolist()]
+        return [until_end(answer, self.end_tokens) for answer in output[:, longest:].tolist()]
 
 
 def _require_several(requests: int) -> None:

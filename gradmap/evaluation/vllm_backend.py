@@ -51,7 +51,8 @@ class VllmBackend:
         # vLLM reads the whole request, and insists on generating a token after it.
         self.max_tokens = window - 2
         self.vocabulary: int | None = int(config["vocab_size"])
-        self._end_tokens = {*end_tokens, self._llm.get_tokenizer().eos_token_id}
+        own = self._llm.get_tokenizer().eos_token_id
+        self.end_tokens = {*end_tokens, *([] if own is None else [own])}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         from vllm import SamplingParams
@@ -76,7 +77,7 @@ class VllmBackend:
         outputs = self._generate(
             prompts, SamplingParams(max_tokens=new_tokens, temperature=0, detokenize=False)
         )
-        return [until_end(output.outputs[0].token_ids, self._end_tokens) for output in outputs]
+        return [until_end(output.outputs[0].token_ids, self.end_tokens) for output in outputs]
 
     def close(self) -> None:
         """Ends vLLM's own process, so that the next model has the memory."""

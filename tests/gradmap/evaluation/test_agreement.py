@@ -86,7 +86,7 @@ def scorer_of(backend):
 
 def test_agreement_is_counted_token_by_token_behind_the_dense_answer(picos, dense_and_pruned):
     dense, pruned = dense_and_pruned
-    written = write_answers(dense, load_tokenizer(picos["llama"].directory))
+    written = write_answers(scorer_of(dense), load_tokenizer(picos["llama"].directory))
     reference, own = make_reference(written, scorer_of(dense))
     other = follow(reference, scorer_of(pruned))
     assert own.agreed.tolist() == own.tokens.tolist()
@@ -113,7 +113,7 @@ class MuteBackend(TransformersBackend):
 
 def test_without_logits_there_is_agreement_and_no_divergence(picos, dense_and_pruned):
     dense, pruned = dense_and_pruned
-    written = write_answers(dense, load_tokenizer(picos["llama"].directory))
+    written = write_answers(scorer_of(dense), load_tokenizer(picos["llama"].directory))
     mute = MuteBackend(picos["llama"].load(), "float64")
     by_dense, _ = make_reference(written, scorer_of(dense))
     by_mute, own = make_reference(written, scorer_of(mute))
@@ -163,7 +163,7 @@ def test_how_long_answers_are_and_which_the_model_ended(picos):
 def test_a_model_with_too_small_a_window_is_not_asked_and_that_is_said(picos, capsys):
     backend = TransformersBackend(picos["llama"].load(), "float64")
     backend.max_tokens = NEW_TOKENS + 3
-    assert write_answers(backend, load_tokenizer(picos["llama"].directory)) is None
+    assert write_answers(scorer_of(backend), load_tokenizer(picos["llama"].directory)) is None
     assert f"takes {NEW_TOKENS + 3}: they are left out" in capsys.readouterr().err
 
 

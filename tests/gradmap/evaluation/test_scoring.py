@@ -188,6 +188,7 @@ class CountingBackend:
     name = "counting"
     max_tokens = 50
     vocabulary: int | None = 100_000
+    end_tokens: tuple[int, ...] = ()
 
     def __init__(self, breaks_at=None, value=-1.0):
         self.breaks_at, self.value, self.scored, self.chunks = breaks_at, value, [], []

@@ -236,6 +236,7 @@ class UnevenBackend:
 
     name = "uneven"
     max_tokens = 6
+    end_tokens = ()
     vocabulary: int | None = None
 
     def __init__(self):
