@@ -28,10 +28,11 @@ from gradmap.common.environment import describe_environment
 from gradmap.common.files import write_json
 from gradmap.data.calibration import build_calibration
 from gradmap.methods.compensation import Pruned
+from gradmap.methods.features import Fit, all_features
 from gradmap.methods.gradmap.adam import errors_of_output, objective, train_projection
 from gradmap.methods.gradmap.projection import mean_drift
 from gradmap.methods.least_squares import ridge_sums, solve_ridge
-from gradmap.methods.ridge import REGULARISATION, Fit, all_features
+from gradmap.methods.ridge import REGULARISATION
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.checkpoint import open_checkpoint
 from gradmap.model.layered import LayeredModel

@@ -85,7 +85,7 @@ def plan_fold(
         changed = architecture.places_of(source.spec.name, changes)
         is_matrix = len(source.spec.shape) == 2
         # a bias by itself is no map
-        missing -= set(changed) if len(source.spec.shape) > 1 else set()
+        missing -= set() if source.spec.name.endswith(".bias") else set(changed)
         folded.append(
             FoldedTensor(
                 source,
@@ -117,7 +117,7 @@ def require_foldable(checkpoint: Checkpoint, architecture: Architecture, changes
             "ghosted), which no stock checkpoint can hold. gradmap eval --plan measures it; prune "
             "with another compensator to export."
         )
-    if architecture.uncorrectable is not None and Projection in kinds:
+    if not architecture.is_fitted and Projection in kinds:
         raise UserError(
             f"{checkpoint.name} cannot be corrected by W': {architecture.uncorrectable}; prune "
             "again."

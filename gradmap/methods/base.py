@@ -109,22 +109,25 @@ class Compensator(Method):
 
     run: makes corrections of a Pruned (and of the options, if it has some), which is left as it
     was. linear_output: whether it needs a down projection behind which nothing follows but the
-    addition to the hidden state. no_experts: why it does not work with a mixture of experts, if so.
+    addition to the hidden state; fits_norms: whether an RMS norm may follow all the same.
+    no_experts: why it does not work with a mixture of experts, if so.
     """
 
     flag: ClassVar[str] = "--compensator"
     streaming: ClassVar[str] = "sequential"
     run: Callable[..., Compensation]
     linear_output: bool = False
+    fits_norms: bool = False
     no_experts: str = ""
 
     def require_possible(self, job: Job, streamed: bool, options: Any) -> None:
         """Raises UserError if it cannot be done."""
-        uncorrectable = job.architecture.uncorrectable
-        if self.linear_output and uncorrectable is not None:
+        uncorrectable, can_fit = job.architecture.uncorrectable, job.architecture.is_fitted
+        if self.linear_output and uncorrectable is not None and not (self.fits_norms and can_fit):
+            others = "refit, distil or none" if can_fit else "distil or none"
             raise UserError(
-                f"The down projections of a {job.config['model_type']} model cannot be fitted in "
-                f"closed form: {uncorrectable}; use --compensator distil or none."
+                f"The down projections of a {job.config['model_type']} model cannot be corrected "
+                f"by --compensator {self.name}: {uncorrectable}; use {others}."
             )
         if self.no_experts and job.architecture.expert_down_projections is not None:
             raise UserError(f"{self.no_experts}; use sequential.")

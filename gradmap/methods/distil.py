@@ -29,7 +29,8 @@ from gradmap.costs.timing import distil_seconds
 from gradmap.data.calibration import with_bos, without_bos
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned
-from gradmap.methods.ridge import TOKENS_PER_INPUT, Walks, fitted_inputs
+from gradmap.methods.features import Walks
+from gradmap.methods.ridge import TOKENS_PER_INPUT, fitted_inputs
 from gradmap.methods.sequential import fit_around_runs
 from gradmap.methods.training import set_gradients
 from gradmap.model.batching import Batches, logits_batch, states_batch
@@ -84,7 +85,7 @@ def samples_lacking(pruned: Pruned) -> int:
 
 def _closed_form_kind(pruned: Pruned) -> str | None:
     """The kind of Fit that comes first; None where there is no closed form."""
-    if pruned.model.architecture.uncorrectable is not None:
+    if not pruned.model.architecture.is_fitted:
         return None
     # experts are too many to refit
     return "refit" if pruned.model.architecture.expert_down_projections is None else "left"

@@ -20,14 +20,9 @@ from gradmap.common.errors import UserError
 from gradmap.costs.timing import flatten_seconds
 from gradmap.methods.base import Compensator, Job
 from gradmap.methods.compensation import Compensation, Correction, Pruned, Run
+from gradmap.methods.features import Fit, Walks
 from gradmap.methods.merging import WHOLE_LAYERS
-from gradmap.methods.ridge import (
-    RELATIVE_LAMBDAS,
-    Fit,
-    Walks,
-    fit_correction,
-    say_if_tokens_are_few,
-)
+from gradmap.methods.ridge import RELATIVE_LAMBDAS, fit_correction, say_if_tokens_are_few
 from gradmap.methods.sequential import goals_around_runs
 from gradmap.model.corrections import Changes, Place, Update, followed_by, weight_of
 from gradmap.model.layered import LayeredModel
@@ -53,10 +48,9 @@ def flatten_runs(pruned: Pruned) -> Compensation:
     for sublayer, goal in sorted(goals_around_runs(pruned).items()):
         fit = Fit(sublayer, goal, "refit", weighted=True)
         known = so_far.held_out_divergence
-        own = fit_correction(pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, known)
-        found: tuple[Correction, ...] = (own,)
+        found = fit_correction(pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, known)
         if sublayer in runs:
-            flattened = flatten_run(pruned, runs[sublayer], fit, so_far.changes, walks, own)
+            flattened = flatten_run(pruned, runs[sublayer], fit, so_far.changes, walks, found[0])
             found = min(found, flattened, key=_divergence)
         so_far = Compensation((*so_far.corrections, *found))
     return so_far
@@ -72,7 +66,7 @@ def flatten_run(
     *reading, (place, writing) = moved_channels(pruned.model, ffns, channels)
     together = followed_by(changes, [*reading, (place, writing)])
     before = own.held_out_divergence_before
-    refitted = fit_correction(pruned, fit, together, RELATIVE_LAMBDAS, walks, before)
+    (refitted,) = fit_correction(pruned, fit, together, RELATIVE_LAMBDAS, walks, before)
     assert isinstance(refitted.change, Update)
     both = Update(writing.matrix.to(refitted.change.matrix) + refitted.change.matrix)
     after, accepted = refitted.held_out_divergence_after, refitted.accepted

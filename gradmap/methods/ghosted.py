@@ -12,8 +12,9 @@ from __future__ import annotations
 from gradmap.costs.timing import ghosted_seconds
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned, Run, correct_in_turn
+from gradmap.methods.features import Fit, Walks
 from gradmap.methods.linear_patch import PATCHES_STATES
-from gradmap.methods.ridge import Fit, Walks, fitted_matrix
+from gradmap.methods.ridge import fitted_matrix
 from gradmap.model.corrections import HIDDEN_STATE, Changes, Place
 
 LAMBDA = 1e-6

@@ -20,7 +20,7 @@ from gradmap.common.distributed import summed
 from gradmap.common.errors import UserError
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned, Run, correct_in_turn
-from gradmap.methods.ridge import Fit, visit_features
+from gradmap.methods.features import Fit, visit_features
 from gradmap.model.corrections import HIDDEN_STATE, Changes, Place, Projection
 
 

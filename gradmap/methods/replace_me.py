@@ -18,7 +18,8 @@ from gradmap.common.errors import UserError
 from gradmap.costs.timing import replace_me_cosine_seconds, replace_me_seconds
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Pruned, Run
-from gradmap.methods.ridge import Fit, all_features, fitted_matrix
+from gradmap.methods.features import Fit, all_features
+from gradmap.methods.ridge import fitted_matrix
 from gradmap.model.corrections import Projection
 from gradmap.model.precision import widened
 

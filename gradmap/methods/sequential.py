@@ -10,13 +10,8 @@ from __future__ import annotations
 from gradmap.costs.timing import refit_seconds, sequential_seconds
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Pruned
-from gradmap.methods.ridge import (
-    RELATIVE_LAMBDAS,
-    Fit,
-    Walks,
-    fit_correction,
-    say_if_tokens_are_few,
-)
+from gradmap.methods.features import Fit, Walks
+from gradmap.methods.ridge import RELATIVE_LAMBDAS, fit_correction, say_if_tokens_are_few
 from gradmap.model.sublayers import Part, Sublayer
 
 
@@ -40,7 +35,7 @@ def fit_around_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
         found = fit_correction(
             pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, so_far.held_out_divergence
         )
-        so_far = Compensation((*so_far.corrections, found))
+        so_far = Compensation((*so_far.corrections, *found))
     return so_far
 
 
@@ -63,6 +58,7 @@ SEQUENTIAL = Compensator(
     paper="ours, after ReplaceMe (arXiv 2505.02819)",
     run=project_around_runs,
     linear_output=True,
+    fits_norms=True,
     by_held_out=True,
     seconds=sequential_seconds,
 )
@@ -71,6 +67,7 @@ REFIT = Compensator(
     about="fits the linear map before each cut and the FFN behind it, in closed form",
     run=refit_around_runs,
     linear_output=True,
+    fits_norms=True,
     by_held_out=True,
     no_experts="A mixture of experts has many down projections, which cannot be refitted",
     seconds=refit_seconds,

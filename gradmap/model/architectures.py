@@ -22,6 +22,7 @@ from gradmap.model.configs import cached_by_config, require_safe
 from gradmap.model.corrections import Place
 from gradmap.model.discovery import Names, find_names
 from gradmap.model.layer_runs import Stored, find_layer_list, runs_of_layers, stored_tensors
+from gradmap.model.norms import Norm
 from gradmap.model.small_model import NotPrunableError, small_ids, trying_small_model
 from gradmap.model.sublayers import Part, Sublayer
 
@@ -42,6 +43,8 @@ class Architecture:
         d_in).
     multipliers: what the outputs of attention and FFN are multiplied with before they are added to
         the hidden state (Granite).
+    norms: the RMS norms behind the last linear maps of attention and FFN, where they are all that
+        stands between those and the hidden state.
     beside: the children that return something beside what they make of the hidden state; an empty
         path is the layer itself.
     uncorrectable: why no W' can be folded into the down projection, if that is so; unpaired: why
@@ -56,6 +59,7 @@ class Architecture:
     expert_down_projections: str | None = None
     transposed_linear: bool = False
     multipliers: tuple[float, float] = (1.0, 1.0)
+    norms: tuple[Norm | None, Norm | None] = (None, None)
     beside: tuple[str, ...] = ()
     uncorrectable: str | None = None
     unpaired: str | None = None
@@ -90,6 +94,12 @@ class Architecture:
     def output_map(self, part: Part) -> str:
         """The path, inside a layer, of the last linear map of a sublayer."""
         return self.attention_output if part is Part.ATTENTION else self.down_projection
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the last maps of sublayers can be fitted: nothing follows them, or an RMS
+        norm."""
+        return self.uncorrectable is None or None not in self.norms
 
     def down_projection_of(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.down_projection)
@@ -210,6 +220,7 @@ def _named(layers: str, found: Sequence[Names]) -> Architecture:
         experts=_all_of(names.weights for names in found) if mixed else (),
         transposed_linear=found[0].transposed,
         multipliers=(multipliers[Part.ATTENTION], multipliers[Part.FFN]),
+        norms=found[0].norms if len({names.norms for names in found}) == 1 else (None, None),
         beside=_all_of(names.beside for names in found),
         uncorrectable=_uncorrectable(found),
         unpaired=_unpaired(found),

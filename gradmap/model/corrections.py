@@ -49,8 +49,8 @@ class Change(Protocol):
         """
         ...
 
-    def fold_bias(self, bias: Tensor) -> Tensor:
-        """The changed bias; (d_out,) float64 both."""
+    def fold_vector(self, vector: Tensor) -> Tensor:
+        """The changed bias, or weight of a norm; (d_out,) float64 both."""
         ...
 
     @property
@@ -60,8 +60,8 @@ class Change(Protocol):
 
 
 class _BiasStays:
-    def fold_bias(self, bias: Tensor) -> Tensor:
-        return bias
+    def fold_vector(self, vector: Tensor) -> Tensor:
+        return vector
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,42 @@ class Scale:
     def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
         return weight.mul_(self.factor.double())
 
-    def fold_bias(self, bias: Tensor) -> Tensor:
-        return bias * self.factor.double()
+    def fold_vector(self, vector: Tensor) -> Tensor:
+        return vector * self.factor.double()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"factor": self.factor}
 
 
-CHANGES: dict[str, type[Projection] | type[Update] | type[LowRank] | type[Scale]] = {
-    kind.kind: kind for kind in (Projection, Update, LowRank, Scale)
+@dataclass(frozen=True)
+class Gain:
+    """g <- factor g, the gain of a norm, (d,). factor: (d,). offset: () what the norm adds to its
+    weight to make its gain."""
+
+    kind: ClassVar[str] = "gain"
+    mixes_rows: ClassVar[bool] = False
+    factor: Tensor
+    offset: Tensor
+
+    def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
+        return output * (self.factor - 1)
+
+    def fold(self, weight: Tensor, rows: slice = ALL) -> Tensor:
+        raise TypeError("a norm has no matrix")
+
+    def fold_vector(self, vector: Tensor) -> Tensor:
+        offset = self.offset.double()
+        return self.factor.double() * (offset + vector) - offset
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"factor": self.factor, "offset": self.offset}
+
+
+_KINDS = (Projection, Update, LowRank, Scale, Gain)
+CHANGES: dict[str, type[Projection | Update | LowRank | Scale | Gain]] = {
+    kind.kind: kind for kind in _KINDS
 }
 # What is done to a weight, in this order.
 Changes = Mapping[Place, Sequence[Change]]
@@ -173,17 +199,18 @@ def followed_by(
 def fold_changes(
     tensor: Tensor, changes: Sequence[Change], transposed: bool, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """The changed weight or bias (d_out,), computed in float64 and rounded once to `dtype`.
+    """The changed weight (of a map; or of a norm, or a bias, (d_out,)), computed in float64 and
+    rounded once to `dtype`.
 
     A transposed weight (Conv1D) is stored (d_in, d_out). A weight is folded some rows at a time
     unless a change mixes them: whole, its copies in float64 would take several times as long to go
     to memory and back as to compute.
     """
     if tensor.dim() == 1:
-        bias = tensor.double()
+        vector = tensor.double()
         for change in changes:
-            bias = change.fold_bias(bias)
-        return bias.to(dtype)
+            vector = change.fold_vector(vector)
+        return vector.to(dtype)
     folded = torch.empty_like(tensor, dtype=dtype)
     weight, target = (tensor.mT, folded.mT) if transposed else (tensor, folded)
     d_out, d_in = weight.shape
@@ -234,11 +261,11 @@ def correcting_hook(changes: Sequence[Change]) -> Callable[..., Any]:
         # once, at the first pass, which tells where and in what dtype the module computes
         if not placed:
             placed.extend(_placed(change, given) for change in changes)
-        bias: Any = getattr(module, "bias", None)
-        bias = 0.0 if bias is None else bias
+        bias: Tensor | None = getattr(module, "bias", None)
         for change in placed:
-            given = given + change.added(args[0], given, bias).to(given.dtype)
-            bias = change.fold_bias(bias)
+            added = change.added(args[0], given, 0.0 if bias is None else bias)
+            given = given + added.to(given.dtype)
+            bias = None if bias is None else change.fold_vector(bias)
         return (given, *output[1:]) if isinstance(output, tuple) else given
 
     return on_forward

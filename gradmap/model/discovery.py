@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradmap.model.layer_runs import Call, LayerRun, is_same
+from gradmap.model.norms import Norm, norm_behind
 from gradmap.model.small_model import NotPrunableError
 
 DIGITS = 9  # of a multiplier
+# What is done to the outputs of modules, by path.
+Changed = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Names:
     of them that holds `down_projection`, its last linear map; None if all of it has no such map, as
     a mixture of experts. experts: the weights that are the last maps of its experts.
     multipliers: what the outputs of attention and FFN are multiplied with on the way to the hidden
-    state; None where they pass something that is not linear.
+    state; None where they pass something that is not linear. norms: what that is, if it is an RMS
+    norm and nothing else.
     parallel: whether the FFN reads what the attention reads. joined: whether what leaves the
     attention or the FFN is the hidden state already. beside: see `_return_more`.
     """
@@ -45,6 +49,7 @@ class Names:
     expert_biases: bool
     transposed: bool
     multipliers: tuple[float | None, float | None]
+    norms: tuple[Norm | None, Norm | None]
     parallel: bool
     joined: bool
     beside: tuple[str, ...]
@@ -76,6 +81,7 @@ def find_names(run: LayerRun) -> Names:
     down = _last_linear_map(run, calls, block)
     experts, biases = ((), False) if down is not None else _expert_weights(run, block)
     output = block if down is None else down.path
+    silenced: Changed = {output: torch.zeros_like}
     return Names(
         attention.path,
         attention_output.path,
@@ -86,8 +92,12 @@ def find_names(run: LayerRun) -> Names:
         biases,
         isinstance(run.layer.get_submodule(output), Conv1D),
         (
-            _multiplier(run, attention_output.path, {output: torch.zeros_like}),
+            _multiplier(run, attention_output.path, silenced),
             _multiplier(run, output, {}),
+        ),
+        (
+            _only_norm(run, calls, attention_output.path, silenced),
+            _only_norm(run, calls, output, {}),
         ),
         _is_parallel(run, calls, attention_output.path, output),
         joined or _adds_the_hidden_state(calls, block, down),
@@ -225,9 +235,13 @@ def _last_name(weight: str) -> str:
     return weight.removesuffix(".weight").replace(".bias", "_bias").rpartition(".")[2]
 
 
-def _multiplier(
-    run: LayerRun, output: str, silenced: Mapping[str, Callable[[Tensor], Tensor]]
-) -> float | None:
+def _only_norm(run: LayerRun, calls: Sequence[Call], output: str, silenced: Changed) -> Norm | None:
+    """The RMS norm that a map's output passes and that adds what it makes to the hidden state."""
+    norm = norm_behind(run, calls, _call_of(calls, output).made)
+    return norm if norm and _multiplier(run, norm.path, silenced) == 1 else None
+
+
+def _multiplier(run: LayerRun, output: str, silenced: Changed) -> float | None:
     """What is added to a map's output is added to what leaves the layer so many times; None if it
     is not."""
     added = torch.randn(run.hidden.shape, generator=_generator(), dtype=run.hidden.dtype)

@@ -18,6 +18,7 @@ from gradmap.model.architectures import Architecture, architecture_of
 from gradmap.model.batching import forward_batch
 from gradmap.model.configs import prune_config
 from gradmap.model.corrections import HIDDEN_STATE, Changes, Place, correcting_hook
+from gradmap.model.norms import Norm
 from gradmap.model.sublayers import Pair, Part, Sublayer, Unit, joined_layers
 
 # Told of passes, forward or backward, of one sample through one layer.
@@ -67,6 +68,10 @@ class LayeredModel:
         """What the output of its last linear map is multiplied with, before it is added to the
         hidden state."""
         return self.architecture.multipliers[sublayer.part]
+
+    def norm_behind(self, sublayer: Sublayer) -> Norm | None:
+        """The one that the output of its last linear map passes, if one does."""
+        return self.architecture.norms[sublayer.part]
 
     def as_layer_output(self, hidden: Tensor) -> Any:
         """What a layer returns if this leaves it: the hidden state, or something beside it."""

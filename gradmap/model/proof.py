@@ -18,7 +18,7 @@ from gradmap.common.errors import first_line
 from gradmap.common.files import write_json
 from gradmap.model.architectures import architecture_of
 from gradmap.model.configs import cached_by_config, prune_config
-from gradmap.model.corrections import Changes, Projection, fold_changes
+from gradmap.model.corrections import Change, Changes, Gain, Place, Projection, fold_changes
 from gradmap.model.kinds import kinds_of
 from gradmap.model.layer_runs import is_same
 from gradmap.model.layered import LayeredModel
@@ -94,14 +94,22 @@ def _try(model: LayeredModel, stored: Saved, removed: Sequence[Pair]) -> None:
 
 
 def _a_change(model: LayeredModel, removed: Sequence[Pair]) -> Changes:
-    """A W' of the linear map before the first removal, if there may be one."""
-    if model.architecture.uncorrectable:
+    """A W' of the linear map before the first removal, if there may be one, and another gain of the
+    norm that follows the map, if one does."""
+    if not model.architecture.is_fitted:
         return {}
     sublayers = sublayers_of(range(len(model.layers)))
     before = sublayers[sublayers.index(removed[0].first) - 1]
-    width = model.config.hidden_size
+    width, norm = model.config.hidden_size, model.norm_behind(before)
     noise = torch.randn(width, width, dtype=torch.float64)
-    return {model.output_of(before): (Projection(torch.eye(width) + 0.1 * noise),)}
+    changes: dict[Place, Sequence[Change]] = {
+        model.output_of(before): (Projection(torch.eye(width) + 0.1 * noise),)
+    }
+    if norm is not None:
+        factor = 1 + 0.1 * torch.randn(width, dtype=torch.float64)
+        gain = Gain(factor, torch.tensor(norm.offset, dtype=torch.float64))
+        changes[Place(before.layer, norm.path)] = (gain,)
+    return changes
 
 
 def _pruned(stored: Saved, model: LayeredModel, removed: Sequence[Pair], changes: Changes) -> Saved:

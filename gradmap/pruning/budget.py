@@ -56,7 +56,7 @@ def _pruning_costs(checkpoint: Checkpoint, settings: PruneSettings) -> Pruning:
         settings.compensator,
         CalibrationSize(settings.samples, settings.tokens),
         settings.one_shot,
-        correctable=architecture_of(checkpoint.config).uncorrectable is None,
+        correctable=architecture_of(checkpoint.config).is_fitted,
         unit=settings.unit,
     )
 

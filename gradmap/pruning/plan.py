@@ -30,6 +30,7 @@ from gradmap.model.corrections import (
     HIDDEN_STATE,
     Change,
     Changes,
+    Gain,
     LowRank,
     Place,
     Projection,
@@ -153,6 +154,7 @@ class CorrectionGroup:
             else f"new weights for {count} linear maps",
             LowRank.kind: f"low-rank corrections of {count} linear maps",
             Scale.kind: f"other scales of {count} linear maps",
+            Gain.kind: f"another gain of {where}",
         }[first.kind]
 
 

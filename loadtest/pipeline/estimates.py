@@ -127,7 +127,7 @@ def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Sp
         compensator=section.compensator,
         unit=section.unit,
     )
-    correctable = architecture_of(speeds.config).uncorrectable is None
+    correctable = architecture_of(speeds.config).is_fitted
     size = CalibrationSize(section.samples, section.tokens)
     pruning = Pruning(
         remove,

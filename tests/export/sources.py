@@ -8,6 +8,7 @@ from export.reference import random_probe
 from export.writers import Source
 from gradmap.model.corrections import (
     Change,
+    Gain,
     LowRank,
     Place,
     Projection,
@@ -77,7 +78,7 @@ def make_changes(pico, correction=1.0):
             LowRank(noise(0.25, 2, d_in), noise(0.25, d_out, 2)),
         )
     }
-    if pico.architecture.uncorrectable is None:
+    if pico.architecture.is_fitted:
         output = Place(CORRECTED, pico.architecture.attention_output)
         changes[output] = (
             Scale(torch.tensor(-1.5, dtype=torch.float64)),
@@ -86,6 +87,9 @@ def make_changes(pico, correction=1.0):
         width = len(model.get_input_embeddings().weight[0])
         matrix = correction * (torch.eye(width, dtype=torch.float64) + noise(0.5, width, width))
         changes[Place(CORRECTED, pico.architecture.down_projection)] = (Projection(matrix),)
+        for norm in filter(None, pico.architecture.norms):
+            gain = Gain(1 + noise(0.5, width), torch.tensor(norm.offset, dtype=torch.float64))
+            changes[Place(CORRECTED, norm.path)] = (gain,)
     return changes
 
 
@@ -107,7 +111,7 @@ def make_changes_of_joined(pico, removed):
             for place, module in maps[:1]:  # experts have none
                 d_out, d_in = weight_of(module).shape
                 changes[place] = (LowRank(noise(0.25, 2, d_in), noise(0.25, d_out, 2)),)
-            if pico.architecture.uncorrectable is None:
+            if pico.architecture.is_fitted:
                 width = len(model.network.get_input_embeddings().weight[0])
                 matrix = torch.eye(width, dtype=torch.float64) + noise(0.5, width, width)
                 changes[model.output_of(sublayer)] = (Projection(matrix),)

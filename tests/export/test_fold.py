@@ -9,6 +9,7 @@ from export.safetensors_writer import write_safetensors
 from gradmap.common.files import sha256_file
 from gradmap.model import corrections
 from gradmap.model.corrections import (
+    Gain,
     LowRank,
     Projection,
     Scale,
@@ -28,6 +29,17 @@ def test_folding_a_transposed_weight_is_folding_the_weight():
     changes = (Projection(matrix), LowRank(torch.ones(1, 9), torch.ones(6, 1)))
     torch.testing.assert_close(
         fold_changes(weight.mT, changes, True), fold_changes(weight, changes, False).mT
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_gain_is_folded_into_what_the_norm_makes_it_of(offset):
+    weight, factor = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).double().unbind()
+    gain = Gain(factor, torch.tensor(offset).double())
+    folded = fold_changes(weight, (gain, gain), False)
+    # two products and sums of numbers of order one
+    torch.testing.assert_close(
+        offset + folded, factor**2 * (offset + weight), rtol=1e-14, atol=1e-14
     )
 
 

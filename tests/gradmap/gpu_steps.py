@@ -15,12 +15,13 @@ from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.transformers_backend import TransformersBackend
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distil import uniform_numbers, write_on
+from gradmap.methods.features import Fit, accumulate_gram
 from gradmap.methods.gradmap.projection import mean_drift
 from gradmap.methods.gradmap.scores import gradient_scores, streamed_gradient_scores
 from gradmap.methods.gradpruner import importances_of_sublayers
 from gradmap.methods.mka import last_hidden_states
 from gradmap.methods.repair import RepairScorer
-from gradmap.methods.ridge import Fit, accumulate_gram, fit_correction
+from gradmap.methods.ridge import fit_correction
 from gradmap.methods.selection import Selection, Step, Subject
 from gradmap.methods.sequential import refit_around_runs
 from gradmap.methods.shortgpt import block_influences

@@ -22,9 +22,10 @@ from gradmap.methods.compensation import (
     Pruned,
     correct_in_turn,
 )
+from gradmap.methods.features import Fit, all_features, output_weight
 from gradmap.methods.gradmap.projection import mean_drift, most_drifted, require_enough_layers
 from gradmap.methods.options import AS_PUBLISHED, ProjectionOptions
-from gradmap.methods.ridge import REGULARISATION, Fit, all_features, output_weight
+from gradmap.methods.ridge import REGULARISATION
 from gradmap.model.corrections import (
     Change,
     Changes,

@@ -19,8 +19,9 @@ from gradmap.methods.compensation import (
     correct_in_turn,
     run_and_capture,
 )
+from gradmap.methods.features import Fit
 from gradmap.methods.options import AS_PUBLISHED, ProjectionOptions
-from gradmap.methods.ridge import RELATIVE_LAMBDAS, Fit, fit_correction
+from gradmap.methods.ridge import RELATIVE_LAMBDAS, fit_correction
 from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import stacked_on_cpu
@@ -32,9 +33,9 @@ def project_most_drifted(pruned: Pruned, options: ProjectionOptions = AS_PUBLISH
     drift = mean_drift(pruned)
     lambdas = (0.0,) if options.unregularised else RELATIVE_LAMBDAS
 
-    def correct(layer: int, changes: Changes) -> list[Correction]:
+    def correct(layer: int, changes: Changes) -> tuple[Correction, ...]:
         ffn = Sublayer(layer, Part.FFN)
-        return [fit_correction(pruned, Fit(ffn, ffn, options.side), changes, lambdas)]
+        return fit_correction(pruned, Fit(ffn, ffn, options.side), changes, lambdas)
 
     return Compensation(correct_in_turn(most_drifted(drift, options.top_z), correct), drift)
 

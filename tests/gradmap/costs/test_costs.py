@@ -21,6 +21,7 @@ from gradmap.data.calibration import HELD_OUT_FRACTION, Calibration
 from gradmap.methods import racing, repair, replace_me, ridge, sequential
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.costs import default_seconds, repair_seconds, select_seconds
+from gradmap.methods.features import Walks
 from gradmap.methods.gradmap.scores import gradient_scores
 from gradmap.methods.registry import compensator, selector_names
 from gradmap.methods.selection import Selection, Step, Subject
@@ -184,7 +185,7 @@ def test_a_refit_and_the_training_behind_it_multiply_what_is_said(deep, monkeypa
     """A run in the middle; of what the arithmetic takes for half, a layer more or less: 10%."""
     pico, shape = deep
     subject = pruned(pico, pairs(6))
-    walks = ridge.Walks.start(subject)
+    walks = Walks.start(subject)
     closed_form = None
 
     def fit():

@@ -5,9 +5,9 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.methods.compensation import run_and_capture
+from gradmap.methods.features import Fit, accumulate_gram, output_weight
 from gradmap.methods.gradmap.projection import most_drifted
 from gradmap.methods.least_squares import RightSolver
-from gradmap.methods.ridge import Fit, accumulate_gram, output_weight
 from gradmap.model.corrections import Projection, Update
 from gradmap.pruning.plan import load_plan
 from tests.command_line import gradmap

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gradmap.methods.features import Fit, accumulate_gram
 from gradmap.methods.gradmap.adam import errors_of_output, objective, train_projection
 from gradmap.methods.least_squares import solve_ridge
-from gradmap.methods.ridge import REGULARISATION, Fit, accumulate_gram
+from gradmap.methods.ridge import REGULARISATION
 from tests.conftest import inside
 from tests.gradmap.named_methods import repair
 from tests.gradmap.removals import ffn

@@ -10,9 +10,10 @@ import torch
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import Calibration, build_calibration
 from gradmap.methods.compensation import Compensation, Pruned, run_and_capture
+from gradmap.methods.features import Fit, accumulate_gram, device_with_room
 from gradmap.methods.gradmap.projection import mean_drift, project_most_drifted
 from gradmap.methods.least_squares import ridge_sums, solve_ridge, solve_ridge_reference
-from gradmap.methods.ridge import Fit, accumulate_gram, best_downhill, device_with_room
+from gradmap.methods.ridge import best_downhill
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Place, Projection, linear_output
 from gradmap.model.layered import LayeredModel

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gradmap.common.errors import UserError
+from gradmap.methods.features import Walks
 from gradmap.methods.flatten import (
     channel_scores,
     choose_channels,
@@ -11,7 +12,6 @@ from gradmap.methods.flatten import (
     moved_channels,
     require_no_biases,
 )
-from gradmap.methods.ridge import Walks
 from gradmap.methods.sequential import refit_around_runs
 from gradmap.model.corrections import Update, gather_changes, weight_of
 from tests.conftest import inside

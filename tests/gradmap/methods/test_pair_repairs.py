@@ -8,9 +8,9 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.methods.compensation import run_and_capture
+from gradmap.methods.features import Fit, accumulate_gram, output_weight
 from gradmap.methods.gradmap.projection import mean_drift
 from gradmap.methods.least_squares import solve_ridge_reference
-from gradmap.methods.ridge import Fit, accumulate_gram, output_weight
 from gradmap.model.corrections import linear_output
 from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.sublayers import joined_layers

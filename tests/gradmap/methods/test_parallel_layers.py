@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gradmap.common.errors import UserError
-from gradmap.methods.ridge import Fit, accumulate_gram
+from gradmap.methods.features import Fit, accumulate_gram
 from gradmap.methods.selection import Selection
 from tests.conftest import make_pico
 from tests.gradmap.named_methods import make_scorer, repair

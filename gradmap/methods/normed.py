@@ -1,0 +1,56 @@
+"""Fits of a linear map that an RMS norm follows (Gemma 2 and 3, OLMo 2 and 3, GLM-4, EXAONE 4).
+
+What is added to the hidden state is g * y / rms(y), with y = W x and g the gain of the norm. Two
+steps fit it, each in closed form:
+
+- With every rms(y) held at what it is, what is added is a linear map of x / rms(y). The ridge of
+  Eq. 10 finds the change of diag(g) W that gives what is missing.
+- The norm takes the size of the new W x away again. So the gain is fitted, channel by channel, to
+  what the norm then makes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradmap.common.distributed import summed
+from gradmap.methods.compensation import Pruned
+from gradmap.methods.features import Fit, Walks
+from gradmap.model.corrections import Changes, Gain, Place
+from gradmap.model.norms import Norm
+from gradmap.model.precision import widened
+
+
+def before_gain(pruned: Pruned, place: Place, norm: Norm, cross: Tensor) -> Tensor:
+    """D F^T (d, f) for a change of W in place of one of diag(g) W: each channel over its gain. One
+    whose gain is zero adds nothing, and asks for no change."""
+    weight = pruned.model.map_at(place).get_parameter("weight")
+    gain = (norm.offset + weight.detach().double())[:, None].to(cross.device)
+    return torch.where(gain == 0, 0, cross / gain)
+
+
+def fit_gain(
+    pruned: Pruned, fit: Fit, norm: Norm, changes: Changes, walks: Walks
+) -> tuple[Place, Gain]:
+    """The gain with which what the norm makes, with these changes of the map before it, comes
+    nearest to what is missing: least squares in each channel by itself.
+
+    walks: as they are once the map was fitted.
+    """
+    place = Place(fit.sublayer.layer, norm.path)
+    sums: list[Tensor] = []
+
+    def visit_batch(samples: slice, captured: list[tuple[Tensor, Tensor]], output: Tensor) -> None:
+        ((_, made),) = captured
+        target = widened(walks.dense.hidden[samples].to(output.device))
+        made = widened(made).reshape(target.shape)
+        missing = target - widened(output) + made
+        weighted = made / target.square().sum(dim=-1, keepdim=True) if fit.weighted else made
+        both = torch.stack([weighted * missing, weighted * made])
+        sums.append(both.flatten(1, -2).sum(dim=1).double().cpu())
+
+    walks.pruned.look(fit.sublayer, [pruned.model.map_at(place)], changes, visit_batch)
+    along, squares = summed(torch.stack(sums).sum(dim=0))
+    factor = torch.where(squares > 0, along / squares, 1.0)
+    return place, Gain(factor, torch.tensor(norm.offset, dtype=torch.float64))
