@@ -26,6 +26,8 @@ from gradmap.model.norms import Norm
 from gradmap.model.small_model import NotPrunableError, small_ids, trying_small_model
 from gradmap.model.sublayers import Part, Sublayer
 
+NORM_FOLLOWS = "a norm follows the down projection, so it is no linear map any more"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -99,7 +101,8 @@ class Architecture:
     def is_fitted(self) -> bool:
         """Whether the last maps of sublayers can be fitted: nothing follows them, or an RMS
         norm."""
-        return self.uncorrectable is None or None not in self.norms
+        only_norms = self.uncorrectable == NORM_FOLLOWS and None not in self.norms
+        return self.uncorrectable is None or only_norms
 
     def down_projection_of(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.down_projection)
@@ -234,13 +237,11 @@ def _all_of(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
 
 def _uncorrectable(found: Sequence[Names]) -> str | None:
     multipliers = {names.multipliers[Part.FFN] for names in found}
-    if None in multipliers:
-        return "a norm follows the down projection, so it is no linear map any more"
-    if len(multipliers) > 1:
-        return "its layers scale what they add in different ways"
     if any(names.expert_biases for names in found):
         return "the down projections of its experts have biases, which W' does not reach"
-    return None
+    if len(multipliers) > 1:
+        return "its layers scale what they add in different ways"
+    return NORM_FOLLOWS if None in multipliers else None
 
 
 def _unpaired(found: Sequence[Names]) -> str | None:

@@ -16,6 +16,9 @@ from gradmap.model.small_model import NotPrunableError, saved
 
 # Of float64: what two ways to compute the same differ by at most, as a share of it.
 EXACT = 1e-9
+# Some parts of many families are float32 whatever they are given, such as norms: 2^-24, in some
+# hundred steps.
+FLOAT32 = 1e-5
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradmap.model.layer_runs import Call, LayerRun, is_same
+from gradmap.model.layer_runs import FLOAT32, Call, LayerRun, is_same
 
 # How large what enters a norm is when it is tried: no epsilon counts beside it.
 LARGE = 1e3
-# Norms compute in float32, whatever they are given.
-FLOAT32 = 1e-5
 
 
 @dataclass(frozen=True)

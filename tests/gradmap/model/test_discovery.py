@@ -13,6 +13,7 @@ from gradmap.model.architectures import architecture_of
 from gradmap.model.corrections import Projection
 from gradmap.model.discovery import find_names
 from gradmap.model.layer_runs import runs_of_layers
+from gradmap.model.norms import Norm
 from gradmap.model.proof import require_prunable
 from gradmap.model.small_model import VOCABULARY, build_model, few_layers, small_config, small_ids
 from tests.families import LAYERS, MORE_CONFIGS, PICO_CONFIGS
@@ -87,6 +88,29 @@ def test_what_no_projection_can_correct_is_known(family, reason):
 
 
 @pytest.mark.parametrize(
+    ("family", "paths", "offset"),
+    [
+        ("gemma2", ("post_attention_layernorm", "post_feedforward_layernorm"), 1.0),
+        ("gemma3_text", ("post_attention_layernorm", "post_feedforward_layernorm"), 1.0),
+        ("olmo2", ("post_attention_layernorm", "post_feedforward_layernorm"), 0.0),
+        ("exaone4", ("post_attention_layernorm", "post_feedforward_layernorm"), 0.0),
+        ("glm4", ("post_self_attn_layernorm", "post_mlp_layernorm"), 0.0),
+    ],
+)
+def test_the_norms_behind_maps_are_found_and_what_makes_their_gain(family, paths, offset):
+    found = architecture_of(config_of(family))
+    assert found.norms == tuple(Norm(path, offset) for path in paths)
+    assert found.is_fitted
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt_oss"])
+def test_without_norms_behind_maps_none_are_found(family):
+    found = architecture_of(config_of(family))
+    assert found.norms == (None, None)
+    assert found.is_fitted == (found.uncorrectable is None)
+
+
+@pytest.mark.parametrize(
     ("family", "reason"),
     [
         ("cohere", "read the same input"),
@@ -134,6 +158,8 @@ class TestProof:
             ("llama", {"multipliers": (1.0, 1.0), "transposed_linear": True}),
             ("mixtral", {"feed_forward": ("post_attention_layernorm", "mlp")}),
             ("gpt2", {"transposed_linear": False}),
+            ("gemma2", {"norms": (Norm("post_attention_layernorm", 0.0),) * 2}),
+            ("olmo2", {"norms": (Norm("post_feedforward_layernorm", 1.0),) * 2}),
             ("mixtral", {"expert_down_projections": r"block_sparse_moe\.experts\.\d+\.w1\.weight"}),
             ("deepseek_v3", {"expert_down_projections": r"mlp\.experts\.\d+\.down_proj\.weight"}),
         ],
@@ -144,6 +170,12 @@ class TestProof:
         monkeypatch.setattr(proof, "architecture_of", lambda config: found)
         with pytest.raises(UserError, match="cannot be pruned by layers: "):
             unwrap(proof._prove)(config)  # what was tried before is not tried again
+
+    @pytest.mark.parametrize(
+        "family", ["gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "glm4"]
+    )
+    def test_folds_another_gain_into_a_norm(self, family):
+        require_prunable(config_of(family))
 
     def test_tries_models_in_which_no_layer_is_like_another(self):
         kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
