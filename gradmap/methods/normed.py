@@ -22,12 +22,34 @@ from gradmap.model.norms import Norm
 from gradmap.model.precision import widened
 
 
-def before_gain(pruned: Pruned, place: Place, norm: Norm, cross: Tensor) -> Tensor:
-    """D F^T (d, f) for a change of W in place of one of diag(g) W: each channel over its gain. One
-    whose gain is zero adds nothing, and asks for no change."""
-    weight = pruned.model.map_at(place).get_parameter("weight")
-    gain = (norm.offset + weight.detach().double())[:, None].to(cross.device)
+def gain_of(pruned: Pruned, place: Place, norm: Norm) -> Tensor:
+    """The gain of a norm, (d,) float64."""
+    return norm.offset + pruned.model.map_at(place).get_parameter("weight").detach().double()
+
+
+def before_gain(cross: Tensor, gain: Tensor) -> Tensor:
+    """D F^T (d, f) for a change of W in place of one of diag(g) W: each channel over its gain (d,).
+    One whose gain is zero adds nothing, and asks for no change."""
+    gain = gain[:, None].to(cross.device)
     return torch.where(gain == 0, 0, cross / gain)
+
+
+def gain_sums(made: Tensor, to_make: Tensor, target: Tensor | None) -> Tensor:
+    """What the factors of a gain follow from, channel by channel: the sums over tokens of what the
+    norm makes times what it ought to make, and of the former squared, (2, d) float64.
+
+    made, to_make: (B, T, d). target: likewise; tokens count by 1 / |target|^2 if it is given.
+    """
+    weighted = made if target is None else made / target.square().sum(dim=-1, keepdim=True)
+    return torch.stack(
+        [(weighted * other).flatten(end_dim=-2).sum(dim=0).double() for other in (to_make, made)]
+    )
+
+
+def gain_factor(sums: Tensor) -> Tensor:
+    """The factors of least squares, (d,); of a channel in which nothing is made, 1."""
+    along, squares = sums
+    return torch.where(squares > 0, along / squares, 1.0)
 
 
 def fit_gain(
@@ -45,12 +67,9 @@ def fit_gain(
         ((_, made),) = captured
         target = widened(walks.dense.hidden[samples].to(output.device))
         made = widened(made).reshape(target.shape)
-        missing = target - widened(output) + made
-        weighted = made / target.square().sum(dim=-1, keepdim=True) if fit.weighted else made
-        both = torch.stack([weighted * missing, weighted * made])
-        sums.append(both.flatten(1, -2).sum(dim=1).double().cpu())
+        to_make = target - widened(output) + made
+        sums.append(gain_sums(made, to_make, target if fit.weighted else None).cpu())
 
     walks.pruned.look(fit.sublayer, [pruned.model.map_at(place)], changes, visit_batch)
-    along, squares = summed(torch.stack(sums).sum(dim=0))
-    factor = torch.where(squares > 0, along / squares, 1.0)
+    factor = gain_factor(summed(torch.stack(sums).sum(dim=0)))
     return place, Gain(factor, torch.tensor(norm.offset, dtype=torch.float64))

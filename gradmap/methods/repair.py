@@ -9,8 +9,9 @@ together with its repair. Samples to fit on and samples to measure on are differ
 Not the loss is measured, which asks for the one token that follows in the text: that depends far
 more on chance, and a fit to texts of one kind lowers it on such texts and raises it on others.
 
-Where a norm follows the down projection (Gemma 2 and 3), there is no such repair. The removal
-itself is measured, on all samples, for none is fitted on.
+Where an RMS norm follows the map (Gemma 2 and 3), its gain is fitted too. Where W' cannot be fitted
+(all experts of a layer in one tensor), the removal itself is measured, on all samples, for none is
+fitted on.
 
 Not everything is computed. Removals make others dearer, or a little cheaper, so that trying stops
 where the costs of the round before are far enough above the best (the lazy greedy algorithm, Minoux
@@ -34,11 +35,18 @@ from gradmap.common.processes import process_count, process_rank
 from gradmap.costs.steps import selection_flops
 from gradmap.costs.timing import in_rounds
 from gradmap.methods.base import Selector
-from gradmap.methods.least_squares import plus_identity, ridge_sums, solve_ridge
 from gradmap.methods.racing import Race, laps
 from gradmap.methods.selection import Selection, Subject
+from gradmap.methods.trial_repairs import (
+    LinearRepair,
+    NormedMap,
+    Repair,
+    States,
+    fit_normed_repair,
+    fit_repair,
+)
 from gradmap.model.batching import Batches, forward_batch, home_for, moved_home
-from gradmap.model.corrections import Change, Place, Projection, linear_output
+from gradmap.model.corrections import Changes, Gain, Place, followed_by, linear_output
 from gradmap.model.layered import Advance
 from gradmap.model.layerwise import (
     LayerCalls,
@@ -47,66 +55,24 @@ from gradmap.model.layerwise import (
     record_layer_calls,
     stacked_on_cpu,
 )
-from gradmap.model.precision import widened
 from gradmap.model.sublayers import PIECES, Pair, Sublayer, pieces
 
 # Of the samples to fit on, and of those that are held out. Their hidden states between all layers
 # are kept.
 FIT_TOKENS = 6144
 MEASURE_TOKENS = 4096
-RELATIVE_LAMBDA = 0.1
 # What is kept of every sample, in hidden states: what enters and is added by each piece (a layer,
 # or a sublayer), in the dense model, in the present one, and in the one that is tried.
 STATES_PER_PIECE = 6
 
 
 @dataclass(frozen=True)
-class States:
-    """What some samples are in pieces that follow each other: what enters each and leaves the last,
-    (n, T, d) each, and what the last linear map of each adds, likewise."""
-
-    entering: list[Tensor]
-    added: list[Tensor]
-
-    @classmethod
-    def joined(cls, parts: Sequence[States]) -> States:
-        """The states of the samples of all parts."""
-        return cls(
-            _joined([part.entering for part in parts]), _joined([part.added for part in parts])
-        )
-
-    def before(self, place: int, samples: slice, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What enters the piece at `place`, and what the one before it adds last, of some
-        samples."""
-        entering, added = self.entering[place][samples], self.added[place - 1][samples]
-        return entering.to(device, non_blocking=True), added.to(device, non_blocking=True)
-
-    def without(self, place: int, repair: Tensor, behind: States) -> States:
-        """The states once what begins at `place` is gone, and the piece before it is repaired (see
-        `repaired`).
-
-        behind: the states of the pieces behind it, beginning with what enters them.
-        """
-        added = self.added[place - 1]
-        after_repair = repaired(added, added, repair.to(added.device))
-        return States(
-            [*self.entering[:place], *behind.entering],
-            [*self.added[: place - 1], after_repair, *behind.added],
-        )
-
-
-def _joined(parts: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Of lists of (n, T, d), one for each part, the list of (N, T, d)."""
-    return [torch.cat(of_place) for of_place in zip(*parts, strict=True)]
-
-
-@dataclass(frozen=True)
 class Trial:
-    """A pair left out. repair: S (d, d) float64. divergences: (m,) float64, nats per token of the
-    samples it was measured on. behind: their states in the pieces behind it."""
+    """A pair left out, with its repair. divergences: (m,) float64, nats per token of the samples it
+    was measured on. behind: their states in the pieces behind it."""
 
     pair: Pair
-    repair: Tensor
+    repair: Repair
     divergences: Tensor
     behind: States
 
@@ -134,7 +100,7 @@ class RepairScorer:
         self._home = home_for(model.network, kept)
         self._batches = Batches(forward_batch(fit_ids, model.device))
         self._calls = LayerCalls(model, fit_ids)
-        self._changes: dict[Place, tuple[Change, ...]] = {}
+        self._changes: Changes = {}
         self._fitted, self._measured = (
             self._run(record_layer_calls(model, ids)[0]) for ids in (fit_ids, self._measure_ids)
         )
@@ -194,7 +160,7 @@ class RepairScorer:
 
     @property
     def _repairable(self) -> bool:
-        return self._subject.model.architecture.uncorrectable is None
+        return self._subject.model.architecture.is_fitted
 
     def _influences(self) -> dict[Pair, float]:
         """How much each candidate turns the hidden state. One that is easy to miss goes first, for
@@ -224,7 +190,7 @@ class RepairScorer:
         laps_behind: list[States] = []
         divergences = torch.zeros(0, dtype=torch.float64)
         for samples in laps(len(self._measure_ids), self._batches.size):
-            leaving = repaired(*self._measured.before(place, samples, repair.device), repair)
+            leaving = repair.leaving(*self._measured.before(place, samples, self._device))
             laps_behind.append(self._run(leaving, place + self._width))
             divergences = torch.cat([divergences, self._divergences_of(laps_behind[-1], samples)])
             if race.is_lost(divergences):
@@ -238,35 +204,46 @@ class RepairScorer:
         if trial is None or trial.pair != pair:
             trial = self._try(pair, Race(len(self._measure_ids)))
         place, model = self._place_of(pair), self._subject.model
-        before = model.output_of(self._pieces[place - 1][-1])
-        leaving = repaired(
-            *self._fitted.before(place, slice(None), trial.repair.device), trial.repair
-        )
+        leaving = trial.repair.leaving(*self._fitted.before(place, slice(None), self._device))
         behind = self._run(leaving, place + self._width)
         self._fitted = self._fitted.without(place, trial.repair, behind)
         self._measured = self._measured.without(place, trial.repair, trial.behind)
         self._divergences = trial.divergences
         if self._repairable:
-            self._changes[before] = (
-                *self._changes.get(before, ()),
-                Projection(plus_identity(trial.repair)),
-            )
-        for sublayer in pair:
-            self._changes.pop(model.output_of(sublayer), None)
+            self._changes = followed_by(self._changes, trial.repair.changes)
+        gone = {model.output_of(sublayer) for sublayer in pair}
+        gone |= {place for place in map(self._norm_behind, pair) if place is not None}
+        self._changes = {place: made for place, made in self._changes.items() if place not in gone}
         self._removed += (pair,)
 
-    def _fit(self, pair: Pair) -> Tensor:
-        """S (d, d) float64: what to add to the output of the sublayer before, as a map of what it
-        adds; nothing where that is no linear map any more."""
-        device = self._subject.model.device
-        wanted = self._wanted[pair.second]
+    def _fit(self, pair: Pair) -> Repair:
+        """Of the last map before it; one that changes nothing where that cannot be fitted."""
+        model, wanted = self._subject.model, self._wanted[pair.second]
+        place = self._place_of(pair)
+        before = self._pieces[place - 1][-1]
+        output = model.output_of(before)
         if not self._repairable:
             width = wanted.shape[-1]
-            return torch.zeros(width, width, dtype=torch.float64, device=device)
-        given, added = self._fitted.before(self._place_of(pair), slice(None), device)
-        wanted = wanted.to(device, non_blocking=True)
-        gram, cross = ridge_sums(added, widened(wanted) - widened(given), wanted)
-        return solve_ridge(gram, cross, RELATIVE_LAMBDA * gram.diagonal().mean())
+            return LinearRepair(output, torch.zeros(width, width, dtype=torch.float64))
+        given, added = self._fitted.before(place, slice(None), self._device)
+        wanted = wanted.to(self._device, non_blocking=True)
+        norm = model.norm_behind(before)
+        if norm is None:
+            return fit_repair(output, given, added, wanted)
+        factor = torch.ones(wanted.shape[-1], dtype=torch.float64, device=self._device)
+        for change in self._changes.get(Place(before.layer, norm.path), ()):
+            assert isinstance(change, Gain)
+            factor = factor * change.factor
+        return fit_normed_repair(NormedMap(model, output, norm, factor), given, added, wanted)
+
+    def _norm_behind(self, sublayer: Sublayer) -> Place | None:
+        """Where the one behind a sublayer's last map is, if there is one."""
+        norm = self._subject.model.norm_behind(sublayer)
+        return None if norm is None else Place(sublayer.layer, norm.path)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._subject.model.device
 
     def _divergences_of(self, states: States, samples: slice) -> Tensor:
         """The divergence of each of these samples to measure on, (n,) float64, nats per token,
@@ -316,12 +293,6 @@ class RepairScorer:
             self._batches.run(len(hidden), run_batch)
         leaving, added = map(torch.cat, zip(*parts, strict=True))
         return leaving, added
-
-
-def repaired(given: Tensor, added: Tensor, repair: Tensor) -> Tensor:
-    """H + S A: what H, (n, T, d), becomes with S (d, d) in front of the down projection that added
-    A, (n, T, d)."""
-    return given + added @ repair.to(added).mT
 
 
 SELECTOR = Selector(

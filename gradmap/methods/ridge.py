@@ -24,7 +24,7 @@ from gradmap.common.finite import require_finite
 from gradmap.methods.compensation import Correction, Pruned
 from gradmap.methods.features import Fit, Walks, accumulate_gram, output_weight
 from gradmap.methods.least_squares import RightSolver, plus_identity, solve_ridge
-from gradmap.methods.normed import before_gain, fit_gain
+from gradmap.methods.normed import before_gain, fit_gain, gain_of
 from gradmap.model.corrections import (
     Change,
     Changes,
@@ -100,7 +100,8 @@ def fit_correction(
     norm = pruned.model.norm_behind(fit.sublayer)
     gram, cross = accumulate_gram(pruned, fit, changes, walks)
     if norm is not None:
-        cross = before_gain(pruned, Place(fit.sublayer.layer, norm.path), norm, cross)
+        behind = Place(fit.sublayer.layer, norm.path)
+        cross = before_gain(cross, gain_of(pruned, behind, norm))
     weight = output_weight(pruned, fit.sublayer).to(gram.device) if fit.kind == "right" else None
     closed_form = ClosedForm(fit, gram, cross, weight)
     place = pruned.model.output_of(fit.sublayer)

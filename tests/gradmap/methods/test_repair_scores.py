@@ -2,6 +2,7 @@
 than it takes."""
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from gradmap.methods.compensation import run_and_capture
 from gradmap.methods.least_squares import solve_ridge_reference
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import Selection, Step
-from gradmap.model.corrections import linear_output
+from gradmap.model.corrections import Place, linear_output
 from gradmap.model.layerwise import LayerCall, sample_divergences_reference
 from gradmap.model.sublayers import candidates, sublayers_left
-from tests.conftest import CORRECTABLE
+from tests.conftest import CORRECTABLE, SANDWICH_NORM, make_pico
 from tests.families import LAYERS, VOCABULARY
 from tests.gradmap.removals import pairs
 from tests.gradmap.repairs import states_behind
@@ -22,22 +23,42 @@ from tests.gradmap.subjects import subject_of
 
 def mend_by_hand(model, ids, gone, pair, wanted):
     """Least squares for the output map before `pair`, the last of those that are gone, towards what
-    followed it in the dense model, in the model as it is now; the hook that does it, which does
-    nothing where a norm follows."""
+    followed it in the dense model, in the model as it is now; and for the gain of the norm behind
+    it, if there is one. The hooks that do it, none where nothing can be fitted."""
     before = max(left for left in sublayers_left(LAYERS, gone) if left < pair.first)
-    output_map = model.map_at(model.output_of(before))
-    if model.architecture.uncorrectable is not None:
-        return output_map.register_forward_hook(lambda *args: None)
+    output_map, norm = model.map_at(model.output_of(before)), model.norm_behind(before)
+    if not model.architecture.is_fitted:
+        return ExitStack()
     with model.without(gone):
         ((_, added),) = run_and_capture(model, [output_map], ids)
     scale = 1 / wanted.flatten(0, 1).norm(dim=1, keepdim=True)
-    features = linear_output(output_map, added).flatten(end_dim=-2) * scale
-    missing = (wanted - states_behind(model, ids, gone)[before]).flatten(0, 1) * scale
-    lam = 0.1 * (features.square().sum() / features.shape[1]).item()
-    solution = solve_ridge_reference(features, missing, lam)
-    return output_map.register_forward_hook(
-        lambda module, args, output: output + linear_output(module, output) @ solution.mT
-    )
+    features = linear_output(output_map, added).flatten(end_dim=-2)
+    if norm is not None:
+        features = features / added.flatten(end_dim=-2).square().mean(dim=1, keepdim=True).sqrt()
+    missing = (wanted - states_behind(model, ids, gone)[before]).flatten(0, 1)
+    lam = 0.1 * ((features * scale).square().sum() / features.shape[1]).item()
+    solution = solve_ridge_reference(features * scale, missing * scale, lam)
+    hooks = ExitStack()
+
+    def change(module, args, output):
+        return output + linear_output(module, output) @ solution.mT
+
+    if norm is None:
+        hooks.callback(output_map.register_forward_hook(change).remove)
+        return hooks
+    module = model.map_at(Place(before.layer, norm.path))
+    # a large vector of ones is its own root mean square
+    solution = solution / (module(torch.full_like(features[0], 1e8))[:, None])
+    with model.without(gone):
+        ((_, made_before),) = run_and_capture(model, [module], ids)
+        hooks.callback(output_map.register_forward_hook(change).remove)
+        ((_, made),) = run_and_capture(model, [module], ids)
+    to_make = (missing + made_before.flatten(0, 1)) * scale
+    weighted = made.flatten(0, 1) * scale
+    factor = (weighted * to_make).sum(dim=0) / weighted.square().sum(dim=0)
+    hook = module.register_forward_hook(lambda module, args, output: output * factor)
+    hooks.callback(hook.remove)
+    return hooks
 
 
 def mean_divergence(model, ids, dense):
@@ -54,7 +75,7 @@ ROUNDS_OF_PAIRS = [
 
 
 @pytest.mark.parametrize(("unit", "removed"), [*ROUNDS_OF_LAYERS, *ROUNDS_OF_PAIRS])
-@pytest.mark.parametrize("family", [*CORRECTABLE, "gemma2"])
+@pytest.mark.parametrize("family", [*CORRECTABLE, *SANDWICH_NORM])
 def test_repair_scores_are_divergences_after_a_repair_by_hand(
     picos, input_ids, monkeypatch, family, unit, removed
 ):
@@ -62,7 +83,19 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(
     which another layer may go (4), one in a layer that went itself (3, 2), and two in one layer (3,
     4). Of pairs: the repair of an attention, one in an attention that went itself, and of both."""
     monkeypatch.setattr("gradmap.methods.racing.is_clearly_worse", lambda losses, best: False)
-    pico = picos[family]
+    require_scores_by_hand(picos[family], input_ids, unit, removed)
+
+
+def test_where_nothing_can_be_fitted_scores_are_those_of_the_removal(
+    tmp_path, input_ids, monkeypatch
+):
+    monkeypatch.setattr("gradmap.methods.racing.is_clearly_worse", lambda losses, best: False)
+    pico = make_pico("granitemoe", tmp_path)
+    assert not pico.architecture.is_fitted
+    require_scores_by_hand(pico, input_ids, "layer", pairs(2))
+
+
+def require_scores_by_hand(pico, input_ids, unit, removed):
     subject = subject_of(pico, input_ids, unit=unit)
     model, calibration = pico.layered(), subject.calibration
     fit_ids = calibration.fit_ids
@@ -70,7 +103,7 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(
     for number, pair in enumerate(removed):
         mend_by_hand(model, fit_ids, removed[: number + 1], pair, wanted[pair.second])
     # where there is no repair, none is fitted on
-    unseen = calibration.held_out_ids if pico.architecture.uncorrectable is None else input_ids
+    unseen = calibration.held_out_ids if pico.architecture.is_fitted else input_ids
     dense = pico.load()(input_ids=unseen).logits
     with model.without(removed):
         whole = mean_divergence(model.network, unseen, dense)
@@ -78,10 +111,10 @@ def test_repair_scores_are_divergences_after_a_repair_by_hand(
     _, *tried = candidates(sublayers_left(LAYERS, removed), unit)
     for pair in tried:
         gone = (*removed, pair)
-        hook = mend_by_hand(model, fit_ids, gone, pair, wanted[pair.second])
+        hooks = mend_by_hand(model, fit_ids, gone, pair, wanted[pair.second])
         with model.without(gone):
             expected[pair] = mean_divergence(model.network, unseen, dense) - whole
-        hook.remove()
+        hooks.close()
     unknown = dict.fromkeys(tried, -math.inf)
     so_far = Selection(tuple(Step(unknown, (pair,)) for pair in removed))
     scores = RepairScorer(subject).score(so_far, lambda n: None)
