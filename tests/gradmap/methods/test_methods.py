@@ -141,7 +141,7 @@ def test_the_tables_of_the_documentation_are_what_methods_say():
         ("mixtral", ("--compensator", "gradpruner"), "so these cannot be merged; use sequential"),
         ("mixtral", FLATTENED, "their channels cannot move"),
         ("gpt2", FLATTENED, "its FFN has biases"),
-        ("gemma2", FLATTENED, "fitted in closed form"),
+        ("gemma2", FLATTENED, "cannot be corrected by --compensator"),
         ("mixtral", ("--compensator", "laco"), "so these cannot be merged; use sequential"),
         ("mixtral", ("--selector", "laco"), "so these cannot be merged; use --selector repair"),
         ("mixtral", ("--compensator", "refit", "--held-out", "2"), "which cannot be refitted"),
