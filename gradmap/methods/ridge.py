@@ -39,6 +39,8 @@ from gradmap.model.corrections import (
 # middle on until the loss rises, so that those far out cost nothing where they are of no use. The
 # last one hardly changes anything.
 RELATIVE_LAMBDAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
+# Where a norm follows, all of them are tried.
+NORMED_LAMBDAS = (0.1, 1.0, 10.0, 100.0)
 REGULARISATION = 1e-3  # of Eq. 12, in Table 8
 # Tokens for each input of what is fitted, beyond which more bring little: SmolLM2's refit gained a
 # quarter less with 1.2 than with 8.
@@ -126,6 +128,8 @@ def fit_correction(
             closed_form.relative_of_mean(REGULARISATION, pruned.calibration.fit_ids.numel())
         )
     with announced(f"Choosing lambda for {fit.sublayer.words} on held-out samples"):
+        if norm is not None:  # along them, the divergence may fall again after it rose
+            return min(map(attempt, lambdas), key=_divergence_after)
         return best_downhill(lambdas, attempt, loss=_divergence_after)
 
 

@@ -7,7 +7,7 @@ from gradmap.methods.compensation import Compensation
 from gradmap.methods.features import Fit, Walks, accumulate_gram
 from gradmap.methods.least_squares import solve_ridge_reference
 from gradmap.methods.normed import fit_gain
-from gradmap.methods.ridge import fit_correction
+from gradmap.methods.ridge import NORMED_LAMBDAS, fit_correction
 from gradmap.methods.sequential import refit_around_runs
 from gradmap.model.corrections import Gain, Place, Update
 from tests.conftest import SANDWICH_NORM
@@ -84,6 +84,15 @@ def test_both_are_judged_together(pico, input_ids):
     (after,) = {correction.held_out_divergence_after for correction in made}
     assert after < before
     assert after == pytest.approx(pruned.divergence(Compensation(made).changes), rel=1e-9)
+
+
+def test_of_all_lambdas_the_one_with_the_lowest_divergence_is_taken(pico, input_ids):
+    pruned = prune(pico, input_ids)
+    fit = Fit(ffn(0), ffn(1), "refit", weighted=True)
+    alone = [fit_correction(pruned, fit, {}, (relative,))[0] for relative in NORMED_LAMBDAS]
+    chosen, _ = fit_correction(pruned, fit, {}, NORMED_LAMBDAS)
+    lowest = min(one.held_out_divergence_after or 0.0 for one in alone)
+    assert chosen.held_out_divergence_after == pytest.approx(lowest, rel=1e-9)
 
 
 def test_a_channel_without_a_gain_is_left_alone(pico, input_ids):
