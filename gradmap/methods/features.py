@@ -134,7 +134,7 @@ def visit_features(
             else:
                 features = multiplier * inputs
             if norm is not None and fit.kind != "state":
-                features = features / root_mean_square(added)
+                features = widened(features) / root_mean_square(widened(added))
             features = features.reshape(*target.shape[:2], -1)
             visit(features, widened(target) - widened(output), target)
             advance(len(target))

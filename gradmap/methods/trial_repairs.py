@@ -27,12 +27,12 @@ class Repair(Protocol):
     def changes(self) -> list[tuple[Place, Change]]: ...
 
     def leaving(self, given: Tensor, added: Tensor) -> Tensor:
-        """What leaves the piece with it, given what leaves it without, and what its last map gives
+        """What leaves the piece with it, given what leaves it without, and what its last map adds
         then, bias aside: (n, T, d) all."""
         ...
 
-    def given_by_map(self, added: Tensor) -> Tensor:
-        """What the map gives with it, bias aside."""
+    def added_by_map(self, added: Tensor) -> Tensor:
+        """What the map adds with it, bias aside."""
         ...
 
 
@@ -51,7 +51,7 @@ class LinearRepair:
     def leaving(self, given: Tensor, added: Tensor) -> Tensor:
         return given + added @ self.matrix.to(added).mT
 
-    def given_by_map(self, added: Tensor) -> Tensor:
+    def added_by_map(self, added: Tensor) -> Tensor:
         return self.leaving(added, added)
 
 
@@ -74,10 +74,10 @@ class NormedRepair:
         ]
 
     def leaving(self, given: Tensor, added: Tensor) -> Tensor:
-        before, after = self.normed.made(added), self.normed.made(self.given_by_map(added))
+        before, after = self.normed.made(added), self.normed.made(self.added_by_map(added))
         return given - before.to(given) + (self.factor.to(after) * after).to(given)
 
-    def given_by_map(self, added: Tensor) -> Tensor:
+    def added_by_map(self, added: Tensor) -> Tensor:
         return added + added @ self.matrix.to(added).mT
 
 
@@ -125,12 +125,12 @@ def fit_normed_repair(
 ) -> NormedRepair:
     """The same, where a norm follows (see gradmap.methods.normed)."""
     missing = widened(wanted) - widened(given)
-    features = added / root_mean_square(normed.entering(added))
+    features = widened(added) / root_mean_square(widened(normed.entering(added)))
     gram, cross = ridge_sums(features, missing, wanted)
     lam = RELATIVE_LAMBDA * gram.diagonal().mean()
     matrix = solve_ridge(gram, before_gain(cross, normed.gain), lam)
     repair = NormedRepair(normed, matrix, torch.ones_like(normed.factor))
-    made = widened(normed.made(repair.given_by_map(added)))
+    made = widened(normed.made(repair.added_by_map(added)))
     to_make = missing + widened(normed.made(added))
     factor = gain_factor(gain_sums(made, to_make, widened(wanted)))
     return NormedRepair(normed, matrix, factor)
@@ -139,7 +139,8 @@ def fit_normed_repair(
 @dataclass(frozen=True)
 class States:
     """What some samples are in pieces that follow each other: what enters each and leaves the last,
-    (n, T, d) each, and what the last linear map of each gives, bias aside, likewise."""
+    (n, T, d) each, and what the last linear map of each adds, to the hidden state or to the norm
+    behind it, bias aside, likewise."""
 
     entering: list[Tensor]
     added: list[Tensor]
@@ -164,7 +165,7 @@ class States:
         """
         return States(
             [*self.entering[:place], *behind.entering],
-            [*self.added[: place - 1], repair.given_by_map(self.added[place - 1]), *behind.added],
+            [*self.added[: place - 1], repair.added_by_map(self.added[place - 1]), *behind.added],
         )
 
 
