@@ -1,5 +1,7 @@
 """Where an RMS norm follows a map, the map's direction and the norm's gain are fitted together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from gradmap.methods.normed import fit_gain
 from gradmap.methods.ridge import NORMED_LAMBDAS, fit_correction
 from gradmap.methods.sequential import refit_around_runs
 from gradmap.model.corrections import Gain, Place, Update
+from gradmap.model.layered import LayeredModel
+from gradmap.model.loading import load_model
 from tests.conftest import SANDWICH_NORM
 from tests.gradmap.removals import attention, ffn, pairs
 from tests.gradmap.repairs import prune, states_behind
@@ -104,6 +108,17 @@ def test_a_channel_without_a_gain_is_left_alone(pico, input_ids):
     update, gain = (correction.change for correction in made)
     assert isinstance(update, Update) and not update.matrix[3].any()
     assert isinstance(gain, Gain) and gain.factor[3] == 1
+
+
+def test_a_model_of_which_one_layer_is_in_memory_is_fitted_the_same(pico, input_ids):
+    whole = prune(pico, input_ids)
+    network = load_model(pico.checkpoint, "float64", "cpu", streamed=True)
+    streamed = replace(whole, model=LayeredModel.of(network))
+    both = [refit_around_runs(each).corrections for each in (whole, streamed)]
+    for one, other in zip(*both, strict=True):
+        assert one.place == other.place
+        for name, tensor in one.change.tensors.items():
+            torch.testing.assert_close(other.change.tensors[name], tensor, rtol=1e-9, atol=1e-9)
 
 
 def test_repairs_around_runs_come_in_twos(pico, input_ids):
