@@ -22,7 +22,7 @@ from gradmap.methods.base import Compensator, Job
 from gradmap.methods.compensation import Compensation, Correction, Pruned, Run
 from gradmap.methods.features import Fit, Walks
 from gradmap.methods.merging import WHOLE_LAYERS
-from gradmap.methods.ridge import RELATIVE_LAMBDAS, fit_correction, say_if_tokens_are_few
+from gradmap.methods.ridge import fit_correction, say_if_tokens_are_few
 from gradmap.methods.sequential import goals_around_runs
 from gradmap.model.corrections import Changes, Place, Update, followed_by, weight_of
 from gradmap.model.layered import LayeredModel
@@ -48,7 +48,7 @@ def flatten_runs(pruned: Pruned) -> Compensation:
     for sublayer, goal in sorted(goals_around_runs(pruned).items()):
         fit = Fit(sublayer, goal, "refit", weighted=True)
         known = so_far.held_out_divergence
-        found = fit_correction(pruned, fit, so_far.changes, RELATIVE_LAMBDAS, walks, known)
+        found = fit_correction(pruned, fit, so_far.changes, walks=walks, before=known)
         if sublayer in runs:
             flattened = flatten_run(pruned, runs[sublayer], fit, so_far.changes, walks, found[0])
             found = min(found, flattened, key=_divergence)
@@ -66,7 +66,7 @@ def flatten_run(
     *reading, (place, writing) = moved_channels(pruned.model, ffns, channels)
     together = followed_by(changes, [*reading, (place, writing)])
     before = own.held_out_divergence_before
-    (refitted,) = fit_correction(pruned, fit, together, RELATIVE_LAMBDAS, walks, before)
+    (refitted,) = fit_correction(pruned, fit, together, walks=walks, before=before)
     assert isinstance(refitted.change, Update)
     both = Update(writing.matrix.to(refitted.change.matrix) + refitted.change.matrix)
     after, accepted = refitted.held_out_divergence_after, refitted.accepted

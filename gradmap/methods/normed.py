@@ -18,13 +18,8 @@ from gradmap.common.distributed import summed
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.features import Fit, Walks
 from gradmap.model.corrections import Changes, Gain, Place
-from gradmap.model.norms import Norm
+from gradmap.model.layered import NormPlace
 from gradmap.model.precision import widened
-
-
-def gain_of(pruned: Pruned, place: Place, norm: Norm) -> Tensor:
-    """The gain of a norm, (d,) float64."""
-    return norm.offset + pruned.model.map_at(place).get_parameter("weight").detach().double()
 
 
 def before_gain(cross: Tensor, gain: Tensor) -> Tensor:
@@ -53,14 +48,13 @@ def gain_factor(sums: Tensor) -> Tensor:
 
 
 def fit_gain(
-    pruned: Pruned, fit: Fit, norm: Norm, changes: Changes, walks: Walks
+    pruned: Pruned, fit: Fit, norm: NormPlace, changes: Changes, walks: Walks
 ) -> tuple[Place, Gain]:
     """The gain with which what the norm makes, with these changes of the map before it, comes
     nearest to what is missing: least squares in each channel by itself.
 
     walks: as they are once the map was fitted.
     """
-    place = Place(fit.sublayer.layer, norm.path)
     sums: list[Tensor] = []
 
     def visit_batch(samples: slice, captured: list[tuple[Tensor, Tensor]], output: Tensor) -> None:
@@ -70,6 +64,5 @@ def fit_gain(
         to_make = target - widened(output) + made
         sums.append(gain_sums(made, to_make, target if fit.weighted else None).cpu())
 
-    walks.pruned.look(fit.sublayer, [pruned.model.map_at(place)], changes, visit_batch)
-    factor = gain_factor(summed(torch.stack(sums).sum(dim=0)))
-    return place, Gain(factor, torch.tensor(norm.offset, dtype=torch.float64))
+    walks.pruned.look(fit.sublayer, [pruned.model.map_at(norm.place)], changes, visit_batch)
+    return norm.changed(gain_factor(summed(torch.stack(sums).sum(dim=0))))

@@ -46,7 +46,7 @@ from gradmap.methods.trial_repairs import (
     fit_repair,
 )
 from gradmap.model.batching import Batches, forward_batch, home_for, moved_home
-from gradmap.model.corrections import Changes, Gain, Place, followed_by, linear_output
+from gradmap.model.corrections import Changes, Gain, followed_by, linear_output
 from gradmap.model.layered import Advance
 from gradmap.model.layerwise import (
     LayerCalls,
@@ -211,9 +211,10 @@ class RepairScorer:
         self._divergences = trial.divergences
         if self._repairable:
             self._changes = followed_by(self._changes, trial.repair.changes)
-        gone = {model.output_of(sublayer) for sublayer in pair}
-        gone |= {place for place in map(self._norm_behind, pair) if place is not None}
-        self._changes = {place: made for place, made in self._changes.items() if place not in gone}
+        sublayer_of = model.architecture.sublayer_of
+        self._changes = {
+            place: made for place, made in self._changes.items() if sublayer_of(*place) not in pair
+        }
         self._removed += (pair,)
 
     def _fit(self, pair: Pair) -> Repair:
@@ -231,15 +232,10 @@ class RepairScorer:
         if norm is None:
             return fit_repair(output, given, added, wanted)
         factor = torch.ones(wanted.shape[-1], dtype=torch.float64, device=self._device)
-        for change in self._changes.get(Place(before.layer, norm.path), ()):
+        for change in self._changes.get(norm.place, ()):
             assert isinstance(change, Gain)
             factor = factor * change.factor
         return fit_normed_repair(NormedMap(model, output, norm, factor), given, added, wanted)
-
-    def _norm_behind(self, sublayer: Sublayer) -> Place | None:
-        """Where the one behind a sublayer's last map is, if there is one."""
-        norm = self._subject.model.norm_behind(sublayer)
-        return None if norm is None else Place(sublayer.layer, norm.path)
 
     @property
     def _device(self) -> torch.device:

@@ -24,7 +24,7 @@ from gradmap.common.finite import require_finite
 from gradmap.methods.compensation import Correction, Pruned
 from gradmap.methods.features import Fit, Walks, accumulate_gram, output_weight
 from gradmap.methods.least_squares import RightSolver, plus_identity, solve_ridge
-from gradmap.methods.normed import before_gain, fit_gain, gain_of
+from gradmap.methods.normed import before_gain, fit_gain
 from gradmap.model.corrections import (
     Change,
     Changes,
@@ -87,13 +87,13 @@ def fit_correction(
     pruned: Pruned,
     fit: Fit,
     changes: Changes,
-    lambdas: Sequence[float],
+    lambdas: Sequence[float] | None = None,
     walks: Walks | None = None,
     before: float | None = None,
 ) -> tuple[Correction, ...]:
-    """The change, on top of `changes`, with the lambda (relative, of `lambdas`, in order) of the
-    lowest held-out divergence; and, where a norm follows the map, the norm's gain that goes with
-    it.
+    """The change, on top of `changes`, with the lambda (relative, of `lambdas`, in order; if none
+    are given, RELATIVE_LAMBDAS or NORMED_LAMBDAS) of the lowest held-out divergence; and, where a
+    norm follows the map, the norm's gain that goes with it.
 
     Where nothing is held out to choose by, lambda is the paper's. walks: of the fits before this
     one, in front of its layer at most. before: the held-out divergence without it, if known.
@@ -102,8 +102,9 @@ def fit_correction(
     norm = pruned.model.norm_behind(fit.sublayer)
     gram, cross = accumulate_gram(pruned, fit, changes, walks)
     if norm is not None:
-        behind = Place(fit.sublayer.layer, norm.path)
-        cross = before_gain(cross, gain_of(pruned, behind, norm))
+        cross = before_gain(cross, pruned.model.gain_at(norm))
+    if lambdas is None:
+        lambdas = RELATIVE_LAMBDAS if norm is None else NORMED_LAMBDAS
     weight = output_weight(pruned, fit.sublayer).to(gram.device) if fit.kind == "right" else None
     closed_form = ClosedForm(fit, gram, cross, weight)
     place = pruned.model.output_of(fit.sublayer)

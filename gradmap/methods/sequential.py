@@ -11,12 +11,7 @@ from gradmap.costs.timing import refit_seconds, sequential_seconds
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.features import Fit, Walks
-from gradmap.methods.ridge import (
-    NORMED_LAMBDAS,
-    RELATIVE_LAMBDAS,
-    fit_correction,
-    say_if_tokens_are_few,
-)
+from gradmap.methods.ridge import fit_correction, say_if_tokens_are_few
 from gradmap.model.sublayers import Part, Sublayer
 
 
@@ -37,9 +32,8 @@ def fit_around_runs(pruned: Pruned, kind: str, walks: Walks) -> Compensation:
     so_far = Compensation()
     for sublayer, goal in sorted(goals_around_runs(pruned).items()):
         fit = Fit(sublayer, goal, kind, weighted=True)
-        lambdas = NORMED_LAMBDAS if pruned.model.norm_behind(sublayer) else RELATIVE_LAMBDAS
         found = fit_correction(
-            pruned, fit, so_far.changes, lambdas, walks, so_far.held_out_divergence
+            pruned, fit, so_far.changes, walks=walks, before=so_far.held_out_divergence
         )
         so_far = Compensation((*so_far.corrections, *found))
     return so_far

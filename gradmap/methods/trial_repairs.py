@@ -4,7 +4,7 @@ becomes of samples with it, from what is known of them without it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from gradmap.methods.least_squares import plus_identity, ridge_sums, solve_ridge
 from gradmap.methods.normed import before_gain, gain_factor, gain_sums
-from gradmap.model.corrections import Change, Gain, Place, Projection
-from gradmap.model.layered import LayeredModel
-from gradmap.model.norms import Norm, root_mean_square
+from gradmap.model.corrections import Change, Place, Projection
+from gradmap.model.layered import LayeredModel, NormPlace
+from gradmap.model.norms import root_mean_square
 from gradmap.model.precision import widened
 
 RELATIVE_LAMBDA = 0.1
@@ -66,11 +66,9 @@ class NormedRepair:
 
     @property
     def changes(self) -> list[tuple[Place, Change]]:
-        norm = Place(self.normed.place.layer, self.normed.norm.path)
-        offset = torch.tensor(self.normed.norm.offset, dtype=torch.float64)
         return [
             (self.normed.place, Projection(plus_identity(self.matrix))),
-            (norm, Gain(self.factor, offset)),
+            self.normed.norm.changed(self.factor),
         ]
 
     def leaving(self, given: Tensor, added: Tensor) -> Tensor:
@@ -87,18 +85,18 @@ class NormedMap:
 
     model: LayeredModel
     place: Place
-    norm: Norm
+    norm: NormPlace
     factor: Tensor
 
     @property
     def module(self) -> nn.Module:
-        return self.model.map_at(Place(self.place.layer, self.norm.path))
+        return self.model.map_at(self.norm.place)
 
     @property
     def gain(self) -> Tensor:
         """(d,) float64."""
-        weight = self.module.get_parameter("weight").detach().double()
-        return self.factor.to(weight.device) * (self.norm.offset + weight)
+        gain = self.model.gain_at(self.norm)
+        return self.factor.to(gain.device) * gain
 
     def entering(self, added: Tensor) -> Tensor:
         """What enters the norm, given what the map gives, bias aside."""
@@ -133,7 +131,7 @@ def fit_normed_repair(
     made = widened(normed.made(repair.added_by_map(added)))
     to_make = missing + widened(normed.made(added))
     factor = gain_factor(gain_sums(made, to_make, widened(wanted)))
-    return NormedRepair(normed, matrix, factor)
+    return replace(repair, factor=factor)
 
 
 @dataclass(frozen=True)

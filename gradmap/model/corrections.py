@@ -156,6 +156,10 @@ class Gain:
     factor: Tensor
     offset: Tensor
 
+    @classmethod
+    def of(cls, factor: Tensor, offset: float) -> Gain:
+        return cls(factor, torch.tensor(offset, dtype=torch.float64))
+
     def added(self, inputs: Tensor, output: Tensor, bias: Tensor | float) -> Tensor:
         return output * (self.factor - 1)
 
@@ -171,9 +175,8 @@ class Gain:
         return {"factor": self.factor, "offset": self.offset}
 
 
-_KINDS = (Projection, Update, LowRank, Scale, Gain)
 CHANGES: dict[str, type[Projection | Update | LowRank | Scale | Gain]] = {
-    kind.kind: kind for kind in _KINDS
+    kind.kind: kind for kind in (Projection, Update, LowRank, Scale, Gain)
 }
 # What is done to a weight, in this order.
 Changes = Mapping[Place, Sequence[Change]]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import add_hook_to_module
@@ -17,12 +17,22 @@ from gradmap.common.distributed import share_of, summed
 from gradmap.model.architectures import Architecture, architecture_of
 from gradmap.model.batching import forward_batch
 from gradmap.model.configs import prune_config
-from gradmap.model.corrections import HIDDEN_STATE, Changes, Place, correcting_hook
-from gradmap.model.norms import Norm
+from gradmap.model.corrections import HIDDEN_STATE, Changes, Gain, Place, correcting_hook
 from gradmap.model.sublayers import Pair, Part, Sublayer, Unit, joined_layers
 
 # Told of passes, forward or backward, of one sample through one layer.
 Advance = Callable[[int], None]
+
+
+class NormPlace(NamedTuple):
+    """An RMS norm of one layer. offset: see gradmap.model.norms.Norm."""
+
+    place: Place
+    offset: float
+
+    def changed(self, factor: Tensor) -> tuple[Place, Gain]:
+        """Another gain of it: so many times what it is, (d,)."""
+        return self.place, Gain.of(factor, self.offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +79,14 @@ class LayeredModel:
         hidden state."""
         return self.architecture.multipliers[sublayer.part]
 
-    def norm_behind(self, sublayer: Sublayer) -> Norm | None:
-        """The one that the output of its last linear map passes, if one does."""
-        return self.architecture.norms[sublayer.part]
+    def norm_behind(self, sublayer: Sublayer) -> NormPlace | None:
+        """The RMS norm that the output of its last linear map passes, if one does."""
+        norm = self.architecture.norms[sublayer.part]
+        return None if norm is None else NormPlace(Place(sublayer.layer, norm.path), norm.offset)
+
+    def gain_at(self, norm: NormPlace) -> Tensor:
+        """(d,) float64."""
+        return norm.offset + self.map_at(norm.place).get_parameter("weight").detach().double()
 
     def as_layer_output(self, hidden: Tensor) -> Any:
         """What a layer returns if this leaves it: the hidden state, or something beside it."""

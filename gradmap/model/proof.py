@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from gradmap.common.errors import first_line
 from gradmap.common.files import write_json
-from gradmap.model.architectures import NORM_FOLLOWS, architecture_of
+from gradmap.model.architectures import architecture_of
 from gradmap.model.configs import cached_by_config, prune_config
 from gradmap.model.corrections import Change, Changes, Gain, Place, Projection, fold_changes
 from gradmap.model.kinds import kinds_of
@@ -82,7 +82,8 @@ def _try(model: LayeredModel, stored: Saved, removed: Sequence[Pair]) -> None:
     what = f"without {', '.join(pair.words for pair in removed)}, what is saved"
     smaller = _reloaded(_pruned(stored, model, removed, changes), what)
     # what is folded into a norm is rounded to float32
-    exact = EXACT if model.architecture.uncorrectable != NORM_FOLLOWS else FLOAT32
+    into_norms = any(isinstance(change, Gain) for change in chain.from_iterable(changes.values()))
+    exact = FLOAT32 if into_norms else EXACT
     if not is_same(smaller(input_ids=input_ids, use_cache=False).logits, expected, exact):
         raise NotPrunableError(f"{what} does not compute what it did in memory")
     past = smaller(input_ids=input_ids[:, :-1], use_cache=True).past_key_values
@@ -105,9 +106,8 @@ def _a_change(model: LayeredModel, removed: Sequence[Pair]) -> Changes:
         model.output_of(before): (Projection(torch.eye(width) + 0.1 * noise),)
     }
     if norm is not None:
-        factor = 1 + 0.1 * torch.randn(width, dtype=torch.float64)
-        gain = Gain(factor, torch.tensor(norm.offset, dtype=torch.float64))
-        changes[Place(before.layer, norm.path)] = (gain,)
+        place, gain = norm.changed(1 + 0.1 * torch.randn(width, dtype=torch.float64))
+        changes[place] = (gain,)
     return changes
 
 

@@ -88,7 +88,7 @@ def make_changes(pico, correction=1.0):
         matrix = correction * (torch.eye(width, dtype=torch.float64) + noise(0.5, width, width))
         changes[Place(CORRECTED, pico.architecture.down_projection)] = (Projection(matrix),)
         for norm in filter(None, pico.architecture.norms):
-            gain = Gain(1 + noise(0.5, width), torch.tensor(norm.offset, dtype=torch.float64))
+            gain = Gain.of(1 + noise(0.5, width), norm.offset)
             changes[Place(CORRECTED, norm.path)] = (gain,)
     return changes
 

@@ -173,13 +173,13 @@ def gram_matrices(pico, model, size):
 @step(once=(7, 19), batch=(0, 2))
 def refit(pico, model, size):
     """With two lambdas to choose from."""
-    return lambda: (
-        inside(
-            fit_correction(
-                pruned(pico, model, size), Fit(ffn(0), ffn(1), "refit", True), {}, [0.1, 0.2]
-            )
-        ).matrix
-    )
+    fit = Fit(ffn(0), ffn(1), "refit", True)
+
+    def correct():
+        (found,) = fit_correction(pruned(pico, model, size), fit, {}, [0.1, 0.2])
+        return inside(found).matrix
+
+    return correct
 
 
 @step(once=(28, 84), batch=(0, 2))

@@ -21,7 +21,7 @@ from gradmap.methods.compensation import (
 )
 from gradmap.methods.features import Fit
 from gradmap.methods.options import AS_PUBLISHED, ProjectionOptions
-from gradmap.methods.ridge import RELATIVE_LAMBDAS, fit_correction
+from gradmap.methods.ridge import fit_correction
 from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import stacked_on_cpu
@@ -31,7 +31,7 @@ from gradmap.model.sublayers import Part, Sublayer
 def project_most_drifted(pruned: Pruned, options: ProjectionOptions = AS_PUBLISHED) -> Compensation:
     """With the exact solution of Eq. 10; lambda by the divergence on held-out samples."""
     drift = mean_drift(pruned)
-    lambdas = (0.0,) if options.unregularised else RELATIVE_LAMBDAS
+    lambdas = (0.0,) if options.unregularised else None
 
     def correct(layer: int, changes: Changes) -> tuple[Correction, ...]:
         ffn = Sublayer(layer, Part.FFN)

@@ -4,7 +4,7 @@ import pytest
 
 from gradmap.evaluation.backends import Question, never
 from gradmap.evaluation.scoring import CHUNK_QUESTIONS, Scorer
-from tests.gradmap.evaluation.test_scoring import CountingBackend
+from tests.gradmap.evaluation.counting_backend import CountingBackend
 
 MODEL = {"model": "a"}
 SHORT = [Question((token,), 2) for token in range(CHUNK_QUESTIONS + 10)]

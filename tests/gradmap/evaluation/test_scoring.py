@@ -1,12 +1,7 @@
-"""Scores are those of one plain pass per request, whatever the batching, and survive a crash."""
+"""Scores are those of one plain pass per request, whatever the batching."""
 
-import json
 import math
 import random
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
 
 import numpy as np
 import pytest
@@ -14,7 +9,7 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.data.calibration import build_segments
-from gradmap.evaluation.backends import Score, ScoreRequest, never
+from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.perplexity import Segments, perplexity_of_losses, segment_losses
 from gradmap.evaluation.scoring import CHUNK_REQUESTS, Scorer
 from gradmap.evaluation.transformers_backend import TransformersBackend, score_reference
@@ -22,6 +17,7 @@ from gradmap.model.layerwise import sample_losses
 from gradmap.model.loading import load_tokenizer
 from tests.conftest import BOS
 from tests.families import VOCABULARY
+from tests.gradmap.evaluation.counting_backend import CountingBackend
 
 # Of a float64 log likelihood: products of at most 40 terms in 5 layers, over the batch in another
 # order
@@ -182,172 +178,11 @@ def test_behind_bos_every_token_of_a_segment_is_predicted(pico_with_bos, word_fi
         assert loss == pytest.approx(expected, rel=FLOAT64_TOLERANCE)
 
 
-class CountingBackend:
-    """Scores a request by its last token; breaks down at the first request it is told to."""
-
-    name = "counting"
-    max_tokens = 50
-    vocabulary: int | None = 100_000
-    end_tokens: tuple[int, ...] = ()
-
-    def __init__(self, breaks_at=None, value=-1.0):
-        self.breaks_at, self.value, self.scored, self.chunks = breaks_at, value, [], []
-
-    def score(self, requests):
-        if self.breaks_at in [request.continuation[-1] for request in requests]:
-            raise KeyboardInterrupt
-        self.scored += requests
-        self.chunks.append(requests)
-        return [Score(self.value * request.continuation[-1], 0) for request in requests]
-
-    def log_probabilities(self, request):
-        return None
-
-    def generate(self, prompts, new_tokens, is_done=never):
-        raise NotImplementedError
-
-
-REQUESTS = [ScoreRequest((token,), (token,)) for token in range(2 * CHUNK_REQUESTS + 10)]
-EXPECTED = [Score(-1.0 * token, 0) for token in range(2 * CHUNK_REQUESTS + 10)]
-
-
-@pytest.fixture
-def kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path))
-    return {"model": "a"}
-
-
-@pytest.mark.parametrize("cut_bytes", [0, 5])
-def test_an_interrupted_evaluation_goes_on_where_it_was(kept, tmp_path, cut_bytes):
-    with pytest.raises(KeyboardInterrupt):
-        Scorer(CountingBackend(breaks_at=CHUNK_REQUESTS + 1), kept, "dense").score(REQUESTS, "task")
-    (file,) = tmp_path.rglob("*.jsonl")
-    file.write_bytes(file.read_bytes()[: -cut_bytes or None])  # kill -9 in the middle of a line
-    second = CountingBackend()
-    assert Scorer(second, kept, "dense").score(REQUESTS, "task") == EXPECTED
-    assert len(second.scored) == len(REQUESTS) - CHUNK_REQUESTS + bool(cut_bytes)
-    third = CountingBackend()
-    assert Scorer(third, kept, "dense").score(REQUESTS, "task") == EXPECTED
-    assert third.scored == []
-
-
-def test_scores_are_kept_for_one_model_and_its_requests_only(kept):
-    Scorer(CountingBackend(), kept, "dense").score(REQUESTS, "task")
-    for identity, requests, fresh in (
-        ({"model": "b"}, REQUESTS, False),
-        (kept, REQUESTS[1:], False),
-        (kept, REQUESTS, True),
-        (None, REQUESTS, False),
-    ):
-        backend = CountingBackend(value=-2.0)
-        scores = Scorer(backend, identity, "dense", fresh).score(requests, "task")
-        assert len(backend.scored) == len(requests)
-        assert scores[-1].log_likelihood == -2.0 * requests[-1].continuation[-1]
-
-
-@pytest.mark.parametrize(
-    ("request_", "value", "message"),
-    [
-        (ScoreRequest((1,), (5,)), float("nan"), "task: what the model predicts is not finite"),
-        (ScoreRequest((1,), (5,)), float("-inf"), "task: what the model predicts is not finite"),
-        (
-            ScoreRequest((1,), (100_000,)),
-            -1.0,
-            "the model knows only 100000: it is another model's",
-        ),
-        (ScoreRequest((1,) * 50, (5, 6)), -1.0, "longer than the 50"),
-    ],
-)
-def test_what_cannot_be_scored_is_refused_and_not_kept(kept, tmp_path, request_, value, message):
-    with pytest.raises(UserError, match=message):
-        Scorer(CountingBackend(value=value), kept, "dense").score([request_], "task")
-    assert not list(tmp_path.rglob("*.jsonl"))
-
-
 def test_what_is_no_number_is_not_generated(picos):
     model = picos["llama"].load()
     model.get_output_embeddings().weight[7] = math.nan
     with pytest.raises(UserError, match="What the model predicts is not finite"):
         TransformersBackend(model, "float64").generate([[5, 6]], 4)
-
-
-@pytest.mark.parametrize(
-    "order", ["reversed", "mixed with another's", "with what is no score", "of an older version"]
-)
-def test_a_kept_score_is_of_the_request_that_its_line_names(kept, tmp_path, order):
-    """Whoever wrote the lines, in whatever order."""
-    Scorer(CountingBackend(), kept, "dense").score(REQUESTS, "task")
-    (file,) = tmp_path.rglob("*.jsonl")
-    lines = file.read_text().splitlines()
-    changed = {
-        "reversed": lines[::-1],
-        "mixed with another's": [
-            line for pair in zip(lines, lines[::-1], strict=True) for line in pair
-        ],
-        "with what is no score": [
-            "",
-            "[]",
-            "7",
-            "null",
-            '["key", NaN, 1]',
-            '["key", -1.0, true]',
-            '["a", "b", "c"]',
-            "{",
-            *lines[3:],
-        ],
-        "of an older version": [json.dumps(json.loads(line)[1:]) for line in lines],
-    }[order]
-    file.write_text("".join(f"{line}\n" for line in changed))
-    again = CountingBackend()
-    assert Scorer(again, kept, "dense").score(REQUESTS, "task") == EXPECTED
-    left_out = {"with what is no score": 3, "of an older version": len(REQUESTS)}
-    assert len(again.scored) == left_out.get(order, 0)
-
-
-def test_a_score_that_is_not_finite_is_not_taken_from_the_cache(kept, tmp_path):
-    Scorer(CountingBackend(), kept, "dense").score(REQUESTS[:2], "task")
-    (file,) = tmp_path.rglob("*.jsonl")
-    file.write_text(file.read_text().replace("-1.0", "NaN"))
-    assert Scorer(CountingBackend(), kept, "dense").score(REQUESTS[:2], "task") == EXPECTED[:2]
-
-
-class SlowBackend(CountingBackend):
-    """Scores nothing before it is allowed to."""
-
-    def __init__(self):
-        super().__init__()
-        self.started, self.allowed = Event(), Event()
-
-    def score(self, requests):
-        self.started.set()
-        assert self.allowed.wait(60)
-        return super().score(requests)
-
-
-def test_of_two_evaluations_of_the_same_the_second_waits_and_takes_what_the_first_scored(
-    kept, tmp_path
-):
-    script = (
-        "import sys; from gradmap.evaluation.scoring import Scorer\n"
-        "from tests.gradmap.evaluation.test_scoring import EXPECTED, REQUESTS, CountingBackend\n"
-        "second = CountingBackend()\n"
-        "assert Scorer(second, {'model': 'a'}, 'dense').score(REQUESTS, 'task') == EXPECTED\n"
-        "print(len(second.scored))"
-    )
-    first = SlowBackend()
-    with ThreadPoolExecutor() as pool:
-        scores = pool.submit(Scorer(first, kept, "dense").score, REQUESTS, "task")
-        assert first.started.wait(60)
-        second = subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        assert second.stderr is not None
-        while b"Waiting for process" not in second.stderr.readline():
-            assert second.poll() is None
-        first.allowed.set()
-        assert scores.result() == EXPECTED
-    assert second.communicate()[0] == b"0\n"
-    assert [path.name for path in (tmp_path / "scores").iterdir() if path.suffix != ".jsonl"] == []
 
 
 def test_a_text_that_is_too_long_is_refused_wherever_it_stands():

@@ -313,14 +313,16 @@ def test_long_contexts_lose_their_beginning():
 
 
 def test_answers_end_before_what_a_task_says_and_are_asked_for_together(monkeypatch):
+    """Two at a time; what is asked twice is answered once."""
     from lm_eval.api.instance import Instance
 
-    monkeypatch.setattr("gradmap.evaluation.harness_model.ASKED_TOGETHER", 2)
+    monkeypatch.setattr("gradmap.evaluation.scoring.CHUNK_QUESTIONS", 2)
     asked = [
         ("a", "xxx"),
         ("bb", ["xxxx", "q"]),
         ("bb", ["xxxx", "q"]),
         ("a", ["xxxx", "q"]),
+        ("dddd", ["xxxx", "q"]),
         ("ccc", []),
     ]
     backend = UnevenBackend()
@@ -334,6 +336,7 @@ def test_answers_end_before_what_a_task_says_and_are_asked_for_together(monkeypa
         "xx xxx ",
         "xx xxx ",
         "x xx xxx",
+        "",
         "xxx xxxx xxxxx",
     ]
     assert backend.asked == [1, 2, 1, 1]

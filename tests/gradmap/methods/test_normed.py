@@ -11,7 +11,7 @@ from gradmap.methods.least_squares import solve_ridge_reference
 from gradmap.methods.normed import fit_gain
 from gradmap.methods.ridge import NORMED_LAMBDAS, fit_correction
 from gradmap.methods.sequential import refit_around_runs
-from gradmap.model.corrections import Gain, Place, Update
+from gradmap.model.corrections import Gain, Update
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
 from tests.conftest import SANDWICH_NORM
@@ -38,7 +38,7 @@ def seen(pruned, sublayer, changes=None):
     def note(module, args, output):
         captured[module] = (args[0].flatten(end_dim=-2), output.flatten(end_dim=-2))
 
-    modules = [model.map_at(place), model.map_at(Place(sublayer.layer, norm.path))]
+    modules = [model.map_at(place), model.map_at(norm.place)]
     hooks = []
     with model.changed(changes or {}):
         hooks = [module.register_forward_hook(note) for module in modules]
@@ -73,7 +73,7 @@ def test_the_gain_is_that_of_least_squares_in_each_channel(pico, input_ids, subl
     norm = pruned.model.norm_behind(sublayer)
     place, gain = fit_gain(pruned, fit, norm, {}, walks)
     *_, made, wanted = seen(pruned, sublayer)
-    assert place == Place(sublayer.layer, norm.path)
+    assert place == norm.place
     for channel in range(made.shape[1]):
         (expected,) = solve_ridge_reference(made[:, [channel]], wanted[:, [channel]], 0.0)
         assert gain.factor[channel].item() == pytest.approx(expected.item(), rel=1e-8)
@@ -103,7 +103,7 @@ def test_a_channel_without_a_gain_is_left_alone(pico, input_ids):
     pruned = prune(pico, input_ids)
     norm = pruned.model.norm_behind(ffn(0))
     with torch.no_grad():
-        pruned.model.map_at(Place(0, norm.path)).weight[3] = -norm.offset
+        pruned.model.map_at(norm.place).weight[3] = -norm.offset
     made = fit_correction(pruned, Fit(ffn(0), ffn(1), "refit"), {}, (0.1,))
     update, gain = (correction.change for correction in made)
     assert isinstance(update, Update) and not update.matrix[3].any()

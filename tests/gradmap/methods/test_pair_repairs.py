@@ -11,7 +11,7 @@ from gradmap.methods.compensation import run_and_capture
 from gradmap.methods.features import Fit, accumulate_gram, output_weight
 from gradmap.methods.gradmap.projection import mean_drift
 from gradmap.methods.least_squares import solve_ridge_reference
-from gradmap.model.corrections import Place, linear_output
+from gradmap.model.corrections import linear_output
 from gradmap.model.layerwise import sample_divergences_reference
 from gradmap.model.sublayers import joined_layers
 from tests.conftest import CORRECTABLE, inside
@@ -141,9 +141,7 @@ def test_repairs_of_pairs_bring_the_model_nearer_or_are_left_out(pico, input_ids
     assert (after < before) if compensation.changes else after == before
     kept = {model.output_of(sublayer) for sublayer in pruned.kept}
     kept |= {
-        Place(sublayer.layer, norm.path)
-        for sublayer in pruned.kept
-        if (norm := model.norm_behind(sublayer)) is not None
+        norm.place for sublayer in pruned.kept if (norm := model.norm_behind(sublayer)) is not None
     }
     trained = {place for place, _ in model.linear_maps(pruned.kept)}
     assert {one.place for one in compensation.corrections} <= kept | trained

@@ -11,7 +11,7 @@ from gradmap.methods.compensation import run_and_capture
 from gradmap.methods.least_squares import solve_ridge_reference
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import Selection, Step
-from gradmap.model.corrections import Place, linear_output
+from gradmap.model.corrections import linear_output
 from gradmap.model.layerwise import LayerCall, sample_divergences_reference
 from gradmap.model.sublayers import candidates, sublayers_left
 from tests.conftest import CORRECTABLE, SANDWICH_NORM, make_pico
@@ -46,7 +46,7 @@ def mend_by_hand(model, ids, gone, pair, wanted):
     if norm is None:
         hooks.callback(output_map.register_forward_hook(change).remove)
         return hooks
-    module = model.map_at(Place(before.layer, norm.path))
+    module = model.map_at(norm.place)
     # a large vector of ones is its own root mean square
     solution = solution / (module(torch.full_like(features[0], 1e8))[:, None])
     with model.without(gone):
