@@ -22,7 +22,8 @@ from gradmap.costs.steps import (
 from gradmap.costs.timing import writing_seconds
 from gradmap.data.calibration import Calibration
 from gradmap.methods.compensation import Compensation, Pruned
-from gradmap.methods.distil import Lessons, train_low_rank, written_by_dense
+from gradmap.methods.distil import train_low_rank, written_by_dense
+from gradmap.methods.distillation import Lessons
 from gradmap.methods.gradmap.scores import GradientScorer
 from gradmap.methods.repair import RepairScorer
 from gradmap.methods.selection import Scorer, Subject, select

@@ -11,12 +11,11 @@ and again, or to fit wide maps on at all; the dense model itself writes what els
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmap.common.console import progress
 from gradmap.common.distributed import (
@@ -29,18 +28,17 @@ from gradmap.costs.timing import distil_seconds
 from gradmap.data.calibration import with_bos, without_bos
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned
+from gradmap.methods.distillation import Lessons, set_lesson_gradients
 from gradmap.methods.features import Walks
 from gradmap.methods.ridge import TOKENS_PER_INPUT, fitted_inputs
 from gradmap.methods.sequential import fit_around_runs
-from gradmap.methods.training import set_gradients
-from gradmap.model.batching import Batches, logits_batch, states_batch
+from gradmap.model.batching import Batches, states_batch
 from gradmap.model.corrections import (
     LowRank,
     followed_by,
     untrained_low_rank,
 )
 from gradmap.model.layered import LayeredModel
-from gradmap.model.layerwise import logits_from, run_layers
 
 RANK = 16
 LEARNING_RATE = 1e-3
@@ -50,15 +48,6 @@ STEP_SAMPLES = 4
 WRITTEN_PER_SAMPLE = 2
 PROMPT_TOKENS = 4
 WRITTEN_TOGETHER = 64
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """Samples (N, T) to train on, and what the dense model makes of them: the output of its last
-    layer, (N, T, d), for its logits would be far larger."""
-
-    input_ids: Tensor
-    outputs: Tensor
 
 
 def distil(pruned: Pruned) -> Compensation:
@@ -114,7 +103,9 @@ def train_low_rank(
         pruned.model.changed(together, without=pruned.removed),
     ):
         for rows in order.split(STEP_SAMPLES):
-            _take_step(pruned, Lessons(samples[rows], goal[rows]), parameters, optimizer, batches)
+            step = Lessons(share_of_step(samples[rows]), share_of_step(goal[rows]))
+            set_lesson_gradients(pruned.model, step, len(rows), parameters, batches)
+            optimizer.step()
             schedule.step()
             advance(len(rows))
     return pruned.judge(
@@ -222,62 +213,6 @@ def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:
     chances = (logits.double() - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
     return torch.searchsorted(chances, numbers * chances[:, -1:], right=True).clamp(
         max=chances.shape[1] - 1
-    )
-
-
-def distillation_gradients(
-    model: LayeredModel, hidden: Tensor, goal: Tensor, input_ids: Tensor
-) -> Tensor:
-    """dL/d hidden (B, T, d) of the last layer's output, where L is the mean over positions of the
-    cross-entropy between the next-token distributions that follow from `goal` (B, T, d) and from
-    `hidden`. A few samples at a time."""
-    together = logits_batch(input_ids.shape[1], model.config.vocab_size, hidden.device)
-    gradients: list[Tensor] = []
-    for start in range(0, len(hidden), together):
-        part = slice(start, start + together)
-        leaf = hidden[part].detach().requires_grad_(True)
-        with torch.no_grad():
-            wanted = (
-                logits_from(model, goal[part], input_ids[part])
-                .flatten(end_dim=1)
-                .float()
-                .softmax(dim=-1)
-            )
-        logits = logits_from(model, leaf, input_ids[part]).flatten(end_dim=1).float()
-        loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / hidden[..., 0].numel()
-        gradients += torch.autograd.grad(loss, leaf)
-    return torch.cat(gradients)
-
-
-def _take_step(
-    pruned: Pruned,
-    lessons: Lessons,
-    parameters: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-) -> None:
-    """One step of training of the pruned model as it is now, with what is trained on hooks."""
-    device, samples = pruned.model.device, len(lessons.input_ids)
-    ids, goal = (
-        share_of_step(tensor).to(device) for tensor in (lessons.input_ids, lessons.outputs)
-    )
-
-    def gradients_of(batch: slice) -> Sequence[Tensor | None]:
-        return _gradients(pruned, ids[batch], goal[batch], samples, parameters)
-
-    set_gradients(parameters, len(ids), gradients_of, batches)
-    optimizer.step()
-
-
-def _gradients(
-    pruned: Pruned, ids: Tensor, goal: Tensor, samples: int, parameters: list[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the parameters for these samples' part of the mean over `samples`: of all
-    parameters or, where memory runs out, of none. None for experts that were idle."""
-    hidden = run_layers(pruned.model, ids)
-    at_the_end = distillation_gradients(pruned.model, hidden, goal, ids)
-    return torch.autograd.grad(
-        hidden, parameters, at_the_end * (len(ids) / samples), allow_unused=True
     )
 
 

@@ -4,7 +4,8 @@ not guessed."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ def logits_batch(tokens: int, vocabulary: int, device: torch.device) -> int:
     """How many samples of `tokens` tokens go at once through the output layer, whose logits are the
     largest tensor."""
     return max(1, LOGITS_BYTES[device.type] // (4 * tokens * vocabulary))
+
+
+def logits_parts(
+    samples: int, tokens: int, vocabulary: int, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
+    """Samples and positions that go at once through the output layer: whole samples or, where the
+    logits of one are too large, a part of its positions."""
+    positions = min(tokens, logits_batch(1, vocabulary, device))
+    together = logits_batch(positions, vocabulary, device)
+    for first, start in product(range(0, samples, together), range(0, tokens, positions)):
+        yield slice(first, first + together), slice(start, start + positions)
 
 
 def measured_batch_size(

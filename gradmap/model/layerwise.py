@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gradmap.model.batching import logits_batch
+from gradmap.model.batching import logits_parts
 from gradmap.model.layered import LayeredModel
 from gradmap.model.precision import widened
 from gradmap.model.sublayers import PIECES, Unit
@@ -152,15 +152,14 @@ def divergences_from(
     model: LayeredModel, hidden: Tensor, wanted: Tensor, input_ids: Tensor
 ) -> Tensor:
     """`sample_divergences` of the output of the last layer from what it is in the dense model: (B,
-    T, d) both, (B, T) -> (B,). A few samples at a time."""
-    together = logits_batch(2 * input_ids.shape[1], model.config.vocab_size, hidden.device)
-    parts: list[Tensor] = []
-    for start in range(0, len(hidden), together):
-        part = slice(start, start + together)
+    T, d) both, (B, T) -> (B,). Some positions at a time."""
+    samples, tokens = input_ids.shape
+    divergences = torch.zeros(samples, dtype=torch.float64, device=hidden.device)
+    for part in logits_parts(samples, tokens, 2 * model.config.vocab_size, hidden.device):
         both = torch.cat([hidden[part], wanted[part]])
         logits, dense = logits_from(model, both, input_ids[part].repeat(2, 1)).chunk(2)
-        parts.append(sample_divergences(logits, dense))
-    return torch.cat(parts)
+        divergences[part[0]] += sample_divergences(logits, dense)
+    return divergences
 
 
 def sample_divergences(logits: Tensor, dense: Tensor) -> Tensor:

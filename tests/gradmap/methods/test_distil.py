@@ -10,8 +10,6 @@ import torch
 from gradmap.methods.compensation import Compensation
 from gradmap.methods.distil import (
     PROMPT_TOKENS,
-    Lessons,
-    distillation_gradients,
     draw_prompts,
     draw_tokens,
     train_low_rank,
@@ -19,28 +17,39 @@ from gradmap.methods.distil import (
     write_on,
     written_by_dense,
 )
+from gradmap.methods.distillation import Lessons, distillation_gradients
 from gradmap.methods.sequential import refit_around_runs
+from gradmap.model.batching import LOGITS_BYTES
 from gradmap.model.layered import LayeredModel
-from gradmap.model.layerwise import logits_from
+from gradmap.model.layerwise import logits_from, run_layers, sample_divergences
 from tests.conftest import BOS, inside
 from tests.gradmap.repairs import REMOVED, prune
 
 distilling = import_module("gradmap.methods.distil")  # the package has a function of that name
 
 
-def test_distillation_gradients_are_those_of_the_cross_entropy_of_two_models(picos, input_ids):
+@pytest.mark.parametrize("positions", [1000, 3])
+def test_distillation_gradients_are_those_of_the_divergence_of_two_models(
+    picos, input_ids, monkeypatch, positions
+):
+    """Also where not even the logits of one sample go through at once."""
+    vocabulary = picos["llama"].load().config.vocab_size
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * positions * vocabulary)
     pruned = prune(picos["llama"], input_ids)
     model = pruned.model
     goal = pruned.walk(pruned.sublayers, input_ids).finish({})
     hidden = (
         goal + 0.1 * torch.randn(goal.shape, generator=torch.Generator().manual_seed(1))
     ).requires_grad_(True)
-    wanted = model.network(input_ids=input_ids).logits.float().softmax(-1)
-    given = logits_from(model, hidden, input_ids).float().log_softmax(-1)
-    (-(wanted * given).sum(-1).mean()).backward()
+    wanted = model.network(input_ids=input_ids).logits.float()
+    divergences = sample_divergences(logits_from(model, hidden, input_ids).float(), wanted)
+    (divergences.sum() / input_ids.numel()).backward()
     actual = distillation_gradients(model, hidden.detach(), goal, input_ids)
     # the loss is computed in float32
-    torch.testing.assert_close(actual, hidden.grad, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(actual.gradients, hidden.grad, rtol=1e-4, atol=1e-8)
+    # and the divergence is a difference of sums of about log(vocabulary) for each position
+    rounding = torch.finfo(torch.float32).eps * input_ids.numel() * math.log(vocabulary)
+    torch.testing.assert_close(actual.divergence, divergences.sum(), rtol=0, atol=rounding)
 
 
 def test_the_dense_model_writes_what_it_would_without_a_cache(pico, input_ids):
@@ -63,11 +72,11 @@ def test_training_sees_every_sample_and_all_that_the_dense_model_wrote_once(
 ):
     pruned = prune(picos["llama"], input_ids)
     seen = []
-    take_step = distilling._take_step
+    set_gradients = distilling.set_lesson_gradients
     monkeypatch.setattr(
         distilling,
-        "_take_step",
-        lambda pruned, step, *rest: (seen.append(step.input_ids), take_step(pruned, step, *rest)),
+        "set_lesson_gradients",
+        lambda model, step, *rest: (seen.append(step.input_ids), set_gradients(model, step, *rest)),
     )
     distilling.distil(pruned)
     expected = torch.cat([pruned.calibration.fit_ids, written_by_dense(pruned)])
@@ -80,14 +89,13 @@ def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(
     pruned = prune(picos["llama"], input_ids)
     lessons = lessons_of(pruned)
     expected = train_low_rank(pruned, Compensation(), lessons)
-    gradients = distilling._gradients
 
-    def short_of_memory(pruned, ids, *rest):
+    def short_of_memory(model, ids):
         if len(ids) > 1:
             raise torch.OutOfMemoryError
-        return gradients(pruned, ids, *rest)
+        return run_layers(model, ids)
 
-    monkeypatch.setattr(distilling, "_gradients", short_of_memory)
+    monkeypatch.setattr("gradmap.methods.distillation.run_layers", short_of_memory)
     actual = train_low_rank(pruned, Compensation(), lessons)
     assert "going on with 1 samples at once" in capsys.readouterr().err
     for one, other in zip(actual, expected, strict=True):

@@ -17,6 +17,7 @@ from gradmap.model.batching import (
     Batches,
     forward_batch,
     logits_batch,
+    logits_parts,
     measured_batch_size,
 )
 from gradmap.model.layered import LayeredModel
@@ -129,3 +130,16 @@ def test_picos_go_in_batches_of_the_largest_size(picos, input_ids):
     for streamed in (False, True):
         size = fitting_batches(pico.layered(), input_ids, streamed).size
         assert size == TOKENS["cpu"] // input_ids.shape[1]
+
+
+@pytest.mark.parametrize("logits", [1, 7, 20, 100, 10_000])
+def test_every_position_goes_through_the_output_layer_once_with_few_enough_logits(
+    monkeypatch, logits
+):
+    samples, tokens, vocabulary = 5, 20, 3
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * logits)
+    seen = torch.zeros(samples, tokens)
+    for part in logits_parts(samples, tokens, vocabulary, torch.device("cpu")):
+        seen[part] += 1
+        assert vocabulary * seen[part].numel() <= max(logits, vocabulary)
+    assert (seen == 1).all()

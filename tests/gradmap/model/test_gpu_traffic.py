@@ -14,7 +14,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from gradmap.methods.compensation import Compensation, Correction
-from gradmap.methods.distil import Lessons, train_low_rank, write_on, written_by_dense
+from gradmap.methods.distil import train_low_rank, write_on, written_by_dense
+from gradmap.methods.distillation import Lessons
 from tests.conftest import make_pico
 from tests.families import LAYERS
 from tests.gradmap.fake_gpu import fake_gpu
