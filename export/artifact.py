@@ -281,6 +281,7 @@ def _describe_plan(source: Source) -> PlanRecord | None:
         removal_order=source.plan.removal_order,
         corrected_layers=sorted({place.layer for place in source.changes}),
         calibration=source.plan.calibration,
+        healing=source.plan.healing,
     )
 
 

@@ -12,9 +12,9 @@ from gradmap.common.files import ARTIFACT_FILE, sha256_file
 from gradmap.common.reading import Strict, checked_result, read_json_object
 from gradmap.model.model_files import CODE_KEY, PlainName, own_file, own_files
 from gradmap.model.sublayers import Pair
-from gradmap.pruning.plan import CalibrationRecord
+from gradmap.pruning.plan import CalibrationRecord, HealingRecord
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class BaseRecord(Strict):
@@ -26,13 +26,14 @@ class BaseRecord(Strict):
 
 
 class PlanRecord(Strict):
-    """The plan that was applied: original layer indices, and the calibration record of
-    plan.json."""
+    """The plan that was applied: original layer indices, and the records of plan.json of what it
+    was calibrated and healed on."""
 
     sha256: str
     removal_order: list[Pair]
     corrected_layers: list[int]
     calibration: CalibrationRecord
+    healing: list[HealingRecord]
 
 
 class ArtifactRecord(Strict):

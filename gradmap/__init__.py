@@ -1,6 +1,6 @@
 """Layer pruning and deployment of causal language models.
 
-    from gradmap import evaluate, export, load_plan, open_checkpoint, prune
+    from gradmap import evaluate, export, heal, load_plan, open_checkpoint, prune
 
 What is named here is imported when it is first used, for it needs torch.
 """
@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export.api import export
-    from gradmap.api import evaluate, load_plan, prune
+    from gradmap.api import evaluate, heal, load_plan, prune
     from gradmap.model.checkpoint import open_checkpoint
 
-__all__ = ["evaluate", "export", "load_plan", "open_checkpoint", "prune"]
+__all__ = ["evaluate", "export", "heal", "load_plan", "open_checkpoint", "prune"]
 
 _HOMES = {
     "evaluate": "gradmap.api",
     "export": "export.api",
+    "heal": "gradmap.api",
     "load_plan": "gradmap.api",
     "open_checkpoint": "gradmap.model.checkpoint",
     "prune": "gradmap.api",

@@ -1,4 +1,4 @@
-"""What `gradmap prune` and `gradmap eval` do, as functions: the options are the commands'."""
+"""What `gradmap prune`, `heal` and `eval` do, as functions: the options are the commands'."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from gradmap.evaluation.evaluate import evaluate as evaluate_models
 from gradmap.evaluation.evaluated_models import Where, checkpoint_models
 from gradmap.evaluation.options import EvalOptions
 from gradmap.evaluation.result import Evaluation
+from gradmap.healing.heal import heal as heal_plan
+from gradmap.healing.options import HealOptions
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.pruning.plan import Plan
 from gradmap.pruning.plan import load_plan as read_plan
@@ -26,6 +28,15 @@ def prune(checkpoint: Checkpoint, out: Path | str, **options: Any) -> Plan:
     """
     asked = checked_options(PruneOptions, options)
     return make_plan(checkpoint, settle(asked, checkpoint.config), Path(out))
+
+
+def heal(checkpoint: Checkpoint, plan: Path | str, out: Path | str, **options: Any) -> Plan:
+    """Trains corrections of what a plan leaves on texts, and writes the plan directory `out`.
+
+    options: fields of gradmap.healing.options.HealOptions, such as text=["file:texts.jsonl"] and
+    budget_tokens=600_000. Raises UserError on bad input, and where training diverges.
+    """
+    return heal_plan(checkpoint, Path(plan), checked_options(HealOptions, options), Path(out))
 
 
 def load_plan(directory: Path | str) -> Plan:

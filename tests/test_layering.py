@@ -22,6 +22,7 @@ ROOMS = (
     "costs",
     "methods",
     "pruning",
+    "healing",
     "evaluation",
     "compare",
 )

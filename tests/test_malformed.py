@@ -180,6 +180,7 @@ def make_record(plan: Plan) -> ArtifactRecord:
             removal_order=plan.removal_order,
             corrected_layers=[],
             calibration=plan.calibration.model_dump(),
+            healing=[],
         ),
         verification={},
         environment={"torch": "2"},

@@ -1,5 +1,5 @@
-"""What a plan was calibrated on is not evaluated on: texts that overlap are refused, and tasks
-leave documents out.
+"""What a plan was calibrated or healed on is not evaluated on: texts that overlap are refused, and
+tasks leave documents out.
 
 Texts overlap where they share 13 tokens in a row, as GPT-3's evaluation sets and training texts
 were compared (Brown et al. 2020, arXiv 2005.14165, appendix C). There it was words; tokens need no
@@ -8,14 +8,14 @@ spaces between words, and are about nine English words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from gradmap.common.console import say
@@ -25,84 +25,160 @@ from gradmap.common.reading import read_json_object
 from gradmap.data.calibration import build_calibration, without_bos
 from gradmap.data.text_specs import preset_of
 from gradmap.evaluation.perplexity import Segments
-from gradmap.pruning.plan import CalibrationRecord, load_calibration_ids, load_plan
+from gradmap.healing.options import HealOptions
+from gradmap.pruning.plan import (
+    CalibrationRecord,
+    HealingRecord,
+    load_calibration_ids,
+    load_plan,
+)
 
 GRAM_TOKENS = 13
 
 
 @dataclass(frozen=True)
-class CalibratedOn:
-    """What a plan was calibrated on. source: the SPEC that was read, None if that is not known.
-    samples: (N, T) token ids without BOS. texts: the samples as text, words with one space between
-    them."""
+class SeenSamples:
+    """Samples (N, T), without BOS, that a plan was made on; empty if they cannot be had. what: for
+    which they were used; sources: the SPECs that were read."""
 
-    source: str | None = None
+    what: str
+    sources: tuple[str, ...]
     samples: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+    @classmethod
+    def of_calibration(cls, record: CalibrationRecord, input_ids: Tensor | None) -> SeenSamples:
+        """input_ids: with BOS; None if they are not known."""
+        seen = cls("calibration", (preset_of(record.source).calibration,))
+        return (
+            seen if input_ids is None else replace(seen, samples=without_bos(input_ids, record.bos))
+        )
+
+    @classmethod
+    def of_healing(cls, record: HealingRecord, tokenizer: Any) -> SeenSamples:
+        """Those that were trained on and those that were held out, drawn again. Says so where they
+        cannot be, and what is not checked then."""
+        options = HealOptions.model_validate(record.recipe)
+        sources = tuple(preset_of(text).calibration for text in options.text)
+        drawn = _healing_drawn_again(record, options, tokenizer)
+        if drawn is None:
+            say(
+                f"The healing samples cannot be drawn from {', '.join(options.text)} again: "
+                "whether texts and tasks overlap with them is not checked"
+            )
+            return cls("healing", sources)
+        return cls("healing", sources, without_bos(drawn, record.bos))
+
+    def refuse(self, text: Segments) -> None:
+        """Raises UserError if the text is one of the sources, or overlaps with the samples."""
+        if preset_of(text.source).evaluation in self.sources:
+            raise UserError(f"{text.source} was used for {self.what}; evaluate on other text.")
+        tokens = min(GRAM_TOKENS, self.samples.shape[1])
+        overlapping = overlapping_segments(text.input_ids, self.samples, tokens)
+        if overlapping:
+            raise UserError(
+                f"{text.source} overlaps with the {self.what} samples: {len(overlapping)} of "
+                f"{len(text.input_ids)} segments share {tokens} tokens in a row with them; "
+                f"evaluate on other text, or use other for {self.what}."
+            )
+
+
+@dataclass(frozen=True)
+class CalibratedOn:
+    """All that a plan was made on. texts: of the samples, words with one space between them, each
+    from one document."""
+
+    seen: tuple[SeenSamples, ...] = ()
     texts: tuple[str, ...] = ()
 
     @classmethod
     def of_plan(cls, plan: Path, tokenizer: Any) -> CalibratedOn:
         contents = load_plan(plan)
-        return cls._of_samples(
-            contents.calibration, load_calibration_ids(plan, contents), tokenizer
-        )
+        input_ids = load_calibration_ids(plan, contents)
+        calibration = SeenSamples.of_calibration(contents.calibration, input_ids)
+        return cls._of(calibration, contents.healing, tokenizer)
 
     @classmethod
     def of_pruned(cls, pruned: str, tokenizer: Any) -> CalibratedOn:
         """The samples of a pruned model, drawn again if its artifact says where they came from and
         what their hash is. Says so where they cannot be, and what is not checked then."""
-        record = _calibration_of_artifact(Path(pruned) / ARTIFACT_FILE)
-        if record is None:
+        made = _made_on(Path(pruned) / ARTIFACT_FILE)
+        if made is None:
             say(
                 f"What {pruned} was calibrated on is not known: whether it is evaluated on that is "
                 "not checked"
             )
             return cls()
-        samples = _drawn_again(record, tokenizer)
+        samples = _drawn_again(made.calibration, tokenizer)
         if samples is None:
             say(
-                f"The calibration samples of {pruned} cannot be drawn from {record.source} again: "
-                "whether texts and tasks overlap with them is not checked (with --plan it is)"
+                f"The calibration samples of {pruned} cannot be drawn from "
+                f"{made.calibration.source} again: whether texts and tasks overlap with them is "
+                "not checked (with --plan it is)"
             )
-            return cls(preset_of(record.source).calibration)
-        return cls._of_samples(record, samples, tokenizer)
+        calibration = SeenSamples.of_calibration(made.calibration, samples)
+        return cls._of(calibration, made.healing, tokenizer)
 
     @classmethod
-    def _of_samples(
-        cls, record: CalibrationRecord, input_ids: Tensor, tokenizer: Any
+    def _of(
+        cls, calibration: SeenSamples, healing: Sequence[HealingRecord], tokenizer: Any
     ) -> CalibratedOn:
-        samples = without_bos(input_ids, record.bos)
-        decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in samples.tolist()]
-        # A window may begin or end within a character of several bytes.
-        texts = (" ".join(text.strip("\ufffd").split()) for text in decoded)
-        return cls(
-            preset_of(record.source).calibration, samples, tuple(text for text in texts if text)
-        )
+        healed = [SeenSamples.of_healing(record, tokenizer) for record in healing]
+        texts = [
+            *_texts_of(calibration.samples.tolist(), tokenizer),
+            *(text for seen in healed for text in _texts_of(_pieces(seen, tokenizer), tokenizer)),
+        ]
+        return cls((calibration, *healed), tuple(texts))
 
     def refuse(self, text: Segments) -> None:
-        """Raises UserError if the text is the calibration's source, or overlaps with its
-        samples."""
-        if preset_of(text.source).evaluation == self.source:
-            raise UserError(f"{text.source} was used for calibration; evaluate on other text.")
-        tokens = min(GRAM_TOKENS, self.samples.shape[1])
-        overlapping = overlapping_segments(text.input_ids, self.samples, tokens)
-        if overlapping:
-            raise UserError(
-                f"{text.source} overlaps with the calibration samples: {len(overlapping)} of "
-                f"{len(text.input_ids)} segments share {tokens} tokens in a row with them; "
-                "evaluate on other text, or calibrate on other."
-            )
+        """Raises UserError if the text was used to make the plan."""
+        for seen in self.seen:
+            seen.refuse(text)
 
 
-def _calibration_of_artifact(path: Path) -> CalibrationRecord | None:
-    """What an artifact's record says of its calibration; None if there is no such file, as for a
-    server, or it says nothing that is understood."""
+class _MadeOn(BaseModel):
+    """What an artifact says of the plan that it was made by."""
+
+    calibration: CalibrationRecord
+    healing: list[HealingRecord]
+
+
+def _made_on(path: Path) -> _MadeOn | None:
+    """None if there is no such file, as for a server, or it says nothing that is understood."""
     if not path.exists():
         return None
     try:
-        return CalibrationRecord.model_validate(read_json_object(path)["plan"]["calibration"])
+        return _MadeOn.model_validate(read_json_object(path)["plan"])
     except (KeyError, TypeError, ValidationError):
         return None
+
+
+def _texts_of(pieces: Iterable[Sequence[int]], tokenizer: Any) -> Iterator[str]:
+    for piece in pieces:
+        # A piece may begin or end within a character of several bytes.
+        text = tokenizer.decode(piece, skip_special_tokens=True).strip("\ufffd")
+        if words := text.split():
+            yield " ".join(words)
+
+
+def _pieces(seen: SeenSamples, tokenizer: Any) -> Iterator[list[int]]:
+    """What samples have of one document each, where it is long enough to know it by."""
+    for sample in seen.samples.tolist():
+        for ends, piece in groupby(sample, lambda token: token == tokenizer.eos_token_id):
+            tokens = list(piece)
+            if not ends and len(tokens) >= GRAM_TOKENS:
+                yield tokens
+
+
+def _healing_drawn_again(
+    record: HealingRecord, options: HealOptions, tokenizer: Any
+) -> Tensor | None:
+    """The samples (N, T), BOS included; None if a text is not there any more, or is another."""
+    try:
+        samples = options.mixture.open(tokenizer)
+    except UserError:
+        return None
+    drawn = samples.draw(record.samples)
+    return torch.cat([drawn, samples.held_out]) if samples.sha256 == record.sha256 else None
 
 
 def _drawn_again(record: CalibrationRecord, tokenizer: Any) -> Tensor | None:

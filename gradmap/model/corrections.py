@@ -239,13 +239,23 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.mT if isinstance(module, Conv1D) else weight
 
 
-def untrained_low_rank(module: nn.Module, rank: int, generator: torch.Generator) -> LowRank:
-    """Factors to train. They change nothing yet: `up` is zero."""
+def untrained_low_rank(
+    module: nn.Module, rank: int, generator: torch.Generator, known: LowRank | None = None
+) -> LowRank:
+    """Factors to train. They change nothing yet: `up` is zero.
+
+    known: factors to go on from, which are part of these and change what they did. Where their rank
+    is higher, so is this one's.
+    """
     weight = weight_of(module)
     d_out, d_in = weight.shape
+    rank = rank if known is None else max(rank, len(known.down))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     down = torch.randn(rank, d_in, generator=generator, dtype=dtype).to(weight.device) / d_in**0.5
     up = torch.zeros(d_out, rank, dtype=dtype, device=weight.device)
+    if known is not None:
+        down[: len(known.down)] = known.down.to(down)
+        up[:, : len(known.down)] = known.up.to(up)
     return LowRank(down.requires_grad_(True), up.requires_grad_(True))
 
 

@@ -46,7 +46,9 @@ from gradmap.model.sublayers import (
     sublayers_left,
 )
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
+# One of schema 5 was not healed, and has everything else.
+READ_VERSIONS = (5, SCHEMA_VERSION)
 PLAN_FILE = "plan.json"
 CORRECTIONS_FILE = "corrections.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
@@ -85,6 +87,32 @@ class StepRecord(Strict):
     removed: list[Pair]
 
 
+class HealingPoint(Strict):
+    """A look at held-out samples in training: behind so many tokens and seconds. Divergences are
+    nats per token; training_divergence is the mean since the last look, null at the first."""
+
+    tokens: int
+    seconds: float
+    training_divergence: float | None
+    held_out_divergence: float
+
+
+class HealingRecord(Strict):
+    """One `gradmap heal`. recipe: its options; samples: how many it was trained on, and `sha256`
+    those of `recipe.tokens` ids each; bos: as for calibration; passes: begun through each text."""
+
+    recipe: dict[str, Any]
+    samples: int
+    bos: int | None
+    sha256: str
+    passes: dict[str, int]
+    curve: list[HealingPoint]
+
+    @property
+    def lowest_divergence(self) -> float:
+        return min(point.held_out_divergence for point in self.curve)
+
+
 class CorrectionRecord(Strict):
     """One correction of the weight of `target`, a linear map inside a layer (original index).
 
@@ -106,6 +134,10 @@ class CorrectionRecord(Strict):
     held_out_divergence_before: float | None
     held_out_divergence_after: float | None
     accepted: bool
+
+    @property
+    def place(self) -> Place:
+        return Place(self.layer, self.target)
 
     @property
     def name(self) -> str:
@@ -174,6 +206,7 @@ class Plan(Strict):
     steps: list[StepRecord]
     drift: dict[int, float]
     corrections: list[CorrectionRecord]
+    healing: list[HealingRecord] = Field(default=[])
     environment: dict[str, str]
     timings_s: dict[str, float]
     peak_gpu_bytes: dict[str, int] = Field(default={})
@@ -220,10 +253,10 @@ def load_plan(directory: Path) -> Plan:
     contradicts itself."""
     contents = read_json_object(directory / PLAN_FILE)
     version = contents.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READ_VERSIONS:
         raise UserError(
-            f"{directory} has plan schema {version}, this version reads {SCHEMA_VERSION}; prune "
-            "again."
+            f"{directory} has plan schema {version}, this version reads "
+            f"{' and '.join(map(str, READ_VERSIONS))}; prune again."
         )
     plan = checked(Plan, contents, directory / PLAN_FILE)
     if problem := _contradiction(plan):
@@ -271,7 +304,7 @@ def load_changes(directory: Path, plan: Plan) -> Changes:
                 f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json "
                 "names; prune again."
             ) from None
-        pairs.append((Place(correction.layer, correction.target), change))
+        pairs.append((correction.place, change))
     return gather_changes(pairs)
 
 

@@ -113,5 +113,5 @@ def test_a_text_that_overlaps_is_refused_with_the_count(planned, tmp_path, share
     if segments:
         assert (
             f"other.txt overlaps with the calibration samples: {segments} of 6 segments share 13 "
-            "tokens in a row with them; evaluate on other text, or calibrate on other."
+            "tokens in a row with them; evaluate on other text, or use other for calibration."
         ) in finished.stderr

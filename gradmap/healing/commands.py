@@ -1,0 +1,45 @@
+"""`gradmap heal`. Heavy imports wait until the command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradmap.common.arguments import AllowPickleOption, GgufOption, JsonOption, ModelOption
+from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
+from gradmap.common.options import takes
+from gradmap.healing.options import HealOptions
+
+
+@heartbeat(so_far("gradmap heal"))
+@takes(HealOptions)
+def heal(
+    options: HealOptions,
+    model: ModelOption,
+    plan: Annotated[Path, typer.Option(help="The plan directory to begin with.")],
+    out: Annotated[Path, typer.Option(help="The plan directory to write.")],
+    gguf_file: GgufOption = None,
+    allow_pickle: AllowPickleOption = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh",
+            help="Insist on going on with an interrupted run, or on starting over.",
+        ),
+    ] = None,
+    json_line: JsonOption = False,
+) -> None:
+    """Train low-rank corrections of a pruned model on texts, to predict what the dense model does,
+    and write a better plan."""
+    with importing():
+        from gradmap.healing.heal import heal as heal_plan
+        from gradmap.healing.summary import summarise
+        from gradmap.model.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
+    healed = heal_plan(checkpoint, plan, options, out, resume)
+    print_table(f"Plan {out}", ("", "value"), summarise(healed.healing[-1]))
+    if json_line:
+        print_json_line({"plan": str(out), **healed.healing[-1].model_dump(mode="json")})

@@ -1,0 +1,132 @@
+"""Training as it is kept on disk every few minutes, so that a run that was killed goes on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gradmap.common.console import say
+from gradmap.common.errors import UserError
+from gradmap.common.files import atomic_directory, write_json
+from gradmap.common.processes import is_main_process
+from gradmap.common.reading import MALFORMED, read_json_object
+from gradmap.healing.trainer import Progress, Trainer
+from gradmap.pruning.plan import HealingPoint
+
+PROGRESS_FILE, TENSORS_FILE = "progress.json", "training.safetensors"
+KEEP_EVERY_S = 120.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_CURVE = TypeAdapter(list[HealingPoint])
+
+
+@dataclass
+class KeptTraining:
+    """A directory beside the plan that is being made. key: what training depends on, as name ->
+    hash or setting."""
+
+    path: Path
+    key: dict[str, Any]
+    _kept_at: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def beside(cls, out: Path, key: dict[str, Any]) -> KeptTraining:
+        return cls(out.with_name(f".{out.name}.healing"), key)
+
+    def keep(self, trainer: Trainer) -> None:
+        """Writes it if it was not written for a while; whole or not at all."""
+        if is_main_process() and time.monotonic() - self._kept_at >= KEEP_EVERY_S:
+            self._write(trainer)
+            self._kept_at = time.monotonic()
+
+    def restore(self, trainer: Trainer, resume: bool | None) -> None:
+        """Brings the trainer to where it was.
+
+        resume: True requires a run of the same inputs, False ignores one, None goes on with one of
+        the same inputs. Raises UserError if there is none to resume, or its inputs were others.
+        """
+        if resume is False or not self._is_same(insist=bool(resume)):
+            return
+        try:
+            _put_back(trainer, read_json_object(self.path / PROGRESS_FILE), self._tensors())
+        except (UserError, SafetensorError, *MALFORMED):
+            raise UserError(f"{self.path} is damaged; start over with --fresh.") from None
+        say(f"Going on after {trainer.progress.steps} steps of an interrupted run ({self.path})")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _is_same(self, insist: bool) -> bool:
+        if not (self.path / PROGRESS_FILE).is_file():
+            if insist:
+                raise UserError(f"There is nothing to resume: no {self.path}; leave out --resume.")
+            return False
+        stored = read_json_object(self.path / PROGRESS_FILE).get("key", {})
+        changed = [name for name in self.key if stored.get(name) != self.key[name]]
+        if changed and insist:
+            raise UserError(
+                f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start "
+                "over with --fresh."
+            )
+        if changed:
+            say(f"Starting over: {', '.join(changed)} changed since {self.path} was written")
+        return not changed
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path / TENSORS_FILE)
+
+    def _write(self, trainer: Trainer) -> None:
+        progress = trainer.progress
+        with atomic_directory(self.path, marker=PROGRESS_FILE) as partial:
+            save_file(_tensors_of(trainer), partial / TENSORS_FILE)
+            write_json(
+                partial / PROGRESS_FILE,
+                {
+                    "key": self.key,
+                    "steps": progress.steps,
+                    "seconds": progress.seconds,
+                    "losses": progress.losses,
+                    "curve": _CURVE.dump_python(progress.curve, mode="json"),
+                },
+            )
+
+
+def _tensors_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything that training changes, in the CPU's memory, by a name."""
+    tensors: dict[str, Tensor] = {}
+    for number, parameter in enumerate(trainer.parameters):
+        state = trainer.optimizer.state[parameter]
+        tensors[f"{number}.now"] = parameter.detach()
+        tensors[f"{number}.best"] = trainer.progress.best[number]
+        tensors |= {f"{number}.{moment}": state[moment] for moment in MOMENTS}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _put_back(trainer: Trainer, stored: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    best: list[Tensor] = []
+    for number, parameter in enumerate(trainer.parameters):
+        own = {
+            name: tensors[f"{number}.{name}"].to(parameter) for name in ("now", "best", *MOMENTS)
+        }
+        parameter.copy_(own["now"])
+        best.append(own["best"])
+        steps = torch.tensor(float(stored["steps"]))
+        moments = {moment: own[moment] for moment in MOMENTS}
+        trainer.optimizer.state[parameter] = {"step": steps, **moments}
+    trainer.progress = Progress(
+        steps=int(stored["steps"]),
+        seconds=float(stored["seconds"]),
+        losses=[float(loss) for loss in stored["losses"]],
+        curve=_CURVE.validate_python(stored["curve"]),
+        best=best,
+    )
