@@ -17,6 +17,8 @@ FIT_STATES, MEASURE_STATES = 3, 4
 # Numbers that training keeps of a token in each layer for its backward pass, over the widths of the
 # layer's maps.
 KEPT_WIDTHS = 2
+# Of factors in training: themselves, their gradients, AdamW's two moments, and the best so far.
+FACTOR_COPIES = 5
 # Python, torch, transformers and what they keep, as measured.
 RUNTIME_BYTES = 0.8e9
 
@@ -40,8 +42,7 @@ def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     select = (
         FIT_STATES * size.select_fit_tokens + MEASURE_STATES * size.select_measure_tokens
     ) * states
-    widths = KEPT_WIDTHS * (shape.map_inputs + shape.map_outputs)
-    trained = STEP_SAMPLES * size.tokens * (shape.layers - pruning.remove) * widths
+    trained = kept_numbers(shape, pruning.remove, STEP_SAMPLES * size.tokens)
     needed = [
         select if pruning.selector == "repair" else 0.0,
         trained * FLOAT32_BYTES if pruning.compensator == "distil" else 0.0,
@@ -50,6 +51,22 @@ def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
         else 0.0,
     ]
     return RUNTIME_BYTES + model_bytes(shape, hardware) + max(needed)
+
+
+def heal_bytes(
+    shape: Shape, hardware: Hardware, remove: int, tokens_together: int, rank: int
+) -> float:
+    """Bytes at the peak of `gradmap heal`: beside the weights, the factors, and what training keeps
+    of so many tokens for its backward pass."""
+    factors = rank * (shape.layers - remove) * (shape.map_inputs + shape.map_outputs)
+    numbers = FACTOR_COPIES * factors + kept_numbers(shape, remove, tokens_together)
+    return RUNTIME_BYTES + model_bytes(shape, hardware) + FLOAT32_BYTES * numbers
+
+
+def kept_numbers(shape: Shape, remove: int, tokens: int) -> float:
+    """What training keeps of so many tokens for its backward pass."""
+    widths = KEPT_WIDTHS * (shape.map_inputs + shape.map_outputs)
+    return tokens * (shape.layers - remove) * widths
 
 
 def repair_bytes(shape: Shape) -> float:

@@ -255,12 +255,26 @@ def training_flops(
     """FLOPs of `distil` after its fits: the dense model's logits, whose hidden states are known;
     the pruned model forward and, through its activations, backward; the low-rank corrections of
     every map likewise, and their own gradients; in the end the held-out divergence."""
-    left = shape.layers - remove
-    pruned = shape.forward_flops(left)
-    corrections = 3 * 2 * RANK * left * (shape.map_inputs + shape.map_outputs)
+    pruned = shape.forward_flops(shape.layers - remove)
     lessons = (size.fit + size.written(distil_inputs(shape, correctable))) * size.tokens
+    corrections = low_rank_flops(shape, remove, RANK)
     training = lessons * (shape.head_flops + 2 * pruned + corrections)
     return training + size.held_out_tokens * (pruned + shape.head_flops)
+
+
+def low_rank_flops(shape: Shape, remove: int, rank: int) -> float:
+    """FLOPs of one token in the training of low-rank corrections of every map that is left:
+    forward, backward, and their own gradients."""
+    return 3 * 2 * rank * (shape.layers - remove) * (shape.map_inputs + shape.map_outputs)
+
+
+def healing_flops(shape: Shape, remove: int, tokens: int, rank: int) -> float:
+    """FLOPs of `gradmap heal` on so many tokens: the dense model forward, the pruned one forward
+    and, through its activations, backward, and the corrections. Looks at held-out samples are left
+    out."""
+    pruned = shape.forward_flops(shape.layers - remove)
+    corrections = low_rank_flops(shape, remove, rank)
+    return tokens * (shape.forward_flops(shape.layers) + 2 * pruned + corrections)
 
 
 def decode_speed_up(shape: Shape, remove: int) -> float:

@@ -16,6 +16,7 @@ from gradmap.costs.steps import (
     direction_flops,
     distil_inputs,
     fits_flops,
+    healing_flops,
     judged_fits_flops,
     score_flops,
     training_flops,
@@ -187,6 +188,11 @@ def streaming_seconds(
     if pruning.compensator != "none":
         reads += 2 + FITS_AROUND * pruning.runs * LAMBDAS / 2
     return reads * hardware.weight_bytes * shape.parameters(shape.layers) / disk_bytes_per_s
+
+
+def healing_seconds(shape: Shape, hardware: Hardware, remove: int, tokens: int, rank: int) -> float:
+    """Seconds of `gradmap heal` on so many tokens."""
+    return healing_flops(hardware.sees(shape), remove, tokens, rank) / hardware.sustained_flops
 
 
 def score_seconds(shape: Shape, hardware: Hardware, remove: int) -> float:

@@ -12,14 +12,16 @@ import torch
 
 from export.costs import ExportSize, export_bytes, export_seconds
 from export.formats import FORMATS, SERVED_FORMAT
-from gradmap.costs.footprint import RUNTIME_BYTES, prune_bytes, streamed_bytes
+from gradmap.costs.footprint import RUNTIME_BYTES, heal_bytes, prune_bytes, streamed_bytes
 from gradmap.costs.speed import Disk, measure_hardware
 from gradmap.costs.steps import CalibrationSize, Hardware
-from gradmap.costs.timing import STARTING_S, Pruning, streaming_seconds
+from gradmap.costs.timing import STARTING_S, Pruning, healing_seconds, streaming_seconds
 from gradmap.evaluation.costs import EvaluationSize, evaluation_bytes, evaluation_seconds
 from gradmap.evaluation.tasks import expand_names
+from gradmap.healing.options import HealOptions
 from gradmap.methods.costs import repair_seconds, select_seconds
 from gradmap.model.architectures import architecture_of
+from gradmap.model.batching import TOKENS
 from gradmap.model.loading import SPREAD, auto_dtype, resolve_device
 from gradmap.model.precision import AUTOCAST
 from gradmap.model.shape import Shape
@@ -35,6 +37,7 @@ from loadtest.settings import LoadTestSettings
 # Where a stage does not fit into memory.
 CURES = {
     "prune": "use --stream, with --selector gradient and --compensator sequential",
+    "heal": "use a larger machine",
     "eval": "use a larger machine",
     "export": "leave out the ONNX formats, or use a larger machine",
     "baseline": "use a larger machine",
@@ -81,6 +84,11 @@ class Speeds:
             else hardware
         )
 
+    def kind_of(self, device: str) -> str:
+        """cpu or cuda."""
+        place = resolve_device(device)
+        return "cuda" if place == SPREAD else torch.device(place).type
+
     def of_server(self) -> tuple[Hardware, ServerSpeed] | None:
         """What vLLM computes on; None if it is not installed, or finds nothing to compute on."""
         if is_cpu_build():
@@ -110,8 +118,11 @@ def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
     remove = layers_to_remove(speeds.config, recipe.prune.remove, recipe.prune.ratio)
     require_removable(remove, shape.layers, recipe.model)
     left = shape.layers - remove
+    plan = {"prune": _estimate_prune(recipe.prune, shape, remove, speeds)}
+    if recipe.heal is not None:
+        plan["heal"] = _estimate_heal(recipe.heal, shape, remove, speeds)
     return {
-        "prune": _estimate_prune(recipe.prune, shape, remove, speeds),
+        **plan,
         "eval": _estimate_eval(recipe, shape, left, speeds),
         "export": _estimate_export(recipe, shape, left, recipe.export.formats, speeds),
         "baseline": _estimate_export(recipe, shape, shape.layers, [SERVED_FORMAT], speeds),
@@ -152,6 +163,22 @@ def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Sp
         reading_s += streaming_seconds(shape, hardware, pruning, speeds.disk.read)
     parts["choose layers"] = _sum(parts["choose layers"], STARTING_S + reading_s)
     return Estimate(_sum(*parts.values()), needed, hardware.memory, parts)
+
+
+def _estimate_heal(options: HealOptions, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
+    hardware, rank = speeds.of(options.dtype, options.device), options.rank
+    seconds = (
+        healing_seconds(shape, hardware, remove, options.budget_tokens, rank)
+        if options.budget_tokens is not None
+        else 60 * (options.budget_minutes or 0.0)
+    )
+    reading_s = hardware.weight_bytes * shape.parameters(shape.layers) / speeds.disk.read
+    together = max(options.tokens, TOKENS[speeds.kind_of(options.device)])
+    return Estimate(
+        seconds + STARTING_S + reading_s,
+        heal_bytes(shape, hardware, remove, together, rank),
+        hardware.memory,
+    )
 
 
 def _estimate_eval(recipe: Recipe, shape: Shape, left: int, speeds: Speeds) -> Estimate:

@@ -13,6 +13,7 @@ from gradmap.common.options import Name
 from gradmap.common.reading import Strict, checked
 from gradmap.common.yaml_files import read_yaml
 from gradmap.evaluation.options import EvalOptions, QualityOptions
+from gradmap.healing.options import HealOptions
 from gradmap.pruning.settings import PruneOptions
 from loadtest.options import LoadTestOptions
 
@@ -47,12 +48,13 @@ class EvalSection(EvalOptions):
 
 class Recipe(Strict):
     """Each section has the options of the command that it is for; what is left out is the command's
-    default."""
+    default. Without `heal`, the plan is not healed."""
 
     model: str
     gguf_file: str | None = None
     allow_pickle: bool | None = None
     prune: PruneSection
+    heal: HealOptions | None = None
     export: ExportSection = ExportSection()
     eval: EvalSection
     quality: QualityOptions = QualityOptions()

@@ -21,6 +21,7 @@ from loadtest.metrics import BY_NAME, MAIN, Distribution, Metric
 from loadtest.outcome import read_report
 from loadtest.page import as_markup, markdown_table, render_template
 from loadtest.pipeline.figures import draw_accuracy, draw_perplexity
+from loadtest.pipeline.healing_figure import draw_healing
 from loadtest.pipeline.removal_figure import draw_removal
 from loadtest.pipeline.result import RESULT_FILE, Result, Side, build_result
 from loadtest.pipeline.stages import Places
@@ -126,6 +127,7 @@ def render_html(findings: Findings) -> str:
     contents = result.model_dump()
     drawings = {
         "importance": draw_removal(plan),
+        "healing": draw_healing(plan.healing[-1]) if plan.healing else "",
         "perplexity": draw_perplexity(result) if result.texts else "",
         "accuracy": draw_accuracy(result) if result.tasks else "",
     }

@@ -1,4 +1,4 @@
-"""What a recipe comes to: five stages with their command lines, and what can be known to be wrong
+"""What a recipe comes to: stages with their command lines, and what can be known to be wrong
 with them before the first one runs."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gradmap.data.text_specs import source_files
 from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import records_beside
 from gradmap.evaluation.tasks import expand_names, require_tasks
+from gradmap.healing.options import HealOptions
 from gradmap.model.loading import resolve_device
 from gradmap.model.precision import weights_dtype
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
@@ -39,6 +40,11 @@ class Places:
     @property
     def plan(self) -> Path:
         return self.out / "plan"
+
+    @property
+    def unhealed(self) -> Path:
+        """The plan before it is healed, if it is."""
+        return self.out / "unhealed"
 
     @property
     def evaluation(self) -> Path:
@@ -61,7 +67,7 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     """The stages in the order in which they run."""
     places = Places(out)
     return [
-        _prune_stage(recipe, places),
+        *_plan_stages(recipe, places),
         _eval_stage(recipe, places),
         _export_stage(recipe, places),
         _baseline_stage(recipe, places),
@@ -69,12 +75,31 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
     ]
 
 
-def _prune_stage(recipe: Recipe, places: Places) -> Stage:
+def _plan_stages(recipe: Recipe, places: Places) -> list[Stage]:
+    """Those that make the plan."""
+    if recipe.heal is None:
+        return [_prune_stage(recipe, places.plan)]
+    return [_prune_stage(recipe, places.unhealed), _heal_stage(recipe, recipe.heal, places)]
+
+
+def _prune_stage(recipe: Recipe, plan: Path) -> Stage:
     options = flags_of(recipe.prune)
     return Stage(
         "prune",
-        ("prune", *_model_arguments(recipe), *options, "--out", str(places.plan)),
+        ("prune", *_model_arguments(recipe), *options, "--out", str(plan)),
         inputs=(_model_files(recipe), *source_files(recipe.prune.calibration)),
+        outputs=(plan,),
+        schema=PLAN_SCHEMA,
+    )
+
+
+def _heal_stage(recipe: Recipe, asked: HealOptions, places: Places) -> Stage:
+    arguments = ["heal", *_model_arguments(recipe), "--plan", str(places.unhealed)]
+    texts = [path for text in asked.text for path in source_files(text)]
+    return Stage(
+        "heal",
+        (*arguments, *flags_of(asked), "--out", str(places.plan)),
+        inputs=(_model_files(recipe), places.unhealed, *texts),
         outputs=(places.plan,),
         schema=PLAN_SCHEMA,
     )

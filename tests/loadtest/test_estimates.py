@@ -200,6 +200,18 @@ def test_every_stage_of_a_recipe_is_estimated(picos, word_file, speeds):
     assert unknown["eval"].seconds == found["eval"].seconds
 
 
+@pytest.mark.parametrize("budget", [{"budget_minutes": 3.0}, {"budget_tokens": 10_000}])
+def test_healing_is_estimated_where_a_recipe_asks_for_it(picos, word_file, speeds, budget):
+    heal = {"text": [f"file:{word_file}"], **budget}
+    found = estimate_stages(recipe_of(picos, word_file, heal=heal), speeds)
+    assert list(found) == ["prune", "heal", "eval", "export", "baseline", "loadtest"]
+    more = {name: 2 * amount for name, amount in budget.items()}
+    longer = estimate_stages(recipe_of(picos, word_file, heal=heal | more), speeds)["heal"]
+    added = longer.seconds - found["heal"].seconds
+    assert added == pytest.approx(180) if "budget_minutes" in budget else added > 0
+    assert found["heal"].peak_bytes > 0
+
+
 def test_without_vllm_a_load_test_is_not_known(picos, word_file, speeds, monkeypatch):
     monkeypatch.setattr(estimates, "is_cpu_build", lambda: False)
     monkeypatch.setattr(estimates, "find_spec", lambda name: None)

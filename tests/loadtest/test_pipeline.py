@@ -17,6 +17,10 @@ from tests.conftest import ROOT
 from tests.loadtest.recipes import MINIMAL, NAMES, finish
 from tests.test_docs import COMMANDS
 
+HEAL = (
+    '{text: ["file:a.txt", "file:b.jsonl#body"], mix: [3, 1], budget_tokens: 4096, rank: 8, '
+    "seed: 3, dtype: float32}"
+)
 FULL_EXPORT = (
     "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, shard_size_gb: 2, "
     "check_vllm: false}"
@@ -90,7 +94,9 @@ def test_an_unknown_stage_or_a_missing_recipe_is_refused(recipe_file, tmp_path):
 def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
     """Every option a recipe turns into a flag exists, so that a recipe cannot fail late on one."""
     commands = COMMANDS
-    (full := tmp_path / "full.yaml").write_text(recipe_file.read_text() + "export: " + FULL_EXPORT)
+    (full := tmp_path / "full.yaml").write_text(
+        recipe_file.read_text() + "export: " + FULL_EXPORT + "\nheal: " + HEAL
+    )
     recipes = [
         load_recipe(recipe_file),
         load_recipe(ROOT / "recipes" / "smollm2.yaml"),
@@ -106,6 +112,21 @@ def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
         assert {
             argument.partition("=")[0] for argument in arguments if argument.startswith("--")
         } <= known
+
+
+def test_a_plan_is_healed_before_it_is_used_where_a_recipe_says_so(recipe_file, tmp_path):
+    out = tmp_path / "out"
+    plain = {stage.name: stage for stage in plan_stages(load_recipe(recipe_file), out)}
+    recipe_file.write_text(recipe_file.read_text() + "heal: " + HEAL)
+    stages = plan_stages(load_recipe(recipe_file), out)
+    assert [stage.name for stage in stages] == ["prune", "heal", *NAMES[1:]]
+    healed = {stage.name: stage for stage in stages}
+    (unhealed,), (plan,) = healed["prune"].outputs, healed["heal"].outputs
+    assert (plan,) == plain["prune"].outputs
+    assert {unhealed, Path("a.txt"), Path("b.jsonl")} < set(healed["heal"].inputs)
+    for name in NAMES[1:]:
+        assert healed[name].arguments == plain[name].arguments
+        assert healed[name].inputs == plain[name].inputs
 
 
 def test_a_stage_depends_on_its_command_and_its_inputs(tmp_path):

@@ -32,9 +32,6 @@ from gradmap.model.checkpoint import read_config
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import losses_from, run_layers
 from gradmap.model.shape import Shape
-from gradmap.pruning import budget
-from gradmap.pruning.budget import LEAST_SAMPLES, affordable_samples, samples_within_budget
-from gradmap.pruning.settings import PruneSettings
 from tests.conftest import FAMILIES, make_pico
 from tests.families import PICO_CONFIGS, VOCABULARY
 from tests.gradmap.removals import pairs
@@ -330,43 +327,3 @@ def test_a_streamed_model_holds_a_layer_and_the_hidden_states_between_all():
 def test_torch_is_not_needed():
     code = "import sys, gradmap.costs.steps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_a_budget_buys_as_many_samples_as_are_estimated_to_fit():
-    shape = shape_of("llama")
-    hardware = Hardware("here", flops=1e9, bandwidth=1e9, memory=1e9, efficiency=1.0)
-    pruning = Pruning(remove=2)
-
-    def seconds(samples):
-        smaller = replace(pruning, size=CalibrationSize(samples, pruning.size.tokens))
-        return select_seconds(shape, hardware, smaller) + repair_seconds(shape, hardware, smaller)
-
-    whole_s = seconds(pruning.size.samples)
-    assert affordable_samples(shape, hardware, pruning, whole_s) == pruning.size.samples
-    bought = [
-        affordable_samples(shape, hardware, pruning, share * whole_s)
-        for share in (0.9, 0.5, 0.25, 0.0)
-    ]
-    assert bought == sorted(bought, reverse=True)
-    assert bought[0] < pruning.size.samples
-    assert bought[-1] == LEAST_SAMPLES
-    for share, samples in zip((0.9, 0.5), bought, strict=False):
-        assert seconds(samples) <= share * whole_s
-
-
-def test_a_budget_is_given_in_minutes(picos, monkeypatch):
-    checkpoint, size = picos["llama"].checkpoint, CalibrationSize(24, 16)
-    monkeypatch.setattr(budget, "measure_hardware", lambda config, dtype, device: HARDWARE)
-    settings = PruneSettings(
-        remove=2,
-        calibration="none",
-        selector="repair",
-        compensator="distil",
-        samples=size.samples,
-        tokens=size.tokens,
-    )
-    shape, pruning = Shape.of_config(checkpoint.config), Pruning(2, size=size)
-    needed_s = select_seconds(shape, HARDWARE, pruning) + repair_seconds(shape, HARDWARE, pruning)
-    for share, samples in ((1.001, 24), (0.999, 18)):
-        limited = settings.model_copy(update={"budget_minutes": share * needed_s / 60})
-        assert samples_within_budget(checkpoint, limited, "float32") == samples

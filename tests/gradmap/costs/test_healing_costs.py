@@ -1,0 +1,60 @@
+"""What healing multiplies, takes and holds, against what is counted and by what it depends on."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.flops import counted
+from gradmap.costs.footprint import FLOAT32_BYTES, heal_bytes
+from gradmap.costs.steps import healing_flops
+from gradmap.costs.timing import healing_seconds
+from gradmap.data.mixture import Samples
+from gradmap.healing.heal import factors_to_train
+from gradmap.healing.options import HealOptions
+from gradmap.healing.trainer import Trainer
+from tests.gradmap.costs.test_costs import HARDWARE, SIZE, deep, pruned  # noqa: F401
+from tests.gradmap.removals import pairs
+
+
+class KnownSamples(Samples):
+    """The same samples again and again."""
+
+    def __init__(self, input_ids):
+        super().__init__([], [], None)
+        self._ids = input_ids
+
+    def draw(self, samples):
+        return self._ids[:samples]
+
+
+def test_a_round_of_training_multiplies_what_is_said(deep):  # noqa: F811
+    pico, shape = deep
+    repaired, rank, removed = pruned(pico, pairs(6)), 4, 1
+    options = HealOptions(
+        text=["file:none.txt"],
+        tokens=SIZE.tokens,
+        step_tokens=SIZE.all_tokens,
+        budget_tokens=SIZE.all_tokens,
+        rank=rank,
+    )
+    factors = factors_to_train(repaired, {}, options)
+    samples = KnownSamples(repaired.calibration.input_ids)
+    trainer = Trainer(repaired, {}, factors, samples, options)
+    assert counted(trainer._round) == pytest.approx(
+        healing_flops(shape, removed, SIZE.all_tokens, rank), rel=0.03
+    )
+
+
+def test_time_and_memory_grow_with_what_is_to_be_done(deep):  # noqa: F811
+    _, shape = deep
+    seconds = healing_seconds(shape, HARDWARE, 2, 1000, 8)
+    assert healing_seconds(shape, HARDWARE, 2, 2000, 8) == pytest.approx(2 * seconds)
+    assert healing_seconds(shape, HARDWARE, 3, 1000, 8) < seconds
+    assert healing_seconds(shape, HARDWARE, 2, 1000, 16) > seconds
+    twice = replace(HARDWARE, flops=2 * HARDWARE.flops)
+    assert healing_seconds(shape, twice, 2, 1000, 8) == pytest.approx(seconds / 2)
+    held = heal_bytes(shape, HARDWARE, 2, 128, 8)
+    factors = 8 * (shape.layers - 2) * (shape.map_inputs + shape.map_outputs)
+    # themselves, their gradients, two moments, and the best
+    assert heal_bytes(shape, HARDWARE, 2, 128, 16) - held == 5 * FLOAT32_BYTES * factors
+    assert heal_bytes(shape, HARDWARE, 2, 256, 8) > held
