@@ -160,7 +160,7 @@ class Trainer:
         """Some steps: what the dense model makes of their samples first, for all of them."""
         steps = self._budget.next_round(self.progress.steps)
         in_step = self.options.samples_in_step
-        drawn = self._samples.draw(steps * in_step)
+        drawn = self._samples.draw(steps * in_step).to(self.pruned.model.device)
         shares = [share_of_step(samples) for samples in drawn.split(in_step)]
         outputs = self._dense_outputs(torch.cat(shares)).split([len(share) for share in shares])
         with self.pruned.model.changed(self._changes, without=self.pruned.removed):
@@ -205,7 +205,7 @@ class Trainer:
         model, parts = self.pruned.model, []
 
         def run_batch(batch: slice) -> None:
-            parts.append(run_layers(model, input_ids[batch].to(model.device)))
+            parts.append(run_layers(model, input_ids[batch]))
 
         self.pruned.batches.run(len(input_ids), run_batch)
         return torch.cat(parts)

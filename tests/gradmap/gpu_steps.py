@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
+from torch.utils._pytree import tree_map
 
 from gradmap.data.calibration import Calibration
 from gradmap.evaluation.backends import ScoreRequest
@@ -31,6 +32,7 @@ from gradmap.model.layered import LayeredModel
 from gradmap.model.sublayers import sublayers_of
 from tests.conftest import inside
 from tests.families import VOCABULARY
+from tests.gradmap.fake_gpu import fake_gpu
 from tests.gradmap.removals import attention, ffn, pairs
 
 REMOVED = pairs(1)
@@ -80,6 +82,19 @@ class Allowed:
             for kind in (0, 1)
         )
         return copies, waits
+
+
+def run_on_gpu(pico, prepare, size):
+    """The result, and the traffic."""
+    model = pico.load()
+    with fake_gpu() as gpu:
+        run = prepare(pico, gpu.move(model), size)
+        with gpu.traffic() as traffic:
+            result = run()
+        result = tree_map(
+            lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, result
+        )
+    return result, traffic
 
 
 STEPS: dict = {}

@@ -8,23 +8,12 @@ from benchmarks.flops import counted
 from gradmap.costs.footprint import FLOAT32_BYTES, heal_bytes
 from gradmap.costs.steps import healing_flops
 from gradmap.costs.timing import healing_seconds
-from gradmap.data.mixture import Samples
 from gradmap.healing.heal import factors_to_train
 from gradmap.healing.options import HealOptions
 from gradmap.healing.trainer import Trainer
 from tests.gradmap.costs.test_costs import HARDWARE, SIZE, deep, pruned  # noqa: F401
+from tests.gradmap.healing.known_samples import KnownSamples
 from tests.gradmap.removals import pairs
-
-
-class KnownSamples(Samples):
-    """The same samples again and again."""
-
-    def __init__(self, input_ids):
-        super().__init__([], [], None)
-        self._ids = input_ids
-
-    def draw(self, samples):
-        return self._ids[:samples]
 
 
 def test_a_round_of_training_multiplies_what_is_said(deep):  # noqa: F811

@@ -11,14 +11,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from gradmap.methods.compensation import Compensation, Correction
 from gradmap.methods.distil import train_low_rank, write_on, written_by_dense
 from gradmap.methods.distillation import Lessons
-from tests.conftest import make_pico
 from tests.families import LAYERS
-from tests.gradmap.fake_gpu import fake_gpu
 from tests.gradmap.gpu_steps import (
     MAPS,
     SIZES,
@@ -31,30 +28,8 @@ from tests.gradmap.gpu_steps import (
     pruned,
     repair_round,
     repair_round_after_a_removal,
+    run_on_gpu,
 )
-
-
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory):
-    """By their number of layers."""
-    root = tmp_path_factory.mktemp("llamas")
-    return {
-        layers: make_pico("llama", root / str(layers), num_hidden_layers=layers)
-        for layers in (4, 8)
-    }
-
-
-def run_on_gpu(pico, prepare, size):
-    """The result, and the traffic."""
-    model = pico.load()
-    with fake_gpu() as gpu:
-        run = prepare(pico, gpu.move(model), size)
-        with gpu.traffic() as traffic:
-            result = run()
-        result = tree_map(
-            lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, result
-        )
-    return result, traffic
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

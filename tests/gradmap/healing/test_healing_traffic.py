@@ -1,0 +1,60 @@
+"""A GPU is never waited for in a step of healing but where transformers does."""
+
+import torch
+
+from gradmap.healing.heal import factors_to_train
+from gradmap.healing.options import HealOptions
+from gradmap.healing.trainer import Trainer
+from tests.gradmap.gpu_steps import MAPS, Size, plan_changes, pruned, run_on_gpu
+from tests.gradmap.healing.known_samples import KnownSamples
+
+
+def a_round(pico, model, size):
+    """Of as many steps as there are samples, with a plan's corrections."""
+    options = HealOptions(
+        text=["file:none.txt"],
+        tokens=size.tokens,
+        step_tokens=size.tokens,
+        budget_tokens=size.samples * size.tokens,
+        rank=2,
+    )
+    changes, to_heal = plan_changes(pico, model), pruned(pico, model, size)
+    factors = factors_to_train(to_heal, changes, options)
+    samples = KnownSamples(size.input_ids.cpu())
+    trainer = Trainer(to_heal, changes, factors, samples, options)
+
+    def train():
+        trainer._round()
+        return torch.tensor(trainer.progress.losses)
+
+    return train
+
+
+def test_a_step_of_healing_takes_the_same_however_deep_the_model(llamas):
+    counts = {}
+    for layers in (4, 8):
+        for steps in (2, 6):
+            losses, traffic = run_on_gpu(llamas[layers], a_round, Size(layers, steps, batch=1))
+            assert len(losses) == steps
+            assert traffic.waits_in_backward == 0, traffic
+            counts[layers, steps] = traffic.copies, traffic.waits
+
+    def growth(fewer, more):
+        return tuple(
+            after - before for before, after in zip(counts[fewer], counts[more], strict=True)
+        )
+
+    copies, waits = growth((8, 2), (8, 6))
+    assert (copies, waits) == growth((4, 2), (4, 6))
+    assert copies == 0
+    # transformers looks at positions: in the dense model, in the pruned one, and for logits of both
+    assert waits <= 4 * 4
+    # corrections of a plan are moved once in a round
+    assert max(growth((4, 2), (8, 2))) <= 4 * MAPS
+
+
+def test_a_gpu_computes_what_a_cpu_does(llamas):
+    actual, _ = run_on_gpu(llamas[4], a_round, Size())
+    expected = a_round(llamas[4], llamas[4].load(), Size())()
+    # losses are computed in float32
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-7)
