@@ -53,13 +53,12 @@ def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     return RUNTIME_BYTES + model_bytes(shape, hardware) + max(needed)
 
 
-def heal_bytes(
-    shape: Shape, hardware: Hardware, remove: int, tokens_together: int, rank: int
-) -> float:
-    """Bytes at the peak of `gradmap heal`: beside the weights, the factors, and what training keeps
-    of so many tokens for its backward pass."""
+def heal_bytes(shape: Shape, hardware: Hardware, remove: int, tokens: int, rank: int) -> float:
+    """Bytes that `gradmap heal` needs: beside the weights, the factors, and what training keeps of
+    one sample of so many tokens for its backward pass. More samples go at once where there is
+    more."""
     factors = rank * (shape.layers - remove) * (shape.map_inputs + shape.map_outputs)
-    numbers = FACTOR_COPIES * factors + kept_numbers(shape, remove, tokens_together)
+    numbers = FACTOR_COPIES * factors + kept_numbers(shape, remove, tokens)
     return RUNTIME_BYTES + model_bytes(shape, hardware) + FLOAT32_BYTES * numbers
 
 

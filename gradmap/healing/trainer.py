@@ -26,7 +26,7 @@ from gradmap.data.mixture import Samples
 from gradmap.healing.options import HealOptions
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distillation import Lessons, set_lesson_gradients
-from gradmap.model.batching import TOKENS, Batches
+from gradmap.model.batching import Batches, measured_batch_size
 from gradmap.model.corrections import Change, Changes, LowRank, Place
 from gradmap.model.layerwise import run_layers
 from gradmap.pruning.plan import HealingPoint
@@ -118,7 +118,7 @@ class Trainer:
         )
         self._changes, self._samples = with_low_rank(changes, factors), samples
         self._budget = Budget.of(options)
-        self._batches = Batches(max(1, TOKENS[pruned.model.device.type] // options.tokens))
+        self._batches = Batches(1)
         self._looks = looks_within(self._budget, options, pruned.calibration.held_out_ids.numel())
         self._clock = time.monotonic()
 
@@ -131,6 +131,7 @@ class Trainer:
         """Goes on from where the progress is until the budget is spent. Raises UserError if the
         loss is no number any more."""
         self._samples.skip(self.progress.steps * self.options.samples_in_step)
+        self._batches = self._measured_batches()
         if not self.progress.curve:
             self._look()
         unit, total = self._shown()
@@ -142,6 +143,19 @@ class Trainer:
                     self._look()
                 advance(int(self._spent * total) - int(before * total))
                 keep(self)
+
+    def _measured_batches(self) -> Batches:
+        """As many samples at once as memory is set apart for."""
+        model, ids = self.pruned.model, self.pruned.calibration.held_out_ids[:1]
+        ids = ids.to(model.device)
+        lessons = Lessons(ids, self._dense_outputs(ids))
+
+        def run_one() -> None:
+            set_lesson_gradients(model, lessons, 1, self.parameters, Batches(1))
+
+        with model.changed(self._changes, without=self.pruned.removed):
+            tokens = self.options.tokens
+            return Batches(measured_batch_size(run_one, model.network, tokens, model.device))
 
     @property
     def _spent(self) -> float:

@@ -21,7 +21,6 @@ from gradmap.evaluation.tasks import expand_names
 from gradmap.healing.options import HealOptions
 from gradmap.methods.costs import repair_seconds, select_seconds
 from gradmap.model.architectures import architecture_of
-from gradmap.model.batching import TOKENS
 from gradmap.model.loading import SPREAD, auto_dtype, resolve_device
 from gradmap.model.precision import AUTOCAST
 from gradmap.model.shape import Shape
@@ -83,11 +82,6 @@ class Speeds:
             if spread
             else hardware
         )
-
-    def kind_of(self, device: str) -> str:
-        """cpu or cuda."""
-        place = resolve_device(device)
-        return "cuda" if place == SPREAD else torch.device(place).type
 
     def of_server(self) -> tuple[Hardware, ServerSpeed] | None:
         """What vLLM computes on; None if it is not installed, or finds nothing to compute on."""
@@ -173,10 +167,9 @@ def _estimate_heal(options: HealOptions, shape: Shape, remove: int, speeds: Spee
         else 60 * (options.budget_minutes or 0.0)
     )
     reading_s = hardware.weight_bytes * shape.parameters(shape.layers) / speeds.disk.read
-    together = max(options.tokens, TOKENS[speeds.kind_of(options.device)])
     return Estimate(
         seconds + STARTING_S + reading_s,
-        heal_bytes(shape, hardware, remove, together, rank),
+        heal_bytes(shape, hardware, remove, options.tokens, rank),
         hardware.memory,
     )
 

@@ -231,7 +231,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_step(
     def diverge(*given):
         calls.append(given)
         divergence = set_gradients(*given)
-        return divergence if len(calls) < 11 else divergence * math.nan
+        return divergence if len(calls) < 12 else divergence * math.nan
 
     monkeypatch.setattr("gradmap.healing.trainer.set_lesson_gradients", diverge)
     monkeypatch.setattr(kept_training, "KEEP_EVERY_S", 0.0)

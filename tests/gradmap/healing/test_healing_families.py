@@ -1,0 +1,59 @@
+"""What is trained on hooks is what the plan has, however a family is built and whatever is cut."""
+
+import json
+
+import pytest
+
+from gradmap.healing.heal import heal
+from gradmap.healing.options import HealOptions
+from gradmap.model.loading import load_tokenizer
+from gradmap.pruning.plan import load_plan
+from gradmap.pruning.prune import prune
+from gradmap.pruning.settings import PruneSettings
+from tests.gradmap.healing.test_heal import divergence_of, sentence
+
+# Transposed weights, norms behind maps, experts that may be idle, q/k norms, biases.
+FAMILIES = ("gpt2", "gemma2", "mixtral", "qwen3", "opt")
+TOKENS, STEP = 16, 64
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "healing.jsonl"
+    path.write_text("\n".join(json.dumps({"text": sentence(start)}) for start in range(200)))
+    return f"file:{path}"
+
+
+@pytest.mark.parametrize("unit", ["layer", "pair"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_healed_plan_does_what_was_trained(picos, texts, word_file, tmp_path, family, unit):
+    pico, plan, out = picos[family], tmp_path / "plan", tmp_path / "healed"
+    settings = PruneSettings(
+        selector="manual",
+        layers=["2"] if unit == "layer" else ["M1+A2"],
+        unit=unit,
+        compensator="none",
+        remove=1,
+        calibration=f"file:{word_file}",
+        samples=4,
+        tokens=TOKENS,
+        dtype="float64",
+    )
+    prune(pico.checkpoint, settings, plan)
+    options = HealOptions(
+        text=[texts],
+        tokens=TOKENS,
+        step_tokens=STEP,
+        budget_tokens=40 * STEP,
+        rank=3,
+        learning_rate=5e-3,
+        held_out=4,
+        dtype="float64",
+    )
+    healed = heal(pico.checkpoint, plan, options, out)
+    ids = options.mixture.open(load_tokenizer(pico.directory)).held_out
+    after = divergence_of(pico, out, ids)
+    # corrections are stored in float32
+    assert healed.healing[0].lowest_divergence == pytest.approx(after, rel=1e-5)
+    assert after < healed.healing[0].curve[0].held_out_divergence
+    assert load_plan(out) == healed
