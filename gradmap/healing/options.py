@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from gradmap.data.mixture import Mixture
 from gradmap.model.options import ComputingOptions
+from gradmap.pruning.settings import SEEDS
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -41,7 +42,11 @@ class HealOptions(ComputingOptions):
     held_out: int = Field(
         64, ge=1, description="So many samples are not trained on, and choose the best."
     )
-    seed: int = Field(42, ge=0, description="Draws the samples and the corrections' beginnings.")
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = Field(
+        42,
+        description="Draws the samples, and how corrections begin.",
+        json_schema_extra={"cure": f"give a number from 0 to {SEEDS - 1}"},
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> HealOptions:
