@@ -26,7 +26,7 @@ class HealOptions(ComputingOptions):
         json_schema_extra={"cure": "give numbers above 0"},
     )
     tokens: int = Field(128, ge=2, description="Tokens per sample, with BOS.")
-    step_tokens: int = Field(2048, ge=1, description="Tokens per step of training, about.")
+    step_tokens: int = Field(1024, ge=1, description="Tokens per step of training, about.")
     budget_tokens: int | None = Field(None, ge=1, description="Train on so many tokens.")
     budget_minutes: Positive | None = Field(
         None,
@@ -35,7 +35,7 @@ class HealOptions(ComputingOptions):
     )
     rank: int = Field(64, ge=1, description="Rank of the corrections that are trained.")
     learning_rate: Positive = Field(
-        5e-4,
+        1e-3,
         description="At its highest: behind the warm-up.",
         json_schema_extra={"cure": "give a number above 0"},
     )

@@ -22,7 +22,7 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth():
 
 @pytest.mark.parametrize(
     ("tokens", "looks"),
-    [(128 * 16, 1), (37_000, 2), (600_000, 20), (150_000, 7)],
+    [(128 * 8, 1), (37_000, 2), (600_000, 20), (150_000, 7)],
 )
 def test_held_out_samples_are_looked_at_for_a_tenth_of_the_work_at_most(tokens, looks):
     options = HealOptions(text=["file:a.txt"], budget_tokens=tokens)
