@@ -19,6 +19,13 @@ AllowPickleOption = Annotated[
         help="Convert legacy .bin weights to safetensors, with torch's safe reader.",
     ),
 ]
+ResumeOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--fresh",
+        help="Insist on going on with an interrupted run, or on starting over.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
 ]

@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from gradmap.common.arguments import AllowPickleOption, GgufOption, JsonOption, ModelOption
+from gradmap.common.arguments import (
+    AllowPickleOption,
+    GgufOption,
+    JsonOption,
+    ModelOption,
+    ResumeOption,
+)
 from gradmap.common.console import heartbeat, importing, print_json_line, print_table, so_far
 from gradmap.common.options import takes
 from gradmap.healing.options import HealOptions
@@ -22,13 +28,7 @@ def heal(
     out: Annotated[Path, typer.Option(help="The plan directory to write.")],
     gguf_file: GgufOption = None,
     allow_pickle: AllowPickleOption = False,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--fresh",
-            help="Insist on going on with an interrupted run, or on starting over.",
-        ),
-    ] = None,
+    resume: ResumeOption = None,
     json_line: JsonOption = False,
 ) -> None:
     """Train low-rank corrections of a pruned model on texts, to predict what the dense model does,

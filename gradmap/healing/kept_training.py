@@ -20,6 +20,7 @@ from gradmap.common.files import atomic_directory, write_json
 from gradmap.common.processes import is_main_process
 from gradmap.common.reading import MALFORMED, read_json_object
 from gradmap.healing.trainer import Progress, Trainer
+from gradmap.pruning.journal import may_go_on
 from gradmap.pruning.plan import HealingPoint
 
 PROGRESS_FILE, TENSORS_FILE = "progress.json", "training.safetensors"
@@ -54,7 +55,9 @@ class KeptTraining:
         resume: True requires a run of the same inputs, False ignores one, None goes on with one of
         the same inputs. Raises UserError if there is none to resume, or its inputs were others.
         """
-        if resume is False or not self._is_same(insist=bool(resume)):
+        if resume is False:
+            return
+        if not may_go_on(self.path, self._key_of_stored(), self.key, insist=bool(resume)):
             return
         try:
             _put_back(trainer, read_json_object(self.path / PROGRESS_FILE), self._tensors())
@@ -65,21 +68,11 @@ class KeptTraining:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _is_same(self, insist: bool) -> bool:
+    def _key_of_stored(self) -> dict[str, Any] | None:
         if not (self.path / PROGRESS_FILE).is_file():
-            if insist:
-                raise UserError(f"There is nothing to resume: no {self.path}; leave out --resume.")
-            return False
-        stored = read_json_object(self.path / PROGRESS_FILE).get("key", {})
-        changed = [name for name in self.key if stored.get(name) != self.key[name]]
-        if changed and insist:
-            raise UserError(
-                f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start "
-                "over with --fresh."
-            )
-        if changed:
-            say(f"Starting over: {', '.join(changed)} changed since {self.path} was written")
-        return not changed
+            return None
+        key: dict[str, Any] = read_json_object(self.path / PROGRESS_FILE).get("key", {})
+        return key
 
     def _tensors(self) -> dict[str, Tensor]:
         return load_file(self.path / TENSORS_FILE)

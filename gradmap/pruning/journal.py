@@ -19,6 +19,28 @@ from gradmap.methods.selection import Step
 _STEPS = TypeAdapter(list[Step])
 
 
+def may_go_on(path: Path, stored: dict[str, Any] | None, key: dict[str, Any], insist: bool) -> bool:
+    """Whether what an interrupted run left at `path` is of the same inputs; says so if they are
+    others.
+
+    stored: the key that it was written with, None if there is nothing whole. Raises UserError where
+    it is not, and the user insists.
+    """
+    if stored is None:
+        if insist:
+            raise UserError(f"There is nothing to resume: no whole {path}; leave out --resume.")
+        return False
+    changed = [name for name in key if stored.get(name) != key[name]]
+    if changed and insist:
+        raise UserError(
+            f"Cannot resume: {', '.join(changed)} changed since {path} was written; start over "
+            "with --fresh."
+        )
+    if changed:
+        say(f"Starting over: {', '.join(changed)} changed since {path} was written")
+    return not changed
+
+
 @dataclass(frozen=True)
 class _Stored:
     key: dict[str, Any]
@@ -53,21 +75,10 @@ class Journal:
         if resume is False:
             return []
         stored = self._read()
-        if stored is None:
-            if resume:
-                raise UserError(
-                    f"There is nothing to resume: no whole {self.path}; leave out --resume."
-                )
+        known = None if stored is None else stored.key
+        if not may_go_on(self.path, known, self.key, insist=bool(resume)):
             return []
-        changed = [name for name in self.key if stored.key.get(name) != self.key[name]]
-        if changed and resume:
-            raise UserError(
-                f"Cannot resume: {', '.join(changed)} changed since {self.path} was written; start "
-                "over with --fresh."
-            )
-        if changed:
-            say(f"Starting over: {', '.join(changed)} changed since {self.path} was written")
-            return []
+        assert stored is not None, "what is not there cannot be gone on with"
         say(f"Going on after {len(stored.steps)} decisions of an interrupted run ({self.path})")
         return stored.steps
 

@@ -98,8 +98,8 @@ class HealingPoint(Strict):
 
 
 class HealingRecord(Strict):
-    """One `gradmap heal`. recipe: its options; samples: how many it was trained on, and `sha256`
-    those of `recipe.tokens` ids each; bos: as for calibration; passes: begun through each text."""
+    """One `gradmap heal`. recipe: its options; samples: how many it was trained on, and sha256 of
+    their ids; bos: as for calibration; passes: begun through each text."""
 
     recipe: dict[str, Any]
     samples: int
