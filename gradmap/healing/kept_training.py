@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,25 +59,30 @@ class KeptTraining:
         """
         if resume is False:
             return
-        if not may_go_on(self.path, self._key_of_stored(), self.key, insist=bool(resume)):
+        with self._damage_refused():
+            stored = self._stored()
+            key = None if stored is None else dict(stored["key"])
+        if not may_go_on(self.path, key, self.key, insist=bool(resume)):
             return
-        try:
-            _put_back(trainer, read_json_object(self.path / PROGRESS_FILE), self._tensors())
-        except (UserError, SafetensorError, *MALFORMED):
-            raise UserError(f"{self.path} is damaged; start over with --fresh.") from None
+        assert stored is not None, "what is not there cannot be gone on with"
+        with self._damage_refused():
+            _put_back(trainer, stored, load_file(self.path / TENSORS_FILE))
         say(f"Going on after {trainer.progress.steps} steps of an interrupted run ({self.path})")
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _key_of_stored(self) -> dict[str, Any] | None:
-        if not (self.path / PROGRESS_FILE).is_file():
-            return None
-        key: dict[str, Any] = read_json_object(self.path / PROGRESS_FILE).get("key", {})
-        return key
+    def _stored(self) -> dict[str, Any] | None:
+        """None if there is nothing."""
+        progress = self.path / PROGRESS_FILE
+        return read_json_object(progress) if progress.is_file() else None
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return load_file(self.path / TENSORS_FILE)
+    @contextmanager
+    def _damage_refused(self) -> Iterator[None]:
+        try:
+            yield
+        except (UserError, SafetensorError, *MALFORMED):
+            raise UserError(f"{self.path} is damaged; start over with --fresh.") from None
 
     def _write(self, trainer: Trainer) -> None:
         progress = trainer.progress

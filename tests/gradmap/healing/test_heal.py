@@ -207,13 +207,14 @@ def test_another_run_does_not_go_on_with_what_was_kept(
     assert ("Starting over" in told) == (resume is None)
 
 
+@pytest.mark.parametrize("name", [kept_training.TENSORS_FILE, kept_training.PROGRESS_FILE])
 def test_what_was_kept_and_is_damaged_is_refused(
-    picos, plans, texts, tmp_path, killed_after_two_rounds
+    picos, plans, texts, tmp_path, killed_after_two_rounds, name
 ):
     with pytest.raises(KilledError):
         heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed")
-    tensors = tmp_path / ".healed.healing" / kept_training.TENSORS_FILE
-    tensors.write_bytes(tensors.read_bytes()[:100])
+    damaged = tmp_path / ".healed.healing" / name
+    damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged; start over with --fresh"):
         heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed")
 
