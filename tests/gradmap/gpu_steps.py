@@ -85,8 +85,11 @@ class Allowed:
 
 
 def run_on_gpu(pico, prepare, size):
-    """The result, and the traffic."""
-    model = pico.load()
+    """The result, and the traffic.
+
+    How the family is built is found before: on a small model, once for a config.
+    """
+    model = pico.layered().network
     with fake_gpu() as gpu:
         run = prepare(pico, gpu.move(model), size)
         with gpu.traffic() as traffic:
@@ -95,6 +98,11 @@ def run_on_gpu(pico, prepare, size):
             lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, result
         )
     return result, traffic
+
+
+def growth(counts, fewer, more):
+    """By how many copies and waits one count, of those by some key, is above another."""
+    return tuple(after - before for before, after in zip(counts[fewer], counts[more], strict=True))
 
 
 STEPS: dict = {}

@@ -5,7 +5,7 @@ import torch
 from gradmap.healing.heal import factors_to_train
 from gradmap.healing.options import HealOptions
 from gradmap.healing.trainer import Trainer
-from tests.gradmap.gpu_steps import MAPS, Size, plan_changes, pruned, run_on_gpu
+from tests.gradmap.gpu_steps import MAPS, Size, growth, plan_changes, pruned, run_on_gpu
 from tests.gradmap.healing.known_samples import KnownSamples
 
 
@@ -39,18 +39,13 @@ def test_a_step_of_healing_takes_the_same_however_deep_the_model(llamas):
             assert traffic.waits_in_backward == 0, traffic
             counts[layers, steps] = traffic.copies, traffic.waits
 
-    def growth(fewer, more):
-        return tuple(
-            after - before for before, after in zip(counts[fewer], counts[more], strict=True)
-        )
-
-    copies, waits = growth((8, 2), (8, 6))
-    assert (copies, waits) == growth((4, 2), (4, 6))
+    copies, waits = growth(counts, (8, 2), (8, 6))
+    assert (copies, waits) == growth(counts, (4, 2), (4, 6))
     assert copies == 0
     # transformers looks at positions: in the dense model, in the pruned one, and for logits of both
     assert waits <= 4 * 4
     # corrections of a plan are moved once in a round
-    assert max(growth((4, 2), (8, 2))) <= 4 * MAPS
+    assert max(growth(counts, (4, 2), (8, 2))) <= 4 * MAPS
 
 
 def test_a_gpu_computes_what_a_cpu_does(llamas):

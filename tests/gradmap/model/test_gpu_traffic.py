@@ -23,6 +23,7 @@ from tests.gradmap.gpu_steps import (
     Allowed,
     Size,
     evaluation_of_choices,
+    growth,
     importance,
     plan_changes,
     pruned,
@@ -155,13 +156,8 @@ def test_a_step_of_training_takes_the_same_however_deep_the_model(llamas, prepar
             assert traffic.waits_in_backward == 0, traffic
             counts[layers, samples] = traffic.copies, traffic.waits
 
-    def growth(fewer, more):
-        return tuple(
-            after - before for before, after in zip(counts[fewer], counts[more], strict=True)
-        )
-
-    copies, waits = growth((8, 4), (8, 8))
-    assert (copies, waits) == growth((4, 4), (4, 8))
+    copies, waits = growth(counts, (8, 4), (8, 8))
+    assert (copies, waits) == growth(counts, (4, 4), (4, 8))
     assert copies == 0
     assert waits <= 3 * 3
-    assert max(growth((4, 4), (8, 4))) <= 4 * MAPS * moves_of_a_map
+    assert max(growth(counts, (4, 4), (8, 4))) <= 4 * MAPS * moves_of_a_map
