@@ -21,12 +21,13 @@ from torch import Tensor
 from gradmap.common.console import say
 from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE
-from gradmap.common.reading import read_json_object
+from gradmap.common.reading import checked, read_json_object
 from gradmap.data.calibration import build_calibration, without_bos
 from gradmap.data.text_specs import preset_of
 from gradmap.evaluation.perplexity import Segments
 from gradmap.healing.options import HealOptions
 from gradmap.pruning.plan import (
+    PLAN_FILE,
     CalibrationRecord,
     HealingRecord,
     load_calibration_ids,
@@ -54,10 +55,10 @@ class SeenSamples:
         )
 
     @classmethod
-    def of_healing(cls, record: HealingRecord, tokenizer: Any) -> SeenSamples:
+    def of_healing(cls, record: HealingRecord, tokenizer: Any, path: Path) -> SeenSamples:
         """Those that were trained on and those that were held out, drawn again. Says so where they
-        cannot be, and what is not checked then."""
-        options = HealOptions.model_validate(record.recipe)
+        cannot be, and what is not checked then. path: where the record was read."""
+        options = checked(HealOptions, record.recipe, path)
         sources = tuple(preset_of(text).calibration for text in options.text)
         drawn = _healing_drawn_again(record, options, tokenizer)
         if drawn is None:
@@ -95,13 +96,14 @@ class CalibratedOn:
         contents = load_plan(plan)
         input_ids = load_calibration_ids(plan, contents)
         calibration = SeenSamples.of_calibration(contents.calibration, input_ids)
-        return cls._of(calibration, contents.healing, tokenizer)
+        return cls._of(calibration, contents.healing, tokenizer, plan / PLAN_FILE)
 
     @classmethod
     def of_pruned(cls, pruned: str, tokenizer: Any) -> CalibratedOn:
         """The samples of a pruned model, drawn again if its artifact says where they came from and
         what their hash is. Says so where they cannot be, and what is not checked then."""
-        made = _made_on(Path(pruned) / ARTIFACT_FILE)
+        path = Path(pruned) / ARTIFACT_FILE
+        made = _made_on(path)
         if made is None:
             say(
                 f"What {pruned} was calibrated on is not known: whether it is evaluated on that is "
@@ -116,13 +118,17 @@ class CalibratedOn:
                 "not checked (with --plan it is)"
             )
         calibration = SeenSamples.of_calibration(made.calibration, samples)
-        return cls._of(calibration, made.healing, tokenizer)
+        return cls._of(calibration, made.healing, tokenizer, path)
 
     @classmethod
     def _of(
-        cls, calibration: SeenSamples, healing: Sequence[HealingRecord], tokenizer: Any
+        cls,
+        calibration: SeenSamples,
+        healing: Sequence[HealingRecord],
+        tokenizer: Any,
+        path: Path,
     ) -> CalibratedOn:
-        healed = [SeenSamples.of_healing(record, tokenizer) for record in healing]
+        healed = [SeenSamples.of_healing(record, tokenizer, path) for record in healing]
         texts = [
             *_texts_of(calibration.samples.tolist(), tokenizer),
             *(text for seen in healed for text in _texts_of(_pieces(seen, tokenizer), tokenizer)),
@@ -136,10 +142,11 @@ class CalibratedOn:
 
 
 class _MadeOn(BaseModel):
-    """What an artifact says of the plan that it was made by."""
+    """What an artifact says of the plan that it was made by. One from before there was healing was
+    not healed."""
 
     calibration: CalibrationRecord
-    healing: list[HealingRecord]
+    healing: list[HealingRecord] = []
 
 
 def _made_on(path: Path) -> _MadeOn | None:

@@ -310,6 +310,16 @@ def test_tasks_leave_out_whatever_was_trained_on_or_held_out(picos, plans, texts
         assert (longest.strip() in healed) == (len(longest.split()) >= GRAM_TOKENS)
 
 
+def test_a_record_of_healing_that_cannot_be_is_refused(picos, plans, texts, tmp_path):
+    heal_pico(picos, plans["none"], asking(texts, budget_tokens=STEP), tmp_path / "healed")
+    file = tmp_path / "healed" / "plan.json"
+    contents = json.loads(file.read_text())
+    contents["healing"][0]["recipe"]["tokens"] = "many"
+    file.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match=r"plan\.json: .*tokens"):
+        CalibratedOn.of_plan(file.parent, load_tokenizer(picos["llama"].directory))
+
+
 def evaluating(text, directory):
     return ("--perplexity", f"own=file:{text}", "--segment", 32, "--out", directory / "eval.json")
 
