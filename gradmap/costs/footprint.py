@@ -3,7 +3,14 @@ is not needed."""
 
 from __future__ import annotations
 
-from gradmap.costs.steps import BF16_BYTES, DEFAULT_SIZE, STEP_SAMPLES, CalibrationSize, Hardware
+from gradmap.costs.steps import (
+    BF16_BYTES,
+    DEFAULT_SIZE,
+    STEP_SAMPLES,
+    CalibrationSize,
+    Hardware,
+    low_rank_parameters,
+)
 from gradmap.costs.timing import Pruning
 from gradmap.model.shape import Shape
 from gradmap.model.sublayers import PIECES
@@ -57,8 +64,8 @@ def heal_bytes(shape: Shape, hardware: Hardware, remove: int, tokens: int, rank:
     """Bytes that `gradmap heal` needs: beside the weights, the factors, and what training keeps of
     one sample of so many tokens for its backward pass. More samples go at once where there is
     more."""
-    factors = rank * (shape.layers - remove) * (shape.map_inputs + shape.map_outputs)
-    numbers = FACTOR_COPIES * factors + kept_numbers(shape, remove, tokens)
+    factors = FACTOR_COPIES * low_rank_parameters(shape, remove, rank)
+    numbers = factors + kept_numbers(shape, remove, tokens)
     return RUNTIME_BYTES + model_bytes(shape, hardware) + FLOAT32_BYTES * numbers
 
 

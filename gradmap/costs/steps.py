@@ -265,7 +265,12 @@ def training_flops(
 def low_rank_flops(shape: Shape, remove: int, rank: int) -> float:
     """FLOPs of one token in the training of low-rank corrections of every map that is left:
     forward, backward, and their own gradients."""
-    return 3 * 2 * rank * (shape.layers - remove) * (shape.map_inputs + shape.map_outputs)
+    return 3 * 2 * low_rank_parameters(shape, remove, rank)
+
+
+def low_rank_parameters(shape: Shape, remove: int, rank: int) -> float:
+    """Of the factors of every map that is left."""
+    return rank * (shape.layers - remove) * (shape.map_inputs + shape.map_outputs)
 
 
 def healing_flops(shape: Shape, remove: int, tokens: int, rank: int) -> float:

@@ -65,7 +65,7 @@ def heal(
         kept = KeptTraining.beside(out, key | {"the texts": samples.sha256_of_texts})
         costs = StageCosts()
         trainer = _train(checkpoint, plan, changes, samples, options, kept, resume, costs)
-        healed, tensors = healed_plan(plan, changes, trainer, samples)
+        healed, together = healed_plan(plan, changes, trainer, samples)
         healed = healed.model_copy(
             update={
                 "timings_s": plan.timings_s | costs.timings_s,
@@ -73,7 +73,7 @@ def heal(
             }
         )
         if is_main_process():
-            save_plan(out, healed, tensors, load_calibration_ids(plan_directory, plan))
+            save_plan(out, healed, together, load_calibration_ids(plan_directory, plan))
             kept.remove()
     return healed
 

@@ -1,27 +1,30 @@
-"""What becomes of a plan that was healed: its records, and the tensors beside them."""
+"""What becomes of a plan that was healed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from gradmap.data.mixture import Samples
 from gradmap.healing.trainer import Trainer, with_low_rank
+from gradmap.methods.compensation import Correction
 from gradmap.model.corrections import Changes, LowRank, Place
-from gradmap.pruning.plan import SCHEMA_VERSION, CorrectionRecord, HealingRecord, Plan
+from gradmap.pruning.correction_records import CorrectionRecord
+from gradmap.pruning.plan import SCHEMA_VERSION, HealingRecord, Plan
 
 
 def healed_plan(
     plan: Plan, changes: Changes, trainer: Trainer, samples: Samples
-) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan with the best that was trained, if it is better than nothing, and the tensors of all
-    its corrections. changes: the plan's."""
+) -> tuple[Plan, Changes]:
+    """The plan with the best that was trained, if it is better than nothing, and its changes.
+    changes: the plan's before."""
     healing = _describe(trainer, samples)
     before, after = healing.curve[0].held_out_divergence, healing.lowest_divergence
-    accepted = after < before
+    accepted = trainer.pruned.accepts(before, after)
     best = trainer.best_factors
-    trained = {place: _record(place, before, after, accepted) for place in best}
+    trained = {
+        place: CorrectionRecord.of(Correction(place, factor, before, after, accepted))
+        for place, factor in best.items()
+    }
     healed = plan.model_copy(
         update={
             "schema_version": SCHEMA_VERSION,
@@ -29,7 +32,7 @@ def healed_plan(
             "healing": [*plan.healing, healing],
         }
     )
-    return healed, _tensors(healed, with_low_rank(changes, best) if accepted else changes)
+    return healed, with_low_rank(changes, best) if accepted else changes
 
 
 def _describe(trainer: Trainer, samples: Samples) -> HealingRecord:
@@ -43,19 +46,6 @@ def _describe(trainer: Trainer, samples: Samples) -> HealingRecord:
     )
 
 
-def _record(place: Place, before: float, after: float, accepted: bool) -> CorrectionRecord:
-    return CorrectionRecord(
-        layer=place.layer,
-        target=place.target,
-        kind=LowRank.kind,
-        lam=None,
-        relative_lambda=None,
-        held_out_divergence_before=before,
-        held_out_divergence_after=after,
-        accepted=accepted,
-    )
-
-
 def _together(
     known: Sequence[CorrectionRecord], trained: Mapping[Place, CorrectionRecord], accepted: bool
 ) -> list[CorrectionRecord]:
@@ -65,20 +55,9 @@ def _together(
         return [*known, *trained.values()]
     rest = dict(trained)
     together = [
-        rest.pop(place)
-        if record.accepted and record.kind == LowRank.kind and (place := record.place) in rest
+        rest.pop(record.place)
+        if record.accepted and record.kind == LowRank.kind and record.place in rest
         else record
         for record in known
     ]
     return [*together, *rest.values()]
-
-
-def _tensors(plan: Plan, changes: Changes) -> dict[str, Tensor]:
-    """Of every accepted correction, float32 in the CPU's memory, as `corrections.safetensors` names
-    them."""
-    tensors: dict[str, Tensor] = {}
-    for record in plan.corrections:
-        if record.accepted:
-            (change,) = (change for change in changes[record.place] if change.kind == record.kind)
-            tensors |= record.stored(change.tensors)
-    return {name: tensor.float().cpu() for name, tensor in tensors.items()}

@@ -96,8 +96,7 @@ class Progress:
 class Trainer:
     """Trains `factors` beside the changes of a plan.
 
-    pruned: the model, and the held-out samples to judge by. keep: told of the progress after every
-    few steps.
+    pruned: the model, and the held-out samples to judge by.
     """
 
     def __init__(
@@ -128,8 +127,8 @@ class Trainer:
         return {place: LowRank(down=next(tensors), up=next(tensors)) for place in self.factors}
 
     def run(self, keep: Callable[[Trainer], None]) -> None:
-        """Goes on from where the progress is until the budget is spent. Raises UserError if the
-        loss is no number any more."""
+        """Goes on from where the progress is until the budget is spent. keep: told of it after
+        every few steps. Raises UserError if the loss is no number any more."""
         self._samples.skip(self.progress.steps * self.options.samples_in_step)
         self._batches = self._measured_batches()
         if not self.progress.curve:

@@ -6,13 +6,11 @@ A plan is megabytes for any model; with the base checkpoint it is all that expor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,15 +25,9 @@ from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.configs import layer_count
 from gradmap.model.corrections import (
     CHANGES,
-    HIDDEN_STATE,
     Change,
     Changes,
-    Gain,
-    LowRank,
     Place,
-    Projection,
-    Scale,
-    Update,
     gather_changes,
 )
 from gradmap.model.sublayers import (
@@ -45,6 +37,7 @@ from gradmap.model.sublayers import (
     joined_layers,
     sublayers_left,
 )
+from gradmap.pruning.correction_records import CorrectionGroup, CorrectionRecord, stored_tensors
 
 SCHEMA_VERSION = 6
 # One of schema 5 was not healed, and has everything else.
@@ -113,83 +106,6 @@ class HealingRecord(Strict):
         return min(point.held_out_divergence for point in self.curve)
 
 
-class CorrectionRecord(Strict):
-    """One correction of the weight of `target`, a linear map inside a layer (original index).
-
-    kind: one of gradmap.model.corrections.CHANGES; its tensors (float32) are in
-    `corrections.safetensors` as `name`.TENSOR if it was accepted. Corrections of one weight apply
-    in order. `lambda` is Eq. 12's, relative_lambda the same over the mean diagonal of the Gram
-    matrix; null for what was trained. Losses are nats per token, or null if nothing was held out.
-    """
-
-    model_config = ConfigDict(
-        validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
-    )
-
-    layer: int
-    target: str
-    kind: str
-    lam: float | None = Field(alias="lambda")
-    relative_lambda: float | None
-    held_out_divergence_before: float | None
-    held_out_divergence_after: float | None
-    accepted: bool
-
-    @property
-    def place(self) -> Place:
-        return Place(self.layer, self.target)
-
-    @property
-    def name(self) -> str:
-        return f"layers.{self.layer}.{self.target}.{self.kind}"
-
-    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the change, of any shape, by their names in `corrections.safetensors`."""
-        return {f"{self.name}.{name}": tensor for name, tensor in tensors.items()}
-
-    def own(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the change, by their own names, of all that `corrections.safetensors`
-        holds."""
-        prefix = f"{self.name}."
-        names = [name for name in stored if name.startswith(prefix)]
-        return {name.removeprefix(prefix): stored[name] for name in names}
-
-
-@dataclass(frozen=True)
-class CorrectionGroup:
-    """Corrections that were fitted together, for people to read."""
-
-    corrections: tuple[CorrectionRecord, ...]
-
-    @property
-    def accepted(self) -> bool:
-        return self.corrections[0].accepted
-
-    def describe(self) -> str:
-        first = self.corrections[0]
-        what = self._what(first)
-        if first.held_out_divergence_before is None:
-            return f"{what}, applied as it is: nothing was held out to judge it by"
-        before, after = first.held_out_divergence_before, first.held_out_divergence_after
-        change = f"held-out divergence {before:.3f} -> {after:.3f} nats per token"
-        return f"{what}: {change}{'' if self.accepted else ', left out, because it does not help'}"
-
-    def _what(self, first: CorrectionRecord) -> str:
-        count = len(self.corrections)
-        if first.target == HIDDEN_STATE:
-            return f"a patch of the hidden state behind layer {first.layer} (original index)"
-        where = f"the {first.target} of layer {first.layer} (original index)"
-        return {
-            Projection.kind: f"a projection W' of {where}",
-            Update.kind: f"a refit of {where}"
-            if count == 1
-            else f"new weights for {count} linear maps",
-            LowRank.kind: f"low-rank corrections of {count} linear maps",
-            Scale.kind: f"other scales of {count} linear maps",
-            Gain.kind: f"another gain of {where}",
-        }[first.kind]
-
-
 class Plan(Strict):
     """The contents of plan.json.
 
@@ -230,13 +146,14 @@ class Plan(Strict):
         return [CorrectionGroup(tuple(corrections)) for _, corrections in together]
 
 
-def save_plan(directory: Path, plan: Plan, tensors: dict[str, Tensor], input_ids: Tensor) -> None:
-    """Writes a plan directory atomically. tensors: of the corrections; input_ids: (N, T).
+def save_plan(directory: Path, plan: Plan, changes: Changes, input_ids: Tensor) -> None:
+    """Writes a plan directory atomically. changes: of the accepted corrections; input_ids: (N, T).
 
     Raises UserError if a tensor is not finite, or if the plan contradicts itself.
     """
     if problem := _contradiction(plan):
         raise UserError(f"The plan contradicts itself, and is not written: {problem}.")
+    tensors = stored_tensors(plan.corrections, changes)
     for name, tensor in tensors.items():
         require_finite(f"The correction {name}", tensor)
     with atomic_directory(directory, marker=PLAN_FILE) as partial:

@@ -25,7 +25,7 @@ from gradmap.common.processes import is_main_process
 from gradmap.common.reading import checked
 from gradmap.data.calibration import Calibration, build_calibration
 from gradmap.methods.base import Method
-from gradmap.methods.compensation import Compensation, Correction, Pruned
+from gradmap.methods.compensation import Compensation, Pruned
 from gradmap.methods.options import MethodOptions
 from gradmap.methods.registry import compensator, selector
 from gradmap.methods.selection import Selection, Step, Subject, select
@@ -38,12 +38,12 @@ from gradmap.model.loading import load_model, load_tokenizer, resolve_device, re
 from gradmap.model.precision import computing_in
 from gradmap.pruning.budget import samples_within_budget
 from gradmap.pruning.checks import check_settings, protected_layers
+from gradmap.pruning.correction_records import CorrectionRecord
 from gradmap.pruning.journal import Journal
 from gradmap.pruning.plan import (
     PLAN_FILE,
     BaseModelIdentity,
     CalibrationRecord,
-    CorrectionRecord,
     Plan,
     StepRecord,
     load_calibration_ids,
@@ -170,13 +170,8 @@ def _make_plan(
         with costs.measured("compensate", model.device), waiting("Repairing what is left"):
             compensation = _repair(model, settings, calibration, selection)
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, costs)
-    tensors: dict[str, torch.Tensor] = {}
-    for described, correction in zip(plan.corrections, compensation.corrections, strict=True):
-        if described.accepted:
-            tensors |= described.stored(correction.change.tensors)
-    tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
     if is_main_process():
-        save_plan(out, plan, tensors, calibration.input_ids)
+        save_plan(out, plan, compensation.changes, calibration.input_ids)
     return plan
 
 
@@ -304,23 +299,10 @@ def _describe_plan(
             StepRecord(scores=step.scores, removed=list(step.removed)) for step in selection.steps
         ],
         drift=dict(compensation.drift),
-        corrections=[_describe_correction(correction) for correction in compensation.corrections],
+        corrections=[CorrectionRecord.of(correction) for correction in compensation.corrections],
         environment=describe_environment() | {"dtype": found_dtype(checkpoint, settings)},
         timings_s=costs.timings_s,
         peak_gpu_bytes=costs.peak_gpu_bytes,
-    )
-
-
-def _describe_correction(correction: Correction) -> CorrectionRecord:
-    return CorrectionRecord(
-        layer=correction.place.layer,
-        target=correction.place.target,
-        kind=correction.change.kind,
-        lam=correction.lam,
-        relative_lambda=correction.relative_lambda,
-        held_out_divergence_before=correction.held_out_divergence_before,
-        held_out_divergence_after=correction.held_out_divergence_after,
-        accepted=correction.accepted,
     )
 
 

@@ -151,12 +151,17 @@ def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Sp
         "choose layers": select_seconds(shape, hardware, pruning),
         "repair": repair_seconds(shape, hardware, pruning),
     }
-    reading_s = hardware.weight_bytes * shape.parameters(shape.layers) / speeds.disk.read
+    reading_s = _reading_s(shape, hardware, speeds)
     if section.stream:
         needed = RUNTIME_BYTES + streamed_bytes(shape, size)
         reading_s += streaming_seconds(shape, hardware, pruning, speeds.disk.read)
     parts["choose layers"] = _sum(parts["choose layers"], STARTING_S + reading_s)
     return Estimate(_sum(*parts.values()), needed, hardware.memory, parts)
+
+
+def _reading_s(shape: Shape, hardware: Hardware, speeds: Speeds) -> float:
+    """Of the whole checkpoint."""
+    return hardware.weight_bytes * shape.parameters(shape.layers) / speeds.disk.read
 
 
 def _estimate_heal(options: HealOptions, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
@@ -166,7 +171,7 @@ def _estimate_heal(options: HealOptions, shape: Shape, remove: int, speeds: Spee
         if options.budget_tokens is not None
         else 60 * (options.budget_minutes or 0.0)
     )
-    reading_s = hardware.weight_bytes * shape.parameters(shape.layers) / speeds.disk.read
+    reading_s = _reading_s(shape, hardware, speeds)
     return Estimate(
         seconds + STARTING_S + reading_s,
         heal_bytes(shape, hardware, remove, options.tokens, rank),

@@ -26,7 +26,7 @@ def saved(picos, tmp_path):
     save_plan(
         tmp_path / "plan",
         plan.model_copy(update={"corrections": [record]}),
-        record.stored(change.tensors),
+        {CORRECTED: (change,)},
         torch.zeros(1, 1, dtype=torch.int64),
     )
     return tmp_path / "plan"

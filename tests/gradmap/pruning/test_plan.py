@@ -5,10 +5,11 @@ import torch
 from safetensors import safe_open
 
 from gradmap.common.errors import UserError
+from gradmap.methods.compensation import Correction
 from gradmap.model.corrections import LowRank, Place, Projection, Scale, Update
+from gradmap.pruning.correction_records import CorrectionRecord
 from gradmap.pruning.plan import (
     CORRECTIONS_FILE,
-    CorrectionRecord,
     load_changes,
     load_plan,
     save_plan,
@@ -24,16 +25,7 @@ CHANGES = {
 
 
 def record_of(place, change, accepted=True):
-    return CorrectionRecord(
-        layer=place.layer,
-        target=place.target,
-        kind=change.kind,
-        lam=None,
-        relative_lambda=None,
-        held_out_divergence_before=None,
-        held_out_divergence_after=None,
-        accepted=accepted,
-    )
+    return CorrectionRecord.of(Correction(place, change, None, None, accepted))
 
 
 @pytest.fixture
@@ -42,10 +34,7 @@ def saved(picos, tmp_path):
     records = [record_of(place, change) for place, change in pairs]
     left_out = record_of(Place(4, DOWN), Scale(torch.tensor(1.0)), accepted=False)
     plan = make_source(picos["llama"]).plan.model_copy(update={"corrections": [*records, left_out]})
-    tensors: dict[str, torch.Tensor] = {}
-    for record, (_, change) in zip(records, pairs, strict=True):
-        tensors |= record.stored(change.tensors)
-    save_plan(tmp_path / "plan", plan, tensors, torch.zeros(1, 1, dtype=torch.int64))
+    save_plan(tmp_path / "plan", plan, CHANGES, torch.zeros(1, 1, dtype=torch.int64))
     return tmp_path / "plan"
 
 
@@ -82,5 +71,5 @@ def test_two_corrections_that_would_share_their_tensors_are_refused(saved):
     assert not saved.with_name("twice").exists()
     again = plan.corrections[0].model_copy(update={"accepted": False})
     left_out = plan.model_copy(update={"corrections": [*plan.corrections, again]})
-    save_plan(saved.with_name("left-out"), left_out, {}, ids)
+    save_plan(saved.with_name("left-out"), left_out, CHANGES, ids)
     assert load_plan(saved.with_name("left-out")) == left_out
