@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gradmap.common.console import say, waiting
 from gradmap.common.errors import UserError
@@ -100,6 +101,31 @@ def summed(value: Tensor) -> Tensor:
         dist.all_reduce(total)
         return total.to(value.device)
     return value
+
+
+def least_of_all(value: int) -> int:
+    """The lowest of every process's `value`."""
+    if process_count() == 1:
+        return value
+    values = torch.zeros(process_count(), dtype=torch.int64)
+    values[process_rank()] = value
+    return int(summed(values).min())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which processes may hold a share each, in the CPU's memory. All have to
+    ask."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """What a tensor, which each process has whole, is as one like another: of that, a process may
+    hold a share."""
+    placed = tensor.to(like.device, like.dtype)
+    if not isinstance(like, DTensor):
+        return placed
+    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _share(samples: int) -> slice:

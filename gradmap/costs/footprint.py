@@ -24,8 +24,8 @@ FIT_STATES, MEASURE_STATES = 3, 4
 # Numbers that training keeps of a token in each layer for its backward pass, over the widths of the
 # layer's maps.
 KEPT_WIDTHS = 2
-# Of factors in training: themselves, their gradients, AdamW's two moments, and the best so far.
-FACTOR_COPIES = 5
+# Of what is trained: itself, its gradients, AdamW's two moments, and the best so far.
+TRAINED_COPIES = 5
 # Python, torch, transformers and what they keep, as measured.
 RUNTIME_BYTES = 0.8e9
 
@@ -60,13 +60,17 @@ def prune_bytes(shape: Shape, hardware: Hardware, pruning: Pruning) -> float:
     return RUNTIME_BYTES + model_bytes(shape, hardware) + max(needed)
 
 
-def heal_bytes(shape: Shape, hardware: Hardware, remove: int, tokens: int, rank: int) -> float:
-    """Bytes that `gradmap heal` needs: beside the weights, the factors, and what training keeps of
-    one sample of so many tokens for its backward pass. More samples go at once where there is
-    more."""
-    factors = FACTOR_COPIES * low_rank_parameters(shape, remove, rank)
-    numbers = factors + kept_numbers(shape, remove, tokens)
-    return RUNTIME_BYTES + model_bytes(shape, hardware) + FLOAT32_BYTES * numbers
+def heal_bytes(
+    shape: Shape, hardware: Hardware, remove: int, tokens: int, rank: int | None
+) -> float:
+    """Bytes that `gradmap heal` needs: beside the weights, the factors or, without a rank, updates
+    of all weights and the updated ones; and what training keeps of one sample of so many tokens for
+    its backward pass. More samples go at once where there is more."""
+    weights = (shape.layers - remove) * shape.layer_parameters
+    trained = weights if rank is None else low_rank_parameters(shape, remove, rank)
+    updated = weights * hardware.weight_bytes if rank is None else 0.0
+    numbers = TRAINED_COPIES * trained + kept_numbers(shape, remove, tokens)
+    return RUNTIME_BYTES + model_bytes(shape, hardware) + updated + FLOAT32_BYTES * numbers
 
 
 def kept_numbers(shape: Shape, remove: int, tokens: int) -> float:

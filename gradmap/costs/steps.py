@@ -273,13 +273,14 @@ def low_rank_parameters(shape: Shape, remove: int, rank: int) -> float:
     return rank * (shape.layers - remove) * (shape.map_inputs + shape.map_outputs)
 
 
-def healing_flops(shape: Shape, remove: int, tokens: int, rank: int) -> float:
+def healing_flops(shape: Shape, remove: int, tokens: int, rank: int | None) -> float:
     """FLOPs of `gradmap heal` on so many tokens: the dense model forward, the pruned one forward
-    and, through its activations, backward, and the corrections. Looks at held-out samples are left
-    out."""
-    pruned = shape.forward_flops(shape.layers - remove)
-    corrections = low_rank_flops(shape, remove, rank)
-    return tokens * (shape.forward_flops(shape.layers) + 2 * pruned + corrections)
+    and, through its activations, backward, and the corrections or, without a rank, the gradients of
+    all weights. Looks at held-out samples are left out."""
+    left = shape.layers - remove
+    trained = shape.layer_flops(left) if rank is None else low_rank_flops(shape, remove, rank)
+    pruned = shape.forward_flops(left)
+    return tokens * (shape.forward_flops(shape.layers) + 2 * pruned + trained)
 
 
 def decode_speed_up(shape: Shape, remove: int) -> float:

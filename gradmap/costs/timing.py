@@ -190,8 +190,10 @@ def streaming_seconds(
     return reads * hardware.weight_bytes * shape.parameters(shape.layers) / disk_bytes_per_s
 
 
-def healing_seconds(shape: Shape, hardware: Hardware, remove: int, tokens: int, rank: int) -> float:
-    """Seconds of `gradmap heal` on so many tokens."""
+def healing_seconds(
+    shape: Shape, hardware: Hardware, remove: int, tokens: int, rank: int | None
+) -> float:
+    """Seconds of `gradmap heal` on so many tokens; without a rank, of all weights."""
     return healing_flops(hardware.sees(shape), remove, tokens, rank) / hardware.sustained_flops
 
 

@@ -23,7 +23,8 @@ from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, resolve_device, resolve_dtype
 from gradmap.model.model_sizes import read_sizes
 from gradmap.model.precision import count_parameters
-from gradmap.pruning.plan import CORRECTIONS_FILE, load_changes, load_plan, require_same_model
+from gradmap.pruning.plan import load_changes, load_plan, require_same_model
+from gradmap.pruning.plan_tensors import CORRECTIONS_FILE
 from gradmap.runtimes.onnx_session import ONNX_FILE
 from gradmap.runtimes.vllm_environment import vllm_dtype
 
@@ -123,6 +124,7 @@ def checkpoint_models(
     pruning = {
         "removed": [str(pair) for pair in sorted(contents.removal_order)],
         "corrections": sha256_file(plan / CORRECTIONS_FILE),
+        "trained": contents.trained_files,
     }
     pruned = replace(
         dense,

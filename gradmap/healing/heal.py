@@ -3,6 +3,7 @@ own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +23,24 @@ from gradmap.data.mixture import Samples
 from gradmap.healing.healed_plan import healed_plan
 from gradmap.healing.kept_training import KeptTraining
 from gradmap.healing.options import HealOptions
+from gradmap.healing.sharding import FixedBatches, share_weights
+from gradmap.healing.students import FullRankStudent, LowRankStudent, Student
 from gradmap.healing.trainer import Trainer
 from gradmap.methods.compensation import Pruned
 from gradmap.model.architectures import architecture_of
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.checkpoint import Checkpoint
-from gradmap.model.corrections import Changes, LowRank, Place, untrained_low_rank
+from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
-from gradmap.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from gradmap.model.loading import (
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
 from gradmap.model.precision import computing_in
+from gradmap.model.sublayers import Sublayer, sublayers_left
 from gradmap.pruning.plan import (
     PLAN_FILE,
     Plan,
@@ -50,7 +60,7 @@ def heal(
     out: Path,
     resume: bool | None = None,
 ) -> Plan:
-    """Trains low-rank corrections beside those of a plan, and writes the plan directory `out`.
+    """Trains what is left of a pruned model, and writes the plan directory `out`.
     Raises UserError on bad input, and where training diverges.
 
     resume: whether to go on with an interrupted run; None does so if its inputs were the same.
@@ -64,8 +74,7 @@ def heal(
         samples = options.mixture.open(load_tokenizer(checkpoint.directory))
         kept = KeptTraining.beside(out, key | {"the texts": samples.sha256_of_texts})
         costs = StageCosts()
-        trainer = _train(checkpoint, plan, changes, samples, options, kept, resume, costs)
-        healed, together = healed_plan(plan, changes, trainer, samples)
+        healed, together = _heal(checkpoint, plan, changes, samples, options, kept, resume, costs)
         healed = healed.model_copy(
             update={
                 "timings_s": plan.timings_s | costs.timings_s,
@@ -73,24 +82,39 @@ def heal(
             }
         )
         if is_main_process():
-            save_plan(out, healed, together, load_calibration_ids(plan_directory, plan))
+            ids = load_calibration_ids(plan_directory, plan)
+            healed = save_plan(out, healed, together, ids)
             kept.remove()
     return healed
 
 
 def _require_work_for_all(options: HealOptions) -> None:
-    if options.samples_in_step < process_count():
+    count, samples = process_count(), options.samples_in_step
+    if samples < count:
         raise UserError(
-            f"A step of {options.samples_in_step} samples cannot be shared by {process_count()} "
-            f"processes; give --step-tokens {process_count() * options.tokens} or more."
+            f"A step of {samples} samples cannot be shared by {count} processes; give "
+            f"--step-tokens {count * options.tokens} or more."
+        )
+    if not options.shard:
+        return
+    if count == 1:
+        raise UserError(
+            "--shard shares weights among several processes; start them (docs/scaling-out.md), or "
+            "leave it out."
+        )
+    if samples % count or options.held_out % count:
+        raise UserError(
+            f"With --shard every process has as much to do: steps of {samples} samples "
+            f"(--step-tokens / --tokens) and {options.held_out} --held-out samples are not "
+            f"multiples of {count} processes."
         )
 
 
 def _key(
     checkpoint: Checkpoint, plan: Plan, plan_directory: Path, options: HealOptions
 ) -> dict[str, Any]:
-    """What training depends on, texts aside."""
-    asked = options.model_dump(mode="json")
+    """What training depends on, texts aside. How processes share it, it does not."""
+    asked = options.model_dump(mode="json", exclude={"shard"})
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
         f"the plan ({plan_directory})": sha256_json(plan.model_dump(mode="json")),
@@ -100,7 +124,7 @@ def _key(
     }
 
 
-def _train(
+def _heal(
     checkpoint: Checkpoint,
     plan: Plan,
     changes: Changes,
@@ -109,34 +133,49 @@ def _train(
     kept: KeptTraining,
     resume: bool | None,
     costs: StageCosts,
-) -> Trainer:
-    dtype = kept.key["--dtype"]
-    network = load_model(checkpoint, dtype, options.device)
+) -> tuple[Plan, Changes]:
+    dtype, device = kept.key["--dtype"], torch.device(resolve_device(options.device))
+    # what is shared need not have room on one device
+    network = load_model(checkpoint, dtype, "cpu" if options.shard else str(device))
     require_finite_weights(network.named_parameters())
     model = LayeredModel(network, architecture_of(checkpoint.config))
     held_out = samples.held_out
     calibration = Calibration("", options.seed, held_out, samples.bos, held_out=len(held_out))
-    batches = Batches(forward_batch(held_out, model.device))
-    pruned = Pruned(model, calibration, tuple(plan.removal_order), batches)
+    removed = tuple(plan.removal_order)
     with (
-        process_group(model.device),
+        process_group(device),
         computing_in(dtype, network),
-        costs.measured("heal", model.device),
+        costs.measured("heal", device),
     ):
-        factors = factors_to_train(pruned, changes, options)
-        trainer = Trainer(pruned, changes, factors, samples, options)
+        left = sublayers_left(len(model.layers), removed)
+        student = student_of(model, left, changes, options, _dtype_of_updates(checkpoint))
+        if options.shard:
+            share_weights(model, device)
+        kind = FixedBatches if options.shard else Batches
+        batches = kind(forward_batch(held_out, device))
+        pruned = Pruned(model, calibration, removed, batches)
+        trainer = Trainer(pruned, student, samples, options)
         kept.restore(trainer, resume)
         trainer.run(kept.keep)
-    return trainer
+        return healed_plan(plan, changes, trainer, samples)
 
 
-def factors_to_train(
-    pruned: Pruned, changes: Changes, options: HealOptions
-) -> dict[Place, LowRank]:
-    """Of every linear map that is left. They go on from those that the plan has."""
+def student_of(
+    model: LayeredModel,
+    sublayers: Sequence[Sublayer],
+    changes: Changes,
+    options: HealOptions,
+    updates_in: torch.dtype,
+) -> Student:
+    """Of these sublayers. It goes on from what the plan has of its kind."""
+    if options.train == "full":
+        return FullRankStudent(model, sublayers, changes, updates_in)
     generator = torch.Generator().manual_seed(options.seed)
-    factors: dict[Place, LowRank] = {}
-    for place, module in pruned.model.linear_maps(pruned.kept):
-        known = (change for change in changes.get(place, ()) if isinstance(change, LowRank))
-        factors[place] = untrained_low_rank(module, options.rank, generator, next(known, None))
-    return factors
+    return LowRankStudent.begin(model, sublayers, changes, options.rank, generator)
+
+
+def _dtype_of_updates(checkpoint: Checkpoint) -> torch.dtype:
+    """An update is far smaller than its weight: in bfloat16 it loses nothing that a weight in half
+    precision could hold."""
+    wide = stored_dtype(checkpoint.config) in ("float32", "float64")
+    return torch.float32 if wide else torch.bfloat16

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradmap.common.console import say
+from gradmap.common.distributed import own_part, summed, whole
 from gradmap.common.errors import UserError
 from gradmap.common.files import atomic_directory, write_json
 from gradmap.common.processes import is_main_process
@@ -26,7 +27,9 @@ from gradmap.pruning.journal import may_go_on
 from gradmap.pruning.plan import HealingPoint
 
 PROGRESS_FILE, TENSORS_FILE = "progress.json", "training.safetensors"
+# At least so long in between, and no larger a share of the time for it.
 KEEP_EVERY_S = 120.0
+WRITING_SHARE = 0.05
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _CURVE = TypeAdapter(list[HealingPoint])
@@ -35,11 +38,13 @@ _CURVE = TypeAdapter(list[HealingPoint])
 @dataclass
 class KeptTraining:
     """A directory beside the plan that is being made. key: what training depends on, as name ->
-    hash or setting."""
+    hash or setting. What several processes share is in it whole, so that any number of them can go
+    on."""
 
     path: Path
     key: dict[str, Any]
     _kept_at: float = field(default_factory=time.monotonic)
+    _wait_s: float = field(default_factory=lambda: KEEP_EVERY_S)
 
     @classmethod
     def beside(cls, out: Path, key: dict[str, Any]) -> KeptTraining:
@@ -47,9 +52,15 @@ class KeptTraining:
 
     def keep(self, trainer: Trainer) -> None:
         """Writes it if it was not written for a while; whole or not at all."""
-        if is_main_process() and time.monotonic() - self._kept_at >= KEEP_EVERY_S:
-            self._write(trainer)
-            self._kept_at = time.monotonic()
+        begun = time.monotonic()
+        due = is_main_process() and begun - self._kept_at >= self._wait_s
+        if not summed(torch.tensor(int(due))):
+            return
+        tensors = _tensors_of(trainer)
+        if is_main_process():
+            self._write(trainer, tensors)
+        self._kept_at = time.monotonic()
+        self._wait_s = max(KEEP_EVERY_S, (self._kept_at - begun) / WRITING_SHARE)
 
     def restore(self, trainer: Trainer, resume: bool | None) -> None:
         """Brings the trainer to where it was.
@@ -84,10 +95,10 @@ class KeptTraining:
         except (UserError, SafetensorError, *MALFORMED):
             raise UserError(f"{self.path} is damaged; start over with --fresh.") from None
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
         progress = trainer.progress
         with atomic_directory(self.path, marker=PROGRESS_FILE) as partial:
-            save_file(_tensors_of(trainer), partial / TENSORS_FILE)
+            save_file(tensors, partial / TENSORS_FILE)
             write_json(
                 partial / PROGRESS_FILE,
                 {
@@ -101,14 +112,14 @@ class KeptTraining:
 
 
 def _tensors_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that training changes, in the CPU's memory, by a name."""
+    """Everything that training changes, whole and in the CPU's memory, by a name."""
     tensors: dict[str, Tensor] = {}
     for number, parameter in enumerate(trainer.parameters):
         state = trainer.optimizer.state[parameter]
-        tensors[f"{number}.now"] = parameter.detach()
+        tensors[f"{number}.now"] = parameter
         tensors[f"{number}.best"] = trainer.progress.best[number]
         tensors |= {f"{number}.{moment}": state[moment] for moment in MOMENTS}
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -116,7 +127,8 @@ def _put_back(trainer: Trainer, stored: dict[str, Any], tensors: dict[str, Tenso
     best: list[Tensor] = []
     for number, parameter in enumerate(trainer.parameters):
         own = {
-            name: tensors[f"{number}.{name}"].to(parameter) for name in ("now", "best", *MOMENTS)
+            name: own_part(tensors[f"{number}.{name}"], parameter)
+            for name in ("now", "best", *MOMENTS)
         }
         parameter.copy_(own["now"])
         best.append(own["best"])

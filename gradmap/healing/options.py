@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from gradmap.model.options import ComputingOptions
 from gradmap.pruning.settings import SEEDS
 
 Positive = Annotated[float, Field(gt=0)]
+# The highest learning rate, by what is trained: docs/healing.md has what was measured.
+DEFAULT_RATES = {"low-rank": 1e-3, "full": 1e-4}
 
 
 class HealOptions(ComputingOptions):
@@ -33,11 +35,20 @@ class HealOptions(ComputingOptions):
         description="Train for so long.",
         json_schema_extra={"cure": "give a number above 0"},
     )
-    rank: int = Field(64, ge=1, description="Rank of the corrections that are trained.")
-    learning_rate: Positive = Field(
-        1e-3,
-        description="At its highest: behind the warm-up.",
+    train: Literal["low-rank", "full"] = Field(
+        "low-rank",
+        description="Low-rank corrections of every linear map that is left, or all of its weights.",
+    )
+    rank: int = Field(64, ge=1, description="Rank of low-rank corrections.")
+    learning_rate: Positive | None = Field(
+        None,
+        description="At its highest, behind the warm-up; 1e-3 or, of all weights, 1e-4 if not "
+        "given.",
         json_schema_extra={"cure": "give a number above 0"},
+    )
+    shard: bool = Field(
+        False,
+        description="Of several processes, each holds only a part of the layers' weights (FSDP2).",
     )
     held_out: int = Field(
         64, ge=1, description="So many samples are not trained on, and choose the best."
@@ -65,6 +76,10 @@ class HealOptions(ComputingOptions):
                 f"{self.tokens_in_step}; give more, or fewer --step-tokens"
             )
         return self
+
+    @property
+    def highest_rate(self) -> float:
+        return self.learning_rate or DEFAULT_RATES[self.train]
 
     @property
     def samples_in_step(self) -> int:

@@ -1,5 +1,5 @@
-"""Low-rank corrections of every linear map that is left, trained to predict what the dense model
-does on texts, for as long as a budget says.
+"""A student of the dense model (gradmap.healing.students), trained to predict what that does on
+texts, for as long as a budget says.
 
 The dense model is the same weights in memory, with the removed layers in place and without changes;
 what it gives is computed for a few steps at a time, and never stored. Steps are AdamW's (Loshchilov
@@ -10,24 +10,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradmap.common.console import progress, say
-from gradmap.common.distributed import share_of_step, summed
+from gradmap.common.distributed import least_of_all, share_of_step, summed
 from gradmap.common.errors import UserError
 from gradmap.common.finite import require_finite
 from gradmap.common.processes import is_main_process
 from gradmap.data.mixture import Samples
 from gradmap.healing.options import HealOptions
+from gradmap.healing.sharding import FixedBatches, set_shared_gradients
+from gradmap.healing.students import Student
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distillation import Lessons, set_lesson_gradients
-from gradmap.model.batching import Batches, measured_batch_size
-from gradmap.model.corrections import Change, Changes, LowRank, Place
+from gradmap.model.batching import (
+    Batches,
+    activation_bytes,
+    batch_of,
+    bytes_kept_for_backward,
+)
 from gradmap.model.layerwise import run_layers
 from gradmap.pruning.plan import HealingPoint
 
@@ -79,8 +87,8 @@ class Budget(NamedTuple):
 @dataclass
 class Progress:
     """How far training is. losses: of the steps since the last look at held-out samples, nats per
-    token; curve: all looks, the first before training; best: the tensors of the factors with the
-    lowest held-out divergence so far."""
+    token; curve: all looks, the first before training; best: the parameters with the lowest
+    held-out divergence so far."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -94,43 +102,32 @@ class Progress:
 
 
 class Trainer:
-    """Trains `factors` beside the changes of a plan.
+    """Trains a student.
 
     pruned: the model, and the held-out samples to judge by.
     """
 
     def __init__(
-        self,
-        pruned: Pruned,
-        changes: Changes,
-        factors: Mapping[Place, LowRank],
-        samples: Samples,
-        options: HealOptions,
+        self, pruned: Pruned, student: Student, samples: Samples, options: HealOptions
     ) -> None:
-        self.pruned, self.factors, self.options = pruned, factors, options
+        self.pruned, self.student, self.options = pruned, student, options
         self.progress = Progress()
-        self.parameters = [
-            tensor for factor in factors.values() for tensor in (factor.down, factor.up)
-        ]
+        self.parameters = student.parameters
         self.optimizer = torch.optim.AdamW(
-            self.parameters, options.learning_rate, betas=BETAS, weight_decay=0.0
+            self.parameters, options.highest_rate, betas=BETAS, weight_decay=0.0
         )
-        self._changes, self._samples = with_low_rank(changes, factors), samples
+        self._samples = samples
         self._budget = Budget.of(options)
-        self._batches = Batches(1)
+        self._batches, self._recompute = Batches(1), False
         self._looks = looks_within(self._budget, options, pruned.calibration.held_out_ids.numel())
         self._clock = time.monotonic()
 
-    @property
-    def best_factors(self) -> dict[Place, LowRank]:
-        tensors = iter(self.progress.best)
-        return {place: LowRank(down=next(tensors), up=next(tensors)) for place in self.factors}
-
     def run(self, keep: Callable[[Trainer], None]) -> None:
-        """Goes on from where the progress is until the budget is spent. keep: told of it after
-        every few steps. Raises UserError if the loss is no number any more."""
+        """Goes on from where the progress is until the budget is spent, and leaves the student as
+        it was at its best. keep: told of it after every few steps. Raises UserError if the loss is
+        no number any more."""
         self._samples.skip(self.progress.steps * self.options.samples_in_step)
-        self._batches = self._measured_batches()
+        self._fit_into_memory()
         if not self.progress.curve:
             self._look()
         unit, total = self._shown()
@@ -142,19 +139,49 @@ class Trainer:
                     self._look()
                 advance(int(self._spent * total) - int(before * total))
                 keep(self)
+        with torch.no_grad():
+            for parameter, best in zip(self.parameters, self.progress.best, strict=True):
+                parameter.copy_(best)
 
-    def _measured_batches(self) -> Batches:
-        """As many samples at once as memory is set apart for."""
-        model, ids = self.pruned.model, self.pruned.calibration.held_out_ids[:1]
-        ids = ids.to(model.device)
+    def _fit_into_memory(self) -> None:
+        """As many samples at once as memory is set apart for; if it is not enough for one, layers
+        are run again for the backward pass."""
+        kept = self._bytes_kept()
+        fits = kept <= activation_bytes(self.pruned.model.device)
+        self._recompute = not least_of_all(fits)
+        if self._recompute:
+            say("A sample's activations are large: layers are run again for the backward pass")
+            kept = self._bytes_kept()
+        size = batch_of(kept, self.options.tokens, self.pruned.model.device)
+        self._batches = FixedBatches(least_of_all(size)) if self.options.shard else Batches(size)
+
+    def _bytes_kept(self) -> int:
+        """For the backward pass of one sample."""
+        ids = self.pruned.calibration.held_out_ids[:1].to(self.pruned.model.device)
         lessons = Lessons(ids, self._dense_outputs(ids))
+        with self._student_running():
+            return bytes_kept_for_backward(partial(self._set_gradients, lessons, 1))
 
-        def run_one() -> None:
-            set_lesson_gradients(model, lessons, 1, self.parameters, Batches(1))
+    def _student_running(self) -> ExitStack:
+        """For a `with` block."""
+        stack = ExitStack()
+        stack.enter_context(self.student.running())
+        changes = self.student.changes
+        stack.enter_context(self.pruned.model.changed(changes, without=self.pruned.removed))
+        return stack
 
-        with model.changed(self._changes, without=self.pruned.removed):
-            tokens = self.options.tokens
-            return Batches(measured_batch_size(run_one, model.network, tokens, model.device))
+    def _set_gradients(self, lessons: Lessons, samples: int) -> Tensor:
+        """Of a step of so many samples; see `set_lesson_gradients`."""
+        shared = self.options.shard and self.options.train == "full"
+        set_gradients = set_shared_gradients if shared else set_lesson_gradients
+        return set_gradients(
+            self.pruned.model,
+            lessons,
+            samples,
+            self.parameters,
+            self._batches,
+            self._recompute,
+        )
 
     @property
     def _spent(self) -> float:
@@ -176,7 +203,7 @@ class Trainer:
         drawn = self._samples.draw(steps * in_step).to(self.pruned.model.device)
         shares = [share_of_step(samples) for samples in drawn.split(in_step)]
         outputs = self._dense_outputs(torch.cat(shares)).split([len(share) for share in shares])
-        with self.pruned.model.changed(self._changes, without=self.pruned.removed):
+        with self._student_running():
             divergences = [
                 self._step(number, Lessons(*lessons))
                 for number, lessons in enumerate(zip(shares, outputs, strict=True), start=1)
@@ -189,14 +216,8 @@ class Trainer:
         of the step in its round."""
         spent = self._budget.spent(self.progress.steps + number, self.progress.seconds)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * rate_at(spent)
-        divergence = set_lesson_gradients(
-            self.pruned.model,
-            lessons,
-            self.options.samples_in_step,
-            self.parameters,
-            self._batches,
-        )
+            group["lr"] = self.options.highest_rate * rate_at(spent)
+        divergence = self._set_gradients(lessons, self.options.samples_in_step)
         nn.utils.clip_grad_norm_(self.parameters, LARGEST_NORM)
         self.optimizer.step()
         return divergence
@@ -206,7 +227,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise UserError(
                     f"The loss of step {number} is {loss}: training has diverged; give a lower "
-                    f"--learning-rate than {self.options.learning_rate:g}."
+                    f"--learning-rate than {self.options.highest_rate:g}."
                 )
         self.progress.losses += losses
         self.progress.steps += len(losses)
@@ -225,12 +246,11 @@ class Trainer:
 
     @torch.no_grad()
     def _look(self) -> None:
-        """At the held-out samples: the best factors so far are kept."""
-        found = self.pruned.divergence(self._changes)
-        assert found is not None, "samples are held out"
+        """At the held-out samples: the best so far is kept."""
+        found = self._held_out_divergence()
         require_finite("The held-out divergence", found)
         if found < self.progress.lowest:
-            self.progress.best = [parameter.clone() for parameter in self.parameters]
+            self.progress.best = [parameter.detach().clone() for parameter in self.parameters]
         self._tick()
         losses, self.progress.losses = self.progress.losses, []
         tokens = self.progress.steps * self.options.tokens_in_step
@@ -243,6 +263,13 @@ class Trainer:
             )
         )
         say(f"Held-out divergence after {tokens} tokens: {found:.4f} nats per token")
+
+    def _held_out_divergence(self) -> float:
+        _ = self.pruned.wanted  # of the dense model, so before the student runs
+        with self.student.running():
+            found = self.pruned.divergence(self.student.changes)
+        assert found is not None, "samples are held out"
+        return found
 
     def _tick(self) -> None:
         """Counts the time since it was counted last; of several processes, the first one's."""
@@ -258,20 +285,3 @@ def looks_within(budget: Budget, options: HealOptions, held_out_tokens: int) -> 
         return MOST_LOOKS
     passes = LOOKING_SHARE * PASSES_OF_A_STEP * budget.steps * options.tokens_in_step
     return min(MOST_LOOKS, budget.steps, max(FEWEST_LOOKS, int(passes / held_out_tokens)))
-
-
-def with_low_rank(
-    changes: Changes, factors: Mapping[Place, LowRank]
-) -> dict[Place, tuple[Change, ...]]:
-    """The changes with these factors in place of their own low-rank ones; last where they have
-    none."""
-    together = {place: tuple(of_place) for place, of_place in changes.items()}
-    for place, factor in factors.items():
-        others = together.get(place, ())
-        if any(isinstance(change, LowRank) for change in others):
-            together[place] = tuple(
-                factor if isinstance(change, LowRank) else change for change in others
-            )
-        else:
-            together[place] = (*others, factor)
-    return together

@@ -27,6 +27,12 @@ class Lessons:
     input_ids: Tensor
     outputs: Tensor
 
+    def of(self, batch: slice) -> Lessons:
+        return Lessons(self.input_ids[batch], self.outputs[batch])
+
+    def on(self, device: torch.device) -> Lessons:
+        return Lessons(self.input_ids.to(device), self.outputs.to(device))
+
 
 class Taught(NamedTuple):
     """gradients: dL/d hidden, (B, T, d), where L is the mean of KL(dense || model) over positions,
@@ -64,24 +70,33 @@ def set_lesson_gradients(
     samples: int,
     parameters: Sequence[Tensor],
     batches: Batches,
+    recompute: bool = False,
 ) -> Tensor:
     """Gives the parameters the gradients of a step of training of the model as it is now, with what
-    is trained on hooks. Returns the divergence, summed over the positions of this process, ().
+    is trained in it. Returns the divergence, summed over the positions of this process, ().
 
-    lessons: this process's share, which may be empty, of the step's `samples`.
+    lessons: this process's share, which may be empty, of the step's `samples`. recompute: see
+    `run_layers`.
     """
-    device = model.device
-    ids, goal = lessons.input_ids.to(device), lessons.outputs.to(device)
-    divergences = [torch.zeros((), device=device)]
+    lessons = lessons.on(model.device)
+    divergences = [torch.zeros((), device=model.device)]
 
     def gradients_of(batch: slice) -> Sequence[Tensor | None]:
         """All of them or, where memory runs out, none. None for experts that were idle."""
-        hidden = run_layers(model, ids[batch])
-        taught = distillation_gradients(model, hidden, goal[batch], ids[batch])
-        at_the_end = taught.gradients * (len(hidden) / samples)
-        gradients = torch.autograd.grad(hidden, parameters, at_the_end, allow_unused=True)
+        hidden, taught = teach(model, lessons.of(batch), samples, recompute)
+        gradients = torch.autograd.grad(hidden, parameters, taught.gradients, allow_unused=True)
         divergences.append(taught.divergence)
         return gradients
 
-    set_gradients(parameters, len(ids), gradients_of, batches)
+    set_gradients(parameters, len(lessons.input_ids), gradients_of, batches)
     return torch.stack(divergences).sum()
+
+
+def teach(
+    model: LayeredModel, lessons: Lessons, samples: int, recompute: bool
+) -> tuple[Tensor, Taught]:
+    """What the last layer gives of these lessons, (B, T, d), and what it is to be changed by for
+    the mean over a step of so many samples."""
+    hidden = run_layers(model, lessons.input_ids, recompute)
+    taught = distillation_gradients(model, hidden, lessons.outputs, lessons.input_ids)
+    return hidden, taught._replace(gradients=taught.gradients * (len(hidden) / samples))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from gradmap.common.console import say
 from gradmap.common.errors import UserError
@@ -84,27 +86,31 @@ def logits_parts(
         yield slice(first, first + together), slice(start, start + positions)
 
 
-def measured_batch_size(
-    run_one: Callable[[], object], model: nn.Module, tokens: int, device: torch.device
-) -> int:
+def measured_batch_size(run_one: Callable[[], object], tokens: int, device: torch.device) -> int:
     """Returns how many samples of `tokens` tokens to take at once. run_one: runs a single one
     forward and backward.
 
     Counted is what autograd keeps for the backward pass, which is the same on every machine.
     """
-    kept = _bytes_kept_for_backward(run_one, model)
-    return max(1, min(_activation_bytes(device) // max(1, kept), TOKENS[device.type] // tokens))
+    return batch_of(bytes_kept_for_backward(run_one), tokens, device)
 
 
-def _activation_bytes(device: torch.device) -> int:
+def batch_of(kept: int, tokens: int, device: torch.device) -> int:
+    """How many samples of `tokens` tokens to take at once, if autograd keeps so many bytes for
+    one."""
+    return max(1, min(activation_bytes(device) // max(1, kept), TOKENS[device.type] // tokens))
+
+
+def activation_bytes(device: torch.device) -> int:
+    """What the activations of a batch may take."""
     if device.type == "cpu":
         return CPU_ACTIVATION_BYTES
     return int(GPU_ACTIVATION_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
-def _bytes_kept_for_backward(run: Callable[[], object], model: nn.Module) -> int:
-    """What autograd keeps of a run, without the weights: these are there in any case, and many
-    tensors are views of them."""
+def bytes_kept_for_backward(run: Callable[[], object]) -> int:
+    """What autograd keeps of a run of modules, without their weights: these are there in any case,
+    and many tensors are views of them."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -112,12 +118,19 @@ def _bytes_kept_for_backward(run: Callable[[], object], model: nn.Module) -> int
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    weights = {
-        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(size for address, size in sizes.items() if address not in weights)
+    def forget_weights(module: nn.Module, args: object, output: object) -> None:
+        """As soon as it has run: of weights that processes share, all is there only meanwhile."""
+        for weight in (*module.parameters(), *module.buffers()):
+            if not isinstance(weight, DTensor):
+                sizes.pop(weight.untyped_storage().data_ptr(), None)
+
+    hook = register_module_forward_hook(forget_weights)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+    finally:
+        hook.remove()
+    return sum(sizes.values())
 
 
 class Batches:

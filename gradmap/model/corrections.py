@@ -104,6 +104,14 @@ class Update(_BiasStays):
 
 
 @dataclass(frozen=True)
+class Trained(Update):
+    """An update that was trained, of full rank. It comes before all other changes of its weight:
+    those see W + matrix."""
+
+    kind: ClassVar[str] = "trained"
+
+
+@dataclass(frozen=True)
 class LowRank(_BiasStays):
     """W <- W + up down, with down (r, d_in) and up (d_out, r) (LoRA, Hu et al. 2021, arXiv
     2106.09685)."""
@@ -175,8 +183,8 @@ class Gain:
         return {"factor": self.factor, "offset": self.offset}
 
 
-CHANGES: dict[str, type[Projection | Update | LowRank | Scale | Gain]] = {
-    kind.kind: kind for kind in (Projection, Update, LowRank, Scale, Gain)
+CHANGES: dict[str, type[Projection | Update | Trained | LowRank | Scale | Gain]] = {
+    kind.kind: kind for kind in (Projection, Update, Trained, LowRank, Scale, Gain)
 }
 # What is done to a weight, in this order.
 Changes = Mapping[Place, Sequence[Change]]

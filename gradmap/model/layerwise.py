@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from gradmap.model.batching import logits_parts
 from gradmap.model.layered import LayeredModel
@@ -107,11 +108,15 @@ def passes(
         yield entering, hidden
 
 
-def run_layers(model: LayeredModel, input_ids: Tensor) -> Tensor:
-    """The output of the last layer: (B, T) -> (B, T, d)."""
-    for _, leaving in passes(model, input_ids):  # noqa: B007 - all but the last are let go at once
-        pass
-    return leaving
+def run_layers(model: LayeredModel, input_ids: Tensor, recompute: bool = False) -> Tensor:
+    """The output of the last layer: (B, T) -> (B, T, d). recompute: keep only what enters each
+    layer for a backward pass, which runs it again (Chen et al. 2016, arXiv 1604.06174)."""
+    hidden, pieces = record_pieces(model, input_ids)
+    for piece in pieces:
+        hidden = (
+            checkpoint(piece.run, hidden, use_reentrant=False) if recompute else piece.run(hidden)
+        )
+    return hidden
 
 
 def stacked_on_cpu(of_layers: Sequence[Tensor]) -> Tensor:

@@ -124,4 +124,9 @@ def resolve_dtype(dtype: str, device: str, checkpoint: Checkpoint) -> str:
 
 def auto_dtype(config: dict[str, Any], device: str) -> str:
     """What `auto` is for a model with this config."""
-    return fastest_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"), device)
+    return fastest_dtype(stored_dtype(config), device)
+
+
+def stored_dtype(config: dict[str, Any]) -> str:
+    """The dtype of a checkpoint's weights, as its config names it."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

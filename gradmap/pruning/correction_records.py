@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import ConfigDict, Field
@@ -12,12 +12,12 @@ from gradmap.common.reading import Strict
 from gradmap.methods.compensation import Correction
 from gradmap.model.corrections import (
     HIDDEN_STATE,
-    Changes,
     Gain,
     LowRank,
     Place,
     Projection,
     Scale,
+    Trained,
     Update,
 )
 
@@ -25,8 +25,8 @@ from gradmap.model.corrections import (
 class CorrectionRecord(Strict):
     """One correction of the weight of `target`, a linear map inside a layer (original index).
 
-    kind: one of gradmap.model.corrections.CHANGES; its tensors (float32) are in
-    `corrections.safetensors` as `name`.TENSOR if it was accepted. Corrections of one weight apply
+    kind: one of gradmap.model.corrections.CHANGES; its tensors are stored as `name`.TENSOR if it
+    was accepted (gradmap.pruning.plan_tensors). Corrections of one weight apply
     in order. `lambda` is Eq. 12's, relative_lambda the same over the mean diagonal of the Gram
     matrix; null for what was trained. Losses are nats per token, or null if nothing was held out.
     """
@@ -66,12 +66,11 @@ class CorrectionRecord(Strict):
         return f"layers.{self.layer}.{self.target}.{self.kind}"
 
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the change, of any shape, by their names in `corrections.safetensors`."""
+        """Tensors of the change, of any shape, by the names that they are stored by."""
         return {f"{self.name}.{name}": tensor for name, tensor in tensors.items()}
 
     def own(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the change, by their own names, of all that `corrections.safetensors`
-        holds."""
+        """The tensors of the change, by their own names, of all that are stored."""
         prefix = f"{self.name}."
         names = [name for name in stored if name.startswith(prefix)]
         return {name.removeprefix(prefix): stored[name] for name in names}
@@ -106,18 +105,8 @@ class CorrectionGroup:
             Update.kind: f"a refit of {where}"
             if count == 1
             else f"new weights for {count} linear maps",
+            Trained.kind: f"trained weights of {count} linear maps",
             LowRank.kind: f"low-rank corrections of {count} linear maps",
             Scale.kind: f"other scales of {count} linear maps",
             Gain.kind: f"another gain of {where}",
         }[first.kind]
-
-
-def stored_tensors(records: Sequence[CorrectionRecord], changes: Changes) -> dict[str, Tensor]:
-    """The tensors of the accepted ones, float32 in the CPU's memory, by their names in
-    `corrections.safetensors`. changes: theirs."""
-    tensors: dict[str, Tensor] = {}
-    for record in records:
-        if record.accepted:
-            (change,) = (change for change in changes[record.place] if change.kind == record.kind)
-            tensors |= record.stored(change.tensors)
-    return {name: tensor.float().cpu() for name, tensor in tensors.items()}

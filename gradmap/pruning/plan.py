@@ -1,7 +1,8 @@
-"""The plan: what pruning decided, as files (`plan.json`, `corrections.safetensors`,
-`calibration.safetensors`).
+"""The plan: what pruning decided, as files (`plan.json`, `calibration.safetensors`, and those of
+gradmap.pruning.plan_tensors).
 
-A plan is megabytes for any model; with the base checkpoint it is all that export needs.
+A plan is megabytes for any model, unless its weights were trained at full rank; with the base
+checkpoint it is all that export needs.
 """
 
 from __future__ import annotations
@@ -11,25 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gradmap.common.errors import UserError, first_line
+from gradmap.common.errors import UserError
 from gradmap.common.files import atomic_directory, write_json
-from gradmap.common.finite import require_finite
 from gradmap.common.reading import Strict, checked, read_json_object
 from gradmap.data.calibration import hash_token_ids
 from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.configs import layer_count
-from gradmap.model.corrections import (
-    CHANGES,
-    Change,
-    Changes,
-    Place,
-    gather_changes,
-)
+from gradmap.model.corrections import CHANGES, Changes, Place, Trained
 from gradmap.model.sublayers import (
     JoinedLayer,
     Pair,
@@ -37,13 +30,13 @@ from gradmap.model.sublayers import (
     joined_layers,
     sublayers_left,
 )
-from gradmap.pruning.correction_records import CorrectionGroup, CorrectionRecord, stored_tensors
+from gradmap.pruning.correction_records import CorrectionGroup, CorrectionRecord
+from gradmap.pruning.plan_tensors import load_tensors, read_changes, write_changes
 
-SCHEMA_VERSION = 6
-# One of schema 5 was not healed, and has everything else.
-READ_VERSIONS = (5, SCHEMA_VERSION)
+SCHEMA_VERSION = 7
+# One of schema 5 was not healed, and one of 6 not at full rank; they have everything else.
+READ_VERSIONS = (5, 6, SCHEMA_VERSION)
 PLAN_FILE = "plan.json"
-CORRECTIONS_FILE = "corrections.safetensors"
 CALIBRATION_FILE = "calibration.safetensors"
 
 
@@ -111,7 +104,8 @@ class Plan(Strict):
 
     What is removed is the number of a layer, or M7+A8 for two neighbours that are no layer: the FFN
     of layer 7 and the attention of layer 8. Numbers are the base model's. drift: Eq. 8 behind
-    retained layers, by the number of their FFN.
+    retained layers, by the number of their FFN. trained_files: of what was trained at full rank,
+    name -> SHA-256.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -122,6 +116,7 @@ class Plan(Strict):
     steps: list[StepRecord]
     drift: dict[int, float]
     corrections: list[CorrectionRecord]
+    trained_files: dict[str, str] = Field(default={})
     healing: list[HealingRecord] = Field(default=[])
     environment: dict[str, str]
     timings_s: dict[str, float]
@@ -146,23 +141,20 @@ class Plan(Strict):
         return [CorrectionGroup(tuple(corrections)) for _, corrections in together]
 
 
-def save_plan(directory: Path, plan: Plan, changes: Changes, input_ids: Tensor) -> None:
-    """Writes a plan directory atomically. changes: of the accepted corrections; input_ids: (N, T).
+def save_plan(directory: Path, plan: Plan, changes: Changes, input_ids: Tensor) -> Plan:
+    """Writes a plan directory atomically, and returns the plan with its files. changes: of the
+    accepted corrections; input_ids: (N, T).
 
     Raises UserError if a tensor is not finite, or if the plan contradicts itself.
     """
     if problem := _contradiction(plan):
         raise UserError(f"The plan contradicts itself, and is not written: {problem}.")
-    tensors = stored_tensors(plan.corrections, changes)
-    for name, tensor in tensors.items():
-        require_finite(f"The correction {name}", tensor)
     with atomic_directory(directory, marker=PLAN_FILE) as partial:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial / CORRECTIONS_FILE,
-        )
+        files = write_changes(partial, plan.corrections, changes)
+        plan = plan.model_copy(update={"trained_files": files})
         save_file({"input_ids": input_ids.contiguous()}, partial / CALIBRATION_FILE)
         write_json(partial / PLAN_FILE, plan.model_dump(mode="json"))
+    return plan
 
 
 def load_plan(directory: Path) -> Plan:
@@ -173,7 +165,7 @@ def load_plan(directory: Path) -> Plan:
     if version not in READ_VERSIONS:
         raise UserError(
             f"{directory} has plan schema {version}, this version reads "
-            f"{' and '.join(map(str, READ_VERSIONS))}; prune again."
+            f"{READ_VERSIONS[0]} to {SCHEMA_VERSION}; prune again."
         )
     plan = checked(Plan, contents, directory / PLAN_FILE)
     if problem := _contradiction(plan):
@@ -201,33 +193,25 @@ def _contradiction(plan: Plan) -> str | None:
         return "a held-out divergence is known before a correction or behind it alone"
     if unknown := {correction.kind for correction in plan.corrections} - CHANGES.keys():
         return f"the kind of correction {unknown.pop()!r} is not known"
-    names = [correction.name for correction in plan.corrections if correction.accepted]
-    if len(set(names)) < len(names):
+    accepted = [correction for correction in plan.corrections if correction.accepted]
+    if len({correction.name for correction in accepted}) < len(accepted):
         return "two corrections of one kind change the same weight, and would share their tensors"
+    changed: set[Place] = set()
+    for correction in accepted:
+        if correction.kind == Trained.kind and correction.place in changed:
+            return f"{correction.name} stands behind other corrections of its weight"
+        changed.add(correction.place)
     return None
 
 
 def load_changes(directory: Path, plan: Plan) -> Changes:
     """Returns every accepted correction, by the weight it changes."""
-    stored = _load_tensors(directory / CORRECTIONS_FILE)
-    pairs: list[tuple[Place, Change]] = []
-    for correction in plan.corrections:
-        if not correction.accepted:
-            continue
-        try:
-            change = CHANGES[correction.kind](**correction.own(stored))
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json "
-                "names; prune again."
-            ) from None
-        pairs.append((correction.place, change))
-    return gather_changes(pairs)
+    return read_changes(directory, plan.corrections, plan.trained_files)
 
 
 def load_calibration_ids(directory: Path, plan: Plan) -> Tensor:
     """Returns the calibration token ids (N, T) after checking them against the plan's hash."""
-    input_ids = _load_tensors(directory / CALIBRATION_FILE).get("input_ids")
+    input_ids = load_tensors(directory / CALIBRATION_FILE).get("input_ids")
     if input_ids is None or hash_token_ids(input_ids) != plan.calibration.sha256:
         raise UserError(
             f"{directory / CALIBRATION_FILE} is not what plan.json was made with; prune again."
@@ -255,14 +239,3 @@ def require_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
     left = sublayers_left(plan.base_model.layers, plan.removal_order)
     if gone := sorted(corrected.difference(left)):
         raise UserError(f"The plan corrects {gone[0].words}, which it removes; prune again.")
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; prune again.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged, or cannot be read ({first_line(error)}); prune again."
-        ) from None

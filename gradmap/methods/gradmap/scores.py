@@ -178,7 +178,7 @@ def fitting_batches(model: LayeredModel, input_ids: Tensor, streamed: bool) -> B
             hidden = call.run(layer, hidden)
         hidden.backward(torch.zeros_like(hidden))
 
-    return Batches(measured_batch_size(run_one, model.network, input_ids.shape[1], model.device))
+    return Batches(measured_batch_size(run_one, input_ids.shape[1], model.device))
 
 
 def loss_gradients(

@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.flops import counted
 from gradmap.costs.footprint import FLOAT32_BYTES, heal_bytes
 from gradmap.costs.steps import healing_flops
 from gradmap.costs.timing import healing_seconds
-from gradmap.healing.heal import factors_to_train
+from gradmap.healing.heal import student_of
 from gradmap.healing.options import HealOptions
 from gradmap.healing.trainer import Trainer
 from tests.gradmap.costs.test_costs import HARDWARE, SIZE, deep, pruned  # noqa: F401
@@ -16,7 +17,8 @@ from tests.gradmap.healing.known_samples import KnownSamples
 from tests.gradmap.removals import pairs
 
 
-def test_a_round_of_training_multiplies_what_is_said(deep):  # noqa: F811
+@pytest.mark.parametrize("train", ["low-rank", "full"])
+def test_a_round_of_training_multiplies_what_is_said(deep, train):  # noqa: F811
     pico, shape = deep
     repaired, rank, removed = pruned(pico, pairs(6)), 4, 1
     options = HealOptions(
@@ -24,13 +26,15 @@ def test_a_round_of_training_multiplies_what_is_said(deep):  # noqa: F811
         tokens=SIZE.tokens,
         step_tokens=SIZE.all_tokens,
         budget_tokens=SIZE.all_tokens,
+        train=train,
         rank=rank,
     )
-    factors = factors_to_train(repaired, {}, options)
+    student = student_of(repaired.model, repaired.kept, {}, options, torch.float32)
     samples = KnownSamples(repaired.calibration.input_ids)
-    trainer = Trainer(repaired, {}, factors, samples, options)
+    trainer = Trainer(repaired, student, samples, options)
+    of_rank = rank if train == "low-rank" else None
     assert counted(trainer._round) == pytest.approx(
-        healing_flops(shape, removed, SIZE.all_tokens, rank), rel=0.03
+        healing_flops(shape, removed, SIZE.all_tokens, of_rank), rel=0.03
     )
 
 
@@ -47,3 +51,8 @@ def test_time_and_memory_grow_with_what_is_to_be_done(deep):  # noqa: F811
     # themselves, their gradients, two moments, and the best
     assert heal_bytes(shape, HARDWARE, 2, 128, 16) - held == 5 * FLOAT32_BYTES * factors
     assert heal_bytes(shape, HARDWARE, 2, 256, 8) > held
+    weights = (shape.layers - 2) * shape.layer_parameters
+    added = heal_bytes(shape, HARDWARE, 2, 128, None) - held
+    # and the updated weights
+    of_weight = 5 * FLOAT32_BYTES + HARDWARE.weight_bytes
+    assert added == pytest.approx(of_weight * weights - 5 * FLOAT32_BYTES * factors)

@@ -91,9 +91,12 @@ def held_out_ids(pico, options):
     return options.mixture.open(load_tokenizer(pico.directory)).held_out
 
 
+@pytest.mark.parametrize("train", ["low-rank", "full"])
 @pytest.mark.parametrize("compensator", ["none", "distil"])
-def test_a_healed_plan_is_nearer_to_the_dense_model(picos, plans, texts, tmp_path, compensator):
-    options = asking(texts)
+def test_a_healed_plan_is_nearer_to_the_dense_model(
+    picos, plans, texts, tmp_path, compensator, train
+):
+    options = asking(texts, train=train)
     healed = heal_pico(picos, plans[compensator], options, tmp_path / "healed")
     (record,) = healed.healing
     ids = held_out_ids(picos["llama"], options)
@@ -145,6 +148,7 @@ class KilledError(Exception):
 def killed_after_two_rounds(monkeypatch):
     """Which keep what they did; the third is lost."""
     monkeypatch.setattr(kept_training, "KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(kept_training, "WRITING_SHARE", math.inf)
     rounds: list[object] = []
     keep = KeptTraining.keep
 
@@ -183,6 +187,54 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_if_nothing_had_been(
     for place, (factors,) in expected.items():
         for name, tensor in factors.tensors.items():
             assert torch.equal(changes[place][0].tensors[name], tensor)
+
+
+def test_several_processes_that_share_the_weights_go_on_with_what_one_began(
+    picos, plans, texts, tmp_path, request
+):
+    options = asking(texts, budget_tokens=30 * STEP, train="full")
+    whole = heal_pico(picos, plans["none"], options, tmp_path / "whole")
+    request.getfixturevalue("killed_after_two_rounds")
+    out = tmp_path / "healed"
+    with pytest.raises(KilledError):
+        heal_pico(picos, plans["none"], options, out)
+    model = ("--model", picos["llama"].directory, "--plan", plans["none"])
+    sharing = flags_of(options.model_copy(update={"shard": True}))
+    finished = in_two_processes("heal", *model, *sharing, "--out", out, "--resume")
+    assert "Going on after 16 steps" in finished.stderr
+    for one, other in zip(load_plan(out).healing[0].curve, whole.healing[0].curve, strict=True):
+        assert one.held_out_divergence == pytest.approx(other.held_out_divergence, rel=1e-4)
+
+
+@pytest.mark.parametrize("train", ["low-rank", "full"])
+def test_layers_run_again_where_memory_is_short_and_give_the_same(
+    picos, plans, texts, tmp_path, capsys, monkeypatch, train
+):
+    options = asking(texts, budget_tokens=6 * STEP, train=train)
+    usual = heal_pico(picos, plans["distil"], options, tmp_path / "usual")
+    assert "run again" not in capsys.readouterr().err
+    monkeypatch.setattr("gradmap.model.batching.CPU_ACTIVATION_BYTES", 1 << 16)
+    scarce = heal_pico(picos, plans["distil"], options, tmp_path / "scarce")
+    assert "layers are run again for the backward pass" in capsys.readouterr().err
+    for one, other in zip(scarce.healing[0].curve, usual.healing[0].curve, strict=True):
+        # of a sample at a time, in another order; the loss is computed in float32
+        assert one.held_out_divergence == pytest.approx(other.held_out_divergence, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "message"),
+    [
+        (1, {}, "--shard shares weights among several processes"),
+        (3, {}, "not multiples of 3 processes"),
+        (2, {"held_out": 7}, "7 --held-out samples are not multiples of 2 processes"),
+    ],
+)
+def test_weights_are_shared_by_processes_that_do_as_much(
+    picos, plans, texts, tmp_path, monkeypatch, processes, changes, message
+):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(UserError, match=message):
+        heal_pico(picos, plans["none"], asking(texts, shard=True, **changes), tmp_path / "healed")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +288,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_step(
 
     monkeypatch.setattr("gradmap.healing.trainer.set_lesson_gradients", diverge)
     monkeypatch.setattr(kept_training, "KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(kept_training, "WRITING_SHARE", math.inf)
     with pytest.raises(UserError, match=r"loss of step 11 is nan.*lower --learning-rate"):
         heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed")
     assert not (tmp_path / "healed").exists()
@@ -324,11 +377,15 @@ def evaluating(text, directory):
     return ("--perplexity", f"own=file:{text}", "--segment", 32, "--out", directory / "eval.json")
 
 
-def test_two_processes_heal_as_one(picos, plans, texts, tmp_path):
-    options = asking(texts, budget_tokens=6 * STEP)
-    alone = heal_pico(picos, plans["none"], options, tmp_path / "alone")
-    model = ("--model", picos["llama"].directory, "--plan", plans["none"])
-    in_two_processes("heal", *model, *flags_of(options), "--out", tmp_path / "together")
+@pytest.mark.parametrize(
+    ("train", "shard"), [("low-rank", False), ("low-rank", True), ("full", False), ("full", True)]
+)
+def test_two_processes_heal_as_one(picos, plans, texts, tmp_path, train, shard):
+    options = asking(texts, budget_tokens=6 * STEP, train=train)
+    alone = heal_pico(picos, plans["distil"], options, tmp_path / "alone")
+    model = ("--model", picos["llama"].directory, "--plan", plans["distil"])
+    sharing = options.model_copy(update={"shard": shard})
+    in_two_processes("heal", *model, *flags_of(sharing), "--out", tmp_path / "together")
     together = load_plan(tmp_path / "together")
     # float64 sums in another order; the loss is computed in float32, and Adam's first steps are
     # of the gradients' signs

@@ -24,9 +24,13 @@ def texts(tmp_path_factory):
     return f"file:{path}"
 
 
-@pytest.mark.parametrize("unit", ["layer", "pair"])
+@pytest.mark.parametrize(
+    ("unit", "train"), [("layer", "low-rank"), ("pair", "low-rank"), ("pair", "full")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_healed_plan_does_what_was_trained(picos, texts, word_file, tmp_path, family, unit):
+def test_a_healed_plan_does_what_was_trained(
+    picos, texts, word_file, tmp_path, family, unit, train
+):
     pico, plan, out = picos[family], tmp_path / "plan", tmp_path / "healed"
     settings = PruneSettings(
         selector="manual",
@@ -45,8 +49,9 @@ def test_a_healed_plan_does_what_was_trained(picos, texts, word_file, tmp_path, 
         tokens=TOKENS,
         step_tokens=STEP,
         budget_tokens=40 * STEP,
+        train=train,
         rank=3,
-        learning_rate=5e-3,
+        learning_rate=5e-3 if train == "low-rank" else 1e-3,
         held_out=4,
         dtype="float64",
     )

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gradmap.healing.options import HealOptions
-from gradmap.healing.trainer import Budget, looks_within, rate_at, with_low_rank
+from gradmap.healing.students import with_trained
+from gradmap.healing.trainer import Budget, looks_within, rate_at
 from gradmap.model.corrections import LowRank, Place, Scale, Update, untrained_low_rank
 
 
@@ -38,7 +39,7 @@ def test_what_is_trained_stands_where_the_plan_had_its_like_or_last():
     first, second = Place(0, "a"), Place(1, "b")
     scale, update = Scale(torch.tensor(2.0)), Update(torch.zeros(5, 6))
     trained = {first: factors(2), second: factors(3)}
-    together = with_low_rank({first: (factors(1), scale), second: (update,)}, trained)
+    together = with_trained({first: (factors(1), scale), second: (update,)}, trained)
     assert together[first][0] is trained[first]
     assert together[first][1] is scale
     assert together[second][0] is update

@@ -58,12 +58,9 @@ def test_the_batch_is_what_memory_holds_for_the_backward_pass():
         values = torch.ones(floats, requires_grad=True)
         values.exp().sum().backward()
 
-    assert measured_batch_size(run_one, nn.Module(), 2, torch.device("cpu")) == 10
-    assert (
-        measured_batch_size(lambda: None, nn.Module(), 128, torch.device("cpu"))
-        == TOKENS["cpu"] // 128
-    )
-    assert measured_batch_size(lambda: None, nn.Module(), 10**6, torch.device("cpu")) == 1
+    assert measured_batch_size(run_one, 2, torch.device("cpu")) == 10
+    assert measured_batch_size(lambda: None, 128, torch.device("cpu")) == TOKENS["cpu"] // 128
+    assert measured_batch_size(lambda: None, 10**6, torch.device("cpu")) == 1
 
 
 def test_logits_in_float32_of_a_batch_take_what_is_allowed(monkeypatch):
@@ -82,7 +79,7 @@ def test_a_gpu_takes_more_at_once(monkeypatch):
     def keep_400_bytes():
         torch.ones(100, requires_grad=True).exp().sum().backward()
 
-    assert measured_batch_size(keep_400_bytes, nn.Module(), 2, gpu) == 10
+    assert measured_batch_size(keep_400_bytes, 2, gpu) == 10
     sizes = [
         [forward_batch(torch.zeros(9, tokens), device) for device in (cpu, gpu)]
         for tokens in (128, 2048)
@@ -119,9 +116,7 @@ def test_scores_do_not_depend_on_memory_running_out_midway(picos, input_ids, mon
 def test_weights_do_not_count_however_large():
     model = nn.Linear(4096, 4096, bias=False).requires_grad_(False)
     values = torch.ones(1, 4096, requires_grad=True)
-    size = measured_batch_size(
-        lambda: model(values).exp().sum().backward(), model, 8, torch.device("cpu")
-    )
+    size = measured_batch_size(lambda: model(values).exp().sum().backward(), 8, torch.device("cpu"))
     assert size == TOKENS["cpu"] // 8
 
 
