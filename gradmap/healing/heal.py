@@ -22,6 +22,7 @@ from gradmap.data.mixture import Samples
 from gradmap.healing.healed_plan import healed_plan
 from gradmap.healing.kept_training import KeptTraining
 from gradmap.healing.options import HealOptions
+from gradmap.healing.tracking import require_trackers, tracking
 from gradmap.healing.trainer import Trainer
 from gradmap.methods.compensation import Pruned
 from gradmap.model.architectures import architecture_of
@@ -55,6 +56,7 @@ def heal(
 
     resume: whether to go on with an interrupted run; None does so if its inputs were the same.
     """
+    require_trackers(options.track)
     plan = load_plan(plan_directory)
     require_same_model(plan, checkpoint)
     changes = load_changes(plan_directory, plan)
@@ -64,7 +66,7 @@ def heal(
         samples = options.mixture.open(load_tokenizer(checkpoint.directory))
         kept = KeptTraining.beside(out, key | {"the texts": samples.sha256_of_texts})
         costs = StageCosts()
-        trainer = _train(checkpoint, plan, changes, samples, options, kept, resume, costs)
+        trainer = _train(checkpoint, plan, changes, samples, options, out, kept, resume, costs)
         healed, together = healed_plan(plan, changes, trainer, samples)
         healed = healed.model_copy(
             update={
@@ -90,12 +92,11 @@ def _key(
     checkpoint: Checkpoint, plan: Plan, plan_directory: Path, options: HealOptions
 ) -> dict[str, Any]:
     """What training depends on, texts aside."""
-    asked = options.model_dump(mode="json")
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
         f"the plan ({plan_directory})": sha256_json(plan.model_dump(mode="json")),
         "the version of gradmap": version("gradmap"),
-        **{flag_of(name): value for name, value in asked.items()},
+        **{flag_of(name): value for name, value in options.of_training.items()},
         "--dtype": resolve_dtype(options.dtype, resolve_device(options.device), checkpoint),
     }
 
@@ -106,6 +107,7 @@ def _train(
     changes: Changes,
     samples: Samples,
     options: HealOptions,
+    out: Path,
     kept: KeptTraining,
     resume: bool | None,
     costs: StageCosts,
@@ -126,7 +128,9 @@ def _train(
         factors = factors_to_train(pruned, changes, options)
         trainer = Trainer(pruned, changes, factors, samples, options)
         kept.restore(trainer, resume)
-        trainer.run(kept.keep)
+        from_tokens = trainer.tokens + 1 if trainer.progress.steps else 0
+        with tracking(options.track, out, from_tokens) as track:
+            trainer.run(kept.keep, track)
     return trainer
 
 

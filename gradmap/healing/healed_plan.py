@@ -37,7 +37,7 @@ def healed_plan(
 
 def _describe(trainer: Trainer, samples: Samples) -> HealingRecord:
     return HealingRecord(
-        recipe=trainer.options.model_dump(mode="json"),
+        recipe=trainer.options.of_training,
         samples=samples.drawn,
         bos=samples.bos,
         sha256=samples.sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -47,6 +47,11 @@ class HealOptions(ComputingOptions):
         description="Draws the samples, and how corrections begin.",
         json_schema_extra={"cure": f"give a number from 0 to {SEEDS - 1}"},
     )
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default=[],
+        description="Tell tensorboard, wandb or mlflow how training goes; several may be given.",
+        json_schema_extra={"cure": "give tensorboard, wandb or mlflow"},
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> HealOptions:
@@ -65,6 +70,11 @@ class HealOptions(ComputingOptions):
                 f"{self.tokens_in_step}; give more, or fewer --step-tokens"
             )
         return self
+
+    @property
+    def of_training(self) -> dict[str, Any]:
+        """What training depends on, as plans record it."""
+        return self.model_dump(mode="json", exclude={"track"})
 
     @property
     def samples_in_step(self) -> int:
