@@ -92,7 +92,7 @@ def test_intervals_cover_as_often_as_they_say():
     """Of runs as the prior has them: laws of the grid, with scatter, that end as far from it as its
     error says. Cook et al. 2006, 10.1198/106186006X136976."""
     generator, shapes = np.random.default_rng(5), scaling._Shapes.grid()
-    covered = []
+    covered: list[bool] = []
     while len(covered) < 120:
         number = generator.integers(len(shapes.floor))
         shape = [axis[number] for axis in vars(shapes).values()]
@@ -143,6 +143,13 @@ def test_what_scatters_says_less():
 
 def _width(forecast):
     return math.log(forecast.high / forecast.low)
+
+
+def test_few_looks_leave_more_doubt_than_many():
+    few, many = (
+        forecasts(curve_of(divergences_of((0.5, 0.1, 0.5, 0.1), looks)))[0] for looks in (4, 20)
+    )
+    assert _width(few) > 1.2 * _width(many)
 
 
 def test_what_is_flat_is_expected_to_stay_so():
