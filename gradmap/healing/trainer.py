@@ -24,7 +24,7 @@ from gradmap.common.finite import require_finite
 from gradmap.common.processes import is_main_process
 from gradmap.data.mixture import Samples
 from gradmap.healing.options import HealOptions
-from gradmap.healing.tracking import Track
+from gradmap.healing.tracking import Track, untracked
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distillation import Lessons, set_lesson_gradients
 from gradmap.model.batching import Batches, measured_batch_size
@@ -121,6 +121,7 @@ class Trainer:
         self._batches = Batches(1)
         self._looks = looks_within(self._budget, options, pruned.calibration.held_out_ids.numel())
         self._clock = time.monotonic()
+        self._track: Track = untracked
 
     @property
     def tokens(self) -> int:
