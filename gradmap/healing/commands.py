@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,14 @@ def heal(
     and write a better plan."""
     with importing():
         from gradmap.healing.heal import heal as heal_plan
+        from gradmap.healing.scaling import forecasts
         from gradmap.healing.summary import summarise
         from gradmap.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     healed = heal_plan(checkpoint, plan, options, out, resume)
-    print_table(f"Plan {out}", ("", "value"), summarise(healed.healing[-1]))
+    record = healed.healing[-1]
+    print_table(f"Plan {out}", ("", "value"), summarise(record))
     if json_line:
-        print_json_line({"plan": str(out), **healed.healing[-1].model_dump(mode="json")})
+        more = [asdict(forecast) for forecast in forecasts(record.curve)]
+        print_json_line({"plan": str(out), **record.model_dump(mode="json"), "forecasts": more})

@@ -25,6 +25,7 @@ from gradmap.healing.kept_training import KeptTraining
 from gradmap.healing.options import HealOptions
 from gradmap.healing.sharding import FixedBatches, share_weights
 from gradmap.healing.students import FullRankStudent, LowRankStudent, Student
+from gradmap.healing.tracking import require_trackers, tracking
 from gradmap.healing.trainer import Trainer
 from gradmap.methods.compensation import Pruned
 from gradmap.model.architectures import architecture_of
@@ -65,6 +66,7 @@ def heal(
 
     resume: whether to go on with an interrupted run; None does so if its inputs were the same.
     """
+    require_trackers(options.track)
     plan = load_plan(plan_directory)
     require_same_model(plan, checkpoint)
     changes = load_changes(plan_directory, plan)
@@ -74,7 +76,9 @@ def heal(
         samples = options.mixture.open(load_tokenizer(checkpoint.directory))
         kept = KeptTraining.beside(out, key | {"the texts": samples.sha256_of_texts})
         costs = StageCosts()
-        healed, together = _heal(checkpoint, plan, changes, samples, options, kept, resume, costs)
+        healed, together = _heal(
+            checkpoint, plan, changes, samples, options, out, kept, resume, costs
+        )
         healed = healed.model_copy(
             update={
                 "timings_s": plan.timings_s | costs.timings_s,
@@ -113,13 +117,12 @@ def _require_work_for_all(options: HealOptions) -> None:
 def _key(
     checkpoint: Checkpoint, plan: Plan, plan_directory: Path, options: HealOptions
 ) -> dict[str, Any]:
-    """What training depends on, texts aside. How processes share it, it does not."""
-    asked = options.model_dump(mode="json", exclude={"shard"})
+    """What training depends on, texts aside."""
     return {
         f"the model ({checkpoint.name})": sha256_json(checkpoint.file_hashes),
         f"the plan ({plan_directory})": sha256_json(plan.model_dump(mode="json")),
         "the version of gradmap": version("gradmap"),
-        **{flag_of(name): value for name, value in asked.items()},
+        **{flag_of(name): value for name, value in options.of_training.items()},
         "--dtype": resolve_dtype(options.dtype, resolve_device(options.device), checkpoint),
     }
 
@@ -130,6 +133,7 @@ def _heal(
     changes: Changes,
     samples: Samples,
     options: HealOptions,
+    out: Path,
     kept: KeptTraining,
     resume: bool | None,
     costs: StageCosts,
@@ -156,7 +160,9 @@ def _heal(
         pruned = Pruned(model, calibration, removed, batches)
         trainer = Trainer(pruned, student, samples, options)
         kept.restore(trainer, resume)
-        trainer.run(kept.keep)
+        from_tokens = trainer.tokens + 1 if trainer.progress.steps else 0
+        with tracking(options.track, out, from_tokens) as track:
+            trainer.run(kept.keep, track)
         return healed_plan(plan, changes, trainer, samples)
 
 

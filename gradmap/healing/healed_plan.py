@@ -38,8 +38,7 @@ def healed_plan(
 
 def _describe(trainer: Trainer, samples: Samples) -> HealingRecord:
     return HealingRecord(
-        recipe=trainer.options.model_dump(mode="json")
-        | {"learning_rate": trainer.options.highest_rate},
+        recipe=trainer.options.of_training,
         samples=samples.drawn,
         bos=samples.bos,
         sha256=samples.sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,6 +58,11 @@ class HealOptions(ComputingOptions):
         description="Draws the samples, and how corrections begin.",
         json_schema_extra={"cure": f"give a number from 0 to {SEEDS - 1}"},
     )
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default=[],
+        description="Tell tensorboard, wandb or mlflow how training goes; several may be given.",
+        json_schema_extra={"cure": "give tensorboard, wandb or mlflow"},
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> HealOptions:
@@ -80,6 +85,13 @@ class HealOptions(ComputingOptions):
     @property
     def highest_rate(self) -> float:
         return self.learning_rate or DEFAULT_RATES[self.train]
+
+    @property
+    def of_training(self) -> dict[str, Any]:
+        """What training depends on, as plans record it: not how it is watched, nor how processes
+        share the weights."""
+        asked = self.model_dump(mode="json", exclude={"track", "shard"})
+        return asked | {"learning_rate": self.highest_rate}
 
     @property
     def samples_in_step(self) -> int:

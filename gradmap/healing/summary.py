@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradmap.healing.scaling import forecasts
 from gradmap.pruning.plan import HealingRecord
 
 
@@ -21,4 +22,5 @@ def summarise(healing: HealingRecord) -> list[tuple[str, str]]:
     ]
     if best is first:
         rows.append(("corrections", "left out, because they do not help"))
+    rows += [(forecast.title, forecast.describe()) for forecast in forecasts(healing.curve)]
     return rows

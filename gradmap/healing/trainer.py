@@ -28,6 +28,7 @@ from gradmap.data.mixture import Samples
 from gradmap.healing.options import HealOptions
 from gradmap.healing.sharding import FixedBatches, set_shared_gradients
 from gradmap.healing.students import Student
+from gradmap.healing.tracking import Track, untracked
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distillation import Lessons, set_lesson_gradients
 from gradmap.model.batching import (
@@ -121,11 +122,18 @@ class Trainer:
         self._batches, self._recompute = Batches(1), False
         self._looks = looks_within(self._budget, options, pruned.calibration.held_out_ids.numel())
         self._clock = time.monotonic()
+        self._track: Track = untracked
 
-    def run(self, keep: Callable[[Trainer], None]) -> None:
+    @property
+    def tokens(self) -> int:
+        """So many were trained on."""
+        return self.progress.steps * self.options.tokens_in_step
+
+    def run(self, keep: Callable[[Trainer], None], track: Track) -> None:
         """Goes on from where the progress is until the budget is spent, and leaves the student as
-        it was at its best. keep: told of it after every few steps. Raises UserError if the loss is
-        no number any more."""
+        it was at its best. keep: told of it after every few steps; track: of every step and look.
+        Raises UserError if the loss is no number any more."""
+        self._track = track
         self._samples.skip(self.progress.steps * self.options.samples_in_step)
         self._fit_into_memory()
         if not self.progress.curve:
@@ -214,13 +222,17 @@ class Trainer:
     def _step(self, number: int, lessons: Lessons) -> Tensor:
         """The divergence of this process's share, summed over positions, before the step. number:
         of the step in its round."""
-        spent = self._budget.spent(self.progress.steps + number, self.progress.seconds)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.highest_rate * rate_at(spent)
+            group["lr"] = self._rate(number)
         divergence = self._set_gradients(lessons, self.options.samples_in_step)
         nn.utils.clip_grad_norm_(self.parameters, LARGEST_NORM)
         self.optimizer.step()
         return divergence
+
+    def _rate(self, number: int) -> float:
+        """The learning rate of a step of the next round."""
+        spent = self._budget.spent(self.progress.steps + number, self.progress.seconds)
+        return self.options.highest_rate * rate_at(spent)
 
     def _take_note(self, losses: list[float]) -> None:
         for number, loss in enumerate(losses, start=self.progress.steps + 1):
@@ -229,9 +241,16 @@ class Trainer:
                     f"The loss of step {number} is {loss}: training has diverged; give a lower "
                     f"--learning-rate than {self.options.highest_rate:g}."
                 )
-        self.progress.losses += losses
-        self.progress.steps += len(losses)
+        rates = [self._rate(number) for number in range(1, len(losses) + 1)]
+        before = self.progress.seconds
         self._tick()
+        trained = len(losses) * self.options.tokens_in_step
+        speed = trained / (self.progress.seconds - before)
+        self.progress.losses += losses
+        for loss, rate in zip(losses, rates, strict=True):
+            self.progress.steps += 1
+            step = {"training_divergence": loss, "learning_rate": rate, "tokens_per_second": speed}
+            self._track(self.tokens, step)
 
     @torch.no_grad()
     def _dense_outputs(self, input_ids: Tensor) -> Tensor:
@@ -253,16 +272,16 @@ class Trainer:
             self.progress.best = [parameter.detach().clone() for parameter in self.parameters]
         self._tick()
         losses, self.progress.losses = self.progress.losses, []
-        tokens = self.progress.steps * self.options.tokens_in_step
+        self._track(self.tokens, {"held_out_divergence": found})
         self.progress.curve.append(
             HealingPoint(
-                tokens=tokens,
+                tokens=self.tokens,
                 seconds=round(self.progress.seconds, 3),
                 training_divergence=sum(losses) / len(losses) if losses else None,
                 held_out_divergence=found,
             )
         )
-        say(f"Held-out divergence after {tokens} tokens: {found:.4f} nats per token")
+        say(f"Held-out divergence after {self.tokens} tokens: {found:.4f} nats per token")
 
     def _held_out_divergence(self) -> float:
         _ = self.pruned.wanted  # of the dense model, so before the student runs

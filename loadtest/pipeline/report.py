@@ -14,6 +14,7 @@ from gradmap.common.quoting import markdown, visible
 from gradmap.evaluation.comparison import AnswersComparison
 from gradmap.evaluation.prompts import NEW_TOKENS, SHOWN
 from gradmap.evaluation.table import describe_retained, tabulate
+from gradmap.healing.scaling import forecasts
 from gradmap.pruning.plan import Plan, load_plan
 from loadtest.figures import draw_load_test
 from loadtest.loads import load_labels
@@ -134,6 +135,7 @@ def render_html(findings: Findings) -> str:
     return render_template(
         TEMPLATE,
         plan=plan,
+        forecasts=forecasts(plan.healing[-1].curve) if plan.healing else [],
         result=result,
         rows=summary_rows(findings),
         speed_up_lines=speed_up_lines(findings.load_report),

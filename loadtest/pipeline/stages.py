@@ -21,6 +21,7 @@ from gradmap.evaluation.result import SCHEMA_VERSION as EVALUATION_SCHEMA
 from gradmap.evaluation.result import records_beside
 from gradmap.evaluation.tasks import expand_names, require_tasks
 from gradmap.healing.options import HealOptions
+from gradmap.healing.tracking import require_trackers
 from gradmap.model.loading import resolve_device
 from gradmap.model.precision import weights_dtype
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
@@ -185,6 +186,8 @@ def _exported_in(formats: list[str], recipe: Recipe) -> ExportOptions:
 def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
     """Raises UserError for what a late stage would not find, before the first one has taken its
     hours."""
+    if recipe.heal is not None:
+        require_trackers(recipe.heal.track)
     model = _model_files(recipe)  # open_checkpoint looks for it, and it may be on the hub
     written: list[Path] = []
     for stage in stages:

@@ -19,7 +19,7 @@ from tests.test_docs import COMMANDS
 
 HEAL = (
     '{text: ["file:a.txt", "file:b.jsonl#body"], mix: [3, 1], budget_tokens: 4096, rank: 8, '
-    "seed: 3, dtype: float32}"
+    "seed: 3, dtype: float32, track: [tensorboard]}"
 )
 FULL_EXPORT = (
     "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, shard_size_gb: 2, "
@@ -80,6 +80,16 @@ def test_what_a_format_cannot_do_with_the_model_is_refused_before_pruning(
     with pytest.raises(
         UserError, match="cannot quantise a model that stores its weights transposed"
     ):
+        run_recipe(recipe_file, tmp_path / "out", None, False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_any_work(
+    recipe_file, tmp_path, monkeypatch
+):
+    recipe_file.write_text(recipe_file.read_text() + "heal: " + HEAL)
+    monkeypatch.setattr("gradmap.healing.tracking.find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r"--track tensorboard needs .*gradmap\[track\]"):
         run_recipe(recipe_file, tmp_path / "out", None, False)
     assert not (tmp_path / "out").exists()
 

@@ -14,6 +14,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.files import write_json, write_text
 from gradmap.common.stages import STAGES_DIRECTORY
 from gradmap.evaluation.prompts import PROMPTS, SHOWN
+from gradmap.healing.scaling import forecasts
 from gradmap.pruning.plan import load_plan
 from loadtest.outcome import write_all
 from loadtest.pipeline.result import build_result, read_result
@@ -117,6 +118,30 @@ def test_dense_and_pruned_have_one_colour_in_every_figure(run_directory):
     assert len(of_arms) == 6  # all but the speed-ups and the importance of the layers
     for figure in of_arms:
         assert DENSE_COLOR in figure and PRUNED_COLOR in figure
+
+
+@pytest.mark.parametrize(("looks", "said"), [(3, 0), (8, 1)])
+def test_what_more_healing_would_bring_is_beside_its_curve(run_directory, looks, said):
+    """Where there are looks enough."""
+    file = run_directory / "plan" / "plan.json"
+    curve = [
+        {
+            "tokens": 1000 * look,
+            "seconds": 1.0,
+            "training_divergence": None,
+            "held_out_divergence": 0.3 / (1 + look),
+        }
+        for look in range(looks + 1)
+    ]
+    recipe = {"text": ["file:a.txt"], "tokens": 16, "budget_tokens": 1000 * looks}
+    healing = {"recipe": recipe, "samples": 1, "bos": None, "sha256": "", "passes": {}}
+    write_json(file, json.loads(file.read_text()) | {"healing": [healing | {"curve": curve}]})
+    assert gradmap("report", run_directory).returncode == 1
+    page = (run_directory / "report.html").read_text()
+    assert "Healing on 1 × 16 tokens" in page
+    assert page.count("estimates from this curve, with 90% intervals") == said
+    for forecast in forecasts(load_plan(run_directory / "plan").healing[0].curve):
+        assert f"{forecast.describe()} with {forecast.title}" in page
 
 
 def test_a_report_made_again_has_the_times_and_the_environment_of_the_run(run_directory):

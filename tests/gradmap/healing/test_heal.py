@@ -326,13 +326,15 @@ def test_the_command_writes_a_plan_that_is_exported_and_evaluated(
 ):
     pico, out = picos["llama"], tmp_path / "healed"
     model = ("--model", pico.directory)
-    options = asking(texts)
+    options = asking(texts, budget_tokens=40 * STEP)
     wanted = ("--plan", plans["none"], *flags_of(options), "--out", out, "--json")
     finished = gradmap("heal", *model, *wanted)
     assert finished.returncode == 0, finished.stderr
     assert "held-out divergence" in finished.stdout
     told = json.loads(finished.stdout.splitlines()[-1])
     assert told["curve"][-1]["tokens"] == options.budget_tokens
+    assert "twice the tokens" in finished.stdout
+    assert [more["times"] for more in told["forecasts"]] == [2, 4]
     exported = gradmap("export", *model, "--plan", out, "--format", "hf", "--out", tmp_path / "out")
     assert exported.returncode == 0, exported.stderr
     for pruned in (("--plan", out), ("--pruned", tmp_path / "out" / "hf")):
