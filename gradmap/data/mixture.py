@@ -16,7 +16,9 @@ from torch import Tensor
 from gradmap.common.errors import UserError
 from gradmap.common.files import sha256_json
 from gradmap.data.calibration import bos_of
-from gradmap.data.texts import read_texts
+from gradmap.data.chat import ChatTemplate
+from gradmap.data.documents import Beginning, Documents, Text, shuffled
+from gradmap.data.texts import text_at
 
 # So many documents are packed and shuffled at a time.
 DOCUMENTS_TOGETHER = 256
@@ -27,38 +29,48 @@ SKIPPED_TOGETHER = 1024
 class Mixture:
     """Which samples to draw. texts: SPECs; weights: of each, for its share of the samples; tokens:
     T, of every sample, of which the first is BOS where the tokenizer puts one; held_out: how many
-    samples are kept apart, which share no document with the others."""
+    samples are kept apart, which share no document with the others; chat: whether conversations are
+    rendered, or refused."""
 
     texts: tuple[str, ...]
     weights: tuple[float, ...]
     tokens: int
     held_out: int
     seed: int
+    chat: bool = False
 
     def open(self, tokenizer: Any) -> Samples:
-        """Raises UserError if a text is too short, or cannot be read."""
+        """Raises UserError if a text is too short, or cannot be read, and for `chat` without
+        conversations."""
         packing = Packing.of(tokenizer, self.tokens)
+        template = ChatTemplate.of(tokenizer) if self.chat else None
+        documents_at = text_at if template is None else template.documents_at
         shares = list(islice(in_proportion(self.weights), self.held_out))
         streams = [
-            TextStream.open(text, packing, self.seed, held_out=shares.count(place))
-            for place, text in enumerate(self.texts)
+            TextStream.open(Text(spec, self.seed, documents_at), packing, shares.count(place))
+            for place, spec in enumerate(self.texts)
         ]
+        if template is not None and not template.rendered:
+            raise UserError(
+                f"--chat was given, and {' and '.join(self.texts)} begin with no conversations; "
+                "name the field that holds them, as in file:PATH#messages, or leave out --chat."
+            )
         return Samples(streams, self.weights, packing.bos)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Documents become samples of `tokens` tokens: one after the other, with `separator` behind
-    each, and cut; `bos` comes before every sample. Either is None if the tokenizer has none."""
+    """Documents become samples of `tokens` tokens: one after the other, with EOS behind each that
+    does not end with it, and cut; `bos` comes before every sample. None if the tokenizer has
+    none."""
 
     tokenizer: Any
     tokens: int
     bos: int | None
-    separator: int | None
 
     @classmethod
     def of(cls, tokenizer: Any, tokens: int) -> Packing:
-        return cls(tokenizer, tokens, bos_of(tokenizer), tokenizer.eos_token_id)
+        return cls(tokenizer, tokens, bos_of(tokenizer))
 
     @property
     def text_tokens(self) -> int:
@@ -66,9 +78,13 @@ class Packing:
 
     def tokenise(self, documents: Sequence[str]) -> list[int]:
         """All of these documents, one after the other."""
-        behind = [] if self.separator is None else [self.separator]
         of_each = self.tokenizer(list(documents), add_special_tokens=False, verbose=False)
-        return [token for ids in of_each["input_ids"] for token in (*ids, *behind)]
+        return [token for ids in of_each["input_ids"] for token in (*ids, *self._behind(ids))]
+
+    def _behind(self, ids: list[int]) -> list[int]:
+        """What a chat template ends with may be EOS."""
+        eos = self.tokenizer.eos_token_id
+        return [] if eos is None or ids[-1:] == [eos] else [eos]
 
     def cut(self, ids: list[int]) -> tuple[list[list[int]], list[int]]:
         """Samples (n, T), and what is left behind the last."""
@@ -80,47 +96,59 @@ class Packing:
 
 @dataclass
 class TextStream:
-    """The samples of one text, a SPEC: some held out, the others again and again. passes: through
-    all of its documents, begun so far."""
+    """The samples of one text: some held out, the others again and again. passes: through all of
+    its documents, begun so far."""
 
-    text: str
-    documents: list[str]
+    documents: Documents
     packing: Packing
-    seed: int
     held_out: list[list[int]]
     passes: int = 0
 
     @classmethod
-    def open(cls, text: str, packing: Packing, seed: int, held_out: int) -> TextStream:
+    def open(cls, text: Text, packing: Packing, held_out: int) -> TextStream:
         """Raises UserError if there is not one sample beside those that are held out."""
-        documents = read_texts(text, seed)
+        beginning = Beginning.read(text)
         ids: list[int] = []
-        while len(ids) < held_out * packing.text_tokens and documents:
-            ids += packing.tokenise([documents.pop()])
-        stream = cls(text, documents, packing, seed, packing.cut(ids)[0][:held_out])
-        if len(stream.held_out) < held_out or next(stream._pass(0), None) is None:
-            raise UserError(
-                f"Text {text} is too short: beside {held_out} samples of {packing.tokens} tokens "
-                "that are held out, whole documents for at least one more are needed; give more "
-                "text, or fewer --held-out or --tokens."
-            )
+        while len(ids) < held_out * packing.text_tokens and beginning.documents:
+            ids += packing.tokenise([beginning.hold_out()])
+        stream = cls(beginning.rest(), packing, packing.cut(ids)[0][:held_out])
+        known = beginning.is_all
+        if len(stream.held_out) < held_out or (known and next(stream._pass(0), None) is None):
+            raise stream._too_short(held_out)
         return stream
 
+    @property
+    def spec(self) -> str:
+        return self.documents.text.spec
+
     def samples(self) -> Iterator[list[int]]:
-        """Each pass has the documents, and the samples of some of them, in another order."""
+        """Each pass has the documents, and the samples of some of them, in another order. Raises
+        UserError if the text is not there any more."""
         for number in count():
             self.passes = number + 1
-            yield from self._pass(number)
+            samples = self._pass(number)
+            first = next(samples, None)
+            if first is None:
+                raise self._too_short(len(self.held_out))
+            yield first
+            yield from samples
 
     def _pass(self, number: int) -> Iterator[list[int]]:
-        generator = random.Random(f"{self.seed} {number}")
-        order = generator.sample(self.documents, len(self.documents))
+        generator = random.Random(f"{self.documents.text.seed} {number}")
+        order = shuffled(self.documents.in_pass(number), generator)
         ids: list[int] = []
-        for start in range(0, len(order), DOCUMENTS_TOGETHER):
-            ids += self.packing.tokenise(order[start : start + DOCUMENTS_TOGETHER])
+        while together := list(islice(order, DOCUMENTS_TOGETHER)):
+            ids += self.packing.tokenise(together)
             samples, ids = self.packing.cut(ids)
             generator.shuffle(samples)
             yield from samples
+
+    def _too_short(self, held_out: int) -> UserError:
+        return UserError(
+            f"Text {self.spec} is too short: beside {held_out} samples of {self.packing.tokens} "
+            "tokens that are held out, whole documents for at least one more are needed; give "
+            "more text, or fewer --held-out or --tokens."
+        )
 
 
 @dataclass
@@ -146,12 +174,12 @@ class Samples:
 
     @property
     def sha256_of_texts(self) -> str:
-        return sha256_json([stream.documents for stream in self.streams])
+        return sha256_json([stream.documents.sha256 for stream in self.streams])
 
     @property
     def passes(self) -> dict[str, int]:
         """By text: through its documents, begun so far."""
-        return {stream.text: stream.passes for stream in self.streams}
+        return {stream.spec: stream.passes for stream in self.streams}
 
     @property
     def held_out(self) -> Tensor:

@@ -25,6 +25,10 @@ class HealOptions(ComputingOptions):
         description="How much of each text, such as 3,1; as much of all if not given.",
         json_schema_extra={"cure": "give numbers above 0"},
     )
+    chat: bool = Field(
+        False,
+        description="Render conversations (lists of turns) through the tokenizer's chat template.",
+    )
     tokens: int = Field(128, ge=2, description="Tokens per sample, with BOS.")
     step_tokens: int = Field(1024, ge=1, description="Tokens per step of training, about.")
     budget_tokens: int | None = Field(None, ge=1, description="Train on so many tokens.")
@@ -77,4 +81,6 @@ class HealOptions(ComputingOptions):
     @property
     def mixture(self) -> Mixture:
         weights = self.mix or [1.0] * len(self.text)
-        return Mixture(tuple(self.text), tuple(weights), self.tokens, self.held_out, self.seed)
+        return Mixture(
+            tuple(self.text), tuple(weights), self.tokens, self.held_out, self.seed, self.chat
+        )

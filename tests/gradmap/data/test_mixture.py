@@ -46,7 +46,7 @@ def mixture(texts, held_out=6, seed=0):
 
 
 def documents_of(stream):
-    return {tuple(int(word[1:]) for word in text.split()) for text in stream.documents}
+    return {tuple(int(word[1:]) for word in text.split()) for text in stream.documents.in_pass(0)}
 
 
 def pieces(sample, bos):
@@ -110,6 +110,7 @@ def test_the_same_samples_come_whether_drawn_at_once_or_skipped(texts, tokenizer
     other = mixture(texts, seed=1).open(tokenizers[None])
     other.draw(50)
     assert resumed.sha256 == whole.sha256 != other.sha256
+    assert resumed.sha256_of_texts == whole.sha256_of_texts
 
 
 def test_a_text_that_is_too_short_is_refused(texts, tokenizers):
