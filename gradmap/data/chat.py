@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from jinja2 import TemplateError
+
 from gradmap.common.console import say
 from gradmap.common.errors import UserError, first_line
 from gradmap.data.calibration import bos_of
 from gradmap.data.conversations import Turn, turns_of
-from gradmap.data.texts import field_at, require_whole_characters, text_at
+from gradmap.data.texts import field_at, require_whole_characters, stripped_text_at
 
 # Some templates write the date. It is this one, so that samples are the same on another day.
 TODAY = datetime(2024, 7, 26)
@@ -49,36 +51,49 @@ class ChatTemplate:
 
         Raises UserError if it has something else.
         """
+        if isinstance(field_at(row, field, place), list):
+            for _, document in self.conversations_at(row, field, place):
+                yield document
+        else:
+            yield from stripped_text_at(row, field, place)
+
+    def conversations_at(
+        self, row: dict[str, Any], field: str, place: str
+    ) -> Iterator[tuple[list[Turn], str]]:
+        """The turns that a row has under a field, and its document; none for text. Otherwise as
+        `documents_at`."""
         value = field_at(row, field, place)
-        if not isinstance(value, list):
-            yield from text_at(row, field, place)
+        if not value or not isinstance(value, list):
             return
         turns = turns_of(value)
-        if turns is None and value:
+        if turns is None:
             raise UserError(
                 f"{place}: the field {field!r} is a list, and no conversation; every turn needs "
                 "the texts role and content, or from and value."
             )
-        for turn in turns or ():
+        for turn in turns:
             require_whole_characters(turn.content, field, place)
-        if turns and (document := self._rendered(turns, place)):
-            yield document
-
-    def _rendered(self, turns: Sequence[Turn], place: str) -> str | None:
-        from jinja2 import TemplateError
-
         try:
             document = self.render(turns)
         except TemplateError as error:
-            if not self.refused:
-                say(
-                    "Conversations that the chat template refuses are left out, such as "
-                    f"{place}: {first_line(error)}"
-                )
-            self.refused += 1
-            return None
+            self._leave_out(f"{place}: {first_line(error)}")
+            return
         self.rendered += 1
-        return document
+        yield turns, document.strip()
+
+    def _leave_out(self, what: str) -> None:
+        if not self.refused:
+            say(f"Conversations that the chat template refuses are left out, such as {what}")
+        self.refused += 1
+
+    def questions_of(self, turns: Sequence[Turn]) -> Iterator[str]:
+        """A conversation up to the user's first turn, to be answered; none if it begins with
+        another."""
+        for number, turn in enumerate(turns):
+            if turn.role != "system":
+                if turn.role == "user":
+                    yield self.render(turns[: number + 1], to_be_answered=True)
+                return
 
     @property
     def marks(self) -> frozenset[str]:

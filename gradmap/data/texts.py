@@ -57,8 +57,8 @@ def stream_texts(spec: str, seed: int, documents_at: DocumentsAt) -> Iterator[st
     source = parse_source(spec)
     for row, place in read_rows(source, HubOrder(seed, buffer=1, limit=None)):
         for document in documents_at(row, source.field, place):
-            if stripped := document.strip():
-                yield stripped
+            if document.strip():
+                yield document
 
 
 def no_text(spec: str) -> UserError:
@@ -74,6 +74,11 @@ def _texts_of(spec: str, order: HubOrder) -> Iterator[str]:
         )
     for row, place in read_rows(source, order):
         yield from text_at(row, source.field, place)
+
+
+def stripped_text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:
+    """As `text_at`, without space around it."""
+    return (text.strip() for text in text_at(row, field, place))
 
 
 def text_at(row: dict[str, Any], field: str, place: str) -> Iterator[str]:

@@ -27,6 +27,7 @@ from gradmap.data.chat import ChatTemplate, special_ids
 from gradmap.data.text_specs import preset_of
 from gradmap.evaluation.perplexity import Segments
 from gradmap.healing.options import HealOptions
+from gradmap.healing.written import prompts_of
 from gradmap.pruning.plan import (
     PLAN_FILE,
     CalibrationRecord,
@@ -192,13 +193,33 @@ def _pieces(seen: SeenSamples, tokenizer: Any) -> Iterator[list[int]]:
 def _healing_drawn_again(
     record: HealingRecord, options: HealOptions, tokenizer: Any
 ) -> Tensor | None:
-    """The samples (N, T), BOS included; None if a text is not there any more, or is another."""
+    """The samples (N, T) from texts, BOS included, and the questions that the dense model answered;
+    None if a text is not there any more, or is another."""
     try:
         samples = options.mixture.open(tokenizer)
+        drawn = samples.draw(record.samples)
+        asked = _questions_again(options, tokenizer)
     except UserError:
         return None
-    drawn = samples.draw(record.samples)
-    return torch.cat([drawn, samples.held_out]) if samples.sha256 == record.sha256 else None
+    if samples.sha256 != record.sha256:
+        return None
+    parts = [part for part in (drawn, samples.held_out, asked) if len(part)]
+    return torch.cat(parts) if parts else torch.empty(0, options.tokens, dtype=torch.int64)
+
+
+def _questions_again(options: HealOptions, tokenizer: Any) -> Tensor:
+    """(N, T), a question each, with EOS behind it. What the dense model wrote itself is of no
+    document, nor are the few tokens that it begins with where it answers none."""
+    if options.written is None or not options.chat:
+        return torch.empty(0, options.tokens, dtype=torch.int64)
+    asked = prompts_of(options, tokenizer)
+    eos = tokenizer.eos_token_id
+    return torch.tensor(
+        [
+            question + (options.tokens - len(question)) * [question[-1] if eos is None else eos]
+            for question in asked
+        ]
+    )
 
 
 def _drawn_again(record: CalibrationRecord, tokenizer: Any) -> Tensor | None:

@@ -29,6 +29,12 @@ class HealOptions(ComputingOptions):
         False,
         description="Render conversations (lists of turns) through the tokenizer's chat template.",
     )
+    written: int | None = Field(
+        None,
+        ge=1,
+        description="The dense model itself writes so many tokens: one more text, the last in "
+        "--mix. With --chat it answers the conversations' first questions.",
+    )
     tokens: int = Field(128, ge=2, description="Tokens per sample, with BOS.")
     step_tokens: int = Field(1024, ge=1, description="Tokens per step of training, about.")
     budget_tokens: int | None = Field(None, ge=1, description="Train on so many tokens.")
@@ -56,10 +62,10 @@ class HealOptions(ComputingOptions):
     def _fits_together(self) -> HealOptions:
         if len(set(self.text)) < len(self.text):
             raise ValueError("a --text is given twice; give it once, with a larger weight (--mix)")
-        if self.mix and len(self.mix) != len(self.text):
+        if self.mix and len(self.mix) != self._mixed:
             raise ValueError(
-                f"--mix has {len(self.mix)} weights for {len(self.text)} texts; give one for each "
-                "--text, in the same order"
+                f"--mix has {len(self.mix)} weights for {self._mixed} texts; give one for each "
+                "--text, in the same order, and for --written the last"
             )
         if (self.budget_tokens is None) == (self.budget_minutes is None):
             raise ValueError("give --budget-tokens or --budget-minutes, one of the two")
@@ -79,8 +85,12 @@ class HealOptions(ComputingOptions):
         return self.samples_in_step * self.tokens
 
     @property
+    def _mixed(self) -> int:
+        return len(self.text) + (self.written is not None)
+
+    @property
     def mixture(self) -> Mixture:
-        weights = self.mix or [1.0] * len(self.text)
+        weights = self.mix or [1.0] * self._mixed
         return Mixture(
             tuple(self.text), tuple(weights), self.tokens, self.held_out, self.seed, self.chat
         )

@@ -11,7 +11,7 @@ from gradmap.common.errors import UserError
 from gradmap.data import documents
 from gradmap.data.documents import Beginning, Text, shuffled
 from gradmap.data.mixture import Mixture
-from gradmap.data.texts import text_at
+from gradmap.data.texts import stripped_text_at
 from gradmap.model.loading import load_tokenizer
 
 COUNT, BUFFER = 200, 20
@@ -32,7 +32,7 @@ def path(tmp_path):
 
 
 def text(path, seed=0):
-    return Text(f"file:{path}", seed, text_at)
+    return Text(f"file:{path}", seed, stripped_text_at)
 
 
 @pytest.mark.parametrize("count", [0, 1, BUFFER - 1, BUFFER, BUFFER + 1, 7 * BUFFER + 3])
@@ -54,7 +54,7 @@ def test_all_come_once_and_no_more_are_held_than_the_buffer_has(small_buffer, co
 
 
 def test_long_documents_fill_the_buffer_earlier(monkeypatch):
-    monkeypatch.setattr(documents, "BUFFER_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "BUFFER_LENGTH", 100)
     source = iter(["x" * 30] * 9)
     assert len(documents.take_buffer(source)) == 4
     assert len(list(source)) == 5
@@ -64,9 +64,9 @@ def test_a_text_larger_than_the_buffer_is_read_again_in_every_pass(small_buffer,
     beginning = Beginning.read(text(path))
     held_out = {beginning.hold_out() for _ in range(5)}
     rest = beginning.rest()
-    assert rest.in_memory is None
+    assert rest.source is beginning.more is not None
     for number in range(2):
-        in_pass = list(rest.in_pass(number))
+        in_pass = list(rest.in_pass(number, random.Random(number)))
         assert len(in_pass) == COUNT - 5
         assert not held_out.intersection(in_pass)
 
@@ -141,6 +141,6 @@ def test_a_hub_data_set_is_streamed_to_its_end(small_buffer, tmp_path, monkeypat
     (tmp_path / "hub").mkdir()
     table = datasets.Dataset.from_dict({"text": [f"t {number}" for number in range(COUNT)]})
     table.to_parquet(tmp_path / "hub" / "train.parquet")
-    source = Text(f"hub:{tmp_path}/hub", 0, text_at)
+    source = Text(f"hub:{tmp_path}/hub", 0, stripped_text_at)
     assert sorted(source.read(0)) == sorted(table["text"])
     assert len(list(islice(source.read(1), 30))) == 30

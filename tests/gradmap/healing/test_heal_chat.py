@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 
+from gradmap.common.errors import UserError
 from gradmap.evaluation.contamination import GRAM_TOKENS, CalibratedOn
 from gradmap.healing.heal import heal
 from gradmap.healing.options import HealOptions
+from gradmap.healing.written import prompts_of, written_documents
+from gradmap.methods.writing import PROMPT_TOKENS, draw_tokens, uniform_numbers
 from gradmap.model.loading import load_tokenizer
 from gradmap.pruning.plan import load_plan
 from gradmap.pruning.prune import prune
@@ -111,3 +115,115 @@ def test_a_text_of_a_turn_that_was_trained_on_is_refused(pico, healed, conversat
     )
     assert refused.returncode == 2
     assert "overlaps with the healing samples" in refused.stderr
+
+
+def known_texts(pico, plan):
+    return CalibratedOn.of_plan(plan, load_tokenizer(pico.directory)).texts
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADMAP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "written"
+
+
+def with_written(options, **changes):
+    return options.model_copy(update={"written": 2000, "mix": [1.0, 3.0], **changes})
+
+
+def test_what_the_dense_model_answers_is_trained_on_and_written_once(
+    pico, plan, options, conversations, tmp_path, cache, capsys
+):
+    asked = with_written(options)
+    once = heal(pico.checkpoint, plan, asked, tmp_path / "once")
+    assert "The dense model writes (tokens)" in capsys.readouterr().err
+    assert len(list(cache.glob("*.safetensors"))) == 1
+    again = heal(pico.checkpoint, plan, asked, tmp_path / "again")
+    told = capsys.readouterr().err
+    assert "wrote before is read from" in told and "model writes" not in told
+    assert again.healing[0].curve[-1].tokens == once.healing[0].curve[-1].tokens
+    assert again.healing[0].lowest_divergence == once.healing[0].lowest_divergence
+    assert set(once.healing[0].passes) == {*asked.text, "--written"}
+    # without the file, what was trained on of texts is still known, and the questions
+    for file in cache.glob("*.safetensors"):
+        file.unlink()
+    known = known_texts(pico, tmp_path / "once")
+    assert "cannot be drawn" not in capsys.readouterr().err
+    records = map(json.loads, conversations.read_text().splitlines())
+    questions = {record["messages"][0]["value"] for record in records}
+    # all are asked, but for those that are held out
+    assert len(questions.intersection(known)) >= len(questions) - 4
+
+
+def test_documents_are_questions_with_answers_of_the_dense_model(pico, options, cache):
+    tokenizer, asked = load_tokenizer(pico.directory), with_written(options)
+    documents = written_documents(pico.checkpoint, asked, tokenizer)
+    prompts = prompts_of(asked, tokenizer)
+    held_out = asked.mixture.without_written.open(tokenizer).streams[0].documents.left_out
+    assert sum(map(len, documents)) >= 2000 > sum(map(len, documents[:-1]))
+    assert held_out
+    model = pico.load()
+    for document, prompt in zip(documents[:12], prompts, strict=False):
+        answer = list(document[len(prompt) :])
+        assert list(document[: len(prompt)]) == prompt
+        assert 1 <= len(answer) <= TOKENS
+        assert len(answer) == TOKENS or answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in answer[:-1]
+        assert tokenizer.decode(prompt).endswith("<s> w4")
+    numbers = uniform_numbers(64, TOKENS, asked.seed)
+    for place in (0, 5):  # as each alone would be
+        ids = torch.tensor([prompts[place]])
+        for number in numbers[place, : len(documents[place]) - ids.shape[1]].view(-1, 1, 1):
+            ids = torch.cat([ids, draw_tokens(model(ids).logits[:, -1], number)], dim=1)
+        assert tuple(ids[0].tolist()) == documents[place]
+
+
+def test_no_question_of_a_held_out_conversation_is_asked(pico, options, conversations):
+    tokenizer, asked = load_tokenizer(pico.directory), with_written(options, written=40_000)
+    records = map(json.loads, conversations.read_text().splitlines())
+    known = {record["messages"][0]["value"] for record in records}
+    spoken = {
+        tokenizer.decode(prompt).removeprefix("<s> w3 ").removesuffix(" </s> <s> w4")
+        for prompt in prompts_of(asked, tokenizer)
+    }
+    held_out = len(asked.mixture.without_written.open(tokenizer).streams[0].documents.left_out)
+    assert spoken < known
+    assert len(spoken) == len(known) - held_out
+
+
+def test_without_chat_texts_are_gone_on_with(pico, word_file, options, cache):
+    changes = {"chat": False, "text": [f"file:{word_file}"], "written": 500, "tokens": 16}
+    asked = with_written(options, **changes)
+    tokenizer = load_tokenizer(pico.directory)
+    documents = written_documents(pico.checkpoint, asked, tokenizer)
+    assert [len(document) for document in documents] == 32 * [16]
+    words = word_file.read_text()
+    for document in documents:
+        assert tokenizer.decode(document[:PROMPT_TOKENS]).replace(" </s> ", '"}') in words or (
+            tokenizer.eos_token_id in document[:PROMPT_TOKENS]
+        )
+    other = written_documents(pico.checkpoint, with_written(options, **changes, seed=1), tokenizer)
+    assert other != documents
+    assert len(list(cache.glob("*.safetensors"))) == 2
+
+
+def test_a_damaged_file_is_written_again(pico, options, cache):
+    tokenizer, asked = load_tokenizer(pico.directory), with_written(options, written=300)
+    documents = written_documents(pico.checkpoint, asked, tokenizer)
+    (file,) = cache.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-40])
+    assert written_documents(pico.checkpoint, asked, tokenizer) == documents
+    assert written_documents(pico.checkpoint, options, tokenizer) is None
+
+
+def test_a_conversation_that_nobody_asks_in_is_refused(pico, options, tmp_path):
+    path = tmp_path / "told.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"messages": [{"role": "assistant", "content": content(start, 20)}]})
+            for start in range(40)
+        )
+    )
+    asked = with_written(options, text=[f"file:{path}#messages"])
+    with pytest.raises(UserError, match="--written has nothing to answer"):
+        prompts_of(asked, load_tokenizer(pico.directory))
