@@ -14,8 +14,8 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class HealOptions(ComputingOptions):
-    """text: SPECs (gradmap.data.text_specs). mix: their weights, the same for all if not given.
-    tokens: of a sample; step_tokens: of a step of training."""
+    """text: SPECs (gradmap.data.text_specs). mix: their weights, and that of what is written, the
+    same for all if not given. tokens: of a sample; step_tokens: of a step of training."""
 
     text: list[str] = Field(
         description="Text source to train on, see gradmap/data/text_specs.py; several may be given."

@@ -148,10 +148,9 @@ def _continued(
     for start in range(0, len(order), together):
         places = order[start : start + together]
         asked = [prompts[place] for place in places]
-        answered = write_answers(model, asked, numbers[places], ends)
+        answered = write_answers(model, asked, numbers[places], ends, advance)
         for place, ids in zip(places, answered, strict=True):
             written[place] = tuple(ids)
-            advance(len(ids))
     return [written[place] for place in range(len(prompts))]
 
 

@@ -3,7 +3,7 @@ teach (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -87,10 +87,14 @@ def write_on(model: LayeredModel, prompts: Tensor, numbers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_answers(
-    model: LayeredModel, prompts: Sequence[list[int]], numbers: Tensor, ends: Collection[int]
+    model: LayeredModel,
+    prompts: Sequence[list[int]],
+    numbers: Tensor,
+    ends: Collection[int],
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """As `write_on` for prompts of several lengths; each is continued until one of `ends`, which is
-    its last token then. numbers: (B, n).
+    its last token then. numbers: (B, n); advance: is told how many tokens more there are.
 
     A longer prompt is read while a shorter one is continued already, so that nothing is padded,
     which not every family's attention takes as nothing.
@@ -105,15 +109,18 @@ def write_answers(
         placed[row, rest : rest + most] = numbers[row]
     written = [prompt[:shortest] for prompt in prompts]
     begun = torch.tensor(written).to(model.device)
+    advance(begun.numel())
     for tokens in _drawn(model, begun, placed, given.to(model.device)):
-        for ids, prompt, token in zip(written, prompts, tokens[:, 0].tolist(), strict=True):
-            if not _has_ended(ids, len(prompt), most, ends):
-                ids.append(token)
-        if all(
-            _has_ended(ids, len(prompt), most, ends)
-            for ids, prompt in zip(written, prompts, strict=True)
-        ):
+        going_on = [
+            (ids, token)
+            for ids, prompt, token in zip(written, prompts, tokens[:, 0].tolist(), strict=True)
+            if not _has_ended(ids, len(prompt), most, ends)
+        ]
+        if not going_on:
             break
+        for ids, token in going_on:
+            ids.append(token)
+        advance(len(going_on))
     return written
 
 
