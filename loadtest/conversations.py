@@ -12,10 +12,11 @@ from typing import Any
 
 from gradmap.common.console import say
 from gradmap.common.errors import UserError
-from gradmap.common.reading import parse_record, read_lines
+from gradmap.data.conversations import read_records, turns_of
+from gradmap.data.text_specs import SHAREGPT_FIELD
 from gradmap.data.texts import value_at
 
-ASKING = ("human", "user")
+ASKING = "user"
 # Turns that are no part of the exchange.
 ASIDE = ("system",)
 
@@ -46,14 +47,12 @@ def read_documents(path: Path, field: str, seed: int) -> tuple[list[Exchange], R
 def first_exchange(record: Any) -> tuple[str, str] | None:
     """The question and the answer that a conversation begins with, system prompts aside; None if it
     does not."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    turns = turns_of(record.get(SHAREGPT_FIELD)) if isinstance(record, dict) else None
+    exchange = [turn for turn in turns or () if turn.role not in ASIDE][:2]
+    if [turn.role == ASKING for turn in exchange] != [True, False]:
         return None
-    exchange = [turn for turn in turns if turn.get("from") not in ASIDE][:2]
-    if [turn.get("from") in ASKING for turn in exchange] != [True, False]:
-        return None
-    texts = [_whole(turn["value"]) for turn in exchange if isinstance(turn.get("value"), str)]
-    return (texts[0], texts[1]) if len(texts) == 2 and all(texts) else None
+    question, answer = (_whole(turn.content) for turn in exchange)
+    return (question, answer) if question and answer else None
 
 
 def _document(field: str, record: Any) -> Exchange | None:
@@ -73,7 +72,7 @@ def _read_usable(
 
     Raises UserError if the file cannot be read, or nothing in it is of use.
     """
-    records = _read_records(path)
+    records = read_records(path)
     found = [exchange for exchange in map(usable, records) if exchange is not None]
     if not found:
         raise UserError(f"{path} has no {wanted} ({len(records)} records).")
@@ -86,27 +85,6 @@ def _read_usable(
     exchanges = list(dict.fromkeys(found))
     random.Random(seed).shuffle(exchanges)
     return exchanges, count
-
-
-def _read_records(path: Path) -> list[Any]:
-    """One that cannot be read is None; of a list, that cannot be told."""
-    lines = [line for _, line in read_lines(path)]
-    if not _begins_list(lines):
-        return [parse_record(line) for line in lines]
-    records = parse_record("".join(lines))
-    if not isinstance(records, list):
-        raise UserError(
-            f"{path} is no list of records: it begins as one, and is no valid JSON; is it cut "
-            "short?"
-        )
-    return records
-
-
-def _begins_list(lines: list[str]) -> bool:
-    """Whether all lines are one list; a list that ends in the first of several lines is a
-    record."""
-    begun = bool(lines) and lines[0].lstrip().startswith("[")
-    return begun and (len(lines) == 1 or parse_record(lines[0]) is None)
 
 
 def _whole(text: str) -> str:

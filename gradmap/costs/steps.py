@@ -20,8 +20,8 @@ HELD_OUT_FRACTION = 0.25
 # gradmap.methods.repair: tokens that a selection fits and measures on.
 SELECT_FIT_TOKENS, SELECT_MEASURE_TOKENS = 6144, 4096
 # gradmap.methods.distil: samples that the dense model writes for each that is fitted on, and
-# how many at once; the rank of what is trained, and samples of a step; tokens that a closed form is
-# fitted on, for each input of a map.
+# how many at once (gradmap.methods.writing); the rank of what is trained, and samples of a step;
+# tokens that a closed form is fitted on, for each input of a map.
 WRITTEN_PER_SAMPLE, WRITTEN_TOGETHER, RANK, STEP_SAMPLES, TOKENS_PER_INPUT = 2, 64, 16, 4, 8
 # Observed with SmolLM2, three seeds: after the first round, which tries every layer, so many are
 # tried in each.

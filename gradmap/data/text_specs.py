@@ -6,7 +6,7 @@ Table 7) hub:NAME[:CONFIG[:SPLIT[:FIELD]]]                            a data set
 file:PATH[#FIELD]                                            txt, jsonl, jsonl.gz or parquet
 disk:DIR:FIELD                                               a directory written by
 `datasets.save_to_disk` sharegpt:PATH                                                recorded
-conversations, for load tests alone
+conversations, for load tests and `gradmap heal --chat` alone
 
 A field may be nested: `doc.body`, `messages.0.content`. A path may begin with ~, and may have # in
 its names.
@@ -25,6 +25,8 @@ from gradmap.common.errors import UserError
 # it.
 SEPARATOR = "\n\n"
 DEFAULT_FIELD = "text"
+# Under which ShareGPT's records have their turns.
+SHAREGPT_FIELD = "conversations"
 # What stands behind the first known suffix is a field, if it begins with # and is no path.
 _FILE = re.compile(r"(?P<path>.+?\.(?:txt|jsonl|jsonl\.gz|parquet))(?:#(?P<field>[^/]*))?")
 
@@ -97,6 +99,7 @@ class HubSource:
 @dataclass(frozen=True)
 class Conversations:
     path: Path
+    field: str = SHAREGPT_FIELD
 
 
 Source = FileSource | DiskSource | HubSource | Conversations

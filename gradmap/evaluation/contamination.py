@@ -23,9 +23,11 @@ from gradmap.common.errors import UserError
 from gradmap.common.files import ARTIFACT_FILE
 from gradmap.common.reading import checked, read_json_object
 from gradmap.data.calibration import build_calibration, without_bos
+from gradmap.data.chat import ChatTemplate, special_ids
 from gradmap.data.text_specs import preset_of
 from gradmap.evaluation.perplexity import Segments
 from gradmap.healing.options import HealOptions
+from gradmap.healing.written import prompts_of
 from gradmap.pruning.plan import (
     PLAN_FILE,
     CalibrationRecord,
@@ -40,11 +42,13 @@ GRAM_TOKENS = 13
 @dataclass(frozen=True)
 class SeenSamples:
     """Samples (N, T), without BOS, that a plan was made on; empty if they cannot be had. what: for
-    which they were used; sources: the SPECs that were read."""
+    which they were used; sources: the SPECs that were read; marks: what a chat template writes
+    around turns."""
 
     what: str
     sources: tuple[str, ...]
     samples: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    marks: frozenset[str] = frozenset()
 
     @classmethod
     def of_calibration(cls, record: CalibrationRecord, input_ids: Tensor | None) -> SeenSamples:
@@ -67,7 +71,8 @@ class SeenSamples:
                 "whether texts and tasks overlap with them is not checked"
             )
             return cls("healing", sources)
-        return cls("healing", sources, without_bos(drawn, record.bos))
+        marks = ChatTemplate.of(tokenizer).marks if options.chat else frozenset[str]()
+        return cls("healing", sources, without_bos(drawn, record.bos), marks)
 
     def refuse(self, text: Segments) -> None:
         """Raises UserError if the text is one of the sources, or overlaps with the samples."""
@@ -131,7 +136,7 @@ class CalibratedOn:
         healed = [SeenSamples.of_healing(record, tokenizer, path) for record in healing]
         texts = [
             *_texts_of(calibration.samples.tolist(), tokenizer),
-            *(text for seen in healed for text in _texts_of(_pieces(seen, tokenizer), tokenizer)),
+            *(text for seen in healed for text in _texts_of_healing(seen, tokenizer)),
         ]
         return cls((calibration, *healed), tuple(texts))
 
@@ -167,10 +172,19 @@ def _texts_of(pieces: Iterable[Sequence[int]], tokenizer: Any) -> Iterator[str]:
             yield " ".join(words)
 
 
+def _texts_of_healing(seen: SeenSamples, tokenizer: Any) -> Iterator[str]:
+    for text in _texts_of(_pieces(seen, tokenizer), tokenizer):
+        for mark in seen.marks:
+            text = text.removeprefix(f"{mark} ").removesuffix(f" {mark}")
+        yield text
+
+
 def _pieces(seen: SeenSamples, tokenizer: Any) -> Iterator[list[int]]:
-    """What samples have of one document each, where it is long enough to know it by."""
+    """What samples have of one document each, of a conversation of one turn, where it is long
+    enough to know it by."""
+    special = special_ids(tokenizer)
     for sample in seen.samples.tolist():
-        for ends, piece in groupby(sample, lambda token: token == tokenizer.eos_token_id):
+        for ends, piece in groupby(sample, lambda token: token in special):
             tokens = list(piece)
             if not ends and len(tokens) >= GRAM_TOKENS:
                 yield tokens
@@ -179,13 +193,33 @@ def _pieces(seen: SeenSamples, tokenizer: Any) -> Iterator[list[int]]:
 def _healing_drawn_again(
     record: HealingRecord, options: HealOptions, tokenizer: Any
 ) -> Tensor | None:
-    """The samples (N, T), BOS included; None if a text is not there any more, or is another."""
+    """The samples (N, T) from texts, BOS included, and the questions that the dense model answered;
+    None if a text is not there any more, or is another."""
     try:
         samples = options.mixture.open(tokenizer)
+        drawn = samples.draw(record.samples)
+        asked = _questions_again(options, tokenizer)
     except UserError:
         return None
-    drawn = samples.draw(record.samples)
-    return torch.cat([drawn, samples.held_out]) if samples.sha256 == record.sha256 else None
+    if samples.sha256 != record.sha256:
+        return None
+    parts = [part for part in (drawn, samples.held_out, asked) if len(part)]
+    return torch.cat(parts) if parts else torch.empty(0, options.tokens, dtype=torch.int64)
+
+
+def _questions_again(options: HealOptions, tokenizer: Any) -> Tensor:
+    """(N, T), a question each, with EOS behind it. What the dense model wrote itself is of no
+    document, nor are the few tokens that it begins with where it answers none."""
+    if options.written is None or not options.chat:
+        return torch.empty(0, options.tokens, dtype=torch.int64)
+    asked = prompts_of(options, tokenizer)
+    eos = tokenizer.eos_token_id
+    return torch.tensor(
+        [
+            question + (options.tokens - len(question)) * [question[-1] if eos is None else eos]
+            for question in asked
+        ]
+    )
 
 
 def _drawn_again(record: CalibrationRecord, tokenizer: Any) -> Tensor | None:

@@ -27,6 +27,7 @@ from gradmap.healing.sharding import FixedBatches, share_weights
 from gradmap.healing.students import FullRankStudent, LowRankStudent, Student
 from gradmap.healing.tracking import require_trackers, tracking
 from gradmap.healing.trainer import Trainer
+from gradmap.healing.written import written_documents
 from gradmap.methods.compensation import Pruned
 from gradmap.model.architectures import architecture_of
 from gradmap.model.batching import Batches, forward_batch
@@ -73,7 +74,9 @@ def heal(
     _require_work_for_all(options)
     key = _key(checkpoint, plan, plan_directory, options)
     with output_directory(out, PLAN_FILE) if is_main_process() else nullcontext():
-        samples = options.mixture.open(load_tokenizer(checkpoint.directory))
+        tokenizer = load_tokenizer(checkpoint.directory)
+        written = written_documents(checkpoint, options, tokenizer)
+        samples = options.mixture.open(tokenizer, written)
         kept = KeptTraining.beside(out, key | {"the texts": samples.sha256_of_texts})
         costs = StageCosts()
         healed, together = _heal(

@@ -16,8 +16,8 @@ DEFAULT_RATES = {"low-rank": 1e-3, "full": 1e-4}
 
 
 class HealOptions(ComputingOptions):
-    """text: SPECs (gradmap.data.text_specs). mix: their weights, the same for all if not given.
-    tokens: of a sample; step_tokens: of a step of training."""
+    """text: SPECs (gradmap.data.text_specs). mix: their weights, and that of what is written, the
+    same for all if not given. tokens: of a sample; step_tokens: of a step of training."""
 
     text: list[str] = Field(
         description="Text source to train on, see gradmap/data/text_specs.py; several may be given."
@@ -26,6 +26,16 @@ class HealOptions(ComputingOptions):
         default=[],
         description="How much of each text, such as 3,1; as much of all if not given.",
         json_schema_extra={"cure": "give numbers above 0"},
+    )
+    chat: bool = Field(
+        False,
+        description="Render conversations (lists of turns) through the tokenizer's chat template.",
+    )
+    written: int | None = Field(
+        None,
+        ge=1,
+        description="The dense model itself writes so many tokens: one more text, the last in "
+        "--mix. With --chat it answers the conversations' first questions.",
     )
     tokens: int = Field(128, ge=2, description="Tokens per sample, with BOS.")
     step_tokens: int = Field(1024, ge=1, description="Tokens per step of training, about.")
@@ -68,10 +78,10 @@ class HealOptions(ComputingOptions):
     def _fits_together(self) -> HealOptions:
         if len(set(self.text)) < len(self.text):
             raise ValueError("a --text is given twice; give it once, with a larger weight (--mix)")
-        if self.mix and len(self.mix) != len(self.text):
+        if self.mix and len(self.mix) != self._mixed:
             raise ValueError(
-                f"--mix has {len(self.mix)} weights for {len(self.text)} texts; give one for each "
-                "--text, in the same order"
+                f"--mix has {len(self.mix)} weights for {self._mixed} texts; give one for each "
+                "--text, in the same order, and for --written the last"
             )
         if (self.budget_tokens is None) == (self.budget_minutes is None):
             raise ValueError("give --budget-tokens or --budget-minutes, one of the two")
@@ -102,6 +112,12 @@ class HealOptions(ComputingOptions):
         return self.samples_in_step * self.tokens
 
     @property
+    def _mixed(self) -> int:
+        return len(self.text) + (self.written is not None)
+
+    @property
     def mixture(self) -> Mixture:
-        weights = self.mix or [1.0] * len(self.text)
-        return Mixture(tuple(self.text), tuple(weights), self.tokens, self.held_out, self.seed)
+        weights = self.mix or [1.0] * self._mixed
+        return Mixture(
+            tuple(self.text), tuple(weights), self.tokens, self.held_out, self.seed, self.chat
+        )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,29 +24,25 @@ from gradmap.common.distributed import (
     share_of_step,
 )
 from gradmap.costs.timing import distil_seconds
-from gradmap.data.calibration import with_bos, without_bos
 from gradmap.methods.base import Compensator
 from gradmap.methods.compensation import Compensation, Correction, Pruned
 from gradmap.methods.distillation import Lessons, set_lesson_gradients
 from gradmap.methods.features import Walks
 from gradmap.methods.ridge import TOKENS_PER_INPUT, fitted_inputs
 from gradmap.methods.sequential import fit_around_runs
-from gradmap.model.batching import Batches, states_batch
+from gradmap.methods.writing import draw_prompts, uniform_numbers, write_all
+from gradmap.model.batching import Batches
 from gradmap.model.corrections import (
     LowRank,
     followed_by,
     untrained_low_rank,
 )
-from gradmap.model.layered import LayeredModel
 
 RANK = 16
 LEARNING_RATE = 1e-3
 STEP_SAMPLES = 4
-# Of texts that the dense model writes: how many for each calibration sample at least, how many
-# tokens they begin with, and how many a CPU writes at once.
+# How many texts the dense model writes, for each calibration sample at least.
 WRITTEN_PER_SAMPLE = 2
-PROMPT_TOKENS = 4
-WRITTEN_TOGETHER = 64
 
 
 def distil(pruned: Pruned) -> Compensation:
@@ -128,92 +123,7 @@ def written_by_dense(pruned: Pruned) -> Tensor:
     length = drawn.shape[1]
     prompts, _ = share_of(drawn)
     numbers, _ = share_of(uniform_numbers(count, known.shape[1] - length, seed))
-    parts: list[Tensor] = []
-    with progress("The dense model writes (tokens)", len(prompts) * known.shape[1]) as advance:
-
-        def write_batch(batch: slice) -> None:
-            parts.append(write_on(pruned.model, prompts[batch], numbers[batch]))
-            advance(parts[-1].numel())
-
-        Batches(_written_together(pruned.model, prompts, known.shape[1])).run(
-            len(prompts), write_batch
-        )
-    return gathered(torch.cat(parts), count)
-
-
-def uniform_numbers(count: int, tokens: int, seed: int) -> Tensor:
-    """From 0 to 1, one for every token of so many texts that is drawn: (count, tokens) float64.
-
-    In the CPU's memory, wherever the model is: generators of other devices give other numbers. What
-    a CPU writes at once has a seed of its own.
-    """
-    parts: list[Tensor] = []
-    for number, start in enumerate(range(0, count, WRITTEN_TOGETHER)):
-        generator = torch.Generator().manual_seed(seed + number)
-        shape = tokens, min(WRITTEN_TOGETHER, count - start)
-        parts.append(torch.rand(shape, dtype=torch.float64, generator=generator).mT)
-    return torch.cat(parts)
-
-
-def draw_prompts(known: Tensor, bos: int | None, count: int, seed: int) -> Tensor:
-    """PROMPT_TOKENS tokens from random places of random samples (N, T); before them the BOS token,
-    where samples begin with it: (count, PROMPT_TOKENS or one more)."""
-    texts = without_bos(known, bos)
-    length = min(PROMPT_TOKENS, texts.shape[1])
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(texts), (count, 1), generator=generator)
-    starts = torch.randint(texts.shape[1] - length + 1, (count, 1), generator=generator)
-    return with_bos(texts[rows, starts + torch.arange(length)], bos)
-
-
-@torch.no_grad()
-def _written_together(model: LayeredModel, prompts: Tensor, length: int) -> int:
-    """How many prompts (N, P) are continued at once to so many tokens. A GPU takes as long for a
-    few as for many, so there it is as many as have room for their KV cache."""
-    if model.device.type == "cpu":
-        return WRITTEN_TOGETHER
-    cache = model.network(
-        input_ids=prompts[:1].to(model.device), use_cache=True, logits_to_keep=1
-    ).past_key_values
-    of_prompt = sum(
-        states.nbytes for layer in cache.layers for states in (layer.keys, layer.values)
-    )
-    return states_batch(of_prompt * length // prompts.shape[1], model.device)
-
-
-@torch.no_grad()
-def write_on(model: LayeredModel, prompts: Tensor, numbers: Tensor) -> Tensor:
-    """Continues each prompt (B, P) by a token for each of its `numbers` (B, n), which is drawn by
-    that number from the model's whole next-token distribution.
-
-    Unlike transformers' own sampling, whatever the model's generation config says: what is wanted
-    is its knowledge.
-    """
-    ids = entering = prompts.to(model.device, non_blocking=True)
-    numbers = numbers.to(model.device, non_blocking=True)
-    cache: Any = None
-    for number in numbers.split(1, dim=1):
-        output = model.network(
-            input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        logits, cache = output.logits[:, -1], output.past_key_values
-        # drawn where the logits are: to hand them to the CPU takes as long as the model does
-        entering = draw_tokens(logits, number.to(logits.device)).to(ids.device)
-        ids = torch.cat([ids, entering], dim=1)
-    return ids.cpu()
-
-
-def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:
-    """One token (B, 1) from each distribution (B, V): the first whose cumulative probability
-    exceeds the number between 0 and 1, (B, 1) float64.
-
-    torch.multinomial draws a number for every token of the vocabulary, which takes a CPU as long as
-    the model does.
-    """
-    chances = (logits.double() - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
-    return torch.searchsorted(chances, numbers * chances[:, -1:], right=True).clamp(
-        max=chances.shape[1] - 1
-    )
+    return gathered(write_all(pruned.model, prompts, numbers), count)
 
 
 def _trained(factor: LowRank) -> LowRank:

@@ -15,7 +15,6 @@ from gradmap.data.calibration import Calibration
 from gradmap.evaluation.backends import ScoreRequest
 from gradmap.evaluation.transformers_backend import TransformersBackend
 from gradmap.methods.compensation import Pruned
-from gradmap.methods.distil import uniform_numbers, write_on
 from gradmap.methods.features import Fit, accumulate_gram
 from gradmap.methods.gradmap.projection import mean_drift
 from gradmap.methods.gradmap.scores import gradient_scores, streamed_gradient_scores
@@ -26,6 +25,7 @@ from gradmap.methods.ridge import fit_correction
 from gradmap.methods.selection import Selection, Step, Subject
 from gradmap.methods.sequential import refit_around_runs
 from gradmap.methods.shortgpt import block_influences
+from gradmap.methods.writing import uniform_numbers, write_on
 from gradmap.model.batching import Batches
 from gradmap.model.corrections import Update, weight_of
 from gradmap.model.layered import LayeredModel

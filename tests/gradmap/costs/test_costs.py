@@ -18,7 +18,7 @@ from gradmap.costs import steps as costs
 from gradmap.costs.steps import CalibrationSize, Hardware
 from gradmap.costs.timing import Pruning
 from gradmap.data.calibration import HELD_OUT_FRACTION, Calibration
-from gradmap.methods import racing, repair, replace_me, ridge, sequential
+from gradmap.methods import racing, repair, replace_me, ridge, sequential, writing
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.costs import default_seconds, repair_seconds, select_seconds
 from gradmap.methods.features import Walks
@@ -228,7 +228,8 @@ def test_choices_of_other_modules_are_the_same_here():
         repair.MEASURE_TOKENS,
     )
     assert costs.DIRECTION_EPOCHS == replace_me.EPOCHS
-    names = ("WRITTEN_PER_SAMPLE", "WRITTEN_TOGETHER", "RANK", "STEP_SAMPLES", "TOKENS_PER_INPUT")
+    assert costs.WRITTEN_TOGETHER == writing.WRITTEN_TOGETHER
+    names = ("WRITTEN_PER_SAMPLE", "RANK", "STEP_SAMPLES", "TOKENS_PER_INPUT")
     assert [getattr(costs, name) for name in names] == [getattr(distilling, name) for name in names]
 
 

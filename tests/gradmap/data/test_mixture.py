@@ -46,7 +46,7 @@ def mixture(texts, held_out=6, seed=0):
 
 
 def documents_of(stream):
-    return {tuple(int(word[1:]) for word in text.split()) for text in stream.documents}
+    return {tuple(int(word[1:]) for word in text.split()) for text in stream.documents.source}
 
 
 def pieces(sample, bos):
@@ -91,7 +91,7 @@ def test_no_document_that_is_held_out_is_trained_on(texts, tokenizers):
 def test_a_pass_has_every_document_and_each_another_order(texts, tokenizers, bos):
     samples = mixture(texts).open(tokenizers[bos])
     stream = samples.streams[0]
-    in_pass = [list(stream._pass(number)) for number in range(2)]
+    in_pass = [list(stream.in_pass(number)) for number in range(2)]
     length = sum(len(document) + 1 for document in documents_of(stream))
     assert [len(samples) for samples in in_pass] == 2 * [length // stream.packing.text_tokens]
     assert in_pass[0] != in_pass[1]
@@ -110,6 +110,7 @@ def test_the_same_samples_come_whether_drawn_at_once_or_skipped(texts, tokenizer
     other = mixture(texts, seed=1).open(tokenizers[None])
     other.draw(50)
     assert resumed.sha256 == whole.sha256 != other.sha256
+    assert resumed.sha256_of_texts == whole.sha256_of_texts
 
 
 def test_a_text_that_is_too_short_is_refused(texts, tokenizers):
@@ -124,3 +125,18 @@ def test_every_beginning_has_the_proportion_as_near_as_can_be(weights):
         drawn[place] += 1
         for count, weight in zip(drawn, weights, strict=True):
             assert abs(count - number * weight / sum(weights)) < len(weights)
+
+
+def test_what_is_not_at_hand_is_left_out_and_the_rest_is_the_same(texts, tokenizers):
+    """As where a plan is evaluated that was healed on what the dense model wrote."""
+    written = [tuple(range(3, 12)) for _ in range(30)]
+    mixing = Mixture(texts, (1.0, 1.0, 2.0), TOKENS, held_out=8, seed=0)
+    whole, texts_alone = (mixing.open(tokenizers[None], given) for given in (written, None))
+    drawn, known = whole.draw(40), texts_alone.draw(40)
+    assert len(drawn) == 40 and len(known) == 20
+    of_written = [row for row in drawn.tolist() if row not in known.tolist()]
+    assert len(of_written) == 20
+    assert of_written[0][:3] == [3, 4, 5] or EOS in of_written[0]
+    assert whole.sha256 == texts_alone.sha256
+    assert (len(whole.held_out), len(texts_alone.held_out)) == (8, 4)
+    assert set(whole.passes) == {*texts, "--written"}

@@ -312,6 +312,7 @@ def test_a_budget_of_minutes_is_kept(picos, plans, texts, tmp_path, monkeypatch)
         ({"budget_minutes": 1.0}, "give --budget-tokens or --budget-minutes"),
         ({"budget_tokens": STEP - 1}, "less than one step of 64"),
         ({"mix": [1.0, 2.0]}, "2 weights for 1 texts"),
+        ({"mix": [1.0], "written": 9}, "1 weights for 2 texts.* for --written the last"),
         ({"text": ["file:a.txt", "file:a.txt"]}, "given twice"),
         ({"mix": [0.0]}, "greater than 0"),
     ],

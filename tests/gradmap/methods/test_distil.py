@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from gradmap.methods.compensation import Compensation
-from gradmap.methods.distil import (
+from gradmap.methods.distil import train_low_rank, written_by_dense
+from gradmap.methods.distillation import Lessons, distillation_gradients
+from gradmap.methods.sequential import refit_around_runs
+from gradmap.methods.writing import (
     PROMPT_TOKENS,
     draw_prompts,
     draw_tokens,
-    train_low_rank,
     uniform_numbers,
     write_on,
-    written_by_dense,
 )
-from gradmap.methods.distillation import Lessons, distillation_gradients
-from gradmap.methods.sequential import refit_around_runs
 from gradmap.model.batching import LOGITS_BYTES
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import logits_from, run_layers, sample_divergences

@@ -6,15 +6,16 @@ fast, each costs more than a layer does, since nothing is given to it meanwhile.
 counts are in tests/gradmap/gpu_steps.py.
 """
 
-from importlib import import_module
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from gradmap.methods import writing
 from gradmap.methods.compensation import Compensation, Correction
-from gradmap.methods.distil import train_low_rank, write_on, written_by_dense
+from gradmap.methods.distil import train_low_rank, written_by_dense
 from gradmap.methods.distillation import Lessons
+from gradmap.methods.writing import write_on
 from tests.families import LAYERS
 from tests.gradmap.gpu_steps import (
     MAPS,
@@ -96,8 +97,7 @@ def test_a_gpu_writes_as_many_texts_at_once_as_have_room(llamas, monkeypatch, fr
     """And what a CPU writes in batches of its own. A token's keys and values of 2 x 8 float64 in 4
     layers are 1 KiB."""
     size, prompts = Size(samples=5, tokens=40), []
-    distil = import_module("gradmap.methods.distil")  # the package has a function of the same name
-    monkeypatch.setattr(distil, "WRITTEN_TOGETHER", 3)
+    monkeypatch.setattr(writing, "WRITTEN_TOGETHER", 3)
     expected = written_by_dense(pruned(llamas[4], llamas[4].load(), size))
 
     def recorded(model, some, numbers):
@@ -111,7 +111,7 @@ def test_a_gpu_writes_as_many_texts_at_once_as_have_room(llamas, monkeypatch, fr
 
         return run
 
-    monkeypatch.setattr(distil, "write_on", recorded)
+    monkeypatch.setattr(writing, "write_on", recorded)
     actual, _ = run_on_gpu(llamas[4], prepare, size)
     assert prompts == batches
     assert torch.equal(actual, expected)
