@@ -89,10 +89,10 @@ def test_training_goes_on_with_fewer_samples_at_once_where_memory_runs_out(
     lessons = lessons_of(pruned)
     expected = train_low_rank(pruned, Compensation(), lessons)
 
-    def short_of_memory(model, ids):
+    def short_of_memory(model, ids, recompute):
         if len(ids) > 1:
             raise torch.OutOfMemoryError
-        return run_layers(model, ids)
+        return run_layers(model, ids, recompute)
 
     monkeypatch.setattr("gradmap.methods.distillation.run_layers", short_of_memory)
     actual = train_low_rank(pruned, Compensation(), lessons)
