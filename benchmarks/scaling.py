@@ -9,10 +9,17 @@ measurements.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import typer
 
-from gradmap.costs.footprint import repair_bytes, streamed_bytes
+from gradmap.costs.footprint import (
+    FLOAT32_BYTES,
+    TRAINED_COPIES,
+    heal_bytes,
+    repair_bytes,
+    streamed_bytes,
+)
 from gradmap.costs.steps import (
     BF16_BYTES,
     Hardware,
@@ -24,24 +31,37 @@ from gradmap.costs.steps import (
     sleb_flops,
     training_flops,
 )
-from gradmap.costs.timing import score_seconds, token_seconds, writing_seconds
+from gradmap.costs.timing import (
+    healing_seconds,
+    score_seconds,
+    token_seconds,
+    writing_seconds,
+)
 from gradmap.methods.costs import default_seconds
 from gradmap.model.shape import Shape
 
 LLAMA_2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 1, 32000)
+LLAMA_3_8B = Shape("Llama-3.1-8B", 4096, 14336, 32, 8 / 32, 128256)
 SHAPES = (
     Shape("Llama-3.2-1B", 2048, 8192, 16, 8 / 32, 128256, tied=True),
     LLAMA_2_7B,
+    LLAMA_3_8B,
     Shape("Llama-2-13B", 5120, 13824, 40, 1, 32000),
     Shape("Llama-3.1-70B", 8192, 28672, 80, 8 / 64, 128256),
     Shape("Llama-3.1-405B", 16384, 53248, 126, 8 / 128, 128256),
 )
 SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 30, 3 / 9, 49152, tied=True)
+H100 = Hardware("H100", 989e12, 3.35e12, 80e9)
+EIGHT_H100 = replace(H100, name="8 x H100", devices=8)
 HARDWARE = (
     Hardware("A40", 149.7e12, 0.696e12, 48e9),
-    Hardware("H100", 989e12, 3.35e12, 80e9),
-    Hardware("8 x H100", 989e12, 3.35e12, 80e9, devices=8),
+    H100,
+    EIGHT_H100,
 )
+HEALING_HARDWARE = (H100, EIGHT_H100)
+# What is healed in the table, and how long samples are.
+HEALED, HEALED_TOKENS = 1e8, 2048
+HEALERS = {"rank 64": 64, "all weights": None}
 # So that seconds are FLOPs.
 ONE_FLOP_A_SECOND = Hardware("one FLOP/s", 1.0, math.inf, math.inf, efficiency=1.0)
 
@@ -71,6 +91,25 @@ def describe_time(shape: Shape, hardware: Hardware) -> str:
         default_seconds(shape, hardware, remove),
     )
     return f"{score_s:,.0f} s, {default_s:,.0f} s, {1000 * token_seconds(shape, hardware):.1f} ms"
+
+
+def describe_healing(shape: Shape, hardware: Hardware, rank: int | None) -> str:
+    """The predicted speed of `gradmap heal` and the memory of each GPU; without a rank, of all
+    weights. What is of the layers' size is shared (`--shard`): their weights, and what is trained
+    of all of them."""
+    remove = round(shape.layers / 4)
+    speed = 1 / healing_seconds(shape, hardware, remove, 1, rank)
+    shared = BF16_BYTES * shape.layers * shape.layer_parameters
+    if rank is None:
+        of_weight = TRAINED_COPIES * FLOAT32_BYTES + BF16_BYTES
+        shared += of_weight * (shape.layers - remove) * shape.layer_parameters
+    alone = heal_bytes(shape, hardware, remove, HEALED_TOKENS, rank)
+    of_each = alone - shared * (1 - 1 / hardware.devices)
+    hours = HEALED / speed / 3600
+    needed = f"{of_each / 1e9:.0f} GB"
+    if of_each > hardware.memory:
+        needed += ", does not fit"
+    return f"{speed:,.0f} tokens/s, {hours:,.1f} h ({needed})"
 
 
 def describe_checked() -> str:
@@ -103,6 +142,12 @@ def main() -> None:
             f"| {shape.name} | "
             f"{' | '.join(describe_time(shape, hardware) for hardware in HARDWARE)} |"
         )
+    print(f"\n| model | trained | {' | '.join(gpus.name for gpus in HEALING_HARDWARE)} |")
+    print("|---|---" + "|---:" * len(HEALING_HARDWARE) + "|")
+    for shape in SHAPES:
+        for trained, rank in HEALERS.items():
+            cells = [describe_healing(shape, gpus, rank) for gpus in HEALING_HARDWARE]
+            print(f"| {shape.name} | {trained} | {' | '.join(cells)} |")
     print(f"\n{describe_checked()}")
 
 

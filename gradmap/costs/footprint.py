@@ -26,6 +26,8 @@ FIT_STATES, MEASURE_STATES = 3, 4
 KEPT_WIDTHS = 2
 # Of what is trained: itself, its gradients, AdamW's two moments, and the best so far.
 TRAINED_COPIES = 5
+# As gradmap.model.batching's for a CPU: where a sample keeps more, layers are run again.
+MUCH_KEPT_BYTES = 3 << 27
 # Python, torch, transformers and what they keep, as measured.
 RUNTIME_BYTES = 0.8e9
 
@@ -65,11 +67,16 @@ def heal_bytes(
 ) -> float:
     """Bytes that `gradmap heal` needs: beside the weights, the factors or, without a rank, updates
     of all weights and the updated ones; and what training keeps of one sample of so many tokens for
-    its backward pass. More samples go at once where there is more."""
+    its backward pass: what enters each layer, and all of one layer, where all of each would be
+    much. More goes at once where there is more memory."""
     weights = (shape.layers - remove) * shape.layer_parameters
     trained = weights if rank is None else low_rank_parameters(shape, remove, rank)
     updated = weights * hardware.weight_bytes if rank is None else 0.0
-    numbers = TRAINED_COPIES * trained + kept_numbers(shape, remove, tokens)
+    kept = kept_numbers(shape, remove, tokens)
+    if FLOAT32_BYTES * kept > MUCH_KEPT_BYTES:
+        kept = kept_numbers(shape, shape.layers - 1, tokens)
+        kept += tokens * (shape.layers - remove) * shape.width
+    numbers = TRAINED_COPIES * trained + kept
     return RUNTIME_BYTES + model_bytes(shape, hardware) + updated + FLOAT32_BYTES * numbers
 
 

@@ -6,12 +6,18 @@ import pytest
 import torch
 
 from benchmarks.flops import counted
-from gradmap.costs.footprint import FLOAT32_BYTES, heal_bytes
+from gradmap.costs.footprint import (
+    FLOAT32_BYTES,
+    MUCH_KEPT_BYTES,
+    heal_bytes,
+    kept_numbers,
+)
 from gradmap.costs.steps import healing_flops
 from gradmap.costs.timing import healing_seconds
 from gradmap.healing.heal import student_of
 from gradmap.healing.options import HealOptions
 from gradmap.healing.trainer import Trainer
+from gradmap.model.batching import CPU_ACTIVATION_BYTES
 from tests.gradmap.costs.test_costs import HARDWARE, SIZE, deep, pruned  # noqa: F401
 from tests.gradmap.healing.known_samples import KnownSamples
 from tests.gradmap.removals import pairs
@@ -51,6 +57,11 @@ def test_time_and_memory_grow_with_what_is_to_be_done(deep):  # noqa: F811
     # themselves, their gradients, two moments, and the best
     assert heal_bytes(shape, HARDWARE, 2, 128, 16) - held == 5 * FLOAT32_BYTES * factors
     assert heal_bytes(shape, HARDWARE, 2, 256, 8) > held
+    # a sample of which much would be kept is run again, layer by layer
+    assert MUCH_KEPT_BYTES == CPU_ACTIVATION_BYTES
+    most = int(MUCH_KEPT_BYTES / FLOAT32_BYTES / kept_numbers(shape, 2, 1))
+    short, long = most - 1, most + 1
+    assert heal_bytes(shape, HARDWARE, 2, long, 8) < heal_bytes(shape, HARDWARE, 2, short, 8)
     weights = (shape.layers - 2) * shape.layer_parameters
     added = heal_bytes(shape, HARDWARE, 2, 128, None) - held
     # and the updated weights
