@@ -4,13 +4,12 @@ r"""What `gradmap heal` takes and holds at the shape of a model that is not at h
         [--step-tokens 1024] [--steps 2] [--dtype auto] [--out healing.json]
 
 Weights and samples are random: time and memory do not depend on them. A quarter of the layers is
-removed, the last ones. The peak is the process's resident memory or, on a GPU, what was allocated
-there; beside it stand the weights, and what gradmap.costs.footprint says.
+removed, the last ones. The peak is of training, the process's resident memory or, on a GPU, what
+was allocated there; beside it stand the weights, and what gradmap.costs.footprint says.
 """
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -92,6 +91,7 @@ def measure(shape: Shape, options: HealOptions, dtype: str, device: str) -> dict
     trainer = make_trainer(shape, options, dtype, device)
     network, remove = trainer.pruned.model.network, len(trainer.pruned.removed)
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in network.parameters()}
+    _forget_peak(device)
     with computing_in(dtype, network):
         trainer.run(lambda _: None, untracked)
     first, last = trainer.progress.curve[0], trainer.progress.curve[-1]
@@ -124,10 +124,19 @@ def make_trainer(shape: Shape, options: HealOptions, dtype: str, device: str) ->
     return Trainer(pruned, student, samples, options)
 
 
-def _peak_bytes(device: str) -> int:
+def _forget_peak(device: str) -> None:
+    """What made the model is not counted."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.cuda.max_memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

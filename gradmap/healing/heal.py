@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,10 @@ def heal(
         tokenizer = load_tokenizer(checkpoint.directory)
         written = written_documents(checkpoint, options, tokenizer)
         samples = options.mixture.open(tokenizer, written)
-        kept = KeptTraining.beside(out, key | {"the texts": samples.sha256_of_texts})
+        kept = KeptTraining(out, key | {"the texts": samples.sha256_of_texts})
         costs = StageCosts()
-        healed, together = _heal(
-            checkpoint, plan, changes, samples, options, out, kept, resume, costs
-        )
+        work = Work(checkpoint, plan, changes, samples, options)
+        healed, together = _heal(work, kept, resume, costs)
         healed = healed.model_copy(
             update={
                 "timings_s": plan.timings_s | costs.timings_s,
@@ -130,43 +130,51 @@ def _key(
     }
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is to be done. changes: the plan's."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    changes: Changes
+    samples: Samples
+    options: HealOptions
+
+
 def _heal(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    changes: Changes,
-    samples: Samples,
-    options: HealOptions,
-    out: Path,
-    kept: KeptTraining,
-    resume: bool | None,
-    costs: StageCosts,
+    work: Work, kept: KeptTraining, resume: bool | None, costs: StageCosts
 ) -> tuple[Plan, Changes]:
-    dtype, device = kept.key["--dtype"], torch.device(resolve_device(options.device))
+    options, dtype = work.options, kept.key["--dtype"]
+    device = torch.device(resolve_device(options.device))
     # what is shared need not have room on one device
-    network = load_model(checkpoint, dtype, "cpu" if options.shard else str(device))
+    network = load_model(work.checkpoint, dtype, "cpu" if options.shard else str(device))
     require_finite_weights(network.named_parameters())
-    model = LayeredModel(network, architecture_of(checkpoint.config))
-    held_out = samples.held_out
-    calibration = Calibration("", options.seed, held_out, samples.bos, held_out=len(held_out))
-    removed = tuple(plan.removal_order)
+    model = LayeredModel(network, architecture_of(work.checkpoint.config))
     with (
         process_group(device),
         computing_in(dtype, network),
         costs.measured("heal", device),
     ):
-        left = sublayers_left(len(model.layers), removed)
-        student = student_of(model, left, changes, options, _dtype_of_updates(checkpoint))
-        if options.shard:
-            share_weights(model, device)
-        kind = FixedBatches if options.shard else Batches
-        batches = kind(forward_batch(held_out, device))
-        pruned = Pruned(model, calibration, removed, batches)
-        trainer = Trainer(pruned, student, samples, options)
+        trainer = _trainer(work, model, device)
         kept.restore(trainer, resume)
         from_tokens = trainer.tokens + 1 if trainer.progress.steps else 0
-        with tracking(options.track, out, from_tokens) as track:
+        with tracking(options.track, kept.out, from_tokens) as track:
             trainer.run(kept.keep, track)
-        return healed_plan(plan, changes, trainer, samples)
+        return healed_plan(work.plan, work.changes, trainer, work.samples)
+
+
+def _trainer(work: Work, model: LayeredModel, device: torch.device) -> Trainer:
+    options, held_out = work.options, work.samples.held_out
+    removed = tuple(work.plan.removal_order)
+    left = sublayers_left(len(model.layers), removed)
+    updates_in = _dtype_of_updates(work.checkpoint)
+    student = student_of(model, left, work.changes, options, updates_in)
+    if options.shard:
+        share_weights(model, device)
+    calibration = Calibration("", options.seed, held_out, work.samples.bos, held_out=len(held_out))
+    kind = FixedBatches if options.shard else Batches
+    pruned = Pruned(model, calibration, removed, kind(forward_batch(held_out, device)))
+    return Trainer(pruned, student, work.samples, options)
 
 
 def student_of(

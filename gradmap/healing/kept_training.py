@@ -37,18 +37,18 @@ _CURVE = TypeAdapter(list[HealingPoint])
 
 @dataclass
 class KeptTraining:
-    """A directory beside the plan that is being made. key: what training depends on, as name ->
-    hash or setting. What several processes share is in it whole, so that any number of them can go
-    on."""
+    """A directory beside the plan `out` that is being made. key: what training depends on, as name
+    -> hash or setting. What several processes share is in it whole, so that any number of them can
+    go on."""
 
-    path: Path
+    out: Path
     key: dict[str, Any]
     _kept_at: float = field(default_factory=time.monotonic)
     _wait_s: float = field(default_factory=lambda: KEEP_EVERY_S)
 
-    @classmethod
-    def beside(cls, out: Path, key: dict[str, Any]) -> KeptTraining:
-        return cls(out.with_name(f".{out.name}.healing"), key)
+    @property
+    def path(self) -> Path:
+        return self.out.with_name(f".{self.out.name}.healing")
 
     def keep(self, trainer: Trainer) -> None:
         """Writes it if it was not written for a while; whole or not at all."""

@@ -1,7 +1,6 @@
-"""`gradmap heal`: a plan becomes a better one, and a run that was killed becomes the same."""
+"""`gradmap heal`: a plan becomes a better one."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -9,82 +8,18 @@ import torch
 from gradmap.common.errors import UserError
 from gradmap.common.flags import flags_of
 from gradmap.evaluation.contamination import GRAM_TOKENS, CalibratedOn
-from gradmap.healing import kept_training
-from gradmap.healing.heal import heal
-from gradmap.healing.kept_training import KeptTraining
-from gradmap.healing.options import HealOptions
-from gradmap.methods import distillation
 from gradmap.model.corrections import LowRank
-from gradmap.model.layerwise import sample_divergences
 from gradmap.model.loading import load_tokenizer
 from gradmap.pruning.plan import load_changes, load_plan
-from gradmap.pruning.prune import prune
-from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
-from tests.gradmap.model.test_distributed import in_two_processes
-
-TOKENS, STEP = 16, 64
-
-
-def sentence(start):
-    """Words that follow each other by a rule, so that there is something to learn."""
-    stride = 7 * (1 + start % 3)
-    return " ".join(f"w{3 + (start + stride * place) % 190}" for place in range(20 + start % 9))
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "healing.jsonl"
-    path.write_text("\n".join(json.dumps({"text": sentence(start)}) for start in range(400)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def plans(picos, word_file, tmp_path_factory):
-    """By compensator, of the same model and removals."""
-    made = {}
-    for compensator in ("none", "distil"):
-        made[compensator] = tmp_path_factory.mktemp("plans") / compensator
-        settings = PruneSettings(
-            selector="manual",
-            layers=["1", "3"],
-            compensator=compensator,
-            remove=2,
-            calibration=f"file:{word_file}",
-            samples=12,
-            tokens=TOKENS,
-            dtype="float64",
-        )
-        prune(picos["llama"].checkpoint, settings, made[compensator])
-    return made
-
-
-def asking(texts, **changes):
-    asked = {
-        "text": [f"file:{texts}"],
-        "tokens": TOKENS,
-        "step_tokens": STEP,
-        "budget_tokens": 24 * STEP,
-        "rank": 4,
-        "learning_rate": 5e-3,
-        "held_out": 8,
-        "dtype": "float64",
-    }
-    return HealOptions(**(asked | changes))
-
-
-def heal_pico(picos, plan, options, out, resume=None):
-    return heal(picos["llama"].checkpoint, plan, options, out, resume)
-
-
-def divergence_of(pico, directory, input_ids):
-    """From the dense model, of the model as the plan leaves it: mean over positions."""
-    plan, model = load_plan(directory), pico.layered()
-    with torch.no_grad():
-        dense = model.network(input_ids=input_ids).logits
-        with model.changed(load_changes(directory, plan), without=plan.removal_order):
-            pruned = model.network(input_ids=input_ids, use_cache=False).logits
-    return sample_divergences(pruned, dense).sum().item() / input_ids.numel()
+from tests.gradmap.healing.small_healings import (
+    STEP,
+    TOKENS,
+    asking,
+    divergence_of,
+    heal_pico,
+    sentence,
+)
 
 
 def held_out_ids(pico, options):
@@ -140,72 +75,6 @@ def test_training_that_does_not_help_is_left_out(picos, plans, texts, tmp_path):
                 assert torch.equal(tensor, other.tensors[name])
 
 
-class KilledError(Exception):
-    pass
-
-
-@pytest.fixture
-def killed_after_two_rounds(monkeypatch):
-    """Which keep what they did; the third is lost."""
-    monkeypatch.setattr(kept_training, "KEEP_EVERY_S", 0.0)
-    monkeypatch.setattr(kept_training, "WRITING_SHARE", math.inf)
-    rounds: list[object] = []
-    keep = KeptTraining.keep
-
-    def keep_or_die(self, trainer):
-        if len(rounds) == 2:
-            rounds.clear()
-            monkeypatch.setattr(KeptTraining, "keep", keep)
-            raise KilledError
-        rounds.append(trainer)
-        keep(self, trainer)
-
-    monkeypatch.setattr(KeptTraining, "keep", keep_or_die)
-
-
-def test_a_run_that_was_killed_goes_on_and_ends_as_if_nothing_had_been(
-    picos, plans, texts, tmp_path, capsys, request
-):
-    options = asking(texts, budget_tokens=30 * STEP)
-    whole = heal_pico(picos, plans["none"], options, tmp_path / "whole")
-    request.getfixturevalue("killed_after_two_rounds")
-    with pytest.raises(KilledError):
-        heal_pico(picos, plans["none"], options, tmp_path / "healed")
-    capsys.readouterr()
-    resumed = heal_pico(picos, plans["none"], options, tmp_path / "healed")
-    assert "Going on after 16 steps" in capsys.readouterr().err
-    assert not (tmp_path / ".healed.healing").exists()
-    timeless = [
-        [point.model_copy(update={"seconds": 0.0}) for point in plan.healing[0].curve]
-        for plan in (whole, resumed)
-    ]
-    assert timeless[0] == timeless[1]
-    assert whole.healing[0].sha256 == resumed.healing[0].sha256
-    changes, expected = (
-        load_changes(tmp_path / name, load_plan(tmp_path / name)) for name in ("healed", "whole")
-    )
-    for place, (factors,) in expected.items():
-        for name, tensor in factors.tensors.items():
-            assert torch.equal(changes[place][0].tensors[name], tensor)
-
-
-def test_several_processes_that_share_the_weights_go_on_with_what_one_began(
-    picos, plans, texts, tmp_path, request
-):
-    options = asking(texts, budget_tokens=30 * STEP, train="full")
-    whole = heal_pico(picos, plans["none"], options, tmp_path / "whole")
-    request.getfixturevalue("killed_after_two_rounds")
-    out = tmp_path / "healed"
-    with pytest.raises(KilledError):
-        heal_pico(picos, plans["none"], options, out)
-    model = ("--model", picos["llama"].directory, "--plan", plans["none"])
-    sharing = flags_of(options.model_copy(update={"shard": True}))
-    finished = in_two_processes("heal", *model, *sharing, "--out", out, "--resume")
-    assert "Going on after 16 steps" in finished.stderr
-    for one, other in zip(load_plan(out).healing[0].curve, whole.healing[0].curve, strict=True):
-        assert one.held_out_divergence == pytest.approx(other.held_out_divergence, rel=1e-4)
-
-
 @pytest.mark.parametrize("train", ["low-rank", "full"])
 def test_layers_run_again_where_memory_is_short_and_give_the_same(
     picos, plans, texts, tmp_path, capsys, monkeypatch, train
@@ -219,81 +88,6 @@ def test_layers_run_again_where_memory_is_short_and_give_the_same(
     for one, other in zip(scarce.healing[0].curve, usual.healing[0].curve, strict=True):
         # of a sample at a time, in another order; the loss is computed in float32
         assert one.held_out_divergence == pytest.approx(other.held_out_divergence, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("processes", "changes", "message"),
-    [
-        (1, {}, "--shard shares weights among several processes"),
-        (3, {}, "not multiples of 3 processes"),
-        (2, {"held_out": 7}, "7 --held-out samples are not multiples of 2 processes"),
-    ],
-)
-def test_weights_are_shared_by_processes_that_do_as_much(
-    picos, plans, texts, tmp_path, monkeypatch, processes, changes, message
-):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(UserError, match=message):
-        heal_pico(picos, plans["none"], asking(texts, shard=True, **changes), tmp_path / "healed")
-
-
-@pytest.mark.parametrize(
-    ("resume", "said"), [(None, "Starting over: --rank changed"), (False, None), (True, "Cannot")]
-)
-def test_another_run_does_not_go_on_with_what_was_kept(
-    picos, plans, texts, tmp_path, capsys, killed_after_two_rounds, resume, said
-):
-    out = tmp_path / "healed"
-    with pytest.raises(KilledError):
-        heal_pico(picos, plans["none"], asking(texts), out)
-    capsys.readouterr()
-    other = asking(texts, rank=5, budget_tokens=2 * STEP)
-    if resume:
-        with pytest.raises(UserError, match="Cannot resume: --budget-tokens, --rank changed"):
-            heal_pico(picos, plans["none"], other, out, resume)
-        return
-    healed = heal_pico(picos, plans["none"], other, out, resume)
-    assert healed.healing[0].samples == 2 * STEP // TOKENS
-    told = capsys.readouterr().err
-    assert "Going on" not in told
-    assert ("Starting over" in told) == (resume is None)
-
-
-@pytest.mark.parametrize("name", [kept_training.TENSORS_FILE, kept_training.PROGRESS_FILE])
-def test_what_was_kept_and_is_damaged_is_refused(
-    picos, plans, texts, tmp_path, killed_after_two_rounds, name
-):
-    with pytest.raises(KilledError):
-        heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed")
-    damaged = tmp_path / ".healed.healing" / name
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(UserError, match="is damaged; start over with --fresh"):
-        heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed")
-
-
-def test_there_may_be_nothing_to_resume(picos, plans, texts, tmp_path):
-    with pytest.raises(UserError, match="nothing to resume"):
-        heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed", resume=True)
-
-
-def test_a_loss_that_is_no_number_stops_training_and_names_the_step(
-    picos, plans, texts, tmp_path, monkeypatch
-):
-    set_gradients, calls = distillation.set_lesson_gradients, []
-
-    def diverge(*given):
-        calls.append(given)
-        divergence = set_gradients(*given)
-        return divergence if len(calls) < 12 else divergence * math.nan
-
-    monkeypatch.setattr("gradmap.healing.trainer.set_lesson_gradients", diverge)
-    monkeypatch.setattr(kept_training, "KEEP_EVERY_S", 0.0)
-    monkeypatch.setattr(kept_training, "WRITING_SHARE", math.inf)
-    with pytest.raises(UserError, match=r"loss of step 11 is nan.*lower --learning-rate"):
-        heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed")
-    assert not (tmp_path / "healed").exists()
-    kept = json.loads((tmp_path / ".healed.healing" / "progress.json").read_text())
-    assert kept["steps"] == 8
 
 
 def test_a_budget_of_minutes_is_kept(picos, plans, texts, tmp_path, monkeypatch):
@@ -322,12 +116,13 @@ def test_options_that_contradict_each_other_are_refused(texts, changes, message)
         asking(texts, **changes)
 
 
+@pytest.mark.parametrize("train", ["low-rank", "full"])
 def test_the_command_writes_a_plan_that_is_exported_and_evaluated(
-    picos, plans, texts, word_file, tmp_path
+    picos, plans, texts, tmp_path, train
 ):
     pico, out = picos["llama"], tmp_path / "healed"
     model = ("--model", pico.directory)
-    options = asking(texts, budget_tokens=40 * STEP)
+    options = asking(texts, budget_tokens=40 * STEP, train=train)
     wanted = ("--plan", plans["none"], *flags_of(options), "--out", out, "--json")
     finished = gradmap("heal", *model, *wanted)
     assert finished.returncode == 0, finished.stderr
@@ -378,21 +173,3 @@ def test_a_record_of_healing_that_cannot_be_is_refused(picos, plans, texts, tmp_
 
 def evaluating(text, directory):
     return ("--perplexity", f"own=file:{text}", "--segment", 32, "--out", directory / "eval.json")
-
-
-@pytest.mark.parametrize(
-    ("train", "shard"), [("low-rank", False), ("low-rank", True), ("full", False), ("full", True)]
-)
-def test_two_processes_heal_as_one(picos, plans, texts, tmp_path, train, shard):
-    options = asking(texts, budget_tokens=6 * STEP, train=train)
-    alone = heal_pico(picos, plans["distil"], options, tmp_path / "alone")
-    model = ("--model", picos["llama"].directory, "--plan", plans["distil"])
-    sharing = options.model_copy(update={"shard": shard})
-    in_two_processes("heal", *model, *flags_of(sharing), "--out", tmp_path / "together")
-    together = load_plan(tmp_path / "together")
-    # float64 sums in another order; the loss is computed in float32, and Adam's first steps are
-    # of the gradients' signs
-    for one, other in zip(together.healing[0].curve, alone.healing[0].curve, strict=True):
-        assert one.held_out_divergence == pytest.approx(other.held_out_divergence, rel=1e-4)
-    assert together.healing[0].sha256 == alone.healing[0].sha256
-    assert len(together.corrections) == len(alone.corrections)

@@ -13,10 +13,9 @@ from gradmap.healing.written import prompts_of, written_documents
 from gradmap.methods.writing import PROMPT_TOKENS, draw_tokens, uniform_numbers
 from gradmap.model.loading import load_tokenizer
 from gradmap.pruning.plan import load_plan
-from gradmap.pruning.prune import prune
-from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
 from tests.conftest import make_pico
+from tests.gradmap.healing.small_healings import manual_plan
 
 TOKENS, STEP = 48, 96
 # The role stands behind a special token, as in ChatML.
@@ -55,19 +54,7 @@ def conversations(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(pico, word_file, tmp_path_factory):
-    plan = tmp_path_factory.mktemp("plans") / "plan"
-    settings = PruneSettings(
-        selector="manual",
-        layers=["1"],
-        compensator="none",
-        remove=1,
-        calibration=f"file:{word_file}",
-        samples=4,
-        tokens=16,
-        dtype="float64",
-    )
-    prune(pico.checkpoint, settings, plan)
-    return plan
+    return manual_plan(pico, word_file, tmp_path_factory.mktemp("plans") / "plan")
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,26 @@
 """What is trained on hooks is what the plan has, however a family is built and whatever is cut."""
 
-import json
-
 import pytest
 
 from gradmap.healing.heal import heal
 from gradmap.healing.options import HealOptions
 from gradmap.model.loading import load_tokenizer
 from gradmap.pruning.plan import load_plan
-from gradmap.pruning.prune import prune
-from gradmap.pruning.settings import PruneSettings
-from tests.gradmap.healing.test_heal import divergence_of, sentence
+from tests.gradmap.healing.small_healings import (
+    STEP,
+    TOKENS,
+    divergence_of,
+    manual_plan,
+    write_sentences,
+)
 
 # Transposed weights, norms behind maps, experts that may be idle, q/k norms, biases.
 FAMILIES = ("gpt2", "gemma2", "mixtral", "qwen3", "opt")
-TOKENS, STEP = 16, 64
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "healing.jsonl"
-    path.write_text("\n".join(json.dumps({"text": sentence(start)}) for start in range(200)))
-    return f"file:{path}"
+    return f"file:{write_sentences(tmp_path_factory.mktemp('texts') / 'healing.jsonl', 200)}"
 
 
 @pytest.mark.parametrize(
@@ -31,19 +30,9 @@ def texts(tmp_path_factory):
 def test_a_healed_plan_does_what_was_trained(
     picos, texts, word_file, tmp_path, family, unit, train
 ):
-    pico, plan, out = picos[family], tmp_path / "plan", tmp_path / "healed"
-    settings = PruneSettings(
-        selector="manual",
-        layers=["2"] if unit == "layer" else ["M1+A2"],
-        unit=unit,
-        compensator="none",
-        remove=1,
-        calibration=f"file:{word_file}",
-        samples=4,
-        tokens=TOKENS,
-        dtype="float64",
-    )
-    prune(pico.checkpoint, settings, plan)
+    pico, out = picos[family], tmp_path / "healed"
+    layers = ["2"] if unit == "layer" else ["M1+A2"]
+    plan = manual_plan(pico, word_file, tmp_path / "plan", layers=layers, unit=unit)
     options = HealOptions(
         text=[texts],
         tokens=TOKENS,

@@ -9,10 +9,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gradmap.common.errors import UserError
 from gradmap.healing import kept_training, tracking
 from gradmap.healing.kept_training import KeptTraining
-from gradmap.pruning.prune import prune
-from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
-from tests.gradmap.healing.test_heal import STEP, TOKENS, KilledError, asking, heal_pico
+from tests.gradmap.healing.small_healings import (
+    STEP,
+    TOKENS,
+    KilledError,
+    asking,
+    heal_pico,
+    manual_plan,
+)
 from tests.gradmap.model.test_distributed import in_two_processes
 
 STEPS = 20
@@ -21,19 +26,7 @@ OF_A_STEP = ("training_divergence", "learning_rate", "tokens_per_second")
 
 @pytest.fixture(scope="module")
 def plan(picos, word_file, tmp_path_factory):
-    out = tmp_path_factory.mktemp("plan") / "plan"
-    settings = PruneSettings(
-        selector="manual",
-        layers=["1"],
-        compensator="none",
-        remove=1,
-        calibration=f"file:{word_file}",
-        samples=4,
-        tokens=TOKENS,
-        dtype="float64",
-    )
-    prune(picos["llama"].checkpoint, settings, out)
-    return out
+    return manual_plan(picos["llama"], word_file, tmp_path_factory.mktemp("plan") / "plan")
 
 
 def asking_to_track(word_file, *names):
