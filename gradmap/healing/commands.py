@@ -32,8 +32,8 @@ def heal(
     resume: ResumeOption = None,
     json_line: JsonOption = False,
 ) -> None:
-    """Train low-rank corrections of a pruned model on texts, to predict what the dense model does,
-    and write a better plan."""
+    """Train what is left of a pruned model on texts, to predict what the dense model does, and
+    write a better plan."""
     with importing():
         from gradmap.healing.heal import heal as heal_plan
         from gradmap.healing.scaling import forecasts

@@ -66,7 +66,8 @@ class KeptTraining:
         """Brings the trainer to where it was.
 
         resume: True requires a run of the same inputs, False ignores one, None goes on with one of
-        the same inputs. Raises UserError if there is none to resume, or its inputs were others.
+        the same inputs. Raises UserError if there is none to resume, its inputs were others, or it
+        is damaged.
         """
         if resume is False:
             return
@@ -78,6 +79,13 @@ class KeptTraining:
         assert stored is not None, "what is not there cannot be gone on with"
         with self._damage_refused():
             _put_back(trainer, stored, load_file(self.path / TENSORS_FILE))
+            drawn = str(stored["samples_sha256"])
+        trainer.samples.skip(trainer.progress.steps * trainer.options.samples_in_step)
+        if trainer.samples.sha256 != drawn:
+            raise UserError(
+                f"A text is not what it was when {self.path} was trained on it; start over with "
+                "--fresh."
+            )
         say(f"Going on after {trainer.progress.steps} steps of an interrupted run ({self.path})")
 
     def remove(self) -> None:
@@ -105,6 +113,7 @@ class KeptTraining:
                     "key": self.key,
                     "steps": progress.steps,
                     "seconds": progress.seconds,
+                    "samples_sha256": trainer.samples.sha256,
                     "losses": progress.losses,
                     "curve": _CURVE.dump_python(progress.curve, mode="json"),
                 },

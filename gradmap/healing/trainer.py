@@ -117,7 +117,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, options.highest_rate, betas=BETAS, weight_decay=0.0
         )
-        self._samples = samples
+        self.samples = samples
         self._budget = Budget.of(options)
         self._batches, self._recompute = Batches(1), False
         self._looks = looks_within(self._budget, options, pruned.calibration.held_out_ids.numel())
@@ -134,7 +134,6 @@ class Trainer:
         it was at its best. keep: told of it after every few steps; track: of every step and look.
         Raises UserError if the loss is no number any more."""
         self._track = track
-        self._samples.skip(self.progress.steps * self.options.samples_in_step)
         self._fit_into_memory()
         if not self.progress.curve:
             self._look()
@@ -208,7 +207,7 @@ class Trainer:
         """Some steps: what the dense model makes of their samples first, for all of them."""
         steps = self._budget.next_round(self.progress.steps)
         in_step = self.options.samples_in_step
-        drawn = self._samples.draw(steps * in_step).to(self.pruned.model.device)
+        drawn = self.samples.draw(steps * in_step).to(self.pruned.model.device)
         shares = [share_of_step(samples) for samples in drawn.split(in_step)]
         outputs = self._dense_outputs(torch.cat(shares)).split([len(share) for share in shares])
         with self._student_running():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gradmap.common.errors import UserError
+from gradmap.data import documents
 from gradmap.healing import kept_training
 from gradmap.methods import distillation
 from gradmap.pruning.plan import load_changes, load_plan
@@ -16,6 +17,7 @@ from tests.gradmap.healing.small_healings import (
     KilledError,
     asking,
     heal_pico,
+    write_sentences,
 )
 
 
@@ -77,6 +79,21 @@ def test_what_was_kept_and_is_damaged_is_refused(
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged; start over with --fresh"):
         heal_pico(picos, plans["none"], asking(texts), tmp_path / "healed")
+
+
+def test_a_text_that_changed_behind_what_is_held_of_it_is_noticed(
+    picos, plans, tmp_path, monkeypatch, killed_after_two_rounds
+):
+    monkeypatch.setattr(documents, "BUFFER_DOCUMENTS", 20)
+    text = write_sentences(tmp_path / "text.jsonl", 400)
+    with pytest.raises(KilledError):
+        heal_pico(picos, plans["none"], asking(text), tmp_path / "healed")
+    lines = text.read_text().splitlines()
+    turned = [line.replace("w1", "w2") for line in lines[21:]]
+    text.write_text("\n".join(lines[:21] + turned))
+    with pytest.raises(UserError, match=r"A text is not what it was.*--fresh"):
+        heal_pico(picos, plans["none"], asking(text), tmp_path / "healed")
+    heal_pico(picos, plans["none"], asking(text), tmp_path / "healed", resume=False)
 
 
 def test_there_may_be_nothing_to_resume(picos, plans, texts, tmp_path):
