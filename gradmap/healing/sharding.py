@@ -40,9 +40,11 @@ def share_weights(model: LayeredModel, device: torch.device) -> None:
     for layer in model.layers:
         for child in layer.children():
             if _has_linear_maps(child):
-                # gradients are of the mean over a step already
                 sharded = fully_shard(child, mesh=mesh, reshard_after_forward=True)
+                # Gradients are of the mean over a step already; other sums than plain ones are
+                # unknown to gloo.
                 sharded.set_gradient_divide_factor(1.0)
+                sharded.set_force_sum_reduction_for_comms(True)
     model.network.to(device)
 
 

@@ -44,6 +44,22 @@ def test_a_healed_plan_is_nearer_to_the_dense_model(
     assert load_plan(tmp_path / "healed") == healed
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", ["low-rank", "full"])
+def test_a_gpu_heals_as_a_cpu_does(picos, plans, texts, tmp_path, train):
+    asked = asking(texts, budget_tokens=6 * STEP, train=train)
+    cpu, gpu = (
+        heal_pico(
+            picos, plans["distil"], asked.model_copy(update={"device": device}), tmp_path / device
+        )
+        for device in ("cpu", "cuda")
+    )
+    for one, other in zip(gpu.healing[0].curve, cpu.healing[0].curve, strict=True):
+        # the loss is computed in float32
+        assert one.held_out_divergence == pytest.approx(other.held_out_divergence, rel=1e-4)
+    assert gpu.peak_gpu_bytes["heal"] > 0
+
+
 def test_the_corrections_that_a_plan_has_are_gone_on_with(picos, plans, texts, tmp_path):
     """Its low-rank ones become part of those that are trained; the others stay."""
     heal_pico(picos, plans["distil"], asking(texts, rank=20), tmp_path / "healed")

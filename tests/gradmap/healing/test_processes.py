@@ -27,6 +27,19 @@ def test_two_processes_heal_as_one(picos, plans, texts, tmp_path, train, shard):
     assert len(together.corrections) == len(alone.corrections)
 
 
+def test_weights_in_bfloat16_are_shared_with_updates_in_float32(picos, plans, texts, tmp_path):
+    options = asking(texts, budget_tokens=12 * STEP, train="full", dtype="bfloat16")
+    alone = heal_pico(picos, plans["none"], options, tmp_path / "alone")
+    model = ("--model", picos["llama"].directory, "--plan", plans["none"])
+    sharing = flags_of(options.model_copy(update={"shard": True}))
+    in_two_processes("heal", *model, *sharing, "--out", tmp_path / "together")
+    together = load_plan(tmp_path / "together")
+    assert together.healing[0].lowest_divergence < together.healing[0].curve[0].held_out_divergence
+    for one, other in zip(together.healing[0].curve, alone.healing[0].curve, strict=True):
+        # what a layer gives is rounded to 8 bits, in sums of another order
+        assert one.held_out_divergence == pytest.approx(other.held_out_divergence, rel=2**-6)
+
+
 def test_several_processes_that_share_the_weights_go_on_with_what_one_began(
     picos, plans, texts, tmp_path, request
 ):
