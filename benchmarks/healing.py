@@ -56,9 +56,6 @@ class RandomSamples:
     def draw(self, samples: int) -> Tensor:
         return torch.randint(self.vocabulary, (samples, self.tokens))
 
-    def skip(self, samples: int) -> None:
-        """All are alike."""
-
 
 def main(
     shape: str = "Llama-3.2-1B",
@@ -97,7 +94,7 @@ def measure(shape: Shape, options: HealOptions, dtype: str, device: str) -> dict
     first, last = trainer.progress.curve[0], trainer.progress.curve[-1]
     state_bytes = FLOAT32_BYTES if dtype == AUTOCAST else weights_dtype(dtype).itemsize
     hardware = replace(ONE_FLOP_A_SECOND, state_bytes=state_bytes)
-    rank = options.rank if options.train == "low-rank" else None
+    predicted = heal_bytes(shape, hardware, remove, options.tokens, options.trained_rank)
     return {
         "removed": f"{remove} of {shape.layers}",
         "train": options.train,
@@ -105,7 +102,7 @@ def measure(shape: Shape, options: HealOptions, dtype: str, device: str) -> dict
         "tokens per second": round(last.tokens / (last.seconds - first.seconds), 1),
         "weights (GB)": round(sum(weights.values()) / 1e9, 2),
         "peak (GB)": round(_peak_bytes(device) / 1e9, 2),
-        "predicted (GB)": round(heal_bytes(shape, hardware, remove, options.tokens, rank) / 1e9, 2),
+        "predicted (GB)": round(predicted / 1e9, 2),
     }
 
 
@@ -119,7 +116,7 @@ def make_trainer(shape: Shape, options: HealOptions, dtype: str, device: str) ->
     removed = tuple(Pair.of_layer(layer) for layer in range(kept, shape.layers))
     batches = Batches(forward_batch(held_out, model.device))
     pruned = Pruned(model, calibration, removed, batches)
-    student = student_of(model, pruned.kept, {}, options, torch.bfloat16)
+    student = student_of(pruned, {}, options, torch.bfloat16)
     samples: Any = RandomSamples(shape.vocabulary, options.tokens)
     return Trainer(pruned, student, samples, options)
 

@@ -14,11 +14,10 @@ from dataclasses import replace
 import typer
 
 from gradmap.costs.footprint import (
-    FLOAT32_BYTES,
-    TRAINED_COPIES,
     heal_bytes,
     repair_bytes,
     streamed_bytes,
+    update_bytes,
 )
 from gradmap.costs.steps import (
     BF16_BYTES,
@@ -101,8 +100,7 @@ def describe_healing(shape: Shape, hardware: Hardware, rank: int | None) -> str:
     speed = 1 / healing_seconds(shape, hardware, remove, 1, rank)
     shared = BF16_BYTES * shape.layers * shape.layer_parameters
     if rank is None:
-        of_weight = TRAINED_COPIES * FLOAT32_BYTES + BF16_BYTES
-        shared += of_weight * (shape.layers - remove) * shape.layer_parameters
+        shared += update_bytes(shape, hardware, remove)
     alone = heal_bytes(shape, hardware, remove, HEALED_TOKENS, rank)
     of_each = alone - shared * (1 - 1 / hardware.devices)
     hours = HEALED / speed / 3600

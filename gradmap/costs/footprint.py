@@ -69,15 +69,22 @@ def heal_bytes(
     of all weights and the updated ones; and what training keeps of one sample of so many tokens for
     its backward pass: what enters each layer, and all of one layer, where all of each would be
     much. More goes at once where there is more memory."""
-    weights = (shape.layers - remove) * shape.layer_parameters
-    trained = weights if rank is None else low_rank_parameters(shape, remove, rank)
-    updated = weights * hardware.weight_bytes if rank is None else 0.0
+    trained = (
+        update_bytes(shape, hardware, remove)
+        if rank is None
+        else TRAINED_COPIES * FLOAT32_BYTES * low_rank_parameters(shape, remove, rank)
+    )
     kept = kept_numbers(shape, remove, tokens)
     if FLOAT32_BYTES * kept > MUCH_KEPT_BYTES:
         kept = kept_numbers(shape, shape.layers - 1, tokens)
         kept += tokens * (shape.layers - remove) * shape.width
-    numbers = TRAINED_COPIES * trained + kept
-    return RUNTIME_BYTES + model_bytes(shape, hardware) + updated + FLOAT32_BYTES * numbers
+    return RUNTIME_BYTES + model_bytes(shape, hardware) + trained + FLOAT32_BYTES * kept
+
+
+def update_bytes(shape: Shape, hardware: Hardware, remove: int) -> float:
+    """Bytes of updates of all weights in training, and of the updated weights."""
+    of_weight = TRAINED_COPIES * FLOAT32_BYTES + hardware.weight_bytes
+    return of_weight * (shape.layers - remove) * shape.layer_parameters
 
 
 def kept_numbers(shape: Shape, remove: int, tokens: int) -> float:

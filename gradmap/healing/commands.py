@@ -43,7 +43,8 @@ def heal(
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     healed = heal_plan(checkpoint, plan, options, out, resume)
     record = healed.healing[-1]
-    print_table(f"Plan {out}", ("", "value"), summarise(record))
+    more = forecasts(record.curve)
+    print_table(f"Plan {out}", ("", "value"), summarise(record, more))
     if json_line:
-        more = [asdict(forecast) for forecast in forecasts(record.curve)]
-        print_json_line({"plan": str(out), **record.model_dump(mode="json"), "forecasts": more})
+        found = {"forecasts": [asdict(forecast) for forecast in more]}
+        print_json_line({"plan": str(out), **record.model_dump(mode="json"), **found})

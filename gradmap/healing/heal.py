@@ -3,7 +3,6 @@ own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,7 +42,6 @@ from gradmap.model.loading import (
     stored_dtype,
 )
 from gradmap.model.precision import computing_in
-from gradmap.model.sublayers import Sublayer, sublayers_left
 from gradmap.pruning.plan import (
     PLAN_FILE,
     Plan,
@@ -165,30 +163,25 @@ def _heal(
 
 def _trainer(work: Work, model: LayeredModel, device: torch.device) -> Trainer:
     options, held_out = work.options, work.samples.held_out
-    removed = tuple(work.plan.removal_order)
-    left = sublayers_left(len(model.layers), removed)
-    updates_in = _dtype_of_updates(work.checkpoint)
-    student = student_of(model, left, work.changes, options, updates_in)
-    if options.shard:
-        share_weights(model, device)
     calibration = Calibration("", options.seed, held_out, work.samples.bos, held_out=len(held_out))
     kind = FixedBatches if options.shard else Batches
-    pruned = Pruned(model, calibration, removed, kind(forward_batch(held_out, device)))
+    batches = kind(forward_batch(held_out, device))
+    pruned = Pruned(model, calibration, tuple(work.plan.removal_order), batches)
+    student = student_of(pruned, work.changes, options, _dtype_of_updates(work.checkpoint))
+    if options.shard:
+        share_weights(model, device)
     return Trainer(pruned, student, work.samples, options)
 
 
 def student_of(
-    model: LayeredModel,
-    sublayers: Sequence[Sublayer],
-    changes: Changes,
-    options: HealOptions,
-    updates_in: torch.dtype,
+    pruned: Pruned, changes: Changes, options: HealOptions, updates_in: torch.dtype
 ) -> Student:
-    """Of these sublayers. It goes on from what the plan has of its kind."""
+    """Of what is left. It goes on from what the plan has of its kind."""
+    model, left = pruned.model, pruned.kept
     if options.train == "full":
-        return FullRankStudent(model, sublayers, changes, updates_in)
+        return FullRankStudent(model, left, changes, updates_in)
     generator = torch.Generator().manual_seed(options.seed)
-    return LowRankStudent.begin(model, sublayers, changes, options.rank, generator)
+    return LowRankStudent.begin(model, left, changes, options.rank, generator)
 
 
 def _dtype_of_updates(checkpoint: Checkpoint) -> torch.dtype:

@@ -97,6 +97,11 @@ class HealOptions(ComputingOptions):
         return self.learning_rate or DEFAULT_RATES[self.train]
 
     @property
+    def trained_rank(self) -> int | None:
+        """None where all weights are trained."""
+        return self.rank if self.train == "low-rank" else None
+
+    @property
     def of_training(self) -> dict[str, Any]:
         """What training depends on, as plans record it: not how it is watched, nor how processes
         share the weights."""

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmap.common.errors import UserError
 from gradmap.common.processes import process_count
-from gradmap.methods.distillation import Lessons, teach
+from gradmap.methods.training import OutputOf
 from gradmap.model.batching import Batches
 from gradmap.model.layered import LayeredModel
 
@@ -53,24 +53,15 @@ def _has_linear_maps(module: nn.Module) -> bool:
 
 
 def set_shared_gradients(
-    model: LayeredModel,
-    lessons: Lessons,
-    samples: int,
-    parameters: Sequence[Tensor],
-    batches: Batches,
-    recompute: bool = False,
-) -> Tensor:
-    """As `set_lesson_gradients`, where the parameters are shared: their gradients are added up in
-    the backward pass."""
+    parameters: Sequence[Tensor], samples: int, output_of: OutputOf, batches: Batches
+) -> None:
+    """As `set_gradients`, where the parameters are shared: their gradients are added up in the
+    backward pass."""
     for parameter in parameters:
         parameter.grad = None
-    lessons = lessons.on(model.device)
-    divergences: list[Tensor] = []
 
     def add_gradients(batch: slice) -> None:
-        hidden, taught = teach(model, lessons.of(batch), samples, recompute)
-        hidden.backward(taught.gradients)
-        divergences.append(taught.divergence)
+        output, by_output = output_of(batch)
+        output.backward(by_output)
 
-    batches.run(len(lessons.input_ids), add_gradients)
-    return torch.stack(divergences).sum()
+    batches.run(samples, add_gradients)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from gradmap.healing.scaling import forecasts
+from collections.abc import Sequence
+
+from gradmap.healing.scaling import Forecast
 from gradmap.pruning.plan import HealingRecord
 
 
-def summarise(healing: HealingRecord) -> list[tuple[str, str]]:
-    """Rows: what, and its value."""
+def summarise(healing: HealingRecord, more: Sequence[Forecast]) -> list[tuple[str, str]]:
+    """Rows: what, and its value. more: what more tokens would bring."""
     first, last = healing.curve[0], healing.curve[-1]
     best = min(healing.curve, key=lambda point: point.held_out_divergence)
     rows = [
@@ -22,5 +24,5 @@ def summarise(healing: HealingRecord) -> list[tuple[str, str]]:
     ]
     if best is first:
         rows.append(("corrections", "left out, because they do not help"))
-    rows += [(forecast.title, forecast.describe()) for forecast in forecasts(healing.curve)]
+    rows += [(forecast.title, forecast.describe()) for forecast in more]
     return rows

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from gradmap.healing.students import Student
 from gradmap.healing.tracking import Track, untracked
 from gradmap.methods.compensation import Pruned
 from gradmap.methods.distillation import Lessons, set_lesson_gradients
+from gradmap.methods.training import set_gradients
 from gradmap.model.batching import (
     Batches,
     activation_bytes,
@@ -169,25 +170,23 @@ class Trainer:
         with self._student_running():
             return bytes_kept_for_backward(partial(self._set_gradients, lessons, 1))
 
-    def _student_running(self) -> ExitStack:
-        """For a `with` block."""
-        stack = ExitStack()
-        stack.enter_context(self.student.running())
-        changes = self.student.changes
-        stack.enter_context(self.pruned.model.changed(changes, without=self.pruned.removed))
-        return stack
+    @contextmanager
+    def _student_running(self) -> Iterator[None]:
+        changed = self.pruned.model.changed(self.student.changes, without=self.pruned.removed)
+        with self.student.running(), changed:
+            yield
 
     def _set_gradients(self, lessons: Lessons, samples: int) -> Tensor:
         """Of a step of so many samples; see `set_lesson_gradients`."""
         shared = self.options.shard and self.options.train == "full"
-        set_gradients = set_shared_gradients if shared else set_lesson_gradients
-        return set_gradients(
+        return set_lesson_gradients(
             self.pruned.model,
             lessons,
             samples,
             self.parameters,
             self._batches,
             self._recompute,
+            set_shared_gradients if shared else set_gradients,
         )
 
     @property

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradmap.methods.training import set_gradients
+from gradmap.methods.training import SetGradients, set_gradients
 from gradmap.model.batching import Batches, logits_parts
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import logits_from, run_layers
@@ -26,12 +26,6 @@ class Lessons:
 
     input_ids: Tensor
     outputs: Tensor
-
-    def of(self, batch: slice) -> Lessons:
-        return Lessons(self.input_ids[batch], self.outputs[batch])
-
-    def on(self, device: torch.device) -> Lessons:
-        return Lessons(self.input_ids.to(device), self.outputs.to(device))
 
 
 class Taught(NamedTuple):
@@ -71,32 +65,24 @@ def set_lesson_gradients(
     parameters: Sequence[Tensor],
     batches: Batches,
     recompute: bool = False,
+    set_them: SetGradients = set_gradients,
 ) -> Tensor:
     """Gives the parameters the gradients of a step of training of the model as it is now, with what
     is trained in it. Returns the divergence, summed over the positions of this process, ().
 
     lessons: this process's share, which may be empty, of the step's `samples`. recompute: see
-    `run_layers`.
+    `run_layers`. set_them: another way, where processes share the parameters.
     """
-    lessons = lessons.on(model.device)
-    divergences = [torch.zeros((), device=model.device)]
+    device = model.device
+    ids, goal = lessons.input_ids.to(device), lessons.outputs.to(device)
+    # By the first sample of a batch: one that memory ran out for begins again.
+    divergences: dict[int, Tensor] = {}
 
-    def gradients_of(batch: slice) -> Sequence[Tensor | None]:
-        """All of them or, where memory runs out, none. None for experts that were idle."""
-        hidden, taught = teach(model, lessons.of(batch), samples, recompute)
-        gradients = torch.autograd.grad(hidden, parameters, taught.gradients, allow_unused=True)
-        divergences.append(taught.divergence)
-        return gradients
+    def output_of(batch: slice) -> tuple[Tensor, Tensor]:
+        hidden = run_layers(model, ids[batch], recompute)
+        taught = distillation_gradients(model, hidden, goal[batch], ids[batch])
+        divergences[batch.start] = taught.divergence
+        return hidden, taught.gradients * (len(hidden) / samples)
 
-    set_gradients(parameters, len(lessons.input_ids), gradients_of, batches)
-    return torch.stack(divergences).sum()
-
-
-def teach(
-    model: LayeredModel, lessons: Lessons, samples: int, recompute: bool
-) -> tuple[Tensor, Taught]:
-    """What the last layer gives of these lessons, (B, T, d), and what it is to be changed by for
-    the mean over a step of so many samples."""
-    hidden = run_layers(model, lessons.input_ids, recompute)
-    taught = distillation_gradients(model, hidden, lessons.outputs, lessons.input_ids)
-    return hidden, taught._replace(gradients=taught.gradients * (len(hidden) / samples))
+    set_them(parameters, len(ids), output_of, batches)
+    return torch.stack([torch.zeros((), device=device), *divergences.values()]).sum()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from gradmap.common.distributed import sum_gradients
 from gradmap.model.batching import Batches
 
-# Of some of a step's samples: the gradient of every parameter, None where it has no part in them.
-GradientsOf = Callable[[slice], Sequence[Tensor | None]]
+# Of some of a step's samples: what is computed of them, (...), and the gradient of the loss by it,
+# likewise; None if it is the loss itself.
+OutputOf = Callable[[slice], tuple[Tensor, Tensor | None]]
+# Gives the parameters the gradients of a step, of so many samples in this process.
+SetGradients = Callable[[Sequence[Tensor], int, OutputOf, Batches], None]
 
 
 def set_gradients(
-    parameters: Sequence[Tensor], samples: int, gradients_of: GradientsOf, batches: Batches
+    parameters: Sequence[Tensor], samples: int, output_of: OutputOf, batches: Batches
 ) -> None:
     """Gives the parameters the gradients of a step: the sum over this process's `samples`, as many
     at once as memory allows, and over all processes."""
@@ -22,7 +26,10 @@ def set_gradients(
         parameter.grad = None
 
     def add_gradients(batch: slice) -> None:
-        for parameter, gradient in zip(parameters, gradients_of(batch), strict=True):
+        """All of them or, where memory runs out, none. None is of experts that were idle."""
+        output, by_output = output_of(batch)
+        gradients = torch.autograd.grad(output, parameters, by_output, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 

@@ -165,8 +165,7 @@ def _reading_s(shape: Shape, hardware: Hardware, speeds: Speeds) -> float:
 
 
 def _estimate_heal(options: HealOptions, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
-    hardware = speeds.of(options.dtype, options.device)
-    rank = options.rank if options.train == "low-rank" else None
+    hardware, rank = speeds.of(options.dtype, options.device), options.trained_rank
     seconds = (
         healing_seconds(shape, hardware, remove, options.budget_tokens, rank)
         if options.budget_tokens is not None

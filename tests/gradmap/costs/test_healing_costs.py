@@ -35,12 +35,11 @@ def test_a_round_of_training_multiplies_what_is_said(deep, train):  # noqa: F811
         train=train,
         rank=rank,
     )
-    student = student_of(repaired.model, repaired.kept, {}, options, torch.float32)
+    student = student_of(repaired, {}, options, torch.float32)
     samples = KnownSamples(repaired.calibration.input_ids)
     trainer = Trainer(repaired, student, samples, options)
-    of_rank = rank if train == "low-rank" else None
     assert counted(trainer._round) == pytest.approx(
-        healing_flops(shape, removed, SIZE.all_tokens, of_rank), rel=0.03
+        healing_flops(shape, removed, SIZE.all_tokens, options.trained_rank), rel=0.03
     )
 
 

@@ -23,7 +23,7 @@ def a_round(trained, pico, model, size):
         train=trained,
     )
     changes, to_heal = plan_changes(pico, model), pruned(pico, model, size)
-    student = student_of(to_heal.model, to_heal.kept, changes, options, torch.float32)
+    student = student_of(to_heal, changes, options, torch.float32)
     trainer = Trainer(to_heal, student, KnownSamples(size.input_ids.cpu()), options)
 
     def train():

@@ -172,11 +172,11 @@ def test_a_fall_at_the_end_that_the_rate_explains_is_not_expected_to_go_on():
 def test_the_summary_has_a_row_for_each():
     curve = curve_of(divergences_of((0.2, 0.1, 0.5, 0.1), looks=8, scale=0.3))
     record = HealingRecord(recipe={}, samples=1, bos=None, sha256="", passes={}, curve=curve)
-    rows = dict(summarise(record))
+    rows = dict(summarise(record, forecasts(curve)))
     twice, four_times = forecasts(curve)
     assert rows["twice the tokens"] == (
         f"{twice.divergence:#.3g} ({twice.low:#.3g}-{twice.high:#.3g})"
     )
     assert rows["four times the tokens"] == four_times.describe()
     few = record.model_copy(update={"curve": curve[:3]})
-    assert "twice the tokens" not in dict(summarise(few))
+    assert "twice the tokens" not in dict(summarise(few, forecasts(few.curve)))
