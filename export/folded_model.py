@@ -9,6 +9,7 @@ corrections on hooks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,7 +21,8 @@ from gradmap.common.errors import UserError
 from gradmap.model.architectures import Architecture, architecture_of
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.configs import hidden_size, layer_count
-from gradmap.model.corrections import Change, Changes, Place, fold_changes
+from gradmap.model.corrections import Changes, Place
+from gradmap.model.folding import fold_parameter
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model
 from gradmap.model.safetensors_reader import StoredTensor, list_tensors
@@ -76,7 +78,8 @@ def fold_and_round(
             # what the checkpoint lacks is reported when its tensors are listed for writing
             rounded_to = dtype or stored.get((place, parameter.dim() == 1), torch.float32)
             transposed = architecture.transposed_linear
-            _fold_parameter(name, parameter, changes[place], transposed, rounded_to)
+            rounded = partial(_rounded, name, dtype=rounded_to)
+            fold_parameter(parameter, changes[place], transposed, rounded)
         elif dtype not in (None, parameter.dtype):
             parameter.copy_(_rounded(name, parameter, dtype))
 
@@ -99,16 +102,6 @@ def _places_by_parameter(
         for parameter in architecture.parts_of(layers[place.layer], place.target):
             place_of[id(parameter)] = place
     return place_of
-
-
-def _fold_parameter(
-    name: str, parameter: Tensor, changes: Sequence[Change], transposed: bool, dtype: torch.dtype
-) -> None:
-    """Changes a weight (d_out, d_in), a bias (d_out,), or stacked experts (E, d_out, d_in): these
-    one at a time, for in float64 all together would be large."""
-    parts = parameter.unbind() if parameter.dim() == 3 else (parameter,)
-    for part in parts:
-        part.copy_(_rounded(name, fold_changes(part, changes, transposed), dtype))
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

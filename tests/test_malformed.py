@@ -30,9 +30,9 @@ from gradmap.model.checkpoint import open_checkpoint
 from gradmap.model.loading import load_tokenizer
 from gradmap.model.model_sizes import read_sizes
 from gradmap.model.safetensors_reader import list_tensors
+from gradmap.pruning.from_plan import prune_from_plan
 from gradmap.pruning.plan import Plan, load_calibration_ids, load_changes, load_plan
 from gradmap.pruning.presets import choose_methods
-from gradmap.pruning.prune import prune_less
 from gradmap.pruning.settings import PruneSettings
 from loadtest.loads import OpenLoop
 from loadtest.pipeline.recipe import load_recipe
@@ -209,7 +209,7 @@ def read_plan(directory: Path, model: Path, out: Path) -> None:
         selector=methods.selector,
         compensator=methods.compensator,
     )
-    prune_less(open_checkpoint(str(model)), directory, wanted, out)
+    prune_from_plan(open_checkpoint(str(model)), directory, wanted, out)
 
 
 def read_calibration(directory: Path, model: Path) -> None:

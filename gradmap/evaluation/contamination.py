@@ -197,7 +197,7 @@ def _healing_drawn_again(
     None if a text is not there any more, or is another."""
     try:
         samples = options.mixture.open(tokenizer)
-        drawn = samples.draw(record.samples)
+        drawn = samples.draw(record.drawn_before + record.samples)
         asked = _questions_again(options, tokenizer)
     except UserError:
         return None

@@ -20,7 +20,7 @@ from gradmap.common.outputs import output_directory
 from gradmap.common.processes import is_main_process, process_count
 from gradmap.data.calibration import Calibration
 from gradmap.data.mixture import Samples
-from gradmap.healing.healed_plan import healed_plan
+from gradmap.healing.healed_plan import drawn_before, healed_plan
 from gradmap.healing.kept_training import KeptTraining
 from gradmap.healing.options import HealOptions
 from gradmap.healing.sharding import FixedBatches, share_weights
@@ -45,6 +45,7 @@ from gradmap.model.precision import computing_in
 from gradmap.pruning.plan import (
     PLAN_FILE,
     Plan,
+    added_up,
     load_calibration_ids,
     load_changes,
     load_plan,
@@ -76,13 +77,15 @@ def heal(
         tokenizer = load_tokenizer(checkpoint.directory)
         written = written_documents(checkpoint, options, tokenizer)
         samples = options.mixture.open(tokenizer, written)
+        before = drawn_before(plan, plan_directory, options)
+        samples.skip(before)
         kept = KeptTraining(out, key | {"the texts": samples.sha256_of_texts})
         costs = StageCosts()
-        work = Work(checkpoint, plan, changes, samples, options)
+        work = Work(checkpoint, plan, changes, samples, before, options)
         healed, together = _heal(work, kept, resume, costs)
         healed = healed.model_copy(
             update={
-                "timings_s": plan.timings_s | costs.timings_s,
+                "timings_s": added_up(plan.timings_s, costs.timings_s),
                 "peak_gpu_bytes": plan.peak_gpu_bytes | costs.peak_gpu_bytes,
             }
         )
@@ -130,12 +133,13 @@ def _key(
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done. changes: the plan's."""
+    """What is to be done. changes: the plan's; drawn_before: by the healings before it."""
 
     checkpoint: Checkpoint
     plan: Plan
     changes: Changes
     samples: Samples
+    drawn_before: int
     options: HealOptions
 
 
@@ -158,7 +162,7 @@ def _heal(
         from_tokens = trainer.tokens + 1 if trainer.progress.steps else 0
         with tracking(options.track, kept.out, from_tokens) as track:
             trainer.run(kept.keep, track)
-        return healed_plan(work.plan, work.changes, trainer, work.samples)
+        return healed_plan(work.plan, work.changes, trainer, work.drawn_before)
 
 
 def _trainer(work: Work, model: LayeredModel, device: torch.device) -> Trainer:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from gradmap.data.mixture import Samples
+from gradmap.common.reading import checked
+from gradmap.healing.options import HealOptions
 from gradmap.healing.students import with_trained
 from gradmap.healing.trainer import Trainer
 from gradmap.methods.compensation import Correction
 from gradmap.model.corrections import Changes, Place, Trained
 from gradmap.pruning.correction_records import CorrectionRecord
-from gradmap.pruning.plan import SCHEMA_VERSION, HealingRecord, Plan
+from gradmap.pruning.plan import PLAN_FILE, SCHEMA_VERSION, HealingRecord, Plan
 
 
 def healed_plan(
-    plan: Plan, changes: Changes, trainer: Trainer, samples: Samples
+    plan: Plan, changes: Changes, trainer: Trainer, before: int
 ) -> tuple[Plan, Changes]:
     """The plan with what was trained, if it is better than nothing, and its changes.
-    changes: the plan's before."""
-    healing = _describe(trainer, samples)
-    before, after = healing.curve[0].held_out_divergence, healing.lowest_divergence
-    accepted = trainer.pruned.accepts(before, after)
+    changes: the plan's before; before: see `drawn_before`."""
+    healing = _describe(trainer, len(plan.removal_order), before)
+    untrained, after = healing.curve[0].held_out_divergence, healing.lowest_divergence
+    accepted = trainer.pruned.accepts(untrained, after)
     trained = trainer.student.trained()
     records = {
-        place: CorrectionRecord.of(Correction(place, change, before, after, accepted))
+        place: CorrectionRecord.of(Correction(place, change, untrained, after, accepted))
         for place, change in trained.items()
     }
     healed = plan.model_copy(
@@ -36,15 +38,28 @@ def healed_plan(
     return healed, with_trained(changes, trained) if accepted else changes
 
 
-def _describe(trainer: Trainer, samples: Samples) -> HealingRecord:
+def _describe(trainer: Trainer, removed: int, before: int) -> HealingRecord:
+    samples = trainer.samples
     return HealingRecord(
+        removed=removed,
         recipe=trainer.options.of_training,
-        samples=samples.drawn,
+        samples=samples.drawn - before,
+        drawn_before=before,
         bos=samples.bos,
         sha256=samples.sha256,
         passes=samples.passes,
         curve=trainer.progress.curve,
     )
+
+
+def drawn_before(plan: Plan, directory: Path, options: HealOptions) -> int:
+    """How many samples of just these texts, in this order, the plan was healed on before."""
+    known = (
+        record.drawn_before + record.samples
+        for record in plan.healing
+        if checked(HealOptions, record.recipe, directory / PLAN_FILE).drawing == options.drawing
+    )
+    return max(known, default=0)
 
 
 def _together(

@@ -109,6 +109,11 @@ class HealOptions(ComputingOptions):
         return asked | {"learning_rate": self.highest_rate}
 
     @property
+    def drawing(self) -> tuple[Mixture, int | None]:
+        """What the order of samples depends on, texts themselves aside."""
+        return self.mixture, self.written
+
+    @property
     def samples_in_step(self) -> int:
         return max(1, self.step_tokens // self.tokens)
 

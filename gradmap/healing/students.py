@@ -183,6 +183,7 @@ def with_trained(
 
 
 def _with_one(changes: Sequence[Change], made: LowRank | Trained) -> tuple[Change, ...]:
-    if any(isinstance(change, type(made)) for change in changes):
-        return tuple(made if isinstance(change, type(made)) else change for change in changes)
+    known = _first_of(type(made), changes)
+    if known is not None:
+        return tuple(made if change is known else change for change in changes)
     return (made, *changes) if isinstance(made, Trained) else (*changes, made)

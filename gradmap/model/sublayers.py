@@ -163,6 +163,13 @@ def places_of_left(layers: int, removed: Iterable[Pair]) -> dict[Sublayer, int]:
     }
 
 
+def originals(layers: int, removed: Iterable[Pair]) -> dict[Sublayer, Sublayer]:
+    """What each sublayer of what is left was in the model as it was. Raises ValueError if what is
+    left does not alternate."""
+    places = places_of_left(layers, removed)
+    return {Sublayer(place, original.part): original for original, place in places.items()}
+
+
 def pieces(left: Sequence[Sublayer], unit: Unit) -> list[Sequence[Sublayer]]:
     """What is left, cut where a unit may begin: into layers, or sublayers."""
     step = 2 // PIECES[unit]

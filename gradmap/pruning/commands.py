@@ -31,7 +31,8 @@ def prune(
     from_plan: Annotated[
         Path | None,
         typer.Option(
-            help="Take the order of removals from this plan, which removes as many or more."
+            help="Begin with this plan: take its order of removals, if it removes as many or more, "
+            "or go on from it, with its corrections and what it was calibrated on."
         ),
     ] = None,
     json_line: JsonOption = False,
@@ -39,16 +40,17 @@ def prune(
     """Choose which layers to remove, compute the corrections, and write a plan."""
     with importing():
         from gradmap.model.checkpoint import open_checkpoint
+        from gradmap.pruning.from_plan import prune_from_plan
         from gradmap.pruning.presets import settle
         from gradmap.pruning.prune import prune as make_plan
-        from gradmap.pruning.prune import prune_less, summarise
+        from gradmap.pruning.prune import summarise
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
     settings = settle(options, checkpoint.config, from_plan)
     if from_plan is None:
         plan = make_plan(checkpoint, settings, out, resume)
     else:
-        plan = prune_less(checkpoint, from_plan, settings, out)
+        plan = prune_from_plan(checkpoint, from_plan, settings, out, resume)
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
         print_json_line(

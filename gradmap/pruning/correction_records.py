@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import ConfigDict, Field
 from torch import Tensor
@@ -25,10 +27,10 @@ from gradmap.model.corrections import (
 class CorrectionRecord(Strict):
     """One correction of the weight of `target`, a linear map inside a layer (original index).
 
-    kind: one of gradmap.model.corrections.CHANGES; its tensors are stored as `name`.TENSOR if it
-    was accepted (gradmap.pruning.plan_tensors). Corrections of one weight apply
-    in order. `lambda` is Eq. 12's, relative_lambda the same over the mean diagonal of the Gram
-    matrix; null for what was trained. Losses are nats per token, or null if nothing was held out.
+    kind: one of gradmap.model.corrections.CHANGES; its tensors are stored if it was accepted
+    (gradmap.pruning.plan_tensors). Corrections of one weight apply in order. `lambda`
+    is Eq. 12's, relative_lambda the same over the mean diagonal of the Gram matrix; null for what
+    was trained. Losses are nats per token, or null if nothing was held out.
     """
 
     model_config = ConfigDict(
@@ -65,7 +67,14 @@ class CorrectionRecord(Strict):
     def name(self) -> str:
         return f"layers.{self.layer}.{self.target}.{self.kind}"
 
-    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+class Stored(NamedTuple):
+    """A correction that was accepted, and what its tensors' names begin with."""
+
+    record: CorrectionRecord
+    name: str
+
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the change, of any shape, by the names that they are stored by."""
         return {f"{self.name}.{name}": tensor for name, tensor in tensors.items()}
 
@@ -74,6 +83,17 @@ class CorrectionRecord(Strict):
         prefix = f"{self.name}."
         names = [name for name in stored if name.startswith(prefix)]
         return {name.removeprefix(prefix): stored[name] for name in names}
+
+
+def stored(records: Sequence[CorrectionRecord]) -> Iterator[Stored]:
+    """Those that were accepted, in order. Of several of one kind and weight, which a plan has that
+    was gone on from, the second is called NAME-2."""
+    so_far: Counter[str] = Counter()
+    for record in records:
+        if record.accepted:
+            so_far[record.name] += 1
+            number = so_far[record.name]
+            yield Stored(record, record.name if number == 1 else f"{record.name}-{number}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ checkpoint it is all that export needs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from gradmap.model.sublayers import (
     joined_layers,
     sublayers_left,
 )
-from gradmap.pruning.correction_records import CorrectionGroup, CorrectionRecord
+from gradmap.pruning.correction_records import CorrectionGroup, CorrectionRecord, stored
 from gradmap.pruning.plan_tensors import load_tensors, read_changes, write_changes
 
-SCHEMA_VERSION = 7
-# One of schema 5 was not healed, and one of 6 not at full rank; they have everything else.
-READ_VERSIONS = (5, 6, SCHEMA_VERSION)
+SCHEMA_VERSION = 8
+# One of schema 5 was not healed, one of 6 not at full rank, and one of 7 has one correction of each
+# kind and weight at most; they have everything else.
+READ_VERSIONS = (5, 6, 7, SCHEMA_VERSION)
 PLAN_FILE = "plan.json"
 CALIBRATION_FILE = "calibration.safetensors"
 
@@ -84,11 +86,18 @@ class HealingPoint(Strict):
 
 
 class HealingRecord(Strict):
-    """One `gradmap heal`. recipe: its options; samples: how many it was trained on, and sha256 of
-    their ids; bos: as for calibration; passes: begun through each text."""
+    """One `gradmap heal`, of a model without so many layers; null where an older plan does not
+    say.
 
+    recipe: its options; samples: how many it was trained on; drawn_before: how many of the same
+    texts the healings before it were, behind which it went on; sha256: of the ids of all of them;
+    bos: as for calibration; passes: begun through each text.
+    """
+
+    removed: int | None = None
     recipe: dict[str, Any]
     samples: int
+    drawn_before: int = 0
     bos: int | None
     sha256: str
     passes: dict[str, int]
@@ -139,6 +148,12 @@ class Plan(Strict):
             ),
         )
         return [CorrectionGroup(tuple(corrections)) for _, corrections in together]
+
+
+def added_up(seconds: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """The time that each stage took, over both."""
+    stages = seconds.keys() | more.keys()
+    return {stage: round(seconds.get(stage, 0) + more.get(stage, 0), 3) for stage in sorted(stages)}
 
 
 def save_plan(directory: Path, plan: Plan, changes: Changes, input_ids: Tensor) -> Plan:
@@ -193,13 +208,10 @@ def _contradiction(plan: Plan) -> str | None:
         return "a held-out divergence is known before a correction or behind it alone"
     if unknown := {correction.kind for correction in plan.corrections} - CHANGES.keys():
         return f"the kind of correction {unknown.pop()!r} is not known"
-    accepted = [correction for correction in plan.corrections if correction.accepted]
-    if len({correction.name for correction in accepted}) < len(accepted):
-        return "two corrections of one kind change the same weight, and would share their tensors"
     changed: set[Place] = set()
-    for correction in accepted:
+    for correction, name in stored(plan.corrections):
         if correction.kind == Trained.kind and correction.place in changed:
-            return f"{correction.name} stands behind other corrections of its weight"
+            return f"{name} stands behind other corrections of its weight"
         changed.add(correction.place)
     return None
 

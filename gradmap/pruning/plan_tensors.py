@@ -25,7 +25,7 @@ from gradmap.model.corrections import (
     Trained,
     gather_changes,
 )
-from gradmap.pruning.correction_records import CorrectionRecord
+from gradmap.pruning.correction_records import CorrectionRecord, stored
 
 CORRECTIONS_FILE = "corrections.safetensors"
 TRAINED_FILES = "trained{suffix}.safetensors"
@@ -42,13 +42,11 @@ def write_changes(
     """
     trained: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
-    for record in records:
-        if record.accepted:
-            (change,) = (change for change in changes[record.place] if change.kind == record.kind)
-            if isinstance(change, Trained):
-                trained |= record.stored(change.tensors)
-            else:
-                others |= record.stored(change.tensors)
+    in_order = {place: iter(of_place) for place, of_place in changes.items()}
+    for correction in stored(records):
+        change = next(in_order[correction.record.place])
+        kind = trained if isinstance(change, Trained) else others
+        kind |= correction.named(change.tensors)
     for name, tensor in (trained | others).items():
         require_finite(f"The correction {name}", tensor)
     save_file(
@@ -71,20 +69,20 @@ def read_changes(
 ) -> Changes:
     """Every accepted correction, by the weight it changes. trained_files: as `write_changes`
     returns them. Raises UserError if a file is missing, damaged, or not what the plan names."""
-    stored = load_tensors(directory / CORRECTIONS_FILE)
+    tensors = load_tensors(directory / CORRECTIONS_FILE)
     for name, sha256 in trained_files.items():
-        stored |= _read_trained(directory / name, sha256)
+        tensors |= _read_trained(directory / name, sha256)
     pairs: list[tuple[Place, Change]] = []
-    for record in records:
-        if record.accepted:
-            try:
-                change = CHANGES[record.kind](**record.own(stored))
-            except (KeyError, TypeError):
-                raise UserError(
-                    f"{directory / CORRECTIONS_FILE} lacks {record.name}, which plan.json names; "
-                    "prune again."
-                ) from None
-            pairs.append((record.place, change))
+    for correction in stored(records):
+        record = correction.record
+        try:
+            change = CHANGES[record.kind](**correction.own(tensors))
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{directory / CORRECTIONS_FILE} lacks {correction.name}, which plan.json names; "
+                "prune again."
+            ) from None
+        pairs.append((record.place, change))
     return gather_changes(pairs)
 
 

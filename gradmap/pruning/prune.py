@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,6 @@ from gradmap.common.finite import require_finite_weights
 from gradmap.common.flags import flag_of
 from gradmap.common.outputs import output_directory
 from gradmap.common.processes import is_main_process
-from gradmap.common.reading import checked
 from gradmap.data.calibration import Calibration, build_calibration
 from gradmap.methods.base import Method
 from gradmap.methods.compensation import Compensation, Pruned
@@ -33,6 +32,7 @@ from gradmap.model.architectures import architecture_of
 from gradmap.model.batching import Batches, forward_batch
 from gradmap.model.checkpoint import Checkpoint
 from gradmap.model.configs import layer_count
+from gradmap.model.corrections import Changes
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from gradmap.model.precision import computing_in
@@ -46,12 +46,9 @@ from gradmap.pruning.plan import (
     CalibrationRecord,
     Plan,
     StepRecord,
-    load_calibration_ids,
-    load_plan,
-    require_same_model,
     save_plan,
 )
-from gradmap.pruning.settings import ALWAYS, OF_REPAIR, OF_SELECTION, PruneSettings
+from gradmap.pruning.settings import ALWAYS, OF_SELECTION, PruneSettings
 
 # In a journal's key: an interrupted run goes on with the samples that its budget once gave it.
 BUDGET, SAMPLES = "--budget-minutes", "--samples"
@@ -67,7 +64,7 @@ def prune(
     the same.
     """
     check_settings(checkpoint, settings)
-    with _writing_plan(out):
+    with writing_plan(out):
         return _prune(checkpoint, settings, out, resume)
 
 
@@ -86,54 +83,22 @@ def _prune(checkpoint: Checkpoint, settings: PruneSettings, out: Path, resume: b
     drawn = build_calibration(
         tokenizer, settings.calibration, samples, settings.tokens, settings.seed
     )
-    calibration = _holding_out(drawn, settings.held_out)
+    calibration = holding_out(drawn, settings.held_out)
     journal = Journal.beside(out, journal_key(checkpoint, settings, calibration))
     done = journal.open(resume)
-    plan = _make_plan(checkpoint, settings, calibration, out, done, journal.write)
+    plan, changes = make_plan(checkpoint, settings, calibration, done, journal.write)
     if is_main_process():
+        save_plan(out, plan, changes, calibration.input_ids)
         journal.remove()
     return plan
 
 
-def prune_less(
-    checkpoint: Checkpoint, plan_directory: Path, wanted: PruneSettings, out: Path
-) -> Plan:
-    """Makes the plan for fewer layers out of one for more: removals are nested, corrections are
-    computed anew.
-
-    wanted: how many layers, how to repair, and on which device; the rest is as it was for the
-    larger plan. Raises UserError if that is another model's or has fewer layers.
-    """
-    larger = load_plan(plan_directory)
-    require_same_model(larger, checkpoint)
-    if not 1 <= wanted.remove <= len(larger.removal_order):
-        raise UserError(
-            f"The plan in {plan_directory} removes {len(larger.removal_order)} layers, so that "
-            f"--remove cannot be {wanted.remove}; give 1 to {len(larger.removal_order)}."
-        )
-    recipe = checked(PruneSettings, larger.recipe, plan_directory / PLAN_FILE)
-    if not selector(recipe.selector).nested and wanted.remove < len(larger.removal_order):
-        raise UserError(
-            f"--selector {recipe.selector} chooses {wanted.remove} layers otherwise than "
-            f"{len(larger.removal_order)}, so that the plan in {plan_directory} does not hold that "
-            f"choice; prune again with --remove {wanted.remove}."
-        )
-    settings = recipe.model_copy(update={name: getattr(wanted, name) for name in OF_REPAIR})
-    check_settings(checkpoint, settings)
-    record, input_ids = larger.calibration, load_calibration_ids(plan_directory, larger)
-    drawn = Calibration(record.source, record.seed, input_ids, record.bos)
-    calibration = _holding_out(drawn, settings.held_out)
-    steps = [Step(step.scores, tuple(step.removed)) for step in larger.steps]
-    with _writing_plan(out):
-        return _make_plan(checkpoint, settings, calibration, out, steps, lambda steps: None)
-
-
-def _writing_plan(out: Path) -> AbstractContextManager[None]:
+def writing_plan(out: Path) -> AbstractContextManager[None]:
     """Holds the place of the plan; of several processes, one writes."""
     return output_directory(out, PLAN_FILE) if is_main_process() else nullcontext()
 
 
-def _holding_out(calibration: Calibration, held_out: int | None) -> Calibration:
+def holding_out(calibration: Calibration, held_out: int | None) -> Calibration:
     samples = len(calibration.input_ids)
     if held_out is not None and held_out >= samples:
         raise UserError(
@@ -143,15 +108,16 @@ def _holding_out(calibration: Calibration, held_out: int | None) -> Calibration:
     return replace(calibration, held_out=held_out)
 
 
-def _make_plan(
+def make_plan(
     checkpoint: Checkpoint,
     settings: PruneSettings,
     calibration: Calibration,
-    out: Path,
-    done: list[Step],
-    keep: Callable[[list[Step]], None],
-) -> Plan:
-    """Both stages. done: decisions made before; keep: told of all of them after every new one."""
+    done: Sequence[Step],
+    keep: Callable[[list[Step]], None] = lambda steps: None,
+    begun: Callable[[LayeredModel], AbstractContextManager[None]] = lambda model: nullcontext(),
+) -> tuple[Plan, Changes]:
+    """Both stages: the plan, and the changes that it accepted. done: decisions made before; keep:
+    told of all of them after every new one; begun: the model is what it makes of it."""
     dtype = found_dtype(checkpoint, settings)
     network = load_model(checkpoint, dtype, settings.device, streamed=settings.stream)
     require_finite_weights(network.named_parameters())
@@ -164,22 +130,20 @@ def _make_plan(
         keep(steps)
 
     costs = StageCosts()
-    with process_group(model.device), computing_in(dtype, network):
+    with process_group(model.device), computing_in(dtype, network), begun(model):
         with costs.measured("select", model.device), waiting("Choosing layers"):
             selection = _choose(model, settings, calibration, done, record)
         with costs.measured("compensate", model.device), waiting("Repairing what is left"):
             compensation = _repair(model, settings, calibration, selection)
     plan = _describe_plan(checkpoint, settings, calibration, selection, compensation, costs)
-    if is_main_process():
-        save_plan(out, plan, compensation.changes, calibration.input_ids)
-    return plan
+    return plan, compensation.changes
 
 
 def _choose(
     model: LayeredModel,
     settings: PruneSettings,
     calibration: Calibration,
-    done: list[Step],
+    done: Sequence[Step],
     record: Callable[[Step], None],
 ) -> Selection:
     method = selector(settings.selector)

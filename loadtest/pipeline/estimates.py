@@ -112,16 +112,30 @@ def estimate_stages(recipe: Recipe, speeds: Speeds) -> dict[str, Estimate]:
     remove = layers_to_remove(speeds.config, recipe.prune.remove, recipe.prune.ratio)
     require_removable(remove, shape.layers, recipe.model)
     left = shape.layers - remove
-    plan = {"prune": _estimate_prune(recipe.prune, shape, remove, speeds)}
-    if recipe.heal is not None:
-        plan["heal"] = _estimate_heal(recipe.heal, shape, remove, speeds)
     return {
-        **plan,
+        **_estimate_plan(recipe, shape, remove, speeds),
         "eval": _estimate_eval(recipe, shape, left, speeds),
         "export": _estimate_export(recipe, shape, left, recipe.export.formats, speeds),
         "baseline": _estimate_export(recipe, shape, shape.layers, [SERVED_FORMAT], speeds),
         "loadtest": _estimate_load_test(recipe.loadtest, shape, left, speeds),
     }
+
+
+def _estimate_plan(
+    recipe: Recipe, shape: Shape, remove: int, speeds: Speeds
+) -> dict[str, Estimate]:
+    """The stages that make it."""
+    asked = recipe.heal
+    if asked is None:
+        return {"prune": _estimate_prune(recipe.prune, shape, remove, speeds)}
+    found: dict[str, Estimate] = {}
+    gone = 0
+    for count, behind in [*((count, f"-{count}") for count in asked.schedule), (remove, "")]:
+        left = replace(shape, layers=shape.layers - gone)
+        found[f"prune{behind}"] = _estimate_prune(recipe.prune, left, count - gone, speeds)
+        found[f"heal{behind}"] = _estimate_heal(asked.of_each, shape, count, speeds)
+        gone = count
+    return found
 
 
 def _estimate_prune(section: PruneSection, shape: Shape, remove: int, speeds: Speeds) -> Estimate:
@@ -245,7 +259,7 @@ def misfits(estimates: Mapping[str, Estimate]) -> list[str]:
             sentences.append(
                 f"{name} needs about {estimate.peak_bytes / 1e9:.0f} GB of memory and "
                 f"{estimate.available_bytes / 1e9:.0f} GB are available: it does not fit; "
-                f"{CURES[name]}."
+                f"{CURES[name.partition('-')[0]]}."
             )
     return sentences
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,39 @@ class PruneSection(PruneOptions):
     """Here the calibration texts have to be named."""
 
     calibration: str
+
+
+class HealSection(HealOptions):
+    """schedule: the counts at which removal waits for the model to be healed."""
+
+    schedule: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[],
+        description="Heal the model when so many layers are gone, and remove on from what it has "
+        "become; the budget is shared equally, with what heals the last one.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        if self.schedule != sorted(set(self.schedule)):
+            raise ValueError("schedule must name each count once, the lowest first")
+        parts = len(self.schedule) + 1
+        if self.budget_tokens is not None and self.budget_tokens < parts * self.tokens_in_step:
+            raise ValueError(
+                f"the budget of {self.budget_tokens} tokens is shared by {parts} healings, less "
+                f"than a step of {self.tokens_in_step} for each; give more, or a shorter schedule"
+            )
+        return self
+
+    @property
+    def of_each(self) -> HealOptions:
+        """Of every healing."""
+        parts = len(self.schedule) + 1
+        asked = self.model_dump(exclude_unset=True, exclude={"schedule"})
+        if self.budget_tokens is not None:
+            asked["budget_tokens"] = self.budget_tokens // parts
+        if self.budget_minutes is not None:
+            asked["budget_minutes"] = self.budget_minutes / parts
+        return HealOptions(**asked)
 
 
 class ExportSection(ExportOptions):
@@ -54,7 +87,7 @@ class Recipe(Strict):
     gguf_file: str | None = None
     allow_pickle: bool | None = None
     prune: PruneSection
-    heal: HealOptions | None = None
+    heal: HealSection | None = None
     export: ExportSection = ExportSection()
     eval: EvalSection
     quality: QualityOptions = QualityOptions()

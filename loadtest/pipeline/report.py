@@ -128,13 +128,13 @@ def render_html(findings: Findings) -> str:
     contents = result.model_dump()
     drawings = {
         "importance": draw_removal(plan),
-        "healing": draw_healing(plan.healing[-1]) if plan.healing else "",
         "perplexity": draw_perplexity(result) if result.texts else "",
         "accuracy": draw_accuracy(result) if result.tasks else "",
     }
     return render_template(
         TEMPLATE,
         plan=plan,
+        healings=[(healing, Markup(draw_healing(healing))) for healing in plan.healing],
         forecasts=forecasts(plan.healing[-1].curve) if plan.healing else [],
         result=result,
         rows=summary_rows(findings),

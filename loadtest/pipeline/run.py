@@ -28,6 +28,7 @@ from loadtest.pipeline.stages import (
     require_evaluation,
     require_formats,
     require_inputs,
+    require_schedule,
 )
 
 RECIPE_COPY = "recipe.yaml"
@@ -50,9 +51,9 @@ def run_recipe(recipe_path: Path, out: Path, from_stage: str | None, fresh: bool
     forced_from = _forced_from(names, from_stage, fresh)
     require_inputs(recipe, stages)
     require_evaluation(recipe)
-    require_formats(
-        recipe, open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config
-    )
+    config = open_checkpoint(recipe.model, recipe.gguf_file, bool(recipe.allow_pickle)).config
+    require_schedule(recipe, config)
+    require_formats(recipe, config)
     with results_in(out, RECIPE_COPY):
         write_text(out / RECIPE_COPY, read_text(recipe_path))
         for number, stage in enumerate(stages):
@@ -127,6 +128,7 @@ def plan_run(
     require_inputs(recipe, stages)
     require_evaluation(recipe)
     config = read_config(recipe.model, recipe.gguf_file)
+    require_schedule(recipe, config)
     require_formats(recipe, config)
     refuse_foreign_directory(out, RECIPE_COPY)
     estimates = estimate_stages(recipe, Speeds(config, measure_disk(cache_directory())))

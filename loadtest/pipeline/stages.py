@@ -24,9 +24,10 @@ from gradmap.healing.options import HealOptions
 from gradmap.healing.tracking import require_trackers
 from gradmap.model.loading import resolve_device
 from gradmap.model.precision import weights_dtype
+from gradmap.pruning.checks import layers_to_remove
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from loadtest.outcome import measured_facts
-from loadtest.pipeline.recipe import Recipe
+from loadtest.pipeline.recipe import PruneSection, Recipe
 from loadtest.records import REPORTS
 from loadtest.schema import SCHEMA_VERSION as LOAD_TEST_SCHEMA
 
@@ -46,6 +47,13 @@ class Places:
     def unhealed(self) -> Path:
         """The plan before it is healed, if it is."""
         return self.out / "unhealed"
+
+    def unhealed_without(self, count: int) -> Path:
+        """The plan on the way, before it is healed without so many layers; and behind that."""
+        return self.out / "schedule" / f"unhealed-{count}"
+
+    def healed_without(self, count: int) -> Path:
+        return self.out / "schedule" / f"plan-{count}"
 
     @property
     def evaluation(self) -> Path:
@@ -78,30 +86,50 @@ def plan_stages(recipe: Recipe, out: Path) -> list[Stage]:
 
 def _plan_stages(recipe: Recipe, places: Places) -> list[Stage]:
     """Those that make the plan."""
-    if recipe.heal is None:
-        return [_prune_stage(recipe, places.plan)]
-    return [_prune_stage(recipe, places.unhealed), _heal_stage(recipe, recipe.heal, places)]
+    asked = recipe.heal
+    if asked is None:
+        return [_prune_stage("prune", recipe, recipe.prune, places.plan)]
+    stages: list[Stage] = []
+    before: Path | None = None
+    for count in asked.schedule:
+        fewer = recipe.prune.model_copy(update={"remove": count, "ratio": None})
+        unhealed, healed = places.unhealed_without(count), places.healed_without(count)
+        stages += [
+            _prune_stage(f"prune-{count}", recipe, fewer, unhealed, before),
+            _heal_stage(f"heal-{count}", recipe, asked.of_each, unhealed, healed),
+        ]
+        before = healed
+    return [
+        *stages,
+        _prune_stage("prune", recipe, recipe.prune, places.unhealed, before),
+        _heal_stage("heal", recipe, asked.of_each, places.unhealed, places.plan),
+    ]
 
 
-def _prune_stage(recipe: Recipe, plan: Path) -> Stage:
-    options = flags_of(recipe.prune)
+def _prune_stage(
+    name: str, recipe: Recipe, asked: PruneSection, plan: Path, before: Path | None = None
+) -> Stage:
+    """before: the plan to go on from, if there is one."""
+    arguments = ["prune", *_model_arguments(recipe), *flags_of(asked)]
+    arguments += [] if before is None else ["--from-plan", str(before)]
+    known = [] if before is None else [before]
     return Stage(
-        "prune",
-        ("prune", *_model_arguments(recipe), *options, "--out", str(plan)),
-        inputs=(_model_files(recipe), *source_files(recipe.prune.calibration)),
+        name,
+        (*arguments, "--out", str(plan)),
+        inputs=(_model_files(recipe), *source_files(asked.calibration), *known),
         outputs=(plan,),
         schema=PLAN_SCHEMA,
     )
 
 
-def _heal_stage(recipe: Recipe, asked: HealOptions, places: Places) -> Stage:
-    arguments = ["heal", *_model_arguments(recipe), "--plan", str(places.unhealed)]
+def _heal_stage(name: str, recipe: Recipe, asked: HealOptions, unhealed: Path, plan: Path) -> Stage:
+    arguments = ["heal", *_model_arguments(recipe), "--plan", str(unhealed)]
     texts = [path for text in asked.text for path in source_files(text)]
     return Stage(
-        "heal",
-        (*arguments, *flags_of(asked), "--out", str(places.plan)),
-        inputs=(_model_files(recipe), places.unhealed, *texts),
-        outputs=(places.plan,),
+        name,
+        (*arguments, *flags_of(asked), "--out", str(plan)),
+        inputs=(_model_files(recipe), unhealed, *texts),
+        outputs=(plan,),
         schema=PLAN_SCHEMA,
     )
 
@@ -195,6 +223,18 @@ def require_inputs(recipe: Recipe, stages: Sequence[Stage]) -> None:
             if path != model and not is_within(path, written) and not path.exists():
                 raise UserError(f"{path}, which the recipe names, does not exist; check the path.")
         written += stage.outputs
+
+
+def require_schedule(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Raises UserError if a model with this config would be healed without more layers than are
+    removed."""
+    schedule = recipe.heal.schedule if recipe.heal is not None else []
+    remove = layers_to_remove(config, recipe.prune.remove, recipe.prune.ratio)
+    if schedule and schedule[-1] >= remove:
+        raise UserError(
+            f"heal.schedule heals without {schedule[-1]} layers, and {remove} are removed in all; "
+            "name lower counts, for behind the last removal the model is healed anyway."
+        )
 
 
 def require_formats(recipe: Recipe, config: dict[str, Any]) -> None:

@@ -212,6 +212,19 @@ def test_healing_is_estimated_where_a_recipe_asks_for_it(picos, word_file, speed
     assert found["heal"].peak_bytes > 0
 
 
+def test_a_schedule_takes_what_its_stages_take(picos, word_file, speeds):
+    heal = {"text": [f"file:{word_file}"], "budget_tokens": 30_000}
+    once = estimate_stages(recipe_of(picos, word_file, heal=heal), speeds)
+    found = estimate_stages(recipe_of(picos, word_file, heal=heal | {"schedule": [1]}), speeds)
+    assert list(found)[:4] == ["prune-1", "heal-1", "prune", "heal"]
+    # two layers in two turns; half of the tokens, the first of them with a layer more
+    first, both = (each.parts["choose layers"] for each in (found["prune-1"], once["prune"]))
+    assert first < both
+    assert found["heal"].seconds < found["heal-1"].seconds < once["heal"].seconds
+    too_large = replace(found["prune-1"], peak_bytes=2e9, available_bytes=1e9)
+    assert "prune-1 needs about 2 GB" in misfits({"prune-1": too_large})[0]
+
+
 def test_without_vllm_a_load_test_is_not_known(picos, word_file, speeds, monkeypatch):
     monkeypatch.setattr(estimates, "is_cpu_build", lambda: False)
     monkeypatch.setattr(estimates, "find_spec", lambda name: None)

@@ -139,6 +139,56 @@ def test_a_plan_is_healed_before_it_is_used_where_a_recipe_says_so(recipe_file, 
         assert healed[name].inputs == plain[name].inputs
 
 
+def test_a_schedule_heals_on_the_way_and_shares_the_budget(recipe_file, tmp_path):
+    asked = HEAL.replace("{", "{schedule: [1, 2], ").replace("4096", "9216")
+    recipe_file.write_text(
+        recipe_file.read_text().replace("remove: 2", "remove: 4") + "heal: " + asked
+    )
+    stages = plan_stages(load_recipe(recipe_file), tmp_path)
+    names = ["prune-1", "heal-1", "prune-2", "heal-2", "prune", "heal"]
+    assert [stage.name for stage in stages] == [*names, *NAMES[1:]]
+    made = dict(zip(names, stages, strict=False))
+    assert "--remove=1" in made["prune-1"].arguments
+    assert "--from-plan" not in made["prune-1"].arguments
+    for before, pruned, count in (("heal-1", "prune-2", 2), ("heal-2", "prune", 4)):
+        (plan,) = made[before].outputs
+        arguments = made[pruned].arguments
+        assert arguments[arguments.index("--from-plan") + 1] == str(plan)
+        assert plan in made[pruned].inputs
+        assert f"--remove={count}" in arguments
+    for number in range(0, len(names), 2):
+        assert stages[number].outputs[0] in stages[number + 1].inputs
+        assert "--budget-tokens=3072" in stages[number + 1].arguments
+    last = {output for name in names for output in made[name].outputs}
+    assert len(last) == len(names)
+    assert made["heal"].outputs == (tmp_path / "plan",)
+
+
+@pytest.mark.parametrize("refuse", [run_recipe, plan_run])
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("[2]", "heal.schedule heals without 2 layers, and 2 are removed in all"),
+        ("[2, 1]", "schedule must name each count once, the lowest first"),
+        ("[0]", "greater than or equal to 1"),
+        ("[1]", "shared by 2 healings, less than a step of 4096"),
+    ],
+)
+def test_a_schedule_that_cannot_be_kept_is_refused(
+    recipe_file, tmp_path, refuse, schedule, message
+):
+    budget = 4096 if "shared" in message else 3 * 4096
+    (text := tmp_path / "a.txt").write_text("text")
+    recipe_file.write_text(
+        recipe_file.read_text()
+        + f'heal: {{text: ["file:{text}"], schedule: {schedule}, step_tokens: 4096, '
+        f"budget_tokens: {budget}}}"
+    )
+    with pytest.raises(UserError, match=message):
+        refuse(recipe_file, tmp_path / "out", None, False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_depends_on_its_command_and_its_inputs(tmp_path):
     (tmp_path / "text.jsonl").write_text("a")
     recipe = """

@@ -134,13 +134,15 @@ def test_what_more_healing_would_bring_is_beside_its_curve(run_directory, looks,
         for look in range(looks + 1)
     ]
     recipe = {"text": ["file:a.txt"], "tokens": 16, "budget_tokens": 1000 * looks}
-    healing = {"recipe": recipe, "samples": 1, "bos": None, "sha256": "", "passes": {}}
-    write_json(file, json.loads(file.read_text()) | {"healing": [healing | {"curve": curve}]})
+    last = {"recipe": recipe, "samples": 1, "bos": None, "sha256": "", "passes": {}, "curve": curve}
+    healings = [last | {"removed": 1, "curve": curve[:2]}, last]
+    write_json(file, json.loads(file.read_text()) | {"healing": healings})
     assert gradmap("report", run_directory).returncode == 1
     page = (run_directory / "report.html").read_text()
     assert "Healing on 1 × 16 tokens" in page
+    assert re.search(r"Healing without 1 of \d+ layers on 1 × 16 tokens", page)
     assert page.count("estimates from this curve, with 90% intervals") == said
-    for forecast in forecasts(load_plan(run_directory / "plan").healing[0].curve):
+    for forecast in forecasts(load_plan(run_directory / "plan").healing[-1].curve):
         assert f"{forecast.describe()} with {forecast.title}" in page
 
 

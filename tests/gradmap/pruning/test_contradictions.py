@@ -125,5 +125,5 @@ def test_the_sublayer_that_stayed_of_a_layer_is_corrected(saved, layer, target):
 
 def test_a_plan_from_before_pairs_is_refused_by_its_number(saved):
     rewrite(saved, schema_version=4)
-    with pytest.raises(UserError, match="has plan schema 4, this version reads 5 to 7; prune"):
+    with pytest.raises(UserError, match="has plan schema 4, this version reads 5 to 8; prune"):
         load_plan(saved)

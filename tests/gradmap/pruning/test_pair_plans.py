@@ -6,9 +6,10 @@ import pytest
 
 from gradmap.common.errors import UserError
 from gradmap.model.sublayers import candidates, sublayers_left
+from gradmap.pruning.from_plan import prune_from_plan
 from gradmap.pruning.plan import load_calibration_ids, load_plan
 from gradmap.pruning.presets import choose_methods
-from gradmap.pruning.prune import prune, prune_less
+from gradmap.pruning.prune import prune
 from gradmap.pruning.settings import PruneSettings
 from tests.command_line import gradmap
 from tests.families import LAYERS
@@ -61,7 +62,7 @@ def test_a_plan_of_pairs_can_be_recomputed_from_its_own_files(planned, picos):
 def test_a_larger_plan_of_pairs_holds_every_smaller_one(planned, picos, word_file, tmp_path):
     checkpoint = picos[FAMILY].checkpoint
     prune(checkpoint, settings(word_file, 2), tmp_path / "direct")
-    prune_less(checkpoint, planned, settings(word_file, 2), tmp_path / "nested")
+    prune_from_plan(checkpoint, planned, settings(word_file, 2), tmp_path / "nested")
     assert recorded(tmp_path / "nested") == recorded(tmp_path / "direct")
     assert recorded(tmp_path / "nested")["removal_order"] == recorded(planned)["removal_order"][:2]
     assert load_plan(tmp_path / "nested").recipe["unit"] == "pair"
@@ -72,7 +73,7 @@ def test_a_compensator_that_needs_whole_layers_does_not_repair_a_plan_of_pairs(
 ):
     wanted = settings(word_file, 2, compensator="gradpruner", unit="layer")
     with pytest.raises(UserError, match="merges layers, so that whole layers must go"):
-        prune_less(picos[FAMILY].checkpoint, planned, wanted, tmp_path / "plan")
+        prune_from_plan(picos[FAMILY].checkpoint, planned, wanted, tmp_path / "plan")
 
 
 def go_on_after_two(checkpoint, asked, tmp_path, monkeypatch):

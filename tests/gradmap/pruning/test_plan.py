@@ -21,7 +21,12 @@ DOWN = "mlp.down_proj"
 CHANGES = {
     Place(0, DOWN): (Projection(torch.eye(2)), LowRank(torch.ones(1, 3), torch.ones(2, 1))),
     Place(2, "mlp"): (Update(torch.ones(2, 3)),),
-    Place(2, DOWN): (Update(torch.zeros(2, 3)), Scale(torch.tensor(0.5))),
+    # two of a kind, as a plan has them that was gone on from
+    Place(2, DOWN): (
+        Update(torch.zeros(2, 3)),
+        Scale(torch.tensor(0.5)),
+        Update(torch.full((2, 3), 3.0)),
+    ),
     Place(0, "self_attn.o_proj"): (
         Trained(torch.full((2, 3), 0.1, dtype=torch.bfloat16)),
         Projection(torch.eye(2)),
@@ -103,13 +108,8 @@ def test_a_correction_without_its_tensors_is_named(saved):
         load_changes(saved, plan.model_copy(update={"corrections": [moved]}))
 
 
-def test_two_corrections_that_would_share_their_tensors_are_refused(saved):
-    plan = load_plan(saved)
-    twice = plan.model_copy(update={"corrections": [*plan.corrections, plan.corrections[0]]})
-    ids = torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(UserError, match="would share their tensors"):
-        save_plan(saved.with_name("twice"), twice, {}, ids)
-    assert not saved.with_name("twice").exists()
+def test_a_correction_that_was_left_out_may_be_of_a_weight_that_has_its_like(saved):
+    plan, ids = load_plan(saved), torch.zeros(1, 1, dtype=torch.int64)
     again = plan.corrections[0].model_copy(update={"accepted": False})
     left_out = plan.model_copy(update={"corrections": [*plan.corrections, again]})
     save_plan(saved.with_name("left-out"), left_out, CHANGES, ids)

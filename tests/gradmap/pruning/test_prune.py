@@ -220,7 +220,7 @@ def test_a_tampered_plan_is_refused(planned, tmp_path):
     contents = json.loads((planned[1] / "plan.json").read_text())
     for key, value, message in (
         ("schema_version", 99, "schema 99"),
-        ("schema_version", 3, "plan schema 3, this version reads 5 to 7; prune again"),
+        ("schema_version", 3, "plan schema 3, this version reads 5 to 8; prune again"),
         ("removal_order", contents["removal_order"][::-1], "contradicts itself"),
         ("surprise", 1, "surprise"),
     ):
