@@ -23,10 +23,10 @@ from gradmap.common.errors import UserError
 from gradmap.common.files import write_json
 from gradmap.data.texts import read_texts
 from gradmap.evaluation.contamination import CalibratedOn
-from gradmap.evaluation.ends import end_tokens
 from gradmap.evaluation.result import read_evaluation
 from gradmap.evaluation.table import describe_retained, tabulate
 from gradmap.model.checkpoint import open_checkpoint
+from gradmap.model.ends import end_tokens
 from gradmap.model.loading import load_tokenizer
 from gradmap.model.model_sizes import read_sizes
 from gradmap.model.safetensors_reader import list_tensors

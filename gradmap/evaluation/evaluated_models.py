@@ -17,8 +17,8 @@ from gradmap.common.files import sha256_file
 from gradmap.common.finite import require_finite_weights
 from gradmap.common.reading import read_json_object
 from gradmap.evaluation.backends import Backend
-from gradmap.evaluation.ends import end_tokens
 from gradmap.model.checkpoint import Checkpoint, is_quantised, open_checkpoint
+from gradmap.model.ends import end_tokens
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, resolve_device, resolve_dtype
 from gradmap.model.model_sizes import read_sizes

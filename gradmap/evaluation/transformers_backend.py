@@ -22,7 +22,6 @@ from gradmap.common.errors import UserError
 from gradmap.common.failures import is_out_of_memory
 from gradmap.common.finite import require_finite
 from gradmap.evaluation.backends import LOGITS, UNLIMITED_TOKENS, IsDone, Score, ScoreRequest, never
-from gradmap.evaluation.ends import until_end
 from gradmap.evaluation.packing import (
     Pack,
     Together,
@@ -30,6 +29,7 @@ from gradmap.evaluation.packing import (
     predicting_rows,
     what_goes_together,
 )
+from gradmap.model.ends import until_end
 from gradmap.model.model_sizes import context_length
 from gradmap.model.precision import computing_in
 

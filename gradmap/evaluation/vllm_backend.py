@@ -3,18 +3,14 @@ served."""
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmap.common.errors import UserError
-from gradmap.common.orphans import Watch
 from gradmap.evaluation.backends import IsDone, Score, ScoreRequest, never
-from gradmap.evaluation.ends import until_end
+from gradmap.model.ends import until_end
 from gradmap.model.model_sizes import context_length
-from gradmap.runtimes.vllm_environment import threads_within_quota, vllm_defaults
+from gradmap.runtimes.vllm_engine import VllmEngine
 
 MAX_TOKENS = 4096
 
@@ -28,37 +24,19 @@ class VllmBackend:
     def __init__(
         self, directory: Path, config: Mapping[str, Any], dtype: str, end_tokens: Sequence[int]
     ) -> None:
-        defaults = vllm_defaults() | threads_within_quota() | {"VLLM_LOGGING_LEVEL": "ERROR"}
-        for variable, value in defaults.items():
-            os.environ.setdefault(variable, value)
-        try:
-            from vllm import LLM
-        except ImportError:
-            raise UserError(
-                "vLLM is not installed; pip install 'gradmap[gpu]', or 'gradmap[cpu]'."
-            ) from None
         window = min(MAX_TOKENS, context_length(config) or MAX_TOKENS)
-        # Compiling takes longer than an evaluation on a CPU; scores are the same.
-        self._llm = LLM(
-            str(directory),
-            dtype=dtype,
-            max_model_len=window,
-            enforce_eager=True,
-            max_logprobs=1,
-            trust_remote_code=False,
-        )
-        self._watch = Watch()
+        self._engine = VllmEngine(directory, dtype, window)
         # vLLM reads the whole request, and insists on generating a token after it.
         self.max_tokens = window - 2
         self.vocabulary: int | None = int(config["vocab_size"])
-        own = self._llm.get_tokenizer().eos_token_id
+        own = self._engine.end_token
         self.end_tokens = {*end_tokens, *([] if own is None else [own])}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        outputs = self._generate(
+        outputs = self._engine.generate(
             [request.context + request.continuation for request in requests], sampling
         )
         return [
@@ -74,23 +52,13 @@ class VllmBackend:
     ) -> list[list[int]]:
         from vllm import SamplingParams
 
-        outputs = self._generate(
+        outputs = self._engine.generate(
             prompts, SamplingParams(max_tokens=new_tokens, temperature=0, detokenize=False)
         )
         return [until_end(output.outputs[0].token_ids, self.end_tokens) for output in outputs]
 
     def close(self) -> None:
-        """Ends vLLM's own process, so that the next model has the memory."""
-        self._llm.llm_engine.engine_core.shutdown()
-        self._watch.close()
-        del self._llm
-        gc.collect()
-
-    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Any) -> list[Any]:
-        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        # its progress bar divides by zero where TQDM_DISABLE is set
-        outputs: list[Any] = self._llm.generate(inputs, sampling, use_tqdm=False)
-        return outputs
+        self._engine.close()
 
 
 def _prompt_logprobs(output: Any) -> list[tuple[float, int]]:

@@ -72,6 +72,7 @@ def heal(
     require_same_model(plan, checkpoint)
     changes = load_changes(plan_directory, plan)
     _require_work_for_all(options)
+    _require_positions(checkpoint, options)
     key = _key(checkpoint, plan, plan_directory, options)
     with output_directory(out, PLAN_FILE) if is_main_process() else nullcontext():
         tokenizer = load_tokenizer(checkpoint.directory)
@@ -103,6 +104,11 @@ def _require_work_for_all(options: HealOptions) -> None:
             f"A step of {samples} samples cannot be shared by {count} processes; give "
             f"--step-tokens {count * options.tokens} or more."
         )
+    if options.writer == "vllm" and count > 1:
+        raise UserError(
+            "vLLM is not started among several processes; run the command in one first, until "
+            "training begins: what was written is kept, and read by all of them."
+        )
     if not options.shard:
         return
     if count == 1:
@@ -115,6 +121,22 @@ def _require_work_for_all(options: HealOptions) -> None:
             f"With --shard every process has as much to do: steps of {samples} samples "
             f"(--step-tokens / --tokens) and {options.held_out} --held-out samples are not "
             f"multiples of {count} processes."
+        )
+
+
+def _require_positions(checkpoint: Checkpoint, options: HealOptions) -> None:
+    positions = checkpoint.positions
+    if positions is None:
+        return
+    if options.tokens > positions:
+        raise UserError(
+            f"{checkpoint.name} takes {positions} tokens at once; lower --tokens to that."
+        )
+    answers = options.chat and options.written is not None
+    if answers and 2 * options.tokens > positions:
+        raise UserError(
+            f"A question and its answer may have {2 * options.tokens} tokens together, and "
+            f"{checkpoint.name} takes {positions}; lower --tokens to {positions // 2}."
         )
 
 

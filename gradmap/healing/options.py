@@ -37,6 +37,9 @@ class HealOptions(ComputingOptions):
         description="The dense model itself writes so many tokens: one more text, the last in "
         "--mix. With --chat it answers the conversations' first questions.",
     )
+    writer: Literal["transformers", "vllm"] = Field(
+        "transformers", description="What runs the dense model while it writes."
+    )
     tokens: int = Field(128, ge=2, description="Tokens per sample, with BOS.")
     step_tokens: int = Field(1024, ge=1, description="Tokens per step of training, about.")
     budget_tokens: int | None = Field(None, ge=1, description="Train on so many tokens.")
@@ -83,6 +86,11 @@ class HealOptions(ComputingOptions):
                 f"--mix has {len(self.mix)} weights for {self._mixed} texts; give one for each "
                 "--text, in the same order, and for --written the last"
             )
+        if self.writer != "transformers" and self.written is None:
+            raise ValueError(
+                f"--writer {self.writer} runs the model while it writes, and it writes nothing; "
+                "give --written"
+            )
         if (self.budget_tokens is None) == (self.budget_minutes is None):
             raise ValueError("give --budget-tokens or --budget-minutes, one of the two")
         if self.budget_tokens is not None and self.budget_tokens < self.tokens_in_step:
@@ -109,9 +117,9 @@ class HealOptions(ComputingOptions):
         return asked | {"learning_rate": self.highest_rate}
 
     @property
-    def drawing(self) -> tuple[Mixture, int | None]:
+    def drawing(self) -> tuple[Mixture, int | None, str]:
         """What the order of samples depends on, texts themselves aside."""
-        return self.mixture, self.written
+        return self.mixture, self.written, self.writer
 
     @property
     def samples_in_step(self) -> int:

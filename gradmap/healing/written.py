@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from gradmap.common.console import progress, say
 from gradmap.common.files import atomic_file, cache_directory, sha256_json
@@ -21,6 +21,7 @@ from gradmap.common.reading import MALFORMED
 from gradmap.data.calibration import bos_of
 from gradmap.data.prompts import enough_to_write, questions
 from gradmap.healing.options import HealOptions
+from gradmap.healing.vllm_writer import VllmWriter
 from gradmap.methods.writing import (
     WRITTEN_TOGETHER,
     draw_prompts,
@@ -30,9 +31,11 @@ from gradmap.methods.writing import (
 )
 from gradmap.model.architectures import architecture_of
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.model.ends import end_tokens
 from gradmap.model.layered import LayeredModel
 from gradmap.model.loading import load_model, resolve_device, resolve_dtype
 from gradmap.model.precision import computing_in
+from gradmap.runtimes.vllm_environment import vllm_dtype
 
 # Part of the key; raised when what is written for the same key changes.
 WRITING = 1
@@ -40,6 +43,9 @@ WRITING = 1
 MOST_GROUPS = 16
 
 Ids = tuple[int, ...]
+# Prompts, and what follows each: of these prompts, so many tokens at most, when so many texts were
+# written before. Is told how many tokens more there are.
+Continued = Callable[[Sequence[list[int]], int, int, Callable[[int], None]], list[Ids]]
 
 
 def written_documents(
@@ -59,7 +65,9 @@ def written_documents(
         "model": checkpoint.file_hashes,
         "prompts": sha256_json(prompts),
         "dtype": dtype,
-        **{name: getattr(options, name) for name in ("written", "tokens", "chat", "seed")},
+        **{
+            name: getattr(options, name) for name in ("written", "writer", "tokens", "chat", "seed")
+        },
     }
     path = cache_directory() / "written" / f"{sha256_json(key)}.safetensors"
     with writing(path, wait=True):
@@ -95,28 +103,31 @@ def _write(
     dtype: str,
     tokenizer: Any,
 ) -> list[Ids]:
+    ends = _end_tokens(checkpoint, tokenizer) if options.chat else frozenset[int]()
+    if options.writer == "vllm":
+        window = max(map(len, prompts)) + options.tokens
+        started = VllmWriter.started(
+            checkpoint.directory, vllm_dtype(options.dtype), window, ends, options.seed
+        )
+        with started as writer:
+            return write_until_enough(writer.continued, prompts, options)
     network = load_model(checkpoint, dtype, options.device)
     model = LayeredModel(network, architecture_of(checkpoint.config))
-    ends = _end_tokens(network, tokenizer) if options.chat else frozenset[int]()
     with computing_in(dtype, network):
-        return write_until_enough(model, prompts, options, ends)
+        return write_until_enough(partial(_continued, model, ends, options.seed), prompts, options)
 
 
-def _end_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
+def _end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
     """Behind an answer: EOS, and what else the model's generation config names."""
-    named = network.generation_config.eos_token_id
-    several = named if isinstance(named, list) else [named]
-    return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
+    named = end_tokens(checkpoint.directory, checkpoint.config)
+    return frozenset(token for token in (*named, tokenizer.eos_token_id) if token is not None)
 
 
 def write_until_enough(
-    model: LayeredModel, prompts: Sequence[list[int]], options: HealOptions, ends: Collection[int]
+    continued: Continued, prompts: Sequence[list[int]], options: HealOptions
 ) -> list[Ids]:
     """The first prompts with what the model goes on with, as many as have `--written` tokens
-    together. Each becomes as long as a sample, or has an answer of so many tokens at most.
-
-    Up to rounding the same on every device, however many are written at once.
-    """
+    together. Each becomes as long as a sample, or has an answer of so many tokens at most."""
     assert options.written is not None
     to_draw = options.tokens if options.chat else options.tokens - len(prompts[0])
     documents: list[Ids] = []
@@ -125,9 +136,7 @@ def write_until_enough(
         while lacking > 0:
             groups = min(MOST_GROUPS, math.ceil(lacking / options.tokens / WRITTEN_TOGETHER))
             asked = prompts[len(documents) :][: groups * WRITTEN_TOGETHER]
-            seed = options.seed + len(documents) // WRITTEN_TOGETHER
-            numbers = uniform_numbers(len(asked), to_draw, seed)
-            written = _continued(model, asked, numbers, ends, advance)
+            written = continued(asked, to_draw, len(documents), advance)
             documents += written
             lacking -= sum(map(len, written))
     return _first(documents, options.written)
@@ -135,12 +144,18 @@ def write_until_enough(
 
 def _continued(
     model: LayeredModel,
-    prompts: Sequence[list[int]],
-    numbers: Tensor,
     ends: Collection[int],
+    seed: int,
+    prompts: Sequence[list[int]],
+    most: int,
+    first: int,
     advance: Callable[[int], None],
 ) -> list[Ids]:
-    """In the prompts' order; those of about the same length are continued together."""
+    """By transformers, up to rounding the same on every device, however many are written at once.
+
+    In the prompts' order; those of about the same length are continued together.
+    """
+    numbers = uniform_numbers(len(prompts), most, seed + first // WRITTEN_TOGETHER)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     longest = len(prompts[order[-1]]) + numbers.shape[1]
     together = written_together(model, torch.tensor(prompts[:1]), longest)

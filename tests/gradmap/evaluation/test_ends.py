@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from gradmap.common.errors import UserError
 from gradmap.common.reading import read_json
-from gradmap.evaluation.ends import end_tokens, until_end
 from gradmap.evaluation.evaluated_models import Where, find_models
+from gradmap.model.ends import end_tokens, until_end
 
 PROMPT = [5, 6, 7]
 

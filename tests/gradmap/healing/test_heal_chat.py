@@ -27,7 +27,9 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def pico(tmp_path_factory):
-    pico = make_pico("llama", tmp_path_factory.mktemp("chat") / "llama")
+    directory = tmp_path_factory.mktemp("chat") / "llama"
+    # vLLM has no kernel for narrower heads
+    pico = make_pico("llama", directory, head_dim=32, max_position_embeddings=2 * TOKENS)
     tokenizer = load_tokenizer(pico.directory)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(pico.directory)
@@ -214,3 +216,61 @@ def test_a_conversation_that_nobody_asks_in_is_refused(pico, options, tmp_path):
     asked = with_written(options, text=[f"file:{path}#messages"])
     with pytest.raises(UserError, match="--written has nothing to answer"):
         prompts_of(asked, load_tokenizer(pico.directory))
+
+
+@pytest.mark.alone
+def test_vllm_writes_what_transformers_might_have(pico, plan, conversations, tmp_path, cache):
+    text = f"file:{conversations}#messages"
+    arguments = (
+        *("heal", "--model", pico.directory, "--plan", plan, "--text", text, "--chat"),
+        *("--written", 2000, "--writer", "vllm", "--dtype", "float32", "--held-out", 4),
+        *("--tokens", TOKENS, "--step-tokens", STEP, "--budget-tokens", STEP),
+    )
+    finished = gradmap(*arguments, "--out", tmp_path / "healed")
+    assert finished.returncode == 0, finished.stderr
+    asked = HealOptions(**load_plan(tmp_path / "healed").healing[0].recipe)
+    tokenizer, model = load_tokenizer(pico.directory), pico.load()
+    documents = written_documents(pico.checkpoint, asked, tokenizer)
+    surprises = []
+    for document, prompt in zip(documents, prompts_of(asked, tokenizer), strict=False):
+        answer = list(document[len(prompt) :])
+        assert list(document[: len(prompt)]) == prompt
+        assert 1 <= len(answer) <= TOKENS
+        assert len(answer) == TOKENS or answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in answer[:-1]
+        logits = model(input_ids=torch.tensor([document])).logits[0, len(prompt) - 1 : -1]
+        chances = logits.log_softmax(dim=-1)
+        entropies = -(chances.exp() * chances).sum(dim=-1)
+        surprises.append(-chances[range(len(answer)), answer] - entropies)
+    # drawn from the model's own distribution, tokens are as unlikely as it is uncertain
+    surprise = torch.cat(surprises)
+    assert surprise.mean().abs() < 4 * surprise.std() / len(surprise) ** 0.5
+    again = gradmap(*arguments, "--out", tmp_path / "again", "--fresh")
+    assert "wrote before is read from" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"writer": "vllm"}, "--writer vllm runs the model while it writes.*give --written"),
+        ({"writer": "llama.cpp", "written": 9}, "writer"),
+    ],
+)
+def test_a_writer_that_has_nothing_to_write_is_refused(options, changes, message):
+    with pytest.raises(ValueError, match=message):
+        HealOptions(**options.model_dump(exclude_unset=True) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 97}, "takes 96 tokens at once; lower --tokens to that"),
+        ({"tokens": 49, "written": 9}, "may have 98 tokens together.* lower --tokens to 48"),
+    ],
+)
+def test_samples_beyond_the_context_are_refused(
+    pico, plan, options, tmp_path, cache, changes, message
+):
+    with pytest.raises(UserError, match=message):
+        heal(pico.checkpoint, plan, options.model_copy(update=changes), tmp_path / "healed")
+    assert not (tmp_path / "healed").exists()
