@@ -60,26 +60,29 @@ def in_original(plan, removed):
 def test_it_is_what_pruning_the_artifact_gives(picos, word_file, tmp_path, input_ids, family, unit):
     pico = picos[family]
     compensator = "projection" if family == "mixtral" else "distil"
-    asked = {"unit": unit, "compensator": compensator}
+    # what goes first is in front of what is left, so that layers are called otherwise
+    asked = {"unit": unit, "compensator": compensator, "protect_last": 2}
     prune(pico.checkpoint, settings(word_file, 1, **asked), tmp_path / "one")
-    more = settings(word_file, 3, **asked)
-    plan = prune_from_plan(pico.checkpoint, tmp_path / "one", more, tmp_path / "three")
+    more = settings(word_file, 2, **asked)
+    plan = prune_from_plan(pico.checkpoint, tmp_path / "one", more, tmp_path / "both")
     source = open_source(pico.checkpoint, tmp_path / "one")
     export(source, tmp_path, "hf", dtype="float32")
     artifact = Pico(family, tmp_path / "hf")
-    prune(artifact.checkpoint, settings(word_file, 2, **asked), tmp_path / "two")
+    prune(artifact.checkpoint, settings(word_file, 1, **asked), tmp_path / "two")
     later = load_plan(tmp_path / "two")
     assert plan.removal_order[1:] == in_original(source.plan, later.removal_order)
     assert [len(step.scores) for step in plan.steps] == [
         *(len(step.scores) for step in source.plan.steps),
         *(len(step.scores) for step in later.steps),
     ]
+    made = zip(later.corrections, plan.corrections[-len(later.corrections) :], strict=True)
+    assert any(before.layer != correction.layer for before, correction in made)
     expected = logits_of(artifact, tmp_path / "two", input_ids)
-    found = logits_of(pico, tmp_path / "three", input_ids)
+    found = logits_of(pico, tmp_path / "both", input_ids)
     # the artifact and what is stored of corrections are rounded to float32
     assert ((found - expected).norm() / expected.norm()).item() < 1e-5
     assert torch.equal(
-        load_calibration_ids(tmp_path / "three", plan),
+        load_calibration_ids(tmp_path / "both", plan),
         load_calibration_ids(tmp_path / "one", source.plan),
     )
 
@@ -145,23 +148,42 @@ def _tokenizer(pico):
     return load_tokenizer(pico.directory)
 
 
-def test_a_run_that_was_killed_goes_on(picos, word_file, healed, tmp_path, monkeypatch, capsys):
-    checkpoint, more = picos["llama"].checkpoint, settings(word_file, 4)
-    prune_from_plan(checkpoint, healed, more, tmp_path / "whole")
+@pytest.fixture
+def killed(picos, word_file, healed, tmp_path):
+    """A run in `stopped` that chose all layers."""
 
-    def killed(*args):
+    def kill(*args):
         raise KilledError
 
-    with monkeypatch.context() as patches:
-        patches.setattr("gradmap.pruning.prune._repair", killed)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr("gradmap.pruning.prune._repair", kill)
         with pytest.raises(KilledError):
-            prune_from_plan(checkpoint, healed, more, tmp_path / "stopped")
+            prune_from_plan(
+                picos["llama"].checkpoint, healed, settings(word_file, 4), tmp_path / "stopped"
+            )
+
+
+def test_a_run_that_was_killed_goes_on(picos, word_file, healed, tmp_path, killed, capsys):
+    checkpoint, more = picos["llama"].checkpoint, settings(word_file, 4)
+    prune_from_plan(checkpoint, healed, more, tmp_path / "whole")
+    assert "Going on" not in capsys.readouterr().err
     prune_from_plan(checkpoint, healed, more, tmp_path / "stopped")
     assert "Going on after 3 decisions" in capsys.readouterr().err
     whole, resumed = (load_plan(tmp_path / name) for name in ("whole", "stopped"))
     assert resumed.steps == whole.steps
     assert resumed.corrections == whole.corrections
     assert not (tmp_path / ".stopped.journal.json").exists()
+
+
+def test_a_run_from_another_plan_begins_anew(picos, word_file, healed, tmp_path, killed, capsys):
+    """Of the same layers, but not healed."""
+    unhealed = healed.with_name("plan")
+    capsys.readouterr()
+    prune_from_plan(
+        picos["llama"].checkpoint, unhealed, settings(word_file, 4), tmp_path / "stopped"
+    )
+    told = capsys.readouterr().err
+    assert f"Starting over: the plan ({unhealed}) changed" in told and "Going on" not in told
 
 
 def test_the_command_goes_on_with_the_methods_of_the_plan(picos, word_file, healed, tmp_path):
