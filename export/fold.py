@@ -41,19 +41,22 @@ from gradmap.model.sublayers import Pair, Part, places_of_left, sublayers_of
 class FoldedTensor:
     """One tensor to write: where it comes from, and what changes it.
 
-    spec: what it becomes. quantise: whether that is then stored in eight bits.
+    spec: what it becomes. quantise: what of export.quantisation.EIGHT_BITS that is then stored as,
+    if it is.
     """
 
     source: StoredTensor
     spec: TensorSpec
     changes: tuple[Change, ...] = ()
     transposed: bool = False
-    quantise: bool = False
+    quantise: str | None = None
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
         """What is written: the tensor, or the quantised tensor and its scales."""
-        return quantised_specs(self.spec) if self.quantise else (self.spec,)
+        if self.quantise is None:
+            return (self.spec,)
+        return quantised_specs(self.spec, self.quantise)
 
     @property
     def stored_bytes(self) -> int:
@@ -66,13 +69,13 @@ def plan_fold(
     removed: Sequence[Pair],
     changes: Changes,
     dtype: torch.dtype | None,
-    quantise: bool = False,
+    quantise: str | None = None,
 ) -> list[FoldedTensor]:
     """Decides, from the checkpoint's headers alone, what becomes of every tensor.
 
-    dtype: of the floating-point tensors; None keeps each tensor's own. quantise: whether the
-    layers' linear maps are stored in eight bits. Raises UserError if a layer or a weight to correct
-    is not in the checkpoint.
+    dtype: of the floating-point tensors; None keeps each tensor's own. quantise: what
+    of export.quantisation.EIGHT_BITS the layers' linear maps are stored as, if so. Raises UserError
+    if a layer or a weight to correct is not in the checkpoint.
     """
     require_foldable(checkpoint, architecture, changes)
     places = places_of_left(layer_count(checkpoint.config), removed)
@@ -83,7 +86,7 @@ def plan_fold(
         if name is None:
             continue
         changed = architecture.places_of(source.spec.name, changes)
-        is_matrix = len(source.spec.shape) == 2
+        is_map = len(source.spec.shape) == 2 and architecture.is_of_a_layer(name)
         # a bias by itself is no map
         missing -= set() if source.spec.name.endswith(".bias") else set(changed)
         folded.append(
@@ -92,7 +95,7 @@ def plan_fold(
                 _stored_as(source, name, dtype),
                 changes=tuple(chain.from_iterable(changes[place] for place in changed)),
                 transposed=architecture.transposed_linear,
-                quantise=quantise and is_matrix and architecture.is_of_a_layer(name),
+                quantise=quantise if is_map else None,
             )
         )
     _require_complete(checkpoint, architecture, len(places) // len(Part), missing, folded)
@@ -178,8 +181,8 @@ def _folded_values(
 ) -> Iterator[Tensor]:
     values = read_tensors([tensor.source for tensor in shard])
     for tensor, value in zip(shard, values, strict=True):
-        if tensor.quantise:
-            yield from quantise_weight(_folded(value, tensor, torch.float32))
+        if tensor.quantise is not None:
+            yield from quantise_weight(_folded(value, tensor, torch.float32), tensor.quantise)
         else:
             yield _folded(value, tensor, tensor.spec.dtype)
         advance(1)

@@ -1,11 +1,14 @@
-"""Eight-bit weights for vLLM, as the compressed-tensors library defines its INT8 scheme (W8A8).
+"""Eight-bit weights for vLLM, as the compressed-tensors library defines its schemes INT8 (W8A8) and
+FP8_DYNAMIC.
 
-Data-free: every output channel's weights are rounded to the nearest of 255 steps, with one scale
-each. Activations are quantised per token while serving, so nothing else is stored.
+Data-free: every output channel's weights are rounded to the nearest of 255 steps, or to the nearest
+floating-point number of eight bits (E4M3), with one scale each. Activations are quantised per token
+while serving, so nothing else is stored.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,39 +24,58 @@ if TYPE_CHECKING:
 UNQUANTISED = ["lm_head", "re:.*project_(in|out)$"]
 
 
-def quantised_specs(spec: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+@dataclass(frozen=True)
+class EightBits:
+    """preset: what compressed-tensors calls the scheme; stored: the dtype of the weights; packing:
+    its name for how they are stored."""
+
+    preset: str
+    stored: torch.dtype
+    packing: str
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        from compressed_tensors.quantization import preset_name_to_scheme
+
+        return preset_name_to_scheme(self.preset, ["Linear"])
+
+
+# By the name that --quantise has for them.
+EIGHT_BITS = {
+    "int8": EightBits("INT8", torch.int8, "int-quantized"),
+    "fp8": EightBits("FP8_DYNAMIC", torch.float8_e4m3fn, "float-quantized"),
+}
+
+
+def quantised_specs(spec: TensorSpec, quantise: str) -> tuple[TensorSpec, TensorSpec]:
     """What is stored for a weight (d_out, d_in): the eight-bit weight, and its scales (d_out,
     1)."""
-    weight = TensorSpec(spec.name, torch.int8, spec.shape)
+    weight = TensorSpec(spec.name, EIGHT_BITS[quantise].stored, spec.shape)
     return weight, TensorSpec(f"{spec.name}_scale", torch.float32, (spec.shape[0], 1))
 
 
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_weight(weight: Tensor, quantise: str) -> tuple[Tensor, Tensor]:
     """Returns the eight-bit weight (d_out, d_in) and scales (d_out, 1) float32, whose product is
     near `weight`."""
     from compressed_tensors.quantization import quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    args = _scheme().weights
+    kind = EIGHT_BITS[quantise]
+    args = kind.scheme.weights
     low, high = weight.float().aminmax(dim=1, keepdim=True)
     scale, zero_point = calculate_qparams(low, high, args)
-    return quantize(weight.float(), scale, zero_point, args, dtype=torch.int8), scale
+    return quantize(weight.float(), scale, zero_point, args, dtype=kind.stored), scale
 
 
-def quantisation_config() -> dict[str, Any]:
+def quantisation_config(quantise: str) -> dict[str, Any]:
     """The `quantization_config` of a config.json, which vLLM and transformers recognise."""
     from compressed_tensors.quantization import QuantizationConfig
 
+    kind = EIGHT_BITS[quantise]
     config: dict[str, Any] = QuantizationConfig(
-        config_groups={"group_0": _scheme()},
-        format="int-quantized",
+        config_groups={"group_0": kind.scheme},
+        format=kind.packing,
         quantization_status="compressed",
         ignore=UNQUANTISED,
     ).to_dict()
     return config
-
-
-def _scheme() -> QuantizationScheme:
-    from compressed_tensors.quantization import preset_name_to_scheme
-
-    return preset_name_to_scheme("INT8", ["Linear"])

@@ -73,7 +73,8 @@ class Source:
 class Storage:
     """How weights are stored.
 
-    dtype: a key of DTYPES, or "keep" for the checkpoint's own. quantise: None or "int8".
+    dtype: a key of DTYPES, or "keep" for the checkpoint's own. quantise: None or a key of
+    export.formats.format.QUANTISATIONS.
     """
 
     dtype: str
@@ -101,10 +102,11 @@ class Written:
 
 
 def write_checkpoint(
-    directory: Path, source: Source, storage: Storage, quantise: bool = False
+    directory: Path, source: Source, storage: Storage, quantise: str | None = None
 ) -> Written:
     """A stock Hugging Face checkpoint: layers dropped, W' folded, the tokenizer and the rest
-    copied. quantise: whether the layers' linear maps get eight bits (export.quantisation).
+    copied. quantise: what of export.quantisation.EIGHT_BITS the layers' linear maps are stored as,
+    if they are.
 
     Raises UserError if the disk has no room for it.
     """
@@ -117,8 +119,8 @@ def write_checkpoint(
     _require_space(directory, weight_bytes)
     hashes = write_folded(directory, folded, storage.shard_bytes)
     config = artifact_config(checkpoint.config, source.removed, storage.dtype)
-    if quantise:
-        config["quantization_config"] = quantisation_config()
+    if quantise is not None:
+        config["quantization_config"] = quantisation_config(quantise)
     write_json(directory / "config.json", config)
     _copy_companions(checkpoint.directory, directory)
     return Written(config, folded, weight_bytes, hashes)

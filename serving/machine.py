@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pynvml
 
 from gradmap.common.errors import UserError
 from gradmap.common.gpus import VISIBLE_VARIABLE, ask, visible_gpus
 from gradmap.common.machine import NATIVE_BFLOAT16_CAPABILITY
-from gradmap.common.reading import read_json_object
+from gradmap.common.reading import MALFORMED, read_json_object
 from gradmap.runtimes.vllm_environment import (
     KV_CACHE_VARIABLE,
     cpu_spoils_int8,
@@ -156,12 +157,22 @@ def suited_to_machine(settings: ServerSettings) -> ServerSettings:
 
 
 def require_exact_products(directory: Path) -> None:
-    """Raises UserError for an 8-bit model on a CPU that would compute it wrongly."""
-    if read_json_object(directory / "config.json").get("quantization_config") and cpu_spoils_int8():
+    """Raises UserError for a model of 8-bit integers on a CPU that would compute it wrongly."""
+    quantisation = read_json_object(directory / "config.json").get("quantization_config")
+    if quantisation and _multiplies_integers(quantisation) and cpu_spoils_int8():
         raise UserError(
             f"{directory} is quantised to 8 bits, and vLLM's 8-bit products overflow on this CPU, "
             "which has no VNNI; serve it on one that has it, or export without --quantise."
         )
+
+
+def _multiplies_integers(quantisation: Any) -> bool:
+    """Whether activations are integers too, as far as its config says."""
+    try:
+        groups = quantisation["config_groups"].values()
+        return any((group["input_activations"] or {})["type"] == "int" for group in groups)
+    except MALFORMED:
+        return True
 
 
 def bytes_in_memory(settings: ServerSettings, identity: Identity) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ANY_DTYPE = ("float32", "float16", "bfloat16", "float64")
 # What --quantise may ask for, and what the layers' weights are then stored as.
-QUANTISATIONS = {"int8": "8-bit integers"}
+QUANTISATIONS = {"int8": "8-bit integers", "fp8": "8-bit floating-point numbers"}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def write_vllm(directory: Path, source: Source, storage: Storage) -> Written:
     from export.vllm_file import write_vllm_file
     from export.writers import write_checkpoint
 
-    written = write_checkpoint(directory, source, storage, quantise=storage.quantise is not None)
+    written = write_checkpoint(directory, source, storage, storage.quantise)
     dtype = "auto" if storage.dtype == "keep" else storage.dtype
     write_vllm_file(directory, source.served_name, dtype)
     return written
@@ -47,7 +47,7 @@ def require_quantisable(
         raise UserError(
             "The vllm format cannot quantise a mixture of experts; leave out --quantise."
         )
-    if VLLM_RUNNER in runners and cpu_spoils_int8():
+    if quantise == "int8" and VLLM_RUNNER in runners and cpu_spoils_int8():
         raise UserError(
             "vLLM's 8-bit products overflow on this CPU, which has no VNNI, so that it cannot "
             "check an int8 artifact; export on one that has it, or leave the check by vLLM out "
@@ -65,7 +65,7 @@ VLLM = Format(
     library="transformers",
     write=write_vllm,
     dtypes=("bfloat16", "float16", "float32", "keep"),
-    quantisations=("int8",),
+    quantisations=("int8", "fp8"),
     runners=(TRANSFORMERS, VLLM_RUNNER),
     served=True,
     require=require_quantisable,
