@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.folded_model import finite_logits, fold_and_round, require_exact_fold, stored_dtype
@@ -110,7 +110,7 @@ def save_probe(path: Path, reference: Reference) -> None:
         "greedy_ids": reference.greedy_ids,
         "greedy_margins": reference.greedy_margins,
     }
-    path.write_bytes(save(tensors))  # save_file would hide the file from other users
+    save_file(tensors, path)
 
 
 def load_probe(path: Path) -> Reference:

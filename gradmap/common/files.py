@@ -99,12 +99,14 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
 
     An earlier result at `path` (it holds a file named `marker`) is replaced only then; on any error
     the temporary directory is removed and the earlier result stays. A link is written through.
+    Files are as open to others as the umask says, whatever a library made of them.
     """
     refuse_foreign_directory(path, marker)
     with _partial_of(path) as (partial, place):
         partial.mkdir()
         try:
             yield partial
+            _open_to_others(partial)
             with waiting(f"Writing {path} to the disk"):
                 _sync_tree(partial)
                 _replace_directory(partial, place)
@@ -141,6 +143,14 @@ def _restore_retired(path: Path) -> None:
         shutil.rmtree(retired)
     elif retired.exists():
         retired.rename(path)
+
+
+def _open_to_others(directory: Path) -> None:
+    """safetensors writes files that are the owner's alone."""
+    mode = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _sync_tree(directory: Path) -> None:

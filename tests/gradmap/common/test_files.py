@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gradmap.common import files
 from gradmap.common.errors import UserError
@@ -46,6 +48,19 @@ def test_without_an_exchange_of_names_it_is_replaced_too(tmp_path, monkeypatch):
     write_result(target, "new")
     assert (target / "result").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_as_open_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "out", marker="marker") as partial:
+            (partial / "marker").write_text("")
+            save_file({"a": torch.zeros(1)}, partial / "hidden.safetensors")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {mode}
 
 
 def test_foreign_files_are_never_overwritten(tmp_path):
