@@ -236,13 +236,11 @@ def _drawn_again(record: CalibrationRecord, tokenizer: Any) -> Tensor | None:
 def overlapping_segments(segments: Tensor, samples: Tensor, tokens: int) -> set[int]:
     """Indices of the consecutive segments (S, T) of a text that share `tokens` tokens in a row with
     a sample (N, T'), be it across a border between segments."""
-    known = {gram for sample in samples.tolist() for gram in _grams(sample, tokens)}
-    length = segments.shape[1]
-    shared = [
-        start
-        for start, gram in enumerate(_grams(segments.flatten().tolist(), tokens))
-        if gram in known
-    ]
+    length, text = segments.shape[1], segments.flatten().tolist()
+    # samples may be far more than what is evaluated on
+    of_samples = chain.from_iterable(_grams(sample.tolist(), tokens) for sample in samples)
+    known = set(_grams(text, tokens)).intersection(of_samples)
+    shared = [start for start, gram in enumerate(_grams(text, tokens)) if gram in known]
     first_to_last = (range(start // length, (start + tokens - 1) // length + 1) for start in shared)
     return set(chain.from_iterable(first_to_last))
 
