@@ -219,7 +219,7 @@ def _export_one(
         names = " and ".join(runner.name for runner in runners)
         with announced(f"Verifying {path}: {names} in {fresh}"):
             comparisons = compare_in_each(
-                runners, partial, storage, written, reference, options.min_agreement
+                runners, partial, storage, written, reference, options.of_quantised
             )
         for comparison in comparisons.values():
             require_faithful(comparison)

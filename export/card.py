@@ -126,9 +126,11 @@ def _describe_check(check: LogitComparison) -> str:
         else f"quantised; at least {check.min_agreement:.0%} of positions must agree"
     )
     others = f" without the worst {check.stray_share:.0%} of positions" if check.stray_share else ""
+    same = f"the most likely token is the same at {check.argmax_agreement:.1%} of positions"
+    if check.min_agreement is not None and check.divergence is not None:
+        same += f" (KL {check.divergence:.4f} nats per token)"
     return (
         f"- {check.runtime}: logits differ by {check.typical_difference:.2g} "
-        f"(root mean square{others}, relative; {bound}), "
-        f"the most likely token is the same at {check.argmax_agreement:.1%} of positions, "
+        f"(root mean square{others}, relative; {bound}), {same}, "
         f"{check.greedy_identical} of {check.greedy_tokens} generated tokens are the same"
     )

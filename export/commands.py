@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Differences of logits are relative and typical (see LogitComparison); "same" counts most likely
 # tokens, "greedy" generated ones before the first other one.
-CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "greedy")
+CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "KL", "greedy")
 
 
 MinAgreementOption = Annotated[
@@ -124,6 +124,7 @@ def _check_cells(check: LogitComparison) -> tuple[str, ...]:
         _number(check.cached_difference),
         _number(check.tolerance),
         f"{check.argmax_agreement:.1%}",
+        _number(check.divergence),
         f"{check.greedy_identical}/{check.greedy_tokens}",
     )
 

@@ -13,7 +13,7 @@ MIN_AGREEMENT = 0.9
 @dataclass(frozen=True)
 class Bounds:
     """What an artifact must keep: `tolerance` on relative differences, or `min_agreement` if it is
-    quantised.
+    quantised, and `max_divergence` if the user says so, where that is known.
 
     stray_share: of the positions, which may differ by more than the tolerance (export.tolerance).
     """
@@ -21,6 +21,7 @@ class Bounds:
     tolerance: float | None = None
     min_agreement: float | None = None
     stray_share: float = 0.0
+    max_divergence: float | None = None
 
     def within(self, others: Bounds) -> Bounds:
         """The stricter of both in each respect."""
@@ -28,6 +29,7 @@ class Bounds:
             tolerance=_smallest(self.tolerance, others.tolerance),
             min_agreement=_largest(self.min_agreement, others.min_agreement),
             stray_share=min(self.stray_share, others.stray_share),
+            max_divergence=_smallest(self.max_divergence, others.max_divergence),
         )
 
 
@@ -42,6 +44,8 @@ class LogitComparison:
     token. greedy_identical: how many of `greedy_tokens` generated tokens are the reference's before
     the first other one. greedy_margin: by how much the reference preferred its own token there (in
     logits, relative); None if none differs. worst: where the largest difference is, in words.
+    divergence: KL(reference || artifact) of the next-token distributions, the mean over positions,
+    nats; None where not all logits are known, of the runtime or of the reference.
     """
 
     runtime: str
@@ -57,11 +61,13 @@ class LogitComparison:
     tolerance: float | None
     min_agreement: float | None
     stray_share: float
+    divergence: float | None = None
+    max_divergence: float | None = None
 
     @property
     def bounds(self) -> Bounds:
         """What it was held against."""
-        return Bounds(self.tolerance, self.min_agreement, self.stray_share)
+        return Bounds(self.tolerance, self.min_agreement, self.stray_share, self.max_divergence)
 
 
 def _smallest(*limits: float | None) -> float | None:

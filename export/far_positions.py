@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from export.comparison import MIN_AGREEMENT
+from export.comparison import Bounds
 from export.formats.format import Format, Runner
 from export.judging import compare_in_each, reference_dtype
 from export.reference import compute_references
@@ -65,7 +65,7 @@ def _problem_of_twin(
     artifact.mkdir()
     try:
         written = form.write(artifact, small, storage)
-        comparisons = compare_in_each(runners, artifact, storage, written, reference, MIN_AGREEMENT)
+        comparisons = compare_in_each(runners, artifact, storage, written, reference, Bounds())
     except UserError as error:
         return str(error)
     for comparison in comparisons.values():

@@ -35,25 +35,25 @@ def compare_in_each(
     storage: Storage,
     written: Written,
     reference: Reference,
-    min_agreement: float,
+    quantised: Bounds,
 ) -> dict[str, LogitComparison]:
     """Runs an artifact in each of its runners, and compares; `require_faithful` and `find_problem`
-    judge. Returns runner's name -> comparison."""
+    judge. quantised: what is asked of a quantised artifact. Returns runner's name -> comparison."""
     names = [runner.name for runner in runners]
     outcomes = run_artifact_in_each(names, directory, reference, written.weight_bytes)
     comparisons = {}
     for runner, outcome in zip(runners, outcomes, strict=True):
-        bounds = bounds_of(runner, storage, written, reference, min_agreement)
+        bounds = bounds_of(runner, storage, written, reference, quantised)
         comparisons[runner.name] = compare(reference, outcome, bounds)
     return comparisons
 
 
 def bounds_of(
-    runner: Runner, storage: Storage, written: Written, reference: Reference, min_agreement: float
+    runner: Runner, storage: Storage, written: Written, reference: Reference, quantised: Bounds
 ) -> Bounds:
-    """What an artifact that was just written may differ by in a runner."""
+    """What an artifact that was just written may differ by in a runner. quantised: if it is."""
     if storage.quantise is not None:
-        return Bounds(min_agreement=min_agreement)
+        return quantised
     coarsest = _coarsest_dtype(written)
     named = DTYPES.get(str(written.config.get("dtype")), coarsest)
     compute = torch.float32 if runner.in_float32 else named

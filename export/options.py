@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from export.comparison import MIN_AGREEMENT
+from export.comparison import MIN_AGREEMENT, Bounds
 from export.format_help import dtype_help, format_help, quantise_help
 from gradmap.common.options import Name
 from gradmap.common.reading import Strict
 
 
 class ExportOptions(Strict):
-    """dtype: None for each format's default. min_agreement: see export.judging.Bounds.
+    """dtype: None for each format's default. min_agreement, max_divergence: see
+    export.comparison.Bounds.
 
     check_vllm: whether vLLM itself has to reproduce the reference (where it is installed).
     """
@@ -25,12 +26,23 @@ class ExportOptions(Strict):
         le=1,
         description="Refuse a quantised model whose best token agrees more rarely.",
     )
+    max_divergence: float | None = Field(
+        None,
+        gt=0,
+        description="Refuse a quantised model that diverges by more nats per token from the "
+        "unquantised one, in runtimes that show all logits.",
+    )
     shard_size_gb: float = Field(
         5.0, ge=0.001, description="Largest size of a weight file, in 10^9 bytes."
     )
     check_vllm: bool = Field(
         True, description="Let vLLM itself reproduce the reference, where it is installed."
     )
+
+    @property
+    def of_quantised(self) -> Bounds:
+        """What is asked of a quantised artifact."""
+        return Bounds(min_agreement=self.min_agreement, max_divergence=self.max_divergence)
 
     @property
     def shard_bytes(self) -> int:

@@ -25,6 +25,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.failures import require_not_killed
 from gradmap.common.machine import available_bytes
 from gradmap.common.raised import reasons_below
+from gradmap.model.layerwise import sample_divergences
 
 # How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(:|$)")
@@ -118,6 +119,8 @@ def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> LogitComp
         tolerance=bounds.tolerance,
         min_agreement=bounds.min_agreement,
         stray_share=bounds.stray_share,
+        divergence=_divergence(reference, outcome),
+        max_divergence=bounds.max_divergence,
     )
 
 
@@ -134,8 +137,15 @@ def find_problem(comparison: LogitComparison) -> str | None:
     if floor is not None and not comparison.argmax_agreement >= floor:  # not: a NaN must fail
         return (
             "the quantised model's most likely token is the reference's at "
-            f"{comparison.argmax_agreement:.1%} of positions, where {floor:.1%} are asked for; "
-            "quantise less or lower --min-agreement"
+            f"{comparison.argmax_agreement:.1%} of positions, where {floor:.1%} are asked for "
+            f"(logits differ most at {comparison.worst}); quantise less or lower --min-agreement"
+        )
+    divergence, ceiling = comparison.divergence, comparison.max_divergence
+    if divergence is not None and ceiling is not None and not divergence <= ceiling:
+        return (
+            f"the quantised model's next-token distributions diverge by {divergence:.3f} nats per "
+            f"token from the reference's, where {ceiling:g} are allowed (logits differ most at "
+            f"{comparison.worst}); quantise less or raise --max-divergence"
         )
     if tolerance is None:
         return None
@@ -178,6 +188,14 @@ def _differences(reference: Reference, outcome: Outcome) -> tuple[Tensor, Tensor
     compared = outcome.logprobs.shape[1]
     expected = reference.logits[:, :compared].log_softmax(-1).gather(-1, outcome.logprob_ids)
     return outcome.logprobs - expected, outcome.logprob_ids[..., 0]
+
+
+def _divergence(reference: Reference, outcome: Outcome) -> float | None:
+    if outcome.logits is None or reference.token_ids is not None:
+        return None
+    return sample_divergences(outcome.logits, reference.logits).sum().item() / (
+        reference.input_ids.numel()
+    )
 
 
 def _cached_difference(reference: Reference, outcome: Outcome, stray_share: float) -> float | None:

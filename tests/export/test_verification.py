@@ -94,6 +94,22 @@ def test_a_quantised_model_is_judged_by_agreement(reference):
     assert "75.0%" in problem_of(reference, outcome_of(reference, logits), min_agreement=0.8)
 
 
+def test_a_quantised_model_is_judged_by_its_divergence_where_one_is_allowed(reference):
+    generator = torch.Generator().manual_seed(2)
+    logits = reference.logits + 0.3 * torch.randn(reference.logits.shape, generator=generator)
+    outcome = outcome_of(reference, logits)
+    wanted = reference.logits.double().softmax(-1)
+    given = logits.double().softmax(-1)
+    expected = (wanted * (wanted / given).log()).sum(-1).mean().item()
+    found = compare(reference, outcome, Bounds(min_agreement=0.0))
+    assert found.divergence == pytest.approx(expected, rel=1e-4)  # in float32
+    low, high = 0.9 * expected, 1.1 * expected
+    assert problem_of(reference, outcome, min_agreement=0.0, max_divergence=high) is None
+    problem = problem_of(reference, outcome, min_agreement=0.0, max_divergence=low)
+    assert f"diverge by {expected:.3f} nats" in problem and "position" in problem
+    assert "--max-divergence" in problem
+
+
 def test_log_probabilities_stand_in_for_logits(reference):
     best = reference.logits[:, :-1].log_softmax(-1).topk(5)
     outcome = Outcome("vllm", torch.tensor([4]), logprob_ids=best.indices, logprobs=best.values)
