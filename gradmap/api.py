@@ -13,6 +13,7 @@ from gradmap.evaluation.result import Evaluation
 from gradmap.healing.heal import heal as heal_plan
 from gradmap.healing.options import HealOptions
 from gradmap.model.checkpoint import Checkpoint
+from gradmap.pruning.from_plan import prune_from_plan
 from gradmap.pruning.plan import Plan
 from gradmap.pruning.plan import load_plan as read_plan
 from gradmap.pruning.presets import settle
@@ -20,14 +21,21 @@ from gradmap.pruning.prune import prune as make_plan
 from gradmap.pruning.settings import PruneOptions
 
 
-def prune(checkpoint: Checkpoint, out: Path | str, **options: Any) -> Plan:
+def prune(
+    checkpoint: Checkpoint, out: Path | str, *, from_plan: Path | str | None = None, **options: Any
+) -> Plan:
     """Chooses which layers go, repairs the rest, and writes the plan directory `out`.
 
-    options: fields of gradmap.pruning.settings.PruneOptions, such as remove=8 or
+    from_plan: a plan to begin with (gradmap.pruning.from_plan). options: fields of
+    gradmap.pruning.settings.PruneOptions, such as remove=8 or
     calibration="file:calibration.jsonl". Raises UserError on bad input.
     """
     asked = checked_options(PruneOptions, options)
-    return make_plan(checkpoint, settle(asked, checkpoint.config), Path(out))
+    known = None if from_plan is None else Path(from_plan)
+    settings = settle(asked, checkpoint.config, known)
+    if known is None:
+        return make_plan(checkpoint, settings, Path(out))
+    return prune_from_plan(checkpoint, known, settings, Path(out))
 
 
 def heal(checkpoint: Checkpoint, plan: Path | str, out: Path | str, **options: Any) -> Plan:

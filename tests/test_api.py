@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,11 @@ def test_a_model_is_pruned_evaluated_and_exported_from_python(picos, word_file, 
     from gradmap import evaluate, export, load_plan, open_checkpoint, prune
 
     checkpoint = open_checkpoint(str(picos["llama"].directory))
-    calibration = {"calibration": f"file:{word_file}", "samples": 8, "tokens": 16}
+    calibration: dict[str, Any] = {"calibration": f"file:{word_file}", "samples": 8, "tokens": 16}
     plan = prune(checkpoint, tmp_path / "plan", remove=2, preset="gradmap", **calibration)
     assert load_plan(tmp_path / "plan") == plan
+    more = prune(checkpoint, tmp_path / "more", from_plan=tmp_path / "plan", remove=3)
+    assert more.removal_order[:2] == plan.removal_order and len(more.removal_order) == 3
     (tmp_path / "test.txt").write_text(" ".join(f"w{3 + 7 * index % 190}" for index in range(900)))
     texts = {"own": f"file:{tmp_path}/test.txt"}
     quality = evaluate(
@@ -56,11 +59,12 @@ def test_the_examples_of_the_documentation_run(directory_with_a_model, page, mon
 
 def test_options_are_those_of_the_commands(picos, tmp_path):
     checkpoint = gradmap.open_checkpoint(str(picos["llama"].directory))
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"remove": 2, "tokns": 8}, "tokns: extra inputs are not permitted"),
         ({"remove": 2, "seed": -1}, "--seed is -1; give a number from 0"),
         ({}, "Give either --remove K or --ratio R"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(UserError, match=message):
             gradmap.prune(checkpoint, tmp_path / "plan", **options)
 
