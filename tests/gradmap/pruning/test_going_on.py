@@ -7,6 +7,7 @@ import torch
 
 from export.artifact import open_source
 from gradmap.common.errors import UserError
+from gradmap.evaluation.contamination import CalibratedOn
 from gradmap.healing.heal import heal
 from gradmap.model.corrections import LowRank, Update
 from gradmap.model.layered import LayeredModel
@@ -101,7 +102,9 @@ def healed(picos, word_file, texts, tmp_path_factory):
     return directory / "healed"
 
 
-def test_a_healed_plan_is_gone_on_from_and_healed_again(picos, word_file, texts, healed, tmp_path):
+def test_a_healed_plan_is_gone_on_from_and_healed_again(
+    picos, word_file, texts, healed, tmp_path, capsys
+):
     pico, before = picos["llama"], load_plan(healed)
     more = settings(word_file, 2, compensator="distil")
     prune_from_plan(pico.checkpoint, healed, more, tmp_path / "two")
@@ -137,6 +140,11 @@ def test_a_healed_plan_is_gone_on_from_and_healed_again(picos, word_file, texts,
     both = options.mixture.open(_tokenizer(pico))
     both.draw(192)
     assert again.healing[1].sha256 == both.sha256
+    capsys.readouterr()
+    seen = CalibratedOn.of_plan(tmp_path / "again", _tokenizer(pico)).seen
+    assert "cannot be drawn" not in capsys.readouterr().err
+    held_out = len(both.held_out)
+    assert [len(each.samples) for each in seen] == [12, 96 + held_out, 192 + held_out]
 
 
 def _of_weights(directory):
