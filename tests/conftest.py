@@ -7,7 +7,6 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from gradmap.model.checkpoint import Checkpoint, open_checkpoint
 from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import sample_losses
 from gradmap.pruning.plan import load_changes, load_plan
-from tests.families import MORE_CONFIGS, PICO_CONFIGS, VOCABULARY
+from tests.families import PICO_CONFIGS, VOCABULARY, config_of
 from tests.noting_server import NotingServer
 
 quiet_libraries()
@@ -91,9 +90,7 @@ def make_pico(family: str, directory: Path, **changes: Any) -> Pico:
     """Writes a pico model with a word-level tokenizer. Norms and biases are random too. changes: to
     its config."""
     torch.manual_seed(7)
-    # some families' configs write into what they are given
-    own = deepcopy((PICO_CONFIGS | MORE_CONFIGS)[family])
-    config = AutoConfig.for_model(family, **own | changes)
+    config = AutoConfig.for_model(family, **config_of(family) | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,6 +3,7 @@ of any."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 LAYERS = 5
@@ -127,3 +128,8 @@ MORE_CONFIGS: dict[str, dict[str, Any]] = {
         **{"num_local_experts": 4, "moe_layers": [1, 3], "no_rope_layers": [1, 1, 1, 0, 1]},
     },
 }
+
+
+def config_of(family: str) -> dict[str, Any]:
+    """One of these to keep: some families' configs write into what they are given."""
+    return deepcopy((PICO_CONFIGS | MORE_CONFIGS)[family])

@@ -77,8 +77,9 @@ def config_errors_refused(config: Mapping[str, Any]) -> Iterator[None]:
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """With the family's defaults. Raises UserError if transformers does not take it."""
+    own = deepcopy(dict(config))  # some families write into what they are given
     with config_errors_refused(config):
-        completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**config).to_dict()
+        completed: dict[str, Any] = CONFIG_MAPPING[config["model_type"]](**own).to_dict()
     return completed
 
 

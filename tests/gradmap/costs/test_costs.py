@@ -33,7 +33,7 @@ from gradmap.model.layered import LayeredModel
 from gradmap.model.layerwise import losses_from, run_layers
 from gradmap.model.shape import Shape
 from tests.conftest import FAMILIES, make_pico
-from tests.families import PICO_CONFIGS, VOCABULARY
+from tests.families import VOCABULARY, config_of
 from tests.gradmap.removals import pairs
 
 distilling = import_module("gradmap.methods.distil")  # the package has a function of that name
@@ -44,7 +44,7 @@ LAYERS = 13
 
 
 def shape_of(family, **changes):
-    return Shape.of_config(CONFIG_MAPPING[family](**PICO_CONFIGS[family] | changes).to_dict())
+    return Shape.of_config(CONFIG_MAPPING[family](**config_of(family) | changes).to_dict())
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_every_family_that_is_pruned_has_its_sizes_read():
 def test_what_cannot_be_read_is_said():
     with pytest.raises(UserError, match="of a mamba model cannot be read; known are apertus, "):
         Shape.of_config({"model_type": "mamba", "hidden_size": 8})
-    config = CONFIG_MAPPING["llama"](**PICO_CONFIGS["llama"]).to_dict()
+    config = CONFIG_MAPPING["llama"](**config_of("llama")).to_dict()
     del config["intermediate_size"]
     with pytest.raises(UserError, match="has no intermediate_size"):
         Shape.of_config(config)

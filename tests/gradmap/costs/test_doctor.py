@@ -19,7 +19,7 @@ from gradmap.costs.steps import Hardware
 from gradmap.model.checkpoint import read_config
 from tests.conftest import SMOLLM2, SMOLLM2_GGUF
 from tests.fake_nvml import Card, FakeNvml
-from tests.families import PICO_CONFIGS
+from tests.families import config_of
 from tests.gradmap.fake_gpu import fake_gpu
 
 RATES = Rates({"float32": 100.0, "bfloat16": 400.0, "float16": 30.0})
@@ -31,7 +31,7 @@ def rates(monkeypatch):
 
 
 def complete(family, **changes):
-    return CONFIG_MAPPING[family](**PICO_CONFIGS[family] | changes).to_dict()
+    return CONFIG_MAPPING[family](**config_of(family) | changes).to_dict()
 
 
 def test_a_machine_is_examined_and_what_is_found_can_be_written_as_json(tmp_path, monkeypatch):

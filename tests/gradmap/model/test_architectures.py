@@ -5,9 +5,9 @@ import torch
 
 from gradmap.common.errors import UserError
 from gradmap.model.architectures import architecture_of
-from gradmap.model.configs import prune_config
+from gradmap.model.configs import complete_config, prune_config
 from gradmap.model.layered import LayeredModel
-from tests.families import LAYERS, PICO_CONFIGS
+from tests.families import LAYERS, MORE_CONFIGS, PICO_CONFIGS, config_of
 from tests.gradmap.removals import pairs
 
 
@@ -116,3 +116,10 @@ def test_tensor_names_are_split_with_or_without_leading_parts():
         3,
         "fc2.bias",
     )
+
+
+@pytest.mark.parametrize("family", [*PICO_CONFIGS, *MORE_CONFIGS])
+def test_a_config_that_is_completed_stays_what_was_read(family):
+    config = {"model_type": family, **config_of(family)}
+    complete_config(config)
+    assert config == {"model_type": family, **config_of(family)}

@@ -144,7 +144,7 @@ def test_a_larger_plan_holds_every_smaller_one(picos, alone, word_file, tmp_path
 
 @pytest.mark.parametrize(
     ("family", "remove", "message"),
-    [("llama", 4, "removes 3 layers"), ("mistral", 2, "another model")],
+    [("llama", 5, "Cannot remove 5 of the 5 layers"), ("mistral", 2, "another model")],
 )
 def test_what_a_plan_does_not_hold_is_refused(picos, alone, tmp_path, family, remove, message):
     arguments = ("--model", picos[family].directory, "--remove", remove, "--from-plan", alone)

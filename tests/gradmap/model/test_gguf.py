@@ -22,7 +22,7 @@ from gradmap.model.gguf_tokenizer import (
     require_same_tokens,
 )
 from gradmap.model.loading import load_model, load_tokenizer
-from tests.families import PICO_CONFIGS
+from tests.families import config_of
 from tests.pico_gguf import BOS, EOS, TEMPLATE, WORDS, write_gguf
 
 Q4_0, Q5_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0
@@ -272,7 +272,7 @@ def test_what_changes_nothing_is_no_obstacle(opened):
     ],
 )
 def test_a_number_is_where_the_familys_config_has_it(tmp_path, family, key, right, wrong):
-    config = AutoConfig.for_model(family, **PICO_CONFIGS[family])
+    config = AutoConfig.for_model(family, **config_of(family))
     require_understood({"general.architecture": "x", f"x.{key}": right}, config, tmp_path)
     with pytest.raises(UserError, match=rf"says x\.{key} = {wrong}, which"):
         require_understood({"general.architecture": "x", f"x.{key}": wrong}, config, tmp_path)
