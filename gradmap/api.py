@@ -13,11 +13,9 @@ from gradmap.evaluation.result import Evaluation
 from gradmap.healing.heal import heal as heal_plan
 from gradmap.healing.options import HealOptions
 from gradmap.model.checkpoint import Checkpoint
-from gradmap.pruning.from_plan import prune_from_plan
+from gradmap.pruning.from_plan import prune_as_asked
 from gradmap.pruning.plan import Plan
 from gradmap.pruning.plan import load_plan as read_plan
-from gradmap.pruning.presets import settle
-from gradmap.pruning.prune import prune as make_plan
 from gradmap.pruning.settings import PruneOptions
 
 
@@ -32,10 +30,7 @@ def prune(
     """
     asked = checked_options(PruneOptions, options)
     known = None if from_plan is None else Path(from_plan)
-    settings = settle(asked, checkpoint.config, known)
-    if known is None:
-        return make_plan(checkpoint, settings, Path(out))
-    return prune_from_plan(checkpoint, known, settings, Path(out))
+    return prune_as_asked(checkpoint, asked, Path(out), known)
 
 
 def heal(checkpoint: Checkpoint, plan: Path | str, out: Path | str, **options: Any) -> Plan:

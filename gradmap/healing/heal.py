@@ -42,6 +42,7 @@ from gradmap.model.loading import (
     stored_dtype,
 )
 from gradmap.model.precision import computing_in
+from gradmap.pruning.checks import require_positions
 from gradmap.pruning.plan import (
     PLAN_FILE,
     Plan,
@@ -125,15 +126,10 @@ def _require_work_for_all(options: HealOptions) -> None:
 
 
 def _require_positions(checkpoint: Checkpoint, options: HealOptions) -> None:
+    require_positions(checkpoint, options.tokens)
     positions = checkpoint.positions
-    if positions is None:
-        return
-    if options.tokens > positions:
-        raise UserError(
-            f"{checkpoint.name} takes {positions} tokens at once; lower --tokens to that."
-        )
     answers = options.chat and options.written is not None
-    if answers and 2 * options.tokens > positions:
+    if answers and positions is not None and 2 * options.tokens > positions:
         raise UserError(
             f"A question and its answer may have {2 * options.tokens} tokens together, and "
             f"{checkpoint.name} takes {positions}; lower --tokens to {positions // 2}."

@@ -65,9 +65,7 @@ def written_documents(
         "model": checkpoint.file_hashes,
         "prompts": sha256_json(prompts),
         "dtype": dtype,
-        **{
-            name: getattr(options, name) for name in ("written", "writer", "tokens", "chat", "seed")
-        },
+        **options.model_dump(include={"written", "writer", "tokens", "chat", "seed"}),
     }
     path = cache_directory() / "written" / f"{sha256_json(key)}.safetensors"
     with writing(path, wait=True):

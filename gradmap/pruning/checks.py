@@ -45,6 +45,15 @@ def require_removable(remove: int, layers: int, name: str) -> None:
         )
 
 
+def require_positions(checkpoint: Checkpoint, tokens: int) -> None:
+    """Raises UserError if samples are longer than the model takes."""
+    if checkpoint.positions is not None and tokens > checkpoint.positions:
+        raise UserError(
+            f"{checkpoint.name} takes {checkpoint.positions} tokens at once; lower --tokens to "
+            "that."
+        )
+
+
 def protected_layers(layers: int, settings: PruneSettings) -> frozenset[int]:
     """The indices of those that stay."""
     indices = range(layers)
@@ -57,11 +66,7 @@ def check_settings(checkpoint: Checkpoint, settings: PruneSettings) -> None:
     """Raises UserError if the settings do not fit the model, or each other."""
     layers = layer_count(checkpoint.config)
     require_removable(settings.remove, layers, checkpoint.name)
-    if checkpoint.positions is not None and settings.tokens > checkpoint.positions:
-        raise UserError(
-            f"{checkpoint.name} takes {checkpoint.positions} tokens at once; lower --tokens to "
-            "that."
-        )
+    require_positions(checkpoint, settings.tokens)
     require_prunable(checkpoint.config)
     protected = protected_layers(layers, settings)
     if layers - len(protected) < settings.remove:

@@ -40,17 +40,11 @@ def prune(
     """Choose which layers to remove, compute the corrections, and write a plan."""
     with importing():
         from gradmap.model.checkpoint import open_checkpoint
-        from gradmap.pruning.from_plan import prune_from_plan
-        from gradmap.pruning.presets import settle
-        from gradmap.pruning.prune import prune as make_plan
+        from gradmap.pruning.from_plan import prune_as_asked
         from gradmap.pruning.prune import summarise
 
     checkpoint = open_checkpoint(model, gguf_file, allow_pickle)
-    settings = settle(options, checkpoint.config, from_plan)
-    if from_plan is None:
-        plan = make_plan(checkpoint, settings, out, resume)
-    else:
-        plan = prune_from_plan(checkpoint, from_plan, settings, out, resume)
+    plan = prune_as_asked(checkpoint, options, out, from_plan, resume)
     print_table(f"Plan {out}", ("", "value"), summarise(plan))
     if json_line:
         print_json_line(

@@ -44,8 +44,23 @@ from gradmap.pruning.plan import (
     require_same_model,
     save_plan,
 )
-from gradmap.pruning.prune import holding_out, journal_key, make_plan, writing_plan
-from gradmap.pruning.settings import OF_REPAIR, PruneSettings
+from gradmap.pruning.presets import settle
+from gradmap.pruning.prune import holding_out, journal_key, make_plan, prune, writing_plan
+from gradmap.pruning.settings import OF_REPAIR, PruneOptions, PruneSettings
+
+
+def prune_as_asked(
+    checkpoint: Checkpoint,
+    options: PruneOptions,
+    out: Path,
+    from_plan: Path | None = None,
+    resume: bool | None = None,
+) -> Plan:
+    """What `gradmap prune` does: `prune`, or `prune_from_plan` where there is one to begin with."""
+    settings = settle(options, checkpoint.config, from_plan)
+    if from_plan is None:
+        return prune(checkpoint, settings, out, resume)
+    return prune_from_plan(checkpoint, from_plan, settings, out, resume)
 
 
 def prune_from_plan(

@@ -130,10 +130,11 @@ def _estimate_plan(
         return {"prune": _estimate_prune(recipe.prune, shape, remove, speeds)}
     found: dict[str, Estimate] = {}
     gone = 0
-    for count, behind in [*((count, f"-{count}") for count in asked.schedule), (remove, "")]:
+    for turn in asked.turns:
+        count = turn.removed or remove
         left = replace(shape, layers=shape.layers - gone)
-        found[f"prune{behind}"] = _estimate_prune(recipe.prune, left, count - gone, speeds)
-        found[f"heal{behind}"] = _estimate_heal(asked.of_each, shape, count, speeds)
+        found[f"prune{turn.suffix}"] = _estimate_prune(recipe.prune, left, count - gone, speeds)
+        found[f"heal{turn.suffix}"] = _estimate_heal(asked.of_each, shape, count, speeds)
         gone = count
     return found
 

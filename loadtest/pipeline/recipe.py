@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,17 @@ class PruneSection(PruneOptions):
     calibration: str
 
 
+class Turn(NamedTuple):
+    """Removal until so many layers are gone, or all that are to go, and healing behind it."""
+
+    removed: int | None
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of its stages."""
+        return "" if self.removed is None else f"-{self.removed}"
+
+
 class HealSection(HealOptions):
     """schedule: the counts at which removal waits for the model to be healed."""
 
@@ -37,7 +48,7 @@ class HealSection(HealOptions):
     def _can_be_shared(self) -> Self:
         if self.schedule != sorted(set(self.schedule)):
             raise ValueError("schedule must name each count once, the lowest first")
-        parts = len(self.schedule) + 1
+        parts = len(self.turns)
         if self.budget_tokens is not None and self.budget_tokens < parts * self.tokens_in_step:
             raise ValueError(
                 f"the budget of {self.budget_tokens} tokens is shared by {parts} healings, less "
@@ -46,9 +57,13 @@ class HealSection(HealOptions):
         return self
 
     @property
+    def turns(self) -> list[Turn]:
+        return [*map(Turn, self.schedule), Turn(None)]
+
+    @property
     def of_each(self) -> HealOptions:
         """Of every healing."""
-        parts = len(self.schedule) + 1
+        parts = len(self.turns)
         asked = self.model_dump(exclude_unset=True, exclude={"schedule"})
         if self.budget_tokens is not None:
             asked["budget_tokens"] = self.budget_tokens // parts

@@ -27,7 +27,7 @@ from gradmap.model.precision import weights_dtype
 from gradmap.pruning.checks import layers_to_remove
 from gradmap.pruning.plan import SCHEMA_VERSION as PLAN_SCHEMA
 from loadtest.outcome import measured_facts
-from loadtest.pipeline.recipe import PruneSection, Recipe
+from loadtest.pipeline.recipe import PruneSection, Recipe, Turn
 from loadtest.records import REPORTS
 from loadtest.schema import SCHEMA_VERSION as LOAD_TEST_SCHEMA
 
@@ -48,12 +48,12 @@ class Places:
         """The plan before it is healed, if it is."""
         return self.out / "unhealed"
 
-    def unhealed_without(self, count: int) -> Path:
-        """The plan on the way, before it is healed without so many layers; and behind that."""
-        return self.out / "schedule" / f"unhealed-{count}"
-
-    def healed_without(self, count: int) -> Path:
-        return self.out / "schedule" / f"plan-{count}"
+    def plans_of(self, turn: Turn) -> tuple[Path, Path]:
+        """The plan before it is healed, and behind that; on the way, or at the end."""
+        if turn.removed is None:
+            return self.unhealed, self.plan
+        way = self.out / "schedule"
+        return way / f"unhealed{turn.suffix}", way / f"plan{turn.suffix}"
 
     @property
     def evaluation(self) -> Path:
@@ -91,19 +91,16 @@ def _plan_stages(recipe: Recipe, places: Places) -> list[Stage]:
         return [_prune_stage("prune", recipe, recipe.prune, places.plan)]
     stages: list[Stage] = []
     before: Path | None = None
-    for count in asked.schedule:
-        fewer = recipe.prune.model_copy(update={"remove": count, "ratio": None})
-        unhealed, healed = places.unhealed_without(count), places.healed_without(count)
+    for turn in asked.turns:
+        so_many = {} if turn.removed is None else {"remove": turn.removed, "ratio": None}
+        pruning = recipe.prune.model_copy(update=so_many)
+        unhealed, healed = places.plans_of(turn)
         stages += [
-            _prune_stage(f"prune-{count}", recipe, fewer, unhealed, before),
-            _heal_stage(f"heal-{count}", recipe, asked.of_each, unhealed, healed),
+            _prune_stage(f"prune{turn.suffix}", recipe, pruning, unhealed, before),
+            _heal_stage(f"heal{turn.suffix}", recipe, asked.of_each, unhealed, healed),
         ]
         before = healed
-    return [
-        *stages,
-        _prune_stage("prune", recipe, recipe.prune, places.unhealed, before),
-        _heal_stage("heal", recipe, asked.of_each, places.unhealed, places.plan),
-    ]
+    return stages
 
 
 def _prune_stage(
