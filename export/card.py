@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from export.comparison import LogitComparison
 from export.formats import FORMATS
 from export.integrity import ArtifactRecord
+from export.writers import JUDGING_SAMPLES
 from gradmap.common.quoting import markdown
 from gradmap.evaluation.table import with_error
 from gradmap.model.sublayers import Pair
@@ -33,6 +34,8 @@ def render_card(plan: Plan | None, record: ArtifactRecord, quality: dict[str, An
         )
     else:
         sections.append(_describe_pruning(plan))
+    if record.calibration is not None:
+        sections.append(_describe_calibration(record))
     if quality:
         sections.append(_describe_quality(quality))
     sections.append(
@@ -102,6 +105,16 @@ def _describe_pruning(plan: Plan) -> str:
     return "\n".join([lines[0], "", *lines[1:]])
 
 
+def _describe_calibration(record: ArtifactRecord) -> str:
+    texts = record.calibration
+    assert texts is not None
+    looked_at = texts.samples - JUDGING_SAMPLES
+    return (
+        f"The weights were quantised to {record.quantise} on {looked_at} samples of "
+        f"{markdown(texts.source)}, {texts.tokens} tokens each, and compared below on the others."
+    )
+
+
 def _named(removed: Pair) -> str:
     if removed.is_layer:
         return str(removed)
@@ -129,6 +142,8 @@ def _describe_check(check: LogitComparison) -> str:
     same = f"the most likely token is the same at {check.argmax_agreement:.1%} of positions"
     if check.min_agreement is not None and check.divergence is not None:
         same += f" (KL {check.divergence:.4f} nats per token)"
+    if check.min_agreement is not None and check.perplexity_ratio is not None:
+        same += f", perplexity is {check.perplexity_ratio:.3f} times the reference's"
     return (
         f"- {check.runtime}: logits differ by {check.typical_difference:.2g} "
         f"(root mean square{others}, relative; {bound}), {same}, "

@@ -31,7 +31,7 @@ def choose_storage(name: str, options: ExportOptions, config: dict[str, Any]) ->
     runners = runners_of(form, options.check_vllm)
     form.require(config, options.quantise, runners)
     for runner in runners:
-        if runner.package is not None:
+        if runner.package is not None and not runner.installed:
             form.require_package(runner.package)
     return Storage(dtype, options.quantise, options.shard_bytes)
 
@@ -40,7 +40,8 @@ def runners_of(form: Format, check_vllm: bool) -> list[Runner]:
     """Those that have to reproduce the reference here, the format's first one foremost."""
 
     def asked(runner: Runner) -> bool:
-        return not runner.optional or (check_vllm and runner.installed)
+        skipped = runner.skippable and not check_vllm
+        return not runner.optional or (not skipped and runner.installed)
 
     return list(filter(asked, form.runners))
 

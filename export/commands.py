@@ -44,6 +44,13 @@ def export(
         Path | None,
         typer.Option(help="The plan to apply; without one the dense model is exported."),
     ] = None,
+    samples_of: Annotated[
+        Path | None,
+        typer.Option(
+            help="Without --plan: a plan of this model, on whose samples quantisation is "
+            "calibrated and judged."
+        ),
+    ] = None,
     gguf_file: GgufOption = None,
     allow_pickle: AllowPickleOption = False,
     evaluation: Annotated[
@@ -71,7 +78,7 @@ def export(
                 "A repository holds one artifact; give one --format with --push-to-hub."
             )
         check_hub_access(push_to_hub)
-    source = open_source(open_checkpoint(model, gguf_file, allow_pickle), plan)
+    source = open_source(open_checkpoint(model, gguf_file, allow_pickle), plan, samples_of)
     quality = {} if evaluation is None else read_quality(evaluation, source)
     records = export_artifacts(source, options, out, quality)
     rows = list(chain.from_iterable(map(_summary_rows, records.values())))

@@ -35,7 +35,8 @@ def require_far_positions(
     if not far:
         return
     where = " and ".join(f"{what} ({tokens} tokens)" for what, tokens in far.items())
-    if not form.far:
+    reading = [runner for runner in runners if runner.far]
+    if not reading:
         say(
             f"That {form.name} keeps the {where} is not checked: what runs it here does not read "
             "that"
@@ -46,7 +47,7 @@ def require_far_positions(
         TemporaryDirectory() as directory,
     ):
         problem = _problem_of_twin(
-            source, form, replace(storage, quantise=None), runners, Path(directory)
+            source, form, replace(storage, quantise=None), reading, Path(directory)
         )
     if problem is not None:
         raise UserError(

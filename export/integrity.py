@@ -14,7 +14,7 @@ from gradmap.model.model_files import CODE_KEY, PlainName, own_file, own_files
 from gradmap.model.sublayers import Pair
 from gradmap.pruning.plan import CalibrationRecord, HealingRecord
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 class BaseRecord(Strict):
@@ -39,8 +39,10 @@ class PlanRecord(Strict):
 class ArtifactRecord(Strict):
     """The contents of gradmap.json.
 
-    format, dtype and quantise are those of export.formats. verification: what was found
-    when it was exported, by runtime. files: name -> SHA-256 of every other file.
+    format, dtype and quantise are those of export.formats. calibration: what quantisation was
+    calibrated on, but for the samples that it was judged on; None if it looked at none.
+    verification: what was found when it was exported, by runtime. files: name -> SHA-256 of every
+    other file.
     """
 
     schema_version: int
@@ -48,6 +50,7 @@ class ArtifactRecord(Strict):
     format: str
     dtype: str
     quantise: str | None
+    calibration: CalibrationRecord | None
     layers: int
     parameters: int
     weight_bytes: int

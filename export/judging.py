@@ -39,8 +39,7 @@ def compare_in_each(
 ) -> dict[str, LogitComparison]:
     """Runs an artifact in each of its runners, and compares; `require_faithful` and `find_problem`
     judge. quantised: what is asked of a quantised artifact. Returns runner's name -> comparison."""
-    names = [runner.name for runner in runners]
-    outcomes = run_artifact_in_each(names, directory, reference, written.weight_bytes)
+    outcomes = run_artifact_in_each(runners, directory, reference, written.weight_bytes)
     comparisons = {}
     for runner, outcome in zip(runners, outcomes, strict=True):
         bounds = bounds_of(runner, storage, written, reference, quantised)

@@ -11,8 +11,8 @@ from gradmap.common.reading import Strict
 
 
 class ExportOptions(Strict):
-    """dtype: None for each format's default. min_agreement, max_divergence: see
-    export.comparison.Bounds.
+    """dtype: None for each format's default. min_agreement, max_divergence, max_perplexity_ratio:
+    see export.comparison.Bounds.
 
     check_vllm: whether vLLM itself has to reproduce the reference (where it is installed).
     """
@@ -32,6 +32,12 @@ class ExportOptions(Strict):
         description="Refuse a quantised model that diverges by more nats per token from the "
         "unquantised one, in runtimes that show all logits.",
     )
+    max_perplexity_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="Refuse a quantised model whose perplexity on the texts is higher than the "
+        "unquantised one's by more than this factor.",
+    )
     shard_size_gb: float = Field(
         5.0, ge=0.001, description="Largest size of a weight file, in 10^9 bytes."
     )
@@ -42,7 +48,11 @@ class ExportOptions(Strict):
     @property
     def of_quantised(self) -> Bounds:
         """What is asked of a quantised artifact."""
-        return Bounds(min_agreement=self.min_agreement, max_divergence=self.max_divergence)
+        return Bounds(
+            min_agreement=self.min_agreement,
+            max_divergence=self.max_divergence,
+            max_perplexity_ratio=self.max_perplexity_ratio,
+        )
 
     @property
     def shard_bytes(self) -> int:

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.comparison import Bounds, LogitComparison
+from export.formats.format import Runner
 from export.reference import Reference
 from export.tolerance import SWAP_FACTOR
-from gradmap.common.children import ending_children, module_command, run_captured
+from gradmap.common.children import ending_children, run_captured
 from gradmap.common.errors import UserError
 from gradmap.common.failures import require_not_killed
 from gradmap.common.machine import available_bytes
@@ -38,7 +39,8 @@ WIDENED = 4
 @dataclass(frozen=True)
 class Outcome:
     """What a runtime computed (see export.runners): logits (B, T, V) and, through the cache, (B,
-    V); or where it hides them, log-probabilities of some tokens (B, T', k). greedy_ids: (G,)."""
+    V); or where it hides them, log-probabilities of some tokens (B, T', k), and of the text's own
+    from the second on (B, T'). greedy_ids: (G,)."""
 
     runtime: str
     greedy_ids: Tensor
@@ -46,12 +48,13 @@ class Outcome:
     cached_logits: Tensor | None = None
     logprob_ids: Tensor | None = None
     logprobs: Tensor | None = None
+    text_logprobs: Tensor | None = None
 
 
 def run_artifact_in_each(
-    runners: Sequence[str], directory: Path, reference: Reference, weight_bytes: int
+    runners: Sequence[Runner], directory: Path, reference: Reference, weight_bytes: int
 ) -> list[Outcome]:
-    """`run_artifact` in each runner, by its name: at once if memory has room for all, since most of
+    """`run_artifact` in each runner: at once if memory has room for all, since most of
     their time goes into imports."""
     needed = len(runners) * (LARGEST_RUNTIME_BYTES + WIDENED * weight_bytes)
     together = len(runners) if needed <= available_bytes() else 1
@@ -59,9 +62,8 @@ def run_artifact_in_each(
         return list(pool.map(lambda runner: run_artifact(runner, directory, reference), runners))
 
 
-def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
-    """Runs `export.runners.run_RUNNER` in a fresh process. Raises UserError with its last line if
-    it fails."""
+def run_artifact(runner: Runner, directory: Path, reference: Reference) -> Outcome:
+    """Runs an artifact in a fresh process. Raises UserError with its last line if it fails."""
     tensors = {
         "input_ids": reference.input_ids.contiguous(),
         "greedy_tokens": torch.tensor(len(reference.greedy_ids)),
@@ -69,10 +71,8 @@ def run_artifact(runner: str, directory: Path, reference: Reference) -> Outcome:
     with tempfile.TemporaryDirectory() as temporary:
         probe, out = Path(temporary, "probe.safetensors"), Path(temporary, "outcome.safetensors")
         save_file(tensors, probe)
-        command = module_command(
-            f"export.runners.run_{runner}", str(directory.resolve()), str(probe), str(out)
-        )
-        run_child(command, f"The exported model does not run ({runner})")
+        command = runner.command(str(directory.resolve()), str(probe), str(out))
+        run_child(command, f"The exported model does not run ({runner.name})")
         with safe_open(out, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not iterable
             return Outcome(file.metadata()["runtime"], **found)
@@ -112,15 +112,14 @@ def compare(reference: Reference, outcome: Outcome, bounds: Bounds) -> LogitComp
         cached_difference=_cached_difference(reference, outcome, bounds.stray_share),
         max_absolute_difference=difference.abs().max().item(),
         argmax_agreement=(best == reference.best_ids[:, :compared]).double().mean().item(),
+        positions=best.numel(),
         greedy_tokens=len(outcome.greedy_ids),
         greedy_identical=identical,
         greedy_margin=margin,
         worst=_describe_worst(difference),
-        tolerance=bounds.tolerance,
-        min_agreement=bounds.min_agreement,
-        stray_share=bounds.stray_share,
         divergence=_divergence(reference, outcome),
-        max_divergence=bounds.max_divergence,
+        perplexity_ratio=_perplexity_ratio(reference, outcome),
+        **asdict(bounds),
     )
 
 
@@ -133,22 +132,44 @@ def require_faithful(comparison: LogitComparison) -> None:
 
 def find_problem(comparison: LogitComparison) -> str | None:
     """Says in words why an artifact is not faithful; None if it is."""
-    tolerance, floor = comparison.tolerance, comparison.min_agreement
-    if floor is not None and not comparison.argmax_agreement >= floor:  # not: a NaN must fail
+    if comparison.tolerance is None:
+        return _find_loss(comparison)
+    return _find_difference(comparison, comparison.tolerance)
+
+
+def _find_loss(comparison: LogitComparison) -> str | None:
+    """Says what quantisation lost more of than it may."""
+    where = f"(logits differ most at {comparison.worst}); quantise less or"
+    floor, agreement = comparison.min_agreement, comparison.argmax_agreement
+    if floor is not None and not agreement >= floor:  # not: a NaN must fail
+        error = math.sqrt(agreement * (1 - agreement) / comparison.positions)
         return (
-            "the quantised model's most likely token is the reference's at "
-            f"{comparison.argmax_agreement:.1%} of positions, where {floor:.1%} are asked for "
-            f"(logits differ most at {comparison.worst}); quantise less or lower --min-agreement"
+            f"the quantised model's most likely token is the reference's at {agreement:.1%} "
+            f"(± {error:.1%}) of {comparison.positions} positions, where {floor:.1%} are asked for "
+            f"{where} lower --min-agreement"
         )
-    divergence, ceiling = comparison.divergence, comparison.max_divergence
-    if divergence is not None and ceiling is not None and not divergence <= ceiling:
+    if _exceeds(comparison.divergence, comparison.max_divergence):
         return (
-            f"the quantised model's next-token distributions diverge by {divergence:.3f} nats per "
-            f"token from the reference's, where {ceiling:g} are allowed (logits differ most at "
-            f"{comparison.worst}); quantise less or raise --max-divergence"
+            f"the quantised model's next-token distributions diverge by "
+            f"{comparison.divergence:.3f} nats per token from the reference's, where "
+            f"{comparison.max_divergence:g} are allowed {where} raise --max-divergence"
         )
-    if tolerance is None:
-        return None
+    if _exceeds(comparison.perplexity_ratio, comparison.max_perplexity_ratio):
+        return (
+            f"the quantised model's perplexity is {comparison.perplexity_ratio:.3f} times the "
+            f"reference's, where {comparison.max_perplexity_ratio:g} times are allowed {where} "
+            "raise --max-perplexity-ratio"
+        )
+    return None
+
+
+def _exceeds(found: float | None, allowed: float | None) -> bool:
+    """Whether both are known, and it does; a NaN does."""
+    return found is not None and allowed is not None and not found <= allowed
+
+
+def _find_difference(comparison: LogitComparison, tolerance: float) -> str | None:
+    """Says what differs by more than rounding explains."""
     differences = {
         "": comparison.typical_difference,
         " through the KV cache": comparison.cached_difference,
@@ -196,6 +217,25 @@ def _divergence(reference: Reference, outcome: Outcome) -> float | None:
     return sample_divergences(outcome.logits, reference.logits).sum().item() / (
         reference.input_ids.numel()
     )
+
+
+def _perplexity_ratio(reference: Reference, outcome: Outcome) -> float | None:
+    """exp of the mean difference of the losses of the texts' tokens."""
+    if reference.token_ids is not None:
+        return None
+    found = outcome.text_logprobs
+    if outcome.logits is not None:
+        found = text_logprobs(outcome.logits, reference.input_ids)
+    if found is None:
+        return None
+    expected = text_logprobs(reference.logits, reference.input_ids)[:, : found.shape[1]]
+    return (expected.double() - found.double()).mean().exp().item()
+
+
+def text_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """What logits (B, T, V) say of the text's own tokens (B, T), from the second on: (B, T - 1)."""
+    followed = logits[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0]
+    return followed - logits[:, :-1].logsumexp(-1)
 
 
 def _cached_difference(reference: Reference, outcome: Outcome, stray_share: float) -> float | None:

@@ -25,7 +25,7 @@ from gradmap.model.corrections import Changes
 from gradmap.model.model_files import CODE_KEY, copy_files
 from gradmap.model.precision import DTYPES
 from gradmap.model.sublayers import Pair
-from gradmap.pruning.plan import Plan
+from gradmap.pruning.plan import CalibrationRecord, Plan
 
 # Everything else that a checkpoint's users need; weights, config and model card are written anew.
 COPIED_PATTERNS = (
@@ -48,15 +48,41 @@ COPIED_PATTERNS = (
 REPLACED_PATTERNS = ("config.json", "README.md", "*.safetensors*", "*.bin*", "*.gguf", "*.py")
 
 
+# What a quantised model is judged on, of each sample so many tokens: 1000 positions, of which a
+# share of 90% errs by 1%.
+JUDGING_SAMPLES = 8
+JUDGING_TOKENS = 128
+
+
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a checkpoint with a plan applied (or, without one, the dense model)."""
+    """What is exported: a checkpoint with a plan applied (or, without one, the dense model).
+
+    probe_ids: (B, T), what an artifact has to reproduce the logits of. samples: texts (N, T) that
+    quantisation is calibrated and judged on, of which `calibration` says what they are; None
+    without any.
+    """
 
     checkpoint: Checkpoint
     plan: Plan | None
     plan_hash: str | None
     changes: Changes
     probe_ids: Tensor
+    samples: Tensor | None = None
+    calibration: CalibrationRecord | None = None
+
+    @property
+    def quantised_probe_ids(self) -> Tensor:
+        """What a quantised artifact is judged on: more texts, where there are some."""
+        if self.samples is None:
+            return self.probe_ids
+        return self.samples[:JUDGING_SAMPLES, :JUDGING_TOKENS]
+
+    @property
+    def fit_ids(self) -> Tensor:
+        """The samples (N, T) that quantisation is calibrated on, which are not those that it is
+        judged on: (0, 0) without any."""
+        return torch.empty(0, 0).long() if self.samples is None else self.samples[JUDGING_SAMPLES:]
 
     @property
     def removed(self) -> tuple[Pair, ...]:
@@ -92,13 +118,15 @@ class Written:
     """What is known of a directory once it is written.
 
     folded: the checkpoint's tensors. weight_bytes: size of the weights as they are stored. hashes:
-    SHA-256 of the files that were hashed on the way.
+    SHA-256 of the files that were hashed on the way. calibrated: whether they were quantised with a
+    look at the source's samples.
     """
 
     config: dict[str, Any]
     folded: Sequence[FoldedTensor]
     weight_bytes: int
     hashes: dict[str, str]
+    calibrated: bool = False
 
 
 def write_checkpoint(

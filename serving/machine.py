@@ -15,6 +15,7 @@ from gradmap.common.machine import NATIVE_BFLOAT16_CAPABILITY
 from gradmap.common.reading import MALFORMED, read_json_object
 from gradmap.runtimes.vllm_environment import (
     KV_CACHE_VARIABLE,
+    cpu_lacks_4_bits,
     cpu_spoils_int8,
     cpu_wants_float32,
     is_cpu_build,
@@ -156,13 +157,19 @@ def suited_to_machine(settings: ServerSettings) -> ServerSettings:
     return replace(settings, vllm_flags=(*dtype_flags(require_gpus(settings), flags), *flags))
 
 
-def require_exact_products(directory: Path) -> None:
-    """Raises UserError for a model of 8-bit integers on a CPU that would compute it wrongly."""
+def require_products(directory: Path) -> None:
+    """Raises UserError for a quantised model that vLLM would compute wrongly on this CPU, or not at
+    all."""
     quantisation = read_json_object(directory / "config.json").get("quantization_config")
+    problem = None
     if quantisation and _multiplies_integers(quantisation) and cpu_spoils_int8():
+        problem = "8 bits, and vLLM's 8-bit products overflow on this CPU, which has no VNNI"
+    elif quantisation and _is_packed(quantisation) and cpu_lacks_4_bits():
+        problem = "4 bits, which vLLM cannot multiply on this CPU, which has no bfloat16"
+    if problem is not None:
         raise UserError(
-            f"{directory} is quantised to 8 bits, and vLLM's 8-bit products overflow on this CPU, "
-            "which has no VNNI; serve it on one that has it, or export without --quantise."
+            f"{directory} is quantised to {problem}; serve it on one that has it, or export "
+            "without --quantise."
         )
 
 
@@ -173,6 +180,14 @@ def _multiplies_integers(quantisation: Any) -> bool:
         return any((group["input_activations"] or {})["type"] == "int" for group in groups)
     except MALFORMED:
         return True
+
+
+def _is_packed(quantisation: Any) -> bool:
+    """Whether several weights share a number, which have four bits then."""
+    try:
+        return bool(quantisation["format"] == "pack-quantized")
+    except MALFORMED:
+        return False
 
 
 def bytes_in_memory(settings: ServerSettings, identity: Identity) -> int:

@@ -22,7 +22,7 @@ from gradmap.common.heartbeat import Heartbeat
 from gradmap.runtimes.openai_api import authorization, served_model
 from serving.identity import require_model
 from serving.log import Log, Output
-from serving.machine import require_exact_products
+from serving.machine import require_products
 from serving.ports import require_free_port
 from serving.settings import ServerSettings, build_command, server_environment
 
@@ -171,7 +171,7 @@ def check_servable(settings: ServerSettings) -> None:
             "vLLM is not installed; install the extra: pip install 'gradmap[cpu]' or "
             "'gradmap[gpu]'."
         )
-    require_exact_products(settings.directory)
+    require_products(settings.directory)
     require_free_port(settings.host, settings.port, "--port")
 
 

@@ -171,6 +171,7 @@ def make_record(plan: Plan) -> ArtifactRecord:
         format="hf",
         dtype="float32",
         quantise=None,
+        calibration=None,
         layers=len(plan.kept_layers),
         parameters=9,
         weight_bytes=36,

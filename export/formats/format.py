@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.foreign import ForeignEnvironment
+from gradmap.common.children import module_command
 from gradmap.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,28 +21,54 @@ if TYPE_CHECKING:
 
 ANY_DTYPE = ("float32", "float16", "bfloat16", "float64")
 # What --quantise may ask for, and what the layers' weights are then stored as.
-QUANTISATIONS = {"int8": "8-bit integers", "fp8": "8-bit floating-point numbers"}
+QUANTISATIONS = {
+    "int8": "8-bit integers",
+    "int8-gptq": "8-bit integers chosen by GPTQ",
+    "fp8": "8-bit floating-point numbers",
+    "w4a16": "4-bit integers chosen by GPTQ",
+    "q6_k": "llama.cpp's 6-bit blocks",
+    "q5_k_m": "llama.cpp's 5-bit blocks, some wider",
+    "q4_k_m": "llama.cpp's 4-bit blocks, some wider",
+    "iq4_xs": "llama.cpp's 4-bit blocks of unequal steps",
+}
+# Those that cannot do without samples.
+CALIBRATED = ("int8-gptq", "w4a16")
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A program that must reproduce the reference with an artifact: export.runners.run_NAME.
+    """A program that must reproduce the reference with an artifact: export.runners.run_NAME, or
+    run_NAME.py of export.foreign.
 
-    package: what it imports that may be missing. in_float32: it computes in float32 whatever is
-    stored, and not in the dtype that config.json names. optional: it is left out where its package
-    is missing, or the user says so (--no-check-vllm). least_s: seconds that it takes of the
-    smallest model.
+    package: what it imports that may be missing. environment: where it runs, None for ours.
+    in_float32: it computes in float32 whatever is stored, and not in the dtype that config.json
+    names. far: it reads from the artifact what happens far into a text. optional: it is left out
+    where its package is missing. skippable: also where the user says so (--no-check-vllm). least_s:
+    seconds that it takes of the smallest model.
     """
 
     name: str
     package: str | None = None
+    environment: ForeignEnvironment | None = None
     in_float32: bool = False
+    far: bool = True
     optional: bool = False
+    skippable: bool = False
     least_s: float = 0.0
 
     @property
     def installed(self) -> bool:
-        return self.package is None or find_spec(self.package) is not None
+        if self.package is None:
+            return True
+        if self.environment is not None:
+            return self.environment.has(self.package)
+        return find_spec(self.package) is not None
+
+    def command(self, *arguments: str) -> list[str]:
+        """Runs it, in a process of its own."""
+        if self.environment is not None:
+            return self.environment.script_command(f"run_{self.name}.py", *arguments)
+        return module_command(f"export.runners.run_{self.name}", *arguments)
 
 
 TRANSFORMERS = Runner("transformers", in_float32=True)
@@ -60,13 +88,11 @@ class Format:
     library: what the Hugging Face Hub takes it for. write(directory, source, storage) -> what was
     written. dtypes: what its weights may be stored in, the default first. quantisations: likewise,
     besides none. runners: what must reproduce the reference with it, the first also where it is
-    received (`gradmap verify`). served: whether vLLM reads it, and so gradmap-serve. far: whether
-    its runners read from it what happens far into a text; transformers passes over a GGUF file's
-    rope, which llama.cpp reads. unfit_ropes: the types that it cannot express. require(config,
-    quantise, runners): raises UserError if a model, or this machine, cannot have it, besides for
-    want of a runner's package. memory_factor: how often the model is in memory while it is
-    converted, 0 where it never is whole. conversion_s_per_layer: what a program that converts takes
-    besides, None without one.
+    received (`gradmap verify`). served: whether vLLM reads it, and so gradmap-serve. unfit_ropes:
+    the types that it cannot express. require(config, quantise, runners): raises UserError if a
+    model, or this machine, cannot have it, besides for want of a runner's package. memory_factor:
+    how often the model is in memory while it is converted, 0 where it never is whole.
+    conversion_s_per_layer: what a program that converts takes besides, None without one.
     """
 
     name: str
@@ -77,7 +103,6 @@ class Format:
     quantisations: tuple[str, ...] = ()
     runners: tuple[Runner, ...] = (TRANSFORMERS,)
     served: bool = False
-    far: bool = True
     unfit_ropes: tuple[str, ...] = ()
     require: Callable[[dict[str, Any], str | None, Sequence[Runner]], None] = require_nothing
     memory_factor: int = 0

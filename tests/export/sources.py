@@ -1,11 +1,14 @@
 """Hand-made plans of pico models with strong corrections, and how they are exported."""
 
+from dataclasses import replace
+
 import torch
 
 from export.artifact import export_artifacts
 from export.options import ExportOptions
 from export.reference import random_probe
 from export.writers import Source
+from gradmap.data.calibration import hash_token_ids
 from gradmap.model.corrections import (
     Change,
     Gain,
@@ -129,3 +132,20 @@ def unfolded_logits(pico, source, dtype):
     model = pico.load(dtype)
     with LayeredModel.of(model).changed(source.changes, without=source.removed):
         return model(input_ids=source.probe_ids).logits
+
+
+def with_samples(source, samples=24, tokens=20):
+    """The source with random texts, for quantisation that looks at some."""
+    generator = torch.Generator().manual_seed(7)
+    vocabulary = source.checkpoint.config["vocab_size"]
+    drawn = torch.randint(vocabulary, (samples, tokens), generator=generator)
+    calibration = CalibrationRecord(
+        source="random",
+        seed=7,
+        samples=samples,
+        tokens=tokens,
+        bos=None,
+        held_out_samples=1,
+        sha256=hash_token_ids(drawn),
+    )
+    return replace(source, samples=drawn, calibration=calibration)

@@ -116,6 +116,7 @@ def artifact(tmp_path):
         format="hf",
         dtype="keep",
         quantise=None,
+        calibration=None,
         layers=1,
         parameters=1,
         weight_bytes=7,

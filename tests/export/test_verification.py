@@ -13,6 +13,7 @@ import torch
 
 from export import verification
 from export.comparison import Bounds
+from export.formats.format import Runner
 from export.reference import Reference, load_probe, save_probe
 from export.tolerance import STRAY_SHARE, logit_tolerance, share_of_strays
 from export.verification import Outcome, compare, find_problem, run_artifact_in_each
@@ -22,6 +23,7 @@ from gradmap.common.errors import OutOfMemoryError, UserError
 from tests.export.conftest import run_in_a_fresh_process
 
 SAMPLES, TOKENS, VOCABULARY = 2, 6, 50
+FIRST, SECOND = Runner("first"), Runner("second")
 
 
 @pytest.fixture
@@ -91,7 +93,8 @@ def test_a_quantised_model_is_judged_by_agreement(reference):
     logits = reference.logits.clone()
     logits[0, :3] *= -1  # 3 of 12 positions
     assert problem_of(reference, outcome_of(reference, logits), min_agreement=0.7) is None
-    assert "75.0%" in problem_of(reference, outcome_of(reference, logits), min_agreement=0.8)
+    problem = problem_of(reference, outcome_of(reference, logits), min_agreement=0.8)
+    assert "75.0% (± 12.5%) of 12 positions" in problem
 
 
 def test_a_quantised_model_is_judged_by_its_divergence_where_one_is_allowed(reference):
@@ -108,6 +111,41 @@ def test_a_quantised_model_is_judged_by_its_divergence_where_one_is_allowed(refe
     problem = problem_of(reference, outcome, min_agreement=0.0, max_divergence=low)
     assert f"diverge by {expected:.3f} nats" in problem and "position" in problem
     assert "--max-divergence" in problem
+
+
+def test_a_quantised_model_is_judged_by_its_perplexity_where_a_ratio_is_allowed(reference):
+    generator = torch.Generator().manual_seed(3)
+    logits = reference.logits + torch.randn(reference.logits.shape, generator=generator)
+
+    def losses(logits):
+        rows, ids = logits[:, :-1].double(), reference.input_ids[:, 1:]
+        return torch.nn.functional.cross_entropy(rows.flatten(0, 1), ids.flatten())
+
+    expected = (losses(logits) - losses(reference.logits)).exp().item()
+    bounds = {"min_agreement": 0.0, "max_perplexity_ratio": 0.99 * expected}
+    found = compare(reference, outcome_of(reference, logits), Bounds(**bounds))
+    assert found.perplexity_ratio == pytest.approx(expected, rel=1e-5)  # logits are float32
+    assert f"perplexity is {expected:.3f} times" in find_problem(found)
+    allowed = bounds | {"max_perplexity_ratio": 1.01 * expected}
+    assert problem_of(reference, outcome_of(reference, logits), **allowed) is None
+
+
+def test_a_runtime_that_shows_no_logits_is_judged_by_the_probabilities_of_the_text(reference):
+    """One position fewer, as where vLLM has no room to generate."""
+    shown = reference.logits[:, :-2].log_softmax(-1)
+    best = shown.topk(5)
+    own = shown.gather(-1, reference.input_ids[:, 1:-1, None])[..., 0] - 0.25
+    outcome = Outcome("vllm", torch.tensor([4]), None, None, best.indices, best.values, own)
+    ratio = compare(reference, outcome, Bounds(min_agreement=0.0)).perplexity_ratio
+    assert ratio == pytest.approx(torch.tensor(0.25).exp().item(), rel=1e-6)
+
+
+def test_a_stored_probe_knows_no_perplexity_nor_divergence(reference, tmp_path):
+    save_probe(tmp_path / "probe", reference)
+    stored = load_probe(tmp_path / "probe")
+    found = compare(stored, outcome_of(reference), Bounds(min_agreement=0.9))
+    assert (found.perplexity_ratio, found.divergence) == (None, None)
+    assert found.argmax_agreement == 1.0 and found.positions == SAMPLES * TOKENS
 
 
 def test_log_probabilities_stand_in_for_logits(reference):
@@ -157,8 +195,10 @@ def stray(reference, positions):
 @pytest.fixture
 def long_reference(reference):
     """Of 256 positions."""
-    logits = torch.randn(4, 64, VOCABULARY, generator=torch.Generator().manual_seed(3))
-    return replace(reference, logits=logits, scale=1.0)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(4, 64, VOCABULARY, generator=generator)
+    input_ids = torch.randint(VOCABULARY, (4, 64), generator=generator)
+    return replace(reference, input_ids=input_ids, logits=logits, scale=1.0)
 
 
 # 0.4, 4.7 and 6.3 %
@@ -216,7 +256,8 @@ def test_one_sample_may_stray_behind_the_cache(long_reference, samples, passes):
 
 
 def test_a_single_sample_may_not_stray_behind_the_cache(long_reference):
-    alone = replace(long_reference, logits=long_reference.logits[:1])
+    one = {"input_ids": long_reference.input_ids[:1], "logits": long_reference.logits[:1]}
+    alone = replace(long_reference, **one)
     broken = outcome_of(alone, cached=alone.logits[:, 0])
     assert "through the KV cache" in problem_of(
         alone, broken, tolerance=0.1, stray_share=STRAY_SHARE
@@ -246,8 +287,8 @@ def test_runners_go_at_once_where_memory_has_room_for_all(
 
     monkeypatch.setattr(verification, "run_artifact", run)
     monkeypatch.setattr(verification, "available_bytes", lambda: available)
-    outcomes: list[Any] = run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9)
-    assert outcomes == ["first", "second"]
+    outcomes: list[Any] = run_artifact_in_each((FIRST, SECOND), tmp_path, reference, 10**9)
+    assert outcomes == [FIRST, SECOND]
     assert most == [at_once, at_once]
 
 
@@ -256,7 +297,7 @@ def test_where_one_runner_fails_the_others_end(reference, tmp_path, monkeypatch)
     ended = []
 
     def run(runner, directory, reference):
-        if runner == "second":
+        if runner == SECOND:
             ended.append(run_captured(["sleep", "60"], os.environ).returncode)
             return
         while not children._RUNNING:
@@ -266,7 +307,7 @@ def test_where_one_runner_fails_the_others_end(reference, tmp_path, monkeypatch)
     monkeypatch.setattr(verification, "run_artifact", run)
     monkeypatch.setattr(verification, "available_bytes", lambda: 10**12)
     with pytest.raises(KeyboardInterrupt):
-        run_artifact_in_each(("first", "second"), tmp_path, reference, 10**9)
+        run_artifact_in_each((FIRST, SECOND), tmp_path, reference, 10**9)
     assert ended == [-signal.SIGTERM]
 
 

@@ -1,6 +1,7 @@
 """What the vllm format adds: a config file, eight-bit weights, and vLLM itself as the judge."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -24,13 +25,15 @@ from export.writers import Storage
 from gradmap.common.errors import UserError
 from gradmap.evaluation.evaluated_models import Where, find_models
 from gradmap.model.checkpoint import open_checkpoint
-from gradmap.runtimes.vllm_environment import cpu_spoils_int8
+from gradmap.runtimes.vllm_environment import cpu_lacks_4_bits, cpu_spoils_int8
 from serving.ports import free_port
 from serving.server import check_servable
 from serving.settings import ServerSettings
-from tests.conftest import make_pico
-from tests.export.sources import CORRECTED, SHIFTED, export, make_source
+from tests.conftest import ROOT, make_pico
+from tests.export.sources import CORRECTED, SHIFTED, export, make_source, with_samples
 from tests.families import LAYERS, VOCABULARY
+
+COMPRESSOR = ROOT / ".venv-compressor"
 
 
 def half_a_step(weight, scale, quantise):
@@ -131,13 +134,15 @@ class Engine:
 
     def answer(self, ids, tokens):
         assert 0 < tokens <= self.length - ids.shape[1]
-        best = self.model(input_ids=ids).logits[0, :-1].log_softmax(-1).topk(run_vllm.TOP_LOGPROBS)
+        logprobs = self.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         ranked = [
             {
-                token: SimpleNamespace(logprob=value, rank=rank)
-                for rank, (token, value) in enumerate(zip(*row, strict=True))
+                token: SimpleNamespace(logprob=row[token].item(), rank=rank)
+                for rank, token in enumerate(row.argsort(descending=True).tolist())
+                # the prompt's own token is shown besides, wherever it ranks
+                if rank < run_vllm.TOP_LOGPROBS or token == own
             }
-            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for row, own in zip(logprobs, ids[0, 1:], strict=True)
         ]
         text = decode_greedily(transformers_step(self.model), ids, tokens)[0].tolist()
         return SimpleNamespace(
@@ -160,22 +165,29 @@ def test_vllm_is_asked_for_no_more_than_a_model_has_positions_for(
     comparison = compare(reference, Outcome(runtime, **tensors), Bounds(tolerance))
     assert find_problem(comparison) is None
     assert comparison.greedy_identical == comparison.greedy_tokens == generated
+    assert comparison.perplexity_ratio == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("quantise", [pytest.param(None, marks=pytest.mark.slow), "int8", "fp8"])
-def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
+@pytest.mark.parametrize(
+    ("quantise", "least"),
+    # floating point of eight bits errs by 3% of a weight, and by as much of an activation
+    [pytest.param(None, None, marks=pytest.mark.slow), ("int8", 0.9), ("fp8", 0.7), ("w4a16", 0.3)],
+)
+def test_vllm_itself_reproduces_the_reference(tmp_path, monkeypatch, quantise, least):
     # its kernels work on blocks of 32
     pico = make_pico(
         "qwen3", tmp_path / "pico", hidden_size=128, intermediate_size=160, head_dim=32
     )
-    # floating point of eight bits errs by 3% of a weight, and by as much of an activation
-    least = 0.7 if quantise == "fp8" else 0.9
-    settings = ExportOptions(formats=["vllm"], quantise=quantise, min_agreement=least)
+    settings = ExportOptions(formats=["vllm"], quantise=quantise, min_agreement=least or 0)
     # of another random model, eight bits agree at less than the 90% that are asked for
     source = make_source(pico) if quantise else make_source(pico, removed=SHIFTED)
-    if quantise == "int8" and cpu_spoils_int8():
-        with pytest.raises(UserError, match="no VNNI"):
+    if quantise == "w4a16":
+        monkeypatch.setenv("PATH", f"{COMPRESSOR / 'bin'}:{os.environ['PATH']}")
+        source = with_samples(source)
+    unfit = {"int8": cpu_spoils_int8, "w4a16": cpu_lacks_4_bits}
+    if quantise in unfit and unfit[quantise]():
+        with pytest.raises(UserError, match=r"no VNNI|no bfloat16"):
             export_artifacts(source, settings, tmp_path)
         return
     check = export_artifacts(source, settings, tmp_path)["vllm"].verification["vllm"]
@@ -187,6 +199,22 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, quantise):
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["num_hidden_layers"] == LAYERS - 2
     assert ("quantization_config" in config) == (quantise is not None)
+
+
+def test_a_cpu_that_cannot_multiply_4_bit_weights_neither_checks_nor_serves_them(
+    tmp_path, monkeypatch
+):
+    for module in ("gradmap.runtimes.vllm_environment", "serving.machine"):
+        monkeypatch.setattr(f"{module}.cpu_lacks_4_bits", lambda: True)
+    monkeypatch.setenv("PATH", f"{COMPRESSOR / 'bin'}:{os.environ['PATH']}")
+    pico = make_pico("llama", tmp_path / "pico", hidden_size=64, intermediate_size=96)
+    source = with_samples(make_source(pico))
+    asked = {"formats": ["vllm"], "quantise": "w4a16", "min_agreement": 0}
+    with pytest.raises(UserError, match=r"no bfloat16.*--no-check-vllm"):
+        export_artifacts(source, ExportOptions(**asked), tmp_path)
+    export_artifacts(source, ExportOptions(**asked, check_vllm=False), tmp_path)
+    with pytest.raises(UserError, match=r"4 bits, .* no bfloat16.*without --quantise"):
+        check_servable(ServerSettings(tmp_path / "vllm"))
 
 
 def test_a_cpu_whose_8_bit_products_overflow_neither_checks_nor_serves_them(
