@@ -40,8 +40,7 @@ def runners_of(form: Format, check_vllm: bool) -> list[Runner]:
     """Those that have to reproduce the reference here, the format's first one foremost."""
 
     def asked(runner: Runner) -> bool:
-        skipped = runner.skippable and not check_vllm
-        return not runner.optional or (not skipped and runner.installed)
+        return not runner.optional or (check_vllm and runner.installed)
 
     return list(filter(asked, form.runners))
 

@@ -45,7 +45,7 @@ def export_seconds(shape: Shape, cpu: Hardware, size: ExportSize, layers: int, d
         at_once = [
             max(child_s, runner.least_s)
             for runner in form.runners
-            if size.check_vllm or not runner.skippable
+            if size.check_vllm or not runner.optional
         ]
         seconds += weights / disk.read + weights / disk.write + max(at_once)
         if form.conversion_s_per_layer is not None:

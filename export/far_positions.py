@@ -15,7 +15,7 @@ from export.reference import compute_references
 from export.twin import find_boundaries, probe_beyond, write_twin
 from export.verification import find_problem
 from export.writers import COPIED_PATTERNS, Source, Storage
-from gradmap.common.console import announced, say
+from gradmap.common.console import announced
 from gradmap.common.errors import UserError
 from gradmap.model.configs import prune_config
 
@@ -36,12 +36,6 @@ def require_far_positions(
         return
     where = " and ".join(f"{what} ({tokens} tokens)" for what, tokens in far.items())
     reading = [runner for runner in runners if runner.far]
-    if not reading:
-        say(
-            f"That {form.name} keeps the {where} is not checked: what runs it here does not read "
-            "that"
-        )
-        return
     with (
         announced(f"Checking on a small model that {form.name} keeps the {where}"),
         TemporaryDirectory() as directory,

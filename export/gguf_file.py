@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+from gguf import (
+    MODEL_ARCH_NAMES,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    Keys,
+    get_tensor_name_map,
+)
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -14,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from export.foreign import ForeignEnvironment
 from export.verification import run_child
 from gradmap.common.console import announced, progress
+from gradmap.common.reading import read_json_object
 
 
 def convert_to_gguf(
@@ -21,10 +31,41 @@ def convert_to_gguf(
 ) -> None:
     """Makes one file of a checkpoint, whatever its size. stored: what llama.cpp calls the dtype.
     Raises UserError if llama.cpp's converter cannot."""
-    naming = ["--outfile", str(file), "--model-name", name]
+    kinds = kinds_of_layers(read_json_object(checkpoint / "config.json"))
+    converted = checkpoint / "converted.gguf" if kinds else file
+    naming = ["--outfile", str(converted), "--model-name", name]
     command = [llama_cpp.find(), str(checkpoint), "--outtype", stored, *naming]
     with announced("Converting to GGUF"):
         run_child(command, "llama.cpp's converter cannot convert this model")
+    if kinds:
+        add_metadata(converted, file, kinds)
+        converted.unlink()
+
+
+def kinds_of_layers(config: Mapping[str, Any]) -> dict[str, MetadataDetails]:
+    """Where some layers have a window: which, and their rope, by llama.cpp's keys without the
+    architecture.
+
+    Its converter leaves both to what is known of the family, which a pruned model's are not like.
+    """
+    windows = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
+    if not any(windows) or all(windows):
+        return {}
+    named = {Keys.Attention.SLIDING_WINDOW_PATTERN: MetadataDetails(GGUFValueType.ARRAY, windows)}
+    ropes = config.get("rope_parameters") or {}
+    if "sliding_attention" in ropes:
+        theta = float(ropes["sliding_attention"]["rope_theta"])
+        named[Keys.Rope.FREQ_BASE_SWA] = MetadataDetails(GGUFValueType.FLOAT32, theta)
+    return named
+
+
+def add_metadata(converted: Path, file: Path, added: Mapping[str, MetadataDetails]) -> None:
+    """Copies a GGUF file, with more keys."""
+    reader = GGUFReader(converted)
+    architecture = _field(reader, Keys.General.ARCHITECTURE)
+    named = {key.format(arch=architecture): value for key, value in added.items()}
+    with announced("Naming the layers that have a window"):
+        copy_with_new_metadata(reader, GGUFWriter(file, architecture), named, [])
 
 
 def quantise_converted(
@@ -103,6 +144,10 @@ def mean_squares_of_inputs_reference(model: nn.Module, path: str, samples: Tenso
 
 def _tensor_names(file: Path, layers: int) -> Any:
     """What gguf calls the tensors of a model in a file."""
-    named = GGUFReader(file).fields["general.architecture"].contents()
+    named = _field(GGUFReader(file), Keys.General.ARCHITECTURE)
     architectures = {name: key for key, name in MODEL_ARCH_NAMES.items()}
     return get_tensor_name_map(architectures[named], layers)
+
+
+def _field(reader: GGUFReader, key: str) -> str:
+    return str(reader.fields[key].contents())

@@ -56,6 +56,8 @@ def bounds_of(
     coarsest = _coarsest_dtype(written)
     named = DTYPES.get(str(written.config.get("dtype")), coarsest)
     compute = torch.float32 if runner.in_float32 else named
+    if runner.in_halves and compute == torch.float32:
+        compute = torch.float16
     stored = torch.float32 if reference.exact else coarsest
     return _bounds_of_rounding(written.config, compute, stored)
 

@@ -42,18 +42,19 @@ class Runner:
 
     package: what it imports that may be missing. environment: where it runs, None for ours.
     in_float32: it computes in float32 whatever is stored, and not in the dtype that config.json
-    names. far: it reads from the artifact what happens far into a text. optional: it is left out
-    where its package is missing. skippable: also where the user says so (--no-check-vllm). least_s:
-    seconds that it takes of the smallest model.
+    names. in_halves: it rounds some activations to float16 whatever is stored. far: it reads from
+    the artifact what happens far into a text. optional: it is left out where its package is
+    missing, or the user says so (--no-check-vllm). least_s: seconds that it takes of the smallest
+    model.
     """
 
     name: str
     package: str | None = None
     environment: ForeignEnvironment | None = None
     in_float32: bool = False
+    in_halves: bool = False
     far: bool = True
     optional: bool = False
-    skippable: bool = False
     least_s: float = 0.0
 
     @property

