@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Differences of logits are relative and typical (see LogitComparison); "same" counts most likely
 # tokens, "greedy" generated ones before the first other one.
-CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "KL", "greedy")
+CHECK_COLUMNS = ("difference", "cached", "tolerance", "same", "KL", "perplexity", "greedy")
 
 
 MinAgreementOption = Annotated[
@@ -132,6 +132,7 @@ def _check_cells(check: LogitComparison) -> tuple[str, ...]:
         _number(check.tolerance),
         f"{check.argmax_agreement:.1%}",
         _number(check.divergence),
+        "-" if check.perplexity_ratio is None else f"x {check.perplexity_ratio:.3f}",
         f"{check.greedy_identical}/{check.greedy_tokens}",
     )
 

@@ -1,5 +1,5 @@
 """Writes a checkpoint as ONNX: `python -m export.onnx_export CHECKPOINT_DIRECTORY OUT_DIRECTORY
-METADATA [int8]`.
+METADATA [int8|int4]`.
 
 A program of its own, so that its memory (several times the model) is given back, and a crash harms
 nobody. The graph is traced with torch's exporter at opset 23, which has attention's parts (rotary
@@ -15,11 +15,14 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization.onnx_model import ONNXModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -31,8 +34,10 @@ EXTERNAL_DATA_FILE = "model.onnx_data"
 # A protobuf message ends at 2 GiB; weights beyond this go to a file beside it.
 EXTERNAL_DATA_FROM_BYTES = 1_500_000_000
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
-INT8_BLOCK_SIZE = 32
-INT8_COMPUTE = 4  # MatMulNBits' accuracy_level for integer products
+# By what --quantise calls them.
+BITS = {"int8": 8, "int4": 4}
+BLOCK_SIZE = 32
+INTEGER_PRODUCTS = 4  # MatMulNBits' accuracy_level
 
 
 class _CausalLMWithCache(nn.Module):
@@ -95,27 +100,35 @@ def export_onnx(checkpoint: Path, out: Path, untie: bool = False) -> None:
     program.save(out / ONNX_FILE, external_data=weight_bytes > EXTERNAL_DATA_FROM_BYTES)
 
 
-def quantise_int8(directory: Path) -> None:
-    """Replaces the matrix products' weights by 8-bit integers in blocks with a scale each.
+def quantise_weights(directory: Path, bits: int) -> None:
+    """Replaces the matrix products' weights by integers of 8 or 4 bits in blocks with a scale each;
+    those of the output layer have 8, since an error there reaches every logit.
 
     Products are computed in integers: activations are rounded to 8 bits on the way, in the same
-    blocks. In floating point the int8 graph would be slower than the float32 one.
+    blocks. In floating point the graph would be slower than the float32 one.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(directory / ONNX_FILE),
-        bits=8,
-        block_size=INT8_BLOCK_SIZE,
-        is_symmetric=True,
-        accuracy_level=INT8_COMPUTE,
-    )
-    quantizer.process()
+    model = onnx.load(directory / ONNX_FILE)
+    head = [node.name for node in model.graph.node if node.op_type == "MatMul"][-1]
+    quantised = _quantised(_quantised(model, bits, but=[head]), 8)
     for path in (directory / ONNX_FILE, directory / EXTERNAL_DATA_FILE):
         path.unlink(missing_ok=True)
-    quantizer.model.save_model_to_file(
-        str(directory / ONNX_FILE), _needs_external_data(quantizer.model.model)
+    ONNXModel(quantised).save_model_to_file(
+        str(directory / ONNX_FILE), _needs_external_data(quantised)
     )
+
+
+def _quantised(model: onnx.ModelProto, bits: int, but: Sequence[str] = ()) -> onnx.ModelProto:
+    """The model with its matrix products in MatMulNBits; but: those left alone, by their names."""
+    quantizer = MatMulNBitsQuantizer(
+        model,
+        bits=bits,
+        block_size=BLOCK_SIZE,
+        is_symmetric=True,
+        accuracy_level=INTEGER_PRODUCTS,
+        nodes_to_exclude=list(but),
+    )
+    quantizer.process()
+    return quantizer.model.model
 
 
 def add_metadata(path: Path, metadata: dict[str, str]) -> None:
@@ -189,8 +202,8 @@ def main(checkpoint: str, out: str, metadata: str, *quantise: str) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     export_onnx(Path(checkpoint), Path(out), untie=bool(quantise))
-    if quantise == ("int8",):
-        quantise_int8(Path(out))
+    if quantise:
+        quantise_weights(Path(out), BITS[quantise[0]])
     add_metadata(Path(out, ONNX_FILE), json.loads(metadata))
     onnx.checker.check_model(Path(out, ONNX_FILE), full_check=True)
 

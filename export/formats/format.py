@@ -26,6 +26,7 @@ QUANTISATIONS = {
     "int8-gptq": "8-bit integers chosen by GPTQ",
     "fp8": "8-bit floating-point numbers",
     "w4a16": "4-bit integers chosen by GPTQ",
+    "int4": "4-bit integers",
     "q6_k": "llama.cpp's 6-bit blocks",
     "q5_k_m": "llama.cpp's 5-bit blocks, some wider",
     "q4_k_m": "llama.cpp's 4-bit blocks, some wider",

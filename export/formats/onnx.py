@@ -22,7 +22,8 @@ TRACING_S_PER_LAYER = 3.0
 
 
 def write_onnx(directory: Path, source: Source, storage: Storage) -> Written:
-    """A graph that torch traces in a process of its own; int8 has ONNX Runtime's MatMulNBits."""
+    """A graph that torch traces in a process of its own; if quantised, it has ONNX Runtime's
+    MatMulNBits."""
     from export.verification import run_child
     from export.writers import write_through_checkpoint
     from gradmap.common.children import module_command
@@ -67,7 +68,7 @@ ONNX = Format(
     library="onnx",
     write=write_onnx,
     dtypes=("float32", "float16"),
-    quantisations=("int8",),
+    quantisations=("int8", "int4"),
     runners=(Runner("onnxruntime", package="onnxruntime"),),
     unfit_ropes=("dynamic", "longrope"),
     memory_factor=MEMORY_FACTOR,

@@ -218,7 +218,13 @@ def _estimate_export(
     known = [FORMATS[name] for name in formats if name in FORMATS]
     dtypes = [section.dtype or form.default_dtype for form in known]
     roundings = {dtype if dtype in ("float16", "bfloat16") else None for dtype in dtypes}
-    size = ExportSize(formats, len(roundings), section.check_vllm and find_spec("vllm") is not None)
+    size = ExportSize(
+        formats,
+        roundings=len(roundings),
+        check_vllm=section.check_vllm and find_spec("vllm") is not None,
+        quantise=section.quantise,
+        calibration_tokens=recipe.prune.samples * recipe.prune.tokens,
+    )
     seconds = export_seconds(shape, cpu, size, layers, speeds.disk)
     return Estimate(seconds, export_bytes(shape, cpu, size, layers), cpu.memory)
 

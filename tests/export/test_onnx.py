@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from export.onnx_export import OPSET, export_onnx, quantise_int8
+from export.onnx_export import OPSET, export_onnx, quantise_weights
 from export.tolerance import STRAY_SHARE
 from gradmap.common.errors import UserError
 from gradmap.evaluation.backends import ScoreRequest
@@ -65,7 +65,7 @@ def test_the_graph_is_right_for_every_family(pico, graph, input_ids):
         np.testing.assert_allclose(logits, expected[:, start:end], rtol=0, atol=tolerance)
     require_standard_layout(graph)
 
-    quantise_int8(graph)
+    quantise_weights(graph, 8)
     quantised = OnnxCausalLM(graph).step(input_ids.numpy(), None)[0]
     error = np.linalg.norm(quantised - expected) / np.linalg.norm(expected)
     # every linear map of a layer, in twos in a row, and the head; activations are rounded too,
@@ -132,18 +132,26 @@ def test_a_half_precision_artifact_keeps_its_cache_in_half_precision_too(picos, 
     assert inputs["past_key_values.0.key"].elem_type == onnx.TensorProto.FLOAT16
 
 
-def test_a_quantised_artifact_is_judged_by_agreement(picos, tmp_path):
-    check = export(make_source(picos["opt"]), tmp_path, "onnx", quantise="int8")[
-        "onnx"
-    ].verification["onnxruntime"]
+@pytest.mark.parametrize(("quantise", "least"), [("int8", 0.9), ("int4", 0.5)])
+def test_a_quantised_artifact_is_judged_by_agreement(picos, tmp_path, quantise, least):
+    asked = {"quantise": quantise, "min_agreement": least}
+    record = export(make_source(picos["opt"]), tmp_path, "onnx", **asked)["onnx"]
+    check = record.verification["onnxruntime"]
     assert check.tolerance is None
-    assert check.min_agreement == 0.9 <= check.argmax_agreement
+    assert check.min_agreement == least <= check.argmax_agreement
     assert check.relative_difference > 1e-4
+    assert check.divergence > 0 and check.perplexity_ratio > 0
     nodes = onnx.load(tmp_path / "onnx" / "model.onnx").graph.node
-    widths = [
-        attribute.i for node in nodes for attribute in node.attribute if attribute.name == "N"
+    found = [
+        {attribute.name: attribute.i for attribute in node.attribute}
+        for node in nodes
+        if node.op_type == "MatMulNBits"
     ]
-    assert VOCABULARY in widths  # the output layer too, though it shares the embedding's weights
+    # the output layer too, though it shares the embedding's weights
+    *layers, head = found
+    assert (head["N"], head["bits"]) == (VOCABULARY, 8)
+    assert {node["bits"] for node in layers} == {int(quantise[-1])}
+    assert len(layers) >= 4 * (LAYERS - 2)
 
 
 def test_a_plain_onnxruntime_session_runs_it_without_our_packages(artifact):

@@ -146,6 +146,20 @@ def test_each_format_and_a_check_by_vllm_add_their_time():
     assert export_bytes(replace(SMOLLM2, layers=3000), EPYC, ExportSize(["hf"]), 3000) < EPYC.memory
 
 
+def test_what_quantisation_looks_at_takes_time():
+    def seconds(form, quantise=None, tokens=10**6):
+        size = ExportSize([form], quantise=quantise, calibration_tokens=tokens)
+        return export_seconds(SMOLLM2, EPYC, size, 22, DISK)
+
+    pass_s = 10**6 * SMOLLM2.layer_flops(22) / EPYC.sustained_flops
+    # the texts that it is judged on take time, too
+    assert seconds("vllm") < seconds("vllm", "int8") < seconds("vllm") + pass_s
+    assert seconds("vllm", "w4a16") - seconds("vllm", "int8") == pytest.approx(
+        STARTING_S + 3 * pass_s
+    )
+    assert seconds("gguf", "q4_k_m") - seconds("gguf", "int8") == pytest.approx(STARTING_S + pass_s)
+
+
 def test_a_full_load_test_starts_a_server_for_each_block():
     def seconds(**changes):
         settings = replace(LoadTestSettings(DENSE, {PRUNED: PRUNED}), **changes)

@@ -22,8 +22,8 @@ HEAL = (
     "seed: 3, dtype: float32, track: [tensorboard]}"
 )
 FULL_EXPORT = (
-    "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, shard_size_gb: 2, "
-    "check_vllm: false}"
+    "{formats: [vllm], dtype: float16, quantise: int8, min_agreement: 0.8, max_divergence: 0.1, "
+    "max_perplexity_ratio: 1.2, shard_size_gb: 2, check_vllm: false}"
 )
 
 
@@ -122,6 +122,14 @@ def test_stage_commands_are_ones_the_command_line_knows(recipe_file, tmp_path):
         assert {
             argument.partition("=")[0] for argument in arguments if argument.startswith("--")
         } <= known
+
+
+def test_both_arms_are_quantised_on_the_samples_of_the_plan(recipe_file, tmp_path):
+    stages = {stage.name: stage for stage in plan_stages(load_recipe(recipe_file), tmp_path)}
+    for name, option in {"export": "--plan", "baseline": "--samples-of"}.items():
+        arguments = stages[name].arguments
+        assert arguments[arguments.index(option) + 1] == str(tmp_path / "plan")
+        assert tmp_path / "plan" in stages[name].inputs
 
 
 def test_a_plan_is_healed_before_it_is_used_where_a_recipe_says_so(recipe_file, tmp_path):
