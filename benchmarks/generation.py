@@ -1,5 +1,5 @@
-r"""Tokens per second of one stream, artifact against artifact, in transformers, ONNX Runtime, genai
-and vLLM.
+r"""Tokens per second of one stream, artifact against artifact, in transformers, ONNX Runtime,
+genai, vLLM and llama.cpp.
 
     gradmap export --model M --plan PLAN --format hf --format onnx --format onnx-genai \
         --format vllm --out pruned
@@ -25,6 +25,7 @@ from typing import Annotated
 
 import typer
 
+from export.formats.gguf import GGUF, LLAMA_CPP
 from export.integrity import read_record
 from gradmap.common.console import print_table, progress, say
 from gradmap.common.environment import describe_environment
@@ -124,8 +125,11 @@ def compete(
 def start(contestant: Contestant, prompt_tokens: int, new_tokens: int) -> subprocess.Popen[str]:
     arguments = [contestant.form, str(contestant.directory)]
     arguments += [str(number) for number in (contestant.threads, prompt_tokens, new_tokens)]
+    command = [sys.executable, "-m", "benchmarks.generation_worker"]
+    if contestant.form == GGUF.name:
+        command = LLAMA_CPP.python_command(str(Path(__file__).with_name("llama_cpp_worker.py")))
     worker = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.generation_worker", *arguments],
+        [*command, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

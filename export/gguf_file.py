@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from export.foreign import ForeignEnvironment
+from export.runners.probe_io import placement_for
 from export.verification import run_child
 from gradmap.common.console import announced, progress
 from gradmap.common.reading import read_json_object
@@ -52,10 +53,9 @@ def kinds_of_layers(config: Mapping[str, Any]) -> dict[str, MetadataDetails]:
     if not any(windows) or all(windows):
         return {}
     named = {Keys.Attention.SLIDING_WINDOW_PATTERN: MetadataDetails(GGUFValueType.ARRAY, windows)}
-    ropes = config.get("rope_parameters") or {}
-    if "sliding_attention" in ropes:
-        theta = float(ropes["sliding_attention"]["rope_theta"])
-        named[Keys.Rope.FREQ_BASE_SWA] = MetadataDetails(GGUFValueType.FLOAT32, theta)
+    theta = config.get("rope_local_base_freq")
+    if theta is not None:
+        named[Keys.Rope.FREQ_BASE_SWA] = MetadataDetails(GGUFValueType.FLOAT32, float(theta))
     return named
 
 
@@ -88,21 +88,18 @@ def quantise_converted(
 def importance_matrix(checkpoint: Path, unquantised: Path, samples: Tensor) -> dict[str, Tensor]:
     """How much each input of the layers' linear maps weighs on samples (N, T), float32 (d_in,), by
     the names of the weights in the GGUF file: llama.cpp's importance matrix, which is not asked of
-    the output layer by default there either."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    the output layer by default there either. A model too large for memory is read from disk."""
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, **placement_for(checkpoint)
+    ).eval()
     names = _tensor_names(unquantised, model.config.num_hidden_layers)
     maps = {
         module: stored
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and is_of_a_layer(stored := names.get_name(path))
+        if isinstance(module, nn.Linear) and _is_of_a_layer(stored := names.get_name(path))
     }
     squares = mean_squares_of_inputs(model, list(maps), samples)
     return {f"{maps[module]}.weight": values.float() for module, values in squares.items()}
-
-
-def is_of_a_layer(name: str | None) -> bool:
-    """Whether a tensor of a GGUF file is, by its name."""
-    return name is not None and name.startswith("blk.")
 
 
 @torch.inference_mode()
@@ -147,6 +144,11 @@ def _tensor_names(file: Path, layers: int) -> Any:
     named = _field(GGUFReader(file), Keys.General.ARCHITECTURE)
     architectures = {name: key for key, name in MODEL_ARCH_NAMES.items()}
     return get_tensor_name_map(architectures[named], layers)
+
+
+def _is_of_a_layer(name: str | None) -> bool:
+    """Whether a tensor of a GGUF file is, by its name."""
+    return name is not None and name.startswith("blk.")
 
 
 def _field(reader: GGUFReader, key: str) -> str:
