@@ -23,7 +23,7 @@ ANY_DTYPE = ("float32", "float16", "bfloat16", "float64")
 # What --quantise may ask for, and what the layers' weights are then stored as.
 QUANTISATIONS = {
     "int8": "8-bit integers",
-    "int8-gptq": "8-bit integers chosen by GPTQ",
+    "int8-gptq": "8-bit integers chosen by SmoothQuant and GPTQ",
     "fp8": "8-bit floating-point numbers",
     "w4a16": "4-bit integers chosen by GPTQ",
     "int4": "4-bit integers",
