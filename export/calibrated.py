@@ -4,7 +4,7 @@ environment of its own."""
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.foreign import ForeignEnvironment
-from export.quantisation import UNQUANTISED
+from export.quantisation import CONFIG_KEY, UNQUANTISED
 from export.verification import run_child
 from export.writers import (
     JUDGING_SAMPLES,
@@ -33,11 +33,21 @@ COMPRESSOR = ForeignEnvironment(
     need="Calibrated quantisation needs llm-compressor",
     package="llmcompressor",
 )
-# By the name that --quantise has for it: what compressed-tensors calls the scheme.
-SCHEMES = {"int8-gptq": "INT8", "w4a16": "W4A16"}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """preset: what compressed-tensors calls it. grouped: whether some weights of a row share a
+    scale, and not all."""
+
+    preset: str
+    grouped: bool = False
+
+
+# By the name that --quantise has for it.
+SCHEMES = {"int8-gptq": Scheme("INT8"), "w4a16": Scheme("W4A16", grouped=True)}
 # How many weights of four bits may share a scale, the usual number first; vLLM knows all of these.
 GROUP_SIZES = (128, 64, 32)
-CONFIG_KEY = "quantization_config"
 
 
 def write_calibrated(directory: Path, source: Source, storage: Storage) -> Written:
@@ -46,12 +56,12 @@ def write_calibrated(directory: Path, source: Source, storage: Storage) -> Writt
     Raises UserError if llm-compressor cannot do it.
     """
     assert storage.quantise is not None
-    config = source.checkpoint.config
+    scheme = SCHEMES[storage.quantise]
     made = directory / ".quantised"
     request = {
         "out": str(made),
-        "scheme": SCHEMES[storage.quantise],
-        "group_size": group_size(config) if storage.quantise == "w4a16" else None,
+        "scheme": scheme.preset,
+        "group_size": group_size(source.checkpoint.config) if scheme.grouped else None,
         "ignore": UNQUANTISED,
         "shard_bytes": storage.shard_bytes,
     }
@@ -100,7 +110,7 @@ def require_samples(source: Source) -> None:
 def require_compressor(config: dict[str, Any], quantise: str) -> None:
     """Raises UserError if llm-compressor is not there, or the model's maps fit no group."""
     COMPRESSOR.find()
-    if quantise == "w4a16":
+    if SCHEMES[quantise].grouped:
         group_size(config)
 
 

@@ -31,7 +31,7 @@ def choose_storage(name: str, options: ExportOptions, config: dict[str, Any]) ->
     runners = runners_of(form, options.check_vllm)
     form.require(config, options.quantise, runners)
     for runner in runners:
-        if runner.package is not None and not runner.installed:
+        if runner.package is not None:
             form.require_package(runner.package)
     return Storage(dtype, options.quantise, options.shard_bytes)
 

@@ -54,9 +54,8 @@ def export_seconds(shape: Shape, cpu: Hardware, size: ExportSize, layers: int, d
         pass_s, greedy_s = pass_s + weights / disk.read, 0.0
     reference_s = weights / disk.read + pass_s + greedy_s
     child_s = STARTING_S + weights / disk.read + PASSES_OF_CHILD * pass_s + greedy_s
-    seconds = (
-        STARTING_S + size.roundings * reference_s + _calibration_seconds(shape, cpu, size, layers)
-    )
+    seconds = STARTING_S + size.roundings * reference_s
+    seconds += _calibration_seconds(shape, cpu, size, layers)
     for form in known_formats(size):
         at_once = [
             max(child_s, runner.least_s)

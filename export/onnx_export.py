@@ -21,8 +21,6 @@ from typing import Any
 
 import onnx
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from onnxruntime.quantization.onnx_model import ONNXModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -109,16 +107,17 @@ def quantise_weights(directory: Path, bits: int) -> None:
     """
     model = onnx.load(directory / ONNX_FILE)
     head = [node.name for node in model.graph.node if node.op_type == "MatMul"][-1]
-    quantised = _quantised(_quantised(model, bits, but=[head]), 8)
+    quantised = _quantised(_quantised(model, bits, but=[head]).model, 8)
     for path in (directory / ONNX_FILE, directory / EXTERNAL_DATA_FILE):
         path.unlink(missing_ok=True)
-    ONNXModel(quantised).save_model_to_file(
-        str(directory / ONNX_FILE), _needs_external_data(quantised)
-    )
+    quantised.save_model_to_file(str(directory / ONNX_FILE), _needs_external_data(quantised.model))
 
 
-def _quantised(model: onnx.ModelProto, bits: int, but: Sequence[str] = ()) -> onnx.ModelProto:
-    """The model with its matrix products in MatMulNBits; but: those left alone, by their names."""
+def _quantised(model: onnx.ModelProto, bits: int, but: Sequence[str] = ()) -> Any:
+    """ONNX Runtime's model (ONNXModel) with its matrix products in MatMulNBits; but: those left
+    alone, by their names."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
     quantizer = MatMulNBitsQuantizer(
         model,
         bits=bits,
@@ -128,7 +127,7 @@ def _quantised(model: onnx.ModelProto, bits: int, but: Sequence[str] = ()) -> on
         nodes_to_exclude=list(but),
     )
     quantizer.process()
-    return quantizer.model.model
+    return quantizer.model
 
 
 def add_metadata(path: Path, metadata: dict[str, str]) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # The output layer, and the maps of OPT-350M around its layers, stay as they are: an error there
 # reaches every logit.
 UNQUANTISED = ["lm_head", "re:.*project_(in|out)$"]
+# Of a config.json.
+CONFIG_KEY = "quantization_config"
 
 
 @dataclass(frozen=True)

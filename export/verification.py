@@ -26,7 +26,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.failures import require_not_killed
 from gradmap.common.machine import available_bytes
 from gradmap.common.raised import reasons_below
-from gradmap.model.layerwise import sample_divergences
+from gradmap.model.layerwise import sample_divergences, sample_losses
 
 # How Python ends a traceback: the exception's name, with its modules, at the beginning of a line.
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(:|$)")
@@ -132,8 +132,9 @@ def require_faithful(comparison: LogitComparison) -> None:
 
 def find_problem(comparison: LogitComparison) -> str | None:
     """Says in words why an artifact is not faithful; None if it is."""
-    if comparison.tolerance is None:
-        return _find_loss(comparison)
+    lost = _find_loss(comparison)
+    if lost is not None or comparison.tolerance is None:
+        return lost
     return _find_difference(comparison, comparison.tolerance)
 
 
@@ -223,19 +224,16 @@ def _perplexity_ratio(reference: Reference, outcome: Outcome) -> float | None:
     """exp of the mean difference of the losses of the texts' tokens."""
     if reference.token_ids is not None:
         return None
-    found = outcome.text_logprobs
+    input_ids = reference.input_ids
     if outcome.logits is not None:
-        found = text_logprobs(outcome.logits, reference.input_ids)
-    if found is None:
+        lost = sample_losses(outcome.logits, input_ids).sum()
+    elif outcome.text_logprobs is not None:
+        lost = -outcome.text_logprobs.sum()
+        input_ids = input_ids[:, : outcome.text_logprobs.shape[1] + 1]
+    else:
         return None
-    expected = text_logprobs(reference.logits, reference.input_ids)[:, : found.shape[1]]
-    return (expected.double() - found.double()).mean().exp().item()
-
-
-def text_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """What logits (B, T, V) say of the text's own tokens (B, T), from the second on: (B, T - 1)."""
-    followed = logits[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0]
-    return followed - logits[:, :-1].logsumexp(-1)
+    expected = sample_losses(reference.logits[:, : input_ids.shape[1]], input_ids).sum()
+    return ((lost - expected) / input_ids[:, 1:].numel()).exp().item()
 
 
 def _cached_difference(reference: Reference, outcome: Outcome, stray_share: float) -> float | None:

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,10 @@ def modifiers(model: Any, samples: Tensor, request: dict[str, Any]) -> list[Any]
     activations are quantised, too."""
     preset = scheme(request)
     gptq = GPTQModifier(config_groups={"group_0": preset}, ignore=request["ignore"])
-    if preset.input_activations is None:
+    fed = {} if preset.input_activations is None else smoothable(model, samples[:1, :SHORT])
+    if not fed:
         return [gptq]
-    fed = smoothable(model, samples[:1, :SHORT])
     mappings = [[maps, norm] for norm, maps in fed.items()]
-    if not mappings:
-        return [gptq]
     return [SmoothQuantModifier(smoothing_strength=SMOOTHING, mappings=mappings), gptq]
 
 
@@ -103,23 +102,20 @@ def maps_behind_norms(model: Any, input_ids: Tensor) -> Fed:
     given: dict[int, tuple[str, Tensor]] = {}  # kept, so that no other tensor gets its number
     fed: defaultdict[str, list[str]] = defaultdict(list)
 
-    def note(name: str) -> Any:
-        return lambda module, inputs, output: given.update({id(output): (name, output)})
+    def note(norm: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        given[id(output)] = (norm, output)
 
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs and id(inputs[0]) in given:
-                fed[given[id(inputs[0])][0]].append(name)
-
-        return hook
+    def look(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and id(inputs[0]) in given:
+            fed[given[id(inputs[0])][0]].append(path)
 
     head = model.get_output_embeddings()
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
-            hooks.append(module.register_forward_pre_hook(look(name)))
+            hooks.append(module.register_forward_pre_hook(partial(look, name)))
         elif is_norm(module):
-            hooks.append(module.register_forward_hook(note(name)))
+            hooks.append(module.register_forward_hook(partial(note, name)))
     model(input_ids=input_ids, use_cache=False)
     for hook in hooks:
         hook.remove()

@@ -26,7 +26,9 @@ def main() -> None:
     model = open_model(directory / GGUF_FILE, input_ids.shape[1] + greedy_tokens)
     tensors: dict[str, NDArray[Any]] = {
         "logits": np.stack([score(model, sample) for sample in input_ids]),
-        "cached_logits": np.stack([cached(model, sample) for sample in input_ids]),
+        "cached_logits": np.stack(
+            [score(model, sample[:-1], sample[-1:])[-1] for sample in input_ids]
+        ),
         "greedy_ids": decode_greedily(model, input_ids[0], greedy_tokens),
     }
     runtime = f"llama-cpp-python {llama_cpp.__version__}, CPU"
@@ -52,19 +54,13 @@ def open_model(path: Path, length: int) -> Llama:
     )
 
 
-def score(model: Llama, sample: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits (T, V) of a sample (T,)."""
+def score(model: Llama, *parts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits (T, V) of a text that is fed in parts of T tokens in all, each behind the others
+    through the cache."""
     model.reset()
-    model.eval(sample.tolist())
-    return np.array(model.scores[: len(sample)])
-
-
-def cached(model: Llama, sample: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits (V,) of the last token of a sample (T,), fed behind the others."""
-    model.reset()
-    model.eval(sample[:-1].tolist())
-    model.eval(sample[-1:].tolist())
-    return np.array(model.scores[len(sample) - 1])
+    for part in parts:
+        model.eval(part.tolist())
+    return np.array(model.scores[: model.n_tokens])
 
 
 def decode_greedily(model: Llama, prompt: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:

@@ -41,7 +41,7 @@ class Runner:
     """A program that must reproduce the reference with an artifact: export.runners.run_NAME, or
     run_NAME.py of export.foreign.
 
-    package: what it imports that may be missing. environment: where it runs, None for ours.
+    package: what it imports that may be missing here. environment: where it runs, None for ours.
     in_float32: it computes in float32 whatever is stored, and not in the dtype that config.json
     names. in_halves: it rounds some activations to float16 whatever is stored. far: it reads from
     the artifact what happens far into a text. optional: it is left out where its package is
@@ -60,11 +60,7 @@ class Runner:
 
     @property
     def installed(self) -> bool:
-        if self.package is None:
-            return True
-        if self.environment is not None:
-            return self.environment.has(self.package)
-        return find_spec(self.package) is not None
+        return self.package is None or find_spec(self.package) is not None
 
     def command(self, *arguments: str) -> list[str]:
         """Runs it, in a process of its own."""

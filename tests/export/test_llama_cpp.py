@@ -1,6 +1,5 @@
 """What llama.cpp makes of a GGUF file, and computes from it (`make consumers`)."""
 
-import os
 import re
 import shutil
 import sys
@@ -25,19 +24,13 @@ from export.gguf_file import (
 from export.options import ExportOptions
 from export.writers import Storage
 from gradmap.common.errors import UserError
-from tests.conftest import ROOT, make_pico
+from tests.conftest import make_pico
+from tests.export.conftest import put_on_path
 from tests.export.sources import export, make_source, with_samples
 from tests.families import LAYERS
 
-ENVIRONMENT = ROOT / ".venv-consumers"
 # llama.cpp's blocks of k-quants have 256 weights.
 BLOCK = 256
-
-
-@pytest.fixture
-def llama_cpp(monkeypatch):
-    assert ENVIRONMENT.exists(), "run `make consumers`"
-    monkeypatch.setenv("PATH", f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}")
 
 
 def with_its_tokenizer(smollm2, pico):
@@ -71,7 +64,7 @@ def read_tensors(directory):
 def quantised(pico, tmp_path_factory):
     """Two artifacts in q4_k_m: with a look at samples, and without."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}")
+        put_on_path(patch, "consumers")
         out = tmp_path_factory.mktemp("quantised")
         blind = replace(make_source(pico), changes={})  # with them, rounding decides everything
         seeing = with_samples(blind, samples=40)

@@ -97,6 +97,14 @@ def test_a_quantised_model_is_judged_by_agreement(reference):
     assert "75.0% (± 12.5%) of 12 positions" in problem
 
 
+def test_a_tolerance_takes_nothing_from_what_a_quantised_model_must_keep(reference):
+    """As a record that was changed on its way could say it."""
+    logits = reference.logits.clone()
+    logits[0, :3] *= -1
+    problem = problem_of(reference, outcome_of(reference, logits), tolerance=1e9, min_agreement=0.8)
+    assert "75.0%" in problem
+
+
 def test_a_quantised_model_is_judged_by_its_divergence_where_one_is_allowed(reference):
     generator = torch.Generator().manual_seed(2)
     logits = reference.logits + 0.3 * torch.randn(reference.logits.shape, generator=generator)

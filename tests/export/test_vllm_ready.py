@@ -1,7 +1,6 @@
 """What the vllm format adds: a config file, eight-bit weights, and vLLM itself as the judge."""
 
 import json
-import os
 import sys
 from types import SimpleNamespace
 
@@ -29,11 +28,10 @@ from gradmap.runtimes.vllm_environment import cpu_lacks_4_bits, cpu_spoils_int8
 from serving.ports import free_port
 from serving.server import check_servable
 from serving.settings import ServerSettings
-from tests.conftest import ROOT, make_pico
+from tests.conftest import make_pico
+from tests.export.conftest import put_on_path
 from tests.export.sources import CORRECTED, SHIFTED, export, make_source, with_samples
 from tests.families import LAYERS, VOCABULARY
-
-COMPRESSOR = ROOT / ".venv-compressor"
 
 
 def half_a_step(weight, scale, quantise):
@@ -183,7 +181,7 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, monkeypatch, quantise, l
     # of another random model, eight bits agree at less than the 90% that are asked for
     source = make_source(pico) if quantise else make_source(pico, removed=SHIFTED)
     if quantise == "w4a16":
-        monkeypatch.setenv("PATH", f"{COMPRESSOR / 'bin'}:{os.environ['PATH']}")
+        put_on_path(monkeypatch, "compressor")
         source = with_samples(source)
     unfit = {"int8": cpu_spoils_int8, "w4a16": cpu_lacks_4_bits}
     if quantise in unfit and unfit[quantise]():
@@ -202,11 +200,10 @@ def test_vllm_itself_reproduces_the_reference(tmp_path, monkeypatch, quantise, l
 
 
 def test_a_cpu_that_cannot_multiply_4_bit_weights_neither_checks_nor_serves_them(
-    tmp_path, monkeypatch
+    compressor, tmp_path, monkeypatch
 ):
     for module in ("gradmap.runtimes.vllm_environment", "serving.machine"):
         monkeypatch.setattr(f"{module}.cpu_lacks_4_bits", lambda: True)
-    monkeypatch.setenv("PATH", f"{COMPRESSOR / 'bin'}:{os.environ['PATH']}")
     pico = make_pico("llama", tmp_path / "pico", hidden_size=64, intermediate_size=96)
     source = with_samples(make_source(pico))
     asked = {"formats": ["vllm"], "quantise": "w4a16", "min_agreement": 0}
