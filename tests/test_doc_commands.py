@@ -35,7 +35,7 @@ ELSEWHERE = {
     r"^torchrun ": "tests/gradmap/model/test_distributed.py runs two processes",
     r"parallel-size": "needs several GPUs; not executed anywhere",
     r"^gradmap prune .*--device spread": "needs several GPUs; not executed anywhere",
-    r"^make (setup|assets|consumers|lint|test|site)\b": "CI executes them",
+    r"^make (setup|assets|consumers|compressor|lint|test|site)\b": "CI executes them",
     r"^(uv )?pip install ": "into another environment; CI installs the wheel",
     r"^make (demo|test-slow|bench|coverage)\b": "takes long; executed by hand before a release",
     r"^\.venv/bin/pytest ": "CI executes all tests",
