@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.foreign import ForeignEnvironment
-from export.quantisation import CONFIG_KEY, UNQUANTISED
+from export.quantisation import CONFIG_KEY, unquantised
 from export.verification import run_child
 from export.writers import (
     JUDGING_SAMPLES,
@@ -26,6 +26,7 @@ from gradmap.common.console import announced
 from gradmap.common.errors import UserError
 from gradmap.common.files import write_json
 from gradmap.common.reading import read_json_object
+from gradmap.model.architectures import architecture_of
 from gradmap.model.small_model import build_model
 
 COMPRESSOR = ForeignEnvironment(
@@ -45,7 +46,7 @@ class Scheme:
 
 
 # By the name that --quantise has for it.
-SCHEMES = {"int8-gptq": Scheme("INT8"), "w4a16": Scheme("W4A16", grouped=True)}
+SCHEMES = {"int8-gptq": Scheme("INT8"), "w4a16": Scheme("W4A16_ASYM", grouped=True)}
 # How many weights of four bits may share a scale, the usual number first; vLLM knows all of these.
 GROUP_SIZES = (128, 64, 32)
 
@@ -62,7 +63,7 @@ def write_calibrated(directory: Path, source: Source, storage: Storage) -> Writt
         "out": str(made),
         "scheme": scheme.preset,
         "group_size": group_size(source.checkpoint.config) if scheme.grouped else None,
-        "ignore": UNQUANTISED,
+        "ignore": unquantised(architecture_of(source.checkpoint.config)),
         "shard_bytes": storage.shard_bytes,
     }
 
@@ -74,6 +75,8 @@ def write_calibrated(directory: Path, source: Source, storage: Storage) -> Writt
     written = write_through_checkpoint(directory, source, storage, quantise, "*.safetensors")
     described = read_json_object(made / "config.json")[CONFIG_KEY]
     shutil.rmtree(made)
+    # it names each map as transformers calls it, which of experts may not be as vLLM does
+    described["ignore"] = request["ignore"]
     quantised = written.config | {CONFIG_KEY: described}
     write_json(directory / "config.json", quantised)
     return replace(written, config=quantised, calibrated=True)
@@ -117,13 +120,24 @@ def require_compressor(config: dict[str, Any], quantise: str) -> None:
 def group_size(config: dict[str, Any]) -> int:
     """How many weights share a scale: the largest of GROUP_SIZES that divides the inputs of every
     linear map. Raises UserError if none does."""
-    modules = build_model(config, "meta").modules()
-    widths = [module.in_features for module in modules if isinstance(module, nn.Linear)]
+    widths = input_widths(build_model(config, "meta"))
     for size in GROUP_SIZES:
         if gcd(*widths) % size == 0:
             return size
     raise UserError(
         "w4a16 gives every 32 weights of a row, or more, one scale, and this model's linear maps "
-        f"have {', '.join(map(str, sorted(set(widths))))} inputs, not all of which 32 divides; use "
+        f"have {', '.join(map(str, sorted(widths)))} inputs, not all of which 32 divides; use "
         "int8-gptq."
     )
+
+
+def input_widths(model: nn.Module) -> set[int]:
+    """How many inputs linear maps have, those of experts among them, which are stacked."""
+    widths = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            widths.add(module.in_features)
+        elif not isinstance(module, nn.Conv1d):
+            own = module.parameters(recurse=False)
+            widths |= {weight.shape[-1] for weight in own if weight.dim() == 3}
+    return widths

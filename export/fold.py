@@ -86,7 +86,7 @@ def plan_fold(
         if name is None:
             continue
         changed = architecture.places_of(source.spec.name, changes)
-        is_map = len(source.spec.shape) == 2 and architecture.is_of_a_layer(name)
+        is_map = architecture.is_map_of_a_layer(source.spec)
         # a bias by itself is no map
         missing -= set() if source.spec.name.endswith(".bias") else set(changed)
         folded.append(

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gradmap.model.architectures import Architecture
 from gradmap.model.safetensors_reader import TensorSpec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-# The output layer, and the maps of OPT-350M around its layers, stay as they are: an error there
-# reaches every logit.
-UNQUANTISED = ["lm_head", "re:.*project_(in|out)$"]
+# The output layer, and the maps of OPT-350M around its layers: an error there reaches every logit.
+AROUND_LAYERS = ["lm_head", "re:.*project_(in|out)$"]
 # Of a config.json.
 CONFIG_KEY = "quantization_config"
 
@@ -49,6 +49,12 @@ EIGHT_BITS = {
 }
 
 
+def unquantised(architecture: Architecture) -> list[str]:
+    """The linear maps that stay as they are, as compressed-tensors names them: those around the
+    layers, and what chooses among experts, where an error is another expert."""
+    return [*AROUND_LAYERS, *(rf"re:.*\.{router}$" for router in architecture.routers)]
+
+
 def quantised_specs(spec: TensorSpec, quantise: str) -> tuple[TensorSpec, TensorSpec]:
     """What is stored for a weight (d_out, d_in): the eight-bit weight, and its scales (d_out,
     1)."""
@@ -69,8 +75,9 @@ def quantise_weight(weight: Tensor, quantise: str) -> tuple[Tensor, Tensor]:
     return quantize(weight.float(), scale, zero_point, args, dtype=kind.stored), scale
 
 
-def quantisation_config(quantise: str) -> dict[str, Any]:
-    """The `quantization_config` of a config.json, which vLLM and transformers recognise."""
+def quantisation_config(quantise: str, ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json, which vLLM and transformers recognise. ignore:
+    what stays as it is."""
     from compressed_tensors.quantization import QuantizationConfig
 
     kind = EIGHT_BITS[quantise]
@@ -78,6 +85,6 @@ def quantisation_config(quantise: str) -> dict[str, Any]:
         config_groups={"group_0": kind.scheme},
         format=kind.packing,
         quantization_status="compressed",
-        ignore=UNQUANTISED,
+        ignore=ignore,
     ).to_dict()
     return config

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export.fold import FoldedTensor, plan_fold, write_folded
-from export.quantisation import CONFIG_KEY, quantisation_config
+from export.quantisation import CONFIG_KEY, quantisation_config, unquantised
 from gradmap.common.errors import UserError
 from gradmap.common.files import write_json
 from gradmap.common.reading import read_json_object
@@ -148,7 +148,7 @@ def write_checkpoint(
     hashes = write_folded(directory, folded, storage.shard_bytes)
     config = artifact_config(checkpoint.config, source.removed, storage.dtype)
     if quantise is not None:
-        config[CONFIG_KEY] = quantisation_config(quantise)
+        config[CONFIG_KEY] = quantisation_config(quantise, unquantised(architecture))
     write_json(directory / "config.json", config)
     _copy_companions(checkpoint.directory, directory)
     return Written(config, folded, weight_bytes, hashes)

@@ -160,17 +160,33 @@ def suited_to_machine(settings: ServerSettings) -> ServerSettings:
 def require_products(directory: Path) -> None:
     """Raises UserError for a quantised model that vLLM would compute wrongly on this CPU, or not at
     all."""
-    quantisation = read_json_object(directory / "config.json").get("quantization_config")
+    config = read_json_object(directory / "config.json")
+    quantisation = config.get("quantization_config")
+    if not quantisation:
+        return
     problem = None
-    if quantisation and _multiplies_integers(quantisation) and cpu_spoils_int8():
+    if is_cpu_build() and _has_compressed_experts(config):
+        problem = "8 or 4 bits, and vLLM multiplies such experts on a GPU only"
+    elif _multiplies_integers(quantisation) and cpu_spoils_int8():
         problem = "8 bits, and vLLM's 8-bit products overflow on this CPU, which has no VNNI"
-    elif quantisation and _is_packed(quantisation) and cpu_lacks_4_bits():
+    elif _is_packed(quantisation) and cpu_lacks_4_bits():
         problem = "4 bits, which vLLM cannot multiply on this CPU, which has no bfloat16"
     if problem is not None:
         raise UserError(
             f"{directory} is quantised to {problem}; serve it on one that has it, or export "
             "without --quantise."
         )
+
+
+def _has_compressed_experts(config: Mapping[str, Any]) -> bool:
+    """Whether it is a mixture of experts in one of compressed-tensors' schemes."""
+    from gradmap.model.architectures import architecture_of
+
+    try:
+        method = config["quantization_config"]["quant_method"]
+    except MALFORMED:
+        return False
+    return method == "compressed-tensors" and bool(architecture_of(config).experts)
 
 
 def _multiplies_integers(quantisation: Any) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -23,9 +24,11 @@ from gradmap.model.corrections import Place
 from gradmap.model.discovery import Names, find_names
 from gradmap.model.layer_runs import Stored, find_layer_list, runs_of_layers, stored_tensors
 from gradmap.model.norms import Norm
+from gradmap.model.safetensors_reader import TensorSpec
 from gradmap.model.small_model import NotPrunableError, small_ids, trying_small_model
 from gradmap.model.sublayers import Part, Sublayer
 
+STACKED = "its checkpoints hold the experts of a layer in one tensor"
 NORM_FOLLOWS = "a norm follows the down projection, so it is no linear map any more"
 
 
@@ -41,6 +44,10 @@ class Architecture:
         transformers calls them and as checkpoints do; the others are of its attention.
     experts: of a mixture of experts, the weights that are their down projections (paths inside a
         layer). expert_down_projections: the pattern of those tensors' names in a checkpoint.
+    experts_apart: whether every expert has tensors of its own in a checkpoint, with the names that
+        transformers gives their stack (so in Qwen's and DeepSeek's mixtures, not in Mixtral).
+    routers: of a mixture of experts, the linear maps that weigh experts and not hidden states;
+        patterns of their paths inside a layer, as transformers calls them and as checkpoints do.
     transposed_linear: weights are stored (d_in, d_out), as in GPT-2's Conv1D, and not (d_out,
         d_in).
     multipliers: what the outputs of attention and FFN are multiplied with before they are added to
@@ -59,6 +66,8 @@ class Architecture:
     feed_forward: tuple[str, ...]
     experts: tuple[str, ...] = ()
     expert_down_projections: str | None = None
+    experts_apart: bool = True
+    routers: tuple[str, ...] = ()
     transposed_linear: bool = False
     multipliers: tuple[float, float] = (1.0, 1.0)
     norms: tuple[Norm | None, Norm | None] = (None, None)
@@ -168,9 +177,12 @@ class Architecture:
             if place.layer == layer and self.is_part_of(place.target, suffix)
         ]
 
-    def is_of_a_layer(self, name: str) -> bool:
-        """Whether a tensor of a checkpoint is."""
-        return self.parse_tensor_name(name) is not None
+    def is_map_of_a_layer(self, spec: TensorSpec) -> bool:
+        """Whether a tensor of a checkpoint is the weight of a linear map of hidden states."""
+        parsed = self.parse_tensor_name(spec.name)
+        if parsed is None or len(spec.shape) != 2:
+            return False
+        return not any(re.fullmatch(router, _stem(parsed[2])) for router in self.routers)
 
     def parse_tensor_name(self, name: str) -> tuple[str, int, str] | None:
         """Splits `model.layers.7.mlp.up_proj.weight` into (`model.layers`, 7,
@@ -203,7 +215,8 @@ def _found(config: dict[str, Any]) -> Architecture:
         input_ids = small_ids()
         layers = find_layer_list(model, model.config.num_hidden_layers, input_ids)
         found = [find_names(run) for run in runs_of_layers(model, layers, input_ids)]
-        return _as_stored(_named(layers, found), stored_tensors(model))
+        shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
+        return _as_stored(_named(layers, found), stored_tensors(model), shapes)
 
 
 def _named(layers: str, found: Sequence[Names]) -> Architecture:
@@ -258,26 +271,57 @@ def _unpaired(found: Sequence[Names]) -> str | None:
     return None
 
 
-def _as_stored(named: Architecture, stored: Sequence[Stored]) -> Architecture:
-    """With the names that checkpoints have."""
+def _as_stored(
+    named: Architecture, stored: Sequence[Stored], shapes: Mapping[str, torch.Size]
+) -> Architecture:
+    """With the names that checkpoints have. shapes: of the parameters of the model."""
     feed_forward, patterns = list(named.feed_forward), set()
-    uncorrectable = named.uncorrectable
+    routers: set[str] = set()
+    stacked, apart = False, True
     for tensor in stored:
         parsed, held = map(named.parse_tensor_name, (tensor.name, tensor.parameter))
         if parsed is None or held is None:
             continue
         if named.part_of(held[2]) is Part.FFN:
             feed_forward.append(parsed[2].partition(".")[0])
+            if _weighs_experts(named, tensor.parameter, shapes):
+                routers.update(re.escape(_stem(name)) for name in (parsed[2], held[2]))
         if held[2] in named.experts:
             patterns.add(_as_pattern(parsed[2]))
-            if tensor.stacked:
-                uncorrectable = "its checkpoints hold the experts of a layer in one tensor"
+            stacked |= tensor.stacked
+            apart &= not tensor.stacked and _without_numbers(parsed[2]) == _stem(held[2])
     return replace(
         named,
         feed_forward=tuple(dict.fromkeys(feed_forward)),
         expert_down_projections="|".join(sorted(patterns)) if named.experts else None,
-        uncorrectable=uncorrectable,
+        experts_apart=apart,
+        routers=tuple(sorted(routers)),
+        uncorrectable=STACKED if stacked else named.uncorrectable,
     )
+
+
+def _weighs_experts(named: Architecture, parameter: str, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether a parameter is a map with an output for each expert, or with one for all of them
+    (the gate of a shared one)."""
+    parsed = named.parse_tensor_name(parameter)
+    if parsed is None or len(shapes[parameter]) != 2:
+        return False
+    layer = parameter.removesuffix(parsed[2])
+    weights = [shapes[layer + path] for path in named.experts if layer + path in shapes]
+    if not weights:
+        return False
+    stacks = [weight[0] for weight in weights if len(weight) == 3]
+    return shapes[parameter][0] in (1, *(stacks or [len(weights)]))
+
+
+def _stem(name: str) -> str:
+    """The map that a tensor is the weight of."""
+    return name.removesuffix(".weight")
+
+
+def _without_numbers(name: str) -> str:
+    """What transformers calls the stack of a tensor of all experts."""
+    return re.sub(r"\.\d+(?=\.)", "", _stem(name))
 
 
 def _as_pattern(name: str) -> str:

@@ -78,6 +78,28 @@ def require_stored_as(directory, bits_and_group):
     assert not list(directory.glob(".*"))
 
 
+def test_the_maps_of_all_experts_get_four_bits_and_what_chooses_them_keeps_its_own(
+    compressor, tmp_path
+):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    sizes |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    source = with_samples(make_source(make_pico("qwen2_moe", tmp_path / "pico", **sizes)))
+    record = export(source, tmp_path, "vllm", quantise="w4a16", min_agreement=0)["vllm"]
+    export(source, tmp_path, "hf", dtype="bfloat16")
+    quantised, whole = (load_file(tmp_path / form / "model.safetensors") for form in ("vllm", "hf"))
+    packed = {name.removesuffix("_packed") for name in quantised if name.endswith(".weight_packed")}
+    kept = set(whole) & set(quantised)
+    assert packed == set(whole) - kept
+    assert sum(".experts.5." in name for name in packed) == 3 * (LAYERS - 2)
+    of_layers = {name for name in kept if "layers" in name and whole[name].dim() == 2}
+    assert {name.split(".", 3)[-1] for name in of_layers} == {
+        "mlp.gate.weight",
+        "mlp.shared_expert_gate.weight",
+    }
+    check = record.verification["transformers"]
+    assert check.argmax_agreement > 0.4 and check.divergence < 0.1
+
+
 @pytest.fixture
 def plan_directory(pico, tmp_path):
     source = with_samples(make_source(pico))
@@ -121,6 +143,8 @@ def test_what_cannot_be_calibrated_is_refused_before_the_work(picos, pico, monke
         choose_storage("vllm", asked, picos["llama"].checkpoint.config)
     with pytest.raises(UserError, match="mixture of experts"):
         choose_storage("vllm", asked, picos["mixtral"].checkpoint.config)
+    with pytest.raises(UserError, match="have 16, 24, 32, 40 inputs, not all of which 32 divides"):
+        choose_storage("vllm", asked, picos["qwen2_moe"].checkpoint.config)
 
 
 def test_a_failure_of_llm_compressor_is_said_in_its_words(compressor, pico, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from export.artifact import export_artifacts
+from export.choices import choose_storage
 from export.comparison import Bounds
 from export.formats.vllm import write_vllm
 from export.options import ExportOptions
@@ -30,8 +31,8 @@ from serving.server import check_servable
 from serving.settings import ServerSettings
 from tests.conftest import make_pico
 from tests.export.conftest import put_on_path
-from tests.export.sources import CORRECTED, SHIFTED, export, make_source, with_samples
-from tests.families import LAYERS, VOCABULARY
+from tests.export.sources import CORRECTED, SHIFTED, make_source, with_samples
+from tests.families import LAYERS, VOCABULARY, config_of
 
 
 def half_a_step(weight, scale, quantise):
@@ -56,7 +57,11 @@ def test_rounding_to_eight_bits_errs_by_half_a_step_at_most(quantise):
 
 
 @pytest.mark.parametrize(
-    ("family", "quantise"), [("llama", "int8"), ("llama", "fp8"), ("opt", "int8"), ("phi3", "fp8")]
+    ("family", "quantise"),
+    [
+        *[("llama", "int8"), ("llama", "fp8"), ("opt", "int8"), ("phi3", "fp8")],
+        *[("qwen2_moe", "fp8"), ("qwen3_moe", "fp8")],
+    ],
 )
 def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(
     picos, tmp_path, family, quantise
@@ -75,9 +80,11 @@ def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(
         if name.endswith("_scale")
     }
     architecture = picos[family].architecture
-    assert f"{architecture.layers}.{CORRECTED - 2}.{architecture.down_projection}.weight" in scales
+    corrected = f"{architecture.layers}.{CORRECTED - 2}."
+    assert any(architecture.is_down_projection(name.removeprefix(corrected)) for name in scales)
     for name, weight in exact.items():
-        if architecture.parse_tensor_name(name) and weight.ndim == 2:
+        chooses = name.endswith((".gate.weight", "_gate.weight"))  # among experts
+        if architecture.parse_tensor_name(name) and weight.ndim == 2 and not chooses:
             scale = scales[name].double()
             error = (quantised[name].double() * scale - weight.double()).abs()
             assert (error <= 1.01 * half_a_step(weight.double(), scale, quantise)).all(), name
@@ -86,17 +93,36 @@ def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(
 
 
 @pytest.mark.parametrize(
-    ("family", "message"),
+    ("family", "quantise", "message"),
     [
-        ("gpt2", "stores its weights transposed"),
-        ("mixtral", "mixture of experts"),
-        ("qwen3_moe", "mixture of experts"),
+        ("gpt2", "int8", "stores its weights transposed"),
+        ("mixtral", "fp8", "call them otherwise than transformers does"),
+        ("granitemoe", "fp8", "several experts in one tensor"),
+        ("qwen3_moe", "int8", "use fp8 or w4a16"),
+        ("qwen3_moe", "int8-gptq", "use fp8 or w4a16"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(picos, tmp_path, family, message):
+def test_what_cannot_be_quantised_is_refused(tmp_path, family, quantise, message):
+    asked = ExportOptions(formats=["vllm"], quantise=quantise, check_vllm=False)
     with pytest.raises(UserError, match=message):
-        export(make_source(picos[family]), tmp_path, "vllm", quantise="int8")
-    assert list(tmp_path.iterdir()) == []
+        choose_storage("vllm", asked, {"model_type": family} | config_of(family))
+
+
+def test_quantised_experts_are_checked_by_transformers_alone_where_there_is_no_gpu(
+    picos, tmp_path, monkeypatch
+):
+    for module in ("gradmap.runtimes.vllm_environment", "serving.machine"):
+        monkeypatch.setattr(f"{module}.is_cpu_build", lambda: True)
+    source = make_source(picos["qwen3_moe"])
+    asked = {"formats": ["vllm"], "quantise": "fp8", "min_agreement": 0}
+    with pytest.raises(UserError, match=r"quantised experts on a CPU.*--no-check-vllm"):
+        export_artifacts(source, ExportOptions(**asked), tmp_path)
+    exported = export_artifacts(source, ExportOptions(**asked, check_vllm=False), tmp_path)["vllm"]
+    check = exported.verification["transformers"]
+    # of two random mixtures, less than 1% of the tokens are the same
+    assert check.argmax_agreement > 0.5 and check.divergence < 0.05
+    with pytest.raises(UserError, match="multiplies such experts on a GPU only"):
+        check_servable(ServerSettings(tmp_path / "vllm"))
 
 
 def test_what_an_artifact_tells_vllm_is_no_link_to_another_place(tmp_path):

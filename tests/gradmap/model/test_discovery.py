@@ -148,6 +148,23 @@ class TestRefusals:
             architecture_of({**wide, "is_decoder": True, "is_encoder_decoder": False})
 
 
+class TestExperts:
+    @pytest.mark.parametrize(
+        ("family", "routers", "apart"),
+        [
+            ("llama", [], True),
+            ("qwen2_moe", [r"mlp\.gate", r"mlp\.shared_expert_gate"], True),
+            ("deepseek_v3", [r"mlp\.gate"], True),
+            ("mixtral", [r"block_sparse_moe\.gate", r"mlp\.gate"], False),
+            ("llama4_text", [r"feed_forward\.router"], False),
+        ],
+    )
+    def test_what_chooses_them_and_how_they_are_stored_is_found(self, family, routers, apart):
+        found = architecture_of({"model_type": family} | config_of(family))
+        assert list(found.routers) == routers
+        assert found.experts_apart == apart
+
+
 class TestProof:
     """What is found wrongly is noticed."""
 
