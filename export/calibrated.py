@@ -38,15 +38,20 @@ COMPRESSOR = ForeignEnvironment(
 
 @dataclass(frozen=True)
 class Scheme:
-    """preset: what compressed-tensors calls it. grouped: whether some weights of a row share a
-    scale, and not all."""
+    """preset: what compressed-tensors calls it; of_experts: of a mixture of experts, of which
+    transformers reads no zero points. grouped: whether some weights of a row share a scale, and not
+    all."""
 
     preset: str
+    of_experts: str | None = None
     grouped: bool = False
 
 
 # By the name that --quantise has for it.
-SCHEMES = {"int8-gptq": Scheme("INT8"), "w4a16": Scheme("W4A16_ASYM", grouped=True)}
+SCHEMES = {
+    "int8-gptq": Scheme("INT8"),
+    "w4a16": Scheme("W4A16_ASYM", of_experts="W4A16", grouped=True),
+}
 # How many weights of four bits may share a scale, the usual number first; vLLM knows all of these.
 GROUP_SIZES = (128, 64, 32)
 
@@ -58,12 +63,13 @@ def write_calibrated(directory: Path, source: Source, storage: Storage) -> Writt
     """
     assert storage.quantise is not None
     scheme = SCHEMES[storage.quantise]
+    architecture = architecture_of(source.checkpoint.config)
     made = directory / ".quantised"
     request = {
         "out": str(made),
-        "scheme": scheme.preset,
+        "scheme": scheme.of_experts if architecture.experts else scheme.preset,
         "group_size": group_size(source.checkpoint.config) if scheme.grouped else None,
-        "ignore": unquantised(architecture_of(source.checkpoint.config)),
+        "ignore": unquantised(architecture),
         "shard_bytes": storage.shard_bytes,
     }
 
