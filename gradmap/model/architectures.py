@@ -304,7 +304,8 @@ def _weighs_experts(named: Architecture, parameter: str, shapes: Mapping[str, to
     """Whether a parameter is a map with an output for each expert, or with one for all of them
     (the gate of a shared one)."""
     parsed = named.parse_tensor_name(parameter)
-    if parsed is None or len(shapes[parameter]) != 2:
+    is_map = parameter.endswith(".weight") and len(shapes[parameter]) == 2
+    if parsed is None or not is_map:
         return False
     layer = parameter.removesuffix(parsed[2])
     weights = [shapes[layer + path] for path in named.experts if layer + path in shapes]

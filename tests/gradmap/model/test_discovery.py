@@ -156,6 +156,7 @@ class TestExperts:
             ("qwen2_moe", [r"mlp\.gate", r"mlp\.shared_expert_gate"], True),
             ("deepseek_v3", [r"mlp\.gate"], True),
             ("mixtral", [r"block_sparse_moe\.gate", r"mlp\.gate"], False),
+            ("gpt_oss", [r"mlp\.router"], False),
             ("llama4_text", [r"feed_forward\.router"], False),
         ],
     )
