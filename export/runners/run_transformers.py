@@ -19,8 +19,10 @@ def outcome_of(
     """input_ids: (B, T). Logits are (B, T, V), those through the cache (B, V), greedy_ids (G,)."""
     is_gguf = (directory / GGUF_FILE).exists()
     options = {"gguf_file": GGUF_FILE} if is_gguf else placement_for(directory)
+    # of a GGUF file transformers would guess it: which layers have a window, of a Gemma
+    config = transformers.AutoConfig.from_pretrained(directory)
     loader = transformers.AutoModelForCausalLM
-    model = loader.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    model = loader.from_pretrained(directory, config=config, dtype=torch.float32, **options).eval()
     step = transformers_step(model)
     _, cache = step(input_ids[:, :-1], None)
     tensors = {

@@ -1,5 +1,6 @@
 """What llama.cpp makes of a GGUF file, and computes from it (`make consumers`)."""
 
+import json
 import re
 import shutil
 import sys
@@ -28,6 +29,7 @@ from tests.conftest import make_pico
 from tests.export.conftest import put_on_path
 from tests.export.sources import export, make_source, with_samples
 from tests.families import LAYERS
+from tests.gradmap.removals import pairs
 
 # llama.cpp's blocks of k-quants have 256 weights.
 BLOCK = 256
@@ -54,6 +56,19 @@ def test_llama_cpp_itself_reproduces_the_pruned_model(llama_cpp, pico, tmp_path)
     # SiLU, unlike GELU, is computed in float32
     assert 0 < check.relative_difference < 1e-4 and check.cached_difference < 1e-4
     assert check.greedy_identical == check.greedy_tokens > 0
+
+
+def test_both_runtimes_know_which_layers_of_a_pruned_model_have_a_window(
+    llama_cpp, smollm2, tmp_path
+):
+    """Not those that the family has by default, and with the window goes another rope."""
+    made = make_pico("gemma3_text", tmp_path / "pico", vocab_size=49152)
+    source = make_source(with_its_tokenizer(smollm2, made), removed=pairs(1))
+    record = export(source, tmp_path, "gguf", dtype="float32")["gguf"]
+    kinds = json.loads((tmp_path / "gguf" / "config.json").read_text())["layer_types"]
+    assert kinds == ["sliding_attention"] * 2 + ["full_attention"] * 2
+    for check in record.verification.values():
+        assert check.relative_difference <= check.tolerance < 0.01
 
 
 def read_tensors(directory):
