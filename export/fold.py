@@ -14,7 +14,7 @@ weights that only change their dtype; a W' takes 6 s, for its product has 370 GF
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -41,14 +41,16 @@ from gradmap.model.sublayers import Pair, Part, places_of_left, sublayers_of
 class FoldedTensor:
     """One tensor to write: where it comes from, and what changes it.
 
-    spec: what it becomes. quantise: what of export.quantisation.EIGHT_BITS that is then stored as,
-    if it is.
+    spec: what it becomes. rounded: what its numbers are rounded to before, if that is not what they
+    are stored as. quantise: what of export.quantisation.EIGHT_BITS that is then stored as, if it
+    is.
     """
 
     source: StoredTensor
     spec: TensorSpec
     changes: tuple[Change, ...] = ()
     transposed: bool = False
+    rounded: torch.dtype | None = None
     quantise: str | None = None
 
     @property
@@ -70,12 +72,14 @@ def plan_fold(
     changes: Changes,
     dtype: torch.dtype | None,
     quantise: str | None = None,
+    widen_vectors: bool = False,
 ) -> list[FoldedTensor]:
     """Decides, from the checkpoint's headers alone, what becomes of every tensor.
 
     dtype: of the floating-point tensors; None keeps each tensor's own. quantise: what
-    of export.quantisation.EIGHT_BITS the layers' linear maps are stored as, if so. Raises UserError
-    if a layer or a weight to correct is not in the checkpoint.
+    of export.quantisation.EIGHT_BITS the layers' linear maps are stored as, if so. widen_vectors:
+    store gains and biases, rounded all the same, in float32, for a program that goes on computing
+    with them. Raises UserError if a layer or a weight to correct is not in the checkpoint.
     """
     require_foldable(checkpoint, architecture, changes)
     places = places_of_left(layer_count(checkpoint.config), removed)
@@ -87,14 +91,17 @@ def plan_fold(
             continue
         changed = architecture.places_of(source.spec.name, changes)
         is_map = architecture.is_map_of_a_layer(source.spec)
+        spec = _stored_as(source, name, dtype)
+        is_wide = widen_vectors and len(spec.shape) == 1 and spec.dtype.is_floating_point
         # a bias by itself is no map
         missing -= set() if source.spec.name.endswith(".bias") else set(changed)
         folded.append(
             FoldedTensor(
                 source,
-                _stored_as(source, name, dtype),
+                replace(spec, dtype=torch.float32) if is_wide else spec,
                 changes=tuple(chain.from_iterable(changes[place] for place in changed)),
                 transposed=architecture.transposed_linear,
+                rounded=spec.dtype if is_wide else None,
                 quantise=quantise if is_map else None,
             )
         )
@@ -184,7 +191,8 @@ def _folded_values(
         if tensor.quantise is not None:
             yield from quantise_weight(_folded(value, tensor, torch.float32), tensor.quantise)
         else:
-            yield _folded(value, tensor, tensor.spec.dtype)
+            rounded = _folded(value, tensor, tensor.rounded or tensor.spec.dtype)
+            yield rounded.to(tensor.spec.dtype)
         advance(1)
 
 

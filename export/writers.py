@@ -130,18 +130,28 @@ class Written:
 
 
 def write_checkpoint(
-    directory: Path, source: Source, storage: Storage, quantise: str | None = None
+    directory: Path,
+    source: Source,
+    storage: Storage,
+    quantise: str | None = None,
+    widen_vectors: bool = False,
 ) -> Written:
     """A stock Hugging Face checkpoint: layers dropped, W' folded, the tokenizer and the rest
-    copied. quantise: what of export.quantisation.EIGHT_BITS the layers' linear maps are stored as,
-    if they are.
+    copied. quantise, widen_vectors: as in export.fold.plan_fold.
 
     Raises UserError if the disk has no room for it.
     """
     checkpoint = source.checkpoint
     architecture = architecture_of(checkpoint.config)
+    dtype = storage.torch_dtype
     folded = plan_fold(
-        checkpoint, architecture, source.removed, source.changes, storage.torch_dtype, quantise
+        checkpoint,
+        architecture,
+        source.removed,
+        source.changes,
+        dtype,
+        quantise,
+        widen_vectors,
     )
     weight_bytes = sum(tensor.stored_bytes for tensor in folded)
     _require_space(directory, weight_bytes)
@@ -160,13 +170,14 @@ def write_through_checkpoint(
     storage: Storage,
     convert: Callable[[Path], None],
     converted: str,
+    widen_vectors: bool = False,
 ) -> Written:
     """Folds into a directory inside the artifact's, converts that, and leaves of it what is read
     beside the result. convert: writes, of a checkpoint's directory, the files `converted` (a
-    pattern) into the artifact's."""
+    pattern) into the artifact's. widen_vectors: as in export.fold.plan_fold."""
     checkpoint = directory / ".checkpoint"
     checkpoint.mkdir()
-    written = write_checkpoint(checkpoint, source, storage)
+    written = write_checkpoint(checkpoint, source, storage, widen_vectors=widen_vectors)
     convert(checkpoint)
     write_json(directory / "config.json", written.config)
     _copy_companions(checkpoint, directory)

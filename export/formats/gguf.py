@@ -40,7 +40,10 @@ def write_gguf(directory: Path, source: Source, storage: Storage) -> Written:
         if kind:
             quantise_converted(LLAMA_CPP, whole, directory / GGUF_FILE, kind, source.fit_ids)
 
-    written = write_through_checkpoint(directory, source, storage, convert, GGUF_FILE)
+    # the converter adds one to a Gemma's gains, in the dtype that they have
+    written = write_through_checkpoint(
+        directory, source, storage, convert, GGUF_FILE, widen_vectors=True
+    )
     return replace(written, calibrated=kind is not None and len(source.fit_ids) > 0)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gradmap.common.errors import UserError
@@ -123,12 +124,15 @@ def load_gguf_tokenizer(source: Path) -> Any:
     from transformers import AutoTokenizer
 
     settings = read_settings(source)
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        add_bos_token=settings.add_bos,
-        add_eos_token=settings.add_eos,
-    )
+    with TemporaryDirectory() as alone:
+        # where a tokenizer_config.json lies beside it, transformers takes half of that
+        (Path(alone) / source.name).symlink_to(source.resolve())
+        tokenizer = AutoTokenizer.from_pretrained(
+            alone,
+            gguf_file=source.name,
+            add_bos_token=settings.add_bos,
+            add_eos_token=settings.add_eos,
+        )
     _restore_splitting(tokenizer.backend_tokenizer, settings)
     return tokenizer
 

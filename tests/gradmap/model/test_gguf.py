@@ -74,6 +74,15 @@ def test_the_chat_template_and_special_tokens_survive(opened):
     assert tokenizer("<s>")["input_ids"] == [BOS]
 
 
+def test_a_tokenizer_beside_the_file_is_not_read(opened, tmp_path):
+    """As in an artifact of ours, which lists the tokens as another class of tokenizer does."""
+    expected = load_tokenizer(opened("gpt2").directory)
+    expected.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(opened("gpt2", add_bos_token=True).directory)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+    assert tokenizer("the")["input_ids"] == [BOS, *expected("the")["input_ids"]]
+
+
 @pytest.mark.parametrize(("pre", "digits"), [("smollm", ["1", "2"]), ("gpt-2", ["12"])])
 def test_digits_are_cut_as_the_file_says(opened, pre, digits):
     assert load_tokenizer(opened("gpt2", pre=pre).directory).tokenize("12") == digits
