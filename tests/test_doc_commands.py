@@ -1,6 +1,7 @@
 """Commands of the documentation are executed here, page by page, on a pico model; or it is said
 where they are."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -59,6 +60,7 @@ SMALL = {
 }
 # What a command names that is as it will be for a user, and needs no smaller settings.
 REAL = ".assets/"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 # Exit codes of commands that may end in any verdict: the model is random. Of all others, 0.
 GATED = {"eval": (0, 1, 3)}
 
@@ -114,6 +116,10 @@ def working_directory(tmp_path, word_file, monkeypatch):
         ("other", slice(20, None)),
     ):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[part]))
+    (tmp_path / "my-model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    said = [json.loads(line)["text"] for line in lines[:20]]
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in said]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (tmp_path / ASSETS.name).symlink_to(ASSETS)
     monkeypatch.chdir(tmp_path)
 
