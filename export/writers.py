@@ -143,13 +143,12 @@ def write_checkpoint(
     """
     checkpoint = source.checkpoint
     architecture = architecture_of(checkpoint.config)
-    dtype = storage.torch_dtype
     folded = plan_fold(
         checkpoint,
         architecture,
         source.removed,
         source.changes,
-        dtype,
+        storage.torch_dtype,
         quantise,
         widen_vectors,
     )

@@ -13,6 +13,7 @@ from gradmap.common.errors import UserError
 from gradmap.common.gpus import VISIBLE_VARIABLE, ask, visible_gpus
 from gradmap.common.machine import NATIVE_BFLOAT16_CAPABILITY
 from gradmap.common.reading import MALFORMED, read_json_object
+from gradmap.model.architectures import architecture_of
 from gradmap.runtimes.vllm_environment import (
     KV_CACHE_VARIABLE,
     cpu_lacks_4_bits,
@@ -180,8 +181,6 @@ def require_products(directory: Path) -> None:
 
 def _has_compressed_experts(config: Mapping[str, Any]) -> bool:
     """Whether it is a mixture of experts in one of compressed-tensors' schemes."""
-    from gradmap.model.architectures import architecture_of
-
     try:
         method = config["quantization_config"]["quant_method"]
     except MALFORMED:

@@ -31,7 +31,7 @@ from serving.server import check_servable
 from serving.settings import ServerSettings
 from tests.conftest import make_pico
 from tests.export.conftest import put_on_path
-from tests.export.sources import CORRECTED, SHIFTED, make_source, with_samples
+from tests.export.sources import CORRECTED, SHIFTED, export, make_source, with_samples
 from tests.families import LAYERS, VOCABULARY, config_of
 
 
@@ -102,10 +102,24 @@ def test_the_layers_linear_maps_are_stored_in_eight_bits_after_folding(
         ("qwen3_moe", "int8-gptq", "use fp8 or w4a16"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(tmp_path, family, quantise, message):
+def test_what_cannot_be_quantised_is_refused(family, quantise, message):
     asked = ExportOptions(formats=["vllm"], quantise=quantise, check_vllm=False)
     with pytest.raises(UserError, match=message):
         choose_storage("vllm", asked, {"model_type": family} | config_of(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gpt2", "stores its weights transposed"),
+        ("mixtral", "mixture of experts"),
+        ("qwen3_moe", "mixture of experts"),
+    ],
+)
+def test_of_what_is_refused_nothing_is_written(picos, tmp_path, family, message):
+    with pytest.raises(UserError, match=message):
+        export(make_source(picos[family]), tmp_path, "vllm", quantise="int8")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_quantised_experts_are_checked_by_transformers_alone_where_there_is_no_gpu(
